@@ -1,0 +1,1 @@
+"""flap_kernels."""
