@@ -1,0 +1,359 @@
+"""Every knob of a run, with its unit and its check, in one frozen tree.
+
+    YAML file  ->  overrides `a.b=c`  ->  Config  ->  `flap config show`
+
+A knob is a field below with a docstring; nothing else has to be touched. Names follow the papers
+(FLAP, arXiv 2311.01615) and the toolkit's options. A wrong value dies here, before a file is opened:
+the error names the setting, the rule, the value and the remedy.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from flap_fast.checks import need
+
+Ratio = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Folders = Annotated[
+    tuple[Path, ...], BeforeValidator(lambda v: (v,) if isinstance(v, (str, Path)) else v)
+]
+
+# Width, depth and heads of the audio encoder. Source: SPEC 4.1; `tiny` is the demo's.
+SIZES = {
+    "tiny": (192, 4, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+}
+
+
+class Section(BaseModel):
+    """Frozen settings; an unknown name is refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Run(Section):
+    name: str = Field("flap", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """The run lives in `folder/name/`."""
+    folder: Path = Path("runs")
+    """Where runs live."""
+    seed: int = Field(3407, ge=0, lt=2**32)
+    """Keys every random draw: weights, order, crops, masks, augmentation, dropout."""
+
+
+class Data(Section):
+    train: Folders = ()
+    """Folders of WebDataset shards to train on, concatenated (`flap prepare` writes them)."""
+    val: Folders = ()
+    """Folders of shards to evaluate on; each is scored under its folder's name."""
+    shuffle_shards: CountOrZero = 0
+    """Shards mixed at a time; 0 mixes all clips. Use 8 or so where random reads are slow."""
+    on_bad_clip: Literal["replace", "stop"] = "replace"
+    """An unreadable clip is replaced by the next one and reported, or stops the run."""
+
+
+class Frontend(Section):
+    backend: Literal["auto", "dali_wave", "dali_mel", "torch"] = "auto"
+    """Who decodes: DALI and the exact mel on the device (`auto` where DALI is installed), DALI
+    alone (an approximation of Kaldi's mel), or the plain PyTorch twin."""
+    threads: CountOrZero = 0
+    """Decoding threads a rank; 0 shares the machine's cores among its ranks."""
+    prefetch: Count = 2
+    """Batches decoded ahead."""
+
+
+class Audio(Section):
+    size: Literal["tiny", "small", "base", "large"] = "base"
+    """Width, depth and heads of the ViT: 192/4/3, 384/12/6, 768/12/12, 1024/24/16."""
+    width: Count | None = None
+    """Overrides the size's width D."""
+    depth: Count | None = None
+    """Overrides the size's number of blocks."""
+    heads: Count | None = None
+    """Overrides the size's number of heads."""
+    duration_s: Positive = 10.0
+    """Seconds of sound the model sees: longer clips are cropped, shorter ones filled."""
+    sample_rate_hz: Count = 16_000
+    """Rate of the front end."""
+    mel_bins: Count = 128
+    """Mel bins F."""
+    frames: Count = 1024
+    """Frames T of the log-mel: 998 frames of 10 s, then rows of zeros."""
+    patch: Count = 16
+    """Side of a square patch, in frames and in bins."""
+    mean: float = -4.2677393
+    """Mean of AudioSet's log-mels, subtracted."""
+    std: Positive = 4.5689974
+    """Their standard deviation; twice it divides."""
+    filling: Literal["repeatpad", "pad", "repeat"] = "repeatpad"
+    """How a short clip is filled: whole repeats then zeros, zeros, or repeats cut off."""
+    use_cls: bool = True
+    """Prepend a [CLS] token (as AudioMAE's checkpoints do)."""
+    pool: Literal["mean_patch", "cls", "mean_all"] = "mean_patch"
+    """What becomes the clip's vector."""
+    norm_position: Literal["tokens", "pooled"] = "tokens"
+    """The final LayerNorm: on the tokens before pooling, or on the pooled vector."""
+    pos_grid: Literal["correct", "audiomae_legacy"] = "correct"
+    """Grid of the fixed positions; AudioMAE's own table was built for the transposed grid."""
+    drop_path: Ratio = 0.0
+    """Stochastic depth at the last block, growing linearly from 0."""
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    """PyTorch's attention, or xformers' (CUDA only)."""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches along time and along frequency."""
+        return self.frames // self.patch, self.mel_bins // self.patch
+
+    @property
+    def samples(self) -> int:
+        """Samples of a crop."""
+        return round(self.duration_s * self.sample_rate_hz)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Width, depth and heads in force."""
+        width, depth, heads = SIZES[self.size]
+        return self.width or width, self.depth or depth, self.heads or heads
+
+    @model_validator(mode="after")
+    def _fits(self):
+        width, _, heads = self.shape
+        need(width % heads == 0, "audio.width", f"be a multiple of audio.heads = {heads}", width)
+        need(width % 4 == 0, "audio.width", "be a multiple of 4 (2-D sine positions)", width)
+        for name in ("frames", "mel_bins"):
+            value = getattr(self, name)
+            need(value % self.patch == 0, f"audio.{name}", f"be a multiple of {self.patch}", value)
+        spoken = 1 + (self.samples - self.window) // self.hop
+        need(spoken >= 1, "audio.duration_s", "hold one window of 25 ms", self.duration_s)
+        need(
+            self.frames >= spoken,
+            "audio.frames",
+            f"hold the {spoken} frames of audio.duration_s = {self.duration_s:g}",
+            self.frames,
+            f"set audio.frames={math.ceil(spoken / self.patch) * self.patch}",
+        )
+        need(
+            self.use_cls or self.pool != "cls",
+            "audio.pool",
+            "not be 'cls' without audio.use_cls",
+            self.pool,
+        )
+        return self
+
+    @property
+    def window(self) -> int:
+        """Samples of Kaldi's 25 ms window."""
+        return self.sample_rate_hz * 25 // 1000
+
+    @property
+    def hop(self) -> int:
+        """Samples of the 10 ms shift."""
+        return self.sample_rate_hz // 100
+
+
+class SpecAug(Section):
+    time_frames: CountOrZero = 192
+    """Widest time mask, exclusive; 0 turns it off."""
+    freq_bins: CountOrZero = 48
+    """Widest frequency mask, exclusive; 0 turns it off."""
+    domain: Literal["pre_norm", "post_norm"] = "pre_norm"
+    """Zeros before normalisation (AudioMAE's order) or after."""
+
+
+class Mask(Section):
+    kind: Literal["none", "1d", "2d"] = "2d"
+    """Which patches training drops: none, of the flat sequence, or whole rows and columns."""
+    ratio: Ratio = 0.4
+    """Share dropped by 1-D masking."""
+    unit: Literal["token", "frame"] = "token"
+    """What 1-D masking drops: patches, or whole time columns of them."""
+    time_ratio: Ratio = 0.2
+    """Share of time columns dropped by 2-D masking."""
+    freq_ratio: Ratio = 0.2
+    """Share of frequency rows dropped by 2-D masking."""
+    shared_inner: bool = True
+    """2-D: one draw of frequency rows a clip, or one for each time column."""
+    rounding: Literal["floor", "round", "ceil"] = "floor"
+    """How a kept count becomes whole."""
+    unmasked_tail_epochs: CountOrZero = 0
+    """Epochs at the end that train without masking (FLIP)."""
+
+
+class Text(Section):
+    folder: str | None = None
+    """A transformers encoder and its tokenizer: a folder, or `package:NAME/sub/folder` inside an
+    installed Python package. Without one: a RoBERTa of random weights, of the sizes below."""
+    tokenizer: str = "bytes"
+    """For random weights: a tokenizer's folder, or `bytes` (UTF-8 bytes, needs no file)."""
+    width: Count = 768
+    """Random weights: width."""
+    depth: Count = 12
+    """Random weights: layers."""
+    heads: Count = 12
+    """Random weights: heads."""
+    max_tokens: Count = 77
+    """Longer captions are cut; batches are padded to their own longest, to a multiple of 8."""
+    pool: Literal["pooler", "mean", "cls"] = "pooler"
+    """RoBERTa's pooler (tanh of a linear layer on <s>), the mean over tokens, or plain <s>."""
+    dropout: Ratio = 0.1
+    """Dropout everywhere in the tower."""
+    freeze: bool = False
+    """Keep the tower as it is and train the projection alone."""
+
+
+class Joint(Section):
+    width: Count = 512
+    """Dimension d of the joint space."""
+    temperature: Positive = 0.07
+    """First temperature; the logit scale starts at its inverse."""
+    max_scale: Positive = 100.0
+    """The logit scale is clamped to [1, max_scale]."""
+
+
+class Contrastive(Section):
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    """Its weight in the total."""
+    direction: Literal["symmetric", "a2t", "t2a"] = "symmetric"
+    """Mean of both directions (the toolkit), or one (FLAP's Eq. 1 is a2t)."""
+    scheme: Literal["auto", "replicated", "sharded"] = "auto"
+    """How ranks share the work; the numbers are the same."""
+
+
+class Loss(Section):
+    contrastive: Contrastive = Contrastive()
+
+
+class Optim(Section):
+    name: Literal["adam", "adamw"] = "adam"
+    """Adam, or AdamW with decoupled weight decay."""
+    lr: Positive = 1e-4
+    """Learning rate after warm-up."""
+    betas: tuple[Ratio, Ratio] = (0.9, 0.999)
+    """FLAP prints (0.99, 0.9), which no published script of its toolkit passes."""
+    eps: Positive = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """On matrices only: never on biases, norms, tokens or the logit scale."""
+    clip_norm: Annotated[float, Field(ge=0)] = 0.0
+    """Largest gradient norm; 0 does not clip."""
+
+
+class Sched(Section):
+    warmup_steps: CountOrZero = 3200
+    """Steps of linear warm-up; then a cosine to zero."""
+
+
+class Train(Section):
+    global_batch: Count = 2304
+    """Clips contrasted with one another in a step, over all ranks."""
+    epochs: Count | None = 45
+    """Passes over the data; the last incomplete batch of each is dropped."""
+    steps: Count | None = None
+    """Optimizer steps, instead of epochs."""
+    engine: Literal["auto", "plain", "deepspeed"] = "auto"
+    """`auto`: DeepSpeed under a launcher, plain PyTorch for a process of its own."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What DeepSpeed shards: nothing, optimizer states, gradients too, parameters too."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Autocast of the towers; parameters, embeddings and losses stay in fp32."""
+    checkpoint_activations: bool = False
+    """Recompute each transformer block in the backward pass instead of keeping it."""
+
+    @model_validator(mode="after")
+    def _one_length(self):
+        if "steps" in self.model_fields_set and self.steps:
+            object.__setattr__(self, "epochs", None)
+        need(
+            bool(self.epochs or self.steps), "train.epochs", "be set when train.steps is not", None
+        )
+        return self
+
+
+class Ckpt(Section):
+    every_steps: CountOrZero = 1000
+    """Steps between checkpoints; the last step and an interruption always save. 0: only those."""
+    keep_last: Count = 2
+    """Older checkpoints are deleted, but for the best."""
+    keep_best: bool = True
+    """Keep the checkpoint with the best mean of both directions' mAP@10 on data.val."""
+
+
+class Eval(Section):
+    every_steps: CountOrZero = 0
+    """Steps between evaluations on data.val. 0: at the end only."""
+    batch: Count = 64
+    """Clips a rank embeds at a time."""
+    crop: Literal["random", "center"] = "random"
+    """Crop of clips longer than audio.duration_s; `random` is fixed by the clip, not by the run."""
+
+
+class Log(Section):
+    every_steps: Count = 10
+    """Steps between lines of metrics.jsonl."""
+    tensorboard: bool = True
+    """Write TensorBoard's event files."""
+    wandb: bool = False
+    """Report to Weights & Biases too (`pip install wandb`)."""
+
+
+class Config(Section):
+    """All settings of a run."""
+
+    run: Run = Run()
+    data: Data = Data()
+    frontend: Frontend = Frontend()
+    audio: Audio = Audio()
+    specaug: SpecAug = SpecAug()
+    mask: Mask = Mask()
+    text: Text = Text()
+    joint: Joint = Joint()
+    loss: Loss = Loss()
+    optim: Optim = Optim()
+    sched: Sched = Sched()
+    train: Train = Train()
+    ckpt: Ckpt = Ckpt()
+    eval: Eval = Eval()
+    log: Log = Log()
+
+    @property
+    def run_folder(self) -> Path:
+        """Where this run keeps everything it writes."""
+        return self.run.folder / self.run.name
+
+
+def check_before_loading(config: Config, world: int) -> None:
+    """Raise `ConfigError` for what a run of `world` ranks would only trip over later."""
+    batch = config.train.global_batch
+    need(
+        batch % world == 0,
+        "train.global_batch",
+        f"be a multiple of the {world} ranks",
+        batch,
+        f"for example {max(world, batch // world * world)}",
+    )
+    need(bool(config.data.train), "data.train", "name at least one folder of shards", "nothing")
+    for name in ("train", "val"):
+        for folder in getattr(config.data, name):
+            need(
+                folder.is_dir(),
+                f"data.{name}",
+                "be existing folders of shards",
+                folder,
+                "write them with: flap prepare MANIFEST OUT (the demo's: make data)",
+            )
+    need(
+        world == 1 or config.train.engine != "plain",
+        "train.engine",
+        f"not be 'plain' on {world} ranks",
+        config.train.engine,
+        "use auto or deepspeed",
+    )

@@ -1,0 +1,1 @@
+"""Audio files and captions -> batches: manifest, shards, decoding, log-mels, tokens."""

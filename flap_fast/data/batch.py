@@ -1,0 +1,36 @@
+"""What the model is fed with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's share of a training step: B clips, each with the caption drawn for this visit."""
+
+    mel: Tensor
+    """(B, 1, T, F) float32, normalised, augmented."""
+    ids: Tensor
+    """(B, L) int64 caption tokens."""
+    attention_mask: Tensor
+    """(B, L) int64, 1 on tokens and 0 on padding."""
+    visits: Tensor
+    """(B,) int64: `step * global_batch + row`, keys the draws of masks."""
+    clips: np.ndarray
+    """(B,) int64: which clips of the shards these are."""
+    epoch: int
+    """How often the data was gone through before."""
+
+
+@dataclass(frozen=True)
+class BadClip:
+    """A clip that could not be used in training, and what took its place."""
+
+    step: int
+    clip: str
+    reason: str
+    replaced_by: str

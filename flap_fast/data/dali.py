@@ -1,0 +1,154 @@
+"""Encoded clips -> waveforms or log-mels in NVIDIA DALI: CPU operators, the same graph with a GPU.
+
+    bytes, where -> decode, downmix, resample -> crop -> fill -> wave (B, samples)      `dali_wave`
+                                                           ... -> log-mel (B, T, F)    `dali_mel`
+
+`dali_mel` approximates Kaldi's mel: DALI has no removal of a frame's mean and its triangles are
+linear in Hz (SPEC 3.3). The order of clips is ours, not a DALI reader's: bytes come in through an
+external source, so that any number of ranks and any restart see the same order.
+
+The only file that imports nvidia.dali.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from nvidia.dali import fn, math as dali_math, pipeline_def, types
+from torch import Tensor
+
+from flap_fast.config import Audio
+from flap_fast.data.mel import FLOOR, LOW_HZ, PREEMPHASIS, hann
+from flap_fast.data.sound import BadSound
+
+Encoded = tuple[list[bytes], np.ndarray]
+
+
+class DaliDecoder:
+    """Decodes batches in order, several ahead of the one taken by `next`.
+
+    Args:
+        batches: gives (encoded clips, where to crop each in [0, 1)); drawn from ahead of time.
+        batch: the most clips of a batch.
+        mel: give log-mels, not waveforms.
+        device: a CUDA device moves what follows the decoding there.
+    """
+
+    def __init__(
+        self,
+        batches: Iterator[Encoded],
+        audio: Audio,
+        *,
+        batch: int,
+        threads: int,
+        prefetch: int,
+        device: torch.device,
+        mel: bool,
+    ):
+        def source() -> tuple[list[np.ndarray], list[np.ndarray]]:
+            sounds, where = next(batches)
+            return (
+                [np.frombuffer(sound, np.uint8) for sound in sounds],
+                [np.array([w], np.float64) for w in where],
+            )
+
+        on_gpu = device.type == "cuda"
+        self._pipe = _graph(
+            source,
+            audio,
+            mel,
+            on_gpu,
+            batch_size=batch,
+            num_threads=threads,
+            device_id=(device.index or 0) if on_gpu else None,
+            prefetch_queue_depth=prefetch,
+            # The one executor that goes on after a clip that cannot be decoded.
+            exec_dynamic=True,
+        )
+
+    def __iter__(self) -> DaliDecoder:
+        return self
+
+    def __next__(self) -> Tensor:
+        """The next batch: (B, samples) waveforms, or (B, T, F) log-mels, float32.
+
+        Raises:
+            BadSound: a clip of this batch cannot be decoded; the batches after it are not hurt.
+            StopIteration: `batches` has ended.
+        """
+        try:
+            (out,) = self._pipe.run()
+        except RuntimeError as error:
+            raise BadSound(f"DALI: {error}") from error
+        # DALI reuses its buffer for a later batch.
+        return torch.from_dlpack(out.as_tensor()).clone()
+
+
+@pipeline_def
+def _graph(source, audio: Audio, mel: bool, on_gpu: bool):
+    sound, where = fn.external_source(
+        source=source, num_outputs=2, dtype=[types.UINT8, types.FLOAT64], ndim=1
+    )
+    wave, _ = fn.decoders.audio(sound, downmix=True, sample_rate=float(audio.sample_rate_hz))
+    wave = _fill(_crop(wave, where, audio.samples), audio.samples, audio.filling)
+    if on_gpu:
+        wave = wave.gpu()
+    return _log_mel(wave, audio) if mel else wave
+
+
+def _crop(wave, where, samples: int):
+    length = _length(wave)
+    spare = dali_math.max(length - samples, 0)
+    start = dali_math.floor(where * (spare + 1))
+    start = dali_math.min(fn.cast(start, dtype=types.INT64), spare)
+    return fn.slice(wave, start, dali_math.min(length, samples), axes=[0], **_WHOLE)
+
+
+def _fill(wave, samples: int, filling: str):
+    """The repeats as a broadcast product, so that each clip may have its own number of them."""
+    if filling != "pad":
+        repeats = samples // _length(wave) + (1 if filling == "repeat" else 0)
+        shape = fn.cat(fn.cast(repeats, dtype=types.INT32), types.Constant([1]), axis=0)
+        ones = fn.full(np.float32(1), shape=shape)
+        wave = fn.reshape(ones * fn.expand_dims(wave, axes=[0]), shape=[-1])
+    return fn.slice(
+        wave, 0, samples, axes=[0], out_of_bounds_policy="pad", fill_values=0.0, **_WHOLE
+    )
+
+
+def _length(wave):
+    return fn.cast(wave.shape(), dtype=types.INT64)
+
+
+def _log_mel(wave, audio: Audio):
+    wave = wave - fn.reductions.mean(wave, axes=[0])
+    # A global filter equals Kaldi's in each frame: the window is zero where they differ.
+    wave = fn.preemphasis_filter(wave, preemph_coeff=PREEMPHASIS)
+    power = fn.spectrogram(
+        wave,
+        nfft=1 << (audio.window - 1).bit_length(),
+        window_length=audio.window,
+        window_step=audio.hop,
+        window_fn=hann(audio.window).astype(np.float32).tolist(),
+        center_windows=False,
+        layout="ft",
+    )
+    mel = fn.mel_filter_bank(
+        power,
+        sample_rate=float(audio.sample_rate_hz),
+        nfilter=audio.mel_bins,
+        freq_low=LOW_HZ,
+        freq_high=audio.sample_rate_hz / 2,
+        mel_formula="htk",
+        normalize=False,
+    )
+    log = fn.to_decibels(
+        mel, multiplier=math.log(10), reference=1.0, cutoff_db=math.log(FLOOR)
+    )
+    return fn.pad(fn.transpose(log, perm=[1, 0]), axes=[0], shape=[audio.frames], fill_value=0.0)
+
+
+_WHOLE = {"normalized_anchor": False, "normalized_shape": False}

@@ -1,0 +1,202 @@
+"""Shards -> training batches and evaluation log-mels, in an order that only the seed decides."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flap_fast.config import Config
+from flap_fast.data.batch import BadClip, Batch
+from flap_fast.data.captions import Tokenizer
+from flap_fast.data.decode import Encoded, decode_one, log_mels
+from flap_fast.data.draws import Stream, uniforms
+from flap_fast.data.mel import kaldi_log_mel, normalise, spec_augment
+from flap_fast.data.order import Order
+from flap_fast.data.shards import ShardError, Shards
+from flap_fast.data.sound import BadSound
+from flap_fast.ranks import Ranks
+
+_TRIES = 100
+
+
+@dataclass
+class _Share:
+    """A rank's clips of one step while their sounds are being decoded."""
+
+    step: int
+    visits: Tensor
+    clips: np.ndarray
+    where: np.ndarray
+    captions: list[str]
+    sounds: list[bytes]
+
+
+class TrainingLoader:
+    """A rank's share of each training step.
+
+    `bad` collects the clips that could not be used since it was last emptied.
+    """
+
+    def __init__(self, config: Config, shards: Shards, tokenizer: Tokenizer, ranks: Ranks):
+        batch = config.train.global_batch
+        self.order = Order(
+            shards.place[:, 0], batch, config.run.seed, config.data.shuffle_shards
+        )
+        self.bad: list[BadClip] = []
+        self._config, self._shards, self._tokenizer, self._ranks = config, shards, tokenizer, ranks
+        self._share = batch // ranks.world
+        self._mel = kaldi_log_mel(config.audio, ranks.device)
+
+    def batches(self, first: int, last: int) -> Iterator[Batch]:
+        """The batches of steps `first` up to, not including, `last`."""
+        pending: deque[_Share] = deque()
+
+        def encoded() -> Iterator[Encoded]:
+            for step in range(first, last):
+                share = self._read(step)
+                pending.append(share)
+                yield share.sounds, share.where
+
+        mels = log_mels(
+            encoded(),
+            audio=self._config.audio,
+            frontend=self._config.frontend,
+            batch=self._share,
+            device=self._ranks.device,
+            mel=self._mel,
+            local_ranks=self._ranks.local_world,
+        )
+        for _ in range(first, last):
+            try:
+                mel = next(mels)
+            except BadSound as error:
+                mel = self._repair(pending[0], error)
+            yield self._batch(pending.popleft(), mel)
+
+    def _read(self, step: int) -> _Share:
+        """What the tars hold of this rank's clips of a step; clips that lack something replaced."""
+        rows = np.arange(self._share) + self._ranks.rank * self._share
+        visits = torch.from_numpy(rows + step * self._config.train.global_batch)
+        seed = self._config.run.seed
+        share = _Share(
+            step=step,
+            visits=visits,
+            clips=self.order.clips(step)[rows].copy(),
+            where=uniforms(seed, Stream.CROP, visits, 1)[:, 0].numpy(),
+            captions=[],
+            sounds=[],
+        )
+        which = uniforms(seed, Stream.CAPTION, visits, 1)[:, 0].tolist()
+        for row in range(self._share):
+            texts, sound = self._usable(share, row, check=False)
+            share.captions.append(texts[int(which[row] * len(texts))])
+            share.sounds.append(sound)
+        return share
+
+    def _usable(self, share: _Share, row: int, *, check: bool) -> tuple[list[str], bytes]:
+        """The captions and the sound of a row's clip, or of the next clip that has both."""
+        wanted, why = int(share.clips[row]), ""
+        for ahead in range(_TRIES):
+            clip = (wanted + ahead) % len(self._shards)
+            try:
+                texts, sound = self._shards.record(clip)["text"], self._shards.sound(clip)
+                if check:
+                    decode_one(sound, 0.0, self._config.audio)
+            except BadSound as reason:
+                why = why or str(reason)
+                if self._config.data.on_bad_clip == "stop":
+                    break
+                continue
+            if clip != wanted:
+                share.clips[row] = clip
+                names = self._shards.name(wanted), self._shards.name(clip)
+                self.bad.append(BadClip(share.step, names[0], why, names[1]))
+            return texts, sound
+        raise ShardError(
+            f"{self._shards.name(wanted)} cannot be used ({why}), nor what follows it; prepare its "
+            "manifest again, or set data.on_bad_clip=replace"
+        )
+
+    def _repair(self, share: _Share, error: BadSound) -> Tensor:
+        """The log-mels of a share with a clip that cannot be decoded, that clip replaced."""
+        before = share.clips.copy()
+        which = uniforms(self._config.run.seed, Stream.CAPTION, share.visits, 1)[:, 0].tolist()
+        for row in range(len(share.clips)):
+            texts, share.sounds[row] = self._usable(share, row, check=True)
+            if share.clips[row] != before[row]:
+                share.captions[row] = texts[int(which[row] * len(texts))]
+        if (share.clips == before).all():
+            raise error  # every clip can be decoded: it was not a clip's fault
+        audio = self._config.audio
+        pairs = zip(share.sounds, share.where, strict=True)
+        waves = np.stack([decode_one(sound, float(where), audio) for sound, where in pairs])
+        return self._mel(torch.from_numpy(waves).to(self._ranks.device))
+
+    def _batch(self, share: _Share, mel: Tensor) -> Batch:
+        config, device = self._config, self._ranks.device
+        visits = share.visits.to(device, non_blocking=True)
+        post = config.specaug.domain == "post_norm"
+        if post:
+            mel = normalise(mel, config.audio)
+        mel = spec_augment(mel, config.specaug, config.run.seed, visits)
+        if not post:
+            mel = normalise(mel, config.audio)
+        ids, attention_mask = self._tokenizer(share.captions)
+        return Batch(
+            mel=mel[:, None],
+            ids=ids.to(device, non_blocking=True),
+            attention_mask=attention_mask.to(device, non_blocking=True),
+            visits=visits,
+            clips=share.clips,
+            epoch=self.order.epoch(share.step),
+        )
+
+
+def evaluation_mels(
+    config: Config, shards: Shards, clips: np.ndarray, ranks: Ranks
+) -> Iterator[Tensor]:
+    """(<= eval.batch, 1, T, F) normalised log-mels of the clips named, in their order.
+
+    Raises:
+        ShardError: a clip that cannot be decoded; evaluation leaves nothing out.
+    """
+    size = config.eval.batch
+    starts = range(0, len(clips), size)
+
+    def encoded() -> Iterator[Encoded]:
+        for start in starts:
+            some = clips[start : start + size]
+            where = np.full(len(some), 0.5, np.float32)
+            if config.eval.crop == "random":
+                where = uniforms(0, Stream.EVAL_CROP, torch.from_numpy(some), 1)[:, 0].numpy()
+            yield [shards.sound(clip) for clip in some], where
+
+    mels = log_mels(
+        encoded(),
+        audio=config.audio,
+        frontend=config.frontend,
+        batch=size,
+        device=ranks.device,
+        mel=kaldi_log_mel(config.audio, ranks.device),
+        local_ranks=ranks.local_world,
+    )
+    for start in starts:
+        try:
+            mel = next(mels)
+        except BadSound as error:
+            names = ", ".join(_undecodable(shards, clips[start : start + size], config))
+            raise ShardError(f"cannot be decoded: {names or error}; prepare it again") from None
+        yield normalise(mel, config.audio)[:, None]
+
+
+def _undecodable(shards: Shards, clips: np.ndarray, config: Config) -> Iterator[str]:
+    for clip in clips:
+        try:
+            decode_one(shards.sound(clip), 0.0, config.audio)
+        except BadSound as why:
+            yield f"{shards.name(clip)} ({why})"

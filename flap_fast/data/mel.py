@@ -1,0 +1,136 @@
+"""The exact Kaldi log-mel as one linear map, on any device, and SpecAug.
+
+    frames = wave[160 m : 160 m + 400]                     m < 998 for 10 s
+    power  = (frames Re^T)^2 + (frames Im^T)^2             Re, Im (257, 400)
+    logmel = log(max(power M^T, 2**-23))                   M (128, 257)
+
+Removing each frame's mean, pre-emphasis, the symmetric Hann window and the transform are linear,
+so they are one (514, 400) matrix, computed in float64. True float32 throughout: TF32 would lift
+the noise floor of quiet bins.
+
+Source: torchaudio.compliance.kaldi.fbank and AudioMAE's front end, as SPEC 3.1 pins them down.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flap_fast.config import Audio, SpecAug
+from flap_fast.data.draws import Stream, uniforms
+
+FLOOR = 2.0**-23
+PREEMPHASIS = 0.97
+LOW_HZ = 20.0
+
+
+@dataclass(frozen=True)
+class LogMel:
+    """The two matrices of a front end and its sizes; `kaldi_log_mel(audio, device)` makes one."""
+
+    audio: Audio
+    spectrum: Tensor  # (2 * bins, window) float32
+    mel: Tensor  # (F, bins) float32
+
+    def __call__(self, wave: Tensor) -> Tensor:
+        """(B, samples) in [-1, 1] -> (B, T, F) log-mel, padded with zero rows, not normalised."""
+        wave = wave - wave.mean(1, keepdim=True)
+        frames = wave.unfold(1, self.audio.window, self.audio.hop)
+        with torch.autocast(wave.device.type, enabled=False), _true_float32():
+            parts = frames @ self.spectrum.T
+            real, imaginary = parts.chunk(2, -1)
+            power = real.square_().add_(imaginary.square_())
+            logmel = (power @ self.mel.T).clamp_(min=FLOOR).log_()
+        return pad_frames(logmel, self.audio.frames)
+
+
+def pad_frames(logmel: Tensor, frames: int) -> Tensor:
+    """(B, t, F) -> (B, frames, F): zeros below, in the log-mel domain."""
+    return torch.nn.functional.pad(logmel, (0, 0, 0, frames - logmel.shape[1]))
+
+
+def normalise(logmel: Tensor, audio: Audio) -> Tensor:
+    """AudioSet's statistics: `(v - mean) / (2 std)`; a padded row becomes 0.467."""
+    return (logmel - audio.mean) / (2 * audio.std)
+
+
+def kaldi_log_mel(audio: Audio, device: torch.device | str = "cpu") -> LogMel:
+    """The front end's matrices, computed in float64 and stored in float32."""
+    spectrum = torch.from_numpy(_spectrum(audio.window)).float().to(device)
+    mel = torch.from_numpy(mel_matrix(audio.mel_bins, audio.window, audio.sample_rate_hz))
+    return LogMel(audio, spectrum, mel.float().to(device))
+
+
+def fft_size(window: int) -> int:
+    """The window's length, rounded up to a power of two."""
+    return 1 << (window - 1).bit_length()
+
+
+def hann(window: int) -> np.ndarray:
+    """The symmetric Hann window, float64."""
+    return 0.5 - 0.5 * np.cos(2 * math.pi * np.arange(window) / (window - 1))
+
+
+def mel_matrix(bins: int, window: int, sample_rate_hz: int) -> np.ndarray:
+    """(F, fft/2 + 1) float64: triangles in mel from 20 Hz to half the rate, none at Nyquist."""
+    size = fft_size(window)
+
+    def mel(hz):
+        return 1127.0 * np.log1p(hz / 700.0)
+
+    low, high = mel(LOW_HZ), mel(sample_rate_hz / 2)
+    step = (high - low) / (bins + 1)
+    left = low + step * np.arange(bins)[:, None]
+    at = mel(np.arange(size // 2) * sample_rate_hz / size)[None, :]
+    rising, falling = (at - left) / step, (left + 2 * step - at) / step
+    matrix = np.maximum(0.0, np.minimum(rising, falling))
+    return np.pad(matrix, ((0, 0), (0, 1)))
+
+
+def spec_augment(logmel: Tensor, settings: SpecAug, seed: int, visits: Tensor) -> Tensor:
+    """One frequency mask and one time mask a clip; what they cover becomes 0.
+
+    Args:
+        logmel: (B, T, F).
+        visits: (B,) int64, keys the draws.
+
+    Source: torchaudio's masking semantics: width U[0, P), start U[0, size - width), both floored.
+    """
+    B, T, F = logmel.shape
+    u = uniforms(seed, Stream.SPECAUG, visits, 4)
+    time = _stripe(u[:, 0], u[:, 1], settings.time_frames, T)
+    freq = _stripe(u[:, 2], u[:, 3], settings.freq_bins, F)
+    return logmel.masked_fill(time[:, :, None] | freq[:, None, :], 0.0)
+
+
+def _stripe(width: Tensor, start: Tensor, widest: int, size: int) -> Tensor:
+    """(B, size) bool: the cells that a mask of each clip covers."""
+    width = width * min(widest, size)
+    first = (start * (size - width)).floor()
+    cells = torch.arange(size, device=width.device)
+    return (cells >= first[:, None]) & (cells < (first + width.floor())[:, None])
+
+
+def _spectrum(window: int) -> np.ndarray:
+    """(2 * (fft/2 + 1), window) float64: mean removal, pre-emphasis, window, transform."""
+    remove_mean = np.eye(window) - 1.0 / window
+    emphasis = np.eye(window) - PREEMPHASIS * np.eye(window, k=-1)
+    emphasis[0, 0] = 1 - PREEMPHASIS
+    linear = hann(window)[:, None] * (emphasis @ remove_mean)
+    transformed = np.fft.rfft(linear, fft_size(window), axis=0)
+    return np.concatenate([transformed.real, transformed.imag])
+
+
+class _true_float32:
+    """No TF32 inside, whatever the run allows outside."""
+
+    def __enter__(self):
+        self.allowed = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+    def __exit__(self, *_):
+        torch.backends.cuda.matmul.allow_tf32 = self.allowed

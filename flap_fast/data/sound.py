@@ -1,0 +1,72 @@
+"""One sound file or its bytes -> one mono waveform at the rate asked for (CPU, NumPy).
+
+This is the twin that says what DALI's decoding means; `prepare` and evaluation of plain files use
+it as well. Files: whatever libsndfile reads (WAV, FLAC, OGG, MP3).
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+
+
+class BadSound(ValueError):
+    """A sound that cannot be used, and why."""
+
+
+def read_sound(
+    source: Path | bytes,
+    sample_rate_hz: int,
+    *,
+    start_s: float = 0.0,
+    duration_s: float | None = None,
+) -> np.ndarray:
+    """The mono waveform, (samples,) float32 in [-1, 1], channels averaged.
+
+    Raises:
+        BadSound: missing, unreadable, empty, or not finite.
+    """
+    try:
+        with soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else source) as f:
+            rate = f.samplerate
+            f.seek(min(round(start_s * rate), f.frames))
+            frames = -1 if duration_s is None else -int(-duration_s * rate // 1)
+            wave = f.read(frames, dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
+        raise BadSound(f"unreadable: {error}") from None
+    mono = wave.mean(1) if wave.shape[1] > 1 else wave[:, 0]
+    if len(mono) == 0:
+        raise BadSound("empty: no samples")
+    if not np.isfinite(mono).all():
+        raise BadSound("unreadable: samples are not finite")
+    if rate != sample_rate_hz:
+        mono = soxr.resample(mono, rate, sample_rate_hz, quality="HQ")
+    return np.ascontiguousarray(mono, dtype=np.float32)
+
+
+def crop(wave: np.ndarray, samples: int, where: float) -> np.ndarray:
+    """At most `samples` of the wave, from `floor(where * (len - samples + 1))`.
+
+    `where` is in [0, 1): every start is as likely as any other. Float64, as in DALI's graph.
+    """
+    spare = len(wave) - samples
+    if spare <= 0:
+        return wave
+    start = int(np.floor(np.float64(where) * (spare + 1)))
+    return wave[start : start + samples]
+
+
+def fill(wave: np.ndarray, samples: int, filling: str) -> np.ndarray:
+    """Exactly `samples`: whole repeats then zeros (`repeatpad`), zeros (`pad`), cut repeats.
+
+    Source: LAION-CLAP, the modes of its data pipeline; SPEC 2.4.
+    """
+    if len(wave) == samples:
+        return wave
+    repeats = {"repeatpad": samples // len(wave), "pad": 1, "repeat": samples // len(wave) + 1}
+    full = np.tile(wave, repeats[filling])[:samples]
+    return np.pad(full, (0, samples - len(full)))

@@ -1,0 +1,79 @@
+"""The processes of a run, as launched by deepspeed, torchrun or by hand, and what they share."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+# A rank that dies takes the others down after this long, instead of leaving them waiting.
+_PATIENCE = timedelta(minutes=15)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among its peers."""
+
+    rank: int = 0
+    world: int = 1
+    local_world: int = 1
+    device: torch.device = torch.device("cpu")
+    launched: bool = False
+    """A launcher started this process (even if it is the only one)."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes the files and talks to the terminal."""
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up on any rank; every rank must ask."""
+        if self.world == 1:
+            return flag
+        up = torch.tensor([float(flag)], device=self.device)
+        dist.all_reduce(up, op=dist.ReduceOp.MAX)
+        return bool(up.item())
+
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows of all ranks, rank by rank; every rank passes as many."""
+        if self.world == 1:
+            return rows
+        out = rows.new_empty(self.world * len(rows), *rows.shape[1:])
+        dist.all_gather_into_tensor(out, rows.contiguous())
+        return out
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world > 1:
+            dist.barrier()
+
+
+def world_size() -> int:
+    """How many ranks the launcher announced, before anything is set up."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join_ranks() -> Ranks:
+    """Set the device and join the process group; alone, there is none to join."""
+    world, rank = world_size(), int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", str(world)))
+    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    launched = "RANK" in os.environ
+    if launched and not dist.is_initialized():
+        if not on_gpu and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_PATIENCE)
+    return Ranks(rank, world, local_world, device, launched)
+
+
+def leave_ranks() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
