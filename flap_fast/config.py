@@ -263,8 +263,9 @@ class Train(Section):
     """`auto`: DeepSpeed under a launcher, plain PyTorch for a process of its own."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What DeepSpeed shards: nothing, optimizer states, gradients too, parameters too."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Autocast of the towers; parameters, embeddings and losses stay in fp32."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of the towers: bf16 autocast on a GPU and fp32 on a CPU (`auto`), or one of them anywhere.
+    Parameters, embeddings and losses stay in fp32."""
     checkpoint_activations: bool = False
     """Recompute each transformer block in the backward pass instead of keeping it."""
 

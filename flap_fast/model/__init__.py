@@ -1,1 +1,1 @@
-"""."""
+"""Batches -> embeddings: patches, masking, the two towers."""

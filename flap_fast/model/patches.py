@@ -1,0 +1,39 @@
+"""A log-mel's patches, and where each of them lies.
+
+    patches (B, N, patch * patch)    token n = F/patch * time + frequency, pixels (time, frequency)
+
+    B clips   N patches of a clip   D width
+
+Source: AudioMAE's patch embedding; its fixed 2-D sine positions (SPEC 4.1, 4.2).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def patchify(mel: Tensor, patch: int) -> Tensor:
+    """(B, 1, T, F) -> (B, N, patch * patch), time-major, each patch row by row."""
+    B, _, T, F = mel.shape
+    cells = mel.reshape(B, T // patch, patch, F // patch, patch)
+    return cells.transpose(2, 3).reshape(B, -1, patch * patch)
+
+
+def sine_positions(width: int, grid: tuple[int, int], layout: str = "correct") -> Tensor:
+    """(N, D) float32: the first half of D from the frequency, the second from the time.
+
+    Args:
+        grid: patches along time and along frequency.
+        layout: `audiomae_legacy` gives the table that AudioMAE computed for the transposed grid:
+            unique for each token, but not aligned with time and frequency.
+    """
+    n = torch.arange(grid[0] * grid[1])
+    columns = grid[1] if layout == "correct" else grid[0]
+    return torch.cat([_sines(width // 2, n % columns), _sines(width // 2, n // columns)], 1).float()
+
+
+def _sines(width: int, position: Tensor) -> Tensor:
+    frequency = 10000.0 ** (-torch.arange(width // 2, dtype=torch.float64) / (width / 2))
+    angle = position[:, None].double() * frequency
+    return torch.cat([angle.sin(), angle.cos()], 1)

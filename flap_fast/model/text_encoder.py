@@ -1,0 +1,115 @@
+"""The text encoder: a transformers model from a folder, or a RoBERTa of random weights.
+
+    ids, attention_mask (B, L) -> states (B, L, D) -> pooled (B, D)
+
+The folder must be local: nothing is fetched from a hub.
+
+Source: LAION-CLAP's text branch (RoBERTa and its pooler), SPEC 5.1.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, RobertaConfig
+from transformers.utils.logging import disable_progress_bar
+
+from flap_fast.checks import ConfigError, need
+from flap_fast.config import Text
+from flap_fast.data.captions import local_folder, tokenizer
+
+
+class TextEncoder(nn.Module):
+    """(B, L) token ids and mask -> (B, D) float32.
+
+    Args:
+        weights: load the folder's weights; without, only its shape (a checkpoint has the rest).
+    """
+
+    def __init__(self, text: Text, *, recompute: bool = False, weights: bool = True):
+        super().__init__()
+        self.pool, self.frozen = text.pool, text.freeze
+        self.inner = _from_folder(text, weights) if text.folder else _random(text)
+        self.width: int = self.inner.config.hidden_size
+        if getattr(self.inner, "pooler", None) is None:
+            need(text.pool != "pooler", "text.pool", "be mean or cls: it has no pooler", text.pool)
+        elif text.pool != "pooler":
+            self.inner.pooler = None  # no weights without a gradient
+        if recompute:
+            self.inner.gradient_checkpointing_enable({"use_reentrant": False})
+        if text.freeze:
+            self.requires_grad_(False)
+            self.train(False)
+
+    def train(self, mode: bool = True) -> TextEncoder:
+        """A frozen tower never trains: its dropout stays off."""
+        return super().train(mode and not self.frozen)
+
+    def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+        if self.frozen:
+            with torch.no_grad():
+                return self._pooled(ids, attention_mask)
+        return self._pooled(ids, attention_mask)
+
+    def _pooled(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+        out = self.inner(input_ids=ids, attention_mask=attention_mask)
+        if self.pool == "pooler":
+            return out.pooler_output.float()
+        states = out.last_hidden_state.float()
+        if self.pool == "cls":
+            return states[:, 0]
+        weight = attention_mask[..., None].float()
+        return (states * weight).sum(1) / weight.sum(1)
+
+
+def _from_folder(text: Text, weights: bool):
+    assert text.folder is not None
+    folder = local_folder("text.folder", text.folder)
+    dropout = _dropout(text)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, **dropout)
+        disable_progress_bar()  # a bar for weights that load in a blink
+        if not weights:
+            return AutoModel.from_config(config, dtype=torch.float32)
+        return AutoModel.from_pretrained(
+            folder, config=config, local_files_only=True, dtype=torch.float32
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"text.folder must hold an encoder, got '{folder}': {error}") from None
+
+
+def _random(text: Text):
+    """RoBERTa's shape with the tokenizer's vocabulary; LayerNorm's epsilon is the released one."""
+    need(
+        text.width % text.heads == 0, "text.width", f"be a multiple of {text.heads}", text.width
+    )
+    inner = tokenizer(text).inner
+    config = RobertaConfig(
+        vocab_size=len(inner),
+        hidden_size=text.width,
+        num_hidden_layers=text.depth,
+        num_attention_heads=text.heads,
+        intermediate_size=4 * text.width,
+        # RoBERTa counts positions from pad + 1; batches are padded to a multiple of 8.
+        max_position_embeddings=max(514, text.max_tokens + 16 + inner.pad_token_id),
+        type_vocab_size=1,
+        layer_norm_eps=1e-5,
+        pad_token_id=inner.pad_token_id,
+        bos_token_id=inner.bos_token_id,
+        eos_token_id=inner.eos_token_id,
+        **_dropout(text),
+    )
+    return AutoModel.from_config(config, dtype=torch.float32)
+
+
+def _dropout(text: Text) -> dict[str, float]:
+    names = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+    return dict.fromkeys(names, text.dropout)
+
+
+def save_text_files(text: Text, encoder: TextEncoder, folder: Path) -> None:
+    """The tower's config and tokenizer, so that a checkpoint opens without the first folder."""
+    encoder.inner.config.save_pretrained(folder)
+    tokenizer(text).inner.save_pretrained(folder)

@@ -1,0 +1,121 @@
+"""Pre-norm transformer blocks; the one file that knows about attention back ends.
+
+    x = x + attention(norm(x));  x = x + mlp(norm(x))
+
+    B clips   L tokens   D width
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from flap_fast.checks import ConfigError
+
+LAYER_NORM_EPS = 1e-6
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention without a mask, (B, L, D) -> (B, L, D)."""
+
+    def __init__(self, width: int, heads: int, backend: str = "sdpa"):
+        super().__init__()
+        self.heads, self.backend = heads, backend
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        if backend == "xformers":
+            _xformers_attention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, L, D = x.shape
+        qkv = self.qkv(x).reshape(B, L, 3, self.heads, D // self.heads)
+        if self.backend == "xformers":
+            q, k, v = qkv.unbind(2)
+            return self.proj(_xformers_attention()(q, k, v).reshape(B, L, D))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        y = functional.scaled_dot_product_attention(q, k, v)
+        return self.proj(y.transpose(1, 2).reshape(B, L, D))
+
+
+class Mlp(nn.Module):
+    """Two layers with an exact GELU between, four times as wide inside."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(functional.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """One pre-norm block; in training each branch of a clip is left out with `drop_path`."""
+
+    def __init__(self, width: int, heads: int, drop_path: float = 0.0, backend: str = "sdpa"):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.attn = Attention(width, heads, backend)
+        self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.mlp = Mlp(width)
+        self.drop_path = drop_path
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self._dropped(self.attn(self.norm1(x)))
+        return x + self._dropped(self.mlp(self.norm2(x)))
+
+    def _dropped(self, branch: Tensor) -> Tensor:
+        if not self.training or self.drop_path == 0:
+            return branch
+        stays = branch.new_empty(len(branch), 1, 1).bernoulli_(1 - self.drop_path)
+        return branch * stays / (1 - self.drop_path)
+
+
+class Blocks(nn.ModuleList):
+    """Blocks one after the other, each recomputed in the backward pass if asked.
+
+    Drop-path grows linearly from 0 at the first block to `drop_path` at the last.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        depth: int,
+        heads: int,
+        *,
+        drop_path: float = 0.0,
+        backend: str = "sdpa",
+        recompute: bool = False,
+    ):
+        rates = torch.linspace(0, drop_path, depth).tolist()
+        super().__init__(Block(width, heads, rate, backend) for rate in rates)
+        self.recompute = recompute
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self:
+            if self.recompute and self.training and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)  # type: ignore[assignment]
+            else:
+                x = block(x)
+        return x
+
+
+def initialise(module: nn.Module) -> None:
+    """Xavier-uniform matrices and zero biases, as AudioMAE's (SPEC 4.1)."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def _xformers_attention():
+    try:
+        from xformers.ops import memory_efficient_attention
+    except ImportError as error:
+        raise ConfigError(
+            f"audio.attention must be 'sdpa' where xformers does not import ({error}); "
+            "pip install 'flap_fast[xformers]'"
+        ) from None
+    return memory_efficient_attention

@@ -1,0 +1,117 @@
+"""Checkpoints: whole or not there, the last few and the best, each a model folder of its own.
+
+    runs/NAME/checkpoints/step-000600/model.safetensors config.yaml text/    opens with flap_fast.load
+                                      state.json engine/                     to go on training
+    runs/NAME/checkpoints/best -> step-000400
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from flap_fast.checks import ConfigError
+from flap_fast.config import Config
+from flap_fast.model.interop import load_weights, save_model
+from flap_fast.ranks import Ranks
+from flap_fast.train.engine import Engine
+
+_PART = ".part"
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run stands. The data's position, masks and dropout follow from the step."""
+
+    step: int
+    """Steps done."""
+    best: float | None
+    """The best score on data.val so far."""
+    world: int
+    engine: str
+    zero_stage: int
+
+
+class Checkpoints:
+    """The checkpoints of one run."""
+
+    def __init__(self, config: Config, ranks: Ranks):
+        self._config, self._ranks = config, ranks
+        self.folder = config.run_folder / "checkpoints"
+
+    def latest(self) -> Path | None:
+        """The last complete checkpoint."""
+        return latest(self.folder)
+
+    def save(self, engine: Engine, step: int, best: float | None, *, is_best: bool = False) -> Path:
+        """Write a checkpoint of `step` steps, then delete what is no longer kept; on every rank.
+
+        A failure on the way (a full disk) leaves the earlier checkpoints as they were.
+        """
+        final = self.folder / f"step-{step:06d}"
+        part = final.with_name(final.name + _PART)
+        if not final.exists():
+            if self._ranks.first:
+                shutil.rmtree(part, ignore_errors=True)
+                (part / "engine").mkdir(parents=True)
+            self._ranks.barrier()
+            engine.save(part / "engine")
+            weights = engine.weights()
+            self._ranks.barrier()
+            if self._ranks.first:
+                save_model(part, self._config, engine.module, weights)
+                stage = self._config.train.zero_stage
+                state = State(step, best, self._ranks.world, engine.name, stage)
+                (part / "state.json").write_text(json.dumps(asdict(state), indent=1) + "\n")
+                part.replace(final)
+        if self._ranks.first:
+            if is_best:
+                self._point_to(final)
+            self._tidy()
+        self._ranks.barrier()
+        return final
+
+    def load(self, engine: Engine, folder: Path) -> State:
+        """Bring the engine back to where a checkpoint was written.
+
+        Raises:
+            ConfigError: it was written by another engine or another number of ranks.
+        """
+        state = State(**json.loads((folder / "state.json").read_text()))
+        stage = self._config.train.zero_stage
+        now = (engine.name, self._ranks.world, stage if engine.name == "deepspeed" else None)
+        saved_stage = state.zero_stage if state.engine == "deepspeed" else None
+        if now != (state.engine, state.world, saved_stage):
+            raise ConfigError(
+                f"{folder} must be resumed as it was written: engine {state.engine}, "
+                f"{state.world} ranks, ZeRO {saved_stage}; got {now[0]}, {now[1]} ranks, ZeRO {now[2]}"
+            )
+        engine.load(folder / "engine", load_weights(folder))
+        return state
+
+    def _point_to(self, best: Path) -> None:
+        link = self.folder / "best.part"
+        link.unlink(missing_ok=True)
+        os.symlink(best.name, link)
+        link.replace(self.folder / "best")
+
+    def _tidy(self) -> None:
+        keep = set(_steps(self.folder)[-self._config.ckpt.keep_last :])
+        best = self.folder / "best"
+        if best.exists():
+            keep.add(best.resolve())
+        for folder in {f.resolve() for f in _steps(self.folder)} - {f.resolve() for f in keep}:
+            shutil.rmtree(folder)
+
+
+def latest(folder: Path) -> Path | None:
+    """The complete checkpoint of the most steps in a folder of checkpoints."""
+    return next(reversed(_steps(folder)), None)
+
+
+def _steps(folder: Path) -> list[Path]:
+    found = (f for f in folder.glob("step-*") if (f / "state.json").is_file())
+    return sorted((f for f in found if f.suffix != _PART), key=lambda f: int(f.name[5:]))
