@@ -1,1 +1,37 @@
-"""flap_fast."""
+"""Contrastive language-audio pre-training, fast.
+
+    flap_fast.load("runs/demo").rank("dog.ogg", ["a dog barks", "rain on a roof"])
+    flap_fast.prepare("manifest.jsonl", "data/mine")
+
+Training is the command `flap train CONFIG`, or `flap_fast.train.loop.train(load_config(CONFIG))`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flap_fast.config import Config
+    from flap_fast.configfile import load_config
+    from flap_fast.data.prepare import prepare
+    from flap_fast.embedder import Embedder, load
+
+__all__ = ["Config", "Embedder", "load", "load_config", "prepare"]
+__version__ = "0.1.0"
+
+_HOME = {
+    "Config": "config",
+    "Embedder": "embedder",
+    "load": "embedder",
+    "load_config": "configfile",
+    "prepare": "data.prepare",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is: torch and transformers take seconds."""
+    import importlib
+
+    if name not in _HOME:
+        raise AttributeError(f"module 'flap_fast' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"flap_fast.{_HOME[name]}"), name)

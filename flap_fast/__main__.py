@@ -1,4 +1,180 @@
-"""x."""
+"""The command `flap`: prepare, train, eval, config, show.
+
+`python -m flap_fast` is the same, so that `deepspeed --module flap_fast train CONFIG` works.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from flap_fast.checks import ConfigError
+
+app = typer.Typer(
+    name="flap",
+    help="Contrastive language-audio pre-training.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+config_app = typer.Typer(help="Look at settings.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+ConfigFile = Annotated[Path, typer.Argument(help="A YAML file, such as configs/demo.yaml.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[NAME=VALUE]...", help="As in mask.kind=1d.")
+]
 
 
-def main(): ...
+@app.callback()
+def launched(
+    local_rank: Annotated[
+        int, typer.Option("--local_rank", hidden=True, help="From the deepspeed launcher.")
+    ] = 0,
+) -> None:
+    """Contrastive language-audio pre-training."""
+    # The launcher's environment says the same; its option only has to be accepted.
+
+
+@app.command()
+def prepare(
+    manifest: Annotated[Path, typer.Argument(help="JSON lines or CSV: audio, caption(s), ...")],
+    out: Annotated[Path, typer.Argument(help="Gets OUT/SPLIT/*.tar and OUT/rejected.jsonl.")],
+    sample_rate_hz: Annotated[int, typer.Option(help="The front end's rate.")] = 16_000,
+    shard_clips: Annotated[int, typer.Option(help="Clips a shard.")] = 512,
+    threads: Annotated[int, typer.Option(help="Decoding threads; 0 takes all cores.")] = 0,
+) -> None:
+    """Decode every clip once and write WebDataset shards; goes on where it was stopped."""
+    from flap_fast.data.prepare import prepare as write_shards
+
+    if sample_rate_hz < 1 or shard_clips < 1 or threads < 0:
+        raise ConfigError("--sample-rate-hz and --shard-clips must be at least 1, --threads 0")
+    done = write_shards(
+        manifest, out, sample_rate_hz=sample_rate_hz, shard_clips=shard_clips, threads=threads
+    )
+    print(
+        f"{out}: {done.kept} clips in {done.shards} shards, {done.rejected} of {done.clips} "
+        f"rejected" + (f" (reasons in {out / 'rejected.jsonl'})" if done.rejected else "")
+    )
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run.")] = False,
+) -> None:
+    """Train, and score the result on data.val. Also under `deepspeed --module flap_fast`."""
+    from flap_fast.configfile import load_config
+
+    settings = load_config(config, overrides or [])
+    from flap_fast.evaluate.run import table
+    from flap_fast.train.loop import Stopped
+    from flap_fast.train.loop import train as run
+
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        scores = run(settings, resume=resume)
+    except Stopped as stopped:
+        if first:
+            tell(f"{stopped}. Go on with the same command and --resume")
+        raise typer.Exit(130) from None
+    if first:
+        if scores is not None:
+            Console().print(table(scores))
+        print(f"{settings.run_folder}: the run is complete (flap eval {settings.run_folder} DATA)")
+
+
+@app.command("eval")
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="A run's folder or a checkpoint's.")],
+    data: Annotated[list[Path], typer.Argument(help="Folders of shards.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The JSON; CHECKPOINT/eval.json when not given.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Clips embedded at a time.")] = 64,
+) -> None:
+    """Retrieval in both directions: a table, and a JSON file."""
+    import torch
+
+    from flap_fast.data.captions import tokenizer
+    from flap_fast.evaluate.run import evaluate as score
+    from flap_fast.evaluate.run import table, write_scores
+    from flap_fast.model.interop import load_model
+    from flap_fast.ranks import Ranks
+
+    if batch < 1:
+        raise ConfigError(f"--batch must be at least 1, got {batch}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, config = load_model(checkpoint, device)
+    config = config.model_copy(update={"eval": config.eval.model_copy(update={"batch": batch})})
+    scores = score(model, config, tokenizer(config.text), data, Ranks(device=device))
+    write_scores(out or checkpoint / "eval.json", scores)
+    Console().print(table(scores))
+    print(f"written to {out or checkpoint / 'eval.json'}")
+
+
+@app.command()
+def show(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="The PNG.")] = Path("masking.png"),
+    sound: Annotated[Path | None, typer.Option(help="A sound; else a clip of data.train.")] = None,
+    clip: Annotated[int, typer.Option(help="Which clip of data.train.")] = 0,
+) -> None:
+    """Draw a log-mel and the patches of it that masking keeps."""
+    from flap_fast.configfile import load_config
+    from flap_fast.report.masking import masking_figure
+
+    print(masking_figure(load_config(config, overrides or []), out, sound=sound, clip=clip))
+
+
+@config_app.command("show")
+def config_show(
+    config: Annotated[
+        Path | None, typer.Argument(help="A YAML file; the defaults without.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Print every setting in force."""
+    from flap_fast.configfile import dump_config, load_config
+
+    print(dump_config(load_config(config, overrides or [])), end="")
+
+
+def tell(message: str) -> None:
+    """A line for a person, on stderr; which rank says it, if there are several."""
+    world, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")
+    print(message if world == "1" else f"[rank {rank}] {message}", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Run the command; what a user can mend is told in a sentence, without a traceback."""
+    try:
+        app()
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":  # all ranks read the same config
+            tell(f"error: {error}")
+        sys.exit(2)
+    except OSError as error:
+        tell(f"error: {error}; what was complete before it is still there")
+        sys.exit(1)
+    except (ValueError, ArithmeticError) as error:
+        from flap_fast.data.manifest import ManifestError
+        from flap_fast.data.shards import ShardError
+        from flap_fast.data.sound import BadSound
+
+        known = (ManifestError, ShardError, BadSound, ArithmeticError)
+        if not isinstance(error, known):
+            raise  # a fault of ours: with its traceback
+        tell(f"error: {error}")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -351,10 +351,3 @@ def check_before_loading(config: Config, world: int) -> None:
                 folder,
                 "write them with: flap prepare MANIFEST OUT (the demo's: make data)",
             )
-    need(
-        world == 1 or config.train.engine != "plain",
-        "train.engine",
-        f"not be 'plain' on {world} ranks",
-        config.train.engine,
-        "use auto or deepspeed",
-    )

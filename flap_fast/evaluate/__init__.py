@@ -1,1 +1,1 @@
-"""."""
+"""Checkpoint -> scores."""

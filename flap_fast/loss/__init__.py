@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from flap_fast.config import Config
@@ -18,5 +19,5 @@ def total_loss(outputs: Outputs, config: Config) -> dict[str, Tensor]:
     """Each term whose weight is above 0, unweighted, and their weighted sum `total`, all ()."""
     weights = {name: getattr(config.loss, name).weight for name in LOSSES}
     terms = {name: LOSSES[name](outputs, config) for name, weight in weights.items() if weight > 0}
-    terms["total"] = sum((weights[name] * term for name, term in terms.items()), Tensor([0.0])[0])
+    terms["total"] = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
     return terms

@@ -1,6 +1,7 @@
 """InfoNCE between the sounds and the captions of all ranks.
 
-    S = scale * A T^T      L = mean(logsumexp_row(S) - diag(S)) / 2 + mean(logsumexp_col(S) - diag(S)) / 2
+    S = scale * A T^T
+    L = mean(logsumexp_row(S) - diag(S)) / 2 + mean(logsumexp_col(S) - diag(S)) / 2
 
 No B x B matrix is stored; gradients are exact under engines that average over ranks.
 

@@ -1,1 +1,1 @@
-"""."""
+"""Terms -> ZeRO step -> checkpoint: the loop, its engines, and what watches it."""

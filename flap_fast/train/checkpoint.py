@@ -1,8 +1,8 @@
 """Checkpoints: whole or not there, the last few and the best, each a model folder of its own.
 
-    runs/NAME/checkpoints/step-000600/model.safetensors config.yaml text/    opens with flap_fast.load
-                                      state.json engine/                     to go on training
-    runs/NAME/checkpoints/best -> step-000400
+runs/NAME/checkpoints/step-000600/model.safetensors config.yaml text/  for flap_fast.load
+                                  state.json engine/                   to go on training
+runs/NAME/checkpoints/best -> step-000400
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ class Checkpoints:
         if now != (state.engine, state.world, saved_stage):
             raise ConfigError(
                 f"{folder} must be resumed as it was written: engine {state.engine}, "
-                f"{state.world} ranks, ZeRO {saved_stage}; got {now[0]}, {now[1]} ranks, ZeRO {now[2]}"
+                f"{state.world} ranks, ZeRO {saved_stage}; "
+                f"got {now[0]}, {now[1]} ranks, ZeRO {now[2]}"
             )
         engine.load(folder / "engine", load_weights(folder))
         return state

@@ -9,6 +9,7 @@ here and nowhere else. The only file that imports deepspeed.
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,10 +26,16 @@ class Engine(Protocol):
     """What the loop asks of an engine."""
 
     name: str
-    module: Flap
-    """The model itself, for evaluation; parameters may be sharded."""
-    model: nn.Module
-    """What the loop calls."""
+
+    @property
+    def module(self) -> Flap:
+        """The model itself, for evaluation; parameters may be sharded."""
+        ...
+
+    @property
+    def model(self) -> nn.Module:
+        """What the loop calls."""
+        ...
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of a loss, averaged over ranks."""
@@ -113,7 +120,7 @@ class DeepSpeedEngine:
 
     def step(self, lr: float) -> Tensor:
         assert self._engine.optimizer is not None
-        for group in self._engine.optimizer.param_groups:
+        for group in self._engine.optimizer.param_groups:  # type: ignore[attr-defined,union-attr]
             group["lr"] = lr
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
@@ -133,21 +140,27 @@ class DeepSpeedEngine:
             raise OSError(f"DeepSpeed found no checkpoint in {folder}")
 
 
-def make_engine(config: Config, model: Flap, ranks: Ranks) -> Engine:
-    """The engine that the config asks for; `auto` takes DeepSpeed under a launcher."""
-    there = importlib.util.find_spec("deepspeed") is not None
+def check_engine(config: Config, world: int) -> str:
+    """The engine that the config asks for; `auto` takes DeepSpeed under a launcher.
+
+    Raises:
+        ConfigError: DeepSpeed without itself or without a launcher, or plain PyTorch over ranks.
+    """
+    there, launched = importlib.util.find_spec("deepspeed") is not None, "RANK" in os.environ
     kind = config.train.engine
     if kind == "auto":
-        kind = "deepspeed" if ranks.launched and there else "plain"
-    remedy = "pip install deepspeed" if not there else "launch with deepspeed or torchrun"
-    need(
-        kind == "plain" or (there and ranks.launched),
-        "train.engine",
-        "be 'plain' without DeepSpeed and a launcher",
-        kind,
-        remedy,
-    )
-    need(kind != "plain" or ranks.world == 1, "train.engine", "not be 'plain' on ranks", kind)
+        kind = "deepspeed" if launched and (there or world > 1) else "plain"
+    remedy = "launch with deepspeed or torchrun" if there else "pip install deepspeed"
+    rule = "be 'plain' without DeepSpeed and a launcher"
+    need(kind == "plain" or (there and launched), "train.engine", rule, kind, remedy)
+    rule = f"be 'auto' or 'deepspeed' on {world} ranks"
+    need(kind == "deepspeed" or world == 1, "train.engine", rule, kind)
+    return kind
+
+
+def make_engine(config: Config, model: Flap, ranks: Ranks) -> Engine:
+    """The engine in force, with the model in it."""
+    kind = check_engine(config, ranks.world)
     return (DeepSpeedEngine if kind == "deepspeed" else PlainEngine)(config, model, ranks)
 
 

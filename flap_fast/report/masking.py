@@ -1,0 +1,83 @@
+"""A picture of what masking leaves of a sound."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flap_fast.checks import ConfigError
+from flap_fast.config import Config
+from flap_fast.data.mel import kaldi_log_mel
+from flap_fast.data.shards import open_shards
+from flap_fast.data.sound import crop, fill, read_sound
+from flap_fast.model.masking import mask_plan
+
+
+def masking_figure(config: Config, out: Path, *, sound: Path | None = None, clip: int = 0) -> Path:
+    """Write a PNG: a log-mel, and the patches of it that training keeps.
+
+    Args:
+        sound: a sound file; without one, clip number `clip` of data.train.
+
+    Raises:
+        ConfigError: matplotlib is not installed, or there is nothing to show.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError("figures must have matplotlib; pip install 'flap_fast[report]'") from None
+    audio = config.audio
+    name, caption, source = _source(config, sound, clip)
+    wave = fill(
+        crop(read_sound(source, audio.sample_rate_hz), audio.samples, 0.5),
+        audio.samples,
+        audio.filling,
+    )
+    mel = kaldi_log_mel(audio, torch.device("cpu"))(torch.from_numpy(wave)[None])[0]
+    plan = mask_plan(config.mask, audio.grid, config.run.seed, torch.tensor([clip]))
+    keep = torch.arange(audio.grid[0] * audio.grid[1]) if plan is None else plan.keep[0]
+    shown = _only_kept(mel, keep, audio.patch, audio.grid)
+
+    figure = Figure(figsize=(10, 5.2), layout="constrained")
+    axes = figure.subplots(2, 1, sharex=True)
+    bounds = {"vmin": float(mel.min()), "vmax": float(mel.max())}
+    extent = (0, audio.frames / 100, 0, audio.mel_bins)
+    share = len(keep) / (audio.grid[0] * audio.grid[1])
+    titles = (
+        f'{name}: "{caption}"' if caption else name,
+        f"{len(keep)} of {audio.grid[0] * audio.grid[1]} patches kept ({share:.0%}), "
+        f"mask.kind={config.mask.kind}",
+    )
+    for axis, picture, title in zip(axes, (mel, shown), titles, strict=True):
+        image = axis.imshow(
+            picture.T.numpy(), origin="lower", aspect="auto", extent=extent, cmap="magma", **bounds
+        )
+        axis.set_facecolor("0.85")
+        axis.set_title(title, fontsize=10)
+        axis.set_ylabel("mel bin")
+    axes[1].set_xlabel("seconds")
+    figure.colorbar(image, ax=axes, label="log energy")  # type: ignore[possibly-undefined]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=120)
+    return out
+
+
+def _source(config: Config, sound: Path | None, clip: int) -> tuple[str, str, bytes | Path]:
+    if sound is not None:
+        return sound.name, "", sound
+    shards = open_shards(config.data.train)
+    if not 0 <= clip < len(shards):
+        raise ConfigError(f"--clip must be in [0, {len(shards)}), got {clip}")
+    record = shards.record(clip)
+    return str(record.get("id", clip)), record["text"][0], shards.sound(clip)
+
+
+def _only_kept(mel: Tensor, keep: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
+    """The log-mel with NaN in the patches that are dropped."""
+    stays = torch.zeros(grid[0] * grid[1], dtype=torch.bool)
+    stays[keep] = True
+    whole = np.kron(stays.reshape(grid).numpy(), np.ones((patch, patch), dtype=bool))
+    return mel.masked_fill(~torch.from_numpy(whole), float("nan"))

@@ -1,0 +1,136 @@
+"""The loop: batches -> loss -> weights, and what happens between steps."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flap_fast.config import Config, Mask, check_before_loading
+from flap_fast.data.batch import Batch
+from flap_fast.data.captions import Tokenizer, tokenizer
+from flap_fast.data.loader import TrainingLoader
+from flap_fast.data.shards import open_shards
+from flap_fast.evaluate.run import Scores, evaluate, flat_scores, selection_score, write_scores
+from flap_fast.loss import total_loss
+from flap_fast.model.flap import Flap
+from flap_fast.model.masking import mask_plan
+from flap_fast.ranks import Ranks, join_ranks, leave_ranks, world_size
+from flap_fast.train.checkpoint import Checkpoints
+from flap_fast.train.engine import Engine, check_engine, make_engine
+from flap_fast.train.observers import Watch, check_wandb, observers, report_bad_clips
+from flap_fast.train.run_folder import begin, write_config
+from flap_fast.train.schedules import warmup_cosine
+from flap_fast.train.stop import Stop
+
+
+class Stopped(Exception):
+    """A signal stopped the run after a step; `checkpoint` is where it goes on from."""
+
+    def __init__(self, step: int, checkpoint: Path):
+        super().__init__(f"stopped after step {step}, saved in {checkpoint}")
+        self.step, self.checkpoint = step, checkpoint
+
+
+def train(config: Config, *, resume: bool = False) -> Scores | None:
+    """Train a run to its end and score it on data.val; gives the scores, if there are any.
+
+    Args:
+        resume: go on from the run's last checkpoint; without one, begin.
+
+    Raises:
+        ConfigError: before anything is loaded, where it can be seen then.
+        Stopped: SIGINT or SIGTERM, after a checkpoint was saved.
+        NotFinite: NaN or infinity; the checkpoints before it stay.
+    """
+    check_before_loading(config, world_size())
+    check_engine(config, world_size())
+    check_wandb(config)
+    start = begin(config, resume=resume)
+    ranks = join_ranks()
+    try:
+        with ExitStack() as open_files:
+            return _train(config, ranks, start, open_files)
+    finally:
+        leave_ranks()
+
+
+def _train(
+    config: Config, ranks: Ranks, start: Path | None, open_files: ExitStack
+) -> Scores | None:
+    tokens = tokenizer(config.text)
+    loader = TrainingLoader(config, open_shards(config.data.train), tokens, ranks)
+    steps = config.train.steps or (config.train.epochs or 0) * loader.order.steps_per_epoch
+    torch.manual_seed(config.run.seed)
+    engine = make_engine(config, Flap(config), ranks)
+    checkpoints = Checkpoints(config, ranks)
+    state = checkpoints.load(engine, start) if start else None
+    first, best = (state.step, state.best) if state else (0, None)
+    if ranks.first:
+        write_config(config)
+    ranks.barrier()  # the folder is there for all
+    stop = open_files.enter_context(Stop(ranks))
+    after = observers(config, ranks, open_files, first=first, steps=steps)
+    watch = Watch(config, ranks, steps, after)
+    scores: Scores | None = None
+
+    for step, batch in enumerate(watch.waiting(loader.batches(first, steps)), first + 1):
+        report_bad_clips(config.run_folder, ranks, loader.bad)
+        torch.manual_seed(dropout_seed(config.run.seed, step, ranks.rank))
+        keep = kept_patches_of(batch, config, steps, loader.order.steps_per_epoch)
+        outputs = engine.model(batch.mel, batch.ids, batch.attention_mask, keep)
+        terms = total_loss(outputs, config)
+        engine.backward(terms["total"])
+        lr = warmup_cosine(
+            step - 1, base=config.optim.lr, warmup=config.sched.warmup_steps, steps=steps
+        )
+        terms["grad_norm"] = engine.step(lr)
+        # Still on the device: an observer that wants a number pays for its own sync.
+        watch.step(step, batch.epoch, lr, outputs, terms)
+
+        stopped = stop.agreed() and step < steps
+        improved = False
+        if config.data.val and not stopped and due(step, steps, config.eval.every_steps):
+            watch.check()
+            scores = evaluate(engine.module, config, tokens, config.data.val, ranks)
+            watch.scores(step, flat_scores(scores))
+            improved = config.ckpt.keep_best and selection_score(scores) > (best or -1.0)
+            best = selection_score(scores) if improved else best
+        if stopped or improved or due(step, steps, config.ckpt.every_steps):
+            watch.check()
+            saved = checkpoints.save(engine, step, best, is_best=improved)
+            if stopped:
+                raise Stopped(step, saved)
+    return _finish(config, ranks, engine, tokens, scores)
+
+
+def due(step: int, steps: int, every: int) -> bool:
+    """Whether something that happens every so many steps, and at the end, happens now."""
+    return step == steps or (every > 0 and step % every == 0)
+
+
+def dropout_seed(seed: int, step: int, rank: int) -> int:
+    """Sown anew at each step: a resumed run draws what an uninterrupted one draws."""
+    return ((seed * 1_000_003 + step) * 65_537 + rank) % 2**63
+
+
+def kept_patches_of(batch: Batch, config: Config, steps: int, per_epoch: int) -> Tensor | None:
+    """(B, K) patches that masking leaves; None without masking, and in the unmasked tail."""
+    tail = config.mask.unmasked_tail_epochs
+    epochs = -(-steps // per_epoch)
+    mask = Mask(kind="none") if batch.epoch >= epochs - tail else config.mask
+    plan = mask_plan(mask, config.audio.grid, config.run.seed, batch.visits)
+    return None if plan is None else plan.keep
+
+
+def _finish(
+    config: Config, ranks: Ranks, engine: Engine, tokens: Tokenizer, scores: Scores | None
+) -> Scores | None:
+    """The last scores, also for a run that was finished before; written on the first rank."""
+    if scores is None and config.data.val:
+        scores = evaluate(engine.module, config, tokens, config.data.val, ranks)
+    if scores is not None and ranks.first:
+        write_scores(config.run_folder / "eval.json", scores)
+    return scores

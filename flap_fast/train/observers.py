@@ -1,0 +1,234 @@
+"""Who watches a run: the terminal, metrics.jsonl, TensorBoard, Weights & Biases, bad clips.
+
+    loop -> Watch.step (every step, no host sync) -> a row every log.every_steps -> observers
+
+An observer is a function of a row, `{"step": 20, "loss": 3.1, ...}`; a new one gets a line in
+`observers`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from flap_fast.checks import need
+from flap_fast.config import Config
+from flap_fast.data.batch import BadClip
+from flap_fast.model.flap import Outputs
+from flap_fast.ranks import Ranks
+from flap_fast.train.run_folder import cut_after
+
+Row = dict[str, Any]
+Observer = Callable[[Row], None]
+Item = TypeVar("Item")
+
+
+class NotFinite(ArithmeticError):
+    """The loss or a gradient became NaN or infinite."""
+
+
+class Watch:
+    """Turns steps into rows. What it keeps between rows stays on the device."""
+
+    def __init__(self, config: Config, ranks: Ranks, steps: int, observers: list[Observer]):
+        self._config, self._ranks, self._steps = config, ranks, steps
+        self._observers = observers
+        self._bad_step = torch.zeros((), dtype=torch.int64, device=ranks.device)
+        self._since, self._waited_s, self._done = time.perf_counter(), 0.0, 0
+
+    def waiting(self, batches: Iterator[Item]) -> Iterator[Item]:
+        """The same batches, the time that the loop waits for them kept."""
+        while True:
+            begun = time.perf_counter()
+            batch = next(batches, None)
+            self._waited_s += time.perf_counter() - begun
+            if batch is None:
+                return
+            yield batch
+
+    def step(self, step: int, epoch: int, lr: float, outputs: Outputs, terms: dict[str, Tensor]):
+        """Note a step; at each log.every_steps, check it and hand on a row."""
+        finite = terms["total"].isfinite() & terms["grad_norm"].to(self._bad_step.device).isfinite()
+        self._bad_step += torch.where((self._bad_step == 0) & ~finite, step, 0)
+        self._done += 1
+        if step % self._config.log.every_steps and step != self._steps:
+            return
+        self.check()
+        row = self._row(step, epoch, lr, outputs, terms)
+        for observe in self._observers:
+            observe(row)
+        self._since, self._waited_s, self._done = time.perf_counter(), 0.0, 0
+
+    def scores(self, step: int, scores: dict[str, float]) -> None:
+        """Hand on an evaluation's numbers."""
+        for observe in self._observers:
+            observe({"step": step, **scores})
+        self._since, self._waited_s, self._done = time.perf_counter(), 0.0, 0
+
+    def check(self) -> None:
+        """Raise `NotFinite` if a step gave NaN or infinity; reads from the device."""
+        step = int(self._bad_step.item())
+        if step:
+            raise NotFinite(
+                f"the loss or its gradient must be finite, got NaN or infinity at step {step}; "
+                "nothing was saved after it. Lower optim.lr, lengthen sched.warmup_steps or set "
+                "optim.clip_norm=1, and start anew or from the last checkpoint"
+            )
+
+    def _row(
+        self, step: int, epoch: int, lr: float, outputs: Outputs, terms: dict[str, Tensor]
+    ) -> Row:
+        seconds = time.perf_counter() - self._since
+        clips = self._done * self._config.train.global_batch
+        return {
+            "step": step,
+            "epoch": epoch,
+            "loss": terms["total"].item(),
+            **{name: terms[name].item() for name in terms if name != "total"},
+            "scale": outputs["scale"].item(),
+            "in_batch_R@1": in_batch_recall(outputs),
+            "lr": lr,
+            "clips_per_s": clips / seconds,
+            "step_ms": seconds / self._done * 1000,
+            "data_wait": min(1.0, self._waited_s / seconds),
+            "peak_mib": _peak_mib(self._ranks),
+        }
+
+
+@torch.no_grad()
+def in_batch_recall(outputs: Outputs) -> float:
+    """Share of this rank's sounds whose own caption is the nearest of this rank's captions."""
+    nearest = torch.cat([(a @ outputs["text"].T).argmax(1) for a in outputs["audio"].split(1024)])
+    return (nearest == torch.arange(len(nearest), device=nearest.device)).float().mean().item()
+
+
+def observers(
+    config: Config, ranks: Ranks, open_files: ExitStack, *, first: int, steps: int
+) -> list[Observer]:
+    """All that the config asks for, on the first rank; closed with `open_files`."""
+    if not ranks.first:
+        return []
+    found = [metrics_file(config.run_folder / "metrics.jsonl", open_files, first)]
+    found.append(terminal(config, open_files, first, steps))
+    if config.log.tensorboard:
+        found.append(tensorboard(config.run_folder / "tensorboard", open_files, first))
+    if config.log.wandb:
+        found.append(weights_and_biases(config, open_files))
+    return found
+
+
+def metrics_file(file: Path, open_files: ExitStack, first: int) -> Observer:
+    """One JSON line a row; a resumed run takes the place of the rows it repeats."""
+    cut_after(file, first)
+    lines = open_files.enter_context(file.open("a", buffering=1))
+
+    def observe(row: Row) -> None:
+        lines.write(json.dumps(row) + "\n")
+
+    return observe
+
+
+def terminal(config: Config, open_files: ExitStack, first: int, steps: int) -> Observer:
+    """A bar on a terminal; where output is a file, a line a row."""
+    console = Console(stderr=True)
+    text = "{task.fields[numbers]}"
+    columns = (TextColumn(config.run.name), BarColumn(), TextColumn(text), TimeRemainingColumn())
+    bar = Progress(*columns, console=console, disable=not console.is_terminal)
+    task = open_files.enter_context(bar).add_task("", total=steps, completed=first, numbers="")
+
+    def observe(row: Row) -> None:
+        if "loss" not in row:
+            scores = "  ".join(f"{name} {row[name]:.3f}" for name in row if name != "step")
+            (bar.console if console.is_terminal else console).print(
+                f"step {row['step']}  {scores}", highlight=False, soft_wrap=True
+            )
+            return
+        numbers = (
+            f"step {row['step']}/{steps}  loss {row['loss']:.3f}  R@1 {row['in_batch_R@1']:.2f}  "
+            f"{row['clips_per_s']:.0f} clips/s  data wait {row['data_wait']:.0%}"
+        )
+        bar.update(task, completed=row["step"], numbers=numbers)
+        if not console.is_terminal:
+            console.print(numbers, highlight=False, soft_wrap=True)
+
+    return observe
+
+
+def tensorboard(folder: Path, open_files: ExitStack, first: int) -> Observer:
+    """TensorBoard's scalars; a resumed run hides the points it repeats."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(folder), purge_step=first + 1 if first else None)
+    open_files.callback(writer.close)
+
+    def observe(row: Row) -> None:
+        for name, value in row.items():
+            if name != "step":
+                writer.add_scalar(name, value, row["step"])
+
+    return observe
+
+
+def weights_and_biases(config: Config, open_files: ExitStack) -> Observer:
+    """A run of the same name at Weights & Biases, gone on with if it is there."""
+    check_wandb(config)
+    import wandb  # type: ignore[import-not-found]
+
+    run = wandb.init(
+        project="flap_fast",
+        name=config.run.name,
+        id=config.run.name,
+        resume="allow",
+        dir=config.run_folder,
+        config=config.model_dump(mode="json"),
+    )
+    open_files.callback(run.finish)
+    return lambda row: run.log(row, step=row["step"])
+
+
+def check_wandb(config: Config) -> None:
+    """Raise `ConfigError` if Weights & Biases is asked for and not installed."""
+    need(
+        not config.log.wandb or importlib.util.find_spec("wandb") is not None,
+        "log.wandb",
+        "be off where Weights & Biases is not installed",
+        config.log.wandb,
+        "pip install wandb",
+    )
+
+
+def report_bad_clips(folder: Path, ranks: Ranks, bad: list[BadClip]) -> None:
+    """Append to bad_clips.jsonl what a step could not use, say so once each, and empty `bad`."""
+    if not bad:
+        return
+    name = "bad_clips.jsonl" if ranks.first else f"bad_clips.rank{ranks.rank}.jsonl"
+    with (folder / name).open("a") as lines:
+        lines.writelines(json.dumps(asdict(clip)) + "\n" for clip in bad)
+    for clip in bad:
+        Console(stderr=True).print(
+            f"step {clip.step + 1}: {clip.clip} cannot be used ({clip.reason}); "
+            f"{clip.replaced_by} took its place (noted in {folder / name})",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+    bad.clear()
+
+
+def _peak_mib(ranks: Ranks) -> float:
+    if ranks.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(ranks.device) / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

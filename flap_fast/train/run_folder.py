@@ -1,0 +1,82 @@
+"""A run's folder: begun once, gone on with only by the config that began it.
+
+runs/NAME/config.yaml  metrics.jsonl  bad_clips.jsonl  tensorboard/  checkpoints/  eval.json
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from flap_fast.checks import ConfigError
+from flap_fast.config import Config
+from flap_fast.configfile import dump_config, load_config
+from flap_fast.data.shards import write_atomically
+from flap_fast.train.checkpoint import latest
+
+# What may change between the parts of a run: none of it moves a weight.
+_FREE = ("log.", "ckpt.", "eval.", "frontend.", "data.val", "run.folder")
+
+
+def begin(config: Config, *, resume: bool) -> Path | None:
+    """The checkpoint to go on from, or None for a new run; writes nothing.
+
+    Raises:
+        ConfigError: the folder holds a run and `resume` is off, or another config began it.
+    """
+    folder = config.run_folder
+    if not (folder / "config.yaml").is_file():
+        return None
+    if not resume:
+        raise ConfigError(
+            f"run.name must be new, got '{config.run.name}', whose run lies in {folder}; "
+            f"add --resume to go on with it, or set run.name=ANOTHER"
+        )
+    changed = differences(load_config(folder / "config.yaml"), config)
+    if changed:
+        lines = "\n".join(f"  {name}: {then} -> {now}" for name, then, now in changed)
+        raise ConfigError(
+            f"--resume must keep the settings that {folder} began with, got\n{lines}\n"
+            "set them back, or set run.name=ANOTHER"
+        )
+    return latest(folder / "checkpoints")
+
+
+def write_config(config: Config) -> None:
+    """Make the folder and leave the config in it."""
+    config.run_folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(config.run_folder / "config.yaml", dump_config(config).encode())
+
+
+def differences(then: Config, now: Config) -> list[tuple[str, Any, Any]]:
+    """Name, old and new value of each setting that differs and may not."""
+    before, after = flat(then.model_dump(mode="json")), flat(now.model_dump(mode="json"))
+    names = [name for name in after if not name.startswith(_FREE)]
+    return [(n, before.get(n), after[n]) for n in names if before.get(n) != after[n]]
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    out: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            out.update(flat(value, f"{prefix}{name}."))
+        else:
+            out[prefix + name] = value
+    return out
+
+
+def cut_after(file: Path, step: int) -> None:
+    """Drop the rows of steps that a resumed run will do again, and a half-written last row."""
+    if not file.is_file():
+        return
+    kept = []
+    for line in file.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the process was killed while it wrote this row
+        if row["step"] <= step:
+            kept.append(line + "\n")
+    write_atomically(file, "".join(kept).encode())
