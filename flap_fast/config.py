@@ -3,8 +3,8 @@
     YAML file  ->  overrides `a.b=c`  ->  Config  ->  `flap config show`
 
 A knob is a field below with a docstring; nothing else has to be touched. Names follow the papers
-(FLAP, arXiv 2311.01615) and the toolkit's options. A wrong value dies here, before a file is opened:
-the error names the setting, the rule, the value and the remedy.
+(FLAP, arXiv 2311.01615) and the toolkit's options. A wrong value dies here, before a file is
+opened: the error names the setting, the rule, the value and the remedy.
 """
 
 from __future__ import annotations
@@ -37,15 +37,23 @@ SIZES = {
 class Section(BaseModel):
     """Frozen settings; an unknown name is refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty(cls, tree):
+        """`mask:` with all its lines commented out means the defaults."""
+        return {} if tree is None else tree
 
 
 class Run(Section):
-    name: str = Field("flap", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(default="flap", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """The run lives in `folder/name/`."""
     folder: Path = Path("runs")
     """Where runs live."""
-    seed: int = Field(3407, ge=0, lt=2**32)
+    seed: int = Field(default=3407, ge=0, lt=2**32)
     """Keys every random draw: weights, order, crops, masks, augmentation, dropout."""
 
 
@@ -81,7 +89,7 @@ class Audio(Section):
     """Overrides the size's number of heads."""
     duration_s: Positive = 10.0
     """Seconds of sound the model sees: longer clips are cropped, shorter ones filled."""
-    sample_rate_hz: Count = 16_000
+    sample_rate_hz: int = Field(default=16_000, ge=1000)
     """Rate of the front end."""
     mel_bins: Count = 128
     """Mel bins F."""
@@ -209,13 +217,23 @@ class Text(Section):
     freeze: bool = False
     """Keep the tower as it is and train the projection alone."""
 
+    @model_validator(mode="after")
+    def _fits(self):
+        need(
+            self.folder is not None or self.width % self.heads == 0,
+            "text.width",
+            f"be a multiple of text.heads = {self.heads}",
+            self.width,
+        )
+        return self
+
 
 class Joint(Section):
     width: Count = 512
     """Dimension d of the joint space."""
     temperature: Positive = 0.07
     """First temperature; the logit scale starts at its inverse."""
-    max_scale: Positive = 100.0
+    max_scale: float = Field(default=100.0, ge=1)
     """The logit scale is clamped to [1, max_scale]."""
 
 

@@ -24,7 +24,7 @@ def load_config(file: str | Path | None = None, overrides: Sequence[str] = ()) -
     for override in overrides:
         name, equals, value = override.partition("=")
         need(bool(equals and name), "an override", "have the form section.name=value", override)
-        _set(tree, name, yaml.safe_load(value))
+        _set(tree, name, _parse(value, f"the value of {name}"))
     return parse_config(tree)
 
 
@@ -44,18 +44,37 @@ def dump_config(config: Config) -> str:
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     need(file.is_file(), "the config", "be an existing YAML file", file)
-    try:
-        tree = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file} is not YAML: {error}") from None
+    tree = _parse(file.read_bytes(), str(file))
     need(tree is None or isinstance(tree, dict), str(file), "hold sections", type(tree).__name__)
     return tree or {}
+
+
+def _parse(text: str | bytes, what: str) -> Any:
+    try:
+        return yaml.load(text, _OnceLoader)
+    except (yaml.YAMLError, UnicodeError) as error:
+        raise ConfigError(f"{what} must be YAML: {error}") from None
+
+
+class _OnceLoader(yaml.SafeLoader):
+    """Refuses a name that stands twice in a section; PyYAML drops the first one silently."""
+
+    def construct_mapping(self, node, deep=False):
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"'{key.value}' must stand once", key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 def _set(tree: dict[str, Any], name: str, value: Any) -> None:
     *sections, last = name.split(".")
     for section in sections:
-        tree = tree.setdefault(section, {})
+        tree[section] = {} if tree.get(section) is None else tree[section]
+        tree = tree[section]
         need(isinstance(tree, dict), name, "name a setting inside a section", section)
     tree[last] = value
 
@@ -72,9 +91,21 @@ def _line(fault: dict[str, Any]) -> str:
     cause = fault.get("ctx", {}).get("error")
     if isinstance(cause, ConfigError):
         return str(cause)
-    rule = fault["msg"].replace("Input should be", "must be").replace("String should", "must")
+    rule = fault["msg"]
+    for theirs, ours in _WORDS.items():
+        rule = rule.replace(theirs, ours)
     value = fault["input"]
     return f"{name} {rule}, got {value if isinstance(value, (int, float)) else repr(value)}"
+
+
+# How pydantic's sentences begin, and how ours do.
+_WORDS = {
+    "Input should be": "must be",
+    "String should": "must",
+    "Keys should": "must",
+    "Field required": "must be given",
+    "Input is not a valid path for <class 'pathlib.Path'>": "must be a path",
+}
 
 
 def _known_names(path: Sequence[str]) -> list[str]:

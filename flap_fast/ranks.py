@@ -20,7 +20,7 @@ class Ranks:
     rank: int = 0
     world: int = 1
     local_world: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 - it cannot change
     launched: bool = False
     """A launcher started this process (even if it is the only one)."""
 

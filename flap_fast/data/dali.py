@@ -17,7 +17,8 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from nvidia.dali import fn, math as dali_math, pipeline_def, types
+from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali import math as dali_math
 from torch import Tensor
 
 from flap_fast.config import Audio
@@ -145,9 +146,7 @@ def _log_mel(wave, audio: Audio):
         mel_formula="htk",
         normalize=False,
     )
-    log = fn.to_decibels(
-        mel, multiplier=math.log(10), reference=1.0, cutoff_db=math.log(FLOOR)
-    )
+    log = fn.to_decibels(mel, multiplier=math.log(10), reference=1.0, cutoff_db=math.log(FLOOR))
     return fn.pad(fn.transpose(log, perm=[1, 0]), axes=[0], shape=[audio.frames], fill_value=0.0)
 
 

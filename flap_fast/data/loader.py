@@ -44,9 +44,7 @@ class TrainingLoader:
 
     def __init__(self, config: Config, shards: Shards, tokenizer: Tokenizer, ranks: Ranks):
         batch = config.train.global_batch
-        self.order = Order(
-            shards.place[:, 0], batch, config.run.seed, config.data.shuffle_shards
-        )
+        self.order = Order(shards.place[:, 0], batch, config.run.seed, config.data.shuffle_shards)
         self.bad: list[BadClip] = []
         self._config, self._shards, self._tokenizer, self._ranks = config, shards, tokenizer, ranks
         self._share = batch // ranks.world

@@ -103,7 +103,9 @@ def _entry(file: Path, line: int, row: dict[str, Any]) -> Entry:
         start_s = float(row.get("start_s") or 0)
         duration_s = float(row["duration_s"]) if row.get("duration_s") else None
     except (TypeError, ValueError) as error:
-        raise ManifestError(f"{file}:{line}: start_s and duration_s must be seconds: {error}") from None
+        raise ManifestError(
+            f"{file}:{line}: start_s and duration_s must be seconds: {error}"
+        ) from None
     if not (start_s >= 0 and (duration_s is None or duration_s > 0)):
         raise ManifestError(
             f"{file}:{line}: start_s must be at least 0 and duration_s above 0, "

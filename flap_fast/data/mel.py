@@ -100,7 +100,7 @@ def spec_augment(logmel: Tensor, settings: SpecAug, seed: int, visits: Tensor) -
 
     Source: torchaudio's masking semantics: width U[0, P), start U[0, size - width), both floored.
     """
-    B, T, F = logmel.shape
+    _, T, F = logmel.shape
     u = uniforms(seed, Stream.SPECAUG, visits, 4)
     time = _stripe(u[:, 0], u[:, 1], settings.time_frames, T)
     freq = _stripe(u[:, 2], u[:, 3], settings.freq_bins, F)

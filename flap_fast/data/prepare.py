@@ -166,15 +166,11 @@ def _flac(entry: Entry, sample_rate_hz: int) -> bytes:
     if np.abs(wave).max() < _SILENT:
         raise BadSound("silent: below -80 dB of full scale throughout")
     buffer = io.BytesIO()
-    soundfile.write(
-        buffer, wave.clip(-1, 1), sample_rate_hz, format="FLAC", subtype="PCM_16"
-    )
+    soundfile.write(buffer, wave.clip(-1, 1), sample_rate_hz, format="FLAC", subtype="PCM_16")
     return buffer.getvalue()
 
 
-def _write(
-    out: Path, job: _Job, results: list[bytes | str], sample_rate_hz: int
-) -> dict[str, Any]:
+def _write(out: Path, job: _Job, results: list[bytes | str], sample_rate_hz: int) -> dict[str, Any]:
     """Write one shard, then the record that it is finished."""
     folder = out / job.split
     folder.mkdir(parents=True, exist_ok=True)

@@ -87,7 +87,8 @@ def open_shards(folders: Sequence[Path]) -> Shards:
         found = sorted(folder.glob("*.tar"), key=_natural)
         if not found:
             raise ShardError(
-                f"{folder} must hold .tar shards, got none; write them with: flap prepare MANIFEST OUT"
+                f"{folder} must hold .tar shards, got none; "
+                "write them with: flap prepare MANIFEST OUT"
             )
         for file in found:
             rows = _index(file)

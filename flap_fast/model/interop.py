@@ -43,7 +43,8 @@ def model_folder(path: Path) -> Path:
     steps = sorted(path.glob("checkpoints/step-*/state.json"))
     if not steps:
         raise ConfigError(
-            f"the checkpoint must be a run's folder or a folder with model.safetensors, got '{path}'"
+            "the checkpoint must be a run's folder or a folder with model.safetensors, "
+            f"got '{path}'"
         )
     return max((file.parent for file in steps), key=lambda folder: int(folder.name[5:]))
 

@@ -1,8 +1,8 @@
 """Pre-norm transformer blocks; the one file that knows about attention back ends.
 
-    x = x + attention(norm(x));  x = x + mlp(norm(x))
+x = x + attention(norm(x));  x = x + mlp(norm(x))
 
-    B clips   L tokens   D width
+B clips   L tokens   D width
 """
 
 from __future__ import annotations
