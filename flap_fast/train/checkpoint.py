@@ -33,6 +33,8 @@ class State:
     world: int
     engine: str
     zero_stage: int
+    scored: bool = True
+    """Off where a signal came before an evaluation that was due at this step."""
 
 
 class Checkpoints:
@@ -46,7 +48,15 @@ class Checkpoints:
         """The last complete checkpoint."""
         return latest(self.folder)
 
-    def save(self, engine: Engine, step: int, best: float | None, *, is_best: bool = False) -> Path:
+    def save(
+        self,
+        engine: Engine,
+        step: int,
+        best: float | None,
+        *,
+        is_best: bool = False,
+        scored: bool = True,
+    ) -> Path:
         """Write a checkpoint of `step` steps, then delete what is no longer kept; on every rank.
 
         A failure on the way (a full disk) leaves the earlier checkpoints as they were.
@@ -64,7 +74,7 @@ class Checkpoints:
             if self._ranks.first:
                 save_model(part, self._config, engine.module, weights)
                 stage = self._config.train.zero_stage
-                state = State(step, best, self._ranks.world, engine.name, stage)
+                state = State(step, best, self._ranks.world, engine.name, stage, scored)
                 (part / "state.json").write_text(json.dumps(asdict(state), indent=1) + "\n")
                 part.replace(final)
         if self._ranks.first:
