@@ -33,9 +33,7 @@ def noise(seed: int, seconds: float, rate: int, rms: float = 0.05, slope: float 
     return (wave * rms / np.sqrt(np.mean(wave**2))).astype("f4")
 
 
-def encode(
-    wave: np.ndarray, rate: int, format: str = "FLAC", subtype: str | None = None
-) -> bytes:
+def encode(wave: np.ndarray, rate: int, format: str = "FLAC", subtype: str | None = None) -> bytes:
     """A sound file's bytes."""
     buffer = io.BytesIO()
     soundfile.write(buffer, wave, rate, format=format, subtype=subtype)
