@@ -168,7 +168,7 @@ def _flac(entry: Entry, sample_rate_hz: int) -> bytes:
     if np.abs(wave).max() < _SILENT:
         raise BadSound("silent: below -80 dB of full scale throughout")
     buffer = io.BytesIO()
-    soundfile.write(buffer, wave.clip(-1, 1), sample_rate_hz, format="FLAC", subtype="PCM_16")
+    soundfile.write(buffer, wave, sample_rate_hz, format="FLAC", subtype="PCM_16")
     return buffer.getvalue()
 
 

@@ -7,7 +7,6 @@ it as well. Files: whatever libsndfile reads (WAV, FLAC, OGG, MP3).
 from __future__ import annotations
 
 import io
-import math
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +36,7 @@ def read_sound(
         with soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else source) as f:
             rate = f.samplerate
             f.seek(min(round(start_s * rate), f.frames))
-            # A duration in milliseconds may fall short of the file's last sample: round up, but
-            # not for the 1e-13 by which 0.1 * 16000 exceeds 1600.
-            frames = -1 if duration_s is None else math.ceil(duration_s * rate - 1e-6)
+            frames = -1 if duration_s is None else round(duration_s * rate)
             wave = f.read(frames, dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
         raise BadSound(f"unreadable: {error.error_string}") from None

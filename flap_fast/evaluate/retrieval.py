@@ -4,7 +4,8 @@
     audio_to_text   each of N sounds ranks M captions; its own are right  (FLAP's A-T)
 
 Ranks count from 0; of equal scores the smaller index comes first. Any number of captions a sound,
-also ragged. The language-encoder paper calls A-T "text retrieval". Scores are computed in chunks: no N x M matrix.
+also ragged. Scores are computed in chunks: no N x M matrix. The language-encoder paper calls A-T
+"text retrieval" and T-A "audio retrieval".
 
 Source: SPEC 13.1; DCASE 2023 Task 6b for the sorted mAP@10.
 """

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from flap_fast.config import Config
@@ -78,16 +79,15 @@ def write_scores(file: Path, scores: Scores) -> None:
 
 def table(scores: Scores) -> Table:
     """What a person wants to see, chance beside it."""
+    found = scores["retrieval"]
     metrics = [*(f"R@{k}" for k in TOP), "mAP@10"]
-    out = Table("data", "query -> answer", *metrics, "chance R@10", "clips", "captions")
-    for name, found in scores["retrieval"].items():
+    sizes = [f"{n}: {s['clips']} clips, {s['captions']} captions" for n, s in found.items()]
+    out = Table(box=box.SIMPLE_HEAD, caption="\n".join(sizes), caption_justify="left")
+    for heading in ("data", "query to answer", *metrics, "chance R@10"):
+        out.add_column(heading, no_wrap=True)
+    for name, s in found.items():
         for direction in ("audio_to_text", "text_to_audio"):
-            out.add_row(
-                name,
-                direction.replace("_", " "),
-                *(f"{found[direction][metric]:.3f}" for metric in metrics),
-                f"{found['chance'][direction]['R@10']:.3f}",
-                str(found["clips"]),
-                str(found["captions"]),
-            )
+            values = (f"{s[direction][metric]:.3f}" for metric in metrics)
+            by_chance = f"{s['chance'][direction]['R@10']:.3f}"
+            out.add_row(name, direction.replace("_", " "), *values, by_chance)
     return out

@@ -28,7 +28,7 @@ class Outputs(TypedDict):
     text: Tensor
     """(B, d), unit norm."""
     scale: Tensor
-    """(1,), what cosines are multiplied by."""
+    """(), what cosines are multiplied by."""
 
 
 class Flap(nn.Module):
@@ -60,7 +60,7 @@ class Flap(nn.Module):
             ids, attention_mask: (B, L) int64.
             keep: (B, K) int64, the patches that masking left; all of them without.
         """
-        scale = _Clamp.apply(self.logit_scale, self.max_logit_scale).exp()
+        scale = _Clamp.apply(self.logit_scale, self.max_logit_scale).exp().squeeze(0)
         return {
             "audio": self.embed_audio(mel, keep),
             "text": self.embed_text(ids, attention_mask),

@@ -86,6 +86,11 @@ def test_pieces_of_one_file_get_names_of_their_own(manifest):
     assert [clip.id for clip in read_manifest(manifest(rows))] == ["a", "a@10-2", "a@20.5-3"]
 
 
+def test_an_empty_cell_is_no_name(manifest):
+    table = "audio,id,start_s\na.wav,,\na.wav,,10\n"
+    assert [clip.id for clip in read_manifest(manifest(table, "m.csv"))] == ["a", "a@10-3"]
+
+
 def test_zero_is_a_name(manifest):
     rows = [{"audio": "a.wav", "id": 0}, {"audio": "b.wav", "id": 1}]
     assert [clip.id for clip in read_manifest(manifest(rows))] == ["0", "1"]

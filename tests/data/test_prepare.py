@@ -1,4 +1,4 @@
-"""`flap prepare`: each clip once, what cannot be used with its reason, and the same bytes always."""
+"""`flap prepare`: each clip once, what cannot be used with its reason, always the same bytes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +60,7 @@ def spoilt(tmp_path: Path) -> Path:
         "silent.wav": encode(tone(300, 0.5, RATE, level=5e-5), RATE, "WAV", "FLOAT"),
         "nan.wav": encode(np.full(800, np.nan), RATE, "WAV", "FLOAT"),
         "quiet.wav": encode(tone(300, 0.5, RATE, level=2e-4), RATE, "WAV", "FLOAT"),
+        "loud.wav": encode(tone(300, 0.5, RATE, level=3.0), RATE, "WAV", "FLOAT"),
     }
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
@@ -71,7 +74,7 @@ def spoilt(tmp_path: Path) -> Path:
 def test_what_cannot_be_used_is_rejected_with_line_and_reason(spoilt):
     out = spoilt.parent / "out"
     done = prepare(spoilt, out, shard_clips=4, threads=2, show=False)
-    assert done == Prepared(clips=11, shards=2, kept=2, rejected=9)
+    assert done == Prepared(clips=12, shards=2, kept=3, rejected=9)
     rejected = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
     reasons = {row["id"]: row["reason"] for row in rejected}
     assert reasons.pop("page").startswith("unreadable: Format not recog")
@@ -88,7 +91,10 @@ def test_what_cannot_be_used_is_rejected_with_line_and_reason(spoilt):
     assert [row["line"] for row in rejected] == [2, 3, 4, 5, 6, 7, 8, 9, 10]
     assert rejected[0]["audio"] == str(spoilt.parent / "page.flac")
     shards = open_shards([out / "train"])
-    assert [shards.record(clip)["id"] for clip in range(len(shards))] == ["good", "quiet"]
+    assert [shards.record(clip)["id"] for clip in range(len(shards))] == ["good", "quiet", "loud"]
+    # Louder than full scale is cut off there; it does not wrap around.
+    loud = read_sound(shards.sound(2), RATE)
+    assert np.abs(loud - tone(300, 0.5, RATE, level=3.0).clip(-1, 1)).max() < 1e-4
     # The shard in which nothing was left is not written.
     assert sorted(f.name for f in (out / "train").glob("*.tar")) == ["0.tar", "2.tar"]
 
@@ -220,8 +226,6 @@ def test_a_wrong_manifest_leaves_nothing_behind(tmp_path):
 
 
 def test_work_ahead_is_bounded_in_order_and_dropped_when_nobody_wants_it():
-    from concurrent.futures import ThreadPoolExecutor
-
     asked: list[int] = []
 
     def numbers():
@@ -236,6 +240,21 @@ def test_work_ahead_is_bounded_in_order_and_dropped_when_nobody_wants_it():
         results.close()
         assert list(ahead(pool, lambda n: n * n, range(12), limit=5)) == [n * n for n in range(12)]
     assert len(asked) == 7
+
+
+def test_work_that_nobody_wants_any_more_is_not_begun():
+    gate, begun = threading.Event(), []
+
+    def wait(n: int) -> None:
+        begun.append(n)
+        assert n == 0 or gate.wait(10)
+
+    with ThreadPoolExecutor(1) as pool:
+        results = ahead(pool, wait, range(100), limit=5)
+        next(results)
+        results.close()
+        gate.set()
+    assert len(begun) <= 2
 
 
 def test_an_error_that_is_not_a_sounds_stops_everything(corpus, tmp_path, monkeypatch):

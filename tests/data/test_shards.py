@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -55,6 +56,9 @@ def test_every_clip_is_read_back_with_and_without_an_index(shard, indexed):
 def test_a_tar_is_the_same_bytes_each_time_and_its_index_agrees_with_a_scan(shard):
     tar, index, clips = pack(SAMPLES)
     assert (tar, index, clips) == pack(iter(SAMPLES))
+    assert (
+        tar == pack([(key, sound, dict(reversed(row.items()))) for key, sound, row in SAMPLES])[0]
+    )
     scanned = open_shards([shard.parent]).place
     shard.with_suffix(".idx").write_text(index)
     assert (open_shards([shard.parent]).place == scanned).all()
@@ -129,9 +133,28 @@ def test_a_key_may_have_a_folder(tmp_path, folder, indexed):
     (tmp_path / "0.tar").write_bytes(tar_of(files))
     if indexed:
         lines = [
-            f"flac {at} 4 {folder}{key}.flac json {at + 1024} 13 {folder}{key}.json"
+            f"FLAC {at} 4 {folder}{key}.FLAC json {at + 1024} 13 {folder}{key}.json"
             for key, at in (("a", 512), ("b", 2560))
         ]
+        (tmp_path / "0.idx").write_text("\n".join(["v1.2 2", *lines]))
+    shards = open_shards([tmp_path])
+    assert [shards.record(clip)["text"] for clip in range(len(shards))] == [["a"], ["b"]]
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_one_name_in_two_folders_is_two_clips(tmp_path, indexed):
+    files = {}
+    for folder in "ab":
+        files |= {
+            f"{folder}/x.flac": b"fLaC",
+            f"{folder}/x.json": b'{"text": "%s"}' % folder.encode(),
+        }
+    (tmp_path / "0.tar").write_bytes(tar_of(files))
+    if indexed:
+        lines = (
+            "flac 512 4 a/x.flac json 1536 13 a/x.json",
+            "flac 2560 4 b/x.flac json 3584 13 b/x.json",
+        )
         (tmp_path / "0.idx").write_text("\n".join(["v1.2 2", *lines]))
     shards = open_shards([tmp_path])
     assert [shards.record(clip)["text"] for clip in range(len(shards))] == [["a"], ["b"]]
@@ -156,7 +179,8 @@ def test_a_truncated_shard_is_named_wherever_it_was_cut(shard, indexed):
     whole, index, _ = pack(SAMPLES)
     places = [int(word) for word in index.split() if word.isdecimal() and int(word) % 512 == 0]
     end_of_third = places[6] - 512
-    cuts = [places[4] + 700, places[5] - 300, end_of_third]
+    last, bytes_of_last = places[9], int(index.split()[-2])
+    cuts = [places[4] + 700, places[5] - 300, end_of_third, last + bytes_of_last - 1]
     if indexed:
         shard.with_suffix(".idx").write_text(index)
     else:
@@ -249,9 +273,10 @@ def test_a_shard_that_shrinks_while_it_is_read_is_no_clips_fault(shard):
 def test_many_more_shards_than_may_be_open_at_once_are_read(tmp_path):
     for n in range(300):
         (tmp_path / f"{n}.tar").write_bytes(tar_of({"a.flac": b"%d" % n, "a.json": b"{}"}))
-    shards = open_shards([tmp_path])
+    shards, before = open_shards([tmp_path]), len(os.listdir("/proc/self/fd"))
     for _ in range(2):
         assert [int(shards.sound(clip)) for clip in range(300)] == list(range(300))
+    assert len(os.listdir("/proc/self/fd")) <= before + 256
 
 
 def test_a_full_disk_leaves_the_old_file_and_says_which(tmp_path):
@@ -269,7 +294,9 @@ def test_a_full_disk_leaves_the_old_file_and_says_which(tmp_path):
 
 
 def test_writing_takes_the_place_of_what_was_there(tmp_path):
-    for data in (b"old and long", b"new"):
-        write_atomically(tmp_path / "x", data)
+    write_atomically(tmp_path / "x", b"old and long")
+    with (tmp_path / "x").open("rb") as being_read:
+        write_atomically(tmp_path / "x", b"new")
+        assert being_read.read() == b"old and long"
     assert (tmp_path / "x").read_bytes() == b"new"
     assert [f.name for f in tmp_path.iterdir()] == ["x"]
