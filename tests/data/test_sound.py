@@ -52,9 +52,8 @@ def test_what_the_new_rate_cannot_hold_is_removed():
     [
         (0.25, 0.5, 4000, 12_000),
         (0.5, None, 8000, 16_000),
-        (0.0, 0.07, 0, 1120),  # 0.07 * 16000 is a little more than 1120 in floating point
-        (0.57, 0.29, 9120, 13_760),  # and 0.57 * 16000 a little less than 9120
-        (0.00009, 0.00009, 1, 2),
+        (0.0, 0.07, 0, 1120),
+        (0.0001, 0.0001, 2, 4),  # 1.6 samples, to the nearest
         (0.5, 99.0, 8000, 16_000),
     ],
 )
