@@ -108,7 +108,7 @@ def test_a_file_that_cannot_be_read_as_settings_is_named(yaml_file, text, messag
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="the config must be an existing YAML file, got '.*/no'"):
+    with pytest.raises(ConfigError, match=r"the config must be an existing YAML file, got '.*/no'"):
         load_config(tmp_path / "no")
 
 
@@ -159,7 +159,7 @@ def test_a_wrong_override_is_refused(override, message):
 
 
 def test_an_override_inside_a_value_is_refused(yaml_file):
-    with pytest.raises(ConfigError, match="mask.kind.x must name a setting inside a section"):
+    with pytest.raises(ConfigError, match=r"mask.kind.x must name a setting inside a section"):
         load_config(yaml_file("mask: {kind: 1d}"), ["mask.kind.x=1"])
 
 
@@ -267,5 +267,5 @@ def test_parsing_does_not_change_what_it_is_given():
 
 def test_need_says_name_rule_value_and_remedy():
     need(True, "a.b", "be 1", 1)
-    with pytest.raises(ConfigError, match="^a.b must be 1, got 'x'; write 1$"):
+    with pytest.raises(ConfigError, match=r"^a.b must be 1, got 'x'; write 1$"):
         need(False, "a.b", "be 1", "x", "write 1")

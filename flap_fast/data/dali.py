@@ -49,8 +49,14 @@ class DaliDecoder:
         device: torch.device,
         mel: bool,
     ):
+        self._no_more: Exception | None = None
+
         def source() -> tuple[list[np.ndarray], list[np.ndarray]]:
-            sounds, where = next(batches)
+            try:
+                sounds, where = next(batches)
+            except Exception as error:  # StopIteration too; DALI hands it on as it is
+                self._no_more = error
+                raise
             return (
                 [np.frombuffer(sound, np.uint8) for sound in sounds],
                 [np.array([w], np.float64) for w in where],
@@ -81,11 +87,21 @@ class DaliDecoder:
             StopIteration: `batches` has ended.
         """
         try:
-            (out,) = self._pipe.run()
-        except RuntimeError as error:
-            raise BadSound(f"DALI: {error}") from error
+            out, mean = self._pipe.run()
+        except (RuntimeError, ValueError) as error:
+            if error is self._no_more:
+                raise
+            raise BadSound(f"DALI: {_reason(error)}") from error
+        if not np.isfinite(np.asarray(mean.as_tensor())).all():
+            raise BadSound("DALI: no samples, or samples that are not finite")
         # DALI reuses its buffer for a later batch.
         return torch.from_dlpack(out.as_tensor()).clone()
+
+
+def _reason(error: Exception) -> str:
+    """What DALI's message says between the operator's traceback and the place in its sources."""
+    text = str(error)
+    return (text.partition("encountered:")[2].partition("C++ context")[0] or text).strip()
 
 
 @pipeline_def
@@ -94,10 +110,11 @@ def _graph(source, audio: Audio, mel: bool, on_gpu: bool):
         source=source, num_outputs=2, dtype=[types.UINT8, types.FLOAT64], ndim=1
     )
     wave, _ = fn.decoders.audio(sound, downmix=True, sample_rate=float(audio.sample_rate_hz))
+    mean = fn.reductions.mean(wave, axes=[0])
     wave = _fill(_crop(wave, where, audio.samples), audio.samples, audio.filling)
     if on_gpu:
         wave = wave.gpu()
-    return _log_mel(wave, audio) if mel else wave
+    return (_log_mel(wave, audio) if mel else wave), mean
 
 
 def _crop(wave, where, samples: int):

@@ -99,6 +99,7 @@ class TrainingLoader:
     def _usable(self, share: _Share, row: int, *, check: bool) -> tuple[list[str], bytes]:
         """The captions and the sound of a row's clip, or of the next clip that has both."""
         wanted, why = int(share.clips[row]), ""
+        replace = self._config.data.on_bad_clip == "replace"
         for ahead in range(_TRIES):
             clip = (wanted + ahead) % len(self._shards)
             try:
@@ -107,18 +108,17 @@ class TrainingLoader:
                     decode_one(sound, 0.0, self._config.audio)
             except BadSound as reason:
                 why = why or str(reason)
-                if self._config.data.on_bad_clip == "stop":
-                    break
-                continue
+                if replace:
+                    continue
+                break
             if clip != wanted:
                 share.clips[row] = clip
                 names = self._shards.name(wanted), self._shards.name(clip)
                 self.bad.append(BadClip(share.step, names[0], why, names[1]))
             return texts, sound
-        raise ShardError(
-            f"{self._shards.name(wanted)} cannot be used ({why}), nor what follows it; prepare its "
-            "manifest again, or set data.on_bad_clip=replace"
-        )
+        remedy = "data.on_bad_clip=replace takes the next one"
+        after = f"nor can the {_TRIES - 1} clips after it" if replace else remedy
+        raise ShardError(f"{self._shards.name(wanted)} cannot be used ({why}); {after}")
 
     def _repair(self, share: _Share, error: BadSound) -> Tensor:
         """The log-mels of a share with a clip that cannot be decoded, that clip replaced."""
@@ -129,7 +129,10 @@ class TrainingLoader:
             if share.clips[row] != before[row]:
                 share.captions[row] = texts[int(which[row] * len(texts))]
         if (share.clips == before).all():
-            raise error  # every clip can be decoded: it was not a clip's fault
+            raise ShardError(
+                f"step {share.step}: {error}, though libsndfile reads each of its clips, the first "
+                f"of them {self._shards.name(int(before[0]))}; set frontend.backend=torch"
+            ) from error
         audio = self._config.audio
         pairs = zip(share.sounds, share.where, strict=True)
         waves = np.stack([decode_one(sound, float(where), audio) for sound, where in pairs])

@@ -3,7 +3,7 @@
     audio     path, relative to the manifest's folder (required)
     caption   one text, or `captions`: several (a list; in CSV separated by `|`)
     id        a name for the clip; its file's stem without one
-    split     train, val, ...; `train` without one
+    split     train, val, ...: names a folder; `train` without one
     labels    class names (a list; in CSV separated by `|`)
     start_s   where the clip starts in its file, in seconds
     duration_s   how long it lasts
@@ -16,12 +16,15 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 _KNOWN = ("audio", "caption", "captions", "id", "split", "labels", "start_s", "duration_s")
+_FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class ManifestError(ValueError):
@@ -47,21 +50,21 @@ def read_manifest(file: Path) -> list[Entry]:
     """All clips, in the order of their first lines.
 
     Raises:
-        ManifestError: no such file, a line that is not a row, a row without audio, one id for two
-            clips. A missing sound or caption is no fault of the manifest: `prepare` rejects those.
+        ManifestError: no such file, a line that is not a row, a row without audio, a value that
+            cannot be, one id for two clips. A missing sound or caption is no fault of the manifest:
+            `prepare` rejects those.
     """
     if not file.is_file():
         raise ManifestError(f"the manifest must be an existing .jsonl or .csv file, got '{file}'")
     clips: dict[tuple, Entry] = {}
     owners: dict[tuple[str, str], tuple] = {}
-    for line, row in _rows(file):
+    for line, row in _readable(file):
         entry = _entry(file, line, row)
         piece = (entry.split, entry.audio, entry.start_s, entry.duration_s)
         if piece in clips:
             clips[piece].captions.extend(entry.captions)
             continue
-        named = row.get("id") not in (None, "")
-        if not named and (entry.split, entry.id) in owners:
+        if not _given(row, "id") and (entry.split, entry.id) in owners:
             entry.id = f"{entry.id}@{entry.start_s:g}-{line}"
         first = owners.setdefault((entry.split, entry.id), piece)
         if first != piece:
@@ -75,11 +78,24 @@ def read_manifest(file: Path) -> list[Entry]:
     return list(clips.values())
 
 
+def _readable(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        yield from _rows(file)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ManifestError(f"{file} must be UTF-8 text, JSON lines or CSV: {error}") from None
+
+
 def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with file.open(newline="", encoding="utf-8-sig") as lines:
-        if file.suffix == ".csv":
-            reader = csv.DictReader(lines)
+        if file.suffix.lower() == ".csv":
+            # Strict: a quote that is never closed would swallow the rows after it.
+            reader = csv.DictReader(lines, strict=True)
             for row in reader:
+                if None in row:
+                    raise ManifestError(
+                        f"{file}:{reader.line_num} must have {len(reader.fieldnames or ())} cells, "
+                        f"got {row[None]} beyond them; put quotes around a text with commas"
+                    )
                 yield reader.line_num, row
             return
         for number, line in enumerate(lines, 1):
@@ -100,35 +116,53 @@ def _entry(file: Path, line: int, row: dict[str, Any]) -> Entry:
         raise ManifestError(f"{file}:{line}: audio must name a sound file, got {audio!r}")
     path = file.parent / audio
     try:
-        start_s = float(row.get("start_s") or 0)
-        duration_s = float(row["duration_s"]) if row.get("duration_s") else None
+        start_s = float(row["start_s"]) if _given(row, "start_s") else 0.0
+        duration_s = float(row["duration_s"]) if _given(row, "duration_s") else None
     except (TypeError, ValueError) as error:
         raise ManifestError(
             f"{file}:{line}: start_s and duration_s must be seconds: {error}"
         ) from None
-    if not (start_s >= 0 and (duration_s is None or duration_s > 0)):
+    if not (0 <= start_s < math.inf and (duration_s is None or 0 < duration_s < math.inf)):
         raise ManifestError(
-            f"{file}:{line}: start_s must be at least 0 and duration_s above 0, "
+            f"{file}:{line}: start_s must be at least 0 and duration_s above 0, both finite, "
             f"got {start_s:g} and {duration_s}"
         )
-    captions = [*_texts(row.get("captions")), *_texts(row.get("caption"), split=False)]
+    split = str(row["split"]) if _given(row, "split") else "train"
+    if not _FOLDER.fullmatch(split):
+        raise ManifestError(
+            f"{file}:{line}: split must be letters, digits, '.', '_' or '-' (it names a folder), "
+            f"got {split!r}"
+        )
+    try:
+        captions = [*_texts(row, "captions"), *_texts(row, "caption", several=False)]
+        labels = _texts(row, "labels")
+    except TypeError as error:
+        raise ManifestError(f"{file}:{line}: {error}") from None
     return Entry(
         line=line,
         audio=path,
         captions=captions,
-        id=str(row.get("id") or path.stem),
-        split=str(row.get("split") or "train"),
-        labels=_texts(row.get("labels")),
+        id=str(row["id"]) if _given(row, "id") else path.stem,
+        split=split,
+        labels=labels,
         start_s=start_s,
         duration_s=duration_s,
-        original={k: v for k, v in row.items() if k not in _KNOWN and k and v not in (None, "")},
+        original={k: v for k, v in row.items() if k not in _KNOWN and _given(row, k)},
     )
 
 
-def _texts(value: Any, *, split: bool = True) -> list[str]:
+def _given(row: dict[str, Any], name: str) -> bool:
+    """Whether a row has something in a column; an empty cell has nothing."""
+    return row.get(name) not in (None, "")
+
+
+def _texts(row: dict[str, Any], name: str, *, several: bool = True) -> list[str]:
     """The non-blank texts of a cell: a list, or one string (of several, by `|`)."""
+    value = row.get(name)
     if value is None:
         return []
     if isinstance(value, str):
-        value = value.split("|") if split else [value]
-    return [text.strip() for text in map(str, value) if text.strip()]
+        value = value.split("|") if several else [value]
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise TypeError(f"{name} must be a text or a list of texts, got {value!r}")
+    return [text.strip() for text in value if text.strip()]

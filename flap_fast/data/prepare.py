@@ -15,8 +15,9 @@ import io
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -86,16 +87,17 @@ def prepare(
                 bar.advance(task)
 
         clips = (entry for job in todo for entry in job.entries)
-        decoded = ahead(pool, decode, clips, limit=4 * shard_clips)
-        for job in todo:
-            results = [next(decoded) for _ in job.entries]
-            finished[job.name] = _write(out, job, results, sample_rate_hz)
+        # Closed: a full disk or Ctrl-C does not wait for what was begun ahead.
+        with closing(ahead(pool, decode, clips, limit=4 * shard_clips)) as decoded:
+            for job in todo:
+                results = [next(decoded) for _ in job.entries]
+                finished[job.name] = _write(out, job, results, sample_rate_hz)
     return _summarise(out, jobs, {name: done for name, done in finished.items() if done})
 
 
 def ahead(
     pool: ThreadPoolExecutor, function: Callable[[In], Out], items: Iterable[In], limit: int
-) -> Iterator[Out]:
+) -> Generator[Out]:
     """`map` in order, with at most `limit` items begun and not yet taken."""
     waiting: deque = deque()
     try:
@@ -142,9 +144,9 @@ def _finished(done: Path, job: _Job, sample_rate_hz: int) -> dict[str, Any] | No
     record = json.loads(file.read_text())
     if record["fingerprint"] != job.fingerprint(sample_rate_hz):
         raise _other(done.parent, f"another {job.name}")
-    if record["clips"] and not (done.parent / job.split / f"{job.number}.tar").is_file():
-        return None
-    return record
+    shard = done.parent / job.split / f"{job.number}.tar"
+    there = shard.is_file() and shard.with_suffix(".idx").is_file()
+    return record if there or not record["clips"] else None
 
 
 def _other(out: Path, what: str) -> ManifestError:
@@ -166,7 +168,7 @@ def _flac(entry: Entry, sample_rate_hz: int) -> bytes:
     if np.abs(wave).max() < _SILENT:
         raise BadSound("silent: below -80 dB of full scale throughout")
     buffer = io.BytesIO()
-    soundfile.write(buffer, wave.clip(-1, 1), sample_rate_hz, format="FLAC", subtype="PCM_16")
+    soundfile.write(buffer, wave, sample_rate_hz, format="FLAC", subtype="PCM_16")
     return buffer.getvalue()
 
 

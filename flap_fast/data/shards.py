@@ -10,6 +10,7 @@ an index (LAION's own) are scanned once.
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
 import json
@@ -58,12 +59,13 @@ class Shards:
             BadSound: no JSON object, or no caption in it.
         """
         file, _, _, at, size = self.place[clip].tolist()
+        data = _read(self.files[file], at, size)
         try:
-            record = json.loads(_read(self.files[file], at, size))
+            record = json.loads(data)
             text = record.get("text")
         except (ValueError, AttributeError) as error:
             raise BadSound(f"its JSON cannot be read: {error}") from None
-        texts = [text] if isinstance(text, str) else list(text or ())
+        texts = [text] if isinstance(text, str) else text if isinstance(text, list) else []
         texts = [t.strip() for t in texts if isinstance(t, str) and t.strip()]
         if not texts:
             raise BadSound("captionless: its JSON holds no text")
@@ -129,6 +131,11 @@ def write_atomically(file: Path, data: bytes) -> None:
             out.flush()
             os.fsync(out.fileno())
         part.replace(file)
+    except OSError as error:
+        # A failed write does not say of which file.
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "; make room and run the same command again" if full else ""
+        raise OSError(error.errno, f"{error.strerror}{remedy}", str(file)) from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -139,7 +146,7 @@ def _index(file: Path) -> list[tuple[int, int, int, int]]:
     clips = _parse_index(index) if index.is_file() else _scan(file)
     size = file.stat().st_size
     rows = []
-    for key, parts in clips.items():
+    for key, parts in clips:
         sound = next((parts[ending] for ending in SOUNDS if ending in parts), None)
         text = parts.get("json")
         if sound is None or text is None:
@@ -153,19 +160,31 @@ def _index(file: Path) -> list[tuple[int, int, int, int]]:
     return rows
 
 
-def _parse_index(index: Path) -> dict[str, dict[str, tuple[int, int]]]:
-    version, *lines = index.read_text().splitlines()
-    if not version.startswith("v1.2"):
-        raise ShardError(f"{index} must be an index of version 1.2, got '{version}'; delete it")
-    clips = {}
-    for line in lines:
-        words = line.split(" ")
-        parts = {words[i]: (int(words[i + 1]), int(words[i + 2])) for i in range(0, len(words), 4)}
-        clips[words[3].partition(".")[0]] = parts
+# A clip's key, and where each of its files begins in the tar and how many bytes it has.
+_Clip = tuple[str, dict[str, tuple[int, int]]]
+
+
+def _parse_index(index: Path) -> list[_Clip]:
+    try:
+        version, *lines = index.read_text().splitlines() or [""]
+        if not version.startswith("v1.2 "):
+            raise ValueError(f"its first line is '{version}'")
+        clips = []
+        for line in lines:
+            words = line.split(" ")
+            files = [words[i : i + 4] for i in range(0, len(words), 4)]
+            parts = {ending.lower(): (int(at), int(size)) for ending, at, size, _ in files}
+            clips.append((words[3].rpartition(".")[0], parts))
+        if len(clips) != int(version.split()[1]):
+            raise ValueError(f"it announces {version.split()[1]} clips and has {len(clips)}")
+    except ValueError as error:
+        raise ShardError(
+            f"{index} must be a whole index of version 1.2: {error}; delete it"
+        ) from None
     return clips
 
 
-def _scan(file: Path) -> dict[str, dict[str, tuple[int, int]]]:
+def _scan(file: Path) -> list[_Clip]:
     clips: dict[str, dict[str, tuple[int, int]]] = {}
     try:
         with tarfile.open(file, "r:") as tar:
@@ -173,21 +192,32 @@ def _scan(file: Path) -> dict[str, dict[str, tuple[int, int]]]:
                 if member.isfile():
                     folder, _, name = member.name.rpartition("/")
                     key, _, ending = name.partition(".")
-                    place = (member.offset_data, member.size)
-                    clips.setdefault(f"{folder}/{key}", {})[ending.lower()] = place
+                    parts = clips.setdefault(f"{folder}/{key}" if folder else key, {})
+                    if ending.lower() in parts:
+                        raise ShardError(f"{file}: {member.name} must stand once; it stands twice")
+                    parts[ending.lower()] = (member.offset_data, member.size)
+            end = tar.offset
     except tarfile.TarError as error:
         raise ShardError(f"{file} is truncated or no tar: {error}; fetch it again") from None
-    return clips
+    # tarfile takes a file that was cut between two members, or spoilt there, for a whole one.
+    with file.open("rb") as whole:
+        whole.seek(end)
+        if whole.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise ShardError(
+                f"{file} is truncated or no tar: it has no end mark at byte {end}; fetch it again"
+            )
+    return list(clips.items())
 
 
 def _natural(file: Path) -> tuple:
-    return tuple(int(part) if part.isdigit() else part for part in re.split(r"(\d+)", file.name))
+    return tuple(int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name))
 
 
 def _read(file: Path, at: int, size: int) -> bytes:
-    data = os.pread(_descriptor(file).fd, size, at)
+    descriptor = _descriptor(file)  # held: another thread may push it out of the cache
+    data = os.pread(descriptor.fd, size, at)
     if len(data) != size:
-        raise ShardError(f"{file} ended at byte {at + len(data)}, inside a clip; was it replaced?")
+        raise ShardError(f"{file} ends before byte {at + size}, inside a clip; was it replaced?")
     return data
 
 

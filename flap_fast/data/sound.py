@@ -30,21 +30,25 @@ def read_sound(
     Raises:
         BadSound: missing, unreadable, empty, or not finite.
     """
+    if isinstance(source, Path) and not source.is_file():
+        raise BadSound("missing: no such file")
     try:
         with soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else source) as f:
             rate = f.samplerate
             f.seek(min(round(start_s * rate), f.frames))
-            frames = -1 if duration_s is None else -int(-duration_s * rate // 1)
+            frames = -1 if duration_s is None else round(duration_s * rate)
             wave = f.read(frames, dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
+    except soundfile.LibsndfileError as error:
+        raise BadSound(f"unreadable: {error.error_string}") from None
+    except (OSError, RuntimeError) as error:
         raise BadSound(f"unreadable: {error}") from None
     mono = wave.mean(1) if wave.shape[1] > 1 else wave[:, 0]
-    if len(mono) == 0:
-        raise BadSound("empty: no samples")
     if not np.isfinite(mono).all():
         raise BadSound("unreadable: samples are not finite")
     if rate != sample_rate_hz:
         mono = soxr.resample(mono, rate, sample_rate_hz, quality="HQ")
+    if len(mono) == 0:
+        raise BadSound("empty: no samples")
     return np.ascontiguousarray(mono, dtype=np.float32)
 
 
