@@ -15,7 +15,7 @@ from flap_fast.config import Config
 from flap_fast.data.shards import open_shards
 from flap_fast.embedder import load
 from flap_fast.loss import total_loss
-from flap_fast.train import loop
+from flap_fast.train import checkpoint, loop
 from flap_fast.train.checkpoint import latest
 from flap_fast.train.loop import Stopped, train
 from flap_fast.train.observers import NotFinite
@@ -180,6 +180,27 @@ def test_a_nan_stops_the_run_before_it_reaches_a_checkpoint(
     assert [f.name for f in sorted(checkpoints.iterdir())] == ["step-000002"]
     weights = load(tmp_path / "flap").model.state_dict().values()
     assert all(value.isfinite().all() for value in weights)
+
+
+def test_a_full_disk_costs_the_checkpoint_that_did_not_fit_and_no_other(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    real = checkpoint.save_model
+
+    def full(folder: Path, *arguments):
+        real(folder, *arguments)
+        if "000004" in folder.name:
+            raise OSError(28, "No space left on device", str(folder))
+
+    config = settings(prepared, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_model", full)
+        with pytest.raises(OSError, match="No space left"):
+            train(config)
+    names = {f.name for f in (tmp_path / "flap/checkpoints").iterdir()}
+    assert names == {"step-000002", "step-000003", "best"}
+    train(config, resume=True)
+    assert rows(tmp_path / "flap")[-1]["step"] == 6
 
 
 def test_masking_ends_with_the_unmasked_tail(

@@ -37,12 +37,17 @@ def first_step(folder: Path, ranks: Ranks, *overrides: str, engine: type | None 
     total = total_loss(outputs, config)["total"]
     if running is None:
         total.backward()
-        return total.item(), {name: p.grad for name, p in model.named_parameters()}
+        return total.item(), {name: checked(p.grad) for name, p in model.named_parameters()}
     running.backward(total)
     from deepspeed.utils import safe_get_full_grad
 
-    gradients = {name: safe_get_full_grad(p) for name, p in model.named_parameters()}
+    gradients = {n: checked(safe_get_full_grad(p)) for n, p in model.named_parameters()}
     return total.item(), gradients
+
+
+def checked(gradient: torch.Tensor | None) -> torch.Tensor:
+    assert gradient is not None
+    return gradient
 
 
 def averaged_over_ranks(folder: Path):
