@@ -104,6 +104,9 @@ class DeepSpeedEngine:
     def __init__(self, config: Config, model: Flap, ranks: Ranks):
         import deepspeed
 
+        # On a CPU DeepSpeed would compile a shared-memory all-reduce that only inference calls:
+        # half a minute, and no start at all where there is no C++ compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._deepspeed = deepspeed
         self._stage = config.train.zero_stage
         self._engine, *_ = deepspeed.initialize(
