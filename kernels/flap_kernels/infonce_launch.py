@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flap_kernels.infonce_chunks import Negatives
+from flap_kernels.infonce_chunks import Negatives, Side
 from flap_kernels.infonce_tiles import add_parts_kernel, negatives_kernel, weights_kernel
 from flap_kernels.launch import capability, ceil_div, interpreted
 
@@ -120,9 +120,8 @@ def gradients(
     x: Tensor,
     y: Tensor,
     scale: Tensor,
-    row_lse: Tensor | None,
-    column_lse: Tensor | None,
-    misses: Tensor,
+    row: Side | None,
+    column: Side | None,
     factor: Tensor,
     *,
     offset: int,
@@ -164,9 +163,10 @@ def gradients(
             scale,
             x_ids[chunk] if x_ids is not None else x,
             y_ids if y_ids is not None else y,
-            row_lse[chunk] if row_lse is not None else x,
-            column_lse if column_lse is not None else x,
-            misses[chunk],
+            row.negatives[chunk] if row is not None else x,
+            row.misses[chunk] if row is not None else x,
+            column.negatives if column is not None else x,
+            column.misses if column is not None else x,
             workspace,
             parts,
             size,
@@ -178,8 +178,8 @@ def gradients(
             y.stride(0),
             y.stride(1),
             stride_wm,
-            ROWS=row_lse is not None,
-            COLUMNS=column_lse is not None,
+            ROWS=row is not None,
+            COLUMNS=column is not None,
             IDS=x_ids is not None,
             PRECISION=precision,
             WIDEN=interpreted(),
