@@ -43,14 +43,14 @@ def outputs_and_gradients(op, arguments, differentiable, seeds):
 
 
 def strided(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The same values, each tensor with strides of its own and poison between the elements."""
+    """The same values, each tensor with strides of its own and poison between and behind them."""
     found = {}
     for i, (name, value) in enumerate(arguments.items()):
         if isinstance(value, Tensor) and value.ndim:
             gap = 2 + i % 3
             poison = torch.nan if value.is_floating_point() else torch.iinfo(value.dtype).max
-            wide = value.new_full((*value.shape[:-1], gap * value.shape[-1]), poison)
-            view = wide[..., ::gap].copy_(value.detach())
+            wide = value.new_full((*value.shape[:-1], gap * (value.shape[-1] + 40)), poison)
+            view = wide[..., : gap * value.shape[-1] : gap].copy_(value.detach())
             value = view.detach().requires_grad_(value.requires_grad)
         found[name] = value
     return found
