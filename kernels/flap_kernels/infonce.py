@@ -24,7 +24,7 @@ from torch import Tensor
 from flap_kernels import infonce_chunks as chunks
 from flap_kernels import infonce_launch as launches
 from flap_kernels.checks import (
-    check_at_least,
+    check_above,
     check_choice,
     check_floats,
     check_integers,
@@ -65,7 +65,7 @@ def _forward(
     ids: Tensor | None,
     direction: str,
     precision: str,
-    workspace_mib: int | None,
+    workspace_mib: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss (), and both sides' negatives and misses (B,), of a side that is not used (0,)."""
     found = path(audio).negatives(
@@ -112,7 +112,7 @@ def _backward(
     audio_wanted: bool,
     text_wanted: bool,
     precision: str,
-    workspace_mib: int | None,
+    workspace_mib: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of audio, text (empty where not wanted) and scale."""
     a_grad, t_grad, scale_grad = path(audio).gradients(
@@ -179,7 +179,7 @@ def path(x: Tensor) -> Any:
     return launches if len(x) and runs_triton(x) else chunks
 
 
-def launch_options(x: Tensor, precision: str, workspace_mib: int | None) -> dict[str, Any]:
+def launch_options(x: Tensor, precision: str, workspace_mib: float | None) -> dict[str, Any]:
     """What the kernels can be told, and the plain path has no use for."""
     if path(x) is chunks:
         return {}
@@ -194,7 +194,7 @@ def infonce(
     direction: Direction = "symmetric",
     ids: Tensor | None = None,
     precision: Precision = "ieee",
-    workspace_mib: int | None = None,
+    workspace_mib: float | None = None,
 ) -> Tensor:
     """The mean InfoNCE loss of a batch, () float32.
 
@@ -224,12 +224,12 @@ def check_arguments(
     direction: str,
     ids: Tensor | None,
     precision: str,
-    workspace_mib: int | None,
+    workspace_mib: float | None,
 ) -> Tensor:
     """The scale as a tensor, after every check of the public ops."""
     check_choice("direction", direction, get_args(Direction))
     check_choice("precision", precision, get_args(Precision))
-    check_at_least("workspace_mib", workspace_mib, 1)
+    check_above("workspace_mib", workspace_mib, 0)
     check_shape("audio", audio, (None, None), "(B, D)")
     more = direction == "a2t" and text.ndim == 2 and len(text) > len(audio) and ids is None
     check_shape("text", text, (len(text) if more else len(audio), audio.shape[1]), "(B, D)")

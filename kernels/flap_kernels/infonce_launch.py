@@ -64,14 +64,14 @@ def negatives(
     x_ids: Tensor | None = None,
     y_ids: Tensor | None = None,
     precision: Precision = "ieee",
-    workspace_mib: int | None = None,
+    workspace_mib: float | None = None,
 ) -> Negatives:
     """Log-sum-exp of the negatives per row and per column, and the positives."""
     (M, D), N = x.shape, len(y)
     tile = blocks(capability(x), x.dtype, precision)
     tiles_n = ceil_div(N, tile.BLOCK_N)
     row_bytes = 4 * (tiles_n * rows + ceil_div(N, tile.BLOCK_M) * columns)
-    most = (workspace_mib or _WORKSPACE_MIB) * 2**20 // row_bytes
+    most = int((workspace_mib or _WORKSPACE_MIB) * 2**20 / row_bytes)
     float32 = {"dtype": torch.float32, "device": x.device}
     row_sums = torch.empty(M if rows else 0, **float32)
     column_sums = torch.empty(N if columns else 0, **float32)
@@ -130,7 +130,7 @@ def gradients(
     x_ids: Tensor | None = None,
     y_ids: Tensor | None = None,
     precision: Precision = "ieee",
-    workspace_mib: int | None = None,
+    workspace_mib: float | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """Gradients by x, by y and by the scale, times `factor`; x's in its type, the rest float32."""
     (M, D), N = x.shape, len(y)
@@ -142,7 +142,7 @@ def gradients(
     if workspace_mib is None:
         most = max(_WEIGHT_ROWS, _WEIGHT_MIB * 2**20 // row_bytes)
     else:
-        most = workspace_mib * 2**20 // row_bytes
+        most = int(workspace_mib * 2**20 / row_bytes)
     chunks = list(_chunks(M, most, tile.BLOCK_M))
     largest = len(range(M)[chunks[0]])
     float32 = {"dtype": torch.float32, "device": x.device}

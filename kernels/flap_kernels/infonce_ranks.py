@@ -49,7 +49,7 @@ def infonce_ranks(
     ids: Tensor | None = None,
     equal_shares: bool = False,
     precision: Precision = "ieee",
-    workspace_mib: int | None = None,
+    workspace_mib: float | None = None,
 ) -> Tensor:
     """The mean InfoNCE loss over the clips of all ranks of `group`, the same on every rank, ().
 
