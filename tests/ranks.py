@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,7 @@ def on_ranks(
     AssertionError with the traceback of the first rank that failed, TimeoutError after `timeout_s`.
     """
     with tempfile.TemporaryDirectory() as folder:
-        # Forked from a server that has the slow imports behind it: a start takes milliseconds.
-        context = mp.get_context("forkserver")
-        # Other people's modules only: ours come from this checkout, found by the tests' path.
-        slow = ["torch.distributed", "transformers.models.roberta.modeling_roberta", "deepspeed"]
-        context.set_forkserver_preload(slow)
+        context = _server()
         processes = [
             context.Process(
                 target=_run, args=(rank, world, folder, function, arguments, timeout_s), daemon=True
@@ -46,6 +44,24 @@ def on_ranks(
                 process.kill()
                 process.join()
         return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def _server() -> Any:
+    """Where ranks are forked from: a process that has the imports behind it already."""
+    context = mp.get_context("forkserver")
+    # What cannot be imported (on a machine for the kernels alone) is left out.
+    ours = ["flap_kernels", "flap_fast.train.loop"]
+    slow = ["pytest", "torch.distributed.tensor", "deepspeed"]
+    context.set_forkserver_preload([*slow, *ours])
+    # Python 3.11's server does not take over sys.path, only the environment.
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(path or "." for path in sys.path)
+    forkserver.ensure_running()
+    if before is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = before
+    return context
 
 
 def _wait(processes: list[Any], folder: Path, timeout_s: float) -> None:

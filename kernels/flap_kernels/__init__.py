@@ -3,6 +3,7 @@
 `KERNELS` names every op that has a kernel: what it names is tested, compiled and timed.
 """
 
+from flap_kernels.cyclic import cyclic
 from flap_kernels.infonce import KERNEL as _INFONCE
 from flap_kernels.infonce import infonce
 from flap_kernels.infonce_ranks import infonce_ranks
@@ -16,4 +17,4 @@ KERNELS: dict[str, Kernel] = {
     )
 }
 
-__all__ = ["KERNELS", "infonce", "infonce_ranks"]
+__all__ = ["KERNELS", "cyclic", "infonce", "infonce_ranks"]

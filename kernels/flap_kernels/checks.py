@@ -46,3 +46,9 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Fail unless the value is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_above(name: str, value: float | None, bound: float) -> None:
+    """Fail unless the value is None or above the bound."""
+    if value is not None and not value > bound:
+        raise ValueError(f"{name} must be above {bound:g}, got {value:g}")
