@@ -1,0 +1,48 @@
+"""Checks of arguments, shared by the public ops: one sentence that says name, rule and value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_shape(name: str, x: Tensor, shape: Sequence[int | None], legend: str) -> None:
+    """Fail unless `x` has this shape; None stands for any size, `legend` says it in letters."""
+    fits = x.ndim == len(shape) and all(
+        want is None or have == want for have, want in zip(x.shape, shape, strict=True)
+    )
+    if not fits:
+        sizes = ", ".join("*" if want is None else str(want) for want in shape)
+        raise ValueError(f"{name} must be {legend} = ({sizes}), got {tuple(x.shape)}")
+
+
+def check_floats(**tensors: Tensor) -> None:
+    """Fail unless each is of a floating type that the ops compute with."""
+    for name, x in tensors.items():
+        if x.dtype not in FLOATS:
+            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
+
+
+def check_integers(**tensors: Tensor) -> None:
+    """Fail unless each is int32 or int64."""
+    for name, x in tensors.items():
+        if x.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name} must be int32 or int64, got {x.dtype}")
+
+
+def check_together(**tensors: Tensor) -> None:
+    """Fail unless all lie on one device."""
+    devices = {name: x.device for name, x in tensors.items()}
+    if len(set(devices.values())) > 1:
+        places = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"{' and '.join(devices)} must lie on one device, got {places}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Fail unless the value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -1,0 +1,59 @@
+"""Whether Triton is here, and whether a tensor is for it. The only door to Triton in this package.
+
+Without Triton, `jit` leaves a kernel undecorated and `tl` is empty; kernels are then never
+called, since `runs_triton` says no to every tensor.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import triton
+    import triton.language as tl
+    from triton import jit
+
+    HAS_TRITON: bool
+else:
+    try:
+        import triton
+        import triton.language as tl
+        from triton import jit
+
+        HAS_TRITON = True
+    except ModuleNotFoundError as missing:
+        if missing.name != "triton":
+            raise
+        triton, tl, HAS_TRITON = None, None, False
+
+        def jit(function=None, **_):
+            """Leave the kernel as it is."""
+            return function if function is not None else jit
+
+
+__all__ = ["HAS_TRITON", "ceil_div", "interpreted", "jit", "runs_triton", "tl", "triton"]
+
+
+def interpreted() -> bool:
+    """Whether kernels run under Triton's interpreter (TRITON_INTERPRET=1), on the CPU's tensors.
+
+    Triton reads the variable when a kernel is decorated: set it before the first import.
+    """
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def runs_triton(*tensors: Tensor) -> bool:
+    """Whether the kernels serve these tensors; if not, the plain PyTorch path does."""
+    if not HAS_TRITON or any(x.dtype.itemsize > 4 and x.is_floating_point() for x in tensors):
+        return False  # float64 is for checking, and the plain path does it
+    if interpreted():
+        return all(x.device.type in ("cpu", "cuda") for x in tensors)
+    return all(x.is_cuda for x in tensors)
+
+
+def ceil_div(size: int, block: int) -> int:
+    """How many blocks cover the size."""
+    return -(-size // block)

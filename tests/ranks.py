@@ -1,0 +1,93 @@
+"""Run a test's function on several gloo ranks, each a process of its own."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def on_ranks(
+    world: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 120.0
+) -> list[Any]:
+    """What `function(*arguments)` returns on each of `world` gloo ranks, in their order.
+
+    The function must be importable (defined at a module's top level); what it returns is pickled,
+    so it should return numbers or CPU tensors. Inside, `torch.distributed` is initialised. Raises
+    AssertionError with the traceback of the first rank that failed, TimeoutError after `timeout_s`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        # Forked from a server that has torch imported already: a start takes milliseconds.
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torch.distributed"])
+        processes = [
+            context.Process(
+                target=_run, args=(rank, world, folder, function, arguments, timeout_s), daemon=True
+            )
+            for rank in range(world)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            _wait(processes, Path(folder), timeout_s)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def _wait(processes: list[Any], folder: Path, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while any(process.is_alive() for process in processes):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"ranks still ran after {timeout_s:g} s")
+        # One rank that failed leaves the others waiting in a collective: do not wait with them.
+        if any(process.exitcode not in (None, 0) for process in processes):
+            break
+        time.sleep(0.01)
+    errors = sorted(folder.glob("*.error"), key=lambda path: path.stat().st_mtime_ns)
+    if errors:
+        raise AssertionError(f"rank {errors[0].stem} failed:\n{errors[0].read_text()}")
+    codes = [process.exitcode for process in processes]
+    if any(codes):
+        raise AssertionError(f"ranks ended with exit codes {codes} and no traceback")
+
+
+def _run(
+    rank: int,
+    world: int,
+    folder: str,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    timeout_s: float,
+) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/store",
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=timeout_s),
+        )
+        result = function(*arguments)
+        torch.save(result, f"{folder}/{rank}.pt")
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        partial = Path(folder, f"{rank}.partial")
+        partial.write_text(traceback.format_exc())
+        partial.rename(Path(folder, f"{rank}.error"))
+        # No clean-up: it would wait for ranks that wait for this one.
+        os._exit(1)
