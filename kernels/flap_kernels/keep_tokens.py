@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flap_kernels.checks import check_floats, check_integers, check_shape, check_together
 from flap_kernels.launch import ceil_div, jit, runs_triton, tl
+from flap_kernels.patches import clips
 from flap_kernels.restore_tokens import blocks, spread
 from flap_kernels.spec import Arch, Inputs, Kernel, Program, Size
 
@@ -59,7 +60,7 @@ def keep_tokens_kernel(
 @torch.library.custom_op("flap_kernels::keep_tokens", mutates_args=())
 def _keep_tokens(x: Tensor, keep: Tensor) -> Tensor:
     if not runs_triton(x):
-        return x[_clips(keep), keep.long()]
+        return x[clips(keep), keep.long()]
     out = _empty_kept(x, keep)
     if out.numel() == 0:
         return out
@@ -75,25 +76,22 @@ def _empty_kept(x, keep):
     return x.new_empty((*keep.shape, x.shape[2]))
 
 
-@torch.library.custom_op("flap_kernels::keep_tokens_backward", mutates_args=())
-def _keep_tokens_backward(grad: Tensor, keep: Tensor, N: int) -> Tensor:
+@torch.library.custom_op("flap_kernels::scatter_tokens", mutates_args=())
+def scatter_tokens(grad: Tensor, keep: Tensor, N: int) -> Tensor:
+    """`keep_tokens` backwards: (B, K, D) -> (B, N, D), zeros where no token was kept."""
     B, K, D = grad.shape
     if not runs_triton(grad):
         out = grad.new_zeros(B, N, D)
-        out[_clips(keep), keep.long()] = grad
+        out[clips(keep), keep.long()] = grad
         return out
     k = torch.arange(K, device=keep.device).expand(B, K)
     slots = torch.full((B, N), K, device=keep.device).scatter_(1, keep.long(), k)
     return spread(grad, slots, None, None, grad.dtype)
 
 
-@_keep_tokens_backward.register_fake
+@scatter_tokens.register_fake
 def _(grad, keep, N):
     return grad.new_empty(len(grad), N, grad.shape[2])
-
-
-def _clips(index: Tensor) -> Tensor:
-    return torch.arange(len(index), device=index.device)[:, None]
 
 
 def _setup(ctx, inputs, output):
@@ -103,7 +101,7 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    return _keep_tokens_backward(grad, *ctx.saved_tensors, ctx.N), None
+    return scatter_tokens(grad, *ctx.saved_tensors, ctx.N), None
 
 
 _keep_tokens.register_autograd(_backward, setup_context=_setup)
@@ -138,7 +136,7 @@ def _inputs(size: Size, generator: torch.Generator) -> Inputs:
 
 
 def _programs(arch: Arch) -> tuple[Program, ...]:
-    B, N, K, D = 288, 512, 306, 768
+    B, K, D = 288, 306, 768
     tile = blocks(D)
     return (
         Program(

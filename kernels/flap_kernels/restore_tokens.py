@@ -19,6 +19,7 @@ from torch import Tensor
 
 from flap_kernels.checks import check_floats, check_integers, check_shape, check_together
 from flap_kernels.launch import ceil_div, jit, runs_triton, tl, triton
+from flap_kernels.patches import clips
 from flap_kernels.spec import Arch, Inputs, Kernel, Program, Size
 
 
@@ -158,7 +159,7 @@ def _restore_tokens(
     if runs_triton(y, mask_token):
         return spread(y, restore, mask_token, position, dtype)
     out = y.new_empty((*restore.shape, y.shape[2]), dtype=dtype).copy_(mask_token)
-    out[_clips(restore), places(restore)[:, : y.shape[1]]] = y.to(dtype)
+    out[clips(restore), places(restore)[:, : y.shape[1]]] = y.to(dtype)
     return out if position is None else out.add_(position)
 
 
@@ -174,9 +175,9 @@ def _restore_tokens_backward(
     """The gradients of `y`, in its type, and of the mask token, not narrower than float32."""
     y_grad, token_grad = _empty_gradients(grad, restore, K, dtype)
     if not runs_triton(grad):
-        order, clips = places(restore), _clips(restore)
-        y_grad.copy_(grad[clips, order[:, :K]])
-        return y_grad, grad[clips, order[:, K:]].sum((0, 1), dtype=token_grad.dtype)
+        order, b = places(restore), clips(restore)
+        y_grad.copy_(grad[b, order[:, :K]])
+        return y_grad, grad[b, order[:, K:]].sum((0, 1), dtype=token_grad.dtype)
     if grad.numel() == 0:
         return y_grad, token_grad.zero_()
     B, N, D = grad.shape
@@ -210,10 +211,6 @@ def places(restore: Tensor) -> Tensor:
     """(B, N) int64, the inverse permutation: the kept patches, then the dropped ones."""
     n = torch.arange(restore.shape[1], device=restore.device).expand(restore.shape)
     return torch.empty_like(n).scatter_(1, restore.long(), n)
-
-
-def _clips(index: Tensor) -> Tensor:
-    return torch.arange(len(index), device=index.device)[:, None]
 
 
 def _setup(ctx, inputs, output):

@@ -1,0 +1,424 @@
+"""masked_mse: how far a decoder's last layer is from the masked patches of the log-mel.
+
+    e[b, m, :] = weight @ hidden[b, m] + bias - target(b, drop[b, m])
+    loss       = mean of e**2 over B, M and P * P
+    target     = (x - mean(x)) / sqrt(var(x) + 1e-6),  x = patch(mel[b], n),  var unbiased
+
+    B clips   M masked patches of a clip   H decoder's width   P side of a patch   N patches
+
+Neither targets nor predictions are stored: the forward keeps one number of each tile of rows. The
+backward computes e again, a chunk of rows at a time, scaled to the prediction's gradient in the
+product's type, and two library products make of each chunk the gradients of hidden and weight.
+
+Least traffic: B*M*H of hidden and B*M*P*P of the log-mel read, forward and again backward, B*M*H
+written. Least arithmetic: 2 B M H P P forward, three times that backward.
+Source: FLAP, arXiv 2311.01615, section 4; Masked Autoencoders that Listen, arXiv 2207.06405 (the
+loss, its eps and its unbiased variance).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flap_kernels.checks import check_floats, check_shape, check_together
+from flap_kernels.launch import ceil_div, interpreted, jit, runs_triton, tl, triton
+from flap_kernels.patches import (
+    add_product,
+    check_patches,
+    clips,
+    load_patches,
+    patch_rows,
+    product_into,
+    product_type,
+)
+from flap_kernels.spec import Arch, Inputs, Kernel, Program, Size
+
+EPS = 1e-6
+
+
+def masked_mse_reference(
+    hidden: Tensor, weight: Tensor, bias: Tensor, mel: Tensor, drop: Tensor, *, norm_pix: bool
+) -> Tensor:
+    """Say what `masked_mse` means; errors are taken in float32 at least."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    patch = round(len(weight) ** 0.5)
+    target = _targets(mel, clips(drop), drop.long(), patch, norm_pix, wide)
+    error = torch.nn.functional.linear(hidden, weight, bias).to(wide) - target
+    return error.square().sum() / max(1, error.numel())
+
+
+def _targets(mel, b, n, patch, norm_pix, wide) -> Tensor:
+    x = patch_rows(mel, b, n, patch).to(wide)
+    if not norm_pix:
+        return x
+    var, mean = torch.var_mean(x, -1, keepdim=True)
+    return (x - mean) / (var + EPS).sqrt()
+
+
+@jit
+def masked_mse_kernel(
+    hidden_ptr,
+    weight_ptr,
+    bias_ptr,
+    mel_ptr,
+    drop_ptr,
+    upstream_ptr,
+    sums_ptr,
+    error_ptr,
+    first,
+    rows,
+    M,
+    H,
+    N,
+    across,
+    scale,
+    stride_hr,
+    stride_hh,
+    stride_wp,
+    stride_wh,
+    stride_bp,
+    stride_mb,
+    stride_mt,
+    stride_mf,
+    stride_db,
+    stride_dm,
+    P: tl.constexpr,
+    PIXELS: tl.constexpr,
+    NORM_PIX: tl.constexpr,
+    EPS: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Rows `first` to `first + rows` of all B * M: the sum of their squares, or e scaled."""
+    pid = tl.program_id(0).to(tl.int64)
+    offs_row = pid * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    offs_p = tl.arange(0, PIXELS)
+    live, pixel = offs_row < rows, offs_p < P * P
+    row = first + offs_row
+    mask = live[:, None] & pixel[None, :]
+
+    e = tl.zeros([BLOCK_ROWS, PIXELS], dtype=tl.float32)
+    for start in range(0, H, BLOCK_H):
+        offs_h = start + tl.arange(0, BLOCK_H)
+        deep = offs_h < H
+        at = (hidden_ptr + row * stride_hr)[:, None] + (offs_h * stride_hh)[None, :]
+        h = tl.load(at, mask=live[:, None] & deep[None, :], other=0.0)
+        h = h.to(weight_ptr.dtype.element_ty)
+        at = (weight_ptr + offs_p * stride_wp)[None, :] + (offs_h * stride_wh)[:, None]
+        w = tl.load(at, mask=deep[:, None] & pixel[None, :], other=0.0)
+        if UPCAST:
+            h, w = h.to(tl.float32), w.to(tl.float32)
+        e = tl.dot(h, w, e, input_precision=PRECISION)
+    e += tl.load(bias_ptr + offs_p * stride_bp, mask=pixel, other=0.0).to(tl.float32)[None, :]
+
+    b, m = row // M, row % M
+    n = tl.load(drop_ptr + b * stride_db + m * stride_dm, mask=live, other=0).to(tl.int64)
+    there = live & (n >= 0) & (n < N)
+    x = load_patches(mel_ptr, b, n, there, across, stride_mb, stride_mt, stride_mf, P, PIXELS)
+    x = tl.where(there[:, None], x.to(tl.float32), float("nan"))
+    if NORM_PIX:
+        x = tl.where(pixel[None, :], x - (tl.sum(x, axis=1) / (P * P))[:, None], 0.0)
+        x *= (1.0 / tl.sqrt_rn(tl.sum(x * x, axis=1) / (P * P - 1) + EPS))[:, None]
+    e = tl.where(mask, e - x, 0.0)
+
+    if BACKWARD:
+        e = e * (tl.load(upstream_ptr) * scale)
+        tl.store(sums_ptr + pid * (P * P) + offs_p, tl.sum(e, axis=0), mask=pixel)
+        at = (error_ptr + offs_row * (P * P))[:, None] + offs_p[None, :]
+        tl.store(at, e.to(error_ptr.dtype.element_ty), mask=mask)
+    else:
+        tl.store(sums_ptr + pid, tl.sum(tl.sum(e * e, axis=1), axis=0))
+
+
+# A chunk's errors stay in cache until the products that read them: an H100's L2, a core's L2.
+_CHUNK_ROWS = {"cuda": 16_384, "cpu": 1_024}
+
+
+def _tiles(pixels: int, dtype: torch.dtype, precision: str) -> dict[str, Any]:
+    """A tile holds whole patches, for their mean and variance."""
+    wide = triton.next_power_of_2(max(16, pixels))
+    rows, deep, warps, stages = 64, 64, 8, 3
+    if dtype.itemsize == 4:
+        rows, deep, warps, stages = (64, 32, 8, 2) if precision == "tf32" else (32, 16, 8, 2)
+    return {
+        "PIXELS": wide,
+        "BLOCK_ROWS": max(16, min(128, rows * 256 // wide)),
+        "BLOCK_H": deep,
+        "PRECISION": precision,
+        "num_warps": warps,
+        "num_stages": stages,
+    }
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What both directions read: rows of hidden (B * M, H), and what they are compared with."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor
+    mel: Tensor
+    drop: Tensor
+    patch: int
+    norm_pix: bool
+
+    @property
+    def on_triton(self) -> bool:
+        return runs_triton(self.hidden, self.weight, self.mel)
+
+    @property
+    def wide(self) -> torch.dtype:
+        return torch.promote_types(self.weight.dtype, torch.float32)
+
+    def chunks(self) -> Iterator[slice]:
+        step = _CHUNK_ROWS[self.hidden.device.type]
+        for first in range(0, len(self.hidden), step):
+            yield slice(first, min(first + step, len(self.hidden)))
+
+    def errors(self, chunk: slice) -> Tensor:
+        """e of some rows, in PyTorch."""
+        row = torch.arange(chunk.start, chunk.stop, device=self.drop.device)
+        n = self.drop.flatten()[chunk].long()
+        b = row // self.drop.shape[1]
+        target = _targets(self.mel, b, n, self.patch, self.norm_pix, self.wide)
+        h = self.hidden[chunk].to(self.weight.dtype)
+        return add_product(self.bias.to(self.wide) - target, h, self.weight.T)
+
+    def launch(self, chunk: slice, upstream: Tensor | None, error: Tensor | None) -> Tensor:
+        """A number of each program: its sum of squares, or its columns' sums if e is wanted."""
+        pixels, rows = self.patch * self.patch, chunk.stop - chunk.start
+        precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+        tile = _tiles(pixels, self.weight.dtype, precision)
+        programs = ceil_div(rows, tile["BLOCK_ROWS"])
+        sums = self.mel.new_empty(
+            (programs,) if error is None else (programs, pixels), dtype=torch.float32
+        )
+        masked_mse_kernel[(programs,)](
+            self.hidden,
+            self.weight,
+            self.bias,
+            self.mel,
+            self.drop,
+            sums if upstream is None else upstream,
+            sums,
+            sums if error is None else error,
+            chunk.start,
+            rows,
+            self.drop.shape[1],
+            self.hidden.shape[1],
+            self.mel[0].numel() // pixels,
+            self.mel.shape[2] // self.patch,
+            2.0 / (len(self.hidden) * pixels),
+            *self.hidden.stride(),
+            *self.weight.stride(),
+            self.bias.stride(0),
+            *self.mel.stride(),
+            *self.drop.stride(),
+            P=self.patch,
+            NORM_PIX=self.norm_pix,
+            EPS=EPS,
+            BACKWARD=error is not None,
+            UPCAST=interpreted(),
+            **tile,
+        )
+        return sums
+
+
+@torch.library.custom_op("flap_kernels::masked_mse", mutates_args=())
+def _masked_mse(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mel: Tensor,
+    drop: Tensor,
+    patch: int,
+    norm_pix: bool,
+    product: torch.dtype,
+) -> Tensor:
+    layer = _Layer(hidden.flatten(0, 1), weight.to(product), bias, mel, drop, patch, norm_pix)
+    count = len(layer.hidden) * patch * patch
+    if count == 0:
+        return hidden.new_zeros((), dtype=layer.wide)
+    if layer.on_triton:
+        return layer.launch(slice(0, len(layer.hidden)), None, None).sum() / count
+    squares = [layer.errors(chunk).square_().sum() for chunk in layer.chunks()]
+    return torch.stack(squares).sum() / count
+
+
+@_masked_mse.register_fake
+def _(hidden, weight, bias, mel, drop, patch, norm_pix, product):
+    return hidden.new_empty((), dtype=torch.promote_types(product, torch.float32))
+
+
+@torch.library.custom_op("flap_kernels::masked_mse_backward", mutates_args=())
+def _masked_mse_backward(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mel: Tensor,
+    drop: Tensor,
+    patch: int,
+    norm_pix: bool,
+    product: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of hidden, in its type, and of weight and bias, at least float32."""
+    layer = _Layer(hidden.flatten(0, 1), weight.to(product), bias, mel, drop, patch, norm_pix)
+    rows, pixels = len(layer.hidden), patch * patch
+    hidden_grad = torch.empty_like(layer.hidden, memory_format=torch.contiguous_format)
+    weight_grad = torch.zeros_like(weight, dtype=layer.wide, memory_format=torch.contiguous_format)
+    bias_grad = weight_grad.new_zeros(pixels)
+    buffer = None
+    for chunk in layer.chunks():
+        if layer.on_triton:
+            buffer = (
+                weight.new_empty((chunk.stop, pixels), dtype=product) if buffer is None else buffer
+            )
+            error = buffer[: chunk.stop - chunk.start]
+            bias_grad += layer.launch(chunk, grad, error).sum(0)
+        else:
+            error = layer.errors(chunk).mul_(grad * (2.0 / (rows * pixels)))
+            bias_grad += error.sum(0)
+            error = error.to(product)
+        add_product(weight_grad, error.T, layer.hidden[chunk].to(product))
+        product_into(hidden_grad[chunk], error, layer.weight)
+    return hidden_grad.view(hidden.shape), weight_grad, bias_grad
+
+
+@_masked_mse_backward.register_fake
+def _(grad, hidden, weight, bias, mel, drop, patch, norm_pix, product):
+    wide = torch.promote_types(product, torch.float32)
+    return (
+        hidden.new_empty(hidden.shape),
+        weight.new_empty(weight.shape, dtype=wide),
+        bias.new_empty(bias.shape, dtype=wide),
+    )
+
+
+def _setup(ctx, inputs, output):
+    *tensors, ctx.patch, ctx.norm_pix, ctx.product = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad):
+    tensors = ctx.saved_tensors
+    hidden_grad, weight_grad, bias_grad = _masked_mse_backward(
+        grad, *tensors, ctx.patch, ctx.norm_pix, ctx.product
+    )
+    _, weight, bias, _, _ = tensors
+    grads = hidden_grad, weight_grad.to(weight.dtype), bias_grad.to(bias.dtype)
+    return (*grads, None, None, None, None, None)
+
+
+_masked_mse.register_autograd(_backward, setup_context=_setup)
+
+
+def masked_mse(
+    hidden: Tensor, weight: Tensor, bias: Tensor, mel: Tensor, drop: Tensor, *, norm_pix: bool
+) -> Tensor:
+    """The mean squared error of the masked patches' pixels, (), float32; 0 if none is masked.
+
+    Under autocast the product's factors are rounded to autocast's type, else to the weight's; it
+    is summed, and errors are taken, in float32. Gradients go to hidden, weight and bias, the last
+    two from float32 sums, without atomics.
+
+    Args:
+        hidden: (B, M, H), the masked patches alone, in the order of `drop`: what
+            `keep_tokens(x, drop)` makes of a decoder's output. So its last LayerNorm, too, can
+            leave out the others.
+        weight: (P * P, H), the side P of a patch follows from it.
+        bias: (P * P,).
+        mel: (B, T, F), T and F multiples of P; a target, so it must not require a gradient.
+        drop: (B, M) int32 or int64 in [0, N). On a GPU that is not checked: outside, the loss is
+            NaN.
+        norm_pix: compare with patches brought to mean 0 and variance 1 each.
+
+    Raises ValueError and TypeError on shapes, devices and types that do not fit.
+    """
+    check_shape("weight", weight, (None, None), "(P * P, H)")
+    pixels, H = weight.shape
+    patch = check_patches(mel, "drop", drop, pixels)
+    check_shape("hidden", hidden, (*drop.shape, H), "(B, M, H) with drop (B, M)")
+    check_shape("bias", bias, (pixels,), "(P * P,)")
+    check_floats(hidden=hidden, weight=weight, bias=bias)
+    check_together(hidden=hidden, weight=weight, bias=bias, mel=mel)
+    if norm_pix and patch < 2:
+        raise ValueError("norm_pix must be False for patches of one pixel: they have no variance")
+    if mel.requires_grad:
+        raise ValueError("mel must not require a gradient: it is the target; pass mel.detach()")
+    return _masked_mse(hidden, weight, bias, mel, drop, patch, norm_pix, product_type(weight))
+
+
+def _inputs(size: Size, generator: torch.Generator) -> Inputs:
+    B, T, F, P, M, H = {
+        "edge": (1, 2, 2, 2, 1, 1),
+        "odd": (3, 48, 80, 16, 7, 67),
+        "paper": (288, 1024, 128, 16, 206, 512),
+    }[size]
+    draw = {"generator": generator, "device": generator.device}
+    real, N = {**draw, "dtype": torch.float64}, T * F // P**2
+    arguments = {
+        "hidden": torch.randn(B, M, H, **real),
+        "weight": torch.randn(P * P, H, **real) / H**0.5,
+        "bias": torch.randn(P * P, **real),
+        "mel": torch.randn(B, T, F, **real),
+        "drop": torch.rand(B, N, **draw).argsort(1)[:, :M].sort(1).values,
+        "norm_pix": True,
+    }
+    return Inputs(arguments, differentiable=("hidden", "weight", "bias"))
+
+
+def _programs(arch: Arch) -> tuple[Program, ...]:
+    B, M, H, pixels = 288, 206, 512, 256
+    tile = _tiles(pixels, torch.bfloat16, "ieee")
+    warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
+    signature = {
+        **dict.fromkeys(("hidden_ptr", "weight_ptr", "error_ptr"), "*bf16"),
+        **dict.fromkeys(("bias_ptr", "mel_ptr", "upstream_ptr", "sums_ptr"), "*fp32"),
+        "drop_ptr": "*i64",
+        **dict.fromkeys(("first", "rows", "M", "H", "N", "across"), "i32"),
+        "scale": "fp32",
+        **dict.fromkeys(("stride_hr", "stride_wp", "stride_mb", "stride_mt", "stride_db"), "i32"),
+    }
+    ones = ("stride_hh", "stride_wh", "stride_bp", "stride_mf", "stride_dm")
+    return tuple(
+        Program(
+            name=name,
+            kernel=masked_mse_kernel,
+            signature=signature,
+            constants={
+                **dict.fromkeys(ones, 1),
+                "P": 16,
+                "NORM_PIX": True,
+                "EPS": EPS,
+                "BACKWARD": backward,
+                "UPCAST": False,
+                **tile,
+            },
+            num_warps=warps,
+            num_stages=stages,
+            matrix_product=True,
+            bytes_moved=B * M * (2 * H + 4 * pixels),
+            flops=2 * B * M * H * pixels,
+        )
+        for name, backward in (("masked_mse", False), ("masked_mse_errors", True))
+    )
+
+
+KERNEL = Kernel(
+    name="masked_mse",
+    op=masked_mse,
+    reference=masked_mse_reference,
+    inputs=_inputs,
+    programs=_programs,
+    bytes_moved=2 * 288 * 206 * (3 * 512 + 2 * 256),
+    flops=8 * 288 * 206 * 512 * 256,
+)
