@@ -166,15 +166,15 @@ def _draw_plan(
     shared: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not runs_triton(visits):
-        return tuple(
-            draw_plan_reference(visits, seed, (outer, inner), (C, R), columns, rows, shared)
-        )
+        return draw_plan_reference(visits, seed, (outer, inner), (C, R), columns, rows, shared)
     plan = _empty_plan(visits, seed, outer, inner, C, R, columns, rows, shared)
     if len(visits) == 0:
         return plan
     draw_plan_kernel[(len(visits),)](
         visits,
-        *plan,
+        plan[0],
+        plan[1],
+        plan[2],
         outer << 32 | seed & _LOW,
         inner << 32 | seed & _LOW,
         visits.stride(0),
@@ -192,7 +192,8 @@ def _draw_plan(
 @_draw_plan.register_fake
 def _empty_plan(visits, seed, outer, inner, C, R, columns, rows, shared):
     B, N, K = len(visits), C * R, columns * (R if rows is None else rows)
-    return tuple(visits.new_empty((B, n), dtype=torch.int64) for n in (K, N - K, N))
+    keep, drop, restore = (visits.new_empty((B, n), dtype=torch.int64) for n in (K, N - K, N))
+    return keep, drop, restore
 
 
 def _blocks(C: int, R: int) -> dict[str, int]:

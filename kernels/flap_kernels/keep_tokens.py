@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flap_kernels.checks import check_floats, check_integers, check_shape, check_together
 from flap_kernels.launch import ceil_div, jit, runs_triton, tl
-from flap_kernels.patches import clips
+from flap_kernels.patches import clips, strides
 from flap_kernels.restore_tokens import blocks, spread
 from flap_kernels.spec import Arch, Inputs, Kernel, Program, Size
 
@@ -66,7 +66,16 @@ def _keep_tokens(x: Tensor, keep: Tensor) -> Tensor:
         return out
     (B, K, D), tile = out.shape, blocks(x.shape[2])
     keep_tokens_kernel[(ceil_div(B * K, tile["BLOCK_ROWS"]), ceil_div(D, tile["BLOCK_D"]))](
-        x, keep, out, B * K, x.shape[1], K, D, *x.stride(), *keep.stride(), **tile
+        x,
+        keep,
+        out,
+        B * K,
+        x.shape[1],
+        K,
+        D,
+        **strides("x", "bnd", x),
+        **strides("k", "bk", keep),
+        **tile,
     )
     return out
 

@@ -35,6 +35,7 @@ from flap_kernels.patches import (
     patch_rows,
     product_into,
     product_type,
+    strides,
 )
 from flap_kernels.spec import Arch, Inputs, Kernel, Program, Size
 
@@ -217,11 +218,11 @@ class _Layer:
             self.mel[0].numel() // pixels,
             self.mel.shape[2] // self.patch,
             2.0 / (len(self.hidden) * pixels),
-            *self.hidden.stride(),
-            *self.weight.stride(),
-            self.bias.stride(0),
-            *self.mel.stride(),
-            *self.drop.stride(),
+            **strides("h", "rh", self.hidden),
+            **strides("w", "ph", self.weight),
+            **strides("b", "p", self.bias),
+            **strides("m", "btf", self.mel),
+            **strides("d", "bm", self.drop),
             P=self.patch,
             NORM_PIX=self.norm_pix,
             EPS=EPS,

@@ -34,6 +34,7 @@ from flap_kernels.patches import (
     pack_patches_kernel,
     patch_rows,
     product_type,
+    strides,
 )
 from flap_kernels.spec import Arch, Inputs, Kernel, Program, Size
 
@@ -74,7 +75,6 @@ def patch_embed_kernel(
     PIXELS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -89,7 +89,7 @@ def patch_embed_kernel(
         x = x.to(tl.float32)
     offs_p = tl.arange(0, PIXELS)
     pixel = (offs_p < P * P)[:, None]
-    for start_d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
+    for start_d in range(0, D, BLOCK_D):
         offs_d = start_d + tl.arange(0, BLOCK_D)
         wide = offs_d < D
         at = (weight_ptr + offs_d * stride_wd)[None, :] + (offs_p * stride_wp)[:, None]
@@ -119,7 +119,7 @@ def _tiles(pixels: int, dtype: torch.dtype, precision: str) -> dict[str, Any]:
         "PIXELS": wide,
         "BLOCK_ROWS": max(16, min(128, rows * 256 // wide)),
         "BLOCK_D": max(16, min(64, across * 256 // wide)),
-        "STAGES": stages,
+        "num_stages": stages,
         "PRECISION": precision,
         "num_warps": warps,
     }
@@ -157,11 +157,11 @@ def _patch_embed(
         D,
         len(position),
         mel.shape[2] // patch,
-        *mel.stride(),
-        *keep.stride(),
-        *weight.stride(),
-        bias.stride(0),
-        *position.stride(),
+        **strides("m", "btf", mel),
+        **strides("k", "bk", keep),
+        **strides("w", "dp", weight),
+        **strides("b", "d", bias),
+        **strides("p", "nd", position),
         P=patch,
         UPCAST=interpreted(),
         **tile,
@@ -296,7 +296,7 @@ def _inputs(size: Size, generator: torch.Generator) -> Inputs:
 def _programs(arch: Arch) -> tuple[Program, ...]:
     B, K, D, pixels = 288, 306, 768, 256
     tile = _tiles(pixels, torch.bfloat16, "ieee")
-    warps = tile.pop("num_warps")
+    warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
     sizes = dict.fromkeys(("rows", "K", "D", "N", "across"), "i32")
     strides = dict.fromkeys(
         ("stride_mb", "stride_mt", "stride_kb", "stride_wd", "stride_pn"), "i32"
@@ -315,6 +315,7 @@ def _programs(arch: Arch) -> tuple[Program, ...]:
             },
             constants={**ones, "P": 16, "UPCAST": False, **tile},
             num_warps=warps,
+            num_stages=stages,
             matrix_product=True,
             bytes_moved=B * K * (4 * pixels + 2 * D),
             flops=2 * B * K * pixels * D,

@@ -26,6 +26,11 @@ def patch_rows(mel: Tensor, b: Tensor, n: Tensor, patch: int) -> Tensor:
     return cells[b, n // across, n % across].flatten(-2)
 
 
+def strides(letter: str, axes: str, x: Tensor) -> dict[str, int]:
+    """A tensor's strides under the names that kernels give them: `stride_xb`, `stride_xn`."""
+    return {f"stride_{letter}{axis}": step for axis, step in zip(axes, x.stride(), strict=True)}
+
+
 def clips(index: Tensor) -> Tensor:
     """(B, 1) int64: the clip of each row of an index."""
     return torch.arange(len(index), device=index.device)[:, None]
@@ -153,8 +158,8 @@ def pack_patches(mel: Tensor, index: Tensor, patch: int, dtype: torch.dtype) -> 
             index.shape[1],
             mel.shape[2] // patch,
             pixels + 8,
-            *mel.stride(),
-            *index.stride(),
+            **strides("m", "btf", mel),
+            **strides("i", "bk", index),
             P=patch,
             PIXELS=triton.next_power_of_2(pixels),
             TAIL=8,

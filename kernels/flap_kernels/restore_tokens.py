@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flap_kernels.checks import check_floats, check_integers, check_shape, check_together
 from flap_kernels.launch import ceil_div, jit, runs_triton, tl, triton
-from flap_kernels.patches import clips
+from flap_kernels.patches import clips, strides
 from flap_kernels.spec import Arch, Inputs, Kernel, Program, Size
 
 
@@ -129,22 +129,25 @@ def spread(
     out = y.new_empty((B, N, D), dtype=dtype)
     if out.numel() == 0:
         return out
+    # What is absent is passed as something, and not read.
+    token = y.new_empty(1) if mask_token is None else mask_token
+    place = y.new_empty(1, 1) if position is None else position
     tile = blocks(D)
     grid = (ceil_div(B * N, tile["BLOCK_ROWS"]), ceil_div(D, tile["BLOCK_D"]))
     restore_tokens_kernel[grid](
         y,
         restore,
-        y if mask_token is None else mask_token,
-        y if position is None else position,
+        token,
+        place,
         out,
         B * N,
         N,
         K,
         D,
-        *y.stride(),
-        *restore.stride(),
-        0 if mask_token is None else mask_token.stride(0),
-        *((0, 0) if position is None else position.stride()),
+        **strides("y", "bkd", y),
+        **strides("r", "bn", restore),
+        **strides("t", "d", token),
+        **strides("p", "nd", place),
         HAS_TOKEN=mask_token is not None,
         HAS_POSITION=position is not None,
         **tile,
@@ -193,8 +196,8 @@ def _restore_tokens_backward(
         N,
         K,
         D,
-        *grad.stride(),
-        *restore.stride(),
+        **strides("g", "bnd", grad),
+        **strides("r", "bn", restore),
         **tile,
     )
     return y_grad, partial.sum(0)
