@@ -1,0 +1,18 @@
+"""The tests. Before any of them is imported: kernels are decorated for Triton's interpreter.
+
+Without a GPU, that is. Triton reads the variable when it is imported; it is put back at once, so
+that a test runs the plain path unless it asks for the interpreter, as tests/kernels does.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    _before = os.environ.get("TRITON_INTERPRET", "0")
+    os.environ["TRITON_INTERPRET"] = "1"
+    import flap_kernels  # noqa: F401 -- imported for its decorators
+
+    os.environ["TRITON_INTERPRET"] = _before

@@ -46,3 +46,9 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Fail unless the value is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_at_least(name: str, value: float | None, least: float) -> None:
+    """Fail unless the value is None or at least this."""
+    if value is not None and value < least:
+        raise ValueError(f"{name} must be at least {least:g}, got {value:g}")

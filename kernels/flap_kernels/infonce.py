@@ -15,20 +15,24 @@ figure 3 (symmetric).
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from flap_kernels import infonce_chunks as chunks
+from flap_kernels import infonce_launch as launches
 from flap_kernels.checks import (
+    check_at_least,
     check_choice,
     check_floats,
     check_integers,
     check_shape,
     check_together,
 )
+from flap_kernels.infonce_launch import Precision
+from flap_kernels.launch import runs_triton
 from flap_kernels.spec import Inputs, Kernel, Size
 
 Direction = Literal["symmetric", "a2t", "t2a"]
@@ -52,6 +56,138 @@ def infonce_reference(
     return {"a2t": a2t, "t2a": t2a, "symmetric": (a2t + t2a) / 2}[direction]
 
 
+@torch.library.custom_op("flap_kernels::infonce", mutates_args=())
+def _forward(
+    audio: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    ids: Tensor | None,
+    direction: str,
+    precision: str,
+    workspace_mib: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss (), and what its backward needs: log-sum-exp by row and by column, misses (B,)."""
+    options = launch_options(audio, precision, workspace_mib)
+    rows, columns = direction != "t2a", direction != "a2t"
+    found = path(audio).negatives(
+        audio,
+        text,
+        scale,
+        offset=0,
+        rows=rows,
+        columns=columns,
+        x_ids=ids,
+        y_ids=ids,
+        **options,
+    )
+    none = found.positives.new_empty(0)
+    by_row = None if found.rows is None else chunks.terms(found.rows, found.positives)
+    by_column = None if found.columns is None else chunks.terms(found.columns, found.positives)
+    sides = [side for side in (by_row, by_column) if side is not None]
+    losses = torch.stack([side.losses.mean() for side in sides])
+    return (
+        losses.mean(),
+        none if by_row is None else by_row.lse,
+        none.clone() if by_column is None else by_column.lse,
+        torch.stack([side.misses for side in sides]).sum(0),
+    )
+
+
+@_forward.register_fake
+def _(audio, text, scale, ids, direction, precision, workspace_mib):
+    B, wide = len(audio), chunks.accumulator(audio.dtype)
+    sizes = ((), B if direction != "t2a" else 0, B if direction != "a2t" else 0, B)
+    return tuple(audio.new_empty(size, dtype=wide) for size in sizes)
+
+
+@torch.library.custom_op("flap_kernels::infonce_backward", mutates_args=())
+def _backward(
+    audio: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    ids: Tensor | None,
+    row_lse: Tensor,
+    column_lse: Tensor,
+    misses: Tensor,
+    factor: Tensor,
+    audio_wanted: bool,
+    text_wanted: bool,
+    precision: str,
+    workspace_mib: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of audio, text (empty where not wanted) and scale."""
+    a_grad, t_grad, scale_grad = path(audio).gradients(
+        audio,
+        text,
+        scale,
+        row_lse if len(row_lse) else None,
+        column_lse if len(column_lse) else None,
+        misses,
+        factor,
+        offset=0,
+        rows=audio_wanted,
+        columns=text_wanted,
+        x_ids=ids,
+        y_ids=ids,
+        **launch_options(audio, precision, workspace_mib),
+    )
+    return (
+        audio.new_empty(0) if a_grad is None else a_grad,
+        text.new_empty(0) if t_grad is None else t_grad.to(text.dtype),
+        scale_grad.to(scale.dtype),
+    )
+
+
+@_backward.register_fake
+def _(audio, text, scale, *rest):
+    audio_wanted, text_wanted = rest[5:7]
+    return (
+        torch.empty_like(audio, memory_format=torch.contiguous_format)
+        if audio_wanted
+        else audio.new_empty(0),
+        torch.empty_like(text, memory_format=torch.contiguous_format)
+        if text_wanted
+        else text.new_empty(0),
+        torch.empty_like(scale),
+    )
+
+
+def _save(ctx, inputs, output):
+    audio, text, scale, ids, direction, precision, workspace_mib = inputs
+    ctx.save_for_backward(audio, text, scale, ids, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.weight = (0.5 if direction == "symmetric" else 1.0) / len(audio)
+    ctx.options = precision, workspace_mib
+
+
+def _gradients(ctx, grad, *_):
+    audio_wanted, text_wanted, scale_wanted = ctx.needs_input_grad[:3]
+    a_grad, t_grad, scale_grad = _backward(
+        *ctx.saved_tensors, grad * ctx.weight, audio_wanted, text_wanted, *ctx.options
+    )
+    return (
+        a_grad if audio_wanted else None,
+        t_grad if text_wanted else None,
+        scale_grad if scale_wanted else None,
+        *(None,) * 4,
+    )
+
+
+_forward.register_autograd(_gradients, setup_context=_save)
+
+
+def path(x: Tensor) -> Any:
+    """The module that serves this tensor: both have `negatives` and `gradients`."""
+    return launches if len(x) and runs_triton(x) else chunks
+
+
+def launch_options(x: Tensor, precision: str, workspace_mib: int | None) -> dict[str, Any]:
+    """What the kernels can be told, and the plain path has no use for."""
+    if path(x) is chunks:
+        return {}
+    return {"precision": precision, "workspace_mib": workspace_mib}
+
+
 def infonce(
     audio: Tensor,
     text: Tensor,
@@ -59,18 +195,29 @@ def infonce(
     *,
     direction: Direction = "symmetric",
     ids: Tensor | None = None,
+    precision: Precision = "ieee",
+    workspace_mib: int | None = None,
 ) -> Tensor:
-    """The mean InfoNCE loss of a batch, ().
+    """The mean InfoNCE loss of a batch, () float32.
 
     `audio` and `text` are (B, D), row i of one the positive of row i of the other; they are used
     as they are, so normalise them first. `scale` is () and multiplies the cosines: pass
     exp(logit_scale), clamped. Rows that share an entry of `ids` (B,) are not each other's
-    negatives. Sums are kept in float32 whatever the inputs; gradients come in the inputs' types.
+    negatives. Gradients come in the inputs' types, through sums in float32; those of float64
+    inputs, whose sums are float64, serve for checking.
+
+    On a GPU, `precision` is that of float32 products: `ieee`, or `tf32` at a thousandth of the
+    accuracy. `workspace_mib` bounds the memory for partial results, 256 forward and 64 backward
+    (or 2048 rows of B) if not given; a row of tiles is always allowed.
 
     Raises ValueError and TypeError on shapes, devices and types that do not fit.
     """
     scale = check_arguments(audio, text, scale, direction, ids)
-    return _InfoNCE.apply(audio, text, scale, direction, ids)
+    if len(audio) == 0:
+        raise ValueError("audio must hold at least one row, got 0")
+    check_choice("precision", precision, get_args(Precision))
+    check_at_least("workspace_mib", workspace_mib, 1)
+    return _forward(audio, text, scale, ids, direction, precision, workspace_mib)[0]
 
 
 def check_arguments(
@@ -92,56 +239,6 @@ def check_arguments(
         check_integers(ids=ids)
         check_together(audio=audio, ids=ids)
     return scale
-
-
-class _InfoNCE(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, audio, text, scale, direction, ids):
-        if len(audio) == 0:
-            raise ValueError("audio must hold at least one row, got 0")
-        found = chunks.negatives(
-            audio,
-            text,
-            scale,
-            offset=0,
-            rows=direction != "t2a",
-            columns=direction != "a2t",
-            x_ids=ids,
-            y_ids=ids,
-        )
-        ctx.save_for_backward(audio, text, scale, found.rows, found.columns, found.positives, ids)
-        ctx.weight = (0.5 if direction == "symmetric" else 1.0) / len(audio)
-        sides = [side for side in (found.rows, found.columns) if side is not None]
-        losses = torch.stack([F.softplus(side - found.positives) for side in sides])
-        return losses.sum() * ctx.weight
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        audio, text, scale, rows, columns, positives, ids = ctx.saved_tensors
-        sides = [side for side in (rows, columns) if side is not None]
-        misses = torch.stack([torch.sigmoid(side - positives) for side in sides]).sum(0)
-        a_grad, t_grad, scale_grad = chunks.gradients(
-            audio,
-            text,
-            scale,
-            None if rows is None else torch.logaddexp(rows, positives),
-            None if columns is None else torch.logaddexp(columns, positives),
-            misses,
-            offset=0,
-            rows=ctx.needs_input_grad[0],
-            columns=ctx.needs_input_grad[1],
-            x_ids=ids,
-            y_ids=ids,
-        )
-        factor = grad * ctx.weight
-        return (
-            None if a_grad is None else (a_grad * factor).to(audio.dtype),
-            None if t_grad is None else (t_grad * factor).to(text.dtype),
-            (scale_grad * factor).to(scale.dtype) if ctx.needs_input_grad[2] else None,
-            None,
-            None,
-        )
 
 
 def _inputs(size: Size, generator: torch.Generator) -> Inputs:

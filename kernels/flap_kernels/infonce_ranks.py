@@ -19,7 +19,6 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from flap_kernels import infonce_chunks as chunks
@@ -90,52 +89,53 @@ class _Replicated(torch.autograd.Function):
         packed = torch.stack([*(side.rows for side in sums), sums[0].positives], dim=1)
         *sums, positives = gather_rows(packed, shares, group).unbind(1)
         ctx.weight = 1.0 / (B * len(sums))
-        losses = torch.stack([F.softplus(side - positives) for side in sums])
-        rows, columns = (sums * 2)[:2]
+        found = [chunks.terms(side, positives) for side in sums]
+        losses = torch.stack([side.losses for side in found])
+        rows, columns = ([side.lse for side in found] * 2)[:2]
+        mine = slice(offset, offset + len(audio))
+        misses = torch.stack([side.misses[mine] for side in found]).sum(0)
         rows = None if direction == "t2a" else rows
         columns = None if direction == "a2t" else columns
-        saved = (audio, text, scale, all_audio, all_text, rows, columns, positives, ids, all_ids)
+        saved = (audio, text, scale, all_audio, all_text, rows, columns, misses, ids, all_ids)
         ctx.save_for_backward(*saved)
-        ctx.world, ctx.mine = len(shares), slice(offset, offset + len(audio))
+        ctx.world, ctx.mine = len(shares), mine
         return losses.sum() * ctx.weight
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        (audio, text, scale, all_audio, all_text, rows, columns, positives, ids, all_ids) = (
+        (audio, text, scale, all_audio, all_text, rows, columns, misses, ids, all_ids) = (
             ctx.saved_tensors
         )
         mine = ctx.mine
-        sides = [side for side in (rows, columns) if side is not None]
-        misses = torch.stack([torch.sigmoid(side - positives)[mine] for side in sides]).sum(0)
-        row_lse = None if rows is None else torch.logaddexp(rows, positives)
-        column_lse = None if columns is None else torch.logaddexp(columns, positives)
+        # Engines average over ranks: the average of W times the parts is their sum.
+        factor = grad * (ctx.weight * ctx.world)
         kept = {"offset": mine.start, "columns": False, "x_ids": ids, "y_ids": all_ids}
         a_grad, _, scale_grad = chunks.gradients(
             audio,
             all_text,
             scale,
-            None if row_lse is None else row_lse[mine],
-            column_lse,
+            None if rows is None else rows[mine],
+            columns,
             misses,
+            factor,
             **kept,
         )
         t_grad, _, _ = chunks.gradients(
             text,
             all_audio,
             scale,
-            None if column_lse is None else column_lse[mine],
-            row_lse,
+            None if columns is None else columns[mine],
+            rows,
             misses,
+            factor,
             **kept,
         )
-        # Engines average over ranks: the average of W times the parts is their sum.
-        factor = grad * (ctx.weight * ctx.world)
         needs = ctx.needs_input_grad
         return (
-            (a_grad * factor).to(audio.dtype) if needs[0] else None,
-            (t_grad * factor).to(text.dtype) if needs[1] else None,
-            (scale_grad * factor).to(scale.dtype) if needs[2] else None,
+            a_grad if needs[0] else None,
+            t_grad if needs[1] else None,
+            scale_grad.to(scale.dtype) if needs[2] else None,
             None,
             None,
             None,

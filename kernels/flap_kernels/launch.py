@@ -7,8 +7,10 @@ called, since `runs_triton` says no to every tensor.
 from __future__ import annotations
 
 import os
+from functools import cache
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -34,7 +36,16 @@ else:
             return function if function is not None else jit
 
 
-__all__ = ["HAS_TRITON", "ceil_div", "interpreted", "jit", "runs_triton", "tl", "triton"]
+__all__ = [
+    "HAS_TRITON",
+    "capability",
+    "ceil_div",
+    "interpreted",
+    "jit",
+    "runs_triton",
+    "tl",
+    "triton",
+]
 
 
 def interpreted() -> bool:
@@ -57,3 +68,14 @@ def runs_triton(*tensors: Tensor) -> bool:
 def ceil_div(size: int, block: int) -> int:
     """How many blocks cover the size."""
     return -(-size // block)
+
+
+def capability(x: Tensor) -> int:
+    """The compute capability that kernels on this tensor run on, 90 for 9.0; 0 if interpreted."""
+    return _capability(x.device.index) if x.is_cuda and not interpreted() else 0
+
+
+@cache
+def _capability(device: int) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from tests.closeness import assert_as_exact
 
-DEVICES = ["cpu"]
-DRAWS: dict[Size, int] = {"edge": 32, "odd": 4, "paper": 1}
+DRAWS: dict[Size, int] = {"edge": 100, "odd": 4, "paper": 1}
 
 
 @pytest.fixture(params=sorted(KERNELS))
@@ -67,7 +66,6 @@ def check_contract(
         assert_as_exact(label, fused, plain, exact, slack=kernel.slack)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("size", ["edge", "odd"])
 def test_kernel_is_as_exact_as_its_reference(kernel, size, dtype, device):

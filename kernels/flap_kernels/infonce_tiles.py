@@ -1,0 +1,281 @@
+"""InfoNCE's sums and weights, tile by tile: the Triton kernels.
+
+    S[i, j] = scale * log2(e) * x[i] . y[j]            positive of row i: column i + offset
+
+    M rows x   N columns y   D width   logits and logarithms to base 2, sums in float32
+
+S stays in registers. Sums are written per tile and added up in a second pass: no atomics, the same
+bits on every run. The order of the tiles is Triton's tutorial's: down a group of rows first, so
+that what the group reads stays in the L2 cache.
+"""
+
+from __future__ import annotations
+
+from flap_kernels.launch import jit, tl
+
+
+@jit
+def _tile_of(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """The tile of a program: down a group of rows first, then across."""
+    group_size = GROUP_M * tiles_n
+    first_m = (pid // group_size) * GROUP_M
+    rows = min(tiles_m - first_m, GROUP_M)
+    in_group = pid % group_size
+    return first_m + in_group % rows, in_group // rows
+
+
+@jit
+def _products(
+    x_ptr,
+    y_ptr,
+    rows,
+    columns,
+    D,
+    stride_xm,
+    stride_xd,
+    stride_yn,
+    stride_yd,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """x y^T of one tile in float32; the pointers are the tile's, `rows` and `columns` what is left.
+
+    Rows and columns past the end are zero.
+    """
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_d[None, :] * stride_xd
+    y_ptrs = y_ptr + offs_n[None, :] * stride_yn + offs_d[:, None] * stride_yd
+    mask_m = offs_m[:, None] < rows
+    mask_n = offs_n[None, :] < columns
+    product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for d in range(0, D, BLOCK_D):
+        x = tl.load(x_ptrs, mask=mask_m & (offs_d[None, :] < D - d), other=0.0)
+        y = tl.load(y_ptrs, mask=mask_n & (offs_d[:, None] < D - d), other=0.0)
+        if WIDEN:  # the interpreter's product of bfloat16 is wrong
+            x = x.to(tl.float32)
+            y = y.to(tl.float32)
+        product = tl.dot(x, y, product, input_precision=PRECISION)
+        x_ptrs += BLOCK_D * stride_xd
+        y_ptrs += BLOCK_D * stride_yd
+    return product
+
+
+@jit
+def negatives_kernel(
+    x_ptr,
+    y_ptr,
+    scale_ptr,
+    x_ids_ptr,
+    y_ids_ptr,
+    row_part_ptr,
+    column_part_ptr,
+    positive_ptr,
+    M,
+    N,
+    D,
+    offset,
+    stride_xm,
+    stride_xd,
+    stride_yn,
+    stride_yd,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    IDS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+    FAINT: tl.constexpr = 2.0**-90,
+):
+    """Log-sum-exp of each row and each column within one tile, without the positives."""
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    pid_m, pid_n = _tile_of(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
+    start_m = pid_m * BLOCK_M
+    start_n = pid_n * BLOCK_N
+    product = _products(
+        x_ptr + start_m.to(tl.int64) * stride_xm,
+        y_ptr + start_n.to(tl.int64) * stride_yn,
+        M - start_m,
+        N - start_n,
+        D,
+        stride_xm,
+        stride_xd,
+        stride_yn,
+        stride_yd,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_D,
+        PRECISION,
+        WIDEN,
+    )
+    logits = product * (tl.load(scale_ptr).to(tl.float32) * 1.4426950408889634)
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    mask_m = offs_m < M
+    mask_n = offs_n < N
+    # Most tiles lie inside and off the diagonal: they skip this.
+    past_end = (start_m + BLOCK_M > M) | (start_n + BLOCK_N > N)
+    ahead = start_n - start_m - offset
+    if IDS or past_end or (ahead < BLOCK_M and ahead > -BLOCK_N):
+        is_positive = offs_n[None, :] == (offs_m + offset)[:, None]
+        positive = tl.sum(tl.where(is_positive, logits, 0.0), 1)
+        holds = (offs_m + offset >= start_n) & (offs_m + offset < min(start_n + BLOCK_N, N))
+        tl.store(positive_ptr + offs_m, positive, mask=mask_m & holds)
+        out = is_positive | ~(mask_m[:, None] & mask_n[None, :])
+        if IDS:
+            x_ids = tl.load(x_ids_ptr + offs_m, mask=mask_m, other=0)
+            y_ids = tl.load(y_ids_ptr + offs_n, mask=mask_n, other=0)
+            out = out | (x_ids[:, None] == y_ids[None, :])
+        logits = tl.where(out, float("-inf"), logits)
+    # One exponential serves both sums, unless a row or a column lies so far below the tile's
+    # maximum (2^-90: its terms down to 2^-36 of its own largest are then still normal numbers)
+    # that it needs a reference point of its own. A fixed one would lose rows at scale 100.
+    top = tl.max(logits)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    terms = tl.exp2(logits - top)
+    row_sums = tl.sum(terms, 1)
+    column_sums = tl.sum(terms, 0)
+    row_tops = tl.zeros((BLOCK_M,), dtype=tl.float32) + top
+    column_tops = tl.zeros((BLOCK_N,), dtype=tl.float32) + top
+    faintest = tl.exp2(top - top)
+    if ROWS:
+        faintest = tl.minimum(faintest, tl.min(tl.where(mask_m, row_sums, 1.0)))
+    if COLUMNS:
+        faintest = tl.minimum(faintest, tl.min(tl.where(mask_n, column_sums, 1.0)))
+    if faintest < FAINT:
+        if ROWS:
+            row_tops = tl.max(logits, 1)
+            row_tops = tl.where(row_tops == float("-inf"), 0.0, row_tops)
+            row_sums = tl.sum(tl.exp2(logits - row_tops[:, None]), 1)
+        if COLUMNS:
+            column_tops = tl.max(logits, 0)
+            column_tops = tl.where(column_tops == float("-inf"), 0.0, column_tops)
+            column_sums = tl.sum(tl.exp2(logits - column_tops[None, :]), 0)
+    if ROWS:
+        row_part_ptrs = row_part_ptr + pid_n.to(tl.int64) * M + offs_m
+        tl.store(row_part_ptrs, row_tops + tl.log2(row_sums), mask=mask_m)
+    if COLUMNS:
+        column_part_ptrs = column_part_ptr + pid_m.to(tl.int64) * N + offs_n
+        tl.store(column_part_ptrs, column_tops + tl.log2(column_sums), mask=mask_n)
+
+
+@jit
+def add_parts_kernel(
+    part_ptr,
+    total_ptr,
+    parts,
+    size,
+    ONTO: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Add up logarithms (parts, size) over their parts, ONTO what is there or afresh."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < size
+    top = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
+    if ONTO:
+        top = tl.load(total_ptr + offs, mask=mask, other=float("-inf"))
+    total = tl.where(top == float("-inf"), 0.0, 1.0)
+    for p in range(0, parts, BLOCK_P):
+        offs_p = p + tl.arange(0, BLOCK_P)
+        part = tl.load(
+            part_ptr + offs_p[:, None].to(tl.int64) * size + offs[None, :],
+            mask=(offs_p[:, None] < parts) & mask[None, :],
+            other=float("-inf"),
+        )
+        higher = tl.maximum(top, tl.max(part, 0))
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp2(top - base) + tl.sum(tl.exp2(part - base[None, :]), 0)
+        top = higher
+    tl.store(total_ptr + offs, top + tl.log2(total), mask=mask)
+
+
+@jit
+def weights_kernel(
+    x_ptr,
+    y_ptr,
+    scale_ptr,
+    x_ids_ptr,
+    y_ids_ptr,
+    row_lse_ptr,
+    column_lse_ptr,
+    miss_ptr,
+    weight_ptr,
+    scale_part_ptr,
+    M,
+    N,
+    D,
+    offset,
+    stride_xm,
+    stride_xd,
+    stride_yn,
+    stride_yd,
+    stride_wm,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    IDS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """The weights G of one tile, and its sum of G * (x . y)."""
+    pid = tl.program_id(0)
+    pid_m, pid_n = _tile_of(pid, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    start_m = pid_m * BLOCK_M
+    start_n = pid_n * BLOCK_N
+    product = _products(
+        x_ptr + start_m.to(tl.int64) * stride_xm,
+        y_ptr + start_n.to(tl.int64) * stride_yn,
+        M - start_m,
+        N - start_n,
+        D,
+        stride_xm,
+        stride_xd,
+        stride_yn,
+        stride_yd,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_D,
+        PRECISION,
+        WIDEN,
+    )
+    factor = tl.load(scale_ptr).to(tl.float32) * 1.4426950408889634
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    mask_m = offs_m < M
+    mask_n = offs_n < N
+    weight = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if ROWS:
+        row_lse = tl.load(row_lse_ptr + offs_m, mask=mask_m, other=float("inf"))
+        weight += tl.exp2(product * factor - row_lse[:, None])
+    if COLUMNS:
+        column_lse = tl.load(column_lse_ptr + offs_n, mask=mask_n, other=float("inf"))
+        weight += tl.exp2(product * factor - column_lse[None, :])
+    past_end = (start_m + BLOCK_M > M) | (start_n + BLOCK_N > N)
+    ahead = start_n - start_m - offset
+    if IDS or past_end or (ahead < BLOCK_M and ahead > -BLOCK_N):
+        out = ~(mask_m[:, None] & mask_n[None, :])
+        if IDS:
+            x_ids = tl.load(x_ids_ptr + offs_m, mask=mask_m, other=0)
+            y_ids = tl.load(y_ids_ptr + offs_n, mask=mask_n, other=0)
+            out = out | (x_ids[:, None] == y_ids[None, :])
+        weight = tl.where(out, 0.0, weight)
+        is_positive = offs_n[None, :] == (offs_m + offset)[:, None]
+        miss = tl.load(miss_ptr + offs_m, mask=mask_m, other=0.0)
+        weight = tl.where(is_positive & mask_n[None, :], -miss[:, None], weight)
+    tl.store(scale_part_ptr + pid, tl.sum(weight * product))
+    weight_ptrs = weight_ptr + start_m.to(tl.int64) * stride_wm + start_n
+    weight_ptrs += tl.arange(0, BLOCK_M)[:, None] * stride_wm + tl.arange(0, BLOCK_N)[None, :]
+    mask = mask_m[:, None] & mask_n[None, :]
+    tl.store(weight_ptrs, weight.to(weight_ptr.dtype.element_ty), mask=mask)
