@@ -20,18 +20,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from flap_kernels.checks import check_floats, check_shape, check_together
-from flap_kernels.launch import ceil_div, interpreted, jit, runs_triton, tl, triton
+from flap_kernels.launch import ceil_div, interpreted, runs_triton
+from flap_kernels.masked_mse_tiles import masked_mse_kernel, tiles
 from flap_kernels.patches import (
+    MOST_PIXELS,
     add_product,
     check_patches,
     clips,
-    load_patches,
+    float32_precision,
     patch_rows,
     product_into,
     product_type,
@@ -61,102 +62,8 @@ def _targets(mel, b, n, patch, norm_pix, wide) -> Tensor:
     return (x - mean) / (var + EPS).sqrt()
 
 
-@jit
-def masked_mse_kernel(
-    hidden_ptr,
-    weight_ptr,
-    bias_ptr,
-    mel_ptr,
-    drop_ptr,
-    upstream_ptr,
-    sums_ptr,
-    error_ptr,
-    first,
-    rows,
-    M,
-    H,
-    N,
-    across,
-    scale,
-    stride_hr,
-    stride_hh,
-    stride_wp,
-    stride_wh,
-    stride_bp,
-    stride_mb,
-    stride_mt,
-    stride_mf,
-    stride_db,
-    stride_dm,
-    P: tl.constexpr,
-    PIXELS: tl.constexpr,
-    NORM_PIX: tl.constexpr,
-    EPS: tl.constexpr,
-    BACKWARD: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """Rows `first` to `first + rows` of all B * M: the sum of their squares, or e scaled."""
-    pid = tl.program_id(0).to(tl.int64)
-    offs_row = pid * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    offs_p = tl.arange(0, PIXELS)
-    live, pixel = offs_row < rows, offs_p < P * P
-    row = first + offs_row
-    mask = live[:, None] & pixel[None, :]
-
-    e = tl.zeros([BLOCK_ROWS, PIXELS], dtype=tl.float32)
-    for start in range(0, H, BLOCK_H):
-        offs_h = start + tl.arange(0, BLOCK_H)
-        deep = offs_h < H
-        at = (hidden_ptr + row * stride_hr)[:, None] + (offs_h * stride_hh)[None, :]
-        h = tl.load(at, mask=live[:, None] & deep[None, :], other=0.0)
-        h = h.to(weight_ptr.dtype.element_ty)
-        at = (weight_ptr + offs_p * stride_wp)[None, :] + (offs_h * stride_wh)[:, None]
-        w = tl.load(at, mask=deep[:, None] & pixel[None, :], other=0.0)
-        if UPCAST:
-            h, w = h.to(tl.float32), w.to(tl.float32)
-        e = tl.dot(h, w, e, input_precision=PRECISION)
-    e += tl.load(bias_ptr + offs_p * stride_bp, mask=pixel, other=0.0).to(tl.float32)[None, :]
-
-    b, m = row // M, row % M
-    n = tl.load(drop_ptr + b * stride_db + m * stride_dm, mask=live, other=0).to(tl.int64)
-    there = live & (n >= 0) & (n < N)
-    x = load_patches(mel_ptr, b, n, there, across, stride_mb, stride_mt, stride_mf, P, PIXELS)
-    x = tl.where(there[:, None], x.to(tl.float32), float("nan"))
-    if NORM_PIX:
-        x = tl.where(pixel[None, :], x - (tl.sum(x, axis=1) / (P * P))[:, None], 0.0)
-        x *= (1.0 / tl.sqrt_rn(tl.sum(x * x, axis=1) / (P * P - 1) + EPS))[:, None]
-    e = tl.where(mask, e - x, 0.0)
-
-    if BACKWARD:
-        e = e * (tl.load(upstream_ptr) * scale)
-        tl.store(sums_ptr + pid * (P * P) + offs_p, tl.sum(e, axis=0), mask=pixel)
-        at = (error_ptr + offs_row * (P * P))[:, None] + offs_p[None, :]
-        tl.store(at, e.to(error_ptr.dtype.element_ty), mask=mask)
-    else:
-        tl.store(sums_ptr + pid, tl.sum(tl.sum(e * e, axis=1), axis=0))
-
-
 # A chunk's errors stay in cache until the products that read them: an H100's L2, a core's L2.
 _CHUNK_ROWS = {"cuda": 16_384, "cpu": 1_024}
-
-
-def _tiles(pixels: int, dtype: torch.dtype, precision: str) -> dict[str, Any]:
-    """A tile holds whole patches, for their mean and variance."""
-    wide = triton.next_power_of_2(max(16, pixels))
-    rows, deep, warps, stages = 64, 64, 8, 3
-    if dtype.itemsize == 4:
-        rows, deep, warps, stages = (64, 32, 8, 2) if precision == "tf32" else (32, 16, 8, 2)
-    return {
-        "PIXELS": wide,
-        "BLOCK_ROWS": max(16, min(128, rows * 256 // wide)),
-        "BLOCK_H": deep,
-        "PRECISION": precision,
-        "num_warps": warps,
-        "num_stages": stages,
-    }
 
 
 @dataclass(frozen=True)
@@ -173,7 +80,8 @@ class _Layer:
 
     @property
     def on_triton(self) -> bool:
-        return runs_triton(self.hidden, self.weight, self.mel)
+        small = self.patch * self.patch <= MOST_PIXELS
+        return small and runs_triton(self.hidden, self.weight, self.mel)
 
     @property
     def wide(self) -> torch.dtype:
@@ -196,8 +104,7 @@ class _Layer:
     def launch(self, chunk: slice, upstream: Tensor | None, error: Tensor | None) -> Tensor:
         """A number of each program: its sum of squares, or its columns' sums if e is wanted."""
         pixels, rows = self.patch * self.patch, chunk.stop - chunk.start
-        precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-        tile = _tiles(pixels, self.weight.dtype, precision)
+        tile = tiles(pixels, self.weight.dtype, float32_precision())
         programs = ceil_div(rows, tile["BLOCK_ROWS"])
         sums = self.mel.new_empty(
             (programs,) if error is None else (programs, pixels), dtype=torch.float32
@@ -361,7 +268,7 @@ def masked_mse(
 def _inputs(size: Size, generator: torch.Generator) -> Inputs:
     B, T, F, P, M, H = {
         "edge": (1, 2, 2, 2, 1, 1),
-        "odd": (3, 48, 80, 16, 7, 67),
+        "odd": (5, 48, 80, 16, 14, 67),
         "paper": (288, 1024, 128, 16, 206, 512),
     }[size]
     draw = {"generator": generator, "device": generator.device}
@@ -379,7 +286,7 @@ def _inputs(size: Size, generator: torch.Generator) -> Inputs:
 
 def _programs(arch: Arch) -> tuple[Program, ...]:
     B, M, H, pixels = 288, 206, 512, 256
-    tile = _tiles(pixels, torch.bfloat16, "ieee")
+    tile = tiles(pixels, torch.bfloat16, "ieee")
     warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
     signature = {
         **dict.fromkeys(("hidden_ptr", "weight_ptr", "error_ptr"), "*bf16"),

@@ -18,6 +18,9 @@ from torch import Tensor
 from flap_kernels.checks import check_floats, check_integers, check_shape, check_together
 from flap_kernels.launch import ceil_div, jit, runs_triton, tl, triton
 
+# A tile of larger patches does not fit in shared memory: the plain path serves them.
+MOST_PIXELS = 32 * 32
+
 
 def patch_rows(mel: Tensor, b: Tensor, n: Tensor, patch: int) -> Tensor:
     """The pixels of patches `n` of clips `b`, index tensors that broadcast: (..., P * P)."""
@@ -60,6 +63,11 @@ def product_type(weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if narrow else weight.dtype
 
 
+def float32_precision() -> str:
+    """How a kernel is to multiply float32: as PyTorch's own products are set to."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """`total += a @ b`, summed in `total`'s type wherever the device's library can."""
     if a.dtype == total.dtype:
@@ -78,6 +86,14 @@ def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 @jit
+def load_index(index_ptr, row, live, K, stride_b, stride_k):
+    """The clip of each row of a flat (B * K), and what the index names there; both int32."""
+    b = row // K
+    at = index_ptr + b.to(tl.int64) * stride_b + (row % K).to(tl.int64) * stride_k
+    return b, tl.load(at, mask=live, other=0).to(tl.int32)
+
+
+@jit
 def load_patches(
     mel_ptr,
     b,
@@ -92,10 +108,12 @@ def load_patches(
 ):
     """A tile of patches, a row each, zeros behind the P * P pixels and in rows not live.
 
-    `b` and `n` are int64, PIXELS a power of two.
+    `b` and `n` are int32: they are divided in 32 bits and widened before they meet a stride.
+    PIXELS is a power of two.
     """
     offs_p = tl.arange(0, PIXELS)
-    corner = b * stride_mb + (n // across) * P * stride_mt + (n % across) * P * stride_mf
+    time, freq = (n // across * P).to(tl.int64), (n % across * P).to(tl.int64)
+    corner = b.to(tl.int64) * stride_mb + time * stride_mt + freq * stride_mf
     pixel = (offs_p // P) * stride_mt + (offs_p % P) * stride_mf
     mask = live[:, None] & (offs_p < P * P)[None, :]
     return tl.load((mel_ptr + corner)[:, None] + pixel[None, :], mask=mask, other=0.0)
@@ -120,13 +138,12 @@ def pack_patches_kernel(
     TAIL: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
-    offs_row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    b, k = offs_row // K, offs_row % K
+    offs_row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     live = offs_row < rows
-    n = tl.load(index_ptr + b * stride_ib + k * stride_ik, mask=live, other=0).to(tl.int64)
+    b, n = load_index(index_ptr, offs_row, live, K, stride_ib, stride_ik)
     x = load_patches(mel_ptr, b, n, live, across, stride_mb, stride_mt, stride_mf, P, PIXELS)
     offs_p = tl.arange(0, PIXELS)
-    at = (out_ptr + offs_row * width)[:, None]
+    at = (out_ptr + offs_row.to(tl.int64) * width)[:, None]
     mask = live[:, None] & (offs_p < P * P)[None, :]
     tl.store(at + offs_p[None, :], x.to(out_ptr.dtype.element_ty), mask=mask)
     # The column of ones, then zeros up to a whole line.
