@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,7 @@ def on_ranks(
     AssertionError with the traceback of the first rank that failed, TimeoutError after `timeout_s`.
     """
     with tempfile.TemporaryDirectory() as folder:
-        # Forked from a server that has torch imported already: a start takes milliseconds.
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed"])
+        context = _server()
         processes = [
             context.Process(
                 target=_run, args=(rank, world, folder, function, arguments, timeout_s), daemon=True
@@ -44,6 +44,21 @@ def on_ranks(
                 process.kill()
                 process.join()
         return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def _server() -> Any:
+    """Where ranks are forked from: a process that has the imports behind it already."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "torch.distributed.tensor", "flap_kernels"])
+    # Python 3.11's server does not take over sys.path, only the environment.
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(path or "." for path in sys.path)
+    forkserver.ensure_running()
+    if before is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = before
+    return context
 
 
 def _wait(processes: list[Any], folder: Path, timeout_s: float) -> None:

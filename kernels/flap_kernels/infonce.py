@@ -52,8 +52,8 @@ def infonce_reference(
         same = (ids[:, None] == ids[None, :]).fill_diagonal_(False)
         logits = logits.masked_fill(same, -torch.inf)
     target = torch.arange(len(audio), device=audio.device)
-    a2t, t2a = F.cross_entropy(logits, target), F.cross_entropy(logits.T, target)
-    return {"a2t": a2t, "t2a": t2a, "symmetric": (a2t + t2a) / 2}[direction]
+    sides = {"symmetric": (logits, logits.T), "a2t": (logits,), "t2a": (logits.T,)}[direction]
+    return torch.stack([F.cross_entropy(side, target) for side in sides]).mean()
 
 
 @torch.library.custom_op("flap_kernels::infonce", mutates_args=())
@@ -203,7 +203,8 @@ def infonce(
     `audio` and `text` are (B, D), row i of one the positive of row i of the other; they are used
     as they are, so normalise them first. `scale` is () and multiplies the cosines: pass
     exp(logit_scale), clamped. Rows that share an entry of `ids` (B,) are not each other's
-    negatives. Gradients come in the inputs' types, through sums in float32; those of float64
+    negatives. With direction a2t, text may have more rows than audio: those are negatives only
+    (hard ones). Gradients come in the inputs' types, through sums in float32; those of float64
     inputs, whose sums are float64, serve for checking.
 
     On a GPU, `precision` is that of float32 products: `ieee`, or `tf32` at a thousandth of the
@@ -212,21 +213,28 @@ def infonce(
 
     Raises ValueError and TypeError on shapes, devices and types that do not fit.
     """
-    scale = check_arguments(audio, text, scale, direction, ids)
+    scale = check_arguments(audio, text, scale, direction, ids, precision, workspace_mib)
     if len(audio) == 0:
         raise ValueError("audio must hold at least one row, got 0")
-    check_choice("precision", precision, get_args(Precision))
-    check_at_least("workspace_mib", workspace_mib, 1)
     return _forward(audio, text, scale, ids, direction, precision, workspace_mib)[0]
 
 
 def check_arguments(
-    audio: Tensor, text: Tensor, scale: Tensor | float, direction: str, ids: Tensor | None
+    audio: Tensor,
+    text: Tensor,
+    scale: Tensor | float,
+    direction: str,
+    ids: Tensor | None,
+    precision: str,
+    workspace_mib: int | None,
 ) -> Tensor:
     """The scale as a tensor, after every check of the public ops."""
     check_choice("direction", direction, get_args(Direction))
+    check_choice("precision", precision, get_args(Precision))
+    check_at_least("workspace_mib", workspace_mib, 1)
     check_shape("audio", audio, (None, None), "(B, D)")
-    check_shape("text", text, audio.shape, "(B, D) like audio")
+    more = direction == "a2t" and text.ndim == 2 and len(text) > len(audio) and ids is None
+    check_shape("text", text, (len(text) if more else len(audio), audio.shape[1]), "(B, D)")
     check_floats(audio=audio, text=text)
     if audio.dtype != text.dtype:
         raise TypeError(f"audio and text must be of one type, got {audio.dtype} and {text.dtype}")

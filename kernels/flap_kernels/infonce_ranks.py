@@ -7,14 +7,20 @@
 Gradients are for engines that average over ranks (DDP, DeepSpeed): each rank's is W times its part,
 so that the average is the gradient of the global mean, for the embeddings and for the scale.
 
-Two schemes give the same numbers. *replicated* gathers audio and text, and each rank sums its own
-rows of the logits and its own columns: 12 b B D, nothing to communicate backward. *sharded* gathers
-text only, adds up the columns' sums over ranks and sends the text's gradients back: 8 b B D.
-Source: LAION-CLAP and CyCLIP gather embeddings; the schemes follow from the gradient's closed form.
+Two schemes give the same numbers:
+
+- *replicated* gathers audio and text; each rank sums its own rows of the logits and its own
+  columns, and all gather those sums. 12 b B D, nothing to communicate in the backward.
+- *sharded* gathers text only; the columns' sums are added up over ranks, and the text's gradients
+  return by a reduce-scatter. 8 b B D, and one tower's traffic less.
+
+Source: the gradient's closed form (`infonce_chunks`); LAION-CLAP and CyCLIP gather with autograd.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -23,9 +29,13 @@ from torch import Tensor
 
 from flap_kernels import infonce_chunks as chunks
 from flap_kernels.checks import check_choice
-from flap_kernels.infonce import Direction, check_arguments, infonce
+from flap_kernels.infonce import Direction, check_arguments, infonce, launch_options, path
+from flap_kernels.infonce_launch import Precision
 
 Scheme = Literal["auto", "replicated", "sharded"]
+
+# Above this many clips a rank, a third less arithmetic outweighs the exchange in the backward.
+_REPLICATED_ROWS = 1500
 
 
 def infonce_ranks(
@@ -37,106 +47,228 @@ def infonce_ranks(
     direction: Direction = "symmetric",
     scheme: Scheme = "auto",
     ids: Tensor | None = None,
+    equal_shares: bool = False,
+    precision: Precision = "ieee",
+    workspace_mib: int | None = None,
 ) -> Tensor:
-    """The mean InfoNCE loss over the clips of all ranks, the same on every rank, ().
+    """The mean InfoNCE loss over the clips of all ranks of `group`, the same on every rank, ().
 
-    `audio` and `text` are this rank's share (b, D), which may be larger or smaller than another's;
-    the rest is as in `infonce`. Without torch.distributed, or alone, this is `infonce`.
+    `audio` and `text` are this rank's share (b, D), larger or smaller than another's, or empty;
+    the rest is as in `infonce`, and gradients are W times this rank's part. `equal_shares` promises
+    that all ranks hold as many rows, and saves asking them, a wait for the device. `auto` is
+    *replicated* up to 1500 clips a rank, else *sharded*. All ranks must call this with the same
+    settings, and run its backward or not together. Alone, this is `infonce`.
     """
     check_choice("scheme", scheme, get_args(Scheme))
-    scale = check_arguments(audio, text, scale, direction, ids)
+    scale = check_arguments(audio, text, scale, direction, ids, precision, workspace_mib)
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
-        return infonce(audio, text, scale, direction=direction, ids=ids)
-    return _Replicated.apply(audio, text, scale, group, direction, ids)
+        options: dict[str, Any] = {"precision": precision, "workspace_mib": workspace_mib}
+        return infonce(audio, text, scale, direction=direction, ids=ids, **options)
+    shares = Shares.of(audio, text, group, equal_shares)
+    if shares.total == 0:
+        raise ValueError("audio must hold at least one row on some rank, got 0 on all")
+    if scheme == "auto":
+        few = max(shares.audio) <= _REPLICATED_ROWS and shares.audio == shares.text
+        scheme = "replicated" if few else "sharded"
+    if scheme == "replicated" and shares.audio != shares.text:
+        raise ValueError("scheme must be sharded where text has more rows than audio")
+    run = {"replicated": _Replicated, "sharded": _Sharded}[scheme]
+    return run.apply(audio, text, scale, ids, shares, direction, precision, workspace_mib)
 
 
-def gather_rows(x: Tensor, shares: list[int], group: Any) -> Tensor:
-    """The rows of all ranks, rank by rank."""
-    parts = [x.new_empty(share, *x.shape[1:]) for share in shares]
-    most = max(shares)
-    padded = x.new_zeros(most, *x.shape[1:])
-    padded[: len(x)] = x
-    gathered = [torch.empty_like(padded) for _ in shares]
-    dist.all_gather(gathered, padded, group=group)
-    parts = [rows[:share] for rows, share in zip(gathered, shares, strict=True)]
-    return torch.cat(parts)
+@dataclass(frozen=True)
+class Shares:
+    """How many rows each rank holds, and what it takes to move them."""
 
+    audio: tuple[int, ...]
+    text: tuple[int, ...]
+    rank: int
+    group: Any
 
-def gather_shares(x: Tensor, group: Any) -> list[int]:
-    """How many rows each rank holds."""
-    mine = torch.tensor([len(x)], device=x.device)
-    counts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(counts, mine, group=group)
-    return torch.cat(counts).tolist()
+    @classmethod
+    def of(cls, audio: Tensor, text: Tensor, group: Any, equal: bool) -> Shares:
+        """Ask all ranks, or take ours for theirs."""
+        world, rank = dist.get_world_size(group), dist.get_rank(group)
+        if equal:
+            return cls((len(audio),) * world, (len(text),) * world, rank, group)
+        mine = torch.tensor([len(audio), len(text)], device=audio.device)
+        counts = torch.empty(2 * world, dtype=mine.dtype, device=mine.device)
+        _all_gather(counts, mine, group)
+        pairs = counts.view(world, 2).tolist()
+        return cls(tuple(a for a, _ in pairs), tuple(t for _, t in pairs), rank, group)
+
+    @property
+    def total(self) -> int:
+        """The clips of all ranks."""
+        return sum(self.audio)
+
+    @property
+    def offset(self) -> int:
+        """Where this rank's captions begin among those of all ranks."""
+        return sum(self.text[: self.rank])
+
+    @property
+    def mine(self) -> slice:
+        """This rank's pairs among the captions of all ranks."""
+        return slice(self.offset, self.offset + self.audio[self.rank])
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The rows of all ranks' text (or of as many), rank by rank."""
+        most, world = max(self.text), len(self.text)
+        padded = x.contiguous()
+        if len(x) < most:
+            padded = x.new_zeros(most, *x.shape[1:])
+            padded[: len(x)] = x
+        rows = x.new_empty(world * most, *x.shape[1:])
+        _all_gather(rows, padded, self.group)
+        if len(set(self.text)) == 1:
+            return rows
+        parts = rows.view(world, most, *x.shape[1:]).unbind()
+        return torch.cat([part[:n] for part, n in zip(parts, self.text, strict=True)])
+
+    def scatter_sum(self, x: Tensor) -> Tensor:
+        """This rank's rows of the sum over ranks of x (rows of all ranks' text, D)."""
+        most, world = max(self.text), len(self.text)
+        if len(set(self.text)) > 1:
+            padded = x.new_zeros(world, most, *x.shape[1:])
+            for part, rows in zip(padded, x.split(self.text), strict=True):
+                part[: len(rows)] = rows
+            x = padded.flatten(0, 1)
+        out = x.new_empty(most, *x.shape[1:])
+        _reduce_scatter(out, x, self.group)
+        return out[: self.text[self.rank]]
+
+    def reduce(self, x: Tensor, op: Any) -> Tensor:
+        """All ranks' sum or maximum, in place."""
+        dist.all_reduce(x, op=op, group=self.group)
+        return x
 
 
 class _Replicated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, audio, text, scale, group, direction, ids):
-        shares = gather_shares(audio, group)
-        B, offset = sum(shares), sum(shares[: dist.get_rank(group)])
-        if B == 0:
-            raise ValueError("audio must hold at least one row on some rank, got 0 on all")
-        both = gather_rows(torch.cat([audio, text], dim=1), shares, group)
+    def forward(ctx, audio, text, scale, ids, shares, direction, precision, workspace_mib):
+        both = shares.gather(torch.cat([audio, text], dim=1))
         all_audio, all_text = both.chunk(2, dim=1)
-        all_ids = None if ids is None else gather_rows(ids, shares, group)
-        kept = {"offset": offset, "columns": False, "x_ids": ids, "y_ids": all_ids}
-        sums = []
-        if direction != "t2a":
-            sums.append(chunks.negatives(audio, all_text, scale, **kept))
-        if direction != "a2t":
-            sums.append(chunks.negatives(text, all_audio, scale, **kept))
-        packed = torch.stack([*(side.rows for side in sums), sums[0].positives], dim=1)
-        *sums, positives = gather_rows(packed, shares, group).unbind(1)
-        ctx.weight = 1.0 / (B * len(sums))
+        all_ids = None if ids is None else shares.gather(ids)
+        options = {"offset": shares.offset, "columns": False, "x_ids": ids, "y_ids": all_ids}
+        options |= launch_options(audio, precision, workspace_mib)
+        sides = [
+            path(audio).negatives(*operands, scale, **options)
+            for way, *operands in (("t2a", audio, all_text), ("a2t", text, all_audio))
+            if way != direction
+        ]
+        packed = torch.stack([*(side.rows for side in sides), sides[0].positives], dim=1)
+        *sums, positives = shares.gather(packed).unbind(1)
         found = [chunks.terms(side, positives) for side in sums]
-        losses = torch.stack([side.losses for side in found])
-        rows, columns = ([side.lse for side in found] * 2)[:2]
-        mine = slice(offset, offset + len(audio))
-        misses = torch.stack([side.misses[mine] for side in found]).sum(0)
-        rows = None if direction == "t2a" else rows
-        columns = None if direction == "a2t" else columns
-        saved = (audio, text, scale, all_audio, all_text, rows, columns, misses, ids, all_ids)
-        ctx.save_for_backward(*saved)
-        ctx.world, ctx.mine = len(shares), mine
-        return losses.sum() * ctx.weight
+        rows = None if direction == "t2a" else found[0].lse
+        columns = None if direction == "a2t" else found[-1].lse
+        misses = torch.stack([side.misses[shares.mine] for side in found]).sum(0)
+        ctx.save_for_backward(audio, text, scale, both, rows, columns, misses)
+        ctx.weight = 1.0 / (shares.total * len(found))
+        ctx.shares, ctx.options = shares, options
+        return torch.stack([side.losses for side in found]).sum() * ctx.weight
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        (audio, text, scale, all_audio, all_text, rows, columns, misses, ids, all_ids) = (
-            ctx.saved_tensors
-        )
-        mine = ctx.mine
+        audio, text, scale, both, rows, columns, misses = ctx.saved_tensors
+        all_audio, all_text = both.chunk(2, dim=1)
+        audio_wanted, text_wanted, scale_wanted = ctx.needs_input_grad[:3]
         # Engines average over ranks: the average of W times the parts is their sum.
-        factor = grad * (ctx.weight * ctx.world)
-        kept = {"offset": mine.start, "columns": False, "x_ids": ids, "y_ids": all_ids}
-        a_grad, _, scale_grad = chunks.gradients(
+        factor = grad * (ctx.weight * len(ctx.shares.audio))
+        mine = ctx.shares.mine
+        a_grad = t_grad = scale_grad = None
+        if audio_wanted or scale_wanted:
+            sums = None if rows is None else rows[mine], columns
+            a_grad, _, scale_grad = path(audio).gradients(
+                audio, all_text, scale, *sums, misses, factor, **ctx.options
+            )
+        if text_wanted:
+            sums = None if columns is None else columns[mine], rows
+            t_grad, _, _ = path(text).gradients(
+                text, all_audio, scale, *sums, misses, factor, **ctx.options
+            )
+        return (
+            a_grad if audio_wanted else None,
+            t_grad,
+            None if scale_grad is None else scale_grad.to(scale.dtype),
+            *(None,) * 5,
+        )
+
+
+class _Sharded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, audio, text, scale, ids, shares, direction, precision, workspace_mib):
+        all_text = shares.gather(text)
+        all_ids = None if ids is None else shares.gather(ids)
+        by_row, by_column = direction != "t2a", direction != "a2t"
+        options = {"offset": shares.offset, "x_ids": ids, "y_ids": all_ids}
+        options |= launch_options(audio, precision, workspace_mib)
+        found = path(audio).negatives(
+            audio, all_text, scale, rows=by_row, columns=by_column, **options
+        )
+        positives, mine = found.positives, shares.mine
+        losses = positives.new_zeros(1)
+        misses = torch.zeros_like(positives)
+        row_lse = column_lse = None
+        if by_row:
+            rows = chunks.terms(found.rows, positives)
+            losses, misses, row_lse = rows.losses.sum()[None], rows.misses, rows.lse
+        if by_column:
+            parts = found.columns
+            placed = torch.full_like(parts, -torch.inf)
+            placed[mine] = positives
+            packed = shares.reduce(torch.cat([parts, placed]), dist.ReduceOp.MAX)
+            top, all_positives = packed.chunk(2)
+            base = top.clamp(min=torch.finfo(top.dtype).min)
+            packed = shares.reduce(torch.cat([torch.exp2(parts - base), losses]), dist.ReduceOp.SUM)
+            columns = chunks.terms(packed[:-1].log2() + base, all_positives)
+            losses = packed[-1:] + columns.losses.sum()
+            misses, column_lse = misses + columns.misses[mine], columns.lse
+        else:
+            losses = shares.reduce(losses, dist.ReduceOp.SUM)
+        ctx.save_for_backward(audio, text, scale, all_text, row_lse, column_lse, misses)
+        ctx.weight = 1.0 / (shares.total * (by_row + by_column))
+        ctx.shares, ctx.options = shares, options
+        return losses[0] * ctx.weight
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        audio, text, scale, all_text, row_lse, column_lse, misses = ctx.saved_tensors
+        audio_wanted, text_wanted, scale_wanted = ctx.needs_input_grad[:3]
+        # Engines average over ranks: the average of W times the parts is their sum.
+        factor = grad * (ctx.weight * len(ctx.shares.audio))
+        a_grad, t_grad, scale_grad = path(audio).gradients(
             audio,
             all_text,
             scale,
-            None if rows is None else rows[mine],
-            columns,
+            row_lse,
+            column_lse,
             misses,
             factor,
-            **kept,
+            rows=audio_wanted,
+            columns=text_wanted,
+            **ctx.options,
         )
-        t_grad, _, _ = chunks.gradients(
-            text,
-            all_audio,
-            scale,
-            None if columns is None else columns[mine],
-            rows,
-            misses,
-            factor,
-            **kept,
-        )
-        needs = ctx.needs_input_grad
+        if t_grad is not None:
+            t_grad = ctx.shares.scatter_sum(t_grad).to(text.dtype)
         return (
-            a_grad if needs[0] else None,
-            t_grad if needs[1] else None,
-            scale_grad.to(scale.dtype) if needs[2] else None,
-            None,
-            None,
-            None,
+            a_grad,
+            t_grad,
+            scale_grad.to(scale.dtype) if scale_wanted else None,
+            *(None,) * 5,
         )
+
+
+def _collective(new: str, old: str) -> Callable[..., Any]:
+    """A collective that PyTorch 2.14 renamed, warning of the name that 2.11 knows."""
+    return getattr(dist, new if hasattr(dist, new) else old)
+
+
+def _all_gather(out: Tensor, x: Tensor, group: Any) -> None:
+    _collective("all_gather_single", "all_gather_into_tensor")(out, x, group=group)
+
+
+def _reduce_scatter(out: Tensor, x: Tensor, group: Any) -> None:
+    _collective("reduce_scatter_single", "reduce_scatter_tensor")(out, x, group=group)
