@@ -68,6 +68,7 @@ def _lowest(words: Tensor, k: int) -> Tensor:
 
 def _words(seed: int, stream: int, visits: Tensor, count: int) -> Tensor:
     """(B, count) int64 in [0, 2**24): what uniforms are made of, without the division."""
+    visits = visits.long()
     block = torch.arange(-(-count // 4), device=visits.device).expand(len(visits), -1)
     c0, c1 = (visits & _LOW)[:, None], (visits >> 32)[:, None]
     c2, c3 = block, torch.zeros_like(block)
@@ -136,7 +137,7 @@ def draw_plan_kernel(
         mine = _draw(inner_key, visit, first[:, None] + r[None, :])
         rank = tl.zeros([BLOCK_C, BLOCK_R], dtype=tl.int32)
         for j in range(R):
-            other = _draw(inner_key, visit, first + j)[:, None]
+            other = tl.sum(tl.where((r == j)[None, :], mine, 0), axis=1)[:, None]
             rank += ((other < mine) | ((other == mine) & (j < r)[None, :])).to(tl.int32)
         stay = stay & (rank < rows)
 

@@ -164,9 +164,14 @@ def _restore_tokens(
 ) -> Tensor:
     if runs_triton(y, mask_token):
         return spread(y, restore, mask_token, position, dtype)
-    out = y.new_empty((*restore.shape, y.shape[2]), dtype=dtype).copy_(mask_token)
-    out[clips(restore), places(restore)[:, : y.shape[1]]] = y.to(dtype)
-    return out if position is None else out.add_(position)
+    wide = torch.promote_types(y.dtype, mask_token.dtype)
+    if position is not None:
+        wide = torch.promote_types(wide, position.dtype)
+    out = y.new_empty((*restore.shape, y.shape[2]), dtype=wide).copy_(mask_token)
+    out[clips(restore), places(restore)[:, : y.shape[1]]] = y.to(wide)
+    if position is not None:
+        out += position
+    return out.to(dtype)
 
 
 @_restore_tokens.register_fake
