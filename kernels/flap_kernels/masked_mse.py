@@ -79,21 +79,40 @@ class _Layer:
     norm_pix: bool
 
     @property
-    def on_triton(self) -> bool:
-        small = self.patch * self.patch <= MOST_PIXELS
-        return small and runs_triton(self.hidden, self.weight, self.mel)
+    def pixels(self) -> int:
+        return self.patch * self.patch
 
     @property
     def wide(self) -> torch.dtype:
         return torch.promote_types(self.weight.dtype, torch.float32)
+
+    @property
+    def on_triton(self) -> bool:
+        return self.pixels <= MOST_PIXELS and runs_triton(self.hidden, self.weight, self.mel)
 
     def chunks(self) -> Iterator[slice]:
         step = _CHUNK_ROWS[self.hidden.device.type]
         for first in range(0, len(self.hidden), step):
             yield slice(first, min(first + step, len(self.hidden)))
 
-    def errors(self, chunk: slice) -> Tensor:
-        """e of some rows, in PyTorch."""
+    def sum_of_squares(self) -> Tensor:
+        if self.on_triton:
+            return self._launch(slice(0, len(self.hidden)), None, None).sum()
+        return torch.stack([self._errors(chunk).square_().sum() for chunk in self.chunks()]).sum()
+
+    def prediction_gradient(self, chunk: slice, upstream: Tensor) -> tuple[Tensor, Tensor]:
+        """Of some rows, in the product's type; and the sums of its columns, before rounding."""
+        product = self.weight.dtype
+        if not self.on_triton:
+            e = self._errors(chunk).mul_(upstream * (2.0 / (len(self.hidden) * self.pixels)))
+            return e.to(product), e.sum(0)
+        # The interpreter cuts float32 to bfloat16 where a GPU rounds: there PyTorch rounds.
+        stored = torch.float32 if interpreted() else product
+        e = self.mel.new_empty((chunk.stop - chunk.start, self.pixels), dtype=stored)
+        sums = self._launch(chunk, upstream, e)
+        return e.to(product), sums.sum(0)
+
+    def _errors(self, chunk: slice) -> Tensor:
         row = torch.arange(chunk.start, chunk.stop, device=self.drop.device)
         n = self.drop.flatten()[chunk].long()
         b = row // self.drop.shape[1]
@@ -101,14 +120,13 @@ class _Layer:
         h = self.hidden[chunk].to(self.weight.dtype)
         return add_product(self.bias.to(self.wide) - target, h, self.weight.T)
 
-    def launch(self, chunk: slice, upstream: Tensor | None, error: Tensor | None) -> Tensor:
-        """A number of each program: its sum of squares, or its columns' sums if e is wanted."""
-        pixels, rows = self.patch * self.patch, chunk.stop - chunk.start
-        tile = tiles(pixels, self.weight.dtype, float32_precision())
+    def _launch(self, chunk: slice, upstream: Tensor | None, error: Tensor | None) -> Tensor:
+        """Each program's number: its sum of squares, or with `error` the sums of its columns."""
+        rows = chunk.stop - chunk.start
+        tile = tiles(self.pixels, self.weight.dtype, float32_precision())
         programs = ceil_div(rows, tile["BLOCK_ROWS"])
-        sums = self.mel.new_empty(
-            (programs,) if error is None else (programs, pixels), dtype=torch.float32
-        )
+        shape = (programs,) if error is None else (programs, self.pixels)
+        sums = self.mel.new_empty(shape, dtype=torch.float32)
         masked_mse_kernel[(programs,)](
             self.hidden,
             self.weight,
@@ -122,9 +140,9 @@ class _Layer:
             rows,
             self.drop.shape[1],
             self.hidden.shape[1],
-            self.mel[0].numel() // pixels,
+            self.mel[0].numel() // self.pixels,
             self.mel.shape[2] // self.patch,
-            2.0 / (len(self.hidden) * pixels),
+            2.0 / (len(self.hidden) * self.pixels),
             **strides("h", "rh", self.hidden),
             **strides("w", "ph", self.weight),
             **strides("b", "p", self.bias),
@@ -152,13 +170,9 @@ def _masked_mse(
     product: torch.dtype,
 ) -> Tensor:
     layer = _Layer(hidden.flatten(0, 1), weight.to(product), bias, mel, drop, patch, norm_pix)
-    count = len(layer.hidden) * patch * patch
-    if count == 0:
+    if len(layer.hidden) == 0:
         return hidden.new_zeros((), dtype=layer.wide)
-    if layer.on_triton:
-        return layer.launch(slice(0, len(layer.hidden)), None, None).sum() / count
-    squares = [layer.errors(chunk).square_().sum() for chunk in layer.chunks()]
-    return torch.stack(squares).sum() / count
+    return layer.sum_of_squares() / (len(layer.hidden) * layer.pixels)
 
 
 @_masked_mse.register_fake
@@ -180,24 +194,14 @@ def _masked_mse_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of hidden, in its type, and of weight and bias, at least float32."""
     layer = _Layer(hidden.flatten(0, 1), weight.to(product), bias, mel, drop, patch, norm_pix)
-    rows, pixels = len(layer.hidden), patch * patch
     hidden_grad = torch.empty_like(layer.hidden, memory_format=torch.contiguous_format)
-    weight_grad = torch.zeros_like(weight, dtype=layer.wide, memory_format=torch.contiguous_format)
-    bias_grad = weight_grad.new_zeros(pixels)
-    buffer = None
+    weight_grad = torch.zeros(weight.shape, dtype=layer.wide, device=weight.device)
+    bias_grad = weight_grad.new_zeros(layer.pixels)
     for chunk in layer.chunks():
-        if layer.on_triton:
-            buffer = (
-                weight.new_empty((chunk.stop, pixels), dtype=product) if buffer is None else buffer
-            )
-            error = buffer[: chunk.stop - chunk.start]
-            bias_grad += layer.launch(chunk, grad, error).sum(0)
-        else:
-            error = layer.errors(chunk).mul_(grad * (2.0 / (rows * pixels)))
-            bias_grad += error.sum(0)
-            error = error.to(product)
-        add_product(weight_grad, error.T, layer.hidden[chunk].to(product))
-        product_into(hidden_grad[chunk], error, layer.weight)
+        e, columns = layer.prediction_gradient(chunk, grad)
+        bias_grad += columns
+        add_product(weight_grad, e.T, layer.hidden[chunk].to(product))
+        product_into(hidden_grad[chunk], e, layer.weight)
     return hidden_grad.view(hidden.shape), weight_grad, bias_grad
 
 

@@ -164,9 +164,7 @@ def _restore_tokens(
 ) -> Tensor:
     if runs_triton(y, mask_token):
         return spread(y, restore, mask_token, position, dtype)
-    wide = torch.promote_types(y.dtype, mask_token.dtype)
-    if position is not None:
-        wide = torch.promote_types(wide, position.dtype)
+    wide = _promoted(y, mask_token, position)
     out = y.new_empty((*restore.shape, y.shape[2]), dtype=wide).copy_(mask_token)
     out[clips(restore), places(restore)[:, : y.shape[1]]] = y.to(wide)
     if position is not None:
@@ -276,13 +274,17 @@ def restore_tokens(
         raise ValueError(
             f"restore must be (B, N) with N of at least K = {y.shape[1]}, got {restore.shape[1]}"
         )
-    wide = torch.promote_types(y.dtype, mask_token.dtype)
     if position is not None:
         check_shape("position", position, (restore.shape[1], y.shape[2]), "(N, D)")
         check_floats(position=position)
         check_together(y=y, position=position)
-        wide = torch.promote_types(wide, position.dtype)
-    return _restore_tokens(y, restore, mask_token, position, dtype or wide)
+    dtype = dtype or _promoted(y, mask_token, position)
+    return _restore_tokens(y, restore, mask_token, position, dtype)
+
+
+def _promoted(y: Tensor, mask_token: Tensor, position: Tensor | None) -> torch.dtype:
+    dtype = torch.promote_types(y.dtype, mask_token.dtype)
+    return dtype if position is None else torch.promote_types(dtype, position.dtype)
 
 
 def _inputs(size: Size, generator: torch.Generator) -> Inputs:
