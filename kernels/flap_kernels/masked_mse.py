@@ -62,8 +62,9 @@ def _targets(mel, b, n, patch, norm_pix, wide) -> Tensor:
     return (x - mean) / (var + EPS).sqrt()
 
 
-# A chunk's errors stay in cache until the products that read them: an H100's L2, a core's L2.
-_CHUNK_ROWS = {"cuda": 16_384, "cpu": 1_024}
+# A chunk's errors stay in cache until the products that read them: a GPU's L2, a core's L2.
+_CHUNK_ROWS = {"cuda": 16_384}
+_CHUNK_ROWS_ELSEWHERE = 1_024
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class _Layer:
         return self.pixels <= MOST_PIXELS and runs_triton(self.hidden, self.weight, self.mel)
 
     def chunks(self) -> Iterator[slice]:
-        step = _CHUNK_ROWS[self.hidden.device.type]
+        step = _CHUNK_ROWS.get(self.hidden.device.type, _CHUNK_ROWS_ELSEWHERE)
         for first in range(0, len(self.hidden), step):
             yield slice(first, min(first + step, len(self.hidden)))
 

@@ -99,6 +99,16 @@ def test_kept_patches_are_not_read(device):
     assert torch.equal(masked_mse(**arguments, norm_pix=True), clean)
 
 
+def test_an_index_out_of_range_is_not_passed_over_in_silence(device):
+    arguments = draw(device)
+    arguments["drop"][1, 2] = 6
+    try:
+        loss = masked_mse(**arguments, norm_pix=True)
+    except IndexError:
+        return
+    assert loss.isnan()
+
+
 @pytest.mark.parametrize("empty", ["patches", "clips"])
 def test_nothing_masked_is_no_loss_and_no_gradient(empty, device):
     arguments = draw(device)

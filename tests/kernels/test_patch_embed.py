@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from flap_kernels import patch_embed
+from flap_kernels.launch import runs_triton
 from flap_kernels.patch_embed import patch_embed_reference
 from torch import Tensor, nn
 
@@ -93,6 +94,19 @@ def test_dropped_patches_are_not_read(device):
         assert gradient.isfinite().all()
 
 
+def test_an_index_out_of_range_is_not_passed_over_in_silence(device):
+    arguments = draw(device)
+    clean = patch_embed(**arguments)
+    arguments["keep"][1, 2] = 6
+    try:
+        found = patch_embed(**arguments)
+    except IndexError:
+        return
+    assert found[1, 2].isnan().all()
+    found[1, 2] = clean[1, 2]
+    assert torch.equal(found, clean)
+
+
 def test_agrees_with_the_convolution_over_all_patches(device):
     arguments = draw(device)
     mel, keep, weight = arguments["mel"], arguments["keep"], arguments["weight"]
@@ -132,8 +146,9 @@ def test_autocast_rounds_the_factors_and_sums_in_float32(device):
     for name, mine, theirs, right in zip(("output", *names), fused, plain, truth, strict=True):
         assert mine.dtype == torch.float32
         assert_as_exact(name, mine, theirs, right, slack=1.0)
-    # The factors are bfloat16 numbers already: only sums in float32 come as close as this.
-    if device == "cuda" or torch.cuda.is_available():
+    # The factors are bfloat16 numbers already: only sums in float32 come as close as this. On a
+    # CPU the library's bfloat16 product rounds its result.
+    if runs_triton(arguments["mel"]):
         torch.testing.assert_close(fused[0].double(), truth[0], rtol=1e-6, atol=1e-5)
 
 
