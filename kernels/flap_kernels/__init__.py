@@ -3,6 +3,7 @@
 `KERNELS` names every op that has a kernel: what it names is tested, compiled and timed.
 """
 
+from flap_kernels.cyclic import cyclic
 from flap_kernels.draw_plan import KERNEL as _DRAW_PLAN
 from flap_kernels.draw_plan import Plan, draw_plan
 from flap_kernels.infonce import KERNEL as _INFONCE
@@ -34,6 +35,7 @@ KERNELS: dict[str, Kernel] = {
 __all__ = [
     "KERNELS",
     "Plan",
+    "cyclic",
     "draw_plan",
     "infonce",
     "infonce_ranks",

@@ -48,7 +48,7 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-def check_at_least(name: str, value: float | None, least: float) -> None:
-    """Fail unless the value is None or at least this."""
-    if value is not None and value < least:
-        raise ValueError(f"{name} must be at least {least:g}, got {value:g}")
+def check_above(name: str, value: float | None, bound: float) -> None:
+    """Fail unless the value is None or above the bound."""
+    if value is not None and not value > bound:
+        raise ValueError(f"{name} must be above {bound:g}, got {value:g}")

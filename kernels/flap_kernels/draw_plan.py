@@ -108,6 +108,7 @@ def draw_plan_kernel(
     R,
     columns,
     rows,
+    K,
     ALL_ROWS: tl.constexpr,
     SHARED: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -146,11 +147,13 @@ def draw_plan_kernel(
     column = tl.sum(one, axis=1)
     before = (tl.cumsum(column, 0) - column)[:, None] + tl.cumsum(one, 1) - one
     n = c[:, None] * R + r[None, :]
+    after = n - before
     N = C * R
-    K = tl.sum(column, axis=0)
-    tl.store(keep_ptr + pid_b * K + before, n.to(tl.int64), mask=stay)
-    tl.store(drop_ptr + pid_b * (N - K) + (n - before), n.to(tl.int64), mask=exists & (stay == 0))
-    place = tl.where(stay, before, K + n - before)
+    at = keep_ptr + pid_b * K + before
+    tl.store(at, n.to(tl.int64), mask=stay & (before < K))
+    at = drop_ptr + pid_b * (N - K) + after
+    tl.store(at, n.to(tl.int64), mask=exists & (stay == 0) & (after < N - K))
+    place = tl.where(stay, before, K + after)
     tl.store(restore_ptr + pid_b * N + n, place.to(tl.int64), mask=exists)
 
 
@@ -183,6 +186,7 @@ def _draw_plan(
         R,
         columns,
         rows or R,
+        plan[0].shape[1],
         ALL_ROWS=rows is None,
         SHARED=shared,
         **_blocks(C, R),
@@ -269,7 +273,7 @@ def _programs(arch: Arch) -> tuple[Program, ...]:
     signature = {
         **dict.fromkeys(("visits_ptr", "keep_ptr", "drop_ptr", "restore_ptr"), "*i64"),
         **dict.fromkeys(("outer_key", "inner_key"), "i64"),
-        **dict.fromkeys(("C", "R", "columns", "rows"), "i32"),
+        **dict.fromkeys(("C", "R", "columns", "rows", "K"), "i32"),
     }
     return tuple(
         Program(

@@ -46,26 +46,28 @@ class Negatives:
 
 
 @dataclass(frozen=True)
-class Terms:
-    """Loss and shares of some rows (or columns), from their negatives and positives."""
+class Side:
+    """One direction's sums: of some rows over the columns, or of some columns over the rows."""
 
-    losses: Tensor
-    """-log(share of the positive), in natural units, (M,)."""
-    lse: Tensor
-    """Log-sum-exp of negatives and positive, to base 2, (M,)."""
+    negatives: Tensor
+    """Log-sum-exp of the logits that are not the positive's, to base 2, (M,)."""
     misses: Tensor
-    """The negatives' share, (M,)."""
+    """The negatives' share: 1 - p, (M,)."""
+
+    def __getitem__(self, rows: slice) -> Side:
+        """That of some rows."""
+        return Side(self.negatives[rows], self.misses[rows])
+
+
+def losses_and_side(negatives: Tensor, positives: Tensor) -> tuple[Tensor, Side]:
+    """-log p in natural units (M,), and the side: precise for every p between 0 and 1."""
+    ahead = (negatives - positives) / LOG2E
+    return F.softplus(ahead), Side(negatives, torch.sigmoid(ahead))
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The type in which sums are kept for inputs of this one."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def terms(side: Tensor, positives: Tensor) -> Terms:
-    """Loss and shares, precise for every share of the positive between 0 and 1."""
-    ahead = (side - positives) / LOG2E
-    return Terms(F.softplus(ahead), torch.logaddexp2(side, positives), torch.sigmoid(ahead))
 
 
 def negatives(
@@ -111,9 +113,8 @@ def gradients(
     x: Tensor,
     y: Tensor,
     scale: Tensor,
-    row_lse: Tensor | None,
-    column_lse: Tensor | None,
-    misses: Tensor,
+    row: Side | None,
+    column: Side | None,
     factor: Tensor,
     *,
     offset: int,
@@ -124,10 +125,11 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """The gradients of `factor` times the block's sum of -log(share of the positive).
 
-    With G[i, j] = 2^(S - row_lse[i]) + 2^(S - column_lse[j]), and -misses[i] at the positive (a
-    log-sum-exp that is None leaves its term out): factor * scale * G y (M, D) in x's type,
-    factor * scale * G^T x (N, D) in the accumulator's, factor * sum(G * (x y^T)) (). `rows` and
-    `columns` say which of the first two are wanted.
+    With G[i, j] = row.misses[i] 2^(S - row.negatives[i]) + column.misses[j] 2^(S -
+    column.negatives[j]), and minus both misses at the positive (a side that is None leaves its
+    terms out): factor * scale * G y (M, D) in x's type, factor * scale * G^T x (N, D) in the
+    accumulator's, factor * sum(G * (x y^T)) (). `rows` and `columns` say which of the first two
+    are wanted.
     """
     work = _Work.of(x, y, scale)
     bounded = work.bounded()
@@ -143,20 +145,25 @@ def gradients(
             logits = work.logits(x_tile, down)
             weights = _weigh(
                 logits,
-                None if row_lse is None else row_lse[across, None],
-                None if column_lse is None else column_lse[None, down],
+                None if row is None else row[across],
+                None if column is None else column[down],
                 work.spare(logits),
                 bounded,
             )
             if x_ids is not None and y_ids is not None:
                 weights.masked_fill_(x_ids[across, None] == y_ids[None, down], 0.0)
-            first, diagonal = _diagonal(weights, across.start + offset - down.start)
-            torch.neg(misses[across][first : first + len(diagonal)], out=diagonal)
+            ahead = across.start + offset - down.start
+            first, diagonal = _diagonal(weights, ahead)
+            diagonal.zero_()
+            if row is not None:
+                diagonal -= row.misses[across][first:][: len(diagonal)]
+            if column is not None:
+                diagonal -= column.misses[down][first + ahead :][: len(diagonal)]
             gathered.addmm_(weights, work.y[down])
             if y_grad is not None:
                 y_grad[down].addmm_(weights.T, x_rows)
         # sum(G * (x y^T)) without another pass over G: each row's x . (G y).
-        scale_grad += torch.dot(gathered.flatten(), x_rows.flatten())
+        scale_grad += (gathered * x_rows).sum()
         if x_grad is not None:
             x_grad[across] = gathered.mul_(step)
     return x_grad, None if y_grad is None else y_grad.mul_(step), scale_grad * factor
@@ -237,27 +244,32 @@ def _add_logarithms(
 
 
 def _weigh(
-    logits: Tensor,
-    row_lse: Tensor | None,
-    column_lse: Tensor | None,
-    spare: Tensor,
-    bounded: bool,
+    logits: Tensor, row: Side | None, column: Side | None, spare: Tensor, bounded: bool
 ) -> Tensor:
     """The weights of a tile before the positive's, in the logits' memory or the spare one."""
-    if row_lse is None or column_lse is None:
-        lse = column_lse if row_lse is None else row_lse
-        assert lse is not None
-        return logits.sub_(lse).exp2_()
-    low = torch.minimum(row_lse.min(), column_lse.min())
-    high = torch.maximum(row_lse.max(), column_lse.max())
-    if bounded:
-        middle = torch.zeros_like(low)
-    elif bool(high - low < _SPREAD):
+    if row is None or column is None:
+        return _quotients(logits, row, column, out=logits)
+    low = torch.minimum(row.negatives.min(), column.negatives.min())
+    high = torch.maximum(row.negatives.max(), column.negatives.max())
+    if not bounded and bool(high - low < _SPREAD):
         middle = (low + high) / 2
         logits.sub_(middle)
+    elif bounded:
+        middle = torch.zeros_like(low)
     else:
-        by_row = torch.sub(logits, row_lse, out=spare).exp2_()
-        return by_row.add_(logits.sub_(column_lse).exp2_())
-    # 2^(S - R) + 2^(S - C) = 2^(S - m) (2^(m - R) + 2^(m - C)): one exponential for both.
-    shares = torch.add((middle - row_lse).exp2_(), (middle - column_lse).exp2_(), out=spare)
-    return logits.exp2_().mul_(shares)
+        by_row = _quotients(logits, row, None, out=spare)
+        return by_row.add_(_quotients(logits, None, column, out=logits))
+    # m_r 2^(S - R) + m_c 2^(S - C) = 2^(S - M) (m_r 2^(M - R) + m_c 2^(M - C)): one exponential.
+    by_row = row.misses * (middle - row.negatives).exp2_()
+    by_column = column.misses * (middle - column.negatives).exp2_()
+    return logits.exp2_().mul_(torch.add(by_row[:, None], by_column[None, :], out=spare))
+
+
+def _quotients(logits: Tensor, row: Side | None, column: Side | None, *, out: Tensor) -> Tensor:
+    """The negatives' shares by row or by column, whichever is given."""
+    if row is not None:
+        negatives, misses = row.negatives[:, None], row.misses[:, None]
+    else:
+        assert column is not None
+        negatives, misses = column.negatives[None, :], column.misses[None, :]
+    return torch.sub(logits, negatives, out=out).exp2_().mul_(misses)

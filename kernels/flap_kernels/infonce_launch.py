@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flap_kernels.infonce_chunks import Negatives
+from flap_kernels.infonce_chunks import Negatives, Side
 from flap_kernels.infonce_tiles import add_parts_kernel, negatives_kernel, weights_kernel
 from flap_kernels.launch import capability, ceil_div, interpreted
 
@@ -64,14 +64,14 @@ def negatives(
     x_ids: Tensor | None = None,
     y_ids: Tensor | None = None,
     precision: Precision = "ieee",
-    workspace_mib: int | None = None,
+    workspace_mib: float | None = None,
 ) -> Negatives:
     """Log-sum-exp of the negatives per row and per column, and the positives."""
     (M, D), N = x.shape, len(y)
     tile = blocks(capability(x), x.dtype, precision)
     tiles_n = ceil_div(N, tile.BLOCK_N)
     row_bytes = 4 * (tiles_n * rows + ceil_div(N, tile.BLOCK_M) * columns)
-    most = (workspace_mib or _WORKSPACE_MIB) * 2**20 // row_bytes
+    most = int((workspace_mib or _WORKSPACE_MIB) * 2**20 / row_bytes)
     float32 = {"dtype": torch.float32, "device": x.device}
     row_sums = torch.empty(M if rows else 0, **float32)
     column_sums = torch.empty(N if columns else 0, **float32)
@@ -120,9 +120,8 @@ def gradients(
     x: Tensor,
     y: Tensor,
     scale: Tensor,
-    row_lse: Tensor | None,
-    column_lse: Tensor | None,
-    misses: Tensor,
+    row: Side | None,
+    column: Side | None,
     factor: Tensor,
     *,
     offset: int,
@@ -131,7 +130,7 @@ def gradients(
     x_ids: Tensor | None = None,
     y_ids: Tensor | None = None,
     precision: Precision = "ieee",
-    workspace_mib: int | None = None,
+    workspace_mib: float | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """Gradients by x, by y and by the scale, times `factor`; x's in its type, the rest float32."""
     (M, D), N = x.shape, len(y)
@@ -143,7 +142,7 @@ def gradients(
     if workspace_mib is None:
         most = max(_WEIGHT_ROWS, _WEIGHT_MIB * 2**20 // row_bytes)
     else:
-        most = workspace_mib * 2**20 // row_bytes
+        most = int(workspace_mib * 2**20 / row_bytes)
     chunks = list(_chunks(M, most, tile.BLOCK_M))
     largest = len(range(M)[chunks[0]])
     float32 = {"dtype": torch.float32, "device": x.device}
@@ -164,9 +163,10 @@ def gradients(
             scale,
             x_ids[chunk] if x_ids is not None else x,
             y_ids if y_ids is not None else y,
-            row_lse[chunk] if row_lse is not None else x,
-            column_lse if column_lse is not None else x,
-            misses[chunk],
+            row.negatives[chunk] if row is not None else x,
+            row.misses[chunk] if row is not None else x,
+            column.negatives if column is not None else x,
+            column.misses if column is not None else x,
             workspace,
             parts,
             size,
@@ -178,8 +178,8 @@ def gradients(
             y.stride(0),
             y.stride(1),
             stride_wm,
-            ROWS=row_lse is not None,
-            COLUMNS=column_lse is not None,
+            ROWS=row is not None,
+            COLUMNS=column is not None,
             IDS=x_ids is not None,
             PRECISION=precision,
             WIDEN=interpreted(),

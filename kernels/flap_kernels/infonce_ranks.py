@@ -27,9 +27,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flap_kernels import infonce_chunks as chunks
 from flap_kernels.checks import check_choice
 from flap_kernels.infonce import Direction, check_arguments, infonce, launch_options, path
+from flap_kernels.infonce_chunks import Side, losses_and_side
 from flap_kernels.infonce_launch import Precision
 
 Scheme = Literal["auto", "replicated", "sharded"]
@@ -49,7 +49,7 @@ def infonce_ranks(
     ids: Tensor | None = None,
     equal_shares: bool = False,
     precision: Precision = "ieee",
-    workspace_mib: int | None = None,
+    workspace_mib: float | None = None,
 ) -> Tensor:
     """The mean InfoNCE loss over the clips of all ranks of `group`, the same on every rank, ().
 
@@ -159,19 +159,19 @@ class _Replicated(torch.autograd.Function):
         ]
         packed = torch.stack([*(side.rows for side in sides), sides[0].positives], dim=1)
         *sums, positives = shares.gather(packed).unbind(1)
-        found = [chunks.terms(side, positives) for side in sums]
-        rows = None if direction == "t2a" else found[0].lse
-        columns = None if direction == "a2t" else found[-1].lse
-        misses = torch.stack([side.misses[shares.mine] for side in found]).sum(0)
-        ctx.save_for_backward(audio, text, scale, both, rows, columns, misses)
+        losses, found = zip(*(losses_and_side(side, positives) for side in sums), strict=True)
+        row = None if direction == "t2a" else found[0]
+        column = None if direction == "a2t" else found[-1]
+        ctx.save_for_backward(audio, text, scale, both, *_tensors(row), *_tensors(column))
         ctx.weight = 1.0 / (shares.total * len(found))
         ctx.shares, ctx.options = shares, options
-        return torch.stack([side.losses for side in found]).sum() * ctx.weight
+        return torch.stack(losses).sum() * ctx.weight
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        audio, text, scale, both, rows, columns, misses = ctx.saved_tensors
+        audio, text, scale, both, *sides = ctx.saved_tensors
+        row, column = _side(*sides[:2]), _side(*sides[2:])
         all_audio, all_text = both.chunk(2, dim=1)
         audio_wanted, text_wanted, scale_wanted = ctx.needs_input_grad[:3]
         # Engines average over ranks: the average of W times the parts is their sum.
@@ -179,14 +179,14 @@ class _Replicated(torch.autograd.Function):
         mine = ctx.shares.mine
         a_grad = t_grad = scale_grad = None
         if audio_wanted or scale_wanted:
-            sums = None if rows is None else rows[mine], columns
+            own = None if row is None else row[mine]
             a_grad, _, scale_grad = path(audio).gradients(
-                audio, all_text, scale, *sums, misses, factor, **ctx.options
+                audio, all_text, scale, own, column, factor, **ctx.options
             )
         if text_wanted:
-            sums = None if columns is None else columns[mine], rows
+            own = None if column is None else column[mine]
             t_grad, _, _ = path(text).gradients(
-                text, all_audio, scale, *sums, misses, factor, **ctx.options
+                text, all_audio, scale, own, row, factor, **ctx.options
             )
         return (
             a_grad if audio_wanted else None,
@@ -209,11 +209,10 @@ class _Sharded(torch.autograd.Function):
         )
         positives, mine = found.positives, shares.mine
         losses = positives.new_zeros(1)
-        misses = torch.zeros_like(positives)
-        row_lse = column_lse = None
+        row = column = None
         if by_row:
-            rows = chunks.terms(found.rows, positives)
-            losses, misses, row_lse = rows.losses.sum()[None], rows.misses, rows.lse
+            terms, row = losses_and_side(found.rows, positives)
+            losses = terms.sum()[None]
         if by_column:
             parts = found.columns
             placed = torch.full_like(parts, -torch.inf)
@@ -221,13 +220,13 @@ class _Sharded(torch.autograd.Function):
             packed = shares.reduce(torch.cat([parts, placed]), dist.ReduceOp.MAX)
             top, all_positives = packed.chunk(2)
             base = top.clamp(min=torch.finfo(top.dtype).min)
-            packed = shares.reduce(torch.cat([torch.exp2(parts - base), losses]), dist.ReduceOp.SUM)
-            columns = chunks.terms(packed[:-1].log2() + base, all_positives)
-            losses = packed[-1:] + columns.losses.sum()
-            misses, column_lse = misses + columns.misses[mine], columns.lse
+            packed = torch.cat([torch.exp2(parts - base), losses])
+            packed = shares.reduce(packed, dist.ReduceOp.SUM)
+            terms, column = losses_and_side(packed[:-1].log2() + base, all_positives)
+            losses = packed[-1:] + terms.sum()
         else:
             losses = shares.reduce(losses, dist.ReduceOp.SUM)
-        ctx.save_for_backward(audio, text, scale, all_text, row_lse, column_lse, misses)
+        ctx.save_for_backward(audio, text, scale, all_text, *_tensors(row), *_tensors(column))
         ctx.weight = 1.0 / (shares.total * (by_row + by_column))
         ctx.shares, ctx.options = shares, options
         return losses[0] * ctx.weight
@@ -235,7 +234,7 @@ class _Sharded(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        audio, text, scale, all_text, row_lse, column_lse, misses = ctx.saved_tensors
+        audio, text, scale, all_text, *sides = ctx.saved_tensors
         audio_wanted, text_wanted, scale_wanted = ctx.needs_input_grad[:3]
         # Engines average over ranks: the average of W times the parts is their sum.
         factor = grad * (ctx.weight * len(ctx.shares.audio))
@@ -243,9 +242,8 @@ class _Sharded(torch.autograd.Function):
             audio,
             all_text,
             scale,
-            row_lse,
-            column_lse,
-            misses,
+            _side(*sides[:2]),
+            _side(*sides[2:]),
             factor,
             rows=audio_wanted,
             columns=text_wanted,
@@ -259,6 +257,14 @@ class _Sharded(torch.autograd.Function):
             scale_grad.to(scale.dtype) if scale_wanted else None,
             *(None,) * 5,
         )
+
+
+def _tensors(side: Side | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if side is None else (side.negatives, side.misses)
+
+
+def _side(negatives: Tensor | None, misses: Tensor | None) -> Side | None:
+    return None if negatives is None or misses is None else Side(negatives, misses)
 
 
 def _collective(new: str, old: str) -> Callable[..., Any]:

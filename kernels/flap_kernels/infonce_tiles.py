@@ -205,9 +205,10 @@ def weights_kernel(
     scale_ptr,
     x_ids_ptr,
     y_ids_ptr,
-    row_lse_ptr,
-    column_lse_ptr,
-    miss_ptr,
+    row_negative_ptr,
+    row_miss_ptr,
+    column_negative_ptr,
+    column_miss_ptr,
     weight_ptr,
     scale_part_ptr,
     M,
@@ -256,12 +257,17 @@ def weights_kernel(
     mask_m = offs_m < M
     mask_n = offs_n < N
     weight = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    at_positive = weight
     if ROWS:
-        row_lse = tl.load(row_lse_ptr + offs_m, mask=mask_m, other=float("inf"))
-        weight += tl.exp2(product * factor - row_lse[:, None])
+        negatives = tl.load(row_negative_ptr + offs_m, mask=mask_m, other=0.0)
+        misses = tl.load(row_miss_ptr + offs_m, mask=mask_m, other=0.0)
+        weight += tl.exp2(product * factor - negatives[:, None]) * misses[:, None]
+        at_positive -= misses[:, None]
     if COLUMNS:
-        column_lse = tl.load(column_lse_ptr + offs_n, mask=mask_n, other=float("inf"))
-        weight += tl.exp2(product * factor - column_lse[None, :])
+        negatives = tl.load(column_negative_ptr + offs_n, mask=mask_n, other=0.0)
+        misses = tl.load(column_miss_ptr + offs_n, mask=mask_n, other=0.0)
+        weight += tl.exp2(product * factor - negatives[None, :]) * misses[None, :]
+        at_positive -= misses[None, :]
     past_end = (start_m + BLOCK_M > M) | (start_n + BLOCK_N > N)
     ahead = start_n - start_m - offset
     if IDS or past_end or (ahead < BLOCK_M and ahead > -BLOCK_N):
@@ -272,8 +278,7 @@ def weights_kernel(
             out = out | (x_ids[:, None] == y_ids[None, :])
         weight = tl.where(out, 0.0, weight)
         is_positive = offs_n[None, :] == (offs_m + offset)[:, None]
-        miss = tl.load(miss_ptr + offs_m, mask=mask_m, other=0.0)
-        weight = tl.where(is_positive & mask_n[None, :], -miss[:, None], weight)
+        weight = tl.where(is_positive & mask_n[None, :], at_positive, weight)
     tl.store(scale_part_ptr + pid, tl.sum(weight * product))
     weight_ptrs = weight_ptr + start_m.to(tl.int64) * stride_wm + start_n
     weight_ptrs += tl.arange(0, BLOCK_M)[:, None] * stride_wm + tl.arange(0, BLOCK_N)[None, :]
