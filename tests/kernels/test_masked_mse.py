@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from tests.closeness import assert_as_exact
 NAMES = ("hidden", "weight", "bias")
 
 
-def draw(device, B=3, T=32, F=48, M=4, H=20, seed=0) -> dict[str, Tensor]:
+def draw(device, B=3, T=32, F=48, M=4, H=20, seed=0) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     N = T * F // 256
     arguments = {
@@ -29,7 +30,7 @@ def draw(device, B=3, T=32, F=48, M=4, H=20, seed=0) -> dict[str, Tensor]:
     return {name: value.to(device) for name, value in arguments.items()}
 
 
-def loss_and_gradients(op, arguments: dict[str, Tensor], upstream=1.0, **options) -> list[Tensor]:
+def loss_and_gradients(op, arguments: dict[str, Any], upstream=1.0, **options) -> list[Tensor]:
     leaves = {
         name: value.detach().clone().requires_grad_(name in NAMES)
         for name, value in arguments.items()
@@ -39,7 +40,7 @@ def loss_and_gradients(op, arguments: dict[str, Tensor], upstream=1.0, **options
     return [loss.detach(), *torch.autograd.grad(loss * upstream, wanted)]
 
 
-def by_hand(device) -> dict[str, Tensor]:
+def by_hand(device) -> dict[str, Any]:
     """Two patches of 2 x 2 pixels; the second is masked, and predicted as [1, 1, 1, 1]."""
     return {
         "hidden": torch.tensor([[[2.0]]], device=device),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from flap_kernels import patch_embed
@@ -21,7 +23,7 @@ def numbers(values, device) -> Tensor:
     return torch.tensor(values, device=device)
 
 
-def draw(device, B=3, T=32, F=48, K=4, D=24, seed=0) -> dict[str, Tensor]:
+def draw(device, B=3, T=32, F=48, K=4, D=24, seed=0) -> dict[str, Any]:
     """Arguments in float32 with values that bfloat16 can hold."""
     generator = torch.Generator().manual_seed(seed)
     N = T * F // 256
@@ -35,7 +37,7 @@ def draw(device, B=3, T=32, F=48, K=4, D=24, seed=0) -> dict[str, Tensor]:
     return {name: value.to(device) for name, value in arguments.items()}
 
 
-def gradients(op, arguments: dict[str, Tensor], names: tuple[str, ...], upstream: Tensor):
+def gradients(op, arguments: dict[str, Any], names: tuple[str, ...], upstream: Tensor):
     leaves = {
         name: value.detach().clone().requires_grad_(name in names)
         for name, value in arguments.items()
@@ -134,7 +136,9 @@ def test_patches_of_any_side(side, device):
 def test_autocast_rounds_the_factors_and_sums_in_float32(device):
     arguments = draw(device)
     names = ("weight", "bias", "position", "mel")
-    exact = {name: x.double() if x.is_floating_point() else x for name, x in arguments.items()}
+    exact: dict[str, Any] = {
+        name: x.double() if x.is_floating_point() else x for name, x in arguments.items()
+    }
     upstream = torch.randn(3, 4, 24, generator=torch.Generator().manual_seed(2)).to(device)
     truth = [patch_embed_reference(**exact)]
     truth += gradients(patch_embed_reference, exact, names, upstream.double())
