@@ -1,0 +1,340 @@
+"""masked_mse: how far a decoder's last layer is from the masked patches of the log-mel.
+
+    e[b, m, :] = weight @ hidden[b, m] + bias - target(b, drop[b, m])
+    loss       = mean of e**2 over B, M and P * P
+    target     = (x - mean(x)) / sqrt(var(x) + 1e-6),  x = patch(mel[b], n),  var unbiased
+
+    B clips   M masked patches of a clip   H decoder's width   P side of a patch   N patches
+
+Neither targets nor predictions are stored: the forward keeps one number of each tile of rows. The
+backward computes e again, a chunk of rows at a time, scaled to the prediction's gradient in the
+product's type, and two library products make of each chunk the gradients of hidden and weight.
+
+Least traffic: B*M*H of hidden and B*M*P*P of the log-mel read, forward and again backward, B*M*H
+written. Least arithmetic: 2 B M H P P forward, three times that backward.
+Source: FLAP, arXiv 2311.01615, section 4; Masked Autoencoders that Listen, arXiv 2207.06405 (the
+loss, its eps and its unbiased variance).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flap_kernels.checks import check_floats, check_shape, check_together
+from flap_kernels.launch import ceil_div, interpreted, runs_triton
+from flap_kernels.masked_mse_tiles import masked_mse_kernel, tiles
+from flap_kernels.patches import (
+    MOST_PIXELS,
+    add_product,
+    check_patches,
+    clips,
+    float32_precision,
+    patch_rows,
+    product_into,
+    product_type,
+    strides,
+)
+from flap_kernels.spec import Arch, Inputs, Kernel, Program, Size
+
+EPS = 1e-6
+
+
+def masked_mse_reference(
+    hidden: Tensor, weight: Tensor, bias: Tensor, mel: Tensor, drop: Tensor, *, norm_pix: bool
+) -> Tensor:
+    """Say what `masked_mse` means; errors are taken in float32 at least."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    patch = round(len(weight) ** 0.5)
+    target = patch_rows(mel, clips(drop), drop.long(), patch).to(wide)
+    if norm_pix:
+        var, mean = torch.var_mean(target, -1, keepdim=True)
+        target = (target - mean) / (var + EPS).sqrt()
+    error = F.linear(hidden, weight, bias).to(wide) - target
+    return error.square().sum() / max(1, error.numel())
+
+
+# A chunk's errors stay in cache until the products that read them: a GPU's L2, a core's L2.
+_CHUNK_ROWS = {"cuda": 16_384}
+_CHUNK_ROWS_ELSEWHERE = 4_096
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What both directions read: rows of hidden (B * M, H), and what they are compared with."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor
+    mel: Tensor
+    drop: Tensor
+    patch: int
+    norm_pix: bool
+
+    @property
+    def pixels(self) -> int:
+        return self.patch * self.patch
+
+    @property
+    def wide(self) -> torch.dtype:
+        return torch.promote_types(self.weight.dtype, torch.float32)
+
+    @property
+    def on_triton(self) -> bool:
+        return self.pixels <= MOST_PIXELS and runs_triton(self.hidden, self.weight, self.mel)
+
+    def chunks(self) -> Iterator[slice]:
+        step = _CHUNK_ROWS.get(self.hidden.device.type, _CHUNK_ROWS_ELSEWHERE)
+        for first in range(0, len(self.hidden), step):
+            yield slice(first, min(first + step, len(self.hidden)))
+
+    def sum_of_squares(self) -> Tensor:
+        if self.on_triton:
+            return self._launch(slice(0, len(self.hidden)), None, None).sum()
+        return torch.stack([self._errors(chunk).square_().sum() for chunk in self.chunks()]).sum()
+
+    def prediction_gradient(self, chunk: slice, upstream: Tensor) -> tuple[Tensor, Tensor]:
+        """Of some rows, in the product's type; and the sums of its columns, before rounding."""
+        product = self.weight.dtype
+        if not self.on_triton:
+            e = self._errors(chunk).mul_(upstream * (2.0 / (len(self.hidden) * self.pixels)))
+            return e.to(product), e.sum(0)
+        # The interpreter cuts float32 to bfloat16 where a GPU rounds: there PyTorch rounds.
+        stored = torch.float32 if interpreted() else product
+        e = self.mel.new_empty((chunk.stop - chunk.start, self.pixels), dtype=stored)
+        sums = self._launch(chunk, upstream, e)
+        return e.to(product), sums.sum(0)
+
+    def _errors(self, chunk: slice) -> Tensor:
+        """e of some rows, by two passes of PyTorch: what the product is to be added to, and it."""
+        row = torch.arange(chunk.start, chunk.stop, device=self.drop.device)
+        n = self.drop.flatten()[chunk].long()
+        x = patch_rows(self.mel, row // self.drop.shape[1], n, self.patch).to(self.wide)
+        bias = self.bias.to(self.wide)
+        if self.norm_pix:
+            # layer_norm's variance is the biased one: unbiased * share.
+            share = (self.pixels - 1) / self.pixels
+            minus = torch.full_like(bias, -(share**0.5))
+            e = F.layer_norm(x, (self.pixels,), minus, bias, EPS * share)
+        else:
+            e = bias - x
+        return add_product(e, self.hidden[chunk].to(self.weight.dtype), self.weight.T)
+
+    def _launch(self, chunk: slice, upstream: Tensor | None, error: Tensor | None) -> Tensor:
+        """Each program's number: its sum of squares, or with `error` the sums of its columns."""
+        rows = chunk.stop - chunk.start
+        tile = tiles(self.pixels, self.weight.dtype, float32_precision())
+        programs = ceil_div(rows, tile["BLOCK_ROWS"])
+        shape = (programs,) if error is None else (programs, self.pixels)
+        sums = self.mel.new_empty(shape, dtype=torch.float32)
+        masked_mse_kernel[(programs,)](
+            self.hidden,
+            self.weight,
+            self.bias,
+            self.mel,
+            self.drop,
+            sums if upstream is None else upstream,
+            sums,
+            sums if error is None else error,
+            chunk.start,
+            rows,
+            self.drop.shape[1],
+            self.hidden.shape[1],
+            self.mel[0].numel() // self.pixels,
+            self.mel.shape[2] // self.patch,
+            2.0 / (len(self.hidden) * self.pixels),
+            **strides("h", "rh", self.hidden),
+            **strides("w", "ph", self.weight),
+            **strides("b", "p", self.bias),
+            **strides("m", "btf", self.mel),
+            **strides("d", "bm", self.drop),
+            P=self.patch,
+            NORM_PIX=self.norm_pix,
+            EPS=EPS,
+            BACKWARD=error is not None,
+            UPCAST=interpreted(),
+            **tile,
+        )
+        return sums
+
+
+@torch.library.custom_op("flap_kernels::masked_mse", mutates_args=())
+def _masked_mse(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mel: Tensor,
+    drop: Tensor,
+    patch: int,
+    norm_pix: bool,
+    product: torch.dtype,
+) -> Tensor:
+    layer = _Layer(hidden.flatten(0, 1), weight.to(product), bias, mel, drop, patch, norm_pix)
+    if len(layer.hidden) == 0:
+        return hidden.new_zeros((), dtype=layer.wide)
+    return layer.sum_of_squares() / (len(layer.hidden) * layer.pixels)
+
+
+@_masked_mse.register_fake
+def _(hidden, weight, bias, mel, drop, patch, norm_pix, product):
+    return hidden.new_empty((), dtype=torch.promote_types(product, torch.float32))
+
+
+@torch.library.custom_op("flap_kernels::masked_mse_backward", mutates_args=())
+def _masked_mse_backward(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mel: Tensor,
+    drop: Tensor,
+    patch: int,
+    norm_pix: bool,
+    product: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of hidden, in its type, and of weight and bias, at least float32."""
+    layer = _Layer(hidden.flatten(0, 1), weight.to(product), bias, mel, drop, patch, norm_pix)
+    hidden_grad = torch.empty_like(layer.hidden, memory_format=torch.contiguous_format)
+    weight_grad = torch.zeros(weight.shape, dtype=layer.wide, device=weight.device)
+    bias_grad = weight_grad.new_zeros(layer.pixels)
+    for chunk in layer.chunks():
+        e, columns = layer.prediction_gradient(chunk, grad)
+        bias_grad += columns
+        add_product(weight_grad, e.T, layer.hidden[chunk].to(product))
+        product_into(hidden_grad[chunk], e, layer.weight)
+    return hidden_grad.view(hidden.shape), weight_grad, bias_grad
+
+
+@_masked_mse_backward.register_fake
+def _(grad, hidden, weight, bias, mel, drop, patch, norm_pix, product):
+    wide = torch.promote_types(product, torch.float32)
+    return (
+        hidden.new_empty(hidden.shape),
+        weight.new_empty(weight.shape, dtype=wide),
+        bias.new_empty(bias.shape, dtype=wide),
+    )
+
+
+def _setup(ctx, inputs, output):
+    *tensors, ctx.patch, ctx.norm_pix, ctx.product = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad):
+    tensors = ctx.saved_tensors
+    hidden_grad, weight_grad, bias_grad = _masked_mse_backward(
+        grad, *tensors, ctx.patch, ctx.norm_pix, ctx.product
+    )
+    _, weight, bias, _, _ = tensors
+    grads = hidden_grad, weight_grad.to(weight.dtype), bias_grad.to(bias.dtype)
+    return (*grads, None, None, None, None, None)
+
+
+_masked_mse.register_autograd(_backward, setup_context=_setup)
+
+
+def masked_mse(
+    hidden: Tensor, weight: Tensor, bias: Tensor, mel: Tensor, drop: Tensor, *, norm_pix: bool
+) -> Tensor:
+    """The mean squared error of the masked patches' pixels, (), float32; 0 if none is masked.
+
+    Under autocast the product's factors are rounded to autocast's type, else to the weight's; it
+    is summed, and errors are taken, in float32. Gradients go to hidden, weight and bias, the last
+    two from float32 sums, without atomics.
+
+    Args:
+        hidden: (B, M, H), the masked patches alone, in the order of `drop`: what
+            `keep_tokens(x, drop)` makes of a decoder's output. So its last LayerNorm, too, can
+            leave out the others.
+        weight: (P * P, H), the side P of a patch follows from it.
+        bias: (P * P,).
+        mel: (B, T, F), T and F multiples of P; a target, so it must not require a gradient.
+        drop: (B, M) int32 or int64 in [0, N). On a GPU that is not checked: outside, the loss is
+            NaN.
+        norm_pix: compare with patches brought to mean 0 and variance 1 each.
+
+    Raises ValueError and TypeError on shapes, devices and types that do not fit.
+    """
+    check_shape("weight", weight, (None, None), "(P * P, H)")
+    pixels, H = weight.shape
+    patch = check_patches(mel, "drop", drop, pixels)
+    check_shape("hidden", hidden, (*drop.shape, H), "(B, M, H) with drop (B, M)")
+    check_shape("bias", bias, (pixels,), "(P * P,)")
+    check_floats(hidden=hidden, weight=weight, bias=bias)
+    check_together(hidden=hidden, weight=weight, bias=bias, mel=mel)
+    if norm_pix and patch < 2:
+        raise ValueError("norm_pix must be False for patches of one pixel: they have no variance")
+    if mel.requires_grad:
+        raise ValueError("mel must not require a gradient: it is the target; pass mel.detach()")
+    return _masked_mse(hidden, weight, bias, mel, drop, patch, norm_pix, product_type(weight))
+
+
+def _inputs(size: Size, generator: torch.Generator) -> Inputs:
+    B, T, F, P, M, H = {
+        "edge": (1, 2, 2, 2, 1, 1),
+        "odd": (5, 48, 80, 16, 14, 67),
+        "paper": (288, 1024, 128, 16, 206, 512),
+    }[size]
+    draw = {"generator": generator, "device": generator.device}
+    real, N = {**draw, "dtype": torch.float64}, T * F // P**2
+    arguments = {
+        "hidden": torch.randn(B, M, H, **real),
+        "weight": torch.randn(P * P, H, **real) / H**0.5,
+        "bias": torch.randn(P * P, **real),
+        "mel": torch.randn(B, T, F, **real),
+        "drop": torch.rand(B, N, **draw).argsort(1)[:, :M].sort(1).values,
+        "norm_pix": True,
+    }
+    return Inputs(arguments, differentiable=("hidden", "weight", "bias"))
+
+
+def _programs(arch: Arch) -> tuple[Program, ...]:
+    B, M, H, pixels = 288, 206, 512, 256
+    tile = tiles(pixels, torch.bfloat16, "ieee")
+    warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
+    signature = {
+        **dict.fromkeys(("hidden_ptr", "weight_ptr", "error_ptr"), "*bf16"),
+        **dict.fromkeys(("bias_ptr", "mel_ptr", "upstream_ptr", "sums_ptr"), "*fp32"),
+        "drop_ptr": "*i64",
+        **dict.fromkeys(("first", "rows", "M", "H", "N", "across"), "i32"),
+        "scale": "fp32",
+        **dict.fromkeys(("stride_hr", "stride_wp", "stride_mb", "stride_mt", "stride_db"), "i32"),
+    }
+    ones = ("stride_hh", "stride_wh", "stride_bp", "stride_mf", "stride_dm")
+    return tuple(
+        Program(
+            name=name,
+            kernel=masked_mse_kernel,
+            signature=signature,
+            constants={
+                **dict.fromkeys(ones, 1),
+                "P": 16,
+                "NORM_PIX": True,
+                "EPS": EPS,
+                "BACKWARD": backward,
+                "UPCAST": False,
+                **tile,
+            },
+            num_warps=warps,
+            num_stages=stages,
+            matrix_product=True,
+            bytes_moved=B * M * (2 * H + 4 * pixels),
+            flops=2 * B * M * H * pixels,
+        )
+        for name, backward in (("masked_mse", False), ("masked_mse_errors", True))
+    )
+
+
+KERNEL = Kernel(
+    name="masked_mse",
+    op=masked_mse,
+    reference=masked_mse_reference,
+    inputs=_inputs,
+    programs=_programs,
+    bytes_moved=2 * 288 * 206 * (3 * 512 + 2 * 256),
+    flops=8 * 288 * 206 * 512 * 256,
+)

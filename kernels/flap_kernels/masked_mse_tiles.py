@@ -1,0 +1,110 @@
+"""The kernel of `masked_mse`: a tile of masked patches, their prediction and how far it is off.
+
+    e[r, :] = weight @ hidden[r] + bias - target(r)          for r in a span of the B * M rows
+
+    M masked patches of a clip   H decoder's width   P side of a patch   PIXELS >= P * P
+
+Whole patches lie in a tile, so that their mean and variance are sums along its rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from flap_kernels.launch import jit, tl, triton
+from flap_kernels.patches import load_index, load_patches
+
+
+@jit
+def masked_mse_kernel(
+    hidden_ptr,
+    weight_ptr,
+    bias_ptr,
+    mel_ptr,
+    drop_ptr,
+    upstream_ptr,
+    sums_ptr,
+    error_ptr,
+    first,
+    rows,
+    M,
+    H,
+    N,
+    across,
+    scale,
+    stride_hr,
+    stride_hh,
+    stride_wp,
+    stride_wh,
+    stride_bp,
+    stride_mb,
+    stride_mt,
+    stride_mf,
+    stride_db,
+    stride_dm,
+    P: tl.constexpr,
+    PIXELS: tl.constexpr,
+    NORM_PIX: tl.constexpr,
+    EPS: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Rows `first` to `first + rows` of all B * M: the sum of their squares, or e scaled."""
+    pid = tl.program_id(0)
+    offs_row = pid * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    offs_p = tl.arange(0, PIXELS)
+    live, pixel = offs_row < rows, offs_p < P * P
+    row = first + offs_row
+    mask = live[:, None] & pixel[None, :]
+
+    e = tl.zeros([BLOCK_ROWS, PIXELS], dtype=tl.float32)
+    for start in range(0, H, BLOCK_H):
+        offs_h = start + tl.arange(0, BLOCK_H)
+        deep = offs_h < H
+        at = (hidden_ptr + row.to(tl.int64) * stride_hr)[:, None] + (offs_h * stride_hh)[None, :]
+        h = tl.load(at, mask=live[:, None] & deep[None, :], other=0.0)
+        h = h.to(weight_ptr.dtype.element_ty)
+        at = (weight_ptr + offs_p * stride_wp)[None, :] + (offs_h * stride_wh)[:, None]
+        w = tl.load(at, mask=deep[:, None] & pixel[None, :], other=0.0)
+        if UPCAST:
+            h, w = h.to(tl.float32), w.to(tl.float32)
+        e = tl.dot(h, w, e, input_precision=PRECISION)
+    e += tl.load(bias_ptr + offs_p * stride_bp, mask=pixel, other=0.0).to(tl.float32)[None, :]
+
+    b, n = load_index(drop_ptr, row, live, M, stride_db, stride_dm)
+    there = live & (n >= 0) & (n < N)
+    x = load_patches(mel_ptr, b, n, there, across, stride_mb, stride_mt, stride_mf, P, PIXELS)
+    x = tl.where(there[:, None], x.to(tl.float32), float("nan"))
+    if NORM_PIX:
+        x = tl.where(pixel[None, :], x - (tl.sum(x, axis=1) / (P * P))[:, None], 0.0)
+        x *= (1.0 / tl.sqrt_rn(tl.sum(x * x, axis=1) / (P * P - 1) + EPS))[:, None]
+    e = tl.where(mask, e - x, 0.0)
+
+    if BACKWARD:
+        e = e * (tl.load(upstream_ptr) * scale)
+        tl.store(sums_ptr + pid.to(tl.int64) * (P * P) + offs_p, tl.sum(e, axis=0), mask=pixel)
+        at = (error_ptr + offs_row.to(tl.int64) * (P * P))[:, None] + offs_p[None, :]
+        tl.store(at, e.to(error_ptr.dtype.element_ty), mask=mask)
+    else:
+        tl.store(sums_ptr + pid, tl.sum(tl.sum(e * e, axis=1), axis=0))
+
+
+def tiles(pixels: int, dtype: torch.dtype, precision: str) -> dict[str, Any]:
+    """A tile holds whole patches, for their mean and variance."""
+    wide = triton.next_power_of_2(max(16, pixels))
+    rows, deep, warps, stages = 64, 64, 8, 2
+    if dtype.itemsize == 4:
+        rows, deep, warps, stages = (64, 32, 8, 2) if precision == "tf32" else (32, 16, 8, 2)
+    return {
+        "PIXELS": wide,
+        "BLOCK_ROWS": max(16, min(128, rows * 256 // wide)),
+        "BLOCK_H": max(16, min(64, deep * 256 // wide)),
+        "PRECISION": precision,
+        "num_warps": warps,
+        "num_stages": stages,
+    }

@@ -1,0 +1,185 @@
+"""Where a patch lies in a log-mel, for the ops that read patches straight from it.
+
+    patch n of clip b, pixel p = mel[b, P (n // A) + p // P, P (n % A) + p % P]
+
+    B clips   T frames   F mel bins   P side of a patch   A = F / P patches across   N patches
+
+Patches are in time-major order and so are the pixels of each.
+Source: Masked Autoencoders that Listen, arXiv 2207.06405 (its patch embedding).
+"""
+
+from __future__ import annotations
+
+from math import isqrt
+
+import torch
+from torch import Tensor
+
+from flap_kernels.checks import check_floats, check_integers, check_shape, check_together
+from flap_kernels.launch import ceil_div, jit, runs_triton, tl, triton
+
+# A tile of larger patches does not fit in shared memory: the plain path serves them.
+MOST_PIXELS = 32 * 32
+
+
+def patch_rows(mel: Tensor, b: Tensor, n: Tensor, patch: int) -> Tensor:
+    """The pixels of patches `n` of clips `b`, index tensors that broadcast: (..., P * P)."""
+    across = mel.shape[2] // patch
+    cells = mel.unflatten(2, (-1, patch)).unflatten(1, (-1, patch)).transpose(2, 3)
+    return cells[b, n // across, n % across].flatten(-2)
+
+
+def strides(letter: str, axes: str, x: Tensor) -> dict[str, int]:
+    """A tensor's strides under the names that kernels give them: `stride_xb`, `stride_xn`."""
+    return {f"stride_{letter}{axis}": step for axis, step in zip(axes, x.stride(), strict=True)}
+
+
+def clips(index: Tensor) -> Tensor:
+    """(B, 1) int64: the clip of each row of an index."""
+    return torch.arange(len(index), device=index.device)[:, None]
+
+
+def check_patches(mel: Tensor, name: str, index: Tensor, pixels: int) -> int:
+    """The side of a patch of so many pixels, after the checks of a log-mel and of its patches."""
+    patch = isqrt(pixels)
+    check_shape("mel", mel, (None, None, None), "(B, T, F)")
+    check_floats(mel=mel)
+    if patch * patch != pixels or pixels == 0:
+        raise ValueError(f"weight must be for patches of P * P pixels, got {pixels}")
+    if mel.shape[1] % patch or mel.shape[2] % patch:
+        raise ValueError(
+            f"mel must be (B, T, F) with T and F multiples of P = {patch}, got {tuple(mel.shape)}"
+        )
+    check_shape(name, index, (len(mel), None), "(B, K)" if name == "keep" else "(B, M)")
+    check_integers(**{name: index})
+    check_together(mel=mel, **{name: index})
+    return patch
+
+
+def product_type(weight: Tensor) -> torch.dtype:
+    """The type that a product's factors are rounded to: autocast's where it is on."""
+    device = weight.device.type
+    narrow = weight.dtype.itemsize <= 4 and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if narrow else weight.dtype
+
+
+def float32_precision() -> str:
+    """How a kernel is to multiply float32: as PyTorch's own products are set to."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """`total += a @ b`, summed in `total`'s type wherever the device's library can."""
+    if a.dtype == total.dtype:
+        return total.addmm_(a, b)
+    if a.is_cuda:
+        return total.add_(torch.mm(a, b, out_dtype=total.dtype))
+    return total.add_(torch.mm(a, b))
+
+
+def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """`out = a @ b`, rounded to the factors' type on the way if `out` is wider."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(torch.mm(a, b))
+
+
+@jit
+def load_index(index_ptr, row, live, K, stride_b, stride_k):
+    """The clip of each row of a flat (B * K), and what the index names there; both int32."""
+    b = row // K
+    at = index_ptr + b.to(tl.int64) * stride_b + (row % K).to(tl.int64) * stride_k
+    return b, tl.load(at, mask=live, other=0).to(tl.int32)
+
+
+@jit
+def load_patches(
+    mel_ptr,
+    b,
+    n,
+    live,
+    across,
+    stride_mb,
+    stride_mt,
+    stride_mf,
+    P: tl.constexpr,
+    PIXELS: tl.constexpr,
+):
+    """A tile of patches, a row each, zeros behind the P * P pixels and in rows not live.
+
+    `b` and `n` are int32: they are divided in 32 bits and widened before they meet a stride.
+    PIXELS is a power of two.
+    """
+    offs_p = tl.arange(0, PIXELS)
+    time, freq = (n // across * P).to(tl.int64), (n % across * P).to(tl.int64)
+    corner = b.to(tl.int64) * stride_mb + time * stride_mt + freq * stride_mf
+    pixel = (offs_p // P) * stride_mt + (offs_p % P) * stride_mf
+    mask = live[:, None] & (offs_p < P * P)[None, :]
+    return tl.load((mel_ptr + corner)[:, None] + pixel[None, :], mask=mask, other=0.0)
+
+
+@jit
+def pack_patches_kernel(
+    mel_ptr,
+    index_ptr,
+    out_ptr,
+    rows,
+    K,
+    across,
+    width,
+    stride_mb,
+    stride_mt,
+    stride_mf,
+    stride_ib,
+    stride_ik,
+    P: tl.constexpr,
+    PIXELS: tl.constexpr,
+    TAIL: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    offs_row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    live = offs_row < rows
+    b, n = load_index(index_ptr, offs_row, live, K, stride_ib, stride_ik)
+    x = load_patches(mel_ptr, b, n, live, across, stride_mb, stride_mt, stride_mf, P, PIXELS)
+    offs_p = tl.arange(0, PIXELS)
+    at = (out_ptr + offs_row.to(tl.int64) * width)[:, None]
+    mask = live[:, None] & (offs_p < P * P)[None, :]
+    tl.store(at + offs_p[None, :], x.to(out_ptr.dtype.element_ty), mask=mask)
+    # The column of ones, then zeros up to a whole line.
+    offs_tail = tl.arange(0, TAIL)
+    one = tl.zeros([BLOCK_ROWS, TAIL], dtype=tl.float32) + (offs_tail == 0).to(tl.float32)[None, :]
+    mask = live[:, None] & (offs_tail < width - P * P)[None, :]
+    tl.store(at + P * P + offs_tail[None, :], one.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def pack_patches(mel: Tensor, index: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
+    """The patches named, a row each, and behind the pixels a 1, then zeros: (B * K, P * P + 8).
+
+    With the 1, one product gives a layer's weight gradient and, in its last column, the bias'.
+    """
+    rows, pixels = index.numel(), patch * patch
+    if not runs_triton(mel):
+        out = mel.new_zeros((rows, pixels + 8), dtype=dtype)
+        out[:, :pixels] = patch_rows(mel, clips(index), index.long(), patch).flatten(0, 1)
+        out[:, pixels] = 1
+        return out
+    out = mel.new_empty((rows, pixels + 8), dtype=dtype)
+    if rows:
+        block = max(1, 4096 // pixels)
+        pack_patches_kernel[(ceil_div(rows, block),)](
+            mel,
+            index,
+            out,
+            rows,
+            index.shape[1],
+            mel.shape[2] // patch,
+            pixels + 8,
+            **strides("m", "btf", mel),
+            **strides("i", "bk", index),
+            P=patch,
+            PIXELS=triton.next_power_of_2(pixels),
+            TAIL=8,
+            BLOCK_ROWS=triton.next_power_of_2(block),
+        )
+    return out

@@ -1,0 +1,49 @@
+"""Batches of more than 2**31 elements: no offset may be computed in 32 bits.
+
+The tensors are views of memory that is reserved but, all but a few pages, never touched.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from flap_kernels import keep_tokens, masked_mse, patch_embed, restore_tokens
+from torch import Tensor
+
+STEP, B = 2**29, 5  # the last clip starts at 2**31
+
+
+def far_apart(x: Tensor) -> Tensor:
+    """The same values, each clip of the batch 2**29 elements behind the one before it."""
+    room = torch.empty((B - 1) * STEP + x[0].numel(), dtype=x.dtype, device=x.device)
+    inner = torch.empty(x.shape[1:], device="meta").stride()
+    return room.as_strided(x.shape, (STEP, *inner)).copy_(x)
+
+
+@pytest.fixture
+def draw(device):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).bfloat16().to(device)
+
+    return normal
+
+
+def test_tokens_far_apart(draw, device):
+    x, keep = draw(B, 3, 4), torch.tensor([[0, 2]], device=device).expand(B, -1)
+    assert torch.equal(keep_tokens(far_apart(x), keep), keep_tokens(x, keep))
+    restore = torch.tensor([[0, 3, 1, 2]], device=device).expand(B, -1)
+    token = draw(4)
+    found = restore_tokens(far_apart(x), restore, token)
+    assert torch.equal(found, restore_tokens(x, restore, token))
+
+
+def test_log_mels_far_apart(draw, device):
+    mel, index = draw(B, 4, 4), torch.tensor([[0, 3]], device=device).expand(B, -1)
+    weight, bias, position = draw(8, 4), draw(8), draw(4, 8)
+    found = patch_embed(far_apart(mel), index, weight, bias, position)
+    assert torch.equal(found, patch_embed(mel, index, weight, bias, position))
+    hidden, back = draw(B, 2, 8), draw(4)
+    found = masked_mse(hidden, weight.T, back, far_apart(mel), index, norm_pix=True)
+    assert torch.equal(found, masked_mse(hidden, weight.T, back, mel, index, norm_pix=True))
