@@ -1,4 +1,4 @@
-"""The command `flap`: prepare, train, eval, config, show.
+"""The command `flap`: prepare, train, eval, rank, show, config.
 
 `python -m flap_fast` is the same, so that `deepspeed --module flap_fast train CONFIG` works.
 """
@@ -117,6 +117,19 @@ def evaluate(
     write_scores(out or checkpoint / "eval.json", scores)
     Console().print(table(scores))
     print(f"written to {out or checkpoint / 'eval.json'}")
+
+
+@app.command()
+def rank(
+    checkpoint: Annotated[Path, typer.Argument(help="A run's folder or a checkpoint's.")],
+    sound: Annotated[Path, typer.Argument(help="A sound file.")],
+    captions: Annotated[list[str], typer.Argument(help="What it may be.")],
+) -> None:
+    """Print captions by their cosine to a sound, best first."""
+    from flap_fast.embedder import load
+
+    for caption, cosine in load(checkpoint).rank(sound, captions):
+        print(f"{cosine:6.3f}  {caption}")
 
 
 @app.command()

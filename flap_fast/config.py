@@ -264,6 +264,13 @@ class Optim(Section):
     clip_norm: Annotated[float, Field(ge=0)] = 0.0
     """Largest gradient norm; 0 does not clip."""
 
+    @model_validator(mode="after")
+    def _decays(self):
+        rule = "be 0 with optim.name = adam, which would add it to the gradient"
+        fits = self.name == "adamw" or self.weight_decay == 0
+        need(fits, "optim.weight_decay", rule, self.weight_decay, "set optim.name=adamw")
+        return self
+
 
 class Sched(Section):
     warmup_steps: CountOrZero = 3200

@@ -33,6 +33,8 @@ class State:
     world: int
     engine: str
     zero_stage: int
+    scored: bool = True
+    """Off where a signal came before an evaluation that was due at this step."""
 
 
 class Checkpoints:
@@ -46,26 +48,30 @@ class Checkpoints:
         """The last complete checkpoint."""
         return latest(self.folder)
 
-    def save(self, engine: Engine, step: int, best: float | None, *, is_best: bool = False) -> Path:
+    def save(
+        self,
+        engine: Engine,
+        step: int,
+        best: float | None,
+        *,
+        is_best: bool = False,
+        scored: bool = True,
+    ) -> Path:
         """Write a checkpoint of `step` steps, then delete what is no longer kept; on every rank.
 
         A failure on the way (a full disk) leaves the earlier checkpoints as they were.
         """
         final = self.folder / f"step-{step:06d}"
         part = final.with_name(final.name + _PART)
+        stage = self._config.train.zero_stage
+        state = State(step, best, self._ranks.world, engine.name, stage, scored)
         if not final.exists():
+            try:
+                self._write(part, engine, state)
+            except BaseException:
+                shutil.rmtree(part, ignore_errors=True)  # room again on a full disk
+                raise
             if self._ranks.first:
-                shutil.rmtree(part, ignore_errors=True)
-                (part / "engine").mkdir(parents=True)
-            self._ranks.barrier()
-            engine.save(part / "engine")
-            weights = engine.weights()
-            self._ranks.barrier()
-            if self._ranks.first:
-                save_model(part, self._config, engine.module, weights)
-                stage = self._config.train.zero_stage
-                state = State(step, best, self._ranks.world, engine.name, stage)
-                (part / "state.json").write_text(json.dumps(asdict(state), indent=1) + "\n")
                 part.replace(final)
         if self._ranks.first:
             if is_best:
@@ -73,6 +79,18 @@ class Checkpoints:
             self._tidy()
         self._ranks.barrier()
         return final
+
+    def _write(self, part: Path, engine: Engine, state: State) -> None:
+        if self._ranks.first:
+            shutil.rmtree(part, ignore_errors=True)
+            (part / "engine").mkdir(parents=True)
+        self._ranks.barrier()
+        engine.save(part / "engine")
+        weights = engine.weights()
+        self._ranks.barrier()
+        if self._ranks.first:
+            save_model(part, self._config, engine.module, weights)
+            (part / "state.json").write_text(json.dumps(asdict(state), indent=1) + "\n")
 
     def load(self, engine: Engine, folder: Path) -> State:
         """Bring the engine back to where a checkpoint was written.

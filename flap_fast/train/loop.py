@@ -67,14 +67,16 @@ def _train(
     engine = make_engine(config, Flap(config), ranks)
     checkpoints = Checkpoints(config, ranks)
     state = checkpoints.load(engine, start) if start else None
-    first, best = (state.step, state.best) if state else (0, None)
+    first = state.step if state else 0
     if ranks.first:
         write_config(config)
     ranks.barrier()  # the folder is there for all
     stop = open_files.enter_context(Stop(ranks))
     after = observers(config, ranks, open_files, first=first, steps=steps)
     watch = Watch(config, ranks, steps, after)
-    scores: Scores | None = None
+    score = Scorer(config, ranks, engine, tokens, watch, state.best if state else None)
+    if state and not state.scored and score(first):
+        checkpoints.save(engine, first, score.best, is_best=True)
 
     for step, batch in enumerate(watch.waiting(loader.batches(first, steps)), first + 1):
         report_bad_clips(config.run_folder, ranks, loader.bad)
@@ -91,19 +93,57 @@ def _train(
         watch.step(step, batch.epoch, lr, outputs, terms)
 
         stopped = stop.agreed() and step < steps
-        improved = False
-        if config.data.val and not stopped and due(step, steps, config.eval.every_steps):
-            watch.check()
-            scores = evaluate(engine.module, config, tokens, config.data.val, ranks)
-            watch.scores(step, flat_scores(scores))
-            improved = config.ckpt.keep_best and selection_score(scores) > (best or -1.0)
-            best = selection_score(scores) if improved else best
+        to_score = bool(config.data.val) and due(step, steps, config.eval.every_steps)
+        improved = to_score and not stopped and score(step)
         if stopped or improved or due(step, steps, config.ckpt.every_steps):
             watch.check()
-            saved = checkpoints.save(engine, step, best, is_best=improved)
+            scored = not (to_score and stopped)
+            saved = checkpoints.save(engine, step, score.best, is_best=improved, scored=scored)
             if stopped:
                 raise Stopped(step, saved)
-    return _finish(config, ranks, engine, tokens, scores)
+    return score.at_the_end()
+
+
+class Scorer:
+    """Scores on data.val, and the best of them so far."""
+
+    def __init__(
+        self,
+        config: Config,
+        ranks: Ranks,
+        engine: Engine,
+        tokens: Tokenizer,
+        watch: Watch,
+        best: float | None,
+    ):
+        self._config, self._ranks, self._engine = config, ranks, engine
+        self._tokens, self._watch = tokens, watch
+        self._last: Scores | None = None
+        self.best = best
+
+    def __call__(self, step: int) -> bool:
+        """Score the weights of a step; whether they are the best so far and to be kept as such."""
+        self._watch.check()
+        self._last = self._scores()
+        self._watch.scores(step, flat_scores(self._last))
+        score = selection_score(self._last)
+        if self.best is not None and score <= self.best:
+            return False
+        self.best = score
+        return self._config.ckpt.keep_best
+
+    def at_the_end(self) -> Scores | None:
+        """The last scores, written to eval.json; also of a run that was finished before."""
+        if not self._config.data.val:
+            return None
+        scores = self._last or self._scores()
+        if self._ranks.first:
+            write_scores(self._config.run_folder / "eval.json", scores)
+        return scores
+
+    def _scores(self) -> Scores:
+        module, val = self._engine.module, self._config.data.val
+        return evaluate(module, self._config, self._tokens, val, self._ranks)
 
 
 def due(step: int, steps: int, every: int) -> bool:
@@ -123,14 +163,3 @@ def kept_patches_of(batch: Batch, config: Config, steps: int, per_epoch: int) ->
     mask = Mask(kind="none") if batch.epoch >= epochs - tail else config.mask
     plan = mask_plan(mask, config.audio.grid, config.run.seed, batch.visits)
     return None if plan is None else plan.keep
-
-
-def _finish(
-    config: Config, ranks: Ranks, engine: Engine, tokens: Tokenizer, scores: Scores | None
-) -> Scores | None:
-    """The last scores, also for a run that was finished before; written on the first rank."""
-    if scores is None and config.data.val:
-        scores = evaluate(engine.module, config, tokens, config.data.val, ranks)
-    if scores is not None and ranks.first:
-        write_scores(config.run_folder / "eval.json", scores)
-    return scores

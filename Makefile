@@ -1,0 +1,58 @@
+# make demo   train, score and draw a small FLAP on the sounds that ship with the project
+# make test   every test
+# make lint   ruff and pyright
+# make bench  kernel and loading benchmarks on this machine      make gpu   the same on a GPU, in full
+# make static the kernels' compile report for three GPU generations, without a GPU
+#
+# Each sets up .venv/ first if it is missing or older than pyproject.toml.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+# Empty it (make CONSTRAINTS= test) to take the newest versions that pyproject.toml allows.
+CONSTRAINTS ?= constraints.txt
+
+.PHONY: demo test lint bench gpu static data setup clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "flap_fast needs Python 3.11 or newer, got $$($(PYTHON) -V); try make PYTHON=python3.12"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev,demo,report]'
+	@touch $(READY)
+
+data: $(READY)
+	$(BIN)/flap prepare demo/manifest.jsonl data/demo
+
+# Stopped with Ctrl-C, the next `make demo` goes on; rm -r runs/demo to start anew.
+demo: data
+	$(BIN)/flap train configs/demo.yaml --resume
+	$(BIN)/flap show configs/demo.yaml --out runs/demo/masking.png
+	@echo "The run: runs/demo/ (metrics.jsonl, eval.json, checkpoints/, masking.png)"
+	@echo "Curves:  $(BIN)/tensorboard --logdir runs"
+	@echo "Ask it:  $(BIN)/flap rank runs/demo demo/audio/sonicpi_ambi_choir.ogg 'a choir sings' 'a drum' 'a guitar'"
+
+test: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(READY)
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,iqr,rounds
+
+static: $(READY)
+	$(BIN)/python -m bench.static
+
+# Needs torch, triton, pytest and pytest-benchmark alone: it runs in whatever Python is active.
+gpu:
+	PYTHONPATH=.:kernels $(PYTHON) -m bench.gpu
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache

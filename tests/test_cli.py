@@ -1,0 +1,103 @@
+"""The command: what it prints, what it refuses, how it exits."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flap_fast import __main__ as cli
+from flap_fast.train.loop import train
+from tests.sounds import encode, tone, write_manifest
+from tests.tiny import tiny
+
+
+def flap(*arguments: str | Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(sys, "argv", ["flap", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return int(end.value.code or 0)
+
+
+@pytest.fixture
+def run(prepared: Path, tmp_path: Path) -> Path:
+    train(tiny(f"run.folder={tmp_path}", f"data.train={prepared}/train", "train.steps=1"))
+    return tmp_path / "flap"
+
+
+def test_config_show_prints_a_config_that_reads_back(monkeypatch, capsys, tmp_path: Path):
+    assert flap("config", "show", "configs/tiny.yaml", "mask.kind=1d", monkeypatch=monkeypatch) == 0
+    printed = capsys.readouterr().out
+    assert yaml.safe_load(printed)["mask"]["kind"] == "1d"
+    (tmp_path / "again.yaml").write_text(printed)
+    assert flap("config", "show", tmp_path / "again.yaml", monkeypatch=monkeypatch) == 0
+    assert capsys.readouterr().out == printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("config", "show", "nowhere.yaml"), "the config must be an existing YAML file"),
+        (("train", "configs/tiny.yaml", "mask.kinds=1d"), "did you mean mask.kind"),
+        (("train", "configs/tiny.yaml", "data.train=nowhere"), "flap prepare MANIFEST OUT"),
+        (("eval", "nowhere", "data"), "the checkpoint must be a run's folder"),
+        (("show", "configs/tiny.yaml", "--clip", "-1", "data.train=nowhere"), "nowhere"),
+    ],
+)
+def test_what_a_user_can_mend_is_a_sentence(arguments, message, monkeypatch, capsys):
+    assert flap(*arguments, monkeypatch=monkeypatch) != 0
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert message in said
+    assert "Traceback" not in said
+
+
+def test_prepare_counts_what_it_rejected_in_its_last_line(monkeypatch, capsys, tmp_path: Path):
+    (tmp_path / "good.wav").write_bytes(encode(tone(440, 0.5, 16_000), 16_000, "WAV"))
+    (tmp_path / "bad.wav").write_bytes(b"RIFF and nothing more")
+    rows = [{"audio": f"{name}.wav", "caption": "A tone."} for name in ("good", "bad")]
+    manifest = write_manifest(tmp_path / "m.jsonl", rows)
+    assert flap("prepare", manifest, tmp_path / "out", monkeypatch=monkeypatch) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "1 clips in 1 shards, 1 of 2 rejected (reasons in" in last
+
+
+def test_eval_prints_a_table_and_writes_the_json(run: Path, prepared: Path, monkeypatch, capsys):
+    assert flap("eval", run, prepared / "val", "--batch", "4", monkeypatch=monkeypatch) == 0
+    printed = capsys.readouterr().out
+    assert "audio to text" in printed
+    assert "chance R@10" in printed
+    assert json.loads((run / "eval.json").read_text())["retrieval"]["val"]["captions"] == 15
+
+
+def test_rank_prints_the_best_caption_first(run: Path, tmp_path: Path, monkeypatch, capsys):
+    sound = tmp_path / "tone.ogg"
+    sound.write_bytes(encode(tone(440, 3, 44_100), 44_100, "OGG"))
+    assert flap("rank", run, sound, "a tone", "noise", "a dog", monkeypatch=monkeypatch) == 0
+    cosines = [float(line.split()[0]) for line in capsys.readouterr().out.splitlines()]
+    assert len(cosines) == 3
+    assert cosines == sorted(cosines, reverse=True)
+    assert flap("rank", run, tmp_path / "no.ogg", "a tone", monkeypatch=monkeypatch) == 1
+    assert "error: unreadable" in capsys.readouterr().err
+
+
+def test_show_draws_what_masking_keeps(prepared: Path, tmp_path: Path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "deep/masking.png"
+    arguments = ("configs/tiny.yaml", f"data.train={prepared}/train", "--clip", "3", "--out", out)
+    assert flap("show", *arguments, monkeypatch=monkeypatch) == 0
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_full_disk_is_told_in_a_sentence(monkeypatch, capsys, tmp_path: Path):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", str(tmp_path / "0.tar"))
+
+    monkeypatch.setattr("flap_fast.data.prepare.prepare", full)
+    assert flap("prepare", "m.jsonl", tmp_path, monkeypatch=monkeypatch) == 1
+    said = capsys.readouterr().err
+    assert "No space left on device" in said
+    assert "what was complete before it is still there" in said

@@ -1,0 +1,116 @@
+"""README tells the truth: its paths exist, its commands parse, its Python runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from flap_fast.__main__ import app
+from flap_fast.train.loop import train
+from tests.tiny import tiny
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "CONTRIBUTING.md", "configs/README.md", "demo/README.md")
+# What a user brings, or a run leaves.
+MADE = ("runs/", "data/", "models/", "mine", ".venv/", "hosts")
+
+
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text()
+
+
+def paths(page: str) -> set[str]:
+    """What looks like a file or a folder of the project, in backticks, links and commands."""
+    found = set(
+        re.findall(r"`([\w./-]+(?:/|\.(?:py|md|yaml|toml|txt|png|jsonl|json)))`", text_of(page))
+    )
+    found |= set(re.findall(r"\]\(([\w./-]+)\)", text_of(page)))
+    found |= {
+        word for command in commands(page) for word in command if re.search(r"\.ya?ml$", word)
+    }
+    return {path for path in found if not path.startswith(MADE)}
+
+
+def commands(page: str) -> list[list[str]]:
+    blocks = re.findall(r"```bash\n(.*?)```", text_of(page), re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if line.strip()]
+    lines += re.findall(r"`((?:make|flap|deepspeed|DS_ACCELERATOR|srun) [^`]+)`", text_of(page))
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_path_exists(page: str):
+    made_by_a_run = {"metrics.jsonl", "eval.json", "masking.png", "rejected.jsonl", "mine.jsonl"}
+    for path in paths(page) - made_by_a_run:
+        path = path.replace("NAME", "contrastive" if "loss/" in path else "infonce")
+        beside = ROOT / page
+        # A bare file name stands for the one of that name among the sources.
+        places = (ROOT / path, beside.parent / path, *ROOT.glob(f"flap_fast/**/{path}"))
+        assert any(place.exists() for place in places), path
+
+
+def test_the_patterns_find_what_they_should():
+    assert {"flap_fast/config.py", "demo/README.md", "CONTRIBUTING.md"} <= paths("README.md")
+    assert ["make", "demo"] in commands("README.md")
+    assert len(commands("README.md")) >= 9
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_exists(page: str):
+    targets = set(re.findall(r"^(\w+):", text_of("Makefile"), re.MULTILINE))
+    names = {command.name for command in app.registered_commands} | {"config", "eval"}
+    names |= {command.callback.__name__ for command in app.registered_commands if command.callback}
+    for words in commands(page):
+        if words[0] == "make":
+            assert {w for w in words[1:] if "=" not in w} <= targets, words
+        elif words[0] == "flap":
+            assert words[1] in names, words
+        elif "flap_fast" in words:
+            assert words[words.index("flap_fast") + 1 :][0] in (*names, "..."), words
+
+
+def test_settings_on_command_lines_are_settings():
+    from flap_fast.configfile import load_config
+
+    for words in commands("README.md") + commands("configs/README.md"):
+        if "train" in words:
+            file = next((w for w in words if w.endswith(".yaml")), None)
+            overrides = [w for w in words if re.match(r"^[a-z_]+\.[a-z_.]+=", w)]
+            load_config(ROOT / file if file else None, overrides)
+
+
+@pytest.mark.parametrize("file", sorted(f.name for f in ROOT.glob("configs/*.yaml")))
+def test_every_config_is_valid_and_listed(file: str):
+    from flap_fast.configfile import load_config
+
+    load_config(ROOT / "configs" / file)
+    assert f"`{file}`" in text_of("configs/README.md")
+
+
+def test_help_explains_every_command():
+    for command in ("prepare", "train", "eval", "rank", "show", "config show"):
+        result = CliRunner().invoke(app, [*command.split(), "--help"])
+        assert result.exit_code == 0, result.output
+
+
+def test_the_python_of_the_readme_runs(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    overrides = (f"run.folder={tmp_path}/runs", "run.name=demo", f"data.train={prepared}/train")
+    train(tiny(*overrides, "train.steps=1"))
+    (code,) = re.findall(r"```python\n(.*?)```", text_of("README.md"), re.DOTALL)
+    (tmp_path / "demo").symlink_to(ROOT / "demo")
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    printed = capsys.readouterr().out.splitlines()
+    assert sorted(line.split(maxsplit=1)[1] for line in printed[:3]) == [
+        "a choir sings a chord",
+        "a snare drum",
+        "an electric guitar",
+    ]
+    cosines = [float(line.split()[0]) for line in printed[:3]]
+    assert cosines == sorted(cosines, reverse=True)

@@ -1,0 +1,132 @@
+"""The commands that users type: one process, and ranks under the real deepspeed launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flap_fast.configfile import dump_config, load_config
+from flap_fast.train.loop import train
+from tests.tiny import tiny
+
+STEPS = 40
+ROOT = Path(__file__).parents[2]
+ALONE = (sys.executable, "-m", "flap_fast")
+# With a port of its own for each test process: the default one may be taken.
+LAUNCHED = (
+    *(str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2"),
+    *("--master_port", str(20_000 + os.getpid() % 20_000), "--module", "flap_fast"),
+)
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
+    return os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def config(prepared: Path, tmp_path: Path) -> Path:
+    settings = tiny(
+        f"run.folder={tmp_path}/runs",
+        f"data.train={prepared}/train",
+        f"data.val={prepared}/val",
+        *(f"train.steps={STEPS}", "log.every_steps=1", "ckpt.every_steps=0"),
+        *("log.tensorboard=false", "sched.warmup_steps=4"),
+    )
+    file = tmp_path / "config.yaml"
+    file.write_text(dump_config(settings))
+    return file
+
+
+def start(command: tuple[str, ...], *arguments: str | Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*command, "train", *map(str, arguments)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """What a process said; all of its processes are gone after."""
+    try:
+        said, _ = process.communicate(timeout=200)
+        return said
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def rows(config: Path, run: str) -> list[dict[str, Any]]:
+    file = config.parent / "runs" / run / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return [row for row in map(json.loads, lines) if "loss" in row]
+
+
+def interrupt(process: subprocess.Popen[str], config: Path, run: str) -> str:
+    """Press Ctrl-C once three steps are done: all processes of a terminal's job get it."""
+    while process.poll() is None and len(rows(config, run)) < 3:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    return finish(process)
+
+
+def losses(config: Path, run: str) -> list[float]:
+    found = rows(config, run)
+    assert [row["step"] for row in found] == list(range(1, STEPS + 1))
+    return [row["loss"] for row in found]
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_the_run_goes_on(config: Path):
+    process = start(ALONE, config)
+    said = interrupt(process, config, "flap")
+    assert process.returncode == 130, said
+    done = len(rows(config, "flap"))
+    assert 3 <= done < STEPS
+    assert f"stopped after step {done}, saved in" in said
+    assert "Go on with the same command and --resume" in said
+    assert "Traceback" not in said
+    train(load_config(config), resume=True)
+    assert len(losses(config, "flap")) == STEPS
+
+
+def test_ranks_under_the_launcher_stop_resume_and_lose_what_one_process_loses(config: Path):
+    pytest.importorskip("deepspeed")
+    train(load_config(config, ["run.name=alone"]))
+    process = start(LAUNCHED, config, "train.zero_stage=3")
+    said = interrupt(process, config, "flap")
+    assert process.returncode != 0, said
+    assert "Go on with the same command and --resume" in said
+    assert 3 <= len(rows(config, "flap")) < STEPS
+    process = start(LAUNCHED, config, "train.zero_stage=3", "--resume")
+    said = finish(process)
+    assert process.returncode == 0, said
+    assert losses(config, "flap") == pytest.approx(losses(config, "alone"), abs=1e-4)
+    scores = json.loads((config.parent / "runs/flap/eval.json").read_text())["retrieval"]
+    assert scores["val"]["clips"] == 6
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused_once_and_without_a_traceback(config: Path):
+    command = [*ALONE, "--local_rank=1", "train", str(config), "train.global_batch=7"]
+    said = [
+        subprocess.run(
+            command,
+            env=environment() | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"},
+            capture_output=True,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    assert [one.returncode for one in said] == [2, 2]
+    message = "error: train.global_batch must be a multiple of the 2 ranks, got 7; for example 6"
+    assert [one.stderr.strip() for one in said] == [f"[rank 0] {message}", ""]

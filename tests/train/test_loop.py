@@ -1,0 +1,236 @@
+"""A run: its files, its resumption bit for bit, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flap_fast.checks import ConfigError
+from flap_fast.config import Config
+from flap_fast.data.shards import open_shards
+from flap_fast.embedder import load
+from flap_fast.loss import total_loss
+from flap_fast.train import checkpoint, loop
+from flap_fast.train.checkpoint import latest
+from flap_fast.train.loop import Stopped, train
+from flap_fast.train.observers import NotFinite
+from tests.tiny import tiny
+
+TIMES = {"clips_per_s", "step_ms", "data_wait", "peak_mib"}
+
+
+def settings(prepared: Path, runs: Path, *overrides: str) -> Config:
+    return tiny(
+        f"run.folder={runs}",
+        f"data.train={prepared}/train",
+        f"data.val={prepared}/val",
+        *("log.every_steps=1", "ckpt.every_steps=2", "eval.every_steps=3", "log.tensorboard=false"),
+        # Dropout and drop-path on: their draws must survive a resumption too.
+        *("text.dropout=0.1", "audio.drop_path=0.1", "train.steps=6", "sched.warmup_steps=2"),
+        *overrides,
+    )
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
+def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if Ctrl-C came during that step."""
+    asked = iter([False] * (step - 1) + [True])
+    monkeypatch.setattr(loop.Stop, "agreed", lambda self: next(asked))
+
+
+@pytest.fixture(scope="module")
+def whole(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was never stopped."""
+    runs = tmp_path_factory.mktemp("whole")
+    train(settings(prepared, runs))
+    return runs / "flap"
+
+
+def test_a_run_leaves_what_its_user_needs(whole: Path, prepared: Path):
+    assert {f.name for f in whole.iterdir()} == {
+        *("config.yaml", "metrics.jsonl", "eval.json", "checkpoints")
+    }
+    steps = [row for row in rows(whole) if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
+    assert [row["epoch"] for row in steps] == [0, 0, 0, 1, 1, 1]  # 24 clips, batches of 8
+    assert steps[0]["lr"] == 0.5e-4  # half-way through a warm-up of two steps
+    scores = json.loads((whole / "eval.json").read_text())["retrieval"]["val"]
+    last = rows(whole)[-1]
+    assert last["val/text_to_audio/R@5"] == scores["text_to_audio"]["R@5"]
+
+
+def test_the_last_checkpoints_and_the_best_are_kept(whole: Path):
+    names = {f.name for f in (whole / "checkpoints").iterdir()}
+    assert {"step-000004", "step-000006", "best"} <= names
+    assert len(names) <= 4
+    scores = {
+        row["step"]: (row["val/audio_to_text/mAP@10"] + row["val/text_to_audio/mAP@10"]) / 2
+        for row in rows(whole)
+        if "loss" not in row
+    }
+    best = int((whole / "checkpoints/best").resolve().name[5:])
+    assert scores[best] == max(scores.values())
+
+
+def test_a_checkpoint_opens_on_its_own(whole: Path, prepared: Path, tmp_path: Path):
+    alone = shutil.copytree(whole / "checkpoints/step-000006", tmp_path / "moved")
+    model = load(alone)
+    (text,) = open_shards([prepared / "val"]).record(0)["text"][:1]
+    embedding = model.embed_text([text])
+    assert embedding.shape == (1, 16)
+    assert torch.allclose(embedding.norm(), torch.ones(()))
+
+
+@pytest.mark.parametrize("step", [2, 3, 5])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    step: int, whole: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = settings(prepared, tmp_path)
+    with monkeypatch.context() as patch:
+        stop_after(step, patch)
+        with pytest.raises(Stopped) as stopped:
+            train(config)
+    assert stopped.value.step == step
+    assert latest(tmp_path / "flap/checkpoints") == stopped.value.checkpoint
+    train(config, resume=True)
+    assert rows(tmp_path / "flap") == rows(whole)
+    ours, theirs = (
+        load(folder / "checkpoints/step-000006").model.state_dict()
+        for folder in (tmp_path / "flap", whole)
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_run_killed_between_checkpoints_repeats_the_steps_it_lost(
+    whole: Path, prepared: Path, tmp_path: Path
+):
+    """As `kill -9` in step 6 leaves it: checkpoint 4, rows up to 5 and half a row."""
+    killed = shutil.copytree(whole, tmp_path / "flap", symlinks=True)
+    shutil.rmtree(killed / "checkpoints/step-000006")
+    (killed / "checkpoints/best").unlink()
+    lines = (killed / "metrics.jsonl").read_text().splitlines()
+    kept = [line for line in lines if json.loads(line)["step"] < 6]
+    (killed / "metrics.jsonl").write_text("\n".join(kept) + '\n{"step": 6, "lo')
+    config = settings(prepared, tmp_path)
+    train(config, resume=True)
+    assert rows(killed) == rows(whole)
+
+
+def test_a_finished_run_is_only_scored_again(whole: Path, prepared: Path, tmp_path: Path):
+    again = shutil.copytree(whole, tmp_path / "flap", symlinks=True)
+    before = rows(again)
+    (again / "eval.json").unlink()
+    assert train(settings(prepared, tmp_path), resume=True) is not None
+    assert rows(again) == before
+    assert (again / "eval.json").is_file()
+
+
+def test_resuming_nothing_begins(prepared: Path, tmp_path: Path):
+    train(settings(prepared, tmp_path, "train.steps=1"), resume=True)
+    assert [row["step"] for row in rows(tmp_path / "flap")] == [1, 1]
+
+
+def test_a_run_is_not_begun_twice(whole: Path, prepared: Path):
+    with pytest.raises(ConfigError, match=r"run\.name must be new.*--resume"):
+        train(settings(prepared, whole.parent))
+
+
+def test_a_run_goes_on_with_the_settings_it_began_with(whole: Path, prepared: Path):
+    changed = ("optim.lr=0.5", "log.every_steps=3", "frontend.threads=2")
+    with pytest.raises(ConfigError, match=r"--resume must keep.*\n  optim\.lr: 0\.0001 -> 0\.5\n"):
+        train(settings(prepared, whole.parent, *changed), resume=True)
+
+
+def test_nothing_is_loaded_for_a_wrong_config(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(loop, "open_shards", lambda *_: pytest.fail("it opened the shards"))
+    for override, message in (
+        ("data.val=nowhere", r"data\.val must be existing folders of shards, got 'nowhere'"),
+        ("train.engine=deepspeed", r"train\.engine must be 'plain' without .*launch"),
+        ("log.wandb=true", r"log\.wandb must be off .*pip install wandb"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            train(settings(prepared, tmp_path, override))
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_nan_stops_the_run_before_it_reaches_a_checkpoint(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    steps = iter(range(1, 7))
+
+    def poisoned(outputs, config):
+        terms = total_loss(outputs, config)
+        return {**terms, "total": terms["total"] * (float("nan") if next(steps) == 3 else 1)}
+
+    monkeypatch.setattr(loop, "total_loss", poisoned)
+    with pytest.raises(NotFinite, match=r"at step 3; nothing was saved after it\. Lower optim\.lr"):
+        train(settings(prepared, tmp_path, "log.every_steps=10"))
+    checkpoints = tmp_path / "flap/checkpoints"
+    assert [f.name for f in sorted(checkpoints.iterdir())] == ["step-000002"]
+    weights = load(tmp_path / "flap").model.state_dict().values()
+    assert all(value.isfinite().all() for value in weights)
+
+
+def test_a_full_disk_costs_the_checkpoint_that_did_not_fit_and_no_other(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    real = checkpoint.save_model
+
+    def full(folder: Path, *arguments):
+        real(folder, *arguments)
+        if "000004" in folder.name:
+            raise OSError(28, "No space left on device", str(folder))
+
+    config = settings(prepared, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_model", full)
+        with pytest.raises(OSError, match="No space left"):
+            train(config)
+    names = {f.name for f in (tmp_path / "flap/checkpoints").iterdir()}
+    assert names == {"step-000002", "step-000003", "best"}
+    train(config, resume=True)
+    assert rows(tmp_path / "flap")[-1]["step"] == 6
+
+
+def test_masking_ends_with_the_unmasked_tail(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    kept: list[int | None] = []
+    real = loop.kept_patches_of
+
+    def watched(*arguments):
+        keep = real(*arguments)
+        kept.append(None if keep is None else keep.shape[1])
+        return keep
+
+    monkeypatch.setattr(loop, "kept_patches_of", watched)
+    config = settings(prepared, tmp_path, "mask.unmasked_tail_epochs=1", "eval.every_steps=0")
+    train(config)
+    assert kept == [30, 30, 30, None, None, None]  # 5 of 7 columns, 6 of 8 rows
+
+
+def test_a_broken_clip_is_replaced_and_noted(prepared: Path, tmp_path: Path):
+    data = shutil.copytree(prepared, tmp_path / "data")
+    at = open_shards([data / "train"]).place[0, 1]
+    with (data / "train/0.tar").open("r+b") as tar:
+        tar.seek(at)
+        tar.write(bytes(64))
+    scores = train(settings(data, tmp_path, "ckpt.every_steps=0", "eval.every_steps=0"))
+    assert scores is not None
+    noted = [json.loads(n) for n in (tmp_path / "flap/bad_clips.jsonl").read_text().splitlines()]
+    assert len(noted) == 2  # once an epoch
+    assert noted[0]["clip"].endswith(f"0.tar at byte {at}")
+    assert noted[0]["replaced_by"] != noted[0]["clip"]
+    losses = [row["loss"] for row in rows(tmp_path / "flap") if "loss" in row]
+    assert len(losses) == 6

@@ -1,0 +1,145 @@
+"""What a run tells about itself."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from flap_fast.data.batch import BadClip
+from flap_fast.ranks import Ranks
+from flap_fast.train.observers import (
+    NotFinite,
+    Row,
+    Watch,
+    in_batch_recall,
+    metrics_file,
+    observers,
+    report_bad_clips,
+    weights_and_biases,
+)
+from flap_fast.train.run_folder import cut_after
+from tests.tiny import tiny
+
+OUTPUTS: Any = {"audio": torch.eye(4), "text": torch.eye(4)[[0, 1, 3, 2]], "scale": torch.ones(())}
+
+
+def terms(total: float = 2.0, norm: float = 1.0) -> dict[str, torch.Tensor]:
+    return {"total": torch.tensor(total), "contrastive": torch.tensor(total),
+            "grad_norm": torch.tensor(norm)}  # fmt: skip
+
+
+def watch(rows: list[Row], *overrides: str, steps: int = 100) -> Watch:
+    return Watch(tiny("log.every_steps=2", *overrides), Ranks(), steps, [rows.append])
+
+
+def test_in_batch_recall_is_the_share_of_sounds_that_find_their_caption():
+    assert in_batch_recall(OUTPUTS) == 0.5
+
+
+def test_a_row_comes_every_so_many_steps_and_at_the_end():
+    rows: list[Row] = []
+    watching = watch(rows, steps=5)
+    for step in range(1, 6):
+        watching.step(step, 0, 0.1, OUTPUTS, terms())
+    assert [row["step"] for row in rows] == [2, 4, 5]
+    assert rows[0]["loss"] == rows[0]["contrastive"] == 2
+    assert rows[0]["in_batch_R@1"] == 0.5
+
+
+def test_waiting_for_data_and_clips_per_second_are_measured():
+    rows: list[Row] = []
+    watching = watch(rows)
+
+    def slow():
+        for batch in range(2):
+            time.sleep(0.05)
+            yield batch
+
+    for step, _ in enumerate(watching.waiting(slow()), 1):
+        time.sleep(0.05)
+        watching.step(step, 0, 0.1, OUTPUTS, terms())
+    assert 0.3 < rows[0]["data_wait"] < 0.7
+    assert rows[0]["step_ms"] >= 100
+    assert rows[0]["clips_per_s"] == pytest.approx(8 * 1000 / rows[0]["step_ms"], rel=0.01)
+
+
+@pytest.mark.parametrize("bad", [(float("nan"), 1.0), (2.0, float("inf"))])
+def test_the_first_step_that_is_not_finite_is_named(bad: tuple[float, float]):
+    watching = watch([], steps=9)
+    watching.step(1, 0, 0.1, OUTPUTS, terms())
+    watching.step(3, 0, 0.1, OUTPUTS, terms(*bad))
+    watching.step(5, 0, 0.1, OUTPUTS, terms(*bad))
+    with pytest.raises(NotFinite, match="at step 3;"):
+        watching.check()
+
+
+def test_a_resumed_run_writes_over_the_rows_it_repeats(tmp_path: Path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    with ExitStack() as files:
+        metrics_file(file, files, 2)({"step": 3, "loss": 1.0})
+    assert [json.loads(line) for line in file.read_text().splitlines()] == [
+        {"step": 1},
+        {"step": 2},
+        {"step": 3, "loss": 1.0},
+    ]
+    cut_after(tmp_path / "none.jsonl", 3)  # nothing to cut is no error
+
+
+def test_tensorboard_shows_every_number(tmp_path: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with ExitStack() as files:
+        config = tiny(f"run.folder={tmp_path}", "log.tensorboard=true")
+        config.run_folder.mkdir()
+        for observe in observers(config, Ranks(), files, first=0, steps=4):
+            observe(
+                {
+                    "step": 2,
+                    "loss": 1.5,
+                    **dict.fromkeys(("in_batch_R@1", "clips_per_s", "data_wait"), 0.25),
+                }
+            )
+            observe({"step": 4, "val/audio_to_text/R@1": 0.75})
+    events = EventAccumulator(str(config.run_folder / "tensorboard")).Reload()
+    (loss,), (score,) = events.Scalars("loss"), events.Scalars("val/audio_to_text/R@1")
+    assert (loss.step, loss.value) == (2, 1.5)
+    assert (score.step, score.value) == (4, 0.75)
+
+
+def test_only_the_first_rank_writes(tmp_path: Path):
+    with ExitStack() as files:
+        config = tiny(f"run.folder={tmp_path}")
+        assert observers(config, Ranks(rank=1, world=2), files, first=0, steps=4) == []
+
+
+def test_weights_and_biases_gets_rows_and_the_config(tmp_path: Path, monkeypatch):
+    logged: list[Any] = []
+    run = SimpleNamespace(log=lambda row, step: logged.append((step, row)), finish=lambda: None)
+    module: Any = ModuleType("wandb")
+    module.init = lambda **settings: logged.append(settings) or run
+    module.__spec__ = SimpleNamespace(name="wandb")
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    with ExitStack() as files:
+        observe = weights_and_biases(tiny("log.wandb=true"), files)
+        observe({"step": 3, "loss": 1.0})
+    assert logged[0]["config"]["train"]["global_batch"] == 8
+    assert logged[1] == (3, {"step": 3, "loss": 1.0})
+
+
+def test_bad_clips_are_noted_by_rank_and_said_once(tmp_path: Path, capsys):
+    bad = [BadClip(4, "0.tar at byte 512", "unreadable", "0.tar at byte 9216")]
+    report_bad_clips(tmp_path, Ranks(), bad)
+    assert bad == []
+    said = capsys.readouterr().err
+    assert "step 5: 0.tar at byte 512 cannot be used (unreadable)" in said
+    report_bad_clips(tmp_path, Ranks(rank=3, world=4), [BadClip(1, "a", "b", "c")])
+    assert {f.name for f in tmp_path.iterdir()} == {"bad_clips.jsonl", "bad_clips.rank3.jsonl"}
