@@ -27,3 +27,33 @@ def prepared(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("prepared")
     prepare(corpus, out, shard_clips=7, threads=2, show=False)
     return out
+
+
+@pytest.fixture(scope="session")
+def roberta_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A RoBERTa of random weights with a byte-level BPE tokenizer, as transformers saves them."""
+    import torch
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import RobertaConfig, RobertaModel, RobertaTokenizerFast
+
+    folder = tmp_path_factory.mktemp("roberta")
+    bpe = ByteLevelBPETokenizer()
+    marks = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    text = ["a dog barks", "rain falls on a roof", "a tone that rises"] * 3
+    bpe.train_from_iterator(text, vocab_size=300, min_frequency=2, special_tokens=marks)
+    bpe.save_model(str(folder))
+    tokenizer = RobertaTokenizerFast(f"{folder}/vocab.json", f"{folder}/merges.txt")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=130,
+        type_vocab_size=1,
+        layer_norm_eps=1e-5,
+    )
+    RobertaModel(config).save_pretrained(folder)
+    return folder

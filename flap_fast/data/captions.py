@@ -55,7 +55,7 @@ def local_folder(name: str, value: str) -> Path:
         need(Path(value).is_dir(), name, "be an existing folder", value, _REMEDY)
         return Path(value)
     package, _, inside = value.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(package)
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
     need(
         spec is not None and bool(spec.submodule_search_locations),
         name,

@@ -94,8 +94,9 @@ class DaliDecoder:
             raise BadSound(f"DALI: {_reason(error)}") from error
         if not np.isfinite(np.asarray(mean.as_tensor())).all():
             raise BadSound("DALI: no samples, or samples that are not finite")
-        # DALI reuses its buffer for a later batch.
-        return torch.from_dlpack(out.as_tensor()).clone()
+        batch = torch.from_dlpack(out.as_tensor())
+        # On the CPU it owns its memory; on a GPU DALI's stream might use that again too early.
+        return batch.clone() if batch.is_cuda else batch
 
 
 def _reason(error: Exception) -> str:

@@ -84,7 +84,7 @@ class TrainingLoader:
         share = _Share(
             step=step,
             visits=visits,
-            clips=self.order.clips(step)[rows].copy(),
+            clips=self.order.clips(step)[rows],
             where=uniforms(seed, Stream.CROP, visits, 1)[:, 0].numpy(),
             captions=[],
             sounds=[],
