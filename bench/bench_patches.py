@@ -13,9 +13,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from flap_kernels import draw_plan, keep_tokens, masked_mse, patch_embed, restore_tokens
 from flap_kernels.draw_plan import draw_plan_reference
-from torch import Tensor
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

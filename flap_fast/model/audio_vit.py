@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from flap_fast.config import Audio
-from flap_fast.model.patches import patchify, sine_positions
+from flap_fast.model.patches import sine_positions
 from flap_fast.model.transformer import LAYER_NORM_EPS, Blocks, initialise
+from flap_kernels import patch_embed
 
 
 class Encoded(NamedTuple):
@@ -29,6 +30,16 @@ class Encoded(NamedTuple):
     """(B, [1 +] K, D), the [CLS] token first if there is one."""
 
 
+class PatchEmbed(nn.Linear):
+    """(B, T, F) log-mels -> the kept patches' embeddings at their positions, (B, K, D).
+
+    A module of its own, so that ZeRO-3 gathers its weights when it is called.
+    """
+
+    def forward(self, mel: Tensor, keep: Tensor | None, position: Tensor) -> Tensor:
+        return patch_embed(mel, keep, self.weight, self.bias, position)
+
+
 class AudioViT(nn.Module):
     """(B, 1, T, F) log-mels, and the indices (B, K) of the patches kept -> `Encoded`."""
 
@@ -36,7 +47,7 @@ class AudioViT(nn.Module):
         super().__init__()
         width, depth, heads = audio.shape
         self.width, self.audio = width, audio
-        self.patch_embed = nn.Linear(audio.patch**2, width)
+        self.patch_embed = PatchEmbed(audio.patch**2, width)
         positions = sine_positions(width, audio.grid, audio.pos_grid)
         self.register_buffer("pos_embed", positions)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width)) if audio.use_cls else None
@@ -57,7 +68,7 @@ class AudioViT(nn.Module):
         T, F = self.audio.frames, self.audio.mel_bins
         if mel.shape[1:] != (1, T, F):
             raise ValueError(f"mel must be (B, 1, {T}, {F}), got {tuple(mel.shape)}")
-        x = self._embed(mel, keep)
+        x = self.patch_embed(mel[:, 0], keep, self.pos_embed)
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], 1)
         x = self.blocks(x)
@@ -65,14 +76,6 @@ class AudioViT(nn.Module):
             x = self.norm(x)
             return Encoded(self._pool(x).float(), x)
         return Encoded(self.norm(self._pool(x)).float(), x)
-
-    def _embed(self, mel: Tensor, keep: Tensor | None) -> Tensor:
-        """(B, K, D): the kept patches' embeddings plus their positions."""
-        patches = patchify(mel, self.audio.patch)
-        if keep is None:
-            return self.patch_embed(patches) + self.pos_embed
-        patches = patches.gather(1, keep[..., None].expand(-1, -1, patches.shape[-1]))
-        return self.patch_embed(patches) + self.pos_embed[keep]
 
     def _pool(self, x: Tensor) -> Tensor:
         if self.audio.pool == "cls":

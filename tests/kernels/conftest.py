@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+
 from flap_kernels.launch import HAS_TRITON
 
 KERNEL_PLACES = ["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from flap_kernels.cyclic import cyclic, cyclic_reference
 
+from flap_kernels.cyclic import cyclic, cyclic_reference
 from tests.kernels.test_infonce import pairs
 from tests.ranks import on_ranks
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from flap_kernels import draw_plan
-from flap_kernels.draw_plan import Plan, _words
 
 from flap_fast.config import Mask
 from flap_fast.data.draws import Stream, uniforms
 from flap_fast.model.masking import kept, mask_plan
+from flap_kernels import draw_plan
+from flap_kernels.draw_plan import Plan, _words
 
 STREAMS = (int(Stream.MASK), int(Stream.MASK_INNER))
 VISITS = torch.tensor([0, 1, 2**31 - 1, 2**31, 2**32 + 5, 2**40 + 3])

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from flap_kernels import KERNELS
-from flap_kernels.spec import Kernel, Size
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flap_kernels import KERNELS
+from flap_kernels.spec import Kernel, Size
 from tests.closeness import assert_as_exact
 
 # Enough that the errors' sizes do not hang on luck.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+
 from flap_kernels import infonce
 from flap_kernels.infonce import infonce_reference
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+
 from flap_kernels import infonce_chunks as chunks
 from flap_kernels import infonce_launch as launches
-
 from tests.kernels.test_infonce import pairs
 
 # Rows, columns, offset: a rank's share, one with extra captions, one row, more rows than columns.

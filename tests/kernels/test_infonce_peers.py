@@ -14,10 +14,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from flap_kernels import infonce, infonce_ranks
-from flap_kernels.infonce import infonce_reference
 from torch import Tensor
 
+from flap_kernels import infonce, infonce_ranks
+from flap_kernels.infonce import infonce_reference
 from tests.kernels.test_every_kernel import strided
 from tests.kernels.test_infonce import loss_and_gradients, pairs
 from tests.ranks import on_ranks

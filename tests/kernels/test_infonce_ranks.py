@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+
 from flap_kernels import infonce_ranks
 from flap_kernels.infonce import infonce_reference
-
 from tests.closeness import assert_as_exact
 from tests.kernels.test_infonce import DIRECTIONS, loss_and_gradients, pairs
 from tests.ranks import on_ranks

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from flap_kernels import keep_tokens, masked_mse, patch_embed, restore_tokens
 from torch import Tensor
+
+from flap_kernels import keep_tokens, masked_mse, patch_embed, restore_tokens
 
 STEP, B = 2**29, 5  # the last clip starts at 2**31
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from flap_kernels import masked_mse
-from flap_kernels.masked_mse import masked_mse_reference
 from torch import Tensor
 
+from flap_kernels import masked_mse
+from flap_kernels.masked_mse import masked_mse_reference
 from tests.closeness import assert_as_exact
 
 NAMES = ("hidden", "weight", "bias")

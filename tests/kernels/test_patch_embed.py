@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from flap_kernels import patch_embed
-from flap_kernels.launch import runs_triton
-from flap_kernels.patch_embed import patch_embed_reference
 from torch import Tensor, nn
 
 from flap_fast.model.patches import patchify
+from flap_kernels import patch_embed
+from flap_kernels.launch import runs_triton
+from flap_kernels.patch_embed import patch_embed_reference
 from tests.closeness import assert_as_exact
 
 # Two rows (time) of three patches (frequency), 2 x 2 pixels each; patch n holds n + 1 four times.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from flap_kernels import KERNELS, infonce_tiles
 
+from flap_kernels import KERNELS, infonce_tiles
 from tests.kernels.faults import Fault, put_in
 from tests.kernels.test_every_kernel import check_contract, strided
 

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
-from flap_kernels import KERNELS
 
+from flap_kernels import KERNELS
 from tests.kernels.faults import Fault, put_in
 from tests.kernels.test_every_kernel import check_contract, strided
 
