@@ -12,7 +12,7 @@ from torch import Tensor
 from flap_fast.config import Config
 from flap_fast.data.captions import Tokenizer, tokenizer
 from flap_fast.data.mel import kaldi_log_mel, normalise
-from flap_fast.data.sound import crop, fill, read_sound
+from flap_fast.data.sound import BadSound, crop, fill, read_sound
 from flap_fast.model.flap import Flap
 from flap_fast.model.interop import load_model
 
@@ -64,7 +64,10 @@ class Embedder:
     def _wave(self, sound: Sound) -> np.ndarray:
         audio = self.config.audio
         if isinstance(sound, (str, Path)):
-            wave = read_sound(Path(sound), audio.sample_rate_hz)
+            try:
+                wave = read_sound(Path(sound), audio.sample_rate_hz)
+            except BadSound as why:
+                raise BadSound(f"{sound}: {why}") from None
         else:
             wave = np.asarray(sound, np.float32)
         if wave.ndim != 1 or not len(wave):

@@ -81,7 +81,8 @@ def test_rank_prints_the_best_caption_first(run: Path, tmp_path: Path, monkeypat
     assert len(cosines) == 3
     assert cosines == sorted(cosines, reverse=True)
     assert flap("rank", run, tmp_path / "no.ogg", "a tone", monkeypatch=monkeypatch) == 1
-    assert "error: unreadable" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "no.ogg: missing" in said
 
 
 def test_show_draws_what_masking_keeps(prepared: Path, tmp_path: Path, monkeypatch, capsys):

@@ -10,6 +10,10 @@ external source, so that any number of ranks and any restart see the same order.
 The only file that imports nvidia.dali.
 """
 
+# DALI's stubs know neither its types nor that an operator gives one node unless asked for more.
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 import math

@@ -36,7 +36,9 @@ class PatchEmbed(nn.Linear):
     A module of its own, so that ZeRO-3 gathers its weights when it is called.
     """
 
-    def forward(self, mel: Tensor, keep: Tensor | None, position: Tensor) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, mel: Tensor, keep: Tensor | None, position: Tensor
+    ) -> Tensor:
         return patch_embed(mel, keep, self.weight, self.bias, position)
 
 

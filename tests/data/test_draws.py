@@ -43,7 +43,7 @@ def test_the_counter_holds_the_whole_visit_and_the_block():
     visit = 5 + (7 << 32)
     given = uniforms(11, Stream.MASK, torch.tensor([visit]), 8)[0, 4:]
     words = _philox([torch.tensor([word]) for word in (5, 7, 1, 0)], 11, int(Stream.MASK))
-    assert given.tolist() == [(word.item() >> 8) / 2**24 for word in words]
+    assert given.tolist() == [(int(word.item()) >> 8) / 2**24 for word in words]
 
 
 def test_a_visit_draws_the_same_alone_and_among_others():

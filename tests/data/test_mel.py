@@ -149,13 +149,13 @@ def masked(settings: SpecAug, visits: torch.Tensor = VISITS) -> torch.Tensor:
 
 
 def test_specaug_can_be_off():
-    assert not masked(SpecAug(**OFF)).any()
+    assert not masked(SpecAug.model_validate(OFF)).any()
 
 
 @pytest.mark.parametrize("name", ["time_frames", "freq_bins"])
 def test_a_mask_is_one_whole_stripe_narrower_than_the_widest(name):
     widest = 12
-    cover = masked(SpecAug(**{**OFF, name: widest}))
+    cover = masked(SpecAug.model_validate({**OFF, name: widest}))
     across = 2 if name == "time_frames" else 1
     assert (cover.all(across) == cover.any(across)).all()
     stripe = cover.any(across)
@@ -170,7 +170,9 @@ def test_a_mask_is_one_whole_stripe_narrower_than_the_widest(name):
 
 def test_both_masks_cross():
     cover = masked(SpecAug(time_frames=12, freq_bins=12))
-    time, freq = (masked(SpecAug(**{**OFF, name: 12})) for name in ("time_frames", "freq_bins"))
+    time, freq = (
+        masked(SpecAug.model_validate({**OFF, name: 12})) for name in ("time_frames", "freq_bins")
+    )
     assert torch.equal(cover, time | freq)
     independent = np.corrcoef(time.any(2).sum(1), freq.any(1).sum(1))[0, 1]
     assert abs(independent) < 0.15

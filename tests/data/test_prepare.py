@@ -10,6 +10,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,7 +65,9 @@ def spoilt(tmp_path: Path) -> Path:
     }
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
-    rows = [{"audio": name, "caption": "x", "id": name.split(".")[0]} for name in files]
+    rows: list[dict[str, Any]] = [
+        {"audio": name, "caption": "x", "id": name.split(".")[0]} for name in files
+    ]
     rows.insert(3, {"audio": "good.wav", "start_s": 0.1, "id": "captionless", "captions": [" "]})
     rows.insert(4, {"audio": "no.wav", "caption": "x", "id": "missing"})
     rows.insert(5, {"audio": "good.wav", "caption": "x", "id": "after the end", "start_s": 9})

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import webdataset
+from webdataset.compat import WebDataset
+from webdataset.writer import TarWriter
 
 from flap_fast.data.shards import ShardError, open_shards, pack, write_atomically
 from flap_fast.data.sound import BadSound, read_sound
@@ -76,7 +77,7 @@ def test_folders_and_files_follow_one_another_in_their_natural_order(tmp_path):
 def test_webdataset_reads_what_prepare_writes(prepared):
     shards = open_shards([prepared / "train"])
     urls = [str(file) for file in shards.files]
-    theirs = list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False))
+    theirs = list(WebDataset(urls, shardshuffle=False, empty_check=False))
     assert len(theirs) == len(shards)
     for clip, sample in enumerate(theirs):
         assert sample["flac"] == shards.sound(clip)
@@ -84,15 +85,17 @@ def test_webdataset_reads_what_prepare_writes(prepared):
 
 
 def test_dali_reads_our_index(prepared):
-    from nvidia.dali import fn, pipeline_def
+    from nvidia.dali import fn
+    from nvidia.dali.pipeline import pipeline_def
 
     shards = open_shards([prepared / "train"])
 
-    @pipeline_def(batch_size=7, num_threads=1, device_id=None)
+    @pipeline_def(batch_size=7, num_threads=1, device_id=None)  # type: ignore[arg-type]
     def graph():
         paths = [str(file) for file in shards.files]
         index = [str(file.with_suffix(".idx")) for file in shards.files]
-        return tuple(fn.readers.webdataset(paths=paths, index_paths=index, ext=["flac", "json"]))
+        read = fn.readers.webdataset(paths=paths, index_paths=index, ext=["flac", "json"])
+        return tuple(read)  # type: ignore[arg-type]
 
     sounds, records = graph().run()
     for clip in range(7):
@@ -104,7 +107,7 @@ def test_shards_in_laions_layout_are_read_as_they_are(tmp_path):
     """48 kHz FLAC, `text` one string or several, written by webdataset itself, no index."""
     waves = [tone(400, 0.5, 48_000), noise(3, 1.5, 48_000)]
     texts = ["a tone", ["a noise", "a hiss"]]
-    with webdataset.TarWriter(str(tmp_path / "0.tar")) as tar:
+    with TarWriter(str(tmp_path / "0.tar")) as tar:
         for n, (wave, text) in enumerate(zip(waves, texts, strict=True)):
             tar.write(
                 {

@@ -1,0 +1,113 @@
+"""The rules that keep the project readable: who imports whom, and how long files get."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted([*ROOT.glob("flap_fast/**/*.py"), *ROOT.glob("kernels/**/*.py")])
+
+# Left to right; a room imports from itself and from what stands to its left.
+ROOMS = {
+    "checks": set(),
+    "ranks": set(),
+    "config": {"checks"},
+    "configfile": {"config", "checks"},
+    "data": {"config", "checks", "ranks"},
+    "model": {"data", "config", "configfile", "checks", "ranks"},
+    "loss": {"model", "data", "config", "checks"},
+    "evaluate": {"model", "data", "config", "checks", "ranks"},
+    "embedder": {"model", "data", "config", "checks"},
+    "train": {"loss", "evaluate", "model", "data", "config", "configfile", "checks", "ranks"},
+    "report": {"model", "data", "config", "configfile", "checks"},
+}
+# The commands and the public names stand to the right of everything.
+LAST = {"__main__", "__init__"}
+
+# A heavy dependency has one door: the only places that import it.
+DOORS = {
+    "triton": {"kernels/flap_kernels/launch.py"},
+    "deepspeed": {"flap_fast/train/engine.py"},
+    "nvidia": {"flap_fast/data/dali.py"},
+    "xformers": {"flap_fast/model/transformer.py"},
+    "transformers": {"flap_fast/model/text_encoder.py", "flap_fast/data/captions.py"},
+    "matplotlib": {"flap_fast/report/masking.py"},
+}
+LONGEST = 320
+# Two of the kernels' files hold what the style wants in one place: reference, kernel, op.
+LONGER = {"config.py": 600, "masked_mse.py": 360, "patch_embed.py": 360, "restore_tokens.py": 360}
+
+
+def imports(file: Path) -> set[str]:
+    """Every module that a file imports, at its top or inside a function."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} imports relatively"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def room(module: str) -> str:
+    """flap_fast.data.mel -> data."""
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_imports_go_one_way_through_the_doors(file: Path):
+    name = file.relative_to(ROOT).as_posix()
+    found = imports(file)
+    if name.startswith("kernels/"):
+        assert not {m for m in found if m.startswith("flap_fast")}, name
+    else:
+        here = file.relative_to(ROOT / "flap_fast").parts[0].removesuffix(".py")
+        there = {room(m) for m in found if m.split(".")[0] == "flap_fast"} - {here}
+        assert here in ROOMS or here in LAST, f"{name} is in no room: add it to ROOMS"
+        allowed = set(ROOMS) if here in LAST else ROOMS[here]
+        assert there <= allowed, f"{name} imports {sorted(there - allowed)}"
+    for package, doors in DOORS.items():
+        if package in {module.split(".")[0] for module in found}:
+            assert name in doors, f"{name} imports {package}; its door is {sorted(doors)}"
+
+
+def test_every_door_is_used():
+    for package, doors in DOORS.items():
+        for door in doors:
+            used = {module.split(".")[0] for module in imports(ROOT / door)}
+            assert package in used, f"{door} no longer imports {package}"
+
+
+def test_rooms_form_no_ring():
+    left: set[str] = set()
+    while len(left) < len(ROOMS):
+        free = {name for name, rooms in ROOMS.items() if name not in left and rooms <= left}
+        assert free, f"a ring among {sorted(set(ROOMS) - left)}"
+        left |= free
+
+
+@pytest.mark.parametrize(
+    "file",
+    [*SOURCES, *sorted(ROOT.glob("bench/**/*.py"))],
+    ids=lambda file: str(file.relative_to(ROOT)),
+)
+def test_files_stay_readable(file: Path):
+    lines = len(file.read_text().splitlines())
+    most = LONGER.get(file.name, LONGEST)
+    assert lines <= most, f"{file.relative_to(ROOT)} has {lines} lines: split it by what it does"
+
+
+def test_kernels_need_torch_and_triton_alone():
+    for file in ROOT.glob("kernels/**/*.py"):
+        outside = {module.split(".")[0] for module in imports(file)}
+        known = {"torch", "triton", "flap_kernels", "__future__"}
+        stdlib = {"collections", "contextlib", "dataclasses", "functools", "math", "os", "typing"}
+        assert outside <= known | stdlib, file.name
+
+
+def test_a_folder_named_kernels_shadows_no_package():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
