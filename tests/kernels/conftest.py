@@ -31,8 +31,6 @@ def kernel_device(request, monkeypatch) -> Iterator[str]:
 @contextmanager
 def _device(place: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     if place == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("needs a CUDA device")
         yield "cuda"
         return
     if place == "interpreter":
