@@ -63,8 +63,9 @@ class Program:
     name: str
     kernel: Any
     """The `@jit` function."""
-    signature: Mapping[str, str]
-    """Type of each run-time argument by name, as Triton writes them: `*bf16`, `*fp32`, `i32`."""
+    signature: Mapping[str, str | int]
+    """Each run-time argument by name: its type as Triton writes it (`*bf16`, `fp32`), or, of an
+    integer, its value at the paper's sizes, since launches specialise on 1 and multiples of 16."""
     constants: Mapping[str, Any]
     """Value of each `tl.constexpr` argument."""
     num_warps: int = 4
