@@ -52,7 +52,7 @@ def blocks(arch: int, dtype: torch.dtype, precision: Precision) -> Blocks:
     if dtype == torch.float32 and precision == "ieee":
         return Blocks(64, 64, 32, 1, 8, 4, 3)
     if dtype == torch.float32:
-        return Blocks(128, 128, 32, 1, 8, 8, 3)
+        return Blocks(128, 128, 32, 4, 8, 8, 3)
     if arch in (90, 100, 103):
         return Blocks(128, 256, 64, 4, 8, 8, 3)
     if arch == 80:

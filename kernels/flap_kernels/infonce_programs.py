@@ -9,7 +9,7 @@ import torch
 from flap_kernels.infonce_launch import PART_BLOCKS, blocks, weight_chunks
 from flap_kernels.infonce_tiles import add_parts_kernel, negatives_kernel, weights_kernel
 from flap_kernels.launch import ceil_div
-from flap_kernels.spec import Arch, Program
+from flap_kernels.spec import Arch, Program, pointer
 
 B, D = 4608, 512
 
@@ -61,7 +61,7 @@ def _weights(arch: Arch, variant: str) -> Program:
         signature={
             **_block(M, dtype, ids),
             **dict.fromkeys((*sides, "scale_part_ptr"), "*fp32"),
-            "weight_ptr": _pointer(dtype),
+            "weight_ptr": pointer(dtype),
             "stride_wm": B,
         },
         num_warps=tile.pop("num_warps"),
@@ -87,21 +87,21 @@ def _add_parts(arch: Arch) -> Program:
 
 def _block(M: int, dtype: torch.dtype, ids: bool) -> dict[str, str | int]:
     """The rows and columns of a block of logits, and what is looked up beside them."""
-    pointer = _pointer(dtype)
+    rows = pointer(dtype)
     return {
-        "x_ptr": pointer,
-        "y_ptr": pointer,
+        "x_ptr": rows,
+        "y_ptr": rows,
         "scale_ptr": "*fp32",
         # Without ids the embeddings are passed in their place, and not read.
-        **dict.fromkeys(("x_ids_ptr", "y_ids_ptr"), "*i64" if ids else pointer),
-        **{"M": M, "N": B, "D": D, "offset": 0},
-        **{"stride_xm": D, "stride_xd": 1, "stride_yn": D, "stride_yd": 1},
+        **dict.fromkeys(("x_ids_ptr", "y_ids_ptr"), "*i64" if ids else rows),
+        "M": M,
+        "N": B,
+        "D": D,
+        "offset": 0,
+        **dict.fromkeys(("stride_xm", "stride_yn"), D),
+        **dict.fromkeys(("stride_xd", "stride_yd"), 1),
     }
 
 
 def _flags(precision: str, ids: bool) -> dict[str, bool | str]:
     return {"ROWS": True, "COLUMNS": True, "IDS": ids, "PRECISION": precision, "WIDEN": False}
-
-
-def _pointer(dtype: torch.dtype) -> str:
-    return {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]

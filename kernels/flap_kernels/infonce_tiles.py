@@ -4,10 +4,10 @@
 
     M rows x   N columns y   D width   logits and logarithms to base 2, sums in float32
 
-S stays in registers. What follows a product needs several numbers for each logit, and takes a wide
-tile part by part, so that they fit in registers, too. Sums are written per tile and added up in a second pass: no atomics, the same
-bits on every run. The order of the tiles is Triton's tutorial's: down a group of rows first, so
-that what the group reads stays in the L2 cache.
+S stays in registers. What follows the product needs several numbers for each logit: it takes a wide
+tile part by part, so that those fit in registers, too. Sums are written per tile and added up in a
+second pass: no atomics, the same bits on every run. The order of the tiles is Triton's tutorial's:
+down a group of rows first, so that what the group reads stays in the L2 cache.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def negatives_kernel(
     sums = tl.zeros((BLOCK_M,), dtype=tl.float32)
     parts = _column_parts(product, PARTS)
     WIDTH: tl.constexpr = BLOCK_N // PARTS
-    for part in tl.static_range(PARTS):
+    for part in tl.static_range(PARTS):  # pyright: ignore[reportGeneralTypeIssues]
         first = start_n + part * WIDTH
         logits = parts[part] * factor
         offs_n = first + tl.arange(0, WIDTH)
@@ -191,7 +191,7 @@ def negatives_kernel(
                 column_sums = tl.sum(tl.exp2(logits - column_tops[None, :]), 0)
         if ROWS:
             # A part without a negative has no say in which reference point the row keeps.
-            row_tops = tl.where(row_sums > 0.0, row_tops, float("-inf"))
+            row_tops = tl.where(row_sums == 0.0, float("-inf"), row_tops)
             higher = tl.maximum(tops, row_tops)
             base = tl.where(higher == float("-inf"), 0.0, higher)
             sums = sums * tl.exp2(tops - base) + row_sums * tl.exp2(row_tops - base)
@@ -300,10 +300,10 @@ def weights_kernel(
     x_ids = offs_m
     if IDS:
         x_ids = tl.load(x_ids_ptr + offs_m, mask=mask_m, other=0)
-    scale_sum = 0.0
+    scale_sum = tl.full((), 0.0, dtype=tl.float32)
     parts = _column_parts(product, PARTS)
     WIDTH: tl.constexpr = BLOCK_N // PARTS
-    for part in tl.static_range(PARTS):
+    for part in tl.static_range(PARTS):  # pyright: ignore[reportGeneralTypeIssues]
         first = start_n + part * WIDTH
         product = parts[part]
         offs_n = first + tl.arange(0, WIDTH)
