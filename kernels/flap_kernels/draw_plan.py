@@ -270,20 +270,31 @@ def _inputs(size: Size, generator: torch.Generator) -> Inputs:
 
 
 def _programs(arch: Arch) -> tuple[Program, ...]:
-    signature = {
+    fixed: dict[str, str | int] = {
         **dict.fromkeys(("visits_ptr", "keep_ptr", "drop_ptr", "restore_ptr"), "*i64"),
         **dict.fromkeys(("outer_key", "inner_key"), "i64"),
-        **dict.fromkeys(("C", "R", "columns", "rows", "K"), "i32"),
+        "stride_v": 1,
     }
     return tuple(
         Program(
             name=name,
             kernel=draw_plan_kernel,
-            signature=signature,
-            constants={"stride_v": 1, "ALL_ROWS": R == 1, "SHARED": True, **_blocks(C, R)},
-            bytes_moved=288 * 8 * (1 + 2 * 512),
+            signature={
+                **fixed,
+                "C": C,
+                "R": R,
+                "columns": columns,
+                "rows": rows or R,
+                "K": columns * (rows or R),
+            },
+            constants={"ALL_ROWS": rows is None, "SHARED": shared, **_blocks(C, R)},
+            bytes_moved=288 * 8 * (1 + 2 * C * R),
         )
-        for name, C, R in (("draw_plan_1d", 512, 1), ("draw_plan_2d", 64, 8))
+        for name, C, R, columns, rows, shared in (
+            ("draw_plan_1d", 512, 1, 308, None, True),
+            ("draw_plan_2d", 64, 8, 51, 6, True),
+            ("draw_plan_2d_unshared", 64, 8, 51, 6, False),
+        )
     )
 
 

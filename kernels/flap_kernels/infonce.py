@@ -33,6 +33,7 @@ from flap_kernels.checks import (
 )
 from flap_kernels.infonce_chunks import Side
 from flap_kernels.infonce_launch import Precision
+from flap_kernels.infonce_programs import programs
 from flap_kernels.launch import runs_triton
 from flap_kernels.spec import Inputs, Kernel, Size
 
@@ -264,5 +265,6 @@ KERNEL = Kernel(
     op=infonce,
     reference=infonce_reference,
     inputs=_inputs,
+    programs=programs,
     slack=3.0,  # two logits, a power and two products: each is rounded where the reference's is
 )

@@ -24,6 +24,9 @@ Precision = Literal["ieee", "tf32"]
 _WORKSPACE_MIB = 256
 _WEIGHT_MIB, _WEIGHT_ROWS = 64, 2048
 
+PART_BLOCKS = {"BLOCK_P": 16, "BLOCK": 128}
+"""Parts at a time, and sums of a program, where partial sums are added up."""
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -32,6 +35,8 @@ class Blocks:
     BLOCK_M: int
     BLOCK_N: int
     BLOCK_D: int
+    PARTS: int
+    """Into how many parts its columns are cut after the product, 1 or 4: what fits in registers."""
     GROUP_M: int
     num_warps: int
     num_stages: int
@@ -43,14 +48,16 @@ def blocks(arch: int, dtype: torch.dtype, precision: Precision) -> Blocks:
     Operands reach shared memory from the L2 cache: the larger the tile, the fewer bytes of them.
     """
     if arch == 0:  # the interpreter: many small tiles, so that small tests have several
-        return Blocks(32, 64, 32, 2, 4, 1)
+        return Blocks(32, 64, 32, 1, 2, 4, 1)
+    if dtype == torch.float32 and precision == "ieee":
+        return Blocks(64, 64, 32, 1, 8, 4, 3)
     if dtype == torch.float32:
-        return Blocks(64, 64, 32, 8, 4, 3) if precision == "ieee" else Blocks(128, 128, 32, 8, 8, 3)
+        return Blocks(128, 128, 32, 4, 8, 8, 3)
     if arch in (90, 100, 103):
-        return Blocks(128, 256, 64, 8, 8, 3)
+        return Blocks(128, 256, 64, 4, 8, 8, 3)
     if arch == 80:
-        return Blocks(128, 128, 64, 8, 8, 3)
-    return Blocks(128, 128, 32, 8, 8, 3)  # 48 KiB of shared memory
+        return Blocks(128, 128, 64, 1, 8, 8, 3)
+    return Blocks(128, 128, 32, 1, 8, 8, 3)  # 48 KiB of shared memory
 
 
 def negatives(
@@ -136,14 +143,8 @@ def gradients(
     (M, D), N = x.shape, len(y)
     tile = blocks(capability(x), x.dtype, precision)
     tiles_n = ceil_div(N, tile.BLOCK_N)
-    # A row of the workspace starts at a multiple of 128 bytes, as library products like it.
-    stride_wm = ceil_div(N, 64) * 64
-    row_bytes = x.element_size() * stride_wm
-    if workspace_mib is None:
-        most = max(_WEIGHT_ROWS, _WEIGHT_MIB * 2**20 // row_bytes)
-    else:
-        most = int(workspace_mib * 2**20 / row_bytes)
-    chunks = list(_chunks(M, most, tile.BLOCK_M))
+    stride_wm = _weight_stride(N)
+    chunks = weight_chunks(M, N, x.dtype, tile.BLOCK_M, workspace_mib)
     largest = len(range(M)[chunks[0]])
     float32 = {"dtype": torch.float32, "device": x.device}
     workspace = torch.empty(largest, stride_wm, dtype=x.dtype, device=x.device)
@@ -198,6 +199,23 @@ def gradients(
     return x_grad, y_grad, scale_grad * factor
 
 
+def weight_chunks(
+    M: int, N: int, dtype: torch.dtype, BLOCK_M: int, workspace_mib: float | None
+) -> list[slice]:
+    """The rows whose weights are in the workspace at a time, the longest chunk first."""
+    row_bytes = dtype.itemsize * _weight_stride(N)
+    if workspace_mib is None:
+        most = max(_WEIGHT_ROWS, _WEIGHT_MIB * 2**20 // row_bytes)
+    else:
+        most = int(workspace_mib * 2**20 / row_bytes)
+    return list(_chunks(M, most, BLOCK_M))
+
+
+def _weight_stride(N: int) -> int:
+    """A row of the workspace starts at a multiple of 128 bytes, as library products like it."""
+    return ceil_div(N, 64) * 64
+
+
 def _chunks(size: int, most: int, multiple: int) -> Iterator[slice]:
     """Slices of about equal length, the longest first, of at most `most` rows (or one tile)."""
     count = ceil_div(size, max(most // multiple, 1) * multiple)
@@ -207,9 +225,8 @@ def _chunks(size: int, most: int, multiple: int) -> Iterator[slice]:
 
 
 def _add_parts(parts: Tensor, total: Tensor, count: int, *, onto: bool) -> None:
-    BLOCK = 128
-    grid = (ceil_div(len(total), BLOCK),)
-    add_parts_kernel[grid](parts, total, count, len(total), ONTO=onto, BLOCK_P=16, BLOCK=BLOCK)
+    grid = (ceil_div(len(total), PART_BLOCKS["BLOCK"]),)
+    add_parts_kernel[grid](parts, total, count, len(total), ONTO=onto, **PART_BLOCKS)
 
 
 def _add_product(out: Tensor, left: Tensor, right: Tensor, *, onto: bool) -> None:

@@ -4,9 +4,10 @@
 
     M rows x   N columns y   D width   logits and logarithms to base 2, sums in float32
 
-S stays in registers. Sums are written per tile and added up in a second pass: no atomics, the same
-bits on every run. The order of the tiles is Triton's tutorial's: down a group of rows first, so
-that what the group reads stays in the L2 cache.
+S stays in registers. What follows the product needs several numbers for each logit: it takes a wide
+tile part by part, so that those fit in registers, too. Sums are written per tile and added up in a
+second pass: no atomics, the same bits on every run. The order of the tiles is Triton's tutorial's:
+down a group of rows first, so that what the group reads stays in the L2 cache.
 """
 
 from __future__ import annotations
@@ -66,6 +67,25 @@ def _products(
 
 
 @jit
+def _halves(tile):
+    """The left and the right half of a tile's columns."""
+    halves = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
+    return tl.split(tl.permute(halves, (0, 2, 1)))
+
+
+@jit
+def _column_parts(tile, PARTS: tl.constexpr):
+    """A tile's columns as 1 or 4 tiles, left to right."""
+    tl.static_assert(PARTS == 1 or PARTS == 4)
+    if PARTS == 1:
+        parts = (tile,)
+    else:
+        left, right = _halves(tile)
+        parts = _halves(left) + _halves(right)
+    return parts
+
+
+@jit
 def negatives_kernel(
     x_ptr,
     y_ptr,
@@ -89,6 +109,7 @@ def negatives_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PARTS: tl.constexpr,
     GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
@@ -116,55 +137,71 @@ def negatives_kernel(
         PRECISION,
         WIDEN,
     )
-    logits = product * (tl.load(scale_ptr).to(tl.float32) * 1.4426950408889634)
+    factor = tl.load(scale_ptr).to(tl.float32) * 1.4426950408889634
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    offs_n = start_n + tl.arange(0, BLOCK_N)
     mask_m = offs_m < M
-    mask_n = offs_n < N
-    # Most tiles lie inside and off the diagonal: they skip this.
-    past_end = (start_m + BLOCK_M > M) | (start_n + BLOCK_N > N)
-    ahead = start_n - start_m - offset
-    if IDS or past_end or (ahead < BLOCK_M and ahead > -BLOCK_N):
-        is_positive = offs_n[None, :] == (offs_m + offset)[:, None]
-        positive = tl.sum(tl.where(is_positive, logits, 0.0), 1)
-        holds = (offs_m + offset >= start_n) & (offs_m + offset < min(start_n + BLOCK_N, N))
-        tl.store(positive_ptr + offs_m, positive, mask=mask_m & holds)
-        out = is_positive | ~(mask_m[:, None] & mask_n[None, :])
-        if IDS:
-            x_ids = tl.load(x_ids_ptr + offs_m, mask=mask_m, other=0)
-            y_ids = tl.load(y_ids_ptr + offs_n, mask=mask_n, other=0)
-            out = out | (x_ids[:, None] == y_ids[None, :])
-        logits = tl.where(out, float("-inf"), logits)
-    # One exponential serves both sums, unless a row or a column lies so far below the tile's
-    # maximum (2^-90: its terms down to 2^-36 of its own largest are then still normal numbers)
-    # that it needs a reference point of its own. A fixed one would lose rows at scale 100.
-    top = tl.max(logits)
-    top = tl.where(top == float("-inf"), 0.0, top)
-    terms = tl.exp2(logits - top)
-    row_sums = tl.sum(terms, 1)
-    column_sums = tl.sum(terms, 0)
-    row_tops = tl.zeros((BLOCK_M,), dtype=tl.float32) + top
-    column_tops = tl.zeros((BLOCK_N,), dtype=tl.float32) + top
-    faintest = tl.exp2(top - top)
-    if ROWS:
-        faintest = tl.minimum(faintest, tl.min(tl.where(mask_m, row_sums, 1.0)))
-    if COLUMNS:
-        faintest = tl.minimum(faintest, tl.min(tl.where(mask_n, column_sums, 1.0)))
-    if faintest < FAINT:
+    x_ids = offs_m
+    if IDS:
+        x_ids = tl.load(x_ids_ptr + offs_m, mask=mask_m, other=0)
+    tops = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    sums = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    parts = _column_parts(product, PARTS)
+    WIDTH: tl.constexpr = BLOCK_N // PARTS
+    for part in tl.static_range(PARTS):  # pyright: ignore[reportGeneralTypeIssues]
+        first = start_n + part * WIDTH
+        logits = parts[part] * factor
+        offs_n = first + tl.arange(0, WIDTH)
+        mask_n = offs_n < N
+        # Most tiles lie inside and off the diagonal: they skip this.
+        past_end = (start_m + BLOCK_M > M) | (first + WIDTH > N)
+        ahead = first - start_m - offset
+        if IDS or past_end or (ahead < BLOCK_M and ahead > -WIDTH):
+            is_positive = offs_n[None, :] == (offs_m + offset)[:, None]
+            positive = tl.sum(tl.where(is_positive, logits, 0.0), 1)
+            holds = (offs_m + offset >= first) & (offs_m + offset < min(first + WIDTH, N))
+            tl.store(positive_ptr + offs_m, positive, mask=mask_m & holds)
+            out = is_positive | ~(mask_m[:, None] & mask_n[None, :])
+            if IDS:
+                y_ids = tl.load(y_ids_ptr + offs_n, mask=mask_n, other=0)
+                out = out | (x_ids[:, None] == y_ids[None, :])
+            logits = tl.where(out, float("-inf"), logits)
+        # One exponential serves both sums, unless a row or a column lies so far below the part's
+        # maximum (2^-90: its terms down to 2^-36 of its own largest are then still normal numbers)
+        # that it needs a reference point of its own. A fixed one would lose rows at scale 100.
+        top = tl.max(logits)
+        top = tl.where(top == float("-inf"), 0.0, top)
+        terms = tl.exp2(logits - top)
+        row_sums = tl.sum(terms, 1)
+        column_sums = tl.sum(terms, 0)
+        row_tops = tl.zeros((BLOCK_M,), dtype=tl.float32) + top
+        column_tops = tl.zeros((WIDTH,), dtype=tl.float32) + top
+        faintest = tl.exp2(top - top)
         if ROWS:
-            row_tops = tl.max(logits, 1)
-            row_tops = tl.where(row_tops == float("-inf"), 0.0, row_tops)
-            row_sums = tl.sum(tl.exp2(logits - row_tops[:, None]), 1)
+            faintest = tl.minimum(faintest, tl.min(tl.where(mask_m, row_sums, 1.0)))
         if COLUMNS:
-            column_tops = tl.max(logits, 0)
-            column_tops = tl.where(column_tops == float("-inf"), 0.0, column_tops)
-            column_sums = tl.sum(tl.exp2(logits - column_tops[None, :]), 0)
+            faintest = tl.minimum(faintest, tl.min(tl.where(mask_n, column_sums, 1.0)))
+        if faintest < FAINT:
+            if ROWS:
+                row_tops = tl.max(logits, 1)
+                row_tops = tl.where(row_tops == float("-inf"), 0.0, row_tops)
+                row_sums = tl.sum(tl.exp2(logits - row_tops[:, None]), 1)
+            if COLUMNS:
+                column_tops = tl.max(logits, 0)
+                column_tops = tl.where(column_tops == float("-inf"), 0.0, column_tops)
+                column_sums = tl.sum(tl.exp2(logits - column_tops[None, :]), 0)
+        if ROWS:
+            # A part without a negative has no say in which reference point the row keeps.
+            row_tops = tl.where(row_sums == 0.0, float("-inf"), row_tops)
+            higher = tl.maximum(tops, row_tops)
+            base = tl.where(higher == float("-inf"), 0.0, higher)
+            sums = sums * tl.exp2(tops - base) + row_sums * tl.exp2(row_tops - base)
+            tops = higher
+        if COLUMNS:
+            column_part_ptrs = column_part_ptr + pid_m.to(tl.int64) * N + offs_n
+            tl.store(column_part_ptrs, column_tops + tl.log2(column_sums), mask=mask_n)
     if ROWS:
         row_part_ptrs = row_part_ptr + pid_n.to(tl.int64) * M + offs_m
-        tl.store(row_part_ptrs, row_tops + tl.log2(row_sums), mask=mask_m)
-    if COLUMNS:
-        column_part_ptrs = column_part_ptr + pid_m.to(tl.int64) * N + offs_n
-        tl.store(column_part_ptrs, column_tops + tl.log2(column_sums), mask=mask_n)
+        tl.store(row_part_ptrs, tops + tl.log2(sums), mask=mask_m)
 
 
 @jit
@@ -226,6 +263,7 @@ def weights_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PARTS: tl.constexpr,
     GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
@@ -253,34 +291,46 @@ def weights_kernel(
     )
     factor = tl.load(scale_ptr).to(tl.float32) * 1.4426950408889634
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    offs_n = start_n + tl.arange(0, BLOCK_N)
     mask_m = offs_m < M
-    mask_n = offs_n < N
-    weight = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    at_positive = weight
+    row_negatives = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    row_misses = row_negatives
     if ROWS:
-        negatives = tl.load(row_negative_ptr + offs_m, mask=mask_m, other=0.0)
-        misses = tl.load(row_miss_ptr + offs_m, mask=mask_m, other=0.0)
-        weight += tl.exp2(product * factor - negatives[:, None]) * misses[:, None]
-        at_positive -= misses[:, None]
-    if COLUMNS:
-        negatives = tl.load(column_negative_ptr + offs_n, mask=mask_n, other=0.0)
-        misses = tl.load(column_miss_ptr + offs_n, mask=mask_n, other=0.0)
-        weight += tl.exp2(product * factor - negatives[None, :]) * misses[None, :]
-        at_positive -= misses[None, :]
-    past_end = (start_m + BLOCK_M > M) | (start_n + BLOCK_N > N)
-    ahead = start_n - start_m - offset
-    if IDS or past_end or (ahead < BLOCK_M and ahead > -BLOCK_N):
-        out = ~(mask_m[:, None] & mask_n[None, :])
-        if IDS:
-            x_ids = tl.load(x_ids_ptr + offs_m, mask=mask_m, other=0)
-            y_ids = tl.load(y_ids_ptr + offs_n, mask=mask_n, other=0)
-            out = out | (x_ids[:, None] == y_ids[None, :])
-        weight = tl.where(out, 0.0, weight)
-        is_positive = offs_n[None, :] == (offs_m + offset)[:, None]
-        weight = tl.where(is_positive & mask_n[None, :], at_positive, weight)
-    tl.store(scale_part_ptr + pid, tl.sum(weight * product))
-    weight_ptrs = weight_ptr + start_m.to(tl.int64) * stride_wm + start_n
-    weight_ptrs += tl.arange(0, BLOCK_M)[:, None] * stride_wm + tl.arange(0, BLOCK_N)[None, :]
-    mask = mask_m[:, None] & mask_n[None, :]
-    tl.store(weight_ptrs, weight.to(weight_ptr.dtype.element_ty), mask=mask)
+        row_negatives = tl.load(row_negative_ptr + offs_m, mask=mask_m, other=0.0)
+        row_misses = tl.load(row_miss_ptr + offs_m, mask=mask_m, other=0.0)
+    x_ids = offs_m
+    if IDS:
+        x_ids = tl.load(x_ids_ptr + offs_m, mask=mask_m, other=0)
+    scale_sum = tl.full((), 0.0, dtype=tl.float32)
+    parts = _column_parts(product, PARTS)
+    WIDTH: tl.constexpr = BLOCK_N // PARTS
+    for part in tl.static_range(PARTS):  # pyright: ignore[reportGeneralTypeIssues]
+        first = start_n + part * WIDTH
+        product = parts[part]
+        offs_n = first + tl.arange(0, WIDTH)
+        mask_n = offs_n < N
+        weight = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float32)
+        at_positive = weight
+        if ROWS:
+            weight += tl.exp2(product * factor - row_negatives[:, None]) * row_misses[:, None]
+            at_positive -= row_misses[:, None]
+        if COLUMNS:
+            negatives = tl.load(column_negative_ptr + offs_n, mask=mask_n, other=0.0)
+            misses = tl.load(column_miss_ptr + offs_n, mask=mask_n, other=0.0)
+            weight += tl.exp2(product * factor - negatives[None, :]) * misses[None, :]
+            at_positive -= misses[None, :]
+        past_end = (start_m + BLOCK_M > M) | (first + WIDTH > N)
+        ahead = first - start_m - offset
+        if IDS or past_end or (ahead < BLOCK_M and ahead > -WIDTH):
+            out = ~(mask_m[:, None] & mask_n[None, :])
+            if IDS:
+                y_ids = tl.load(y_ids_ptr + offs_n, mask=mask_n, other=0)
+                out = out | (x_ids[:, None] == y_ids[None, :])
+            weight = tl.where(out, 0.0, weight)
+            is_positive = offs_n[None, :] == (offs_m + offset)[:, None]
+            weight = tl.where(is_positive & mask_n[None, :], at_positive, weight)
+        scale_sum += tl.sum(weight * product)
+        weight_ptrs = weight_ptr + start_m.to(tl.int64) * stride_wm + first
+        weight_ptrs += tl.arange(0, BLOCK_M)[:, None] * stride_wm + tl.arange(0, WIDTH)[None, :]
+        mask = mask_m[:, None] & mask_n[None, :]
+        tl.store(weight_ptrs, weight.to(weight_ptr.dtype.element_ty), mask=mask)
+    tl.store(scale_part_ptr + pid, scale_sum)

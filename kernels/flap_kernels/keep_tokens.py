@@ -18,8 +18,8 @@ from torch import Tensor
 
 from flap_kernels.checks import check_floats, check_integers, check_shape, check_together
 from flap_kernels.launch import ceil_div, jit, runs_triton, tl
-from flap_kernels.patches import clips, strides
-from flap_kernels.restore_tokens import blocks, clip_rows, spread
+from flap_kernels.patches import clips, shaped, strides
+from flap_kernels.restore_tokens import blocks, clip_rows, restore_tokens_kernel, spread
 from flap_kernels.spec import Arch, Inputs, Kernel, Program, Size
 
 
@@ -142,8 +142,7 @@ def _inputs(size: Size, generator: torch.Generator) -> Inputs:
 
 
 def _programs(arch: Arch) -> tuple[Program, ...]:
-    B, K, D = 288, 306, 768
-    tile = blocks(D)
+    B, N, K, D = 288, 512, 306, 768
     return (
         Program(
             name="keep_tokens",
@@ -152,11 +151,32 @@ def _programs(arch: Arch) -> tuple[Program, ...]:
                 "x_ptr": "*bf16",
                 "keep_ptr": "*i64",
                 "out_ptr": "*bf16",
-                **dict.fromkeys(("N", "K", "D"), "i32"),
-                **dict.fromkeys(("stride_xb", "stride_xn", "stride_kb"), "i32"),
+                "N": N,
+                "K": K,
+                "D": D,
+                **strides("x", "bnd", shaped(B, N, D)),
+                **strides("k", "bk", shaped(B, K)),
             },
-            constants={"stride_xd": 1, "stride_kk": 1, **tile},
-            bytes_moved=2 * B * K * D * 2,
+            constants=blocks(D),
+            bytes_moved=2 * B * K * D * 2 + 8 * B * K,
+        ),
+        Program(
+            name="scatter_tokens",
+            kernel=restore_tokens_kernel,
+            signature={
+                # What is absent is passed as something, and not read.
+                **dict.fromkeys(("y_ptr", "token_ptr", "position_ptr", "out_ptr"), "*bf16"),
+                "restore_ptr": "*i64",
+                "N": N,
+                "K": K,
+                "D": D,
+                **strides("y", "bkd", shaped(B, K, D)),
+                **strides("r", "bn", shaped(B, N)),
+                **strides("t", "d", shaped(1)),
+                **strides("p", "nd", shaped(1, 1)),
+            },
+            constants={"HAS_TOKEN": False, "HAS_POSITION": False, **blocks(D)},
+            bytes_moved=2 * B * D * (K + N) + 8 * B * N,
         ),
     )
 

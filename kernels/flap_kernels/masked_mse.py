@@ -37,9 +37,10 @@ from flap_kernels.patches import (
     patch_rows,
     product_into,
     product_type,
+    shaped,
     strides,
 )
-from flap_kernels.spec import Arch, Inputs, Kernel, Program, Size
+from flap_kernels.spec import VARIANTS, Arch, Inputs, Kernel, Program, Size, pointer
 
 EPS = 1e-6
 
@@ -293,39 +294,54 @@ def _inputs(size: Size, generator: torch.Generator) -> Inputs:
 
 
 def _programs(arch: Arch) -> tuple[Program, ...]:
-    B, M, H, pixels = 288, 206, 512, 256
-    tile = tiles(pixels, torch.bfloat16, "ieee")
-    warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
-    signature = {
-        **dict.fromkeys(("hidden_ptr", "weight_ptr", "error_ptr"), "*bf16"),
-        **dict.fromkeys(("bias_ptr", "mel_ptr", "upstream_ptr", "sums_ptr"), "*fp32"),
-        "drop_ptr": "*i64",
-        **dict.fromkeys(("first", "rows", "M", "H", "N", "across"), "i32"),
-        "scale": "fp32",
-        **dict.fromkeys(("stride_hr", "stride_wp", "stride_mb", "stride_mt", "stride_db"), "i32"),
-    }
-    ones = ("stride_hh", "stride_wh", "stride_bp", "stride_mf", "stride_dm")
     return tuple(
-        Program(
-            name=name,
-            kernel=masked_mse_kernel,
-            signature=signature,
-            constants={
-                **dict.fromkeys(ones, 1),
-                "P": 16,
-                "NORM_PIX": True,
-                "EPS": EPS,
-                "BACKWARD": backward,
-                "UPCAST": False,
-                **tile,
-            },
-            num_warps=warps,
-            num_stages=stages,
-            matrix_product=True,
-            bytes_moved=B * M * (2 * H + 4 * pixels),
-            flops=2 * B * M * H * pixels,
-        )
+        _program(arch, name, variant, backward)
         for name, backward in (("masked_mse", False), ("masked_mse_errors", True))
+        for variant in VARIANTS
+    )
+
+
+def _program(arch: Arch, name: str, variant: str, backward: bool) -> Program:
+    B, M, H, N, P = 288, 206, 512, 512, 16
+    argument, product, precision = VARIANTS[variant]
+    tile = tiles(P * P, product, precision)
+    rows = _CHUNK_ROWS["cuda"] if backward else B * M
+    bytes_of_row = argument.itemsize * (H + P * P) + backward * product.itemsize * P * P
+    return Program(
+        name=f"{name}{variant}",
+        kernel=masked_mse_kernel,
+        signature={
+            **dict.fromkeys(("hidden_ptr", "bias_ptr", "mel_ptr"), pointer(argument)),
+            "weight_ptr": pointer(product),
+            "drop_ptr": "*i64",
+            **dict.fromkeys(("upstream_ptr", "sums_ptr"), "*fp32"),
+            "error_ptr": pointer(product) if backward else "*fp32",
+            "first": 0,
+            "rows": rows,
+            "M": M,
+            "H": H,
+            "N": N,
+            "across": 8,
+            "scale": "fp32",
+            **strides("h", "rh", shaped(B * M, H)),
+            **strides("w", "ph", shaped(P * P, H)),
+            **strides("b", "p", shaped(P * P)),
+            **strides("m", "btf", shaped(B, 1024, 128)),
+            **strides("d", "bm", shaped(B, M)),
+        },
+        num_warps=tile.pop("num_warps"),
+        num_stages=tile.pop("num_stages"),
+        constants={
+            "P": P,
+            "NORM_PIX": True,
+            "EPS": EPS,
+            "BACKWARD": backward,
+            "UPCAST": False,
+            **tile,
+        },
+        matrix_product=product == torch.bfloat16 or precision == "tf32",
+        bytes_moved=rows * bytes_of_row,
+        flops=2 * rows * H * P * P,
     )
 
 

@@ -91,7 +91,7 @@ def masked_mse_kernel(
         at = (error_ptr + offs_row.to(tl.int64) * (P * P))[:, None] + offs_p[None, :]
         tl.store(at, e.to(error_ptr.dtype.element_ty), mask=mask)
     else:
-        tl.store(sums_ptr + pid, tl.sum(tl.sum(e * e, axis=1), axis=0))
+        tl.store(sums_ptr + pid, tl.sum(e * e))
 
 
 def tiles(pixels: int, dtype: torch.dtype, precision: str) -> dict[str, Any]:

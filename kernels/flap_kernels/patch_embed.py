@@ -35,11 +35,13 @@ from flap_kernels.patches import (
     load_patches,
     pack_patches,
     pack_patches_kernel,
+    pack_tile,
     patch_rows,
     product_type,
+    shaped,
     strides,
 )
-from flap_kernels.spec import Arch, Inputs, Kernel, Program, Size
+from flap_kernels.spec import VARIANTS, Arch, Inputs, Kernel, Program, Size, pointer
 
 
 def patch_embed_reference(
@@ -296,52 +298,56 @@ def _inputs(size: Size, generator: torch.Generator) -> Inputs:
 
 
 def _programs(arch: Arch) -> tuple[Program, ...]:
-    B, K, D, pixels = 288, 306, 768, 256
-    tile = _tiles(pixels, torch.bfloat16, "ieee")
-    warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
-    sizes = dict.fromkeys(("rows", "K", "D", "N", "across"), "i32")
-    strides = dict.fromkeys(
-        ("stride_mb", "stride_mt", "stride_kb", "stride_wd", "stride_pn"), "i32"
+    B, K, P = 288, 306, 16
+    pixels = P * P
+    pack = Program(
+        name="pack_patches",
+        kernel=pack_patches_kernel,
+        signature={
+            "mel_ptr": "*fp32",
+            "index_ptr": "*i64",
+            "out_ptr": "*bf16",
+            "rows": B * K,
+            "K": K,
+            "across": 8,
+            "width": pixels + 8,
+            **strides("m", "btf", shaped(B, 1024, 128)),
+            **strides("i", "bk", shaped(B, K)),
+        },
+        constants={"P": P, **pack_tile(pixels)},
+        bytes_moved=B * K * (4 * pixels + 2 * (pixels + 8)),
     )
-    ones = dict.fromkeys(("stride_mf", "stride_kk", "stride_wp", "stride_bd", "stride_pd"), 1)
-    return (
-        Program(
-            name="patch_embed",
-            kernel=patch_embed_kernel,
-            signature={
-                **dict.fromkeys(("mel_ptr", "bias_ptr", "position_ptr"), "*fp32"),
-                **dict.fromkeys(("weight_ptr", "out_ptr"), "*bf16"),
-                "keep_ptr": "*i64",
-                **sizes,
-                **strides,
-            },
-            constants={**ones, "P": 16, "UPCAST": False, **tile},
-            num_warps=warps,
-            num_stages=stages,
-            matrix_product=True,
-            bytes_moved=B * K * (4 * pixels + 2 * D),
-            flops=2 * B * K * pixels * D,
-        ),
-        Program(
-            name="pack_patches",
-            kernel=pack_patches_kernel,
-            signature={
-                "mel_ptr": "*fp32",
-                "index_ptr": "*i64",
-                "out_ptr": "*bf16",
-                **dict.fromkeys(("rows", "K", "across", "width"), "i32"),
-                **dict.fromkeys(("stride_mb", "stride_mt", "stride_ib"), "i32"),
-            },
-            constants={
-                "stride_mf": 1,
-                "stride_ik": 1,
-                "P": 16,
-                "PIXELS": 256,
-                "TAIL": 8,
-                "BLOCK_ROWS": 16,
-            },
-            bytes_moved=B * K * (4 + 2) * pixels,
-        ),
+    return (*(_program(arch, variant) for variant in VARIANTS), pack)
+
+
+def _program(arch: Arch, variant: str) -> Program:
+    B, K, D, N, P = 288, 306, 768, 512, 16
+    argument, product, precision = VARIANTS[variant]
+    tile = _tiles(P * P, product, precision)
+    return Program(
+        name=f"patch_embed{variant}",
+        kernel=patch_embed_kernel,
+        signature={
+            **dict.fromkeys(("mel_ptr", "bias_ptr", "position_ptr", "out_ptr"), pointer(argument)),
+            "weight_ptr": pointer(product),
+            "keep_ptr": "*i64",
+            "rows": B * K,
+            "K": K,
+            "D": D,
+            "N": N,
+            "across": 8,
+            **strides("m", "btf", shaped(B, 1024, 128)),
+            **strides("k", "bk", shaped(B, K)),
+            **strides("w", "dp", shaped(D, P * P)),
+            **strides("b", "d", shaped(D)),
+            **strides("p", "nd", shaped(N, D)),
+        },
+        num_warps=tile.pop("num_warps"),
+        num_stages=tile.pop("num_stages"),
+        constants={"P": P, "UPCAST": False, **tile},
+        matrix_product=product == torch.bfloat16 or precision == "tf32",
+        bytes_moved=argument.itemsize * B * K * (P * P + D),
+        flops=2 * B * K * P * P * D,
     )
 
 

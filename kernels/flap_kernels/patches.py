@@ -34,6 +34,11 @@ def strides(letter: str, axes: str, x: Tensor) -> dict[str, int]:
     return {f"stride_{letter}{axis}": step for axis, step in zip(axes, x.stride(), strict=True)}
 
 
+def shaped(*sizes: int) -> Tensor:
+    """A contiguous tensor without memory, for its strides."""
+    return torch.empty(sizes, device="meta")
+
+
 def clips(index: Tensor) -> Tensor:
     """(B, 1) int64: the clip of each row of an index."""
     return torch.arange(len(index), device=index.device)[:, None]
@@ -153,6 +158,12 @@ def pack_patches_kernel(
     tl.store(at + P * P + offs_tail[None, :], one.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+def pack_tile(pixels: int) -> dict[str, int]:
+    """4,096 pixels, or one patch; and a tail of 16 bytes at least."""
+    wide = triton.next_power_of_2(pixels)
+    return {"PIXELS": wide, "TAIL": 8, "BLOCK_ROWS": max(1, 4096 // wide)}
+
+
 def pack_patches(mel: Tensor, index: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
     """The patches named, a row each, and behind the pixels a 1, then zeros: (B * K, P * P + 8).
 
@@ -166,8 +177,8 @@ def pack_patches(mel: Tensor, index: Tensor, patch: int, dtype: torch.dtype) -> 
         return out
     out = mel.new_empty((rows, pixels + 8), dtype=dtype)
     if rows:
-        block = max(1, 4096 // pixels)
-        pack_patches_kernel[(ceil_div(rows, block),)](
+        tile = pack_tile(pixels)
+        pack_patches_kernel[(ceil_div(rows, tile["BLOCK_ROWS"]),)](
             mel,
             index,
             out,
@@ -178,8 +189,6 @@ def pack_patches(mel: Tensor, index: Tensor, patch: int, dtype: torch.dtype) -> 
             **strides("m", "btf", mel),
             **strides("i", "bk", index),
             P=patch,
-            PIXELS=triton.next_power_of_2(pixels),
-            TAIL=8,
-            BLOCK_ROWS=triton.next_power_of_2(block),
+            **tile,
         )
     return out

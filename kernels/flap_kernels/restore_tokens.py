@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flap_kernels.checks import check_floats, check_integers, check_shape, check_together
 from flap_kernels.launch import ceil_div, jit, runs_triton, tl, triton
-from flap_kernels.patches import clips, strides
+from flap_kernels.patches import clips, shaped, strides
 from flap_kernels.spec import Arch, Inputs, Kernel, Program, Size
 
 
@@ -302,7 +302,7 @@ def _inputs(size: Size, generator: torch.Generator) -> Inputs:
 
 def _programs(arch: Arch) -> tuple[Program, ...]:
     B, N, K, D = 288, 512, 306, 512
-    tile, sizes = blocks(D), dict.fromkeys(("N", "K", "D"), "i32")
+    sizes = {"N": N, "K": K, "D": D}
     return (
         Program(
             name="restore_tokens",
@@ -311,15 +311,13 @@ def _programs(arch: Arch) -> tuple[Program, ...]:
                 **dict.fromkeys(("y_ptr", "token_ptr", "position_ptr", "out_ptr"), "*bf16"),
                 "restore_ptr": "*i64",
                 **sizes,
-                **dict.fromkeys(("stride_yb", "stride_yk", "stride_rb", "stride_pn"), "i32"),
+                **strides("y", "bkd", shaped(B, K, D)),
+                **strides("r", "bn", shaped(B, N)),
+                **strides("t", "d", shaped(D)),
+                **strides("p", "nd", shaped(N, D)),
             },
-            constants={
-                **dict.fromkeys(("stride_yd", "stride_rn", "stride_td", "stride_pd"), 1),
-                "HAS_TOKEN": True,
-                "HAS_POSITION": True,
-                **tile,
-            },
-            bytes_moved=2 * B * D * (K + N),
+            constants={"HAS_TOKEN": True, "HAS_POSITION": True, **blocks(D)},
+            bytes_moved=2 * B * D * (K + N) + 8 * B * N,
         ),
         Program(
             name="restore_tokens_backward",
@@ -329,10 +327,11 @@ def _programs(arch: Arch) -> tuple[Program, ...]:
                 "restore_ptr": "*i64",
                 "partial_ptr": "*fp32",
                 **sizes,
-                **dict.fromkeys(("stride_gb", "stride_gn", "stride_rb"), "i32"),
+                **strides("g", "bnd", shaped(B, N, D)),
+                **strides("r", "bn", shaped(B, N)),
             },
-            constants={"stride_gd": 1, "stride_rn": 1, **tile},
-            bytes_moved=2 * B * D * (K + N),
+            constants=blocks(D),
+            bytes_moved=2 * B * D * (K + N) + 8 * B * N,
         ),
     )
 

@@ -56,6 +56,21 @@ def _as_double(value: Any) -> Any:
     return value.detach().double() if narrow else value
 
 
+def pointer(dtype: torch.dtype) -> str:
+    """How Triton writes the type of a pointer to this one."""
+    return {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}[dtype]
+
+
+VARIANTS: dict[str, tuple[torch.dtype, torch.dtype, str]] = {
+    "": (torch.float32, torch.bfloat16, "ieee"),
+    "_bf16": (torch.bfloat16, torch.bfloat16, "ieee"),
+    "_tf32": (torch.float32, torch.float32, "tf32"),
+    "_float32": (torch.float32, torch.float32, "ieee"),
+}
+"""Programs of one kernel by the end of their name: the type of its arguments, that of its product
+and the product's precision. The first is autocast's, which training runs."""
+
+
 @dataclass(frozen=True)
 class Program:
     """One Triton kernel at fixed block sizes, as bench/static.py compiles it."""
@@ -63,8 +78,9 @@ class Program:
     name: str
     kernel: Any
     """The `@jit` function."""
-    signature: Mapping[str, str]
-    """Type of each run-time argument by name, as Triton writes them: `*bf16`, `*fp32`, `i32`."""
+    signature: Mapping[str, str | int]
+    """Each run-time argument by name: its type as Triton writes it (`*bf16`, `fp32`), or, of an
+    integer, its value at the paper's sizes, since launches specialise on 1 and multiples of 16."""
     constants: Mapping[str, Any]
     """Value of each `tl.constexpr` argument."""
     num_warps: int = 4

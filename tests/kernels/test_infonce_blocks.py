@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from flap_kernels import KERNELS
 from flap_kernels import infonce_chunks as chunks
 from flap_kernels import infonce_launch as launches
+from tests.kernels.test_every_kernel import check_contract, strided
 from tests.kernels.test_infonce import pairs
 
 # Rows, columns, offset: a rank's share, one with extra captions, one row, more rows than columns.
@@ -92,7 +95,39 @@ def test_workspace_is_bounded():
         assert [span.stop - span.start for span in spans] == lengths
 
 
-def test_a_row_far_below_its_tile_is_summed_from_its_own_reference(kernel_device):
+def take_in_parts(monkeypatch):
+    """Take a tile's columns a quarter at a time, as on chips with the widest tiles."""
+    choose = launches.blocks
+    monkeypatch.setattr(launches, "blocks", lambda *chip: replace(choose(*chip), PARTS=4))
+
+
+def test_a_tile_taken_in_parts_keeps_the_contract(kernel_device, monkeypatch):
+    take_in_parts(monkeypatch)
+    infonce = KERNELS["infonce"]
+    check_contract(infonce, "odd", torch.float32, kernel_device, draws=2, prepare=strided)
+
+
+def test_a_tile_taken_in_parts_leaves_out_rows_of_one_id(kernel_device, monkeypatch):
+    x, y, scale, keep = block(40, 150, 70, kernel_device, ids=True)
+    row, column = (chunks.Side(x.new_zeros(n), x.new_ones(n)) for n in (40, 150))
+    factor = torch.ones((), device=x.device)
+    found = []
+    for parts in (False, True):
+        if parts:
+            take_in_parts(monkeypatch)
+        sums = launches.negatives(x, y, scale, **keep)
+        gradients = launches.gradients(x, y, scale, row, column, factor, **keep)
+        found.append((sums.rows, sums.columns, sums.positives, *gradients))
+    for whole, parted in zip(*found, strict=True):
+        torch.testing.assert_close(parted, whole, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("parts", [False, True], ids=["whole", "parts"])
+def test_a_row_far_below_its_tile_is_summed_from_its_own_reference(
+    parts, kernel_device, monkeypatch
+):
+    if parts:
+        take_in_parts(monkeypatch)
     # Logits of 144 and -144 bits in one tile: a row, then a column, that one reference loses.
     for flip in (False, True):
         x = torch.ones(20, 1, device=kernel_device)
