@@ -9,6 +9,7 @@ stands between a run and another number of ranks.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,22 +70,23 @@ class OptimizerState:
             state = self._optimizer.state.get(part.key)
             if not state:
                 continue
-            for moment in _MOMENTS:
-                value = self._whole(state[moment], part)
-                if self._ranks.first:
+            values = self._whole([state[moment] for moment in _MOMENTS], part)
+            if self._ranks.first:
+                for moment, value in zip(_MOMENTS, values, strict=True):
                     whole[f"{part.name}/{moment}"] = value.cpu().contiguous()
             whole[f"{part.name}/step"] = state["step"].cpu().clone()
         if self._ranks.first:
             save_file(whole, file)
 
-    def _whole(self, value: Tensor, part: Part) -> Tensor:
+    def _whole(self, values: list[Tensor], part: Part) -> Iterable[Tensor]:
         if not self._sharded:
-            return value
-        whole = torch.zeros(part.shape.numel(), device=self._ranks.device)
-        whole[part.start : part.start + part.numel] = value[part.at : part.at + part.numel]
+            return values
+        whole = torch.zeros(len(values), part.shape.numel(), device=self._ranks.device)
+        for row, value in zip(whole, values, strict=True):
+            row[part.start : part.start + part.numel] = value[part.at : part.at + part.numel]
         if self._ranks.world > 1:
             dist.reduce(whole, dst=0)
-        return whole.view(part.shape)
+        return (row.view(part.shape) for row in whole)
 
     def load(self, file: Path) -> None:
         """Go on from what was saved, by whichever ranks.
