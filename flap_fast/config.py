@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -24,6 +24,16 @@ Positive = Annotated[float, Field(gt=0)]
 Folders = Annotated[
     tuple[Path, ...], BeforeValidator(lambda v: (v,) if isinstance(v, (str, Path)) else v)
 ]
+
+Recomputed = Literal["audio", "text", "decoder"]
+
+
+def _named(value: object) -> object:
+    """`true`, `false` and a single name as the names they stand for."""
+    if isinstance(value, bool):
+        return get_args(Recomputed) if value else ()
+    return (value,) if isinstance(value, str) else value
+
 
 # Width, depth and heads of the audio encoder. Source: SPEC 4.1; `tiny` is the demo's.
 SIZES = {
@@ -291,8 +301,12 @@ class Train(Section):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of the towers: bf16 autocast on a GPU and fp32 on a CPU (`auto`), or one of them anywhere.
     Parameters, embeddings and losses stay in fp32."""
-    checkpoint_activations: bool = False
-    """Recompute each transformer block in the backward pass instead of keeping it."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What DeepSpeed keeps in the CPU's memory: Adam's states and gradients (ZeRO 1 to 3), or the
+    parameters too (ZeRO 3). PyTorch's fused Adam then updates them on the CPU."""
+    checkpoint_activations: Annotated[tuple[Recomputed, ...], BeforeValidator(_named)] = ()
+    """Whose transformer blocks are computed again in the backward pass instead of being kept: some
+    of `audio`, `text` and `decoder`, or `true` for all of them."""
 
     @model_validator(mode="after")
     def _one_length(self):
@@ -301,6 +315,14 @@ class Train(Section):
         need(
             bool(self.epochs or self.steps), "train.epochs", "be set when train.steps is not", None
         )
+        return self
+
+    @model_validator(mode="after")
+    def _offloads(self):
+        lowest = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
+        rule = f"be at least {lowest} with train.offload = {self.offload}"
+        fits = self.zero_stage >= lowest
+        need(fits, "train.zero_stage", rule, self.zero_stage, f"set train.zero_stage={lowest}")
         return self
 
 

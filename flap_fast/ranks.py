@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -45,6 +46,12 @@ class Ranks:
         dist.all_gather_into_tensor(out, rows.contiguous())
         return out
 
+    def share(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Overwrite tensors with the first rank's, in place; every rank must ask."""
+        if self.world > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.world > 1:
@@ -60,7 +67,9 @@ def join_ranks() -> Ranks:
     """Set the device and join the process group; alone, there is none to join."""
     world, rank = world_size(), int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", str(world)))
+    # torchrun's name for it, or deepspeed's.
+    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    local_world = int(local or world)
     on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:

@@ -52,6 +52,9 @@ def _server() -> Any:
     # What cannot be imported (on a machine for the kernels alone) is left out.
     ours = ["flap_kernels", "flap_fast.train.loop"]
     slow = ["pytest", "torch.distributed.tensor", "deepspeed"]
+    # What the first model and the first ZeRO optimizer would import, two seconds on each rank.
+    slow += ["transformers.models.roberta.modeling_roberta", "deepspeed.runtime.zero.stage3"]
+    slow += ["deepspeed.runtime.zero.muon.muon_optimizer"]
     context.set_forkserver_preload([*slow, *ours])
     # Python 3.11's server does not take over sys.path, only the environment.
     before = os.environ.get("PYTHONPATH")

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shlex
+from functools import cache
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from flap_fast.__main__ import app
+from flap_fast.config import Config
 from flap_fast.train.loop import train
+from flap_fast.train.run_folder import flat
 from tests.tiny import tiny
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "CONTRIBUTING.md", "configs/README.md", "demo/README.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "configs/README.md", "demo/README.md", "docs/launching.md")
 # What a user brings, or a run leaves.
 MADE = ("runs/", "data/", "models/", "mine", ".venv/", "hosts")
 
@@ -39,7 +43,7 @@ def commands(page: str) -> list[list[str]]:
     blocks = re.findall(r"```bash\n(.*?)```", text_of(page), re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines() if line.strip()]
     lines += re.findall(r"`((?:make|flap|deepspeed|DS_ACCELERATOR|srun) [^`]+)`", text_of(page))
-    return [shlex.split(line, comments=True) for line in lines]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -73,14 +77,45 @@ def test_every_command_exists(page: str):
             assert words[words.index("flap_fast") + 1 :][0] in (*names, "..."), words
 
 
-def test_settings_on_command_lines_are_settings():
+@pytest.mark.parametrize("page", PAGES)
+def test_settings_on_command_lines_are_settings(page: str):
     from flap_fast.configfile import load_config
 
-    for words in commands("README.md") + commands("configs/README.md"):
+    for words in commands(page):
         if "train" in words:
             file = next((w for w in words if w.endswith(".yaml")), None)
             overrides = [w for w in words if re.match(r"^[a-z_]+\.[a-z_.]+=", w)]
             load_config(ROOT / file if file else None, overrides)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_settings_in_the_text_are_settings(page: str):
+    from flap_fast.configfile import load_config
+
+    setting = rf"`((?:{'|'.join(Config.model_fields)})\.(?!json|yaml|py)[a-z_]+)(?:=([^`]+))?`"
+    for name, value in re.findall(setting, text_of(page)):
+        load_config(None, [f"{name}={value}", "train.zero_stage=3"] if value else [])
+        assert name in flat(Config().model_dump(mode="json")), name
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_options_of_the_launchers_are_theirs(page: str):
+    for words in commands(page):
+        for launcher in ("deepspeed", "torchrun"):
+            if launcher in words:
+                end = words.index("flap_fast") if "flap_fast" in words else len(words)
+                options = {w for w in words[words.index(launcher) : end] if w.startswith("--")}
+                assert not options - options_of(launcher), words
+
+
+@cache
+def options_of(launcher: str) -> set[str]:
+    if launcher == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        return set(get_args_parser()._option_string_actions)
+    source = inspect.getsource(pytest.importorskip("deepspeed.launcher.runner"))
+    return set(re.findall(r'"(--\w+)"', source))
 
 
 @pytest.mark.parametrize("file", sorted(f.name for f in ROOT.glob("configs/*.yaml")))

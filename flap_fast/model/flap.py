@@ -42,8 +42,8 @@ class Flap(nn.Module):
         super().__init__()
         recompute = config.train.checkpoint_activations
         self.precision = config.train.precision
-        self.audio = AudioViT(config.audio, recompute=recompute)
-        self.text = TextEncoder(config.text, recompute=recompute, weights=weights)
+        self.audio = AudioViT(config.audio, recompute="audio" in recompute)
+        self.text = TextEncoder(config.text, recompute="text" in recompute, weights=weights)
         self.audio_head = _head(self.audio.width, config.joint.width)
         self.text_head = _head(self.text.width, config.joint.width)
         # Shape (1,), not (): DeepSpeed cannot broadcast a parameter without dimensions.

@@ -64,10 +64,27 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
         raise ConfigError(f"{folder}/model.safetensors cannot be read: {error}") from None
 
 
+def put_weights(model: Flap, folder: Path) -> None:
+    """Put the weights of a model folder into a model.
+
+    Raises:
+        ConfigError: they are another model's.
+    """
+    saved, own = load_weights(folder), model.state_dict()
+    for name in sorted(saved.keys() | own.keys()):
+        there, here = (tuple(w[name].shape) if name in w else "nothing" for w in (saved, own))
+        if there != here:
+            raise ConfigError(
+                f"{folder}/model.safetensors must hold the weights of this config's model, got "
+                f"{there} for {name}, which is {here} here; use the config.yaml beside it"
+            )
+    model.load_state_dict(saved)
+
+
 def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[Flap, Config]:
     """Open a model folder, or a run's last checkpoint, for evaluation."""
     folder = model_folder(path)
     config = read_config(folder)
     model = Flap(config, weights=False)
-    model.load_state_dict(load_weights(folder))
+    put_weights(model, folder)
     return model.to(device).eval(), config

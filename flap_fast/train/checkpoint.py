@@ -1,8 +1,10 @@
 """Checkpoints: whole or not there, the last few and the best, each a model folder of its own.
 
 runs/NAME/checkpoints/step-000600/model.safetensors config.yaml text/  for flap_fast.load
-                                  state.json engine/                   to go on training
+                                  state.json optimizer.safetensors     to go on training
 runs/NAME/checkpoints/best -> step-000400
+
+Nothing in it depends on the ranks, the ZeRO stage or the engine that wrote it: any others go on.
 """
 
 from __future__ import annotations
@@ -13,9 +15,8 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from flap_fast.checks import ConfigError
 from flap_fast.config import Config
-from flap_fast.model.interop import load_weights, save_model
+from flap_fast.model.interop import save_model
 from flap_fast.ranks import Ranks
 from flap_fast.train.engine import Engine
 
@@ -30,9 +31,6 @@ class State:
     """Steps done."""
     best: float | None
     """The best score on data.val so far."""
-    world: int
-    engine: str
-    zero_stage: int
     scored: bool = True
     """Off where a signal came before an evaluation that was due at this step."""
 
@@ -63,8 +61,7 @@ class Checkpoints:
         """
         final = self.folder / f"step-{step:06d}"
         part = final.with_name(final.name + _PART)
-        stage = self._config.train.zero_stage
-        state = State(step, best, self._ranks.world, engine.name, stage, scored)
+        state = State(step, best, scored)
         if not final.exists():
             try:
                 self._write(part, engine, state)
@@ -83,33 +80,24 @@ class Checkpoints:
     def _write(self, part: Path, engine: Engine, state: State) -> None:
         if self._ranks.first:
             shutil.rmtree(part, ignore_errors=True)
-            (part / "engine").mkdir(parents=True)
-        self._ranks.barrier()
-        engine.save(part / "engine")
+            part.mkdir(parents=True)
+        self._ranks.share(engine.module.buffers())  # what a resumed run finds on every rank
         weights = engine.weights()
-        self._ranks.barrier()
         if self._ranks.first:
             save_model(part, self._config, engine.module, weights)
+        del weights
+        engine.optimizer_state.save(part / "optimizer.safetensors")
+        if self._ranks.first:
             (part / "state.json").write_text(json.dumps(asdict(state), indent=1) + "\n")
 
     def load(self, engine: Engine, folder: Path) -> State:
-        """Bring the engine back to where a checkpoint was written.
+        """Bring an engine, whose model has the weights, back to where a checkpoint was written.
 
         Raises:
-            ConfigError: it was written by another engine or another number of ranks.
+            ConfigError: the checkpoint cannot be read, or is of another model.
         """
-        state = State(**json.loads((folder / "state.json").read_text()))
-        stage = self._config.train.zero_stage
-        now = (engine.name, self._ranks.world, stage if engine.name == "deepspeed" else None)
-        saved_stage = state.zero_stage if state.engine == "deepspeed" else None
-        if now != (state.engine, state.world, saved_stage):
-            raise ConfigError(
-                f"{folder} must be resumed as it was written: engine {state.engine}, "
-                f"{state.world} ranks, ZeRO {saved_stage}; "
-                f"got {now[0]}, {now[1]} ranks, ZeRO {now[2]}"
-            )
-        engine.load(folder / "engine", load_weights(folder))
-        return state
+        engine.optimizer_state.load(folder / "optimizer.safetensors")
+        return State(**json.loads((folder / "state.json").read_text()))
 
     def _point_to(self, best: Path) -> None:
         link = self.folder / "best.part"

@@ -2,24 +2,27 @@
 
     engine.model(...) -> outputs;  engine.backward(total);  engine.step(lr) -> gradient norm
 
-Both have the same interface and, on one process, the same numbers. DeepSpeed's dictionary is built
-here and nowhere else. The only file that imports deepspeed.
+Both have the same interface and, on one process, the same numbers; what one saves, the other goes
+on from, over any number of ranks. DeepSpeed's dictionary is built here and nowhere else. The only
+file that imports deepspeed.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from flap_fast.checks import need
-from flap_fast.config import Config, Optim
+from flap_fast.config import Config
 from flap_fast.model.flap import Flap
 from flap_fast.ranks import Ranks
+from flap_fast.train.optimizer_state import OptimizerState, Part, whole_parts
 
 
 class Engine(Protocol):
@@ -49,12 +52,9 @@ class Engine(Protocol):
         """The whole model in fp32 on the CPU; every rank must ask, the first one gets it."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write what `load` needs besides the weights; every rank must ask."""
-        ...
-
-    def load(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """Go back to what was saved."""
+    @property
+    def optimizer_state(self) -> OptimizerState:
+        """Adam's state, to be saved and gone on from; the weights come with the model."""
         ...
 
 
@@ -66,9 +66,10 @@ class PlainEngine:
     def __init__(self, config: Config, model: Flap, ranks: Ranks):
         self.module = model.to(ranks.device)
         self.model = self.module
+        self._ranks = ranks
         self._clip = config.optim.clip_norm
         self._trained = [p for p in model.parameters() if p.requires_grad]
-        self._optimizer = optimizer(config.optim, model, ranks.device)
+        self._optimizer = optimizer(config, model, ranks.device)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -87,13 +88,10 @@ class PlainEngine:
     def weights(self) -> dict[str, Tensor]:
         return {name: value.detach().cpu() for name, value in self.module.state_dict().items()}
 
-    def save(self, folder: Path) -> None:
-        torch.save(self._optimizer.state_dict(), folder / "optimizer.pt")
-
-    def load(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        self.module.load_state_dict(weights)
-        state = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
-        self._optimizer.load_state_dict(state)
+    @property
+    def optimizer_state(self) -> OptimizerState:
+        parts = whole_parts(self._optimizer, self.module)
+        return OptimizerState(self._optimizer, parts, self._ranks, sharded=False)
 
 
 class DeepSpeedEngine:
@@ -108,10 +106,11 @@ class DeepSpeedEngine:
         # half a minute, and no start at all where there is no C++ compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._deepspeed = deepspeed
-        self._stage = config.train.zero_stage
+        self._stage, self._ranks = config.train.zero_stage, ranks
+        self._optimizer = optimizer(config, model, ranks.device)
         self._engine, *_ = deepspeed.initialize(
             model=model.to(ranks.device),
-            optimizer=optimizer(config.optim, model, ranks.device),
+            optimizer=self._optimizer,
             config=deepspeed_config(config, ranks),
             dist_init_required=False,
         )
@@ -125,22 +124,53 @@ class DeepSpeedEngine:
         assert self._engine.optimizer is not None
         for group in self._engine.optimizer.param_groups:  # type: ignore[attr-defined,union-attr]
             group["lr"] = lr
+        # Without ZeRO, DeepSpeed keeps no norm.
+        grads = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(grads) if self._stage == 0 else None
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        return torch.as_tensor(float("nan") if norm is None else norm)
+        return torch.as_tensor(self._engine.get_global_grad_norm() if norm is None else norm)
 
     def weights(self) -> dict[str, Tensor]:
-        parameters = list(self.module.parameters())
-        with self._deepspeed.zero.GatheredParameters(parameters, enabled=self._stage == 3):
-            return {name: v.detach().cpu().clone() for name, v in self.module.state_dict().items()}
+        whole = {}
+        for name, value in self.module.state_dict(keep_vars=True).items():
+            sharded = self._stage == 3 and isinstance(value, nn.Parameter)
+            with self._deepspeed.zero.GatheredParameters([value], enabled=sharded):
+                if self._ranks.first:
+                    whole[name] = value.detach().cpu().clone()
+        return whole
 
-    def save(self, folder: Path) -> None:
-        self._engine.save_checkpoint(str(folder), tag="zero", save_latest=False)
+    @property
+    def optimizer_state(self) -> OptimizerState:
+        names = {id(p): name for name, p in self.module.named_parameters()}
+        zero: Any = self._engine.optimizer
+        if self._stage == 0:
+            parts = whole_parts(self._optimizer, self.module)
+        elif self._stage == 3:
+            parts = list(_parts_in_3(zero, names))
+        else:
+            parts = list(_parts_in_1_and_2(zero, names))
+        return OptimizerState(self._optimizer, parts, self._ranks, sharded=self._stage > 0)
 
-    def load(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        found, _ = self._engine.load_checkpoint(str(folder), tag="zero")
-        if found is None:
-            raise OSError(f"DeepSpeed found no checkpoint in {folder}")
+
+def _parts_in_1_and_2(zero: Any, names: dict[int, str]) -> Iterator[Part]:
+    """Parameters of a group lie one after the other, cut into a flat partition for each rank."""
+    for flat, group in zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True):
+        for p in group:
+            name, place = names[id(p)], p._hp_mapping
+            if place is None:
+                yield Part(name, p.shape, 0, 0, flat, 0)
+            else:
+                whole, at = place.lp_fragment_address, place.hp_fragment_address
+                yield Part(name, p.shape, whole.start, whole.numel, flat, at.start)
+
+
+def _parts_in_3(zero: Any, names: dict[int, str]) -> Iterator[Part]:
+    """Each parameter is cut into as many stretches as there are ranks, the last ones padded."""
+    for flat, group in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
+        for p in group:
+            _, at, numel = zero.grad_position[zero.get_param_id(p)]
+            start = min(p.ds_numel, dist.get_rank() * numel)
+            yield Part(names[id(p)], p.ds_shape, start, min(numel, p.ds_numel - start), flat, at)
 
 
 def check_engine(config: Config, world: int) -> str:
@@ -158,6 +188,8 @@ def check_engine(config: Config, world: int) -> str:
     need(kind == "plain" or (there and launched), "train.engine", rule, kind, remedy)
     rule = f"be 'auto' or 'deepspeed' on {world} ranks"
     need(kind == "deepspeed" or world == 1, "train.engine", rule, kind)
+    offload = config.train.offload
+    need(kind == "deepspeed" or offload == "none", "train.offload", "be none here", offload, remedy)
     return kind
 
 
@@ -169,6 +201,10 @@ def make_engine(config: Config, model: Flap, ranks: Ranks) -> Engine:
 
 def deepspeed_config(config: Config, ranks: Ranks) -> dict[str, Any]:
     """DeepSpeed's dictionary, built from ours alone."""
+    on_gpu = ranks.device.type == "cuda"
+    # Each offload setting takes in those before it.
+    offload = {"none": (), "optimizer": ("optimizer",), "all": ("optimizer", "param")}
+    on_cpu = {"device": "cpu", "pin_memory": on_gpu}
     return {
         "train_micro_batch_size_per_gpu": config.train.global_batch // ranks.world,
         "gradient_accumulation_steps": 1,
@@ -177,18 +213,23 @@ def deepspeed_config(config: Config, ranks: Ranks) -> dict[str, Any]:
         "gradient_clipping": config.optim.clip_norm,
         "zero_optimization": {
             "stage": config.train.zero_stage,
-            "overlap_comm": ranks.device.type == "cuda",
+            "overlap_comm": on_gpu,
             "contiguous_gradients": True,
+            **{f"offload_{what}": on_cpu for what in offload[config.train.offload]},
         },
         "zero_allow_untested_optimizer": True,
+        # DeepSpeed's own Adam for the CPU wants a C++ compiler at the first start; PyTorch's fused
+        # one is compiled already.
+        "zero_force_ds_cpu_optimizer": False,
         # We log throughput ourselves.
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
 
 
-def optimizer(settings: Optim, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+def optimizer(config: Config, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
     """Adam or AdamW; weight decay on matrices only."""
+    settings = config.optim
     trained = [p for p in model.parameters() if p.requires_grad]
     tokens = {id(p) for name, p in model.named_parameters() if name.endswith("_token")}
     decayed = [p for p in trained if p.ndim >= 2 and id(p) not in tokens]
@@ -203,5 +244,5 @@ def optimizer(settings: Optim, model: nn.Module, device: torch.device) -> torch.
         lr=settings.lr,
         betas=settings.betas,
         eps=settings.eps,
-        fused=device.type == "cuda",
+        fused=device.type == "cuda" or config.train.offload != "none",
     )

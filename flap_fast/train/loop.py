@@ -16,6 +16,7 @@ from flap_fast.data.shards import open_shards
 from flap_fast.evaluate.run import Scores, evaluate, flat_scores, selection_score, write_scores
 from flap_fast.loss import total_loss
 from flap_fast.model.flap import Flap
+from flap_fast.model.interop import put_weights
 from flap_fast.model.masking import mask_plan
 from flap_fast.ranks import Ranks, join_ranks, leave_ranks, world_size
 from flap_fast.train.checkpoint import Checkpoints
@@ -64,7 +65,10 @@ def _train(
     loader = TrainingLoader(config, open_shards(config.data.train), tokens, ranks)
     steps = config.train.steps or (config.train.epochs or 0) * loader.order.steps_per_epoch
     torch.manual_seed(config.run.seed)
-    engine = make_engine(config, Flap(config), ranks)
+    model = Flap(config, weights=start is None)
+    if start:
+        put_weights(model, start)
+    engine = make_engine(config, model, ranks)
     checkpoints = Checkpoints(config, ranks)
     state = checkpoints.load(engine, start) if start else None
     first = state.step if state else 0
@@ -143,6 +147,7 @@ class Scorer:
 
     def _scores(self) -> Scores:
         module, val = self._engine.module, self._config.data.val
+        self._ranks.share(module.buffers())  # running statistics differ between ranks
         return evaluate(module, self._config, self._tokens, val, self._ranks)
 
 
