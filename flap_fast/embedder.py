@@ -47,8 +47,8 @@ class Embedder:
     def embed_text(self, captions: Sequence[str], batch: int = 256) -> Tensor:
         """(M, d) unit rows, float32, on the CPU."""
         some = (captions[i : i + batch] for i in range(0, len(captions), batch))
-        tokens = (tuple(t.to(self.device) for t in self._tokenizer(texts)) for texts in some)
-        parts = [self.model.embed_text(*both).cpu() for both in tokens]
+        tokens = (self._tokenizer(texts) for texts in some)
+        parts = [self.model.embed_text(ids.to(self.device), mask).cpu() for ids, mask in tokens]
         return torch.cat(parts) if parts else torch.empty(0, self.config.joint.width)
 
     def rank(self, sound: Sound, captions: Sequence[str]) -> list[tuple[str, float]]:

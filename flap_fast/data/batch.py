@@ -17,7 +17,7 @@ class Batch:
     ids: Tensor
     """(B, L) int64 caption tokens."""
     attention_mask: Tensor
-    """(B, L) int64, 1 on tokens and 0 on padding."""
+    """(B, L) int64, 1 on tokens and 0 on padding; on the CPU, for the host decides by it."""
     visits: Tensor
     """(B,) int64: `step * global_batch + row`, keys the draws of masks."""
     clips: np.ndarray

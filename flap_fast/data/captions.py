@@ -1,4 +1,4 @@
-"""Captions -> token ids, padded to the batch's own longest, never to 77."""
+"""Captions -> token ids, padded to the batch's own longest, never to 77; towers may pack them."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ class TrainingLoader:
         return Batch(
             mel=mel[:, None],
             ids=ids.to(device, non_blocking=True),
-            attention_mask=attention_mask.to(device, non_blocking=True),
+            attention_mask=attention_mask,
             visits=visits,
             clips=share.clips,
             epoch=self.order.epoch(share.step),

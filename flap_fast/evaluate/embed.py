@@ -48,8 +48,9 @@ def embed(
         audio = _whole((model.embed_audio(mel) for mel in mels), len(shards), ranks)
         own = [captions[i] for i in _mine(len(captions), ranks)]
         some = (own[i : i + config.eval.batch] for i in range(0, len(own), config.eval.batch))
-        tokens = (tuple(t.to(ranks.device) for t in tokenizer(texts)) for texts in some)
-        text = _whole((model.embed_text(*both) for both in tokens), len(captions), ranks)
+        tokens = (tokenizer(texts) for texts in some)
+        parts = (model.embed_text(ids.to(ranks.device), mask) for ids, mask in tokens)
+        text = _whole(parts, len(captions), ranks)
     finally:
         model.train(training)
     return Embeddings(audio, text, torch.tensor(owner, device=ranks.device))

@@ -57,7 +57,7 @@ class Flap(nn.Module):
 
         Args:
             mel: (B, 1, T, F) float32.
-            ids, attention_mask: (B, L) int64.
+            ids, attention_mask: (B, L) int64; the mask best on the CPU, see `packing.pack`.
             keep: (B, K) int64, the patches that masking left; all of them without.
         """
         scale = _Clamp.apply(self.logit_scale, self.max_logit_scale).exp().squeeze(0)

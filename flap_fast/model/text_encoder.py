@@ -1,8 +1,9 @@
 """The text encoder: a transformers model from a folder, or a RoBERTa of random weights.
 
-    ids, attention_mask (B, L) -> states (B, L, D) -> pooled (B, D)
+    padded   ids, attention_mask (B, L) -> states (B, L, D) -> pooled (B, D)
+    packed   the same -> ids (N,) of the N tokens there are -> states (N, D) -> pooled (B, D)
 
-The folder must be local: nothing is fetched from a hub.
+The same numbers within rounding. The folder must be local: nothing is fetched from a hub.
 
 Source: LAION-CLAP's text branch (RoBERTa and its pooler), SPEC 5.1.
 """
@@ -20,6 +21,9 @@ from transformers.utils.logging import disable_progress_bar
 from flap_fast.checks import ConfigError, need
 from flap_fast.config import Text
 from flap_fast.data.captions import local_folder, tokenizer
+from flap_fast.model.bert import FAMILIES, is_bert, packed_states
+from flap_fast.model.packing import pack, varlen_serves
+from flap_fast.model.transformer import xformers_ops
 
 
 class TextEncoder(nn.Module):
@@ -27,17 +31,26 @@ class TextEncoder(nn.Module):
 
     Args:
         weights: load the folder's weights; without, only its shape (a checkpoint has the rest).
+
+    Raises:
+        ConfigError: what text.folder, text.pool, text.packing or text.attention cannot be here.
     """
 
     def __init__(self, text: Text, *, recompute: bool = False, weights: bool = True):
         super().__init__()
-        self.pool, self.frozen = text.pool, text.freeze
+        self.pool, self.frozen, self.recompute = text.pool, text.freeze, recompute
+        self.packing, self.attention = text.packing, text.attention
         self.inner = _from_folder(text, weights) if text.folder else _random(text)
         self.width: int = self.inner.config.hidden_size
         if getattr(self.inner, "pooler", None) is None:
             need(text.pool != "pooler", "text.pool", "be mean or cls: it has no pooler", text.pool)
         elif text.pool != "pooler":
             self.inner.pooler = None  # no weights without a gradient
+        if text.packing == "packed":
+            rule = f"be auto or padded: '{self.inner.config.model_type}' is none of {FAMILIES}"
+            need(is_bert(self.inner), "text.packing", rule, text.packing)
+        if text.attention == "xformers":
+            xformers_ops("text.attention")
         if recompute:
             self.inner.gradient_checkpointing_enable({"use_reentrant": False})
         if text.freeze:
@@ -49,12 +62,30 @@ class TextEncoder(nn.Module):
         return super().train(mode and not self.frozen)
 
     def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Embed captions.
+
+        Args:
+            attention_mask: best on the CPU, wherever the ids are: see `packing.pack`.
+        """
+        embed = self._packed if self.packs(ids.device) else self._padded
         if self.frozen:
             with torch.no_grad():
-                return self._pooled(ids, attention_mask)
-        return self._pooled(ids, attention_mask)
+                return embed(ids, attention_mask)
+        return embed(ids, attention_mask)
 
-    def _pooled(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def packs(self, device: torch.device) -> bool:
+        """Whether captions are packed on a device, in the precision now in force."""
+        if self.packing != "auto" or not is_bert(self.inner):
+            return self.packing == "packed"
+        if device.type != "cuda":
+            return device.type == "cpu"
+        half = torch.is_autocast_enabled("cuda")
+        dtype = torch.get_autocast_dtype("cuda") if half else self.inner.dtype
+        heads = self.inner.config.num_attention_heads
+        return self.attention == "xformers" or varlen_serves(device, dtype, self.width // heads)
+
+    def _padded(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+        attention_mask = attention_mask.to(ids.device, non_blocking=True)
         out = self.inner(input_ids=ids, attention_mask=attention_mask)
         if self.pool == "pooler":
             return out.pooler_output.float()
@@ -63,6 +94,16 @@ class TextEncoder(nn.Module):
             return states[:, 0]
         weight = attention_mask[..., None].float()
         return (states * weight).sum(1) / weight.sum(1)
+
+    def _packed(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+        packed = pack(attention_mask, ids.device)
+        states = packed_states(
+            self.inner, ids, packed, backend=self.attention, recompute=self.recompute
+        )
+        if self.pool == "mean":
+            return packed.mean(states.float())
+        first = packed.first(states)
+        return (first if self.pool == "cls" else self.inner.pooler(first[:, None])).float()
 
 
 def _from_folder(text: Text, weights: bool):

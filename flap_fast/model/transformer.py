@@ -7,6 +7,8 @@ B clips   L tokens   D width
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -26,14 +28,15 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         if backend == "xformers":
-            _xformers_attention()
+            xformers_ops("audio.attention")
 
     def forward(self, x: Tensor) -> Tensor:
         B, L, D = x.shape
         qkv = self.qkv(x).reshape(B, L, 3, self.heads, D // self.heads)
         if self.backend == "xformers":
             q, k, v = qkv.unbind(2)
-            return self.proj(_xformers_attention()(q, k, v).reshape(B, L, D))
+            attention = xformers_ops("audio.attention").memory_efficient_attention
+            return self.proj(attention(q, k, v).reshape(B, L, D))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         y = functional.scaled_dot_product_attention(q, k, v)
         return self.proj(y.transpose(1, 2).reshape(B, L, D))
@@ -110,12 +113,27 @@ def initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def _xformers_attention():
+def packed_xformers_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], dropout: float
+) -> Tensor:
+    """(N, H, d) three times -> (N, H, d), within segments of these lengths."""
+    ops = xformers_ops("text.attention")
+    mask = ops.fmha.attn_bias.BlockDiagonalMask.from_seqlens(lengths, device=q.device)
+    packed = (x[None] for x in (q, k, v))
+    return ops.memory_efficient_attention(*packed, attn_bias=mask, p=dropout)[0]
+
+
+def xformers_ops(setting: str) -> Any:
+    """xformers' operators, on behalf of a setting.
+
+    Raises:
+        ConfigError: xformers is not there, or does not import.
+    """
     try:
-        from xformers.ops import memory_efficient_attention  # type: ignore[import-not-found]
+        from xformers import ops  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError(
-            f"audio.attention must be 'sdpa' where xformers does not import ({error}); "
+            f"{setting} must be 'sdpa' where xformers does not import ({error}); "
             "pip install 'flap_fast[xformers]'"
         ) from None
-    return memory_efficient_attention
+    return ops
