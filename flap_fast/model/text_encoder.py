@@ -54,7 +54,7 @@ class TextEncoder(nn.Module):
         return self._pooled(ids, attention_mask)
 
     def _pooled(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
-        out = self.inner(input_ids=ids, attention_mask=attention_mask)
+        out = self.inner(input_ids=ids, attention_mask=self._mask_for_attention(attention_mask))
         if self.pool == "pooler":
             return out.pooler_output.float()
         states = out.last_hidden_state.float()
@@ -62,6 +62,16 @@ class TextEncoder(nn.Module):
             return states[:, 0]
         weight = attention_mask[..., None].float()
         return (states * weight).sum(1) / weight.sum(1)
+
+    def _mask_for_attention(self, attention_mask: Tensor) -> Tensor:
+        """(B, 1, 1, L) where the encoder takes it: of (B, L), transformers asks `mask.all()`.
+
+        That answer would have the host wait, in each step, for all that the GPU has still to do.
+        """
+        sdpa = self.inner.config._attn_implementation == "sdpa"
+        if sdpa and hasattr(self.inner, "_create_attention_masks"):
+            return attention_mask[:, None, None, :].bool()
+        return attention_mask
 
 
 def _from_folder(text: Text, weights: bool):

@@ -19,7 +19,13 @@ from torch import Tensor, nn
 from flap_fast.checks import need
 from flap_fast.config import Config, Optim
 from flap_fast.model.flap import Flap
+from flap_fast.model.transformer import Blocks
 from flap_fast.ranks import Ranks
+
+# Gradients are reduced while the backward goes on, a bucket of so many numbers at a time, out of
+# two buffers of a bucket each. DeepSpeed's own 500 million take 4 GB, and hold all gradients of
+# models like ours: nothing would be on its way before the backward has ended.
+BUCKET_NUMBERS = 50_000_000
 
 
 class Engine(Protocol):
@@ -164,6 +170,9 @@ def check_engine(config: Config, world: int) -> str:
 def make_engine(config: Config, model: Flap, ranks: Ranks) -> Engine:
     """The engine in force, with the model in it."""
     kind = check_engine(config, ranks.world)
+    if config.train.compile:
+        for blocks in (module for module in model.modules() if isinstance(module, Blocks)):
+            blocks.compile_training()
     return (DeepSpeedEngine if kind == "deepspeed" else PlainEngine)(config, model, ranks)
 
 
@@ -179,6 +188,7 @@ def deepspeed_config(config: Config, ranks: Ranks) -> dict[str, Any]:
             "stage": config.train.zero_stage,
             "overlap_comm": ranks.device.type == "cuda",
             "contiguous_gradients": True,
+            "reduce_bucket_size": BUCKET_NUMBERS,
         },
         "zero_allow_untested_optimizer": True,
         # We log throughput ourselves.
@@ -189,10 +199,7 @@ def deepspeed_config(config: Config, ranks: Ranks) -> dict[str, Any]:
 
 def optimizer(settings: Optim, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
     """Adam or AdamW; weight decay on matrices only."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    tokens = {id(p) for name, p in model.named_parameters() if name.endswith("_token")}
-    decayed = [p for p in trained if p.ndim >= 2 and id(p) not in tokens]
-    others = [p for p in trained if p.ndim < 2 or id(p) in tokens]
+    decayed, others = parameter_groups(model)
     groups = [
         {"params": decayed, "weight_decay": settings.weight_decay},
         {"params": others, "weight_decay": 0.0},
@@ -204,4 +211,14 @@ def optimizer(settings: Optim, model: nn.Module, device: torch.device) -> torch.
         betas=settings.betas,
         eps=settings.eps,
         fused=device.type == "cuda",
+    )
+
+
+def parameter_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """What is trained: matrices, and all that weight decay leaves alone."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = {name for name, p in trained if p.ndim >= 2 and not name.endswith("_token")}
+    return (
+        [p for name, p in trained if name in matrices],
+        [p for name, p in trained if name not in matrices],
     )
