@@ -157,7 +157,7 @@ def profile(
         bool, typer.Option("--synthetic", help="Random batches: needs no shards, no text.folder.")
     ] = False,
     search: Annotated[
-        bool, typer.Option(help="Look for the largest micro-batch that fits (a minute).")
+        bool, typer.Option(help="Look for the largest micro-batch that fits (30 s).")
     ] = True,
     out: Annotated[Path | None, typer.Option(help="RUN/profile when not given.")] = None,
 ) -> None:

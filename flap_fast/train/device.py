@@ -27,7 +27,7 @@ class Memory:
         """What the numbers mean, in words."""
         if self._device.type == "cuda":
             return "allocated on the GPU by PyTorch"
-        return "resident set above that before the model was made"
+        return "resident, above the start"
 
     def begin(self) -> None:
         """Peaks count from now (on a CPU: where the kernel lets a process reset its peak)."""

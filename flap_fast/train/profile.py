@@ -46,7 +46,7 @@ from flap_fast.train.timeline import PARTS, Timeline, watched, watched_collectiv
 from flap_fast.train.traffic import CountTraffic, sent_bytes
 
 WARM_UP, TRACED = 3, 2
-_SEARCH_S = 60.0
+_SEARCH_S = 30.0
 
 Profile = dict[str, Any]
 
@@ -314,4 +314,5 @@ def _most_allocated(traced: torch.profiler.profile) -> int:
     assert traced.profiler is not None
     events = traced.profiler.kineto_results.events()  # type: ignore[union-attr]
     memory = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
-    return max(accumulate((e.nbytes() for e in memory), initial=0))
+    sizes = (e.nbytes() for e in memory)  # type: ignore[attr-defined]
+    return max(accumulate(sizes, initial=0))

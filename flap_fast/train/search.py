@@ -119,7 +119,8 @@ def search(config: Config, *, seconds: float) -> dict[str, Any]:
 def main(file: str, seconds: float) -> None:
     """The process that searches."""
     config = load_config(file)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    device = torch.device("cuda" if on_gpu else "cpu")
     limit = _bound_memory() if device.type == "cpu" else None
     total = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else limit
     print(json.dumps({"limit_bytes": total}), flush=True)

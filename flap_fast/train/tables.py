@@ -29,8 +29,8 @@ def profile_table(found: dict[str, Any]) -> RenderableType:
     lines = [
         f"{found['clips_per_s']:.1f} clips/s; ceiling {ceiling / unit:.1f} {name}/s: "
         f"a matrix product in {found['precision']}, measured",
-        f"memory: peak {memory['peak']:.0f} MiB, steady {memory['steady']:.0f} MiB "
-        f"({found['memory_is']})",
+        f"memory: peak {memory['peak']:.0f} MiB, steady {memory['steady']:.0f} MiB, "
+        f"{found['memory_is']}",
         f"a step allocates {found['allocated_in_a_step_mib']:.0f} MiB above the steady state",
     ]
     if found["world"] > 1:
@@ -139,5 +139,6 @@ def _micro_batch(found: dict[str, Any]) -> str:
     limit = f"{found['limit_bytes'] / 2**30:.1f} GiB"
     tried = f"largest micro-batch: {found['tried']} clips were tried and fit"
     if found["predicted"] and found["predicted"] > found["tried"]:
-        return f"{tried}; about {found['predicted']} would in {limit}, by a line through the peaks"
+        more = f"by a line through their peaks, about {found['predicted']} would in {limit}"
+        return f"{tried};\n  {more}"
     return f"{tried} in {limit}"

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -119,7 +119,7 @@ def watched(engine: Engine, timeline: Timeline) -> Iterator[Engine]:
                 _watch_module(module, part, timeline, hooks)
         after = engine.module.register_forward_hook(lambda *_: timeline.mark("loss"))
         hooks.callback(after.remove)
-        yield _Watched(engine, timeline)
+        yield cast(Engine, _Watched(engine, timeline))  # the rest goes through to it
 
 
 class _Watched:

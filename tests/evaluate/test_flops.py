@@ -125,16 +125,14 @@ def test_the_losss_products_are_as_many_as_pytorch_counts(world: int, scheme: st
         # Replicated: its audio against all text, and its text against all audio.
         for _ in range(2 if scheme == "replicated" else 1):
             found = infonce_chunks.negatives(mine, others, scale, offset=0)
-            sides = [
+            assert found.rows is not None
+            assert found.columns is not None
+            row, column = (
                 infonce_chunks.losses_and_side(side, torch.zeros(()))[1]
                 for side in (found.rows, found.columns)
-                if side is not None
-            ]
-            infonce_chunks.gradients(
-                *(mine, others, scale, *sides, torch.ones(())),
-                offset=0,
-                columns=scheme != "replicated",
             )
+            one, both = torch.ones(()), scheme != "replicated"
+            infonce_chunks.gradients(mine, others, scale, row, column, one, offset=0, columns=both)
     assert counter.get_total_flops() == contrastive_flop(config, 6, world).total
     least = 8 * 6 * 6 * world * d
     assert counter.get_total_flops() == (1.5 * least if scheme == "replicated" else least)
