@@ -1,10 +1,11 @@
-"""The command `flap`: prepare, train, eval, rank, show, config.
+"""The command `flap`: prepare, train, eval, rank, show, profile, plan, config.
 
 `python -m flap_fast` is the same, so that `deepspeed --module flap_fast train CONFIG` works.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -145,6 +146,84 @@ def show(
     from flap_fast.report.masking import masking_figure
 
     print(masking_figure(load_config(config, overrides or []), out, sound=sound, clip=clip))
+
+
+@app.command()
+def profile(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(help="Steps measured, after a warm-up.")] = 10,
+    synthetic: Annotated[
+        bool, typer.Option("--synthetic", help="Random batches: needs no shards, no text.folder.")
+    ] = False,
+    search: Annotated[
+        bool, typer.Option(help="Look for the largest micro-batch that fits (30 s).")
+    ] = True,
+    out: Annotated[Path | None, typer.Option(help="RUN/profile when not given.")] = None,
+) -> None:
+    """Measure where a training step goes: parts, memory, FLOP/s; a trace and a picture."""
+    # PyTorch's profiler would tell of the devices that are not here, on stderr.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from flap_fast.configfile import load_config
+    from flap_fast.report.profile import profile_figure
+    from flap_fast.train.profile import profile as measure
+    from flap_fast.train.tables import profile_table
+
+    settings = load_config(config, overrides or [])
+    found = measure(settings, steps=steps, synthetic=synthetic, search=search, out=out)
+    if found is None:
+        return
+    Console().print(profile_table(found), highlight=False)
+    folder = out or settings.run_folder / "profile"
+    try:
+        profile_figure(folder)
+    except ConfigError as error:
+        tell(f"no profile.png: {error}")
+    print(f"written to {folder}: {', '.join(sorted(f.name for f in folder.iterdir()))}")
+
+
+@app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(help="Ranks, over all nodes.")] = 8,
+    nodes: Annotated[int, typer.Option(help="Machines.")] = 1,
+    link: Annotated[str, typer.Option(help="What a rank sends between nodes.")] = "50GB/s",
+    local_link: Annotated[str, typer.Option(help="The same inside of a node.")] = "400GB/s",
+    tflops: Annotated[float, typer.Option(help="The most a rank does, in 10^12 FLOP/s.")] = 790,
+    share: Annotated[float, typer.Option(help="How much of that a step sustains.")] = 0.5,
+    memory_gib: Annotated[float, typer.Option(help="Of a GPU.")] = 80,
+    memory_rate: Annotated[str, typer.Option(help="Read and written.")] = "3000GB/s",
+    caption_tokens: Annotated[int, typer.Option(help="Computed for each, padding included.")] = 24,
+    out: Annotated[Path | None, typer.Option(help="Write the plan as JSON, too.")] = None,
+) -> None:
+    """Predict memory, communication and time of a step on GPUs that are not here."""
+    from flap_fast.configfile import load_config
+    from flap_fast.train.plan import Machine, as_json, parse_rate
+    from flap_fast.train.plan import plan as predict
+    from flap_fast.train.tables import plan_table
+
+    machine = Machine(
+        gpus=gpus,
+        nodes=nodes,
+        tflops=tflops,
+        share=share,
+        link_bytes_per_s=parse_rate("--link", link),
+        local_bytes_per_s=parse_rate("--local-link", local_link),
+        memory_gib=memory_gib,
+        memory_bytes_per_s=parse_rate("--memory-rate", memory_rate),
+        caption_tokens=caption_tokens,
+    )
+    planned = predict(load_config(config, overrides or []), machine)
+    Console().print(plan_table(planned), highlight=False)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(as_json(planned), indent=1) + "\n")
+        print(f"written to {out}")
+    if not planned.fits:
+        tell(planned.remedy())
+        raise typer.Exit(1)
 
 
 @config_app.command("show")

@@ -316,6 +316,9 @@ class Train(Section):
     checkpoint_activations: Annotated[tuple[Recomputed, ...], BeforeValidator(_named)] = ()
     """Whose transformer blocks are computed again in the backward pass instead of being kept: some
     of `audio`, `text` and `decoder`, or `true` for all of them."""
+    compile: bool = False
+    """torch.compile the audio encoder's blocks (and the decoder's), whose shapes never change in
+    training. Text is left as it is: its lengths change with each batch."""
 
     @model_validator(mode="after")
     def _one_length(self):
@@ -324,6 +327,8 @@ class Train(Section):
         need(
             bool(self.epochs or self.steps), "train.epochs", "be set when train.steps is not", None
         )
+        rule = "be off with train.zero_stage = 3, whose hooks gather weights inside of each block"
+        need(not (self.compile and self.zero_stage == 3), "train.compile", rule, self.compile)
         return self
 
     @model_validator(mode="after")

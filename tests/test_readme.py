@@ -127,7 +127,7 @@ def test_every_config_is_valid_and_listed(file: str):
 
 
 def test_help_explains_every_command():
-    for command in ("prepare", "train", "eval", "rank", "show", "config show"):
+    for command in ("prepare", "train", "eval", "rank", "show", "profile", "plan", "config show"):
         result = CliRunner().invoke(app, [*command.split(), "--help"])
         assert result.exit_code == 0, result.output
 

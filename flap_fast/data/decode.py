@@ -120,5 +120,12 @@ class _Mels:
         return self
 
     def __next__(self) -> Tensor:
-        out = next(self._decoder).to(self._device, non_blocking=True)
+        out = to_device(next(self._decoder), self._device)
         return out if self._mel is None else self._mel(out)
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A copy that the host does not wait for: to a GPU only out of pinned memory."""
+    if device.type == "cuda" and not x.is_cuda:
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from flap_fast.config import Config
 from flap_fast.data.batch import BadClip, Batch
 from flap_fast.data.captions import Tokenizer
-from flap_fast.data.decode import Encoded, decode_one, log_mels
+from flap_fast.data.decode import Encoded, decode_one, log_mels, to_device
 from flap_fast.data.draws import Stream, uniforms
 from flap_fast.data.mel import kaldi_log_mel, normalise, spec_augment
 from flap_fast.data.order import Order
@@ -136,11 +136,11 @@ class TrainingLoader:
         audio = self._config.audio
         pairs = zip(share.sounds, share.where, strict=True)
         waves = np.stack([decode_one(sound, float(where), audio) for sound, where in pairs])
-        return self._mel(torch.from_numpy(waves).to(self._ranks.device))
+        return self._mel(to_device(torch.from_numpy(waves), self._ranks.device))
 
     def _batch(self, share: _Share, mel: Tensor) -> Batch:
         config, device = self._config, self._ranks.device
-        visits = share.visits.to(device, non_blocking=True)
+        visits = to_device(share.visits, device)
         post = config.specaug.domain == "post_norm"
         if post:
             mel = normalise(mel, config.audio)
@@ -150,8 +150,8 @@ class TrainingLoader:
         ids, attention_mask = self._tokenizer(share.captions)
         return Batch(
             mel=mel[:, None],
-            ids=ids.to(device, non_blocking=True),
-            attention_mask=attention_mask,
+            ids=to_device(ids, device),
+            attention_mask=attention_mask.pin_memory() if device.type == "cuda" else attention_mask,
             visits=visits,
             clips=share.clips,
             epoch=self.order.epoch(share.step),

@@ -26,4 +26,5 @@ def contrastive(outputs: Outputs, config: Config) -> Tensor:
         outputs["scale"],
         direction=settings.direction,
         scheme=settings.scheme,
+        equal_shares=True,  # the loader's are; asking would wait for the device
     )

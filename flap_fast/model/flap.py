@@ -80,8 +80,13 @@ class Flap(nn.Module):
         return functional.normalize(x.float(), dim=-1)
 
     def _autocast(self, device: torch.device) -> torch.autocast:
-        on = self.precision == "bf16" or (self.precision == "auto" and device.type == "cuda")
+        on = takes_bf16(self.precision, device)
         return torch.autocast(device.type, torch.bfloat16, enabled=on)
+
+
+def takes_bf16(precision: str, device: torch.device) -> bool:
+    """Whether the towers' products are bf16 with this train.precision on this device."""
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
 
 
 def _head(width: int, joint: int) -> nn.Sequential:

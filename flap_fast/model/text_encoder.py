@@ -86,7 +86,7 @@ class TextEncoder(nn.Module):
 
     def _padded(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
         attention_mask = attention_mask.to(ids.device, non_blocking=True)
-        out = self.inner(input_ids=ids, attention_mask=attention_mask)
+        out = self.inner(input_ids=ids, attention_mask=self._mask_for_attention(attention_mask))
         if self.pool == "pooler":
             return out.pooler_output.float()
         states = out.last_hidden_state.float()
@@ -104,6 +104,16 @@ class TextEncoder(nn.Module):
             return packed.mean(states.float())
         first = packed.first(states)
         return (first if self.pool == "cls" else self.inner.pooler(first[:, None])).float()
+
+    def _mask_for_attention(self, attention_mask: Tensor) -> Tensor:
+        """(B, 1, 1, L) where the encoder takes it: of (B, L), transformers asks `mask.all()`.
+
+        That answer would have the host wait, in each step, for all that the GPU has still to do.
+        """
+        sdpa = self.inner.config._attn_implementation == "sdpa"
+        if sdpa and hasattr(self.inner, "_create_attention_masks"):
+            return attention_mask[:, None, None, :].bool()
+        return attention_mask
 
 
 def _from_folder(text: Text, weights: bool):

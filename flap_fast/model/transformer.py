@@ -7,6 +7,7 @@ B clips   L tokens   D width
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,7 +56,11 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm block; in training each branch of a clip is left out with `drop_path`."""
+    """One pre-norm block; in training each branch of a clip is left out with `drop_path`.
+
+    What stays is drawn outside of `forward`: all blocks are one and the same function of tensors,
+    whatever their rates, and a compiled one draws nothing of its own.
+    """
 
     def __init__(self, width: int, heads: int, drop_path: float = 0.0, backend: str = "sdpa"):
         super().__init__()
@@ -65,15 +70,19 @@ class Block(nn.Module):
         self.mlp = Mlp(width)
         self.drop_path = drop_path
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self._dropped(self.attn(self.norm1(x)))
-        return x + self._dropped(self.mlp(self.norm2(x)))
+    def forward(self, x: Tensor, stays: Tensor | None = None) -> Tensor:
+        """(B, L, D) -> (B, L, D); `stays` (2, B, 1, 1) weighs the branches of each clip."""
+        attended = self.attn(self.norm1(x))
+        x = x + (attended if stays is None else attended * stays[0])
+        more = self.mlp(self.norm2(x))
+        return x + (more if stays is None else more * stays[1])
 
-    def _dropped(self, branch: Tensor) -> Tensor:
+    def draw(self, x: Tensor) -> Tensor | None:
+        """The branches that stay, 1 / (1 - drop_path) each, and 0 for the others."""
         if not self.training or self.drop_path == 0:
-            return branch
-        stays = branch.new_empty(len(branch), 1, 1).bernoulli_(1 - self.drop_path)
-        return branch * stays / (1 - self.drop_path)
+            return None
+        rest = 1 - self.drop_path
+        return x.new_empty(2, len(x), 1, 1).bernoulli_(rest) / rest
 
 
 class Blocks(nn.ModuleList):
@@ -92,17 +101,35 @@ class Blocks(nn.ModuleList):
         backend: str = "sdpa",
         recompute: bool = False,
     ):
-        rates = torch.linspace(0, drop_path, depth).tolist()
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
         super().__init__(Block(width, heads, rate, backend) for rate in rates)
         self.recompute = recompute
+        self._training_run: Run = _run
+
+    def compile_training(self) -> None:
+        """Run the blocks through torch.compile in training: one graph for all of a shape.
+
+        Evaluation stays as it is: its batches come in other shapes, each a compilation. Names in
+        the state dict stay too.
+        """
+        self._training_run = torch.compile(_run, dynamic=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        run = self._training_run if self.training else _run
         for block in self:
+            stays = block.draw(x)  # type: ignore[operator]
             if self.recompute and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)  # type: ignore[assignment]
+                x = checkpoint(run, block, x, stays, use_reentrant=False)  # type: ignore[assignment]
             else:
-                x = block(x)
+                x = run(block, x, stays)
         return x
+
+
+Run = Callable[[nn.Module, Tensor, "Tensor | None"], Tensor]
+
+
+def _run(block: nn.Module, x: Tensor, stays: Tensor | None) -> Tensor:
+    return block(x, stays)
 
 
 def initialise(module: nn.Module) -> None:

@@ -35,7 +35,7 @@ from flap_kernels.infonce_launch import Precision
 Scheme = Literal["auto", "replicated", "sharded"]
 
 # Above this many clips a rank, a third less arithmetic outweighs the exchange in the backward.
-_REPLICATED_ROWS = 1500
+REPLICATED_ROWS = 1500
 
 
 def infonce_ranks(
@@ -68,7 +68,7 @@ def infonce_ranks(
     if shares.total == 0:
         raise ValueError("audio must hold at least one row on some rank, got 0 on all")
     if scheme == "auto":
-        few = max(shares.audio) <= _REPLICATED_ROWS and shares.audio == shares.text
+        few = max(shares.audio) <= REPLICATED_ROWS and shares.audio == shares.text
         scheme = "replicated" if few else "sharded"
     if scheme == "replicated" and shares.audio != shares.text:
         raise ValueError("scheme must be sharded where text has more rows than audio")

@@ -1,0 +1,113 @@
+"""A device: its name, what it can do at most, its memory, and what this process takes of it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import time
+from pathlib import Path
+
+import torch
+
+_STATUS, _REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_MACHINE, _GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+
+
+class Memory:
+    """This process's memory on a device, in bytes: of a GPU what PyTorch has allocated, of a CPU
+    the resident set above what it was when this was made."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._base = 0 if device.type == "cuda" else resident_bytes()
+
+    @property
+    def what(self) -> str:
+        """What the numbers mean, in words."""
+        if self._device.type == "cuda":
+            return "allocated on the GPU by PyTorch"
+        return "resident, above the start"
+
+    def begin(self) -> None:
+        """Peaks count from now (on a CPU: where the kernel lets a process reset its peak)."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        elif _REFERENCES.exists():
+            _REFERENCES.write_text("5")
+
+    def peak(self) -> int:
+        """The most since `begin`."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        return _status("VmHWM", _peak_of_the_process) - self._base
+
+    def steady(self) -> int:
+        """What is held now, between steps."""
+        if self._device.type == "cuda":
+            return torch.cuda.memory_allocated(self._device)
+        return resident_bytes() - self._base
+
+
+def resident_bytes() -> int:
+    """This process's resident set."""
+    return _status("VmRSS", _peak_of_the_process)
+
+
+def free_bytes(device: torch.device) -> int:
+    """What can still be taken on a device: of a CPU, before the machine or its container swaps."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if _MACHINE.exists():
+        lines = dict(line.split(":", 1) for line in _MACHINE.read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    most, now = _GROUP / "memory.max", _GROUP / "memory.current"
+    if most.exists() and now.exists() and (limit := most.read_text().strip()).isdigit():
+        free = min(free, int(limit) - int(now.read_text()))
+    return free
+
+
+def measure_ceiling(device: torch.device, *, half: bool, seconds: float = 1.0) -> float:
+    """FLOP/s of the best of some large matrix products of random numbers."""
+    size = 8192 if device.type == "cuda" else 1024
+    dtype = torch.bfloat16 if half else torch.float32
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+
+    def wait() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    torch.mm(a, b, out=out)
+    best, until = float("inf"), wait() + seconds
+    begun = wait()
+    while begun < until or best == float("inf"):
+        torch.mm(a, b, out=out)
+        now = wait()
+        best, begun = min(best, now - begun), now
+    return 2 * size**3 / best
+
+
+def device_name(device: torch.device) -> str:
+    """A GPU's name, or how many threads of which processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
+    return f"{torch.get_num_threads()} of {os.cpu_count()} threads, {model}"
+
+
+def _status(name: str, otherwise) -> int:
+    if not _STATUS.exists():
+        return otherwise()
+    lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+    return int(lines[name].split()[0]) * 1024
+
+
+def _peak_of_the_process() -> int:
+    """Where there is no /proc: the most so far, in KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,253 @@
+"""`flap plan`: memory, communication and time of a step on ranks that are not here.
+
+    step = FLOP / (ceiling x share) + optimizer + exposed communication
+
+Parameters are counted on the model itself, FLOP, bytes and memory follow from the formulas of
+`evaluate.flops`, `traffic` and `footprint`; tests hold those against PyTorch's counts. What a
+device and a link can do is assumed, printed, and settable. Latencies, loading and evaluation are
+left out.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from flap_fast.checks import need
+from flap_fast.config import Config
+from flap_fast.evaluate.flops import Flop, scheme_in_force, step_flop
+from flap_fast.model.flap import Flap, takes_bf16
+from flap_fast.model.masking import kept_patches
+from flap_fast.train.engine import BUCKET_NUMBERS
+from flap_fast.train.footprint import Footprint, Parameters, Sizes, footprint
+from flap_fast.train.synthetic import LONGEST, without_files
+from flap_fast.train.traffic import contrastive_traffic, engine_traffic, sent_bytes
+
+# Fused Adam reads weight, gradient and both moments, and writes all but the gradient, in float32.
+_ADAM_BYTES = 7 * 4
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is assumed of the ranks: none of it is measured here."""
+
+    gpus: int = 8
+    nodes: int = 1
+    tflops: float = 790.0
+    """What a rank does at most, in the run's precision: an H100's dense bf16 products."""
+    share: float = 0.5
+    """Of that, over a whole step."""
+    link_bytes_per_s: float = 50e9
+    """What a rank sends between nodes: a 400 Gb/s adapter for each GPU."""
+    local_bytes_per_s: float = 400e9
+    """What a rank sends inside of a node."""
+    memory_gib: float = 80.0
+    """Of a GPU."""
+    memory_bytes_per_s: float = 3e12
+    """Read and written, for the optimizer."""
+    caption_tokens: int = LONGEST
+    """Tokens computed for a caption, padding included."""
+
+    def check(self) -> None:
+        """Raise `ConfigError` for a machine that cannot be."""
+        need(self.gpus >= 1 and self.nodes >= 1, "--gpus and --nodes", "be at least 1", self.gpus)
+        rule = f"be a multiple of the {self.nodes} nodes"
+        each = self.nodes * max(1, self.gpus // self.nodes)
+        need(self.gpus % self.nodes == 0, "--gpus", rule, self.gpus, f"for example {each}")
+        need(0 < self.share <= 1, "--share", "be in (0, 1]", self.share)
+        need(self.tflops > 0, "--tflops", "be above 0", self.tflops)
+        need(self.memory_gib > 0, "--memory-gib", "be above 0", self.memory_gib)
+        need(self.caption_tokens > 0, "--caption-tokens", "be above 0", self.caption_tokens)
+
+    @property
+    def bytes_per_s(self) -> float:
+        """What a rank sends in a ring over all ranks: as fast as its slowest hop."""
+        return self.local_bytes_per_s if self.nodes == 1 else self.link_bytes_per_s
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One kind of communication in a step."""
+
+    sent_bytes: float
+    seconds: float
+    exposed_s: float
+    """What nothing else hides."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A step on a machine."""
+
+    machine: Machine
+    engine: str
+    stage: int
+    scheme: str
+    precision: str
+    clips: int
+    """Of a rank."""
+    parameters: Parameters
+    memory: Footprint
+    largest_clips: int
+    """The most a rank can take, by the same formulas."""
+    flop: dict[str, Flop]
+    compute_s: float
+    optimizer_s: float
+    exchanges: dict[str, Exchange]
+
+    @property
+    def step_s(self) -> float:
+        """Of a whole step."""
+        exposed = sum(e.exposed_s for e in self.exchanges.values())
+        return self.compute_s + self.optimizer_s + exposed
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak stays below a GPU's memory."""
+        return self.memory.peak <= self.machine.memory_gib * 2**30
+
+    @property
+    def clips_per_s(self) -> float:
+        """Over all ranks."""
+        return self.clips * self.machine.gpus / self.step_s
+
+    def remedy(self) -> str:
+        """What to set where it does not fit, in a sentence."""
+        most = self.largest_clips * self.machine.gpus
+        first = f"set train.global_batch={most}, " if most else ""
+        return (
+            f"error: a rank's step must fit in {self.machine.memory_gib:g} GiB, got "
+            f"{self.memory.peak / 2**30:.1f} by these formulas; {first}"
+            "train.checkpoint_activations=true, a higher train.zero_stage or more --gpus"
+        )
+
+
+def plan(config: Config, machine: Machine) -> Plan:
+    """Predict a step.
+
+    Raises:
+        ConfigError: ranks that cannot share the batch or the nodes.
+    """
+    machine.check()
+    batch, world = config.train.global_batch, machine.gpus
+    rule = f"be a multiple of the {world} ranks"
+    nearest = max(world, round(batch / world) * world)
+    remedy = f"for example train.global_batch={nearest}"
+    need(batch % world == 0, "train.global_batch", rule, batch, remedy)
+    engine = config.train.engine
+    if engine == "auto":
+        engine = "plain" if world == 1 else "deepspeed"
+    need(engine == "deepspeed" or world == 1, "train.engine", "be deepspeed over ranks", engine)
+    with without_files(config) as complete, torch.device("meta"):
+        sizes = Sizes.of(Flap(complete, weights=False))
+    return _plan(config, machine, sizes, engine)
+
+
+def _plan(config: Config, machine: Machine, sizes: Sizes, engine: str) -> Plan:
+    world = machine.gpus
+    clips = config.train.global_batch // world
+    half = takes_bf16(config.train.precision, torch.device("cuda"))
+    lengths = [min(machine.caption_tokens, config.text.max_tokens)] * clips
+    kept = kept_patches(config.mask, config.audio.grid)
+    flop = step_flop(config, sizes.text, lengths, kept=kept, world=world)
+    rate = machine.tflops * 1e12 * machine.share
+    stage = config.train.zero_stage if engine == "deepspeed" else 0
+    shared = world if stage else 1
+    trained = sizes.parameters.trained
+
+    def memory(clips: int) -> Footprint:
+        some = lengths[:1] * clips
+        return footprint(config, sizes, some, world, engine=engine, kept=kept, half=half)
+
+    return Plan(
+        machine=machine,
+        engine=engine,
+        stage=stage,
+        scheme=scheme_in_force(config, clips, world),
+        precision="bf16" if half else "fp32",
+        clips=clips,
+        parameters=sizes.parameters,
+        memory=memory(clips),
+        largest_clips=_largest(lambda n: memory(n).peak, machine.memory_gib * 2**30),
+        flop=flop,
+        compute_s=sum(f.total for f in flop.values()) / rate,
+        optimizer_s=_ADAM_BYTES * trained / shared / machine.memory_bytes_per_s,
+        exchanges=_exchanges(config, machine, sizes, clips, stage, flop, rate),
+    )
+
+
+def _exchanges(
+    config: Config,
+    machine: Machine,
+    sizes: Sizes,
+    clips: int,
+    stage: int,
+    flop: dict[str, Flop],
+    rate: float,
+) -> dict[str, Exchange]:
+    world = machine.gpus
+    engine = engine_traffic(stage, sizes.groups, world)
+    phases = contrastive_traffic(config, clips, world) | {
+        "gradients": engine["backward"],
+        "weights": engine["step"],
+    }
+    sent = {name: sent_bytes(traffic, world) for name, traffic in phases.items()}
+    seconds = {name: n / machine.bytes_per_s for name, n in sent.items()}
+    exposed = dict(seconds)
+    if stage:
+        # Buckets go out as the backward goes on; nothing hides the last one.
+        buckets = -(-sizes.parameters.trained // BUCKET_NUMBERS)
+        hidden = sum(f.backward + f.recomputed for f in flop.values()) / rate
+        reduced = seconds["gradients"]
+        exposed["gradients"] = max(reduced / buckets, reduced - hidden)
+    if stage == 3:  # gathered ahead of the forward that uses them
+        ahead = sum(f.forward for f in flop.values()) / rate
+        exposed["weights"] = max(0.0, seconds["weights"] - ahead)
+    names = {
+        "forward": "embeddings, forward",
+        "backward": "embeddings, backward",
+        "gradients": "gradients, backward",
+        "weights": "weights, after the step" if stage < 3 else "weights, before their use",
+    }
+    return {
+        label: Exchange(sent[name], seconds[name], exposed[name]) for name, label in names.items()
+    }
+
+
+def _largest(peak: Any, limit: float) -> int:
+    """The most clips whose peak stays within the limit; 0 if not even one's does."""
+    low, high = 0, 1
+    while peak(high) <= limit and high < 2**24:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if peak(middle) <= limit else (low, middle)
+    return low
+
+
+_UNITS = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "": 1.0}
+
+
+def parse_rate(name: str, value: str) -> float:
+    """Bytes a second from `50GB/s` or, in bits, `400Gb/s`.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    match = re.fullmatch(r"\s*([\d.]+)\s*([kKMGT]?)(B|b|bit)/s\s*", value)
+    number = float(match[1]) if match and re.fullmatch(r"\d+(\.\d+)?", match[1]) else 0.0
+    rule = "be a rate above 0, as in 50GB/s or, in bits, 400Gb/s"
+    need(match is not None and number > 0, name, rule, value)
+    assert match is not None
+    return number * _UNITS[match[2].lower()] / (1 if match[3] == "B" else 8)
+
+
+def as_json(planned: Plan) -> dict[str, Any]:
+    """The plan as plain numbers."""
+    found = asdict(replace(planned, flop={}))
+    found["flop"] = {name: asdict(f) | {"total": f.total} for name, f in planned.flop.items()}
+    more = ("step_s", "clips_per_s", "fits")
+    return found | {name: getattr(planned, name) for name in more}

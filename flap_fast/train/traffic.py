@@ -1,0 +1,130 @@
+"""Bytes that a rank sends in a step: by formula, and counted on the collectives themselves.
+
+A collective of W ranks, n bytes being the whole of it (what an all-gather gives, what a
+reduce-scatter takes, the tensor of an all-reduce), has each rank send
+
+    all-gather, reduce-scatter, broadcast, reduce  (W-1)/W n        all-reduce  2 (W-1)/W n
+
+as a ring sends them: no algorithm sends fewer, whatever a library chooses. Formulas and counter
+speak of n by kind, so that they can be compared in whole numbers.
+
+    W ranks   b clips of a rank   B = b W   d joint width   P trained parameters
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flap_fast.config import Config
+from flap_fast.evaluate.flops import scheme_in_force
+
+# The share of n that each rank sends, in units of (W-1)/W.
+_TIMES = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "broadcast": 1, "reduce": 1}
+_FLOAT, _DOUBLE = 4, 8
+# DeepSpeed aligns a rank's part of a flat group of parameters to this many numbers.
+_ALIGNED = 2
+
+Traffic = Counter[str]
+"""Bytes n by kind of collective."""
+
+
+def sent_bytes(traffic: Traffic, world: int) -> float:
+    """What one rank sends."""
+    return sum(_TIMES[kind] * n for kind, n in traffic.items()) * (world - 1) / world
+
+
+def contrastive_traffic(config: Config, clips: int, world: int) -> dict[str, Traffic]:
+    """Of InfoNCE in `forward` and in `backward`, `clips` a rank; embeddings are float32."""
+    B, d = clips * world, config.joint.width
+    sides = 2 if config.loss.contrastive.direction == "symmetric" else 1
+    scheme = scheme_in_force(config, clips, world)
+    if scheme == "alone" or not config.loss.contrastive.weight:
+        return {"forward": Counter(), "backward": Counter()}
+    if scheme == "replicated":
+        # Audio and text; then of each clip its sums and its positive.
+        forward = Counter(all_gather=_FLOAT * B * (2 * d + sides + 1))
+        return {"forward": forward, "backward": Counter()}
+    forward = Counter(all_gather=_FLOAT * B * d)
+    # Columns' maxima with the positives, then columns' sums with the loss; or the loss alone.
+    columns = config.loss.contrastive.direction != "a2t"
+    forward["all_reduce"] = _FLOAT * (2 * B + B + 1 if columns else 1)
+    return {"forward": forward, "backward": Counter(reduce_scatter=_FLOAT * B * d)}
+
+
+def engine_traffic(stage: int, groups: Sequence[Sequence[int]], world: int) -> dict[str, Traffic]:
+    """Of DeepSpeed in `backward` and in `step`, with fp32 parameters and gradients.
+
+    Stage 3 gathers each parameter once a step: the large ones in the forward, kept for the
+    backward (up to DeepSpeed's 1e9 live numbers), the small ones after the step.
+
+    Args:
+        groups: the numbers in each parameter, by group of the optimizer.
+    """
+    if world == 1:
+        return {"backward": Counter(), "step": Counter()}
+    every = [n for group in groups for n in group]
+    if stage == 3:
+        padded = _FLOAT * sum(_padded(n, world) for n in every)
+        step = Counter(all_gather=padded, all_reduce=_DOUBLE * len(groups))
+        return {"backward": Counter(reduce_scatter=padded), "step": step}
+    step = Counter()
+    if stage:
+        flat = (_padded(sum(group), _ALIGNED * world) for group in groups)
+        step = Counter(all_gather=_FLOAT * sum(flat), all_reduce=_FLOAT * len(groups))
+    return {"backward": Counter(all_reduce=_FLOAT * sum(every)), "step": step}
+
+
+def _padded(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+class CountTraffic(TorchDispatchMode):
+    """Inside, `traffic` adds up the collectives of all process groups, and `calls` counts them.
+
+    It sees what reaches c10d's operators, whoever calls them and by whatever name.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.traffic: Traffic = Counter()
+        self.calls: Traffic = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d" and (found := _OPERATORS.get(func._schema.name[6:])):
+            kind, argument = found
+            self.traffic[kind] += sum(
+                x.numel() * x.element_size() for x in _tensors(args[argument])
+            )
+            self.calls[kind] += 1
+        elif func.namespace == "c10d" and "barrier" not in func._schema.name:
+            raise NotImplementedError(f"bytes of {func._schema.name} are not known here")
+        return func(*args, **(kwargs or {}))
+
+
+# Of an operator: the collective, and the argument that is the whole of it.
+_OPERATORS = {
+    "allgather_": ("all_gather", 0),
+    "_allgather_base_": ("all_gather", 0),
+    "allgather_into_tensor_coalesced_": ("all_gather", 0),
+    "reduce_scatter_": ("reduce_scatter", 1),
+    "_reduce_scatter_base_": ("reduce_scatter", 1),
+    "reduce_scatter_tensor_coalesced_": ("reduce_scatter", 1),
+    "allreduce_": ("all_reduce", 0),
+    "allreduce_coalesced_": ("all_reduce", 0),
+    "broadcast_": ("broadcast", 0),
+    "reduce_": ("reduce", 0),
+}
+
+
+def _tensors(value: Any) -> Iterable[Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            yield from _tensors(one)
