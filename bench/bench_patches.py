@@ -13,6 +13,7 @@ import torch
 
 from bench.measure import compiled, why_not_compiled
 from bench.patches import AUDIOMAE, PLAN, arguments, reconstruction
+from bench.peers import ours
 from bench.tasks import forward, gradients
 from flap_kernels import KERNELS, draw_plan
 from flap_kernels.draw_plan import draw_plan_reference
@@ -21,14 +22,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 B = 288 if DEVICE == "cuda" else 8
 
 
-@pytest.mark.parametrize("way", ["ours", "eager", "compiled"])
+@pytest.mark.parametrize("way", [ours(DEVICE), "eager", "compiled"])
 @pytest.mark.parametrize("op", AUDIOMAE)
 def test_forward_and_backward(benchmark, op, way):
-    ours = KERNELS[op].op if op in KERNELS else reconstruction
+    mine = KERNELS[op].op if op in KERNELS else reconstruction
     if way == "compiled" and why_not_compiled(DEVICE):
         pytest.skip(f"torch.compile does not work here: {why_not_compiled(DEVICE)}")
     eager = AUDIOMAE[op]
-    chosen = {"ours": ours, "eager": eager, "compiled": compiled(eager)}[way]
+    chosen = {"eager": eager, "compiled": compiled(eager)}.get(way, mine)
     given = arguments(op, B, DEVICE)
     leaves = {n: x for n, x in given.items() if isinstance(x, torch.Tensor) and x.requires_grad}
     with torch.no_grad():
@@ -49,10 +50,10 @@ def test_forward_and_backward(benchmark, op, way):
     benchmark(step)
 
 
-@pytest.mark.parametrize("way", ["ours", "eager"])
+@pytest.mark.parametrize("way", [ours(DEVICE), "eager"])
 def test_draw_plan(benchmark, way):
     visits = torch.arange(B, device=DEVICE)
-    draw = draw_plan if way == "ours" else draw_plan_reference
+    draw = draw_plan_reference if way == "eager" else draw_plan
 
     def step():
         draw(visits, **PLAN)

@@ -46,10 +46,11 @@ def main(arguments: list[str] | None = None) -> int:
         f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, {facts['commit']}"
     )
     for row in result["rows"]:
+        error = "" if row["error"] is None else f"  error {row['error']:.1e}"
         print(
             f"{row['B']} x {row['D']}  {row['provider']:18} {row['median_ms']:8.0f} ms "
-            f"({row['low_ms']:.0f}-{row['high_ms']:.0f}, {row['rounds']} rounds)  "
-            f"{row['peak_mib']:6.0f} MiB above the inputs  error {row['error']:.1e}"
+            f"({row['low_ms']:.0f}-{row['high_ms']:.0f}, rounds: {row['rounds']})  "
+            f"{row['peak_mib']:6.0f} MiB above the inputs{error}"
         )
     figures = result["figures"]
     print(f"{B_LARGE} x {D}: {figures['large_gb']:.3f} GB above the inputs (goal <= 1)")

@@ -27,6 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flap_kernels.launch import interpreted
+
 Call = Callable[[], object]
 
 # On a GPU each call runs this often in a row, then the next provider's turn comes.
@@ -58,8 +60,11 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Time calls that have run before, in turns, for about `budget_s` in all.
 
-    Each gets `least_rounds` even if that takes longer.
+    Each gets `least_rounds` even if that takes longer. Raises RuntimeError under Triton's
+    interpreter: such a time says nothing.
     """
+    if interpreted():
+        raise RuntimeError("a benchmark must not be interpreted: unset TRITON_INTERPRET")
     if device == "cpu":
         once_s = sum(_cpu_times(call, 1)[0] for call in calls.values()) / 1000
         rounds = min(_MOST_ROUNDS, max(least_rounds, math.floor(budget_s / max(once_s, 1e-9))))

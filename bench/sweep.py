@@ -75,7 +75,8 @@ def measure(
     begin: Begin = lambda stage: None,
 ) -> list[Row]:
     """Every provider's rows at a task; `barred` has `STATUS: REASON` of those not to be run."""
-    torch._dynamo.reset()
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()  # each size is compiled anew, and the count of them is limited
     begin("arguments")
     asked = problem(task, device)
     # draw_plan has nothing to go back through: its forward is all of it.

@@ -14,7 +14,7 @@ import torch
 
 from bench import contract, gpu
 from bench.goals import GOALS
-from bench.measure import peak_bytes
+from bench.measure import Timing, interleaved, peak_bytes
 from bench.sweep import BOTH
 from bench.tasks import Task, problem, providers, tasks
 from flap_kernels import KERNELS
@@ -28,6 +28,7 @@ def quick(tmp_path_factory):
     out = tmp_path_factory.mktemp("bench")
     with pytest.MonkeyPatch.context() as patch:
         lines: list[str] = []
+        patch.delenv("TRITON_INTERPRET", raising=False)
         patch.setattr("builtins.print", lambda *words, **_: lines.append(" ".join(map(str, words))))
         status = gpu.main([*SMALL, "--ops", "infonce,draw_plan", "--out", str(out)])
     return out, "\n".join(lines), status
@@ -68,6 +69,21 @@ def test_peak_memory_of_whole_logits_is_at_least_the_logits():
     peak = peak_bytes(call, "cpu")
     assert peak is not None
     assert 2 * 2**24 <= peak < 2.2 * 2**24
+
+
+def test_nothing_interpreted_is_timed(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
+        interleaved({"nothing": lambda: None}, "cpu", budget_s=0)
+
+
+def test_calls_take_turns_and_get_their_rounds():
+    turns: list[str] = []
+    calls = {name: lambda name=name: turns.append(name) for name in "ab"}
+    times = interleaved(calls, "cpu", budget_s=0, least_rounds=3)
+    assert "".join(turns) == "ab" * 4  # once to see how long they take
+    assert {timing.rounds for timing in times.values()} == {3}
+    assert Timing.of([5.0, 1.0, 2.0, 3.0, 4.0, 100.0]) == Timing(3.5, 2.0, 5.0, 6)
 
 
 def test_missing_peers_are_listed_and_the_table_comes_last(quick):
@@ -157,7 +173,7 @@ def test_what_time_does_not_reach_says_so():
 def test_files_that_need_what_is_missing_are_left_out_by_name(tmp_path):
     (tmp_path / "test_fine.py").write_text("def test_it():\n    pass\n")
     (tmp_path / "test_needy.py").write_text("import no_such_package\n")
-    (tmp_path / "test_ours.py").write_text("import flap_kernels.no_such_module\n")
+    (tmp_path / "test_ours.py").write_text("import bench.no_such_module\n")
     command = [sys.executable, "-m", "pytest", "-q", f"--junit-xml={tmp_path}/report.xml", *ALONE]
     alone = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=alone, capture_output=True, check=False)
