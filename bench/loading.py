@@ -33,7 +33,6 @@ from bench import report
 from bench.machine import ROOT, machine, save
 from bench.measure import Timing
 from flap_fast.config import Audio
-from flap_fast.data.dali import DaliDecoder
 from flap_fast.data.decode import TorchDecoder
 from flap_fast.data.prepare import ahead
 from flap_fast.data.shards import Shards, open_shards, pack, write_atomically
@@ -82,6 +81,8 @@ def _encoded(shards: Shards) -> Iterator[tuple[list[bytes], np.ndarray]]:
 
 def dali(shards: Shards) -> Batches:
     """`frontend.backend: dali_wave`."""
+    from flap_fast.data.dali import DaliDecoder  # Linux only
+
     return DaliDecoder(
         _encoded(shards),
         AUDIO,
