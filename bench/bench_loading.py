@@ -1,0 +1,24 @@
+"""Loading: 256 clips of 10 s from FLAC shards to waveforms at 16 kHz, on all cores.
+
+pytest bench/bench_loading.py      `python -m bench.loading` lets the ways take turns
+"""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("nvidia.dali", reason="DALI is not installed here")
+pytest.importorskip("torchaudio", reason="torchaudio is a part of the dev extra")
+
+from bench.loading import BATCH, CORES, TIMED, WAYS, Way, drain, write_shards
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return write_shards(tmp_path_factory.mktemp("shards"), clips=64)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: f"{way.name}, {way.stored_hz // 1000} kHz")
+def test_waveforms(benchmark, shards, way: Way):
+    benchmark.group = f"{BATCH * TIMED} clips, {way.stored_hz // 1000} kHz FLAC, {CORES} cores"
+    benchmark.pedantic(drain, setup=lambda: ((way.filled(shards),), {}), rounds=3)

@@ -1,0 +1,134 @@
+"""AudioMAE's way with patches, written out in PyTorch, and what the ops of patches are tried on.
+
+The masks are the paper's: of 64 x 8 patches, 51 columns and 6 rows of each stay, 306 of 512.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flap_kernels import draw_plan, keep_tokens, masked_mse
+
+T, BINS, P, N, D, H = 1024, 128, 16, 512, 768, 512
+PLAN = {
+    "seed": 0,
+    "streams": (3, 4),
+    "grid": (64, 8),
+    "columns": 51,
+    "rows": 6,
+    "shared": True,
+}
+
+
+def _whole_index(index: Tensor, width: int) -> Tensor:
+    """AudioMAE's index for a gather: the number of each token, written once for each feature."""
+    return index.unsqueeze(-1).repeat(1, 1, width)
+
+
+def _embed(mel, keep, weight, bias, position):
+    x = F.conv2d(mel[:, None], weight.view(-1, 1, P, P), bias, stride=P)
+    x = x.flatten(2).transpose(1, 2) + position
+    return x.gather(1, _whole_index(keep, x.shape[2]))
+
+
+def _keep(x, keep):
+    return x.gather(1, _whole_index(keep, x.shape[2]))
+
+
+def _restore(y, restore, mask_token, position):
+    masks = mask_token.repeat(y.shape[0], restore.shape[1] - y.shape[1], 1)
+    x = torch.cat([y, masks.to(y.dtype)], 1)
+    return x.gather(1, _whole_index(restore, x.shape[2])) + position
+
+
+def _reconstruction(x, weight, bias, mel, keep, drop, restore):
+    predicted = F.linear(x, weight, bias)
+    cells = mel.reshape(-1, T // P, P, BINS // P, P).transpose(2, 3)
+    target = cells.reshape(-1, N, P * P)
+    mean, var = target.mean(-1, keepdim=True), target.var(-1, keepdim=True)
+    error = (predicted - (target - mean) / (var + 1e-6) ** 0.5).square().mean(-1)
+    mask = torch.ones_like(error)
+    mask[:, : keep.shape[1]] = 0
+    mask = mask.gather(1, restore)
+    return (error * mask).sum() / mask.sum()
+
+
+def reconstruction(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mel: Tensor,
+    keep: Tensor,
+    drop: Tensor,
+    restore: Tensor,
+) -> Tensor:
+    """The error of the masked patches from what a decoder gives for all of them, (B, N, H)."""
+    return masked_mse(keep_tokens(x, drop), weight, bias, mel, drop, norm_pix=True)
+
+
+AUDIOMAE: dict[str, Callable[..., Tensor]] = {
+    "patch_embed": _embed,
+    "keep_tokens": _keep,
+    "restore_tokens": _restore,
+    "reconstruction": _reconstruction,
+}
+"""By the name of what they are held against, and with its arguments."""
+
+
+def arguments(op: str, B: int, device: str) -> dict[str, Any]:
+    """What the op is called with, by name; leaves take gradients.
+
+    On a GPU tokens are bfloat16, as autocast leaves them; weights and log-mels are float32.
+    """
+    torch.manual_seed(0)
+    narrow = torch.bfloat16 if device == "cuda" else torch.float32
+    visits = torch.arange(B, device=device)
+
+    def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return (torch.randn(shape, device=device) / 16).to(dtype).requires_grad_()
+
+    def mel() -> Tensor:
+        return torch.randn(B, T, BINS, device=device)
+
+    if op == "draw_plan":
+        return {"visits": visits, **PLAN}
+    keep, drop, restore = draw_plan(visits, **PLAN)
+    K, M = keep.shape[1], drop.shape[1]
+    return {
+        "patch_embed": lambda: {
+            "mel": mel(),
+            "keep": keep,
+            "weight": leaf(D, P * P),
+            "bias": leaf(D),
+            "position": leaf(N, D, dtype=narrow).detach(),
+        },
+        "keep_tokens": lambda: {"x": leaf(B, N, D, dtype=narrow), "keep": keep},
+        "restore_tokens": lambda: {
+            "y": leaf(B, K, H, dtype=narrow),
+            "restore": restore,
+            "mask_token": leaf(H, dtype=narrow),
+            "position": leaf(N, H, dtype=narrow).detach(),
+        },
+        "masked_mse": lambda: {
+            "hidden": leaf(B, M, H, dtype=narrow),
+            "weight": leaf(P * P, H),
+            "bias": leaf(P * P),
+            "mel": mel(),
+            "drop": drop,
+            "norm_pix": True,
+        },
+        "reconstruction": lambda: {
+            "x": leaf(B, N, H, dtype=narrow),
+            "weight": leaf(P * P, H),
+            "bias": leaf(P * P),
+            "mel": mel(),
+            "keep": keep,
+            "drop": drop,
+            "restore": restore,
+        },
+    }[op]()

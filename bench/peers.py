@@ -1,0 +1,172 @@
+"""Who else computes InfoNCE: each peer as (audio, text, scale) -> (), called as its authors say.
+
+Both directions, mean over the batch, all of them; a peer of one direction is called twice. What a
+peer cannot do or does otherwise stands in its `note`. Peers are other people's packages, and none
+is needed: making one that is not installed raises ModuleNotFoundError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.measure import compiled
+from flap_kernels import infonce
+from flap_kernels.infonce import infonce_reference
+
+# 1 / 0.07, where training starts. Some peers take it as a number: it is fixed for all.
+SCALE = 1 / 0.07
+
+Way = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to compute an op; called with the op's arguments by name."""
+
+    way: Way
+    version: str = ""
+    logit_bytes: float = 0.0
+    """Bytes that it certainly holds at once for each of the B x B logits."""
+    learns_scale: bool = True
+    same: bool = True
+    """Whether it is the same function, so that its result can be checked."""
+    note: str = ""
+
+
+def open_clip_form(audio: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    """The loss as open_clip's trainer spells it on one process: two matrices, two losses."""
+    target = torch.arange(len(audio), device=audio.device)
+    by_audio = scale * audio @ text.T
+    by_text = scale * text @ audio.T
+    return (F.cross_entropy(by_audio, target) + F.cross_entropy(by_text, target)) / 2
+
+
+def _both_ways(one_way: Way) -> Way:
+    """The mean of a loss of rows against columns, and of columns against rows."""
+
+    def loss(audio: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        target = torch.arange(len(audio), device=audio.device)
+        return (one_way(audio, text, target, scale) + one_way(text, audio, target, scale)) / 2
+
+    return loss
+
+
+def _linear_cross_entropy() -> Provider:
+    function: Any = getattr(F, "linear_cross_entropy", None)
+    options: Any = getattr(torch.nn, "LinearCrossEntropyOptions", None)
+    if function is None or options is None:
+        raise ModuleNotFoundError("torch >= 2.13 has F.linear_cross_entropy")
+
+    def one_way(rows: Tensor, columns: Tensor, target: Tensor, scale: Tensor) -> Tensor:
+        return function(scale * rows, columns, target, options=options())
+
+    return Provider(_both_ways(one_way), torch.__version__)
+
+
+def _open_clip() -> Provider:
+    loss = import_module("open_clip.loss").ClipLoss()
+    return Provider(
+        lambda audio, text, scale: loss(audio, text, scale),
+        version("open_clip_torch"),
+        logit_bytes=8.0,
+    )
+
+
+def _memeff() -> Provider:
+    # Its default, stable=True, multiplies the gradients by sqrt(B * temperature).
+    loss = import_module("memeff").MemoryEfficientCLIPLoss(
+        temperature=1 / SCALE, normalized_inputs=True, stable=False
+    )
+    return Provider(
+        lambda audio, text, scale: loss(audio, text),
+        version("memeff"),
+        learns_scale=False,
+        note="no gradient of the scale",
+    )
+
+
+def _inf_cl() -> Provider:
+    loss = import_module("inf_cl").cal_flash_loss
+    return Provider(
+        _both_ways(lambda rows, columns, target, scale: loss(rows, columns, target, scale).mean()),
+        version("inf-cl"),
+        note="tf32; D a multiple of 256",
+    )
+
+
+def _liger() -> Provider:
+    apply = import_module("liger_kernel.ops").LigerFusedLinearCrossEntropyFunction.apply
+
+    def one_way(rows: Tensor, columns: Tensor, target: Tensor, scale: Tensor) -> Tensor:
+        found = apply(scale * rows, columns, target)
+        return found[0] if isinstance(found, tuple) else found
+
+    return Provider(_both_ways(one_way), version("liger-kernel"))
+
+
+def _liger_scaled() -> Provider:
+    apply = import_module("liger_kernel.ops").LigerFusedLinearScaledCrossEntropyFunction.apply
+
+    def one_way(rows: Tensor, columns: Tensor, target: Tensor, scale: Tensor) -> Tensor:
+        return apply(rows, columns, target, 1 / SCALE).mean()
+
+    return Provider(
+        _both_ways(one_way),
+        version("liger-kernel"),
+        learns_scale=False,
+        note="no gradient of the scale",
+    )
+
+
+def _cut_cross_entropy() -> Provider:
+    loss = import_module("cut_cross_entropy").linear_cross_entropy
+    return Provider(
+        _both_ways(lambda rows, columns, target, scale: loss(scale * rows, columns, target)),
+        version("cut-cross-entropy"),
+        note="leaves out small gradients",
+    )
+
+
+def _siglip() -> Provider:
+    loss = import_module("siglip_kernel").fused_siglip_loss
+
+    def sigmoid(audio: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        return loss(audio, text, scale.log(), scale.new_full((), -10.0))
+
+    return Provider(
+        sigmoid,
+        version("siglip-kernel"),
+        same=False,
+        note="the sigmoid loss, another function",
+    )
+
+
+def ours(device: str) -> str:
+    """What our own rows are called: a CPU runs the plain path, not the kernels."""
+    return "ours" if device == "cuda" else "ours, plain path"
+
+
+def infonce_providers(device: str) -> dict[str, Callable[[], Provider]]:
+    """Every way to compute InfoNCE by name; each is made when it is called."""
+    return {
+        ours(device): lambda: Provider(infonce),
+        "reference": lambda: Provider(infonce_reference, logit_bytes=12.0),
+        "reference, compiled": lambda: Provider(compiled(infonce_reference), logit_bytes=4.0),
+        "open_clip's form": lambda: Provider(open_clip_form, logit_bytes=8.0),
+        "open_clip": _open_clip,
+        "F.linear_cross_entropy": _linear_cross_entropy,
+        "memeff": _memeff,
+        "inf_cl": _inf_cl,
+        "liger": _liger,
+        "liger, scaled": _liger_scaled,
+        "cut_cross_entropy": _cut_cross_entropy,
+        "siglip-kernel": _siglip,
+    }

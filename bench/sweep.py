@@ -1,0 +1,274 @@
+"""Measures tasks one after the other: the process that bench/gpu.py starts, and may have to end.
+
+    python -m bench.sweep ORDER RESULTS
+
+ORDER is JSON: the device, the tasks, which provider not to touch again and why, and how long one
+may take. To RESULTS go lines of JSON: `begin` before each thing that can crash or hang, `rows` when
+a task is done. A peer's kernel that reads out of bounds takes this process down, and no other.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.measure import Call, Timing, graphed, interleaved, peak_bytes, reason
+from bench.peers import Provider, ours
+from bench.tasks import Problem, Task, exact, forward, gradients, problem, providers
+
+Begin = Callable[[str], None]
+
+# A call shorter than this is mostly launches, if anything: what the device does is timed as well.
+_LAUNCHES_MS = 3.0
+
+FORWARD, BOTH = "forward", "forward + backward"
+
+
+@dataclass
+class Row:
+    """One provider at one task, or why it has no number."""
+
+    op: str
+    B: int | None
+    provider: str
+    call: str
+    """`forward + backward` or `forward`."""
+    status: str
+    """`measured`, `missing`, `failed`, `too large`, `left out` or `no time`."""
+    reason: str = ""
+    version: str = ""
+    note: str = ""
+    launches: bool = True
+    """False: the replay of a CUDA graph, what the device does alone."""
+    median_ms: float | None = None
+    low_ms: float | None = None
+    high_ms: float | None = None
+    rounds: int = 0
+    peak_mib: float | None = None
+    """Above the arguments; the gradients, which are among it, beside it."""
+    gradients_mib: float | None = None
+    error: float | None = None
+    """The largest relative error of the result and of all gradients, against float64."""
+    flops: float = 0.0
+    bytes_moved: float = 0.0
+    """What the op must do at least, whoever does it: forward and backward."""
+
+    def timed(self, timing: Timing, **changes: Any) -> Row:
+        """The same, measured."""
+        values = {**asdict(self), **asdict(timing), "status": "measured", **changes}
+        return Row(**values)
+
+
+def measure(
+    task: Task,
+    device: str,
+    *,
+    budget_s: float,
+    barred: dict[str, str],
+    begin: Begin = lambda stage: None,
+) -> list[Row]:
+    """Every provider's rows at a task; `barred` has `STATUS: REASON` of those not to be run."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()  # each size is compiled anew, and the count of them is limited
+    begin("arguments")
+    asked = problem(task, device)
+    # draw_plan has nothing to go back through: its forward is all of it.
+    what = BOTH if asked.leaves else FORWARD
+    truth = {} if "truth" in barred else _truth(task, asked, begin)
+    rows: dict[str, Row] = {}
+    runs: dict[str, _Run] = {}
+    for name, make in providers(task.op, device).items():
+        rows[name] = Row(task.op, task.B, name, what, "failed", flops=asked.flops)
+        rows[name].bytes_moved = asked.bytes_moved
+        if name in barred:
+            rows[name].status, rows[name].reason = barred[name].split(": ", 1)
+            continue
+        begin(name)
+        try:
+            provider = make()
+            rows[name].version, rows[name].note = provider.version, provider.note
+            too_large = _too_large(task, provider, device)
+            if too_large:
+                rows[name].status, rows[name].reason = "too large", too_large
+                continue
+            run = _Run(task, asked, provider)
+            _first(run, rows[name], truth, device)
+            once = interleaved({name: run.both}, device, budget_s=0, least_rounds=1)[name]
+        except ModuleNotFoundError as error:
+            rows[name].status, rows[name].reason = "missing", str(error)
+        except torch.OutOfMemoryError as error:
+            rows[name].status, rows[name].reason = "too large", reason(error)
+            _still_alive(device)
+        except Exception as error:  # a peer's, whatever it is: it stands in the row
+            rows[name].reason = reason(error)
+            _still_alive(device)
+        else:
+            rows[name] = rows[name].timed(once)
+            if once.median_ms < 1000 * budget_s / 4:
+                runs[name] = run
+    return _timed(task, rows, runs, device, budget_s, barred, begin)
+
+
+def _timed(
+    task: Task,
+    rows: dict[str, Row],
+    runs: dict[str, _Run],
+    device: str,
+    budget_s: float,
+    barred: dict[str, str],
+    begin: Begin,
+) -> list[Row]:
+    """The rows with times of many rounds, then those of the forward, and of graphs."""
+    begin("timing")
+    both = {name: run.both for name, run in runs.items()}
+    for name, timing in interleaved(both, device, budget_s=budget_s).items():
+        rows[name] = rows[name].timed(timing)
+    more: list[Row] = []
+    plain = {"call": FORWARD, "peak_mib": None, "gradients_mib": None, "flops": 0, "bytes_moved": 0}
+    backs = {name: run for name, run in runs.items() if run.leaves and task.op != "infonce"}
+    forwards: dict[str, Call] = {name: run.forward for name, run in backs.items()}
+    for name, timing in interleaved(forwards, device, budget_s=budget_s / 4).items():
+        more.append(rows[name].timed(timing, **plain))
+    if device == "cuda":
+        for name, run in runs.items():
+            long = (rows[name].median_ms or 0) > _LAUNCHES_MS
+            # Peers are packages with a version: some wait for the device, which breaks a capture.
+            if long or rows[name].version or name + "/graph" in barred:
+                continue
+            begin(name + "/graph")
+            calls: dict[str, tuple[Call, dict[str, Any]]] = {rows[name].call: (run.both, {})}
+            if name in backs:
+                calls[FORWARD] = run.forward, plain
+            for call, changes in calls.values():
+                try:
+                    timing = interleaved({name: graphed(call)}, device, budget_s=0.5)[name]
+                except RuntimeError:  # it waits for the device: such a call has no graph
+                    _still_alive(device)
+                    continue
+                more.append(rows[name].timed(timing, launches=False, **changes))
+    return [*rows.values(), *more]
+
+
+class _Run:
+    """A provider's calls at a task."""
+
+    def __init__(self, task: Task, asked: Problem, provider: Provider):
+        leaves = dict(asked.leaves)
+        if not provider.learns_scale:
+            leaves.pop("scale", None)
+        self.leaves, self._op, self._way, self._given = leaves, task.op, provider.way, asked.given
+        self.provider = provider
+        self.upstream: Tensor | None = None
+
+    def forward(self) -> tuple[Tensor, ...]:
+        return forward(self._way, self._op, self._given)
+
+    def both(self) -> tuple[Tensor, ...]:
+        if not self.leaves:
+            return self.forward()
+        return gradients(self.forward()[0], self.leaves, self.upstream)
+
+
+def _first(run: _Run, row: Row, truth: dict[str, Tensor], device: str) -> None:
+    """The first calls: compiles, checks the results, then measures memory."""
+    outputs = run.forward()
+    first = outputs[0]
+    if run.leaves and first.ndim:
+        run.upstream = _upstream(first)
+    found = gradients(first, run.leaves, run.upstream)
+    if truth and run.provider.same:
+        named = {"output": first, **dict(zip(run.leaves, found, strict=True))}
+        row.error = max(_relative(x.detach(), truth[name]) for name, x in named.items())
+    row.gradients_mib = sum(x.nbytes for x in found) / 2**20
+    del outputs, first, found
+    peak = peak_bytes(run.both, device)
+    row.peak_mib = None if peak is None else peak / 2**20
+
+
+def _truth(task: Task, asked: Problem, begin: Begin) -> dict[str, Tensor]:
+    """The result and the gradients in float64; none where that costs too much."""
+    way = exact(task.op, task.B)
+    if way is None:
+        return {}
+    begin("truth")
+    wide: dict[str, Any] = {}
+    for name, x in asked.given.items():
+        real = isinstance(x, Tensor) and x.is_floating_point()
+        wide[name] = x.detach().double().requires_grad_(x.requires_grad) if real else x
+    leaves = {name: wide[name] for name in asked.leaves}
+    found = way(**wide)
+    first = found[0] if isinstance(found, tuple) else found
+    upstream = _upstream(first) if first.ndim and leaves else None
+    grads = gradients(first, leaves, upstream)
+    return {"output": first.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+def _upstream(like: Tensor) -> Tensor:
+    """A gradient for an output: the same numbers in every type."""
+    draw = torch.Generator(like.device).manual_seed(1)
+    drawn = torch.randn(like.shape, generator=draw, device=like.device)
+    return drawn.bfloat16().to(like.dtype)
+
+
+def _relative(found: Tensor, truth: Tensor) -> float:
+    """The largest error over the largest value."""
+    largest = truth.abs().max().double()
+    return ((found.double() - truth).abs().max() / largest.clamp(min=1e-300)).item()
+
+
+def _too_large(task: Task, provider: Provider, device: str) -> str:
+    """Why a provider of B x B logits is not even tried; empty if it is."""
+    need = provider.logit_bytes * (task.B or 0) ** 2
+    # On a CPU, a process that takes more than there is is ended by the system: stay far away.
+    room = 0.95 * torch.cuda.mem_get_info()[1] if device == "cuda" else 0.5 * _available_bytes()
+    if need <= room:
+        return ""
+    return f"its logits need more than {need / 2**30:.0f} GiB, there are {room / 2**30:.0f}"
+
+
+def _available_bytes() -> float:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return 1024.0 * int(line.split()[1])
+    return 0.0
+
+
+def _still_alive(device: str) -> None:
+    """Raise if the device serves this process no more: the next one is started without it."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def main() -> None:
+    """Work through an order."""
+    order = json.loads(Path(sys.argv[1]).read_text())
+    device = order["device"]
+    assert ours(device)
+    with Path(sys.argv[2]).open("a") as results:
+
+        def write(**event: Any) -> None:
+            results.write(json.dumps(event) + "\n")
+            results.flush()
+
+        for number, fields in order["tasks"]:
+            task = Task(**fields)
+            rows = measure(
+                task,
+                device,
+                budget_s=order["budget_s"],
+                barred=order["barred"].get(task.name, {}),
+                begin=lambda stage, number=number: write(begin=stage, task=number),
+            )
+            write(rows=[asdict(row) for row in rows], task=number)
+
+
+if __name__ == "__main__":
+    main()

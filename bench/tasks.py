@@ -1,0 +1,167 @@
+"""What bench/gpu.py measures: an op at a batch size, and everyone who computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.measure import compiled
+from bench.patches import AUDIOMAE, arguments, reconstruction
+from bench.peers import SCALE, Provider, Way, infonce_providers, ours
+from flap_kernels import KERNELS, cyclic, infonce
+from flap_kernels.cyclic import cyclic_reference
+from flap_kernels.spec import Size
+
+D = 512
+_PAPER_CLIPS = 288
+_MOST_SQUARED, _MOST_CHECKED = 8192, 65_536
+# Their arguments are made in bench/patches.py, for any number of clips.
+_OF_PATCHES = ("patch_embed", "masked_mse", "reconstruction", "keep_tokens", "restore_tokens")
+
+
+@dataclass(frozen=True)
+class Task:
+    """An op at a batch size; `B` is None for a kernel that only its own `inputs` can call."""
+
+    op: str
+    B: int | None
+    size: Size = "paper"
+
+    @property
+    def name(self) -> str:
+        """For messages and tables."""
+        return f"{self.op} B={self.B}" if self.B else f"{self.op} ({self.size})"
+
+
+def tasks(device: str, *, quick: bool) -> list[Task]:
+    """What is measured, the most important first: time may run out."""
+    if device == "cpu":
+        sizes = [Task("infonce", 256), Task("infonce", 512), Task("cyclic", 256)]
+        return sizes + [Task(op, 2) for op in (*_OF_PATCHES, "draw_plan")] + _others("odd")
+    of_patches = [Task(op, _PAPER_CLIPS) for op in (*_OF_PATCHES, "draw_plan")]
+    if quick:
+        return [Task("infonce", 65_536), Task("infonce", 4608), *of_patches, *_others("paper")]
+    return [
+        *(Task("infonce", B) for B in (65_536, 4608)),
+        *of_patches,
+        *(Task("infonce", B) for B in (262_144, 2304)),
+        *_others("paper"),
+        *(Task("infonce", B) for B in (32_768, 8192)),
+        *(Task("cyclic", B) for B in (4608, 32_768)),
+        *(Task(op, clips) for clips in (72, 36) for op in _OF_PATCHES),
+    ]
+
+
+def _others(size: Size) -> list[Task]:
+    """Kernels that nothing here knows: each says itself on what to try it."""
+    assert size in get_args(Size)
+    known = ("infonce", "draw_plan", *_OF_PATCHES)
+    return [Task(op, None, size) for op in KERNELS if op not in known]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A task's arguments, drawn, and the least that any way to compute it must do."""
+
+    given: dict[str, Any]
+    flops: float
+    bytes_moved: float
+    """Forward and backward; 0 where nobody has counted."""
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """The arguments that take gradients."""
+        tensors = {name: x for name, x in self.given.items() if isinstance(x, Tensor)}
+        return {name: x for name, x in tensors.items() if x.requires_grad}
+
+
+def problem(task: Task, device: str) -> Problem:
+    """The arguments of a task on a device, the same ones for every provider."""
+    draw = torch.Generator(device).manual_seed(0)
+    if task.op in ("infonce", "cyclic"):
+        assert task.B is not None
+        given = pairs(task.B, device)
+        if task.op == "cyclic":
+            del given["scale"]
+            # Gram matrices forward, 3 products; backward 4.
+            least = min(14 * task.B * D**2, 24 * task.B**2 * D)
+            return Problem(given, least, 4 * 2 * 2 * task.B * D)
+        return Problem(given, 8 * task.B**2 * D, 4 * 2 * 2 * task.B * D)
+    if task.B is None:
+        kernel = KERNELS[task.op]
+        inputs = kernel.inputs(task.size, draw)
+        paper = task.size == "paper"
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        return Problem(inputs.cast(dtype), kernel.flops * paper, kernel.bytes_moved * paper)
+    # Reconstruction also writes the whole decoder's gradient: its limit is a little too low.
+    least = KERNELS["masked_mse" if task.op == "reconstruction" else task.op]
+    share = task.B / _PAPER_CLIPS
+    given = arguments(task.op, task.B, device)
+    return Problem(given, least.flops * share, least.bytes_moved * share)
+
+
+def pairs(B: int, device: str, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """Matched unit rows, as a model gives them early in training, and the scale: three leaves."""
+    draw = torch.Generator(device).manual_seed(0)
+    dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
+    audio = F.normalize(torch.randn(B, D, generator=draw, device=device), dim=1)
+    noise = torch.randn(B, D, generator=draw, device=device) / D**0.5
+    text = F.normalize(audio + 2 * noise, dim=1)
+    leaves = {"audio": audio.to(dtype), "text": text.to(dtype)}
+    leaves["scale"] = torch.full((), SCALE, device=device)
+    return {name: x.requires_grad_() for name, x in leaves.items()}
+
+
+def providers(op: str, device: str) -> dict[str, Callable[[], Provider]]:
+    """Who computes the op: ours first, then its reference, then others."""
+    if op == "infonce":
+        return infonce_providers(device)
+    mine: Way
+    reference: Way | None
+    if op == "cyclic":
+        mine, reference = (
+            lambda audio, text, way=way: sum(way(audio, text)) for way in (cyclic, cyclic_reference)
+        )
+    elif op == "reconstruction":
+        mine, reference = reconstruction, None
+    else:
+        mine, reference = KERNELS[op].op, KERNELS[op].reference
+    logits = 12.0 if op == "cyclic" else 0.0
+    found = {ours(device): lambda: Provider(mine)}
+    if reference is not None:
+        found["reference"] = lambda: Provider(reference, logit_bytes=logits)
+        found["reference, compiled"] = lambda: Provider(compiled(reference), logit_bytes=logits)
+    if op in AUDIOMAE:
+        found["AudioMAE"] = lambda: Provider(AUDIOMAE[op])
+        found["AudioMAE, compiled"] = lambda: Provider(compiled(AUDIOMAE[op]))
+    return found
+
+
+def exact(op: str, B: int | None) -> Way | None:
+    """What the op is held against, in float64: its reference, where B x B numbers have room."""
+    if op in ("infonce", "cyclic") and (B or 0) > _MOST_SQUARED:
+        # In float64 a plain path of tiles, which the tests hold against the reference.
+        return infonce if op == "infonce" and (B or 0) <= _MOST_CHECKED else None
+    if op == "reconstruction":
+        return AUDIOMAE[op]
+    return providers(op, "cpu")["reference"]().way
+
+
+def forward(way: Way, task_op: str, given: dict[str, Any]) -> tuple[Tensor, ...]:
+    """The op's outputs; the ops of a model run in bfloat16 autocast on a GPU, as they would."""
+    autocast = torch.cuda.is_available() and task_op not in ("infonce", "cyclic")
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        found = way(**given)
+    return tuple(found) if isinstance(found, tuple) else (found,)
+
+
+def gradients(
+    first: Tensor, leaves: Mapping[str, Tensor], upstream: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Those of the leaves, without sums into `.grad`; of no leaves, none."""
+    return torch.autograd.grad(first, list(leaves.values()), upstream) if leaves else ()

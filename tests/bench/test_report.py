@@ -1,0 +1,106 @@
+"""RESULTS.md says what the results say, and the CPU benchmarks compare like with like."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from bench import infonce_cpu, loading, report
+from bench.machine import machine, save
+from bench.sweep import BOTH, FORWARD, Row
+
+
+def row(op: str, B: int, provider: str, ms: float, call: str = BOTH, **fields) -> dict:
+    found = Row(op, B, provider, call, "measured", median_ms=ms, low_ms=ms, high_ms=ms, rounds=9)
+    return asdict(found) | fields
+
+
+@pytest.fixture
+def h100(tmp_path):
+    """RESULTS.md of an invented sweep on a GPU: the lines of its goals by what they are about."""
+    squared = 8 * 65_536**2 * 512
+    rows = [
+        row("infonce", 65_536, "ours", 20.0, flops=squared, peak_mib=700.0, gradients_mib=128.0),
+        row("infonce", 65_536, "memeff", 50.0),
+        row("infonce", 4608, "ours", 0.5),
+        row("infonce", 4608, "reference", 0.45),
+        row("infonce", 4608, "reference, compiled", 0.6),
+        row("patch_embed", 288, "ours", 0.3, FORWARD),
+        row("patch_embed", 288, "ours", 0.1, FORWARD, launches=False),
+    ]
+    facts = machine("cpu") | {"device": "NVIDIA H100", "driver": "580", "dirty": True}
+    result = {
+        "kind": "sweep",
+        "device": "cuda",
+        "quick": False,
+        "machine": facts,
+        "ceilings": {"matmul_tflops": 800.0, "copy_tb_per_s": 3.0},
+        "contract": {"status": "failed", "reason": "invented"},
+        "rows": rows,
+    }
+    save(tmp_path, result)
+    report.write(tmp_path)
+    return (tmp_path / "RESULTS.md").read_text()
+
+
+def goal(text: str, what: str) -> list[str]:
+    """The measured value, and whether the goal is met."""
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {what}")]
+    return [cell.strip() for cell in line.split("|")[3:5]]
+
+
+def test_goals_take_their_values_from_the_rows(h100):
+    assert goal(h100, "InfoNCE, there and back, 65,536") == ["20 ms", "yes"]
+    # 8 * 65,536^2 * 512 = 17.59 TFLOP in 20 ms; 700 - 128 MiB are 0.5998 GB.
+    assert goal(h100, "... of its 8 B B D") == ["880 TFLOP/s", "yes"]
+    assert "| ... memory above inputs and gradients | <= 0.6 GB | 0.6 GB | yes |" in h100
+    assert goal(h100, "... against memeff") == ["2.5 times as fast", "yes"]
+    assert goal(h100, "... against inf_cl") == ["not measured", ""]
+    # The faster of the two others counts, and it is faster.
+    assert goal(h100, "InfoNCE, 4,608") == ["0.9 times as fast", "no"]
+    assert goal(h100, "masked patch embedding") == ["100 us", "yes"]
+    assert "not measured yet" not in h100
+
+
+def test_results_own_up_to_uncommitted_changes_and_red_tests(h100):
+    assert "with uncommitted changes" in h100
+    assert "Contract tests, compiled: failed (invented)." in h100
+    # 17.59 TFLOP at 800 TFLOP/s are 22 ms: 110 % of 20 would be a wrong ceiling, and shows.
+    assert "| 880 | 110 % |" in h100
+
+
+def test_infonce_on_a_cpu_is_compared_on_the_same_inputs(tmp_path):
+    found = infonce_cpu.measure(64, 96, rounds=2)
+    mine, theirs, large = found["rows"]
+    assert (mine["B"], theirs["B"], large["B"]) == (64, 64, 96)
+    assert max(mine["error"], theirs["error"]) < 1e-4
+    assert mine["rounds"] == theirs["rounds"] == 2
+    ratio = mine["median_ms"] / theirs["median_ms"]
+    assert found["figures"]["time_ratio"] == pytest.approx(ratio)
+    save(tmp_path, {"kind": "infonce_cpu", "machine": machine("cpu"), **found})
+    report.write(tmp_path)
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert f"| 64 x 512 | {infonce_cpu.PEER} |" in text
+    assert goal(text, "InfoNCE on a CPU")[0] == f"{ratio:,.3g}"
+    assert "**GPU: not measured yet.**" in text
+
+
+def test_every_way_of_loading_gives_the_same_sounds(tmp_path, monkeypatch):
+    pytest.importorskip("nvidia.dali")
+    for name, value in {"BATCH": 2, "FILLING": 1, "TIMED": 1}.items():
+        monkeypatch.setattr(loading, name, value)
+    shards = loading.write_shards(tmp_path, clips=2)
+    ways = [loading.DALI, loading.TWIN, *loading.PEERS]
+    found = {}
+    for way in loading.WAYS:
+        if way.stored_hz == loading.RATE_HZ:
+            batches = way.filled(shards)
+            found[way.name] = next(batches).clone()
+    assert list(found) == ways
+    first = found[loading.DALI]
+    assert first.shape == (2, 160_000)
+    assert first.abs().max() > 0.01
+    for name, waves in found.items():
+        torch.testing.assert_close(waves, first, rtol=0, atol=1e-6, msg=name)
