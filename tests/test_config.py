@@ -59,6 +59,11 @@ def yaml_file(tmp_path: Path):
             "audio.pool must not be 'cls' without audio.use_cls, got 'cls'",
         ),
         ("text: {width: 770}", "text.width must be a multiple of text.heads = 12, got 770"),
+        (
+            "text: {packing: padded, attention: xformers}",
+            "text.attention must be 'sdpa' with text.packing = padded, got 'xformers'; "
+            "set text.packing=auto",
+        ),
     ],
 )
 def test_a_wrong_value_is_refused_with_its_name_rule_and_value(yaml_file, text, message):
