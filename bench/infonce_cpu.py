@@ -42,9 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     if asked.write:
         print(save(Path("bench"), {"kind": "infonce_cpu", "machine": facts, **result}))
         report.write(Path("bench"))
-    print(
-        f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, {facts['commit']}"
-    )
+    print(report.facts(facts))
     for row in result["rows"]:
         error = "" if row["error"] is None else f"  error {row['error']:.1e}"
         print(
