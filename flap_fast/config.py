@@ -228,6 +228,28 @@ class Text(Section):
         return self
 
 
+class Decoder(Section):
+    """Rebuilds the patches that masking dropped, where loss.recon.weight is above 0."""
+
+    width: Count = 512
+    """Width of its blocks."""
+    depth: Count = 4
+    """Blocks."""
+    heads: Count = 4
+    """Attention heads of a block."""
+
+    @model_validator(mode="after")
+    def _fits(self):
+        need(
+            self.width % self.heads == 0,
+            "decoder.width",
+            f"be a multiple of decoder.heads = {self.heads}",
+            self.width,
+        )
+        need(self.width % 4 == 0, "decoder.width", "be a multiple of 4 (2-D sines)", self.width)
+        return self
+
+
 class Joint(Section):
     width: Count = 512
     """Dimension d of the joint space."""
@@ -246,8 +268,18 @@ class Contrastive(Section):
     """How ranks share the work; the numbers are the same."""
 
 
+class Recon(Section):
+    weight: Annotated[float, Field(ge=0)] = 0.0
+    """Its weight in the total; 0 builds no decoder. FLAP gives none; AudioMAE's is 1."""
+    norm_pix: bool = True
+    """Compare with patches brought to mean 0 and variance 1 each (as AudioMAE trains)."""
+    target: Literal["clean", "augmented"] = "clean"
+    """What is to be rebuilt: the log-mel before SpecAug, or after it."""
+
+
 class Loss(Section):
     contrastive: Contrastive = Contrastive()
+    recon: Recon = Recon()
 
 
 class Optim(Section):
@@ -341,6 +373,7 @@ class Config(Section):
     specaug: SpecAug = SpecAug()
     mask: Mask = Mask()
     text: Text = Text()
+    decoder: Decoder = Decoder()
     joint: Joint = Joint()
     loss: Loss = Loss()
     optim: Optim = Optim()
@@ -349,6 +382,17 @@ class Config(Section):
     ckpt: Ckpt = Ckpt()
     eval: Eval = Eval()
     log: Log = Log()
+
+    @model_validator(mode="after")
+    def _rebuilds_what_is_masked(self):
+        need(
+            self.loss.recon.weight == 0 or self.mask.kind != "none",
+            "loss.recon.weight",
+            "be 0 where nothing is masked",
+            self.loss.recon.weight,
+            "set mask.kind=2d",
+        )
+        return self
 
     @property
     def run_folder(self) -> Path:

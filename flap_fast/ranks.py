@@ -45,6 +45,14 @@ class Ranks:
         dist.all_gather_into_tensor(out, rows.contiguous())
         return out
 
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """The mean over ranks, element by element; every rank must ask."""
+        if self.world == 1:
+            return values
+        total = values.detach().clone()
+        dist.all_reduce(total)
+        return total / self.world
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.world > 1:

@@ -9,10 +9,14 @@ from torch import Tensor
 
 from flap_fast.config import Config
 from flap_fast.loss.contrastive import contrastive
+from flap_fast.loss.reconstruction import reconstruction
 from flap_fast.model.flap import Outputs
 
 # A new loss: its file in this folder, its line here, its section (with a weight) in `config.Loss`.
-LOSSES: dict[str, Callable[[Outputs, Config], Tensor]] = {"contrastive": contrastive}
+LOSSES: dict[str, Callable[[Outputs, Config], Tensor]] = {
+    "contrastive": contrastive,
+    "recon": reconstruction,
+}
 
 
 def total_loss(outputs: Outputs, config: Config) -> dict[str, Tensor]:
