@@ -268,6 +268,15 @@ class Contrastive(Section):
     """How ranks share the work; the numbers are the same."""
 
 
+class Cyclic(Section):
+    cross_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of `cyclic_cross`: sound j with caption k as sound k with caption j (C-cyclic)."""
+    in_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of `cyclic_in`: sounds j and k as alike as their captions (I-cyclic)."""
+    form: Literal["auto", "tiled", "gram"] = "auto"
+    """How it is computed; the numbers are the same. `auto` takes what does less for the batch."""
+
+
 class Recon(Section):
     weight: Annotated[float, Field(ge=0)] = 0.0
     """Its weight in the total; 0 builds no decoder. FLAP gives none; AudioMAE's is 1."""
@@ -279,7 +288,15 @@ class Recon(Section):
 
 class Loss(Section):
     contrastive: Contrastive = Contrastive()
+    cyclic: Cyclic = Cyclic()
     recon: Recon = Recon()
+
+    @model_validator(mode="after")
+    def _something(self):
+        cyclic = self.cyclic.cross_weight + self.cyclic.in_weight
+        weight = self.contrastive.weight + cyclic + self.recon.weight
+        need(weight > 0, "loss.contrastive.weight", "be above 0 where no other loss is", 0)
+        return self
 
 
 class Optim(Section):

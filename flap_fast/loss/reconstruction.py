@@ -10,12 +10,12 @@ Source: FLAP Eq. 2; per-patch normalisation is AudioMAE's (SPEC 6.6).
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from flap_fast.config import Config
+from flap_fast.loss.terms import Terms
 from flap_fast.model.flap import Outputs
 
 
-def reconstruction(outputs: Outputs, config: Config) -> Tensor:
-    """This rank's mean, (); the mean over ranks is that of the global batch."""
-    return outputs["recon"]
+def reconstruction(outputs: Outputs, config: Config) -> Terms:
+    """`recon`: this rank's mean, (); the mean over ranks is that of the global batch."""
+    weight = config.loss.recon.weight
+    return {"recon": (weight, outputs["recon"])} if weight else {}
