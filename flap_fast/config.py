@@ -247,6 +247,28 @@ class Text(Section):
         return self
 
 
+class Decoder(Section):
+    """Rebuilds the patches that masking dropped, where loss.recon.weight is above 0."""
+
+    width: Count = 512
+    """Width of its blocks."""
+    depth: Count = 4
+    """Blocks."""
+    heads: Count = 4
+    """Attention heads of a block."""
+
+    @model_validator(mode="after")
+    def _fits(self):
+        need(
+            self.width % self.heads == 0,
+            "decoder.width",
+            f"be a multiple of decoder.heads = {self.heads}",
+            self.width,
+        )
+        need(self.width % 4 == 0, "decoder.width", "be a multiple of 4 (2-D sines)", self.width)
+        return self
+
+
 class Joint(Section):
     width: Count = 512
     """Dimension d of the joint space."""
@@ -265,8 +287,35 @@ class Contrastive(Section):
     """How ranks share the work; the numbers are the same."""
 
 
+class Cyclic(Section):
+    cross_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of `cyclic_cross`: sound j with caption k as sound k with caption j (C-cyclic)."""
+    in_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of `cyclic_in`: sounds j and k as alike as their captions (I-cyclic)."""
+    form: Literal["auto", "tiled", "gram"] = "auto"
+    """How it is computed; the numbers are the same. `auto` takes what does less for the batch."""
+
+
+class Recon(Section):
+    weight: Annotated[float, Field(ge=0)] = 0.0
+    """Its weight in the total; 0 builds no decoder. FLAP gives none; AudioMAE's is 1."""
+    norm_pix: bool = True
+    """Compare with patches brought to mean 0 and variance 1 each (as AudioMAE trains)."""
+    target: Literal["clean", "augmented"] = "clean"
+    """What is to be rebuilt: the log-mel before SpecAug, or after it."""
+
+
 class Loss(Section):
     contrastive: Contrastive = Contrastive()
+    cyclic: Cyclic = Cyclic()
+    recon: Recon = Recon()
+
+    @model_validator(mode="after")
+    def _something(self):
+        cyclic = self.cyclic.cross_weight + self.cyclic.in_weight
+        weight = self.contrastive.weight + cyclic + self.recon.weight
+        need(weight > 0, "loss.contrastive.weight", "be above 0 where no other loss is", 0)
+        return self
 
 
 class Optim(Section):
@@ -377,6 +426,7 @@ class Config(Section):
     specaug: SpecAug = SpecAug()
     mask: Mask = Mask()
     text: Text = Text()
+    decoder: Decoder = Decoder()
     joint: Joint = Joint()
     loss: Loss = Loss()
     optim: Optim = Optim()
@@ -385,6 +435,17 @@ class Config(Section):
     ckpt: Ckpt = Ckpt()
     eval: Eval = Eval()
     log: Log = Log()
+
+    @model_validator(mode="after")
+    def _rebuilds_what_is_masked(self):
+        need(
+            self.loss.recon.weight == 0 or self.mask.kind != "none",
+            "loss.recon.weight",
+            "be 0 where nothing is masked",
+            self.loss.recon.weight,
+            "set mask.kind=2d",
+        )
+        return self
 
     @property
     def run_folder(self) -> Path:

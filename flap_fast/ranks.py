@@ -52,6 +52,14 @@ class Ranks:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """The mean over ranks, element by element; every rank must ask."""
+        if self.world == 1:
+            return values
+        total = values.detach().clone()
+        dist.all_reduce(total)
+        return total / self.world
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.world > 1:

@@ -13,13 +13,13 @@ class Batch:
     """One rank's share of a training step: B clips, each with the caption drawn for this visit."""
 
     mel: Tensor
-    """(B, 1, T, F) float32, normalised, augmented."""
+    """(B, 1, T, F) float32, normalised; SpecAug comes with the step."""
     ids: Tensor
     """(B, L) int64 caption tokens."""
     attention_mask: Tensor
     """(B, L) int64, 1 on tokens and 0 on padding; on the CPU, for the host decides by it."""
     visits: Tensor
-    """(B,) int64: `step * global_batch + row`, keys the draws of masks."""
+    """(B,) int64: `step * global_batch + row`, keys the draws of masks and SpecAug."""
     clips: np.ndarray
     """(B,) int64: which clips of the shards these are."""
     epoch: int

@@ -15,7 +15,7 @@ from flap_fast.data.batch import BadClip, Batch
 from flap_fast.data.captions import Tokenizer
 from flap_fast.data.decode import Encoded, decode_one, log_mels, to_device
 from flap_fast.data.draws import Stream, uniforms
-from flap_fast.data.mel import kaldi_log_mel, normalise, spec_augment
+from flap_fast.data.mel import kaldi_log_mel, normalise
 from flap_fast.data.order import Order
 from flap_fast.data.shards import ShardError, Shards
 from flap_fast.data.sound import BadSound
@@ -139,20 +139,13 @@ class TrainingLoader:
         return self._mel(to_device(torch.from_numpy(waves), self._ranks.device))
 
     def _batch(self, share: _Share, mel: Tensor) -> Batch:
-        config, device = self._config, self._ranks.device
-        visits = to_device(share.visits, device)
-        post = config.specaug.domain == "post_norm"
-        if post:
-            mel = normalise(mel, config.audio)
-        mel = spec_augment(mel, config.specaug, config.run.seed, visits)
-        if not post:
-            mel = normalise(mel, config.audio)
+        device = self._ranks.device
         ids, attention_mask = self._tokenizer(share.captions)
         return Batch(
-            mel=mel[:, None],
+            mel=normalise(mel, self._config.audio)[:, None],
             ids=to_device(ids, device),
             attention_mask=attention_mask.pin_memory() if device.type == "cuda" else attention_mask,
-            visits=visits,
+            visits=to_device(share.visits, device),
             clips=share.clips,
             epoch=self.order.epoch(share.step),
         )

@@ -91,20 +91,24 @@ def mel_matrix(bins: int, window: int, sample_rate_hz: int) -> np.ndarray:
     return np.pad(matrix, ((0, 0), (0, 1)))
 
 
-def spec_augment(logmel: Tensor, settings: SpecAug, seed: int, visits: Tensor) -> Tensor:
-    """One frequency mask and one time mask a clip; what they cover becomes 0.
+def spec_augment(mel: Tensor, settings: SpecAug, audio: Audio, seed: int, visits: Tensor) -> Tensor:
+    """One frequency mask and one time mask a clip, over all of its channels.
+
+    What they cover becomes what `normalise` makes of 0 (as AudioMAE, which masks first), or 0.
 
     Args:
-        logmel: (B, T, F).
+        mel: (B, C, T, F), normalised.
         visits: (B,) int64, keys the draws.
 
     Source: torchaudio's masking semantics: width U[0, P), start U[0, size - width), both floored.
     """
-    _, T, F = logmel.shape
+    T, F = mel.shape[-2:]
     u = uniforms(seed, Stream.SPECAUG, visits, 4)
     time = _stripe(u[:, 0], u[:, 1], settings.time_frames, T)
     freq = _stripe(u[:, 2], u[:, 3], settings.freq_bins, F)
-    return logmel.masked_fill(time[:, :, None] | freq[:, None, :], 0.0)
+    zero = mel.new_zeros(())
+    zero = zero if settings.domain == "post_norm" else normalise(zero, audio)
+    return mel.masked_fill((time[:, :, None] | freq[:, None, :])[:, None], zero)
 
 
 def _stripe(width: Tensor, start: Tensor, widest: int, size: int) -> Tensor:

@@ -10,17 +10,18 @@ Source: FLAP Eq. 1 (`a2t`); the symmetric form is LAION-CLAP's (SPEC 6.2).
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from flap_fast.config import Config
+from flap_fast.loss.terms import Terms
 from flap_fast.model.flap import Outputs
 from flap_kernels import infonce_ranks
 
 
-def contrastive(outputs: Outputs, config: Config) -> Tensor:
-    """The mean over the global batch, the same on every rank, ()."""
+def contrastive(outputs: Outputs, config: Config) -> Terms:
+    """`contrastive`: the mean over the global batch, the same on every rank, ()."""
     settings = config.loss.contrastive
-    return infonce_ranks(
+    if not settings.weight:
+        return {}
+    loss = infonce_ranks(
         outputs["audio"],
         outputs["text"],
         outputs["scale"],
@@ -28,3 +29,4 @@ def contrastive(outputs: Outputs, config: Config) -> Tensor:
         scheme=settings.scheme,
         equal_shares=True,  # the loader's are; asking would wait for the device
     )
+    return {"contrastive": (settings.weight, loss)}

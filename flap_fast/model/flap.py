@@ -1,9 +1,9 @@
 """Two towers and a scale: everything the losses need comes out of `forward`.
 
     mel -> AudioViT -> head -> L2 -> audio (B, d)        scale = exp(clamp(logit_scale))
-    ids -> TextEncoder -> head -> L2 -> text (B, d)
+    ids -> TextEncoder -> head -> L2 -> text (B, d)      tokens of AudioViT -> Decoder -> recon ()
 
-Source: FLAP section 3, on LAION-CLAP's heads (SPEC 4.5, 5.1).
+Source: FLAP sections 3 and 4, on LAION-CLAP's heads (SPEC 4.5, 5.1).
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from torch.nn import functional
 
 from flap_fast.config import Config
 from flap_fast.model.audio_vit import AudioViT
+from flap_fast.model.decoder import Decoder
+from flap_fast.model.masking import MaskPlan
 from flap_fast.model.text_encoder import TextEncoder
 
 
@@ -29,6 +31,8 @@ class Outputs(TypedDict):
     """(B, d), unit norm."""
     scale: Tensor
     """(), what cosines are multiplied by."""
+    recon: Tensor
+    """(), the decoder's error on the patches dropped; 0 without a decoder or a target."""
 
 
 class Flap(nn.Module):
@@ -49,29 +53,46 @@ class Flap(nn.Module):
         # Shape (1,), not (): DeepSpeed cannot broadcast a parameter without dimensions.
         self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / config.joint.temperature)]))
         self.max_logit_scale = math.log(config.joint.max_scale)
+        # Last, so that the towers start from the same weights with and without it.
+        rebuilds = config.loss.recon.weight > 0
+        self.decoder = Decoder(config, self.audio.width) if rebuilds else None
 
     def forward(
-        self, mel: Tensor, ids: Tensor, attention_mask: Tensor, keep: Tensor | None = None
+        self,
+        mel: Tensor,
+        ids: Tensor,
+        attention_mask: Tensor,
+        plan: MaskPlan | None = None,
+        target: Tensor | None = None,
     ) -> Outputs:
         """Embed both sides of B pairs.
 
         Args:
             mel: (B, 1, T, F) float32.
             ids, attention_mask: (B, L) int64; the mask best on the CPU, see `packing.pack`.
-            keep: (B, K) int64, the patches that masking left; all of them without.
+            plan: the patches that masking left and dropped; all are left without.
+            target: (B, 1, T, F) float32, what the decoder is to rebuild; it rests without.
         """
         scale = _Clamp.apply(self.logit_scale, self.max_logit_scale).exp().squeeze(0)
-        return {
-            "audio": self.embed_audio(mel, keep),
-            "text": self.embed_text(ids, attention_mask),
-            "scale": scale,
-        }
+        audio, tokens = self._encode_audio(mel, None if plan is None else plan.keep)
+        text = self.embed_text(ids, attention_mask)
+        if self.decoder is None or target is None:
+            recon = scale.new_zeros(())
+        else:
+            with self._autocast(mel.device):
+                recon = self.decoder(tokens, plan, target)
+        return {"audio": audio, "text": text, "scale": scale, "recon": recon}
 
     def embed_audio(self, mel: Tensor, keep: Tensor | None = None) -> Tensor:
         """(B, 1, T, F) -> (B, d), unit norm, float32."""
+        return self._encode_audio(mel, keep)[0]
+
+    def _encode_audio(self, mel: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, d), and the encoder's tokens."""
         with self._autocast(mel.device):
-            x = self.audio_head(self.audio(mel, keep).pooled)
-        return functional.normalize(x.float(), dim=-1)
+            encoded = self.audio(mel, keep)
+            x = self.audio_head(encoded.pooled)
+        return functional.normalize(x.float(), dim=-1), encoded.tokens
 
     def embed_text(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, L) ids and mask -> (B, d), unit norm, float32."""

@@ -12,7 +12,7 @@ Source: FLAP section 3; SPEC 4.3.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,9 +21,11 @@ from flap_fast.config import Mask
 from flap_fast.data.draws import Stream, uniforms
 
 
-@dataclass(frozen=True)
-class MaskPlan:
-    """For each clip, the patches kept and dropped, ascending; together all N of them."""
+class MaskPlan(NamedTuple):
+    """For each clip, the patches kept and dropped, ascending; together all N of them.
+
+    A tuple: ZeRO-3's hooks find the tensors in what a module is given, but not in a dataclass.
+    """
 
     keep: Tensor
     """(B, K) int64."""
@@ -33,7 +35,9 @@ class MaskPlan:
     @property
     def restore(self) -> Tensor:
         """(B, N) int64: where each patch stands in `cat(kept, dropped)`."""
-        return torch.cat([self.keep, self.drop], 1).argsort(1)
+        order = torch.cat([self.keep, self.drop], 1)
+        n = torch.arange(order.shape[1], device=order.device).expand_as(order)
+        return torch.empty_like(order).scatter_(1, order, n)
 
 
 def kept(count: int, ratio: float, rounding: str) -> int:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from flap_fast.config import Config, Mask, check_before_loading
 from flap_fast.data.batch import Batch
 from flap_fast.data.captions import Tokenizer, tokenizer
 from flap_fast.data.loader import TrainingLoader
+from flap_fast.data.mel import spec_augment
 from flap_fast.data.shards import open_shards
 from flap_fast.evaluate.run import Scores, evaluate, flat_scores, selection_score, write_scores
 from flap_fast.loss import total_loss
 from flap_fast.model.flap import Flap
 from flap_fast.model.interop import put_weights
-from flap_fast.model.masking import mask_plan
+from flap_fast.model.masking import MaskPlan, mask_plan
 from flap_fast.ranks import Ranks, join_ranks, leave_ranks, world_size
 from flap_fast.train.checkpoint import Checkpoints
 from flap_fast.train.engine import Engine, check_engine, make_engine
@@ -85,8 +86,8 @@ def _train(
     for step, batch in enumerate(watch.waiting(loader.batches(first, steps)), first + 1):
         report_bad_clips(config.run_folder, ranks, loader.bad)
         torch.manual_seed(dropout_seed(config.run.seed, step, ranks.rank))
-        keep = kept_patches_of(batch, config, steps, loader.order.steps_per_epoch)
-        outputs = engine.model(batch.mel, batch.ids, batch.attention_mask, keep)
+        plan = mask_plan_of(batch, config, steps, loader.order.steps_per_epoch)
+        outputs = engine.model(*model_inputs(batch, plan, config))
         terms = total_loss(outputs, config)
         engine.backward(terms["total"])
         lr = warmup_cosine(
@@ -161,10 +162,17 @@ def dropout_seed(seed: int, step: int, rank: int) -> int:
     return ((seed * 1_000_003 + step) * 65_537 + rank) % 2**63
 
 
-def kept_patches_of(batch: Batch, config: Config, steps: int, per_epoch: int) -> Tensor | None:
-    """(B, K) patches that masking leaves; None without masking, and in the unmasked tail."""
+def mask_plan_of(batch: Batch, config: Config, steps: int, per_epoch: int) -> MaskPlan | None:
+    """The patches that masking leaves and drops; None without masking, and in the unmasked tail."""
     tail = config.mask.unmasked_tail_epochs
     epochs = -(-steps // per_epoch)
     mask = Mask(kind="none") if batch.epoch >= epochs - tail else config.mask
-    plan = mask_plan(mask, config.audio.grid, config.run.seed, batch.visits)
-    return None if plan is None else plan.keep
+    return mask_plan(mask, config.audio.grid, config.run.seed, batch.visits)
+
+
+def model_inputs(batch: Batch, plan: MaskPlan | None, config: Config) -> tuple[Any, ...]:
+    """What the model is called with: the log-mel augmented, and what the decoder is to rebuild."""
+    mel = spec_augment(batch.mel, config.specaug, config.audio, config.run.seed, batch.visits)
+    target = batch.mel if config.loss.recon.target == "clean" else mel
+    rebuilds = config.loss.recon.weight > 0
+    return mel, batch.ids, batch.attention_mask, plan, target if rebuilds else None

@@ -89,13 +89,18 @@ class Watch:
     def _row(
         self, step: int, epoch: int, lr: float, outputs: Outputs, terms: dict[str, Tensor]
     ) -> Row:
+        # What a rank computes of its own clips alone is averaged; the rest is the same on all.
+        names = [name for name in terms if name not in ("total", "grad_norm")]
+        means = self._ranks.mean(torch.stack([terms[n].detach() for n in ("total", *names)]))
+        loss, *values = means.tolist()
         seconds = time.perf_counter() - self._since
         clips = self._done * self._config.train.global_batch
         return {
             "step": step,
             "epoch": epoch,
-            "loss": terms["total"].item(),
-            **{name: terms[name].item() for name in terms if name != "total"},
+            "loss": loss,
+            **dict(zip(names, values, strict=True)),
+            "grad_norm": terms["grad_norm"].item(),
             "scale": outputs["scale"].item(),
             "in_batch_R@1": in_batch_recall(outputs),
             "lr": lr,

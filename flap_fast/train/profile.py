@@ -38,7 +38,7 @@ from flap_fast.ranks import Ranks, join_ranks, leave_ranks, world_size
 from flap_fast.train.device import Memory, device_name, free_bytes, measure_ceiling
 from flap_fast.train.engine import Engine, check_engine, make_engine
 from flap_fast.train.footprint import Sizes, footprint
-from flap_fast.train.loop import dropout_seed, kept_patches_of
+from flap_fast.train.loop import dropout_seed, mask_plan_of, model_inputs
 from flap_fast.train.schedules import warmup_cosine
 from flap_fast.train.search import search as search_micro_batch
 from flap_fast.train.synthetic import SyntheticLoader, caption_lengths, without_files
@@ -160,11 +160,11 @@ class _Session:
             timeline.mark("other")
         whole = 1000 * self.per_epoch  # far from the end of a run, and from an unmasked tail
         torch.manual_seed(dropout_seed(config.run.seed, 1, self.ranks.rank))
-        keep = kept_patches_of(batch, config, whole, self.per_epoch)
-        outputs = engine.model(batch.mel, batch.ids, batch.attention_mask, keep)
+        plan = mask_plan_of(batch, config, whole, self.per_epoch)
+        outputs = engine.model(*model_inputs(batch, plan, config))
         engine.backward(total_loss(outputs, config)["total"])
         engine.step(warmup_cosine(0, base=config.optim.lr, warmup=1000, steps=whole))
-        return batch, keep
+        return batch, None if plan is None else plan.keep
 
     def _timed(
         self, engine: Engine, batches: Iterator[Batch]

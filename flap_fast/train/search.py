@@ -32,6 +32,7 @@ from flap_fast.model.masking import mask_plan
 from flap_fast.ranks import Ranks
 from flap_fast.train.device import Memory, free_bytes
 from flap_fast.train.engine import PlainEngine
+from flap_fast.train.loop import model_inputs
 from flap_fast.train.synthetic import SyntheticLoader, without_files
 
 # Of the memory that is free on a CPU: the rest of the machine wants to live too.
@@ -165,8 +166,7 @@ class Attempts:
         encoder = self._engine.module.text.inner.config
         batch = next(SyntheticLoader(config, encoder, self._ranks).batches(0, 1))
         plan = mask_plan(config.mask, config.audio.grid, config.run.seed, batch.visits)
-        keep = None if plan is None else plan.keep
-        outputs = self._engine.model(batch.mel, batch.ids, batch.attention_mask, keep)
+        outputs = self._engine.model(*model_inputs(batch, plan, config))
         self._engine.backward(total_loss(outputs, config)["total"])
         self._engine.step(config.optim.lr)
         if self._ranks.device.type == "cuda":

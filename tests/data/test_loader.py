@@ -14,7 +14,7 @@ from flap_fast.data.batch import Batch
 from flap_fast.data.captions import tokenizer
 from flap_fast.data.draws import Stream, uniforms
 from flap_fast.data.loader import TrainingLoader, evaluation_mels
-from flap_fast.data.mel import kaldi_log_mel, normalise, spec_augment
+from flap_fast.data.mel import kaldi_log_mel, normalise
 from flap_fast.data.shards import ShardError, open_shards, pack
 from flap_fast.data.sound import crop, fill, read_sound
 from flap_fast.ranks import Ranks
@@ -69,7 +69,7 @@ def test_a_batch_has_the_shapes_it_promises(config):
 
 
 def test_a_batch_is_what_its_visits_say(config):
-    """By hand from the shards: clip, crop, filling, caption, mel, SpecAug, statistics."""
+    """By hand from the shards: clip, crop, filling, caption, mel, statistics."""
     shards, seed = open_shards(config.data.train), config.run.seed
     for batch in batches(config, 2, 5):
         where = uniforms(seed, Stream.CROP, batch.visits, 1)[:, 0].tolist()
@@ -81,7 +81,6 @@ def test_a_batch_is_what_its_visits_say(config):
             several = shards.record(clip)["text"]
             texts.append(several[int(c * len(several))])
         mel = kaldi_log_mel(config.audio)(torch.from_numpy(np.stack(waves)))
-        mel = spec_augment(mel, config.specaug, seed, batch.visits)
         assert torch.equal(batch.mel[:, 0], normalise(mel, config.audio))
         ids, mask = tokenizer(config.text)(texts)
         assert torch.equal(batch.ids, ids)
@@ -146,19 +145,6 @@ def test_every_caption_of_a_clip_gets_its_turn(config):
         assert tokens == {
             tuple(row[keep == 1].tolist()) for row, keep in zip(ids, mask, strict=True)
         }
-
-
-def test_specaug_zeros_come_before_or_after_the_statistics(config):
-    """Before, as AudioMAE's: a masked cell becomes 0.467, as a padded row is; after: 0."""
-    (before,) = batches(with_(config, "specaug", time_frames=60, freq_bins=60), 0, 1)
-    (after,) = batches(
-        with_(config, "specaug", time_frames=60, freq_bins=60, domain="post_norm"), 0, 1
-    )
-    masked = after.mel == 0
-    assert masked.float().mean() > 0.1
-    padding = normalise(torch.zeros(()), config.audio)
-    assert (before.mel[masked] == padding).all()
-    assert torch.equal(before.mel[~masked], after.mel[~masked])
 
 
 FLAC = [encode(noise(n, 0.5 + 0.1 * n, RATE), RATE) for n in range(12)]

@@ -145,7 +145,8 @@ OFF = {"time_frames": 0, "freq_bins": 0}
 
 def masked(settings: SpecAug, visits: torch.Tensor = VISITS) -> torch.Tensor:
     """(B, 64, 32) bool: what SpecAug covers."""
-    return spec_augment(torch.ones(len(visits), 64, 32), settings, 3407, visits) == 0
+    mel = torch.ones(len(visits), 1, 64, 32)
+    return spec_augment(mel, settings, Audio(), 3407, visits)[:, 0] != 1
 
 
 def test_specaug_can_be_off():
@@ -183,6 +184,24 @@ def test_a_mask_wider_than_the_input_covers_at_most_all_of_it():
     widths = cover.any(2).sum(1)
     assert widths.max() <= 63
     assert widths.max() > 50
+
+
+def test_specaug_zeros_come_before_or_after_the_statistics():
+    """Before, as AudioMAE's: a masked cell becomes 0.467, as a padded row is; after: 0."""
+    logmel = torch.randn(len(VISITS), 2, 64, 32, generator=torch.Generator().manual_seed(0))
+    before, after = (
+        spec_augment(
+            normalise(logmel, Audio()),
+            SpecAug(time_frames=30, freq_bins=12, domain=domain),
+            Audio(),
+            *(3407, VISITS),
+        )
+        for domain in ("pre_norm", "post_norm")
+    )
+    cover = masked(SpecAug(time_frames=30, freq_bins=12))[:, None].expand_as(logmel)
+    assert cover.float().mean() > 0.1
+    assert torch.equal(before, normalise(logmel.masked_fill(cover, 0), Audio()))
+    assert torch.equal(after, normalise(logmel, Audio()).masked_fill(cover, 0))
 
 
 def test_specaug_is_the_visits_own():

@@ -101,7 +101,7 @@ def test_a_steps_products_are_as_many_as_pytorch_counts_forward_and_backward(ove
     counter = FlopCounterMode(display=False, custom_mapping=ours)
     with sdpa_kernel(SDPBackend.MATH), counter:
         mel = torch.randn(3, 1, config.audio.frames, config.audio.mel_bins)
-        outputs = model(mel, ids, torch.ones_like(ids), None if plan is None else plan.keep)
+        outputs = model(mel, ids, torch.ones_like(ids), plan)
         (outputs["audio"] * outputs["text"]).sum().backward()
     kept = kept_patches(config.mask, config.audio.grid)
     text = TextShape.of(model.text.inner.config)

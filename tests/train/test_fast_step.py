@@ -61,11 +61,10 @@ def one_step(engine: Engine, config: Config, device: torch.device) -> torch.Tens
     attention_mask = (torch.arange(16) < torch.arange(9, 9 + clips)[:, None]).long()
     mel, ids, visits = (to_device(x, device) for x in (mel, ids, torch.arange(clips)))
     attention_mask = attention_mask.pin_memory() if device.type == "cuda" else attention_mask
-    mel = spec_augment(mel, config.specaug, config.run.seed, visits)[:, None]
+    mel = spec_augment(mel[:, None], config.specaug, audio, config.run.seed, visits)
     torch.manual_seed(1)
     plan = mask_plan(config.mask, audio.grid, config.run.seed, visits)
-    assert plan is not None
-    outputs = engine.model(mel, ids, attention_mask, plan.keep)
+    outputs = engine.model(mel, ids, attention_mask, plan)
     total = total_loss(outputs, config)["total"]
     engine.backward(total)
     engine.step(1e-3)

@@ -7,11 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
+from flap_fast.data.batch import Batch
 from flap_fast.data.shards import open_shards
 from flap_fast.embedder import load
 from flap_fast.loss import total_loss
@@ -203,21 +205,36 @@ def test_a_full_disk_costs_the_checkpoint_that_did_not_fit_and_no_other(
     assert rows(tmp_path / "flap")[-1]["step"] == 6
 
 
-def test_masking_ends_with_the_unmasked_tail(
+def test_masking_and_reconstruction_end_with_the_unmasked_tail(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     kept: list[int | None] = []
-    real = loop.kept_patches_of
+    real = loop.mask_plan_of
 
     def watched(*arguments):
-        keep = real(*arguments)
-        kept.append(None if keep is None else keep.shape[1])
-        return keep
+        plan = real(*arguments)
+        kept.append(None if plan is None else plan.keep.shape[1])
+        return plan
 
-    monkeypatch.setattr(loop, "kept_patches_of", watched)
-    config = settings(prepared, tmp_path, "mask.unmasked_tail_epochs=1", "eval.every_steps=0")
-    train(config)
+    monkeypatch.setattr(loop, "mask_plan_of", watched)
+    rebuilding = ("loss.recon.weight=1", "decoder.width=16", "decoder.depth=1", "decoder.heads=2")
+    tail = ("mask.unmasked_tail_epochs=1", "eval.every_steps=0", "data.val=[]")
+    train(settings(prepared, tmp_path, *rebuilding, *tail))
     assert kept == [30, 30, 30, None, None, None]  # 5 of 7 columns, 6 of 8 rows
+    losses = [row["recon"] for row in rows(tmp_path / "flap")]
+    assert all(loss > 0.1 for loss in losses[:3])
+    assert losses[3:] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("target", ["clean", "augmented"])
+def test_the_decoder_rebuilds_the_sound_before_specaug_or_after(target: str):
+    config = tiny(f"loss.recon.target={target}", "loss.recon.weight=1", "specaug.freq_bins=99")
+    ids = torch.zeros(4, 8, dtype=torch.int64)
+    clean = torch.ones(4, 1, 112, 128)
+    batch = Batch(clean, ids, ids, visits=torch.arange(4), clips=np.arange(4), epoch=0)
+    mel, *_, rebuilt = loop.model_inputs(batch, None, config)
+    assert not torch.equal(mel, clean)
+    assert rebuilt is (clean if target == "clean" else mel)
 
 
 def test_a_broken_clip_is_replaced_and_noted(prepared: Path, tmp_path: Path):

@@ -132,10 +132,10 @@ def test_the_predicted_peak_is_what_pytorch_tracks_within_a_tenth(overrides: tup
     model = Flap(config).train()
     engine = PlainEngine(config, model, Ranks())
     plan = mask_plan(config.mask, config.audio.grid, 0, torch.arange(16))
-    keep = None if plan is None else plan.keep
     mel = torch.randn(16, 1, config.audio.frames, config.audio.mel_bins)
     ids = torch.randint(3, 50, (16, 16))
-    inputs = (mel, ids, torch.ones_like(ids), keep)
+    attention_mask = torch.ones_like(ids)
+    inputs = (mel, ids, attention_mask, plan)
 
     def step() -> None:
         engine.backward(total_loss(engine.model(*inputs), config)["total"])
@@ -143,7 +143,8 @@ def test_the_predicted_peak_is_what_pytorch_tracks_within_a_tenth(overrides: tup
 
     step()  # makes the moments
     tracker = MemTracker()
-    tracker.track_external(model, engine._optimizer, *(x for x in inputs if x is not None))
+    given = [mel, ids, attention_mask, *((plan.keep, plan.drop) if plan else ())]
+    tracker.track_external(model, engine._optimizer, *given)
     with tracker:
         step()
     (peak,) = tracker.get_tracker_snapshot("peak").values()

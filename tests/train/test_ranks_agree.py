@@ -15,34 +15,34 @@ from flap_fast.loss import total_loss
 from flap_fast.model.flap import Flap
 from flap_fast.ranks import Ranks
 from flap_fast.train.engine import DeepSpeedEngine
-from flap_fast.train.loop import kept_patches_of
+from flap_fast.train.loop import mask_plan_of, model_inputs
 from tests.ranks import on_ranks
 from tests.tiny import tiny
 
 STEPS = 4
+REBUILDING = ("loss.recon.weight=1", "decoder.width=16", "decoder.depth=1", "decoder.heads=2")
 
 
 def first_step(folder: Path, ranks: Ranks, *overrides: str, engine: type | None = None):
-    """The loss and the gradients of a rank's share of step 1, summed up by nobody yet."""
-    config = tiny(f"data.train={folder}", "frontend.backend=torch", *overrides)
+    """The loss over all ranks, and the gradients of a rank's share of step 1."""
+    config = tiny(f"data.train={folder}", "frontend.backend=torch", *REBUILDING, *overrides)
     loader = TrainingLoader(config, open_shards(config.data.train), tokenizer(config.text), ranks)
     torch.manual_seed(0)
     model = Flap(config)
     batch = next(loader.batches(0, 1))
-    keep = kept_patches_of(batch, config, STEPS, loader.order.steps_per_epoch)
+    plan = mask_plan_of(batch, config, STEPS, loader.order.steps_per_epoch)
     running = None if engine is None else engine(config, model, ranks)
-    outputs = (running.model if running else model)(
-        batch.mel, batch.ids, batch.attention_mask, keep
-    )
+    outputs = (running.model if running else model)(*model_inputs(batch, plan, config))
     total = total_loss(outputs, config)["total"]
     if running is None:
         total.backward()
-        return total.item(), {name: checked(p.grad) for name, p in model.named_parameters()}
+        gradients = {name: checked(p.grad) for name, p in model.named_parameters()}
+        return ranks.mean(total).item(), gradients
     running.backward(total)
     from deepspeed.utils import safe_get_full_grad
 
     gradients = {n: checked(safe_get_full_grad(p)) for n, p in model.named_parameters()}
-    return total.item(), gradients
+    return ranks.mean(total).item(), gradients
 
 
 def checked(gradient: torch.Tensor | None) -> torch.Tensor:
@@ -70,6 +70,27 @@ def from_deepspeed(folder: Path):
     return [first_step(folder, ranks, stage, engine=DeepSpeedEngine) for stage in stages]
 
 
+def resting_after_a_step(folder: Path):
+    """The largest gradient of the decoder when masking ends after one step, at each stage."""
+    from deepspeed.utils import safe_get_full_grad
+
+    ranks = Ranks(rank=dist.get_rank(), world=dist.get_world_size(), launched=True)
+    found = []
+    for stage in (0, 1, 2, 3):
+        config = tiny(f"data.train={folder}", f"train.zero_stage={stage}", *REBUILDING)
+        read = TrainingLoader(config, open_shards(config.data.train), tokenizer(config.text), ranks)
+        engine = DeepSpeedEngine(config, Flap(config), ranks)
+        for batch, plan in zip(read.batches(0, 2), (True, False), strict=True):
+            masked = mask_plan_of(batch, config, STEPS, STEPS) if plan else None
+            outputs = engine.model(*model_inputs(batch, masked, config))
+            engine.backward(total_loss(outputs, config)["total"])
+            named = engine.module.named_parameters()
+            decoder = [p for name, p in named if name.startswith("decoder.")]
+            found.append(max(float(checked(safe_get_full_grad(p)).abs().max()) for p in decoder))
+            engine.step(0.1)
+    return found
+
+
 def assert_same(one, other):
     assert one[0] == pytest.approx(other[0], abs=1e-6)
     for name, expected in one[1].items():
@@ -95,3 +116,11 @@ def test_gradients_under_deepspeed_are_those_of_one_process(whole, prepared: Pat
     for found in on_ranks(2, from_deepspeed, prepared / "train"):
         for sharded in found:
             assert_same(whole, sharded)
+
+
+def test_a_resting_decoder_gets_a_gradient_of_zero_at_every_stage(prepared: Path):
+    """Left without one, ZeRO-3 would step it on the gradient of the step before."""
+    pytest.importorskip("deepspeed")
+    for found in on_ranks(2, resting_after_a_step, prepared / "train"):
+        assert all(masked > 1e-3 for masked in found[::2])
+        assert found[1::2] == [0, 0, 0, 0]
