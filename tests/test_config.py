@@ -33,6 +33,20 @@ def yaml_file(tmp_path: Path):
         ("mask: {ratio: 1.5}", "mask.ratio must be less than 1, got 1.5"),
         ("train: {steps: 0}", "train.steps must be greater than or equal to 1, got 0"),
         ("train: {zero_stage: 4}", "train.zero_stage must be 0, 1, 2 or 3, got 4"),
+        (
+            "train: {offload: all}",
+            "train.zero_stage must be at least 3 with train.offload = all, got 1; "
+            "set train.zero_stage=3",
+        ),
+        (
+            "train: {offload: optimizer, zero_stage: 0}",
+            "train.zero_stage must be at least 1 with train.offload = optimizer, got 0; "
+            "set train.zero_stage=1",
+        ),
+        (
+            "train: {checkpoint_activations: [audio, head]}",
+            "train.checkpoint_activations.1 must be 'audio', 'text' or 'decoder', got 'head'",
+        ),
         ("train: {epochs: null}", "train.epochs must be set when train.steps is not, got None"),
         ("optim: {lr: fast}", "optim.lr must be a valid number, .* got 'fast'"),
         ("optim: {lr: .inf}", "optim.lr must be a finite number, got inf"),
@@ -208,6 +222,21 @@ def test_steps_take_the_place_of_epochs():
     assert Train().epochs == 45
     assert (Train(steps=7).epochs, Train(steps=7).steps) == (None, 7)
     assert Train(epochs=3, steps=None).epochs == 3
+
+
+@pytest.mark.parametrize(
+    ("value", "names"),
+    [
+        ("true", ("audio", "text", "decoder")),
+        ("false", ()),
+        ("text", ("text",)),
+        ("[audio, decoder]", ("audio", "decoder")),
+    ],
+)
+def test_towers_whose_activations_are_recomputed_have_names(value, names):
+    config = load_config(None, [f"train.checkpoint_activations={value}"])
+    assert config.train.checkpoint_activations == names
+    assert parse_config(yaml.safe_load(dump_config(config))) == config
 
 
 def test_sizes_follow_the_papers():

@@ -55,7 +55,7 @@ class TextEncoder(nn.Module):
             self.inner.gradient_checkpointing_enable({"use_reentrant": False})
         if text.freeze:
             self.requires_grad_(False)
-            self.train(False)
+        self.train()  # from_pretrained leaves evaluation on: no dropout, nothing recomputed
 
     def train(self, mode: bool = True) -> TextEncoder:
         """A frozen tower never trains: its dropout stays off."""

@@ -199,7 +199,8 @@ def check_engine(config: Config, world: int) -> str:
     rule = f"be 'auto' or 'deepspeed' on {world} ranks"
     need(kind == "deepspeed" or world == 1, "train.engine", rule, kind)
     offload = config.train.offload
-    need(kind == "deepspeed" or offload == "none", "train.offload", "be none here", offload, remedy)
+    rule = "be 'none' in plain PyTorch"
+    need(kind == "deepspeed" or offload == "none", "train.offload", rule, offload, remedy)
     return kind
 
 

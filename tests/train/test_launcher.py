@@ -20,11 +20,29 @@ from tests.tiny import tiny
 STEPS = 40
 ROOT = Path(__file__).parents[2]
 ALONE = (sys.executable, "-m", "flap_fast")
-# With a port of its own for each test process: the default one may be taken.
-LAUNCHED = (
-    *(str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2"),
-    *("--master_port", str(20_000 + os.getpid() % 20_000), "--module", "flap_fast"),
-)
+# A port of its own for each test process: the default one may be taken.
+PORT = str(20_000 + os.getpid() % 20_000)
+MODULE = ("--module", "flap_fast")
+
+
+def program(name: str) -> str:
+    return str(Path(sys.executable).with_name(name))
+
+
+def hosts(folder: Path, node: int) -> tuple[str, ...]:
+    """DeepSpeed's launcher on one of two nodes of a hostfile, reached without ssh."""
+    file = folder / "hosts"
+    file.write_text("node1 slots=1\nnode2 slots=1\n")
+    place = ("--no_ssh", "--node_rank", str(node), "--master_addr", "127.0.0.1")
+    file_and_port = ("--hostfile", str(file), "--master_port", PORT)
+    return (program("deepspeed"), *file_and_port, *place, *MODULE)
+
+
+def torchrun(*_: object) -> tuple[str, ...]:
+    """torchrun on any of two nodes, as under Slurm."""
+    nodes = ("--nnodes", "2", "--nproc_per_node", "1")
+    meeting = ("--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{PORT}")
+    return (program("torchrun"), *nodes, *meeting, "-m", "flap_fast")
 
 
 def environment() -> dict[str, str]:
@@ -74,8 +92,9 @@ def rows(config: Path, run: str) -> list[dict[str, Any]]:
 
 
 def interrupt(process: subprocess.Popen[str], config: Path, run: str) -> str:
-    """Press Ctrl-C once three steps are done: all processes of a terminal's job get it."""
-    while process.poll() is None and len(rows(config, run)) < 3:
+    """Press Ctrl-C after three more steps: all processes of a terminal's job get it."""
+    done = len(rows(config, run))
+    while process.poll() is None and len(rows(config, run)) < done + 3:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
     return finish(process)
@@ -100,19 +119,34 @@ def test_ctrl_c_saves_says_how_to_go_on_and_the_run_goes_on(config: Path):
     assert len(losses(config, "flap")) == STEPS
 
 
-def test_ranks_under_the_launcher_stop_resume_and_lose_what_one_process_loses(config: Path):
+def test_a_run_goes_on_from_launcher_to_launcher_and_loses_what_one_process_loses(
+    config: Path, tmp_path: Path
+):
+    """`deepspeed` on one machine; with a hostfile on two "nodes"; torchrun on two; one process."""
     pytest.importorskip("deepspeed")
     train(load_config(config, ["run.name=alone"]))
-    process = start(LAUNCHED, config, "train.zero_stage=3")
+
+    one = (program("deepspeed"), "--num_accelerators", "2", "--master_port", PORT, *MODULE)
+    process = start(one, config, "train.zero_stage=3")
     said = interrupt(process, config, "flap")
     assert process.returncode != 0, said
     assert "Go on with the same command and --resume" in said
     assert 3 <= len(rows(config, "flap")) < STEPS
-    process = start(LAUNCHED, config, "train.zero_stage=3", "--resume")
-    said = finish(process)
-    assert process.returncode == 0, said
+
+    for launcher, stage in ((hosts, 1), (torchrun, 2)):
+        nodes = [
+            start(launcher(tmp_path, node), config, f"train.zero_stage={stage}", "--resume")
+            for node in (0, 1)
+        ]
+        # On the second node: the first one, which has rank 0, must hear of it.
+        interrupt(nodes[1], config, "flap")
+        said = finish(nodes[0])
+        assert "stopped after step" in said
+        assert len(rows(config, "flap")) < STEPS
+
+    scores = train(load_config(config), resume=True)
     assert losses(config, "flap") == pytest.approx(losses(config, "alone"), abs=1e-4)
-    scores = json.loads((config.parent / "runs/flap/eval.json").read_text())["retrieval"]
+    assert scores is not None
     assert scores["val"]["clips"] == 6
 
 

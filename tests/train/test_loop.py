@@ -159,6 +159,10 @@ def test_nothing_is_loaded_for_a_wrong_config(
     for override, message in (
         ("data.val=nowhere", r"data\.val must be existing folders of shards, got 'nowhere'"),
         ("train.engine=deepspeed", r"train\.engine must be 'plain' without .*launch"),
+        (
+            "train.offload=optimizer",
+            r"train\.offload must be 'none' in plain .*launch with",
+        ),
         ("log.wandb=true", r"log\.wandb must be off .*pip install wandb"),
     ):
         with pytest.raises(ConfigError, match=message):
