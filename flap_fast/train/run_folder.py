@@ -16,7 +16,7 @@ from flap_fast.data.shards import write_atomically
 from flap_fast.train.checkpoint import latest
 
 # What may change between the parts of a run: none of it moves a weight.
-_FREE = ("log.", "ckpt.", "eval.", "frontend.", "data.val", "run.folder")
+_FREE = ("log.", "ckpt.", "eval.", "frontend.", "data.val", "run.folder", "train.replay")
 
 
 def begin(config: Config, *, resume: bool) -> Path | None:
