@@ -348,6 +348,16 @@ class Sched(Section):
 class Train(Section):
     global_batch: Count = 2304
     """Clips contrasted with one another in a step, over all ranks."""
+    micro_batch: Count | None = None
+    """Clips a rank takes through the towers at a time; its whole share without. They need the
+    memory of so many, and one more forward pass. BatchNorm, where there is one, sees them alone."""
+    accumulation: Literal["exact", "local"] = "exact"
+    """Of micro-batches: contrast the whole global batch (two passes, the gradients of one), or each
+    micro-batch within itself (one pass, fewer negatives, another loss)."""
+    replay: Literal["auto", "keep", "decode"] = "auto"
+    """Where the second of two passes takes a step's log-mels from: kept on the device (0.5 MB for
+    10 s of sound), or decoded again. `auto` keeps them on a GPU; on a CPU it decodes, where that is
+    little beside the towers."""
     epochs: Count | None = 45
     """Passes over the data; the last incomplete batch of each is dropped."""
     steps: Count | None = None
@@ -368,6 +378,11 @@ class Train(Section):
     compile: bool = False
     """torch.compile the audio encoder's blocks (and the decoder's), whose shapes never change in
     training. Text is left as it is: its lengths change with each batch."""
+
+    def micro_batches(self, world: int) -> int:
+        """How many a rank takes through the towers in a step, where `world` share it."""
+        share = self.global_batch // world
+        return share // (self.micro_batch or share)
 
     @model_validator(mode="after")
     def _one_length(self):
@@ -462,6 +477,14 @@ def check_before_loading(config: Config, world: int) -> None:
         f"be a multiple of the {world} ranks",
         batch,
         f"for example {max(world, batch // world * world)}",
+    )
+    share, micro = batch // world, config.train.micro_batch
+    need(
+        micro is None or share % micro == 0,
+        "train.micro_batch",
+        f"divide the {share} clips of train.global_batch that a rank of {world} has",
+        micro,
+        f"for example {next((m for m in range(micro or 1, 0, -1) if share % m == 0), 1)}",
     )
     need(bool(config.data.train), "data.train", "name at least one folder of shards", "nothing")
     for name in ("train", "val"):

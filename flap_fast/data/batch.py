@@ -10,7 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's share of a training step: B clips, each with the caption drawn for this visit."""
+    """One rank's share of a training step, or a micro-batch of it: B clips.
+
+    Each with the caption drawn for this visit.
+    """
 
     mel: Tensor
     """(B, 1, T, F) float32, normalised; SpecAug comes with the step."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ _TRIES = 100
 
 @dataclass
 class _Share:
-    """A rank's clips of one step while their sounds are being decoded."""
+    """A rank's clips of one (micro-)batch while their sounds are being decoded."""
 
     step: int
     visits: Tensor
@@ -34,10 +35,12 @@ class _Share:
     where: np.ndarray
     captions: list[str]
     sounds: list[bytes]
+    again: bool
+    """Read before: what is wrong with it has been reported."""
 
 
 class TrainingLoader:
-    """A rank's share of each training step.
+    """A rank's share of each training step, one micro-batch after the other.
 
     `bad` collects the clips that could not be used since it was last emptied.
     """
@@ -47,16 +50,22 @@ class TrainingLoader:
         self.order = Order(shards.place[:, 0], batch, config.run.seed, config.data.shuffle_shards)
         self.bad: list[BadClip] = []
         self._config, self._shards, self._tokenizer, self._ranks = config, shards, tokenizer, ranks
-        self._share = batch // ranks.world
+        self._micro_batches = config.train.micro_batches(ranks.world)
+        self._clips = batch // ranks.world // self._micro_batches
         self._mel = kaldi_log_mel(config.audio, ranks.device)
 
-    def batches(self, first: int, last: int) -> Iterator[Batch]:
-        """The batches of steps `first` up to, not including, `last`."""
+    def batches(self, first: int, last: int, *, times: int = 1) -> Iterator[Batch]:
+        """The (micro-)batches of steps `first` up to, not including, `last`.
+
+        Args:
+            times: how often those of a step come, all of them before they come again.
+        """
+        orders = range(first, last), range(times), range(self._micro_batches)
         pending: deque[_Share] = deque()
 
         def encoded() -> Iterator[Encoded]:
-            for step in range(first, last):
-                share = self._read(step)
+            for step, time, part in product(*orders):
+                share = self._read(step, part, again=time > 0)
                 pending.append(share)
                 yield share.sounds, share.where
 
@@ -64,21 +73,22 @@ class TrainingLoader:
             encoded(),
             audio=self._config.audio,
             frontend=self._config.frontend,
-            batch=self._share,
+            batch=self._clips,
             device=self._ranks.device,
             mel=self._mel,
             local_ranks=self._ranks.local_world,
         )
-        for _ in range(first, last):
+        for _ in product(*orders):
             try:
                 mel = next(mels)
             except BadSound as error:
                 mel = self._repair(pending[0], error)
             yield self._batch(pending.popleft(), mel)
 
-    def _read(self, step: int) -> _Share:
-        """What the tars hold of this rank's clips of a step; clips that lack something replaced."""
-        rows = np.arange(self._share) + self._ranks.rank * self._share
+    def _read(self, step: int, part: int, *, again: bool) -> _Share:
+        """What the tars hold of a part of a step; clips that lack something replaced."""
+        before = self._ranks.rank * self._micro_batches + part
+        rows = np.arange(self._clips) + before * self._clips
         visits = torch.from_numpy(rows + step * self._config.train.global_batch)
         seed = self._config.run.seed
         share = _Share(
@@ -88,9 +98,10 @@ class TrainingLoader:
             where=uniforms(seed, Stream.CROP, visits, 1)[:, 0].numpy(),
             captions=[],
             sounds=[],
+            again=again,
         )
         which = uniforms(seed, Stream.CAPTION, visits, 1)[:, 0].tolist()
-        for row in range(self._share):
+        for row in range(self._clips):
             texts, sound = self._usable(share, row, check=False)
             share.captions.append(texts[int(which[row] * len(texts))])
             share.sounds.append(sound)
@@ -114,7 +125,8 @@ class TrainingLoader:
             if clip != wanted:
                 share.clips[row] = clip
                 names = self._shards.name(wanted), self._shards.name(clip)
-                self.bad.append(BadClip(share.step, names[0], why, names[1]))
+                if not share.again:
+                    self.bad.append(BadClip(share.step, names[0], why, names[1]))
             return texts, sound
         remedy = "data.on_bad_clip=replace takes the next one"
         after = f"nor can the {_TRIES - 1} clips after it" if replace else remedy

@@ -47,7 +47,7 @@ class Engine(Protocol):
         ...
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of a loss, averaged over ranks."""
+        """Add a micro-batch's gradients, averaged over ranks and the micro-batches of a step."""
         ...
 
     def step(self, lr: float) -> Tensor:
@@ -74,11 +74,12 @@ class PlainEngine:
         self.model = self.module
         self._ranks = ranks
         self._clip = config.optim.clip_norm
+        self._micro_batches = config.train.micro_batches(ranks.world)
         self._trained = [p for p in model.parameters() if p.requires_grad]
         self._optimizer = optimizer(config, model, ranks.device)
 
     def backward(self, loss: Tensor) -> None:
-        loss.backward()
+        (loss / self._micro_batches).backward()
 
     def step(self, lr: float) -> Tensor:
         grads = [p.grad for p in self._trained if p.grad is not None]
@@ -129,6 +130,8 @@ class DeepSpeedEngine:
 
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()  # updates nothing: it counts the micro-batch
 
     def step(self, lr: float) -> Tensor:
         assert self._engine.optimizer is not None
@@ -219,9 +222,10 @@ def deepspeed_config(config: Config, ranks: Ranks) -> dict[str, Any]:
     # Each offload setting takes in those before it.
     offload = {"none": (), "optimizer": ("optimizer",), "all": ("optimizer", "param")}
     on_cpu = {"device": "cpu", "pin_memory": on_gpu}
+    micro_batches = config.train.micro_batches(ranks.world)
     return {
-        "train_micro_batch_size_per_gpu": config.train.global_batch // ranks.world,
-        "gradient_accumulation_steps": 1,
+        "train_micro_batch_size_per_gpu": config.train.global_batch // ranks.world // micro_batches,
+        "gradient_accumulation_steps": micro_batches,
         "train_batch_size": config.train.global_batch,
         # Written out even when off: DeepSpeed's own default clips at 1.0.
         "gradient_clipping": config.optim.clip_norm,

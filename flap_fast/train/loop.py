@@ -4,24 +4,20 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from flap_fast.config import Config, Mask, check_before_loading
-from flap_fast.data.batch import Batch
+from flap_fast.config import Config, check_before_loading
 from flap_fast.data.captions import Tokenizer, tokenizer
 from flap_fast.data.loader import TrainingLoader
-from flap_fast.data.mel import spec_augment
 from flap_fast.data.shards import open_shards
 from flap_fast.evaluate.run import Scores, evaluate, flat_scores, selection_score, write_scores
-from flap_fast.loss import total_loss
 from flap_fast.model.flap import Flap
 from flap_fast.model.interop import put_weights
-from flap_fast.model.masking import MaskPlan, mask_plan
 from flap_fast.ranks import Ranks, join_ranks, leave_ranks, world_size
 from flap_fast.train.checkpoint import Checkpoints
 from flap_fast.train.engine import Engine, check_engine, make_engine
+from flap_fast.train.microbatch import Gradients
 from flap_fast.train.observers import Watch, check_wandb, observers, report_bad_clips
 from flap_fast.train.run_folder import begin, write_config
 from flap_fast.train.schedules import warmup_cosine
@@ -83,19 +79,17 @@ def _train(
     if state and not state.scored and score(first):
         checkpoints.save(engine, first, score.best, is_best=True)
 
-    for step, batch in enumerate(watch.waiting(loader.batches(first, steps)), first + 1):
+    gradients = Gradients(config, ranks, engine, steps, loader.order.steps_per_epoch)
+    batches = watch.waiting(loader.batches(first, steps, times=gradients.reads))
+    for step in range(first + 1, steps + 1):
+        outputs, terms = gradients(step, batches)
         report_bad_clips(config.run_folder, ranks, loader.bad)
-        torch.manual_seed(dropout_seed(config.run.seed, step, ranks.rank))
-        plan = mask_plan_of(batch, config, steps, loader.order.steps_per_epoch)
-        outputs = engine.model(*model_inputs(batch, plan, config))
-        terms = total_loss(outputs, config)
-        engine.backward(terms["total"])
         lr = warmup_cosine(
             step - 1, base=config.optim.lr, warmup=config.sched.warmup_steps, steps=steps
         )
         terms["grad_norm"] = engine.step(lr)
         # Still on the device: an observer that wants a number pays for its own sync.
-        watch.step(step, batch.epoch, lr, outputs, terms)
+        watch.step(step, loader.order.epoch(step - 1), lr, outputs, terms)
 
         stopped = stop.agreed() and step < steps
         to_score = bool(config.data.val) and due(step, steps, config.eval.every_steps)
@@ -155,24 +149,3 @@ class Scorer:
 def due(step: int, steps: int, every: int) -> bool:
     """Whether something that happens every so many steps, and at the end, happens now."""
     return step == steps or (every > 0 and step % every == 0)
-
-
-def dropout_seed(seed: int, step: int, rank: int) -> int:
-    """Sown anew at each step: a resumed run draws what an uninterrupted one draws."""
-    return ((seed * 1_000_003 + step) * 65_537 + rank) % 2**63
-
-
-def mask_plan_of(batch: Batch, config: Config, steps: int, per_epoch: int) -> MaskPlan | None:
-    """The patches that masking leaves and drops; None without masking, and in the unmasked tail."""
-    tail = config.mask.unmasked_tail_epochs
-    epochs = -(-steps // per_epoch)
-    mask = Mask(kind="none") if batch.epoch >= epochs - tail else config.mask
-    return mask_plan(mask, config.audio.grid, config.run.seed, batch.visits)
-
-
-def model_inputs(batch: Batch, plan: MaskPlan | None, config: Config) -> tuple[Any, ...]:
-    """What the model is called with: the log-mel augmented, and what the decoder is to rebuild."""
-    mel = spec_augment(batch.mel, config.specaug, config.audio, config.run.seed, batch.visits)
-    target = batch.mel if config.loss.recon.target == "clean" else mel
-    rebuilds = config.loss.recon.weight > 0
-    return mel, batch.ids, batch.attention_mask, plan, target if rebuilds else None

@@ -19,6 +19,7 @@ from flap_fast.train.checkpoint import latest
 _FREE = (
     *("log.", "ckpt.", "eval.", "frontend.", "data.val", "run.folder"),
     *("train.engine", "train.zero_stage", "train.offload", "train.checkpoint_activations"),
+    "train.replay",
 )
 
 

@@ -32,7 +32,7 @@ from flap_fast.model.masking import mask_plan
 from flap_fast.ranks import Ranks
 from flap_fast.train.device import Memory, free_bytes
 from flap_fast.train.engine import PlainEngine
-from flap_fast.train.loop import model_inputs
+from flap_fast.train.microbatch import model_inputs
 from flap_fast.train.synthetic import SyntheticLoader, without_files
 
 # Of the memory that is free on a CPU: the rest of the machine wants to live too.

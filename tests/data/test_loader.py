@@ -111,6 +111,29 @@ def test_beginning_at_a_step_is_having_run_to_it(config, backend):
             assert_same(a, b)
 
 
+def test_micro_batches_are_a_step_cut_in_order_and_may_come_again(config):
+    parts = with_(config, "train", micro_batch=2)
+    for rank, world in ((0, 1), (1, 2)):
+        count = 8 // world // 2
+        stream = list(loader(parts, rank, world).batches(1, 3, times=2))
+        assert len(stream) == 2 * 2 * count
+        for step, batch in enumerate(batches(config, 1, 3, rank, world)):
+            first, second = (stream[(2 * step + time) * count :][:count] for time in (0, 1))
+            assert torch.cat([part.visits for part in first]).equal(batch.visits)
+            assert np.concatenate([part.clips for part in first]).tolist() == batch.clips.tolist()
+            assert [*chain.from_iterable(map(captions, first))] == captions(batch)
+            assert (torch.cat([part.mel for part in first]) - batch.mel).abs().max() < 1e-4
+            for once, again in zip(first, second, strict=True):
+                assert_same(once, again)
+
+
+def test_what_is_wrong_with_a_clip_is_reported_once_though_it_comes_again(good, tmp_path):
+    spoilt = with_(good, "data", train=(shards_of(tmp_path / "bad", {5: b"", 7: BAD["cut"]}),))
+    reader = loader(with_(spoilt, "train", micro_batch=2))
+    assert len(list(reader.batches(0, 3, times=2))) == 3 * 2 * 2
+    assert sorted(entry.clip for entry in reader.bad) == [reader._shards.name(n) for n in (5, 7)]
+
+
 def test_threads_and_prefetch_do_not_change_a_batch(config):
     more = with_(config, "frontend", threads=3, prefetch=4)
     for a, b in zip(batches(config, 0, 5), batches(more, 0, 5), strict=True):

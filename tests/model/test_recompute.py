@@ -19,7 +19,7 @@ def step(towers: str) -> tuple[dict[str, int], dict[str, Tensor]]:
     torch.manual_seed(0)
     model = Flap(config)
     runs = {"audio": 0, "text": 0}
-    parts = {"audio": "audio.blocks.1.mlp", "text": "text.inner.encoder.layer.1.attention"}
+    parts = {"audio": "audio.blocks.1.mlp", "text": "text.inner.encoder.layer.1.intermediate"}
     for tower, part in parts.items():
 
         def count(*_, tower=tower):

@@ -17,7 +17,7 @@ from flap_fast.data.batch import Batch
 from flap_fast.data.shards import open_shards
 from flap_fast.embedder import load
 from flap_fast.loss import total_loss
-from flap_fast.train import checkpoint, loop
+from flap_fast.train import checkpoint, loop, microbatch
 from flap_fast.train.checkpoint import latest
 from flap_fast.train.loop import Stopped, train
 from flap_fast.train.observers import NotFinite
@@ -179,7 +179,7 @@ def test_a_nan_stops_the_run_before_it_reaches_a_checkpoint(
         terms = total_loss(outputs, config)
         return {**terms, "total": terms["total"] * (float("nan") if next(steps) == 3 else 1)}
 
-    monkeypatch.setattr(loop, "total_loss", poisoned)
+    monkeypatch.setattr(microbatch, "total_loss", poisoned)
     with pytest.raises(NotFinite, match=r"at step 3; nothing was saved after it\. Lower optim\.lr"):
         train(settings(prepared, tmp_path, "log.every_steps=10"))
     checkpoints = tmp_path / "flap/checkpoints"
@@ -213,14 +213,14 @@ def test_masking_and_reconstruction_end_with_the_unmasked_tail(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     kept: list[int | None] = []
-    real = loop.mask_plan_of
+    real = microbatch.mask_plan_of
 
     def watched(*arguments):
         plan = real(*arguments)
         kept.append(None if plan is None else plan.keep.shape[1])
         return plan
 
-    monkeypatch.setattr(loop, "mask_plan_of", watched)
+    monkeypatch.setattr(microbatch, "mask_plan_of", watched)
     rebuilding = ("loss.recon.weight=1", "decoder.width=16", "decoder.depth=1", "decoder.heads=2")
     tail = ("mask.unmasked_tail_epochs=1", "eval.every_steps=0", "data.val=[]")
     train(settings(prepared, tmp_path, *rebuilding, *tail))
@@ -236,7 +236,7 @@ def test_the_decoder_rebuilds_the_sound_before_specaug_or_after(target: str):
     ids = torch.zeros(4, 8, dtype=torch.int64)
     clean = torch.ones(4, 1, 112, 128)
     batch = Batch(clean, ids, ids, visits=torch.arange(4), clips=np.arange(4), epoch=0)
-    mel, *_, rebuilt = loop.model_inputs(batch, None, config)
+    mel, *_, rebuilt = microbatch.model_inputs(batch, None, config)
     assert not torch.equal(mel, clean)
     assert rebuilt is (clean if target == "clean" else mel)
 

@@ -15,7 +15,7 @@ from flap_fast.loss import total_loss
 from flap_fast.model.flap import Flap
 from flap_fast.ranks import Ranks
 from flap_fast.train.engine import DeepSpeedEngine
-from flap_fast.train.loop import mask_plan_of, model_inputs
+from flap_fast.train.microbatch import mask_plan_of, model_inputs
 from tests.ranks import on_ranks
 from tests.tiny import tiny
 
