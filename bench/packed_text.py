@@ -107,7 +107,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--corpus", help="the captions, in words")
     parser.add_argument("--tokens", default="of the settings", help="the tokenizer, in words")
     parser.add_argument("--out", type=Path, help="a JSON file")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def read_captions(file: Path) -> list[str]:
