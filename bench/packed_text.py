@@ -61,7 +61,7 @@ def main() -> None:
     lengths = torch.cat([mask.sum(1) for _, mask in batches[: args.counted]]).double()
     report = {
         "what": "text tower, " + ("forward" if text.freeze else "forward and backward"),
-        "captions": args.captions.name,
+        "captions": args.corpus or args.captions.name,
         "tokens_per_caption": {"mean": round(lengths.mean().item(), 2), "max": int(lengths.max())},
         "batch": args.batch,
         "text": text.model_dump(mode="json", exclude={"folder", "tokenizer"}),
@@ -104,9 +104,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--counted", type=int, default=20, help="batches whose FLOP are counted")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--corpus", help="the captions, in words")
     parser.add_argument("--tokens", default="of the settings", help="the tokenizer, in words")
     parser.add_argument("--out", type=Path, help="a JSON file")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def read_captions(file: Path) -> list[str]:
