@@ -1,4 +1,4 @@
-"""Loading: 256 clips of 10 s from FLAC shards to waveforms at 16 kHz, on all cores.
+"""Loading: 160 clips of 10 s from FLAC shards to waveforms at 16 kHz, on all cores.
 
 pytest bench/bench_loading.py      `python -m bench.loading` lets the ways take turns
 """
@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("nvidia.dali", reason="DALI is not installed here")
 pytest.importorskip("torchaudio", reason="torchaudio is a part of the dev extra")
 
-from bench.loading import BATCH, CORES, TIMED, WAYS, Way, drain, write_shards
+from bench.loaders import BATCH, CORES, TIMED, WAYS, Way, drain, write_shards
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,7 @@ from bench.measure import ceilings
 from bench.peers import ours
 from bench.sweep import BOTH, Row
 from bench.tasks import Task, providers, tasks
+from flap_kernels.launch import interpreted
 
 _COMMAND = (sys.executable, "-m", "bench.sweep")
 # Seconds: for all, for the tests, for one task's rounds, for one thing that may hang.
@@ -49,6 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if asked.device == "cpu" and not asked.quick:
         print("bench.gpu on a CPU is for trying it: add --quick", file=sys.stderr)
+        return 2
+    if interpreted():
+        print("a benchmark must not be interpreted: unset TRITON_INTERPRET", file=sys.stderr)
         return 2
     whole_s, tests_s, budget_s, hang_s = _LIMITS[asked.quick]
     deadline = begun + (asked.minutes * 60 if asked.minutes else whole_s)
@@ -174,9 +178,10 @@ def _work(
                     return None
                 if ended:
                     return number, stage, f"its process ended: {_last_line(log)}"
-                # A process that has only begun to import has the time of two.
-                if now - since > (hang_s if stage else 2 * hang_s):
-                    return number, stage, f"longer than {hang_s:g} s"
+                # Importing, and timing all providers, have the time of two.
+                limit_s = 2 * hang_s if stage in ("", "timing") else hang_s
+                if now - since > limit_s:
+                    return number, stage, f"longer than {limit_s:g} s"
                 time.sleep(0.05)
 
 

@@ -80,13 +80,15 @@ def interleaved(
 def _cuda_turns(
     calls: Mapping[str, Call], budget_s: float, least_rounds: int
 ) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    once_ms = {name: min(_cuda_times(call, 2)) for name, call in calls.items()}
     turns = max(_TURNS, least_rounds)
     share_ms = 1000 * budget_s / max(len(calls), 1) / turns
+    once_ms = {name: _cuda_times(call, 1)[0] for name, call in calls.items()}
+    # A call that takes longer than its share has few rounds: this one counts.
+    slow = {name for name, once in once_ms.items() if once > share_ms}
+    times = {name: [once] if name in slow else [] for name, once in once_ms.items()}
     for _ in range(turns):
         for name, call in calls.items():
-            if once_ms[name] > share_ms and len(times[name]) >= least_rounds:
+            if name in slow and len(times[name]) >= least_rounds:
                 continue
             torch.cuda.empty_cache()  # no other call's blocks, and no search for room while timed
             if once_ms[name] < 1000:

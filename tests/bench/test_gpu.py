@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import contract, gpu
+from bench import contract, gpu, measure
 from bench.goals import GOALS
 from bench.measure import Timing, interleaved, peak_bytes
 from bench.sweep import BOTH
@@ -75,6 +75,7 @@ def test_nothing_interpreted_is_timed(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
         interleaved({"nothing": lambda: None}, "cpu", budget_s=0)
+    assert gpu.main(["--device", "cpu", "--quick"]) == 2
 
 
 def test_calls_take_turns_and_get_their_rounds():
@@ -84,6 +85,22 @@ def test_calls_take_turns_and_get_their_rounds():
     assert "".join(turns) == "ab" * 4  # once to see how long they take
     assert {timing.rounds for timing in times.values()} == {3}
     assert Timing.of([5.0, 1.0, 2.0, 3.0, 4.0, 100.0]) == Timing(3.5, 2.0, 5.0, 6)
+
+
+def test_on_a_gpu_a_slow_call_costs_its_least_rounds_and_no_more(monkeypatch):
+    counts: dict[str, list[int]] = {"slow": [], "fast": []}
+    took_ms = {"slow": 700.0, "fast": 2.0}
+
+    def times(call, count):
+        counts[call()].append(count)
+        return [took_ms[call()]] * count
+
+    monkeypatch.setattr(measure, "_cuda_times", times)
+    calls = {name: lambda name=name: name for name in took_ms}
+    found = measure.interleaved(calls, "cuda", budget_s=0.8)
+    # 100 ms a turn for each: 50 calls of the fast one, held to 25; one of the slow one.
+    assert counts == {"slow": [1, 1, 1], "fast": [1, 25, 25, 25, 25]}
+    assert (found["slow"].rounds, found["fast"].rounds) == (3, 100)
 
 
 def test_missing_peers_are_listed_and_the_table_comes_last(quick):

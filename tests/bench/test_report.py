@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from bench import infonce_cpu, loading, report
+from bench import infonce_cpu, loaders, report
 from bench.machine import machine, save
 from bench.sweep import BOTH, FORWARD, Row
 
@@ -90,16 +90,17 @@ def test_infonce_on_a_cpu_is_compared_on_the_same_inputs(tmp_path):
 def test_every_way_of_loading_gives_the_same_sounds(tmp_path, monkeypatch):
     pytest.importorskip("nvidia.dali")
     for name, value in {"BATCH": 2, "FILLING": 1, "TIMED": 1}.items():
-        monkeypatch.setattr(loading, name, value)
-    shards = loading.write_shards(tmp_path, clips=2)
-    ways = [loading.DALI, loading.TWIN, *loading.PEERS]
+        monkeypatch.setattr(loaders, name, value)
+    shards = loaders.write_shards(tmp_path, clips=2)
     found = {}
-    for way in loading.WAYS:
-        if way.stored_hz == loading.RATE_HZ:
+    for way in loaders.WAYS:
+        # Worker processes take seconds to start, and read a clip as the threads do.
+        if way.stored_hz == loaders.RATE_HZ and way.loader is not loaders.in_processes:
             batches = way.filled(shards)
             found[way.name] = next(batches).clone()
-    assert list(found) == ways
-    first = found[loading.DALI]
+    assert set(loaders.PEERS) - set(found) == {"soundfile + torchaudio, DataLoader"}
+    assert {loaders.DALI, loaders.TWIN} <= set(found)
+    first = found[loaders.DALI]
     assert first.shape == (2, 160_000)
     assert first.abs().max() > 0.01
     for name, waves in found.items():
