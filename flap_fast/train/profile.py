@@ -86,9 +86,8 @@ def profile(
 
 
 def _check(config: Config, synthetic: bool) -> None:
-    rule, remedy = "be unset: a step of one pass is timed", "set train.global_batch to what fits"
-    micro = config.train.micro_batch
-    need(micro is None, "train.micro_batch", rule, micro, remedy)
+    micro, rule = config.train.micro_batch, "be unset: a step of one pass is timed"
+    need(micro is None, "train.micro_batch", rule, micro, "set train.global_batch to what fits")
     if synthetic:
         world, batch = world_size(), config.train.global_batch
         need(batch % world == 0, "train.global_batch", f"be a multiple of {world} ranks", batch)
