@@ -20,12 +20,13 @@ ROOMS = {
     "model": {"data", "config", "configfile", "checks", "ranks"},
     "loss": {"model", "data", "config", "checks"},
     "evaluate": {"model", "data", "config", "checks", "ranks"},
-    "embedder": {"model", "data", "config", "checks"},
+    "embedder": {"evaluate", "model", "data", "config", "checks", "ranks"},
+    "search": {"embedder", "data", "checks"},
     "train": {"loss", "evaluate", "model", "data", "config", "configfile", "checks", "ranks"},
     "report": {"model", "data", "config", "configfile", "checks"},
 }
 # The commands and the public names stand to the right of everything.
-LAST = {"__main__", "__init__"}
+LAST = {"__main__", "__init__", "commands"}
 
 # A heavy dependency has one door: the only places that import it.
 DOORS = {
@@ -35,6 +36,7 @@ DOORS = {
     "xformers": {"flap_fast/model/transformer.py"},
     "transformers": {"flap_fast/model/text_encoder.py", "flap_fast/data/captions.py"},
     "matplotlib": {"flap_fast/report/masking.py"},
+    "faiss": {"flap_fast/search.py"},
 }
 LONGEST = 320
 # Two of the kernels' files hold what the style wants in one place: reference, kernel, op.
