@@ -32,6 +32,24 @@ SIZES = {
     "base": (768, 12, 12),
     "large": (1024, 24, 16),
 }
+# HTSAT's first width and heads, doubled at each stage, and the blocks of each. Source: LAION-CLAP.
+HTSAT_SIZES = {
+    "tiny": (96, (2, 2, 6, 2), 4),
+    "base": (128, (2, 2, 12, 2), 4),
+    "large": (256, (2, 2, 12, 2), 4),
+}
+# Defaults that follow audio.encoder and audio.mel. Sources: SPEC 3.2, 3.5, 4.6.
+_HTSAT = {"mel": "clap", "size": "tiny", "patch": 4, "drop_path": 0.1}
+_CLAP = {
+    "sample_rate_hz": 48_000,
+    "mel_bins": 64,
+    "frames": 1001,
+    "int16_roundtrip": True,
+    # Decibels stay as they are: HTSAT begins with a BatchNorm.
+    "mean": 0.0,
+    "std": 0.5,
+}
+_HTSAT_SPECAUG = {"time_frames": 64, "freq_bins": 8, "stripes": 2}
 
 
 class Section(BaseModel):
@@ -79,46 +97,77 @@ class Frontend(Section):
 
 
 class Audio(Section):
+    encoder: Literal["vit", "htsat"] = "vit"
+    """FLAP's ViT, or LAION-CLAP's HTSAT: a Swin transformer, which cannot be masked."""
     size: Literal["tiny", "small", "base", "large"] = "base"
-    """Width, depth and heads of the ViT: 192/4/3, 384/12/6, 768/12/12, 1024/24/16."""
+    """Width, depth and heads of the ViT: 192/4/3, 384/12/6, 768/12/12, 1024/24/16. HTSAT: `tiny`
+    (the default there), `base` or `large`, which begin 96, 128 or 256 wide."""
     width: Count | None = None
-    """Overrides the size's width D."""
+    """Overrides the size's width D (HTSAT: of the first stage, doubled at each)."""
     depth: Count | None = None
-    """Overrides the size's number of blocks."""
+    """Overrides the size's number of blocks (ViT)."""
+    depths: tuple[Count, ...] | None = None
+    """Overrides the size's blocks of each stage (HTSAT)."""
     heads: Count | None = None
-    """Overrides the size's number of heads."""
+    """Overrides the size's number of heads (HTSAT: of the first stage, doubled at each)."""
+    window_patches: Count = 8
+    """Side of HTSAT's windows of attention."""
     duration_s: Positive = 10.0
     """Seconds of sound the model sees: longer clips are cropped, shorter ones filled."""
+    mel: Literal["kaldi", "clap"] = "kaldi"
+    """The front end: Kaldi's (25 ms windows, 16 kHz, natural logarithm), or LAION-CLAP's (1024
+    samples at 48 kHz, decibels; HTSAT's default). Rate, bins and statistics follow it."""
+    mel_variant: Literal["slaney_norm", "htk_none"] = "slaney_norm"
+    """CLAP's mel matrix: Slaney's scale and areas (librosa), or HTK's scale (torchaudio)."""
+    low_hz: Annotated[float, Field(ge=0)] = 50.0
+    """CLAP's lowest frequency; Kaldi's is 20 Hz."""
+    high_hz: Positive = 14_000.0
+    """CLAP's highest frequency; Kaldi's is half the rate."""
+    int16_roundtrip: bool = False
+    """Round samples to 16 bits, towards zero, as LAION-CLAP does (on with audio.mel = clap)."""
     sample_rate_hz: int = Field(default=16_000, ge=1000)
-    """Rate of the front end."""
+    """Rate of the front end; 48 kHz with audio.mel = clap."""
     mel_bins: Count = 128
-    """Mel bins F."""
+    """Mel bins F; 64 with audio.mel = clap."""
     frames: Count = 1024
-    """Frames T of the log-mel: 998 frames of 10 s, then rows of zeros."""
+    """Frames T of the log-mel: 998 frames of 10 s, then rows of zeros; 1001 with audio.mel = clap,
+    none of them of zeros."""
     patch: Count = 16
-    """Side of a square patch, in frames and in bins."""
+    """Side of a square patch, in frames and in bins; 4 for HTSAT."""
     mean: float = -4.2677393
-    """Mean of AudioSet's log-mels, subtracted."""
+    """Mean of AudioSet's log-mels, subtracted; 0 with audio.mel = clap."""
     std: Positive = 4.5689974
-    """Their standard deviation; twice it divides."""
+    """Their standard deviation; twice it divides. 0.5 with audio.mel = clap."""
     filling: Literal["repeatpad", "pad", "repeat"] = "repeatpad"
     """How a short clip is filled: whole repeats then zeros, zeros, or repeats cut off."""
     use_cls: bool = True
-    """Prepend a [CLS] token (as AudioMAE's checkpoints do)."""
+    """ViT: prepend a [CLS] token (as AudioMAE's checkpoints do)."""
     pool: Literal["mean_patch", "cls", "mean_all"] = "mean_patch"
-    """What becomes the clip's vector."""
+    """ViT: what becomes the clip's vector; HTSAT's is the mean of its tokens."""
     norm_position: Literal["tokens", "pooled"] = "tokens"
-    """The final LayerNorm: on the tokens before pooling, or on the pooled vector."""
+    """ViT: the final LayerNorm on the tokens before pooling, or on the pooled vector."""
     pos_grid: Literal["correct", "audiomae_legacy"] = "correct"
-    """Grid of the fixed positions; AudioMAE's own table was built for the transposed grid."""
+    """ViT: grid of the fixed positions; AudioMAE's own table was built for the transposed grid."""
     drop_path: Ratio = 0.0
-    """Stochastic depth at the last block, growing linearly from 0."""
+    """Stochastic depth at the last block, growing linearly from 0; 0.1 for HTSAT."""
     attention: Literal["sdpa", "xformers"] = "sdpa"
     """PyTorch's attention, or xformers' (CUDA only)."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _follow(cls, tree):
+        """Defaults that follow the encoder, then those that follow the front end."""
+        if isinstance(tree, dict) and tree.get("encoder") == "htsat":
+            tree = {**_HTSAT, **tree}
+        if isinstance(tree, dict) and tree.get("mel") == "clap":
+            tree = {**_CLAP, **tree}
+        return tree
+
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches along time and along frequency."""
+        """Patches along time and along frequency; of HTSAT along both sides of its folded image."""
+        if self.encoder == "htsat":
+            return self.image_side // self.patch, self.image_side // self.patch
         return self.frames // self.patch, self.mel_bins // self.patch
 
     @property
@@ -128,20 +177,67 @@ class Audio(Section):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Width, depth and heads in force."""
+        """The ViT's width, depth and heads in force."""
         width, depth, heads = SIZES[self.size]
         return self.width or width, self.depth or depth, self.heads or heads
 
+    @property
+    def stages(self) -> tuple[tuple[int, int, int], ...]:
+        """Width, depth and heads of each of HTSAT's stages."""
+        width, depths, heads = HTSAT_SIZES[self.size]
+        width, depths, heads = self.width or width, self.depths or depths, self.heads or heads
+        return tuple((width << n, depth, heads << n) for n, depth in enumerate(depths))
+
+    @property
+    def image_side(self) -> int:
+        """Side of the square into which HTSAT folds a log-mel, in pixels: 256 of 1001 x 64.
+
+        The smallest that holds all frames and that the stages can halve; 0 if there is none.
+        """
+        least = math.isqrt((self.frames - 1) // self.mel_bins) + 1
+        sides = (folds * self.mel_bins for folds in range(least, 2 * least + 1))
+        return next((side for side in sides if self._divides(side)), 0)
+
+    def _divides(self, side: int) -> bool:
+        grids = [side // self.patch >> n for n in range(len(self.stages))]
+        whole = side % (self.patch << (len(grids) - 1)) == 0
+        return whole and all(grid % min(self.window_patches, grid) == 0 for grid in grids)
+
+    @property
+    def window(self) -> int:
+        """Samples of a frame: Kaldi's 25 ms, or CLAP's 1024."""
+        return 1024 if self.mel == "clap" else self.sample_rate_hz * 25 // 1000
+
+    @property
+    def hop(self) -> int:
+        """Samples of the 10 ms shift."""
+        return self.sample_rate_hz // 100
+
+    def frames_of(self, samples: int) -> int:
+        """Frames of a sound: those that fit whole into it (Kaldi), or one at each shift (CLAP)."""
+        whole = samples if self.mel == "clap" else samples - self.window
+        return 1 + whole // self.hop
+
     @model_validator(mode="after")
     def _fits(self):
+        spoken = self.frames_of(self.samples)
+        least = self.window
+        rule = f"hold one window of {least * 1000 / self.sample_rate_hz:g} ms"
+        need(self.samples >= least, "audio.duration_s", rule, self.duration_s)
+        if self.mel == "clap":
+            rule = f"be in (audio.low_hz = {self.low_hz:g}, half of audio.sample_rate_hz]"
+            fits = self.low_hz < self.high_hz <= self.sample_rate_hz / 2
+            need(fits, "audio.high_hz", rule, self.high_hz)
+        (self._fits_htsat if self.encoder == "htsat" else self._fits_vit)(spoken)
+        return self
+
+    def _fits_vit(self, spoken: int) -> None:
         width, _, heads = self.shape
         need(width % heads == 0, "audio.width", f"be a multiple of audio.heads = {heads}", width)
         need(width % 4 == 0, "audio.width", "be a multiple of 4 (2-D sine positions)", width)
         for name in ("frames", "mel_bins"):
             value = getattr(self, name)
             need(value % self.patch == 0, f"audio.{name}", f"be a multiple of {self.patch}", value)
-        spoken = 1 + (self.samples - self.window) // self.hop
-        need(spoken >= 1, "audio.duration_s", "hold one window of 25 ms", self.duration_s)
         need(
             self.frames >= spoken,
             "audio.frames",
@@ -155,17 +251,32 @@ class Audio(Section):
             "not be 'cls' without audio.use_cls",
             self.pool,
         )
-        return self
+        rule, remedy = "be left out for a ViT", "set audio.depth, or audio.encoder=htsat"
+        need(self.depths is None, "audio.depths", rule, self.depths, remedy)
 
-    @property
-    def window(self) -> int:
-        """Samples of Kaldi's 25 ms window."""
-        return self.sample_rate_hz * 25 // 1000
-
-    @property
-    def hop(self) -> int:
-        """Samples of the 10 ms shift."""
-        return self.sample_rate_hz // 100
+    def _fits_htsat(self, spoken: int) -> None:
+        remedy = "set audio.depths, the blocks of each stage"
+        need(self.depth is None, "audio.depth", "be left out for HTSAT", self.depth, remedy)
+        sizes = ", ".join(HTSAT_SIZES)
+        need(self.size in HTSAT_SIZES, "audio.size", f"be one of HTSAT's {sizes}", self.size)
+        width, _, heads = self.stages[0]
+        need(width % heads == 0, "audio.width", f"be a multiple of audio.heads = {heads}", width)
+        need(
+            self.frames == spoken,
+            "audio.frames",
+            f"be the {spoken} frames of audio.duration_s = {self.duration_s:g} for HTSAT",
+            self.frames,
+            f"set audio.frames={spoken}",
+        )
+        need(self.attention == "sdpa", "audio.attention", "be 'sdpa' for HTSAT", self.attention)
+        need(
+            self.image_side > 0,
+            "audio.window_patches",
+            f"divide each of {len(self.stages)} stages of a log-mel of {self.frames} frames and "
+            f"{self.mel_bins} bins, folded into a square",
+            self.window_patches,
+            "change it, or shorten audio.depths",
+        )
 
 
 class SpecAug(Section):
@@ -173,8 +284,10 @@ class SpecAug(Section):
     """Widest time mask, exclusive; 0 turns it off."""
     freq_bins: CountOrZero = 48
     """Widest frequency mask, exclusive; 0 turns it off."""
+    stripes: Count = 1
+    """Masks of each kind. HTSAT's defaults are 2 of up to 63 frames and 2 of up to 7 bins."""
     domain: Literal["pre_norm", "post_norm"] = "pre_norm"
-    """Zeros before normalisation (AudioMAE's order) or after."""
+    """Zeros before normalisation (AudioMAE's order) or after; HTSAT's lie behind its BatchNorm."""
 
 
 class Mask(Section):
@@ -349,6 +462,31 @@ class Config(Section):
     ckpt: Ckpt = Ckpt()
     eval: Eval = Eval()
     log: Log = Log()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _follow(cls, tree):
+        """Defaults of other sections that follow the encoder."""
+        audio = (tree or {}).get("audio")
+        encoder = audio.get("encoder") if isinstance(audio, dict) else getattr(audio, "encoder", "")
+        if encoder != "htsat":
+            return tree
+        tree = {"mask": None, "specaug": None, **tree}
+        for name, defaults in (("mask", {"kind": "none"}), ("specaug", _HTSAT_SPECAUG)):
+            if isinstance(tree[name], dict | None):
+                tree[name] = {**defaults, **(tree[name] or {})}
+        return tree
+
+    @model_validator(mode="after")
+    def _agree(self):
+        need(
+            self.audio.encoder == "vit" or self.mask.kind == "none",
+            "mask.kind",
+            "be 'none' with audio.encoder = htsat, whose windows need every patch",
+            self.mask.kind,
+            "set mask.kind=none, or audio.encoder=vit",
+        )
+        return self
 
     @property
     def run_folder(self) -> Path:

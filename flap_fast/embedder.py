@@ -11,7 +11,8 @@ from torch import Tensor
 
 from flap_fast.config import Config
 from flap_fast.data.captions import Tokenizer, tokenizer
-from flap_fast.data.mel import kaldi_log_mel, normalise
+from flap_fast.data.frontend import log_mel
+from flap_fast.data.mel import normalise
 from flap_fast.data.sound import crop, fill, read_sound
 from flap_fast.model.flap import Flap
 from flap_fast.model.interop import load_model
@@ -25,7 +26,7 @@ class Embedder:
     def __init__(self, model: Flap, config: Config, tokenizer: Tokenizer, device: torch.device):
         self.model, self.config, self.device = model.to(device).eval(), config, device
         self._tokenizer = tokenizer
-        self._mel = kaldi_log_mel(config.audio, device)
+        self._mel = log_mel(config.audio, device)
 
     @torch.inference_mode()
     def embed_audio(self, sounds: Sequence[Sound], batch: int = 64) -> Tensor:

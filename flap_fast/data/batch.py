@@ -24,6 +24,8 @@ class Batch:
     """(B,) int64: which clips of the shards these are."""
     epoch: int
     """How often the data was gone through before."""
+    erase: Tensor | None = None
+    """(B, T, F) bool: what SpecAug sets to 0 inside HTSAT; other encoders' is in `mel`."""
 
 
 @dataclass(frozen=True)

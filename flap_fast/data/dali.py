@@ -3,9 +3,9 @@
     bytes, where -> decode, downmix, resample -> crop -> fill -> wave (B, samples)      `dali_wave`
                                                            ... -> log-mel (B, T, F)    `dali_mel`
 
-`dali_mel` approximates Kaldi's mel: DALI has no removal of a frame's mean and its triangles are
-linear in Hz (SPEC 3.3). The order of clips is ours, not a DALI reader's: bytes come in through an
-external source, so that any number of ranks and any restart see the same order.
+`dali_mel` is exact for CLAP's mel and approximates Kaldi's: DALI has no removal of a frame's mean
+and its triangles are linear in Hz (SPEC 3.3). The order of clips is ours, not a DALI reader's:
+bytes come in through an external source, so that any number of ranks and any restart see the same.
 
 The only file that imports nvidia.dali.
 """
@@ -22,6 +22,7 @@ from nvidia.dali import math as dali_math
 from torch import Tensor
 
 from flap_fast.config import Audio
+from flap_fast.data import mel_clap
 from flap_fast.data.mel import FLOOR, LOW_HZ, PREEMPHASIS, hann
 from flap_fast.data.sound import BadSound
 
@@ -143,6 +144,38 @@ def _length(wave):
 
 
 def _log_mel(wave, audio: Audio):
+    if audio.int16_roundtrip:
+        wave = dali_math.clamp(wave, -1, 1) * 32767
+        whole = dali_math.floor(dali_math.max(wave, 0)) - dali_math.floor(dali_math.max(-wave, 0))
+        wave = whole / 32767
+    log = (_clap if audio.mel == "clap" else _kaldi)(wave, audio)
+    return fn.pad(fn.transpose(log, perm=[1, 0]), axes=[0], shape=[audio.frames], fill_value=0.0)
+
+
+def _clap(wave, audio: Audio):
+    power = fn.spectrogram(
+        wave,
+        nfft=audio.window,
+        window_length=audio.window,
+        window_step=audio.hop,
+        window_fn=mel_clap.hann(audio.window).astype(np.float32).tolist(),
+        layout="ft",
+    )
+    slaney = audio.mel_variant == "slaney_norm"
+    mel = fn.mel_filter_bank(
+        power,
+        sample_rate=float(audio.sample_rate_hz),
+        nfilter=audio.mel_bins,
+        freq_low=audio.low_hz,
+        freq_high=audio.high_hz,
+        mel_formula="slaney" if slaney else "htk",
+        normalize=slaney,
+    )
+    cutoff = 10 * math.log10(mel_clap.FLOOR)
+    return fn.to_decibels(mel, multiplier=10.0, reference=1.0, cutoff_db=cutoff)
+
+
+def _kaldi(wave, audio: Audio):
     wave = wave - fn.reductions.mean(wave, axes=[0])
     # A global filter equals Kaldi's in each frame: the window is zero where they differ.
     wave = fn.preemphasis_filter(wave, preemph_coeff=PREEMPHASIS)
@@ -164,8 +197,7 @@ def _log_mel(wave, audio: Audio):
         mel_formula="htk",
         normalize=False,
     )
-    log = fn.to_decibels(mel, multiplier=math.log(10), reference=1.0, cutoff_db=math.log(FLOOR))
-    return fn.pad(fn.transpose(log, perm=[1, 0]), axes=[0], shape=[audio.frames], fill_value=0.0)
+    return fn.to_decibels(mel, multiplier=math.log(10), reference=1.0, cutoff_db=math.log(FLOOR))
 
 
 _WHOLE = {"normalized_anchor": False, "normalized_shape": False}

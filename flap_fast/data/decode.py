@@ -15,6 +15,7 @@ from torch import Tensor
 from flap_fast.checks import need
 from flap_fast.config import Audio, Frontend
 from flap_fast.data.mel import LogMel
+from flap_fast.data.mel_clap import ClapLogMel
 from flap_fast.data.sound import crop, fill, read_sound
 
 Encoded = tuple[list[bytes], np.ndarray]
@@ -84,7 +85,7 @@ def log_mels(
     frontend: Frontend,
     batch: int,
     device: torch.device,
-    mel: LogMel,
+    mel: LogMel | ClapLogMel,
     local_ranks: int = 1,
 ) -> Iterator[Tensor]:
     """(B, T, F) log-mels on the device, in order, decoded ahead.
@@ -113,7 +114,7 @@ def log_mels(
 class _Mels:
     """An iterator, not a generator: it goes on after it has raised."""
 
-    def __init__(self, decoder: Iterator[Tensor], mel: LogMel | None, device: torch.device):
+    def __init__(self, decoder: Iterator[Tensor], mel: LogMel | ClapLogMel | None, device: torch.device):
         self._decoder, self._mel, self._device = decoder, mel, device
 
     def __iter__(self) -> _Mels:

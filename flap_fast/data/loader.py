@@ -15,7 +15,8 @@ from flap_fast.data.batch import BadClip, Batch
 from flap_fast.data.captions import Tokenizer
 from flap_fast.data.decode import Encoded, decode_one, log_mels
 from flap_fast.data.draws import Stream, uniforms
-from flap_fast.data.mel import kaldi_log_mel, normalise, spec_augment
+from flap_fast.data.frontend import log_mel
+from flap_fast.data.mel import normalise, spec_augment, stripes
 from flap_fast.data.order import Order
 from flap_fast.data.shards import ShardError, Shards
 from flap_fast.data.sound import BadSound
@@ -48,7 +49,7 @@ class TrainingLoader:
         self.bad: list[BadClip] = []
         self._config, self._shards, self._tokenizer, self._ranks = config, shards, tokenizer, ranks
         self._share = batch // ranks.world
-        self._mel = kaldi_log_mel(config.audio, ranks.device)
+        self._mel = log_mel(config.audio, ranks.device)
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
         """The batches of steps `first` up to, not including, `last`."""
@@ -139,14 +140,9 @@ class TrainingLoader:
         return self._mel(torch.from_numpy(waves).to(self._ranks.device))
 
     def _batch(self, share: _Share, mel: Tensor) -> Batch:
-        config, device = self._config, self._ranks.device
+        device = self._ranks.device
         visits = share.visits.to(device, non_blocking=True)
-        post = config.specaug.domain == "post_norm"
-        if post:
-            mel = normalise(mel, config.audio)
-        mel = spec_augment(mel, config.specaug, config.run.seed, visits)
-        if not post:
-            mel = normalise(mel, config.audio)
+        mel, erase = self._augmented(mel, visits)
         ids, attention_mask = self._tokenizer(share.captions)
         return Batch(
             mel=mel[:, None],
@@ -155,7 +151,21 @@ class TrainingLoader:
             visits=visits,
             clips=share.clips,
             epoch=self.order.epoch(share.step),
+            erase=erase,
         )
+
+    def _augmented(self, mel: Tensor, visits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Normalised and with SpecAug in it; or, for HTSAT, what the encoder is to erase."""
+        config, seed = self._config, self._config.run.seed
+        if config.audio.encoder == "htsat":
+            erase = stripes(
+                config.specaug, seed, visits, (mel.shape[-2], mel.shape[-1]), whole=True
+            )
+            return normalise(mel, config.audio), erase
+        if config.specaug.domain == "post_norm":
+            mel = normalise(mel, config.audio)
+            return spec_augment(mel, config.specaug, seed, visits), None
+        return normalise(spec_augment(mel, config.specaug, seed, visits), config.audio), None
 
 
 def evaluation_mels(
@@ -183,7 +193,7 @@ def evaluation_mels(
         frontend=config.frontend,
         batch=size,
         device=ranks.device,
-        mel=kaldi_log_mel(config.audio, ranks.device),
+        mel=log_mel(config.audio, ranks.device),
         local_ranks=ranks.local_world,
     )
     for start in starts:

@@ -64,10 +64,13 @@ class AudioViT(nn.Module):
         if self.cls_token is not None:
             nn.init.normal_(self.cls_token, std=0.02)
 
-    def forward(self, mel: Tensor, keep: Tensor | None = None) -> Encoded:
+    def forward(
+        self, mel: Tensor, keep: Tensor | None = None, *, erase: Tensor | None = None
+    ) -> Encoded:
         T, F = self.audio.frames, self.audio.mel_bins
         if mel.shape[1:] != (1, T, F):
             raise ValueError(f"mel must be (B, 1, {T}, {F}), got {tuple(mel.shape)}")
+        mel = mel if erase is None else mel.masked_fill(erase[:, None], 0.0)
         x = self.patch_embed(mel[:, 0], keep, self.pos_embed)
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], 1)

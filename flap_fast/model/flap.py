@@ -1,6 +1,6 @@
 """Two towers and a scale: everything the losses need comes out of `forward`.
 
-    mel -> AudioViT -> head -> L2 -> audio (B, d)        scale = exp(clamp(logit_scale))
+    mel -> audio encoder -> head -> L2 -> audio (B, d)   scale = exp(clamp(logit_scale))
     ids -> TextEncoder -> head -> L2 -> text (B, d)
 
 Source: FLAP section 3, on LAION-CLAP's heads (SPEC 4.5, 5.1).
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flap_fast.config import Config
-from flap_fast.model.audio_vit import AudioViT
+from flap_fast.model import AUDIO_ENCODERS
 from flap_fast.model.text_encoder import TextEncoder
 
 
@@ -42,7 +42,7 @@ class Flap(nn.Module):
         super().__init__()
         recompute = config.train.checkpoint_activations
         self.precision = config.train.precision
-        self.audio = AudioViT(config.audio, recompute=recompute)
+        self.audio = AUDIO_ENCODERS[config.audio.encoder](config.audio, recompute=recompute)
         self.text = TextEncoder(config.text, recompute=recompute, weights=weights)
         self.audio_head = _head(self.audio.width, config.joint.width)
         self.text_head = _head(self.text.width, config.joint.width)
@@ -51,7 +51,12 @@ class Flap(nn.Module):
         self.max_logit_scale = math.log(config.joint.max_scale)
 
     def forward(
-        self, mel: Tensor, ids: Tensor, attention_mask: Tensor, keep: Tensor | None = None
+        self,
+        mel: Tensor,
+        ids: Tensor,
+        attention_mask: Tensor,
+        keep: Tensor | None = None,
+        erase: Tensor | None = None,
     ) -> Outputs:
         """Embed both sides of B pairs.
 
@@ -59,18 +64,21 @@ class Flap(nn.Module):
             mel: (B, 1, T, F) float32.
             ids, attention_mask: (B, L) int64.
             keep: (B, K) int64, the patches that masking left; all of them without.
+            erase: (B, T, F) bool, what SpecAug sets to 0 inside the encoder (HTSAT).
         """
         scale = _Clamp.apply(self.logit_scale, self.max_logit_scale).exp().squeeze(0)
         return {
-            "audio": self.embed_audio(mel, keep),
+            "audio": self.embed_audio(mel, keep, erase=erase),
             "text": self.embed_text(ids, attention_mask),
             "scale": scale,
         }
 
-    def embed_audio(self, mel: Tensor, keep: Tensor | None = None) -> Tensor:
+    def embed_audio(
+        self, mel: Tensor, keep: Tensor | None = None, *, erase: Tensor | None = None
+    ) -> Tensor:
         """(B, 1, T, F) -> (B, d), unit norm, float32."""
         with self._autocast(mel.device):
-            x = self.audio_head(self.audio(mel, keep).pooled)
+            x = self.audio_head(self.audio(mel, keep, erase=erase).pooled)
         return functional.normalize(x.float(), dim=-1)
 
     def embed_text(self, ids: Tensor, attention_mask: Tensor) -> Tensor:

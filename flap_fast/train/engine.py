@@ -188,9 +188,10 @@ def deepspeed_config(config: Config, ranks: Ranks) -> dict[str, Any]:
 
 
 def optimizer(settings: Optim, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    """Adam or AdamW; weight decay on matrices only."""
+    """Adam or AdamW; weight decay on matrices only, not on tokens or tables of biases."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    tokens = {id(p) for name, p in model.named_parameters() if name.endswith("_token")}
+    kept = ("_token", "_bias_table")
+    tokens = {id(p) for name, p in model.named_parameters() if name.endswith(kept)}
     decayed = [p for p in trained if p.ndim >= 2 and id(p) not in tokens]
     others = [p for p in trained if p.ndim < 2 or id(p) in tokens]
     groups = [

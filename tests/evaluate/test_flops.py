@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from flap_fast.config import Audio, Mask
 from flap_fast.evaluate.flops import encoder_flops
 from flap_fast.model.audio_vit import AudioViT
+from flap_fast.model.htsat import HTSAT
 from flap_fast.model.masking import mask_plan
 
 BASE = Audio(size="base")
@@ -64,3 +65,20 @@ def test_products_are_as_many_as_pytorch_counts_in_the_model(kind: str):
     norms = 2 * (2 * 3 + 1) * 5 * (kept + 1) * 64  # PyTorch counts products alone
     products = encoder_flops(audio, mask, clips=2, fused=True) - norms
     assert counter.get_total_flops() == 2 * products  # it counts a multiply-add as two
+
+
+def test_htsat_tiny_takes_47_5_gflops_for_eight_clips():
+    audio = Audio(encoder="htsat")
+    assert encoder_flops(audio, Mask(kind="none"), clips=8) / 1e9 == pytest.approx(47.5, abs=0.051)
+
+
+def test_htsats_products_are_as_many_as_pytorch_counts():
+    audio = Audio(encoder="htsat", width=16, heads=2, depths=(1, 2))
+    counter = FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        HTSAT(audio)(torch.randn(1, 1, 1001, 64))
+    # The first norm; then LayerNorms: 4,096 patches of 16 numbers in four of them (embedding, two
+    # in the block, merge), 1,024 of 32 in five.
+    norms = 2 * 1001 * 64 + 5 * (4 * 4096 * 16 + 5 * 1024 * 32)
+    products = encoder_flops(audio, Mask(kind="none")) - norms
+    assert counter.get_total_flops() == 2 * products

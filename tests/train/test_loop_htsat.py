@@ -1,0 +1,92 @@
+"""A run with HTSAT: to its end, resumed, and read back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from flap_fast.config import Config
+from flap_fast.data.captions import tokenizer
+from flap_fast.data.loader import TrainingLoader
+from flap_fast.data.mel import stripes
+from flap_fast.data.shards import open_shards
+from flap_fast.embedder import load
+from flap_fast.model.flap import Flap
+from flap_fast.model.interop import load_weights, model_folder
+from flap_fast.ranks import Ranks
+from flap_fast.train import loop
+from flap_fast.train.engine import optimizer
+from flap_fast.train.loop import Stopped, train
+from tests.tiny import HTSAT, tiny
+
+
+def settings(prepared: Path, runs: Path, *overrides: str) -> Config:
+    return tiny(
+        *HTSAT,
+        *(f"run.folder={runs}", f"data.train={prepared}/train", f"data.val={prepared}/val"),
+        *("train.steps=3", "ckpt.every_steps=2", "log.tensorboard=false", "sched.warmup_steps=1"),
+        *overrides,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runs = tmp_path_factory.mktemp("htsat")
+    assert train(settings(prepared, runs)) is not None
+    return runs / "flap"
+
+
+def test_a_resumed_run_has_the_same_weights_and_statistics(whole, prepared, tmp_path, monkeypatch):
+    asked = iter([False, True])
+    monkeypatch.setattr(loop.Stop, "agreed", lambda self: next(asked))
+    with pytest.raises(Stopped):
+        train(settings(prepared, tmp_path))
+    monkeypatch.undo()
+    stopped = load_weights(model_folder(tmp_path / "flap"))
+    assert stopped["audio.bn0.num_batches_tracked"] == 2
+    train(settings(prepared, tmp_path), resume=True)
+    ours, theirs = (load_weights(model_folder(run)) for run in (tmp_path / "flap", whole))
+    assert theirs["audio.bn0.num_batches_tracked"] == 3
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_what_was_trained_embeds_sounds(whole):
+    model = load(whole, "cpu")
+    wave = torch.linspace(-1, 1, 16_000)
+    found = model.embed_audio([wave.numpy(), wave.flip(0).numpy()[:5000]])
+    assert found.shape == (2, 16)
+    assert torch.allclose(found.norm(dim=1), torch.ones(2))
+    assert (found[0] - found[1]).abs().max() > 1e-4
+
+
+def test_a_batch_leaves_specaug_to_the_encoder(prepared, tmp_path):
+    """Decibels as they are, and what is to be erased behind the first norm."""
+    config = settings(prepared, tmp_path)
+    shards, tokens = open_shards(config.data.train), tokenizer(config.text)
+    (batch,) = TrainingLoader(config, shards, tokens, Ranks()).batches(0, 1)
+    (plain,) = TrainingLoader(
+        settings(prepared, tmp_path, "specaug.time_frames=0", "specaug.freq_bins=0"),
+        shards,
+        tokens,
+        Ranks(),
+    ).batches(0, 1)
+    assert batch.mel.shape == (8, 1, 101, 16)
+    assert torch.equal(batch.mel, plain.mel)
+    assert -100 <= batch.mel.min() < -20
+    wanted = stripes(config.specaug, config.run.seed, batch.visits, (101, 16), whole=True)
+    assert batch.erase is not None
+    assert torch.equal(batch.erase, wanted)
+    assert 0.05 < wanted.float().mean() < 0.5
+
+
+def test_tables_of_position_biases_are_not_decayed():
+    config = tiny(*HTSAT, "optim.name=adamw", "optim.weight_decay=0.1")
+    model = Flap(config)
+    decayed, others = optimizer(config.optim, model, torch.device("cpu")).param_groups
+    tables = {p for name, p in model.named_parameters() if name.endswith("position_bias_table")}
+    assert len(tables) == 4
+    assert tables <= set(others["params"])
+    assert model.audio.patch_embed.proj.weight in set(decayed["params"])
