@@ -118,7 +118,8 @@ class Audio(Section):
     """The front end: Kaldi's (25 ms windows, 16 kHz, natural logarithm), or LAION-CLAP's (1024
     samples at 48 kHz, decibels; HTSAT's default). Rate, bins and statistics follow it."""
     mel_variant: Literal["slaney_norm", "htk_none"] = "slaney_norm"
-    """CLAP's mel matrix: Slaney's scale and areas (librosa), or HTK's scale (torchaudio)."""
+    """CLAP's mel matrix: Slaney's scale and areas (librosa), or HTK's scale (torchaudio; with
+    fusion.type)."""
     low_hz: Annotated[float, Field(ge=0)] = 50.0
     """CLAP's lowest frequency; Kaldi's is 20 Hz."""
     high_hz: Positive = 14_000.0
@@ -213,8 +214,11 @@ class Audio(Section):
         """Samples of the 10 ms shift."""
         return self.sample_rate_hz // 100
 
-    def frames_of(self, samples: int) -> int:
-        """Frames of a sound: those that fit whole into it (Kaldi), or one at each shift (CLAP)."""
+    def frames_of(self, samples):
+        """Frames of a sound: those that fit whole into it (Kaldi), or one at each shift (CLAP).
+
+        Of a number, or of a tensor of them.
+        """
         whole = samples if self.mel == "clap" else samples - self.window
         return 1 + whole // self.hop
 
@@ -277,6 +281,31 @@ class Audio(Section):
             self.window_patches,
             "change it, or shorten audio.depths",
         )
+
+
+class Fusion(Section):
+    type: Literal[
+        "none", "aff_2d", "iaff_2d", "daf_2d", "channel_map", "aff_1d", "iaff_1d", "daf_1d"
+    ] = "none"
+    """How clips longer than audio.duration_s are seen: cropped, or whole beside three pieces of
+    them. The pieces join the patches' embeddings (`_2d`) or the log-mel (`_1d`) by attention, by
+    attention twice or by a sum, or are channels of the patch embedding. LAION's is `aff_2d`."""
+    max_duration_s: Positive = 30.0
+    """Seconds of a clip that are decoded for it; still longer ones are cropped to as much."""
+    force_one: bool = True
+    """Take one clip for a longer one in a batch without any, so that each batch trains the fusion
+    (LAION's; each rank's own). Needed by train.zero_stage = 3."""
+
+    @property
+    def on(self) -> bool:
+        """Whether longer clips are seen whole."""
+        return self.type != "none"
+
+    def longest(self, audio: Audio) -> int:
+        """Samples at most that are kept of a clip."""
+        if not self.on:
+            return audio.samples
+        return round(self.max_duration_s * audio.sample_rate_hz)
 
 
 class SpecAug(Section):
@@ -451,6 +480,7 @@ class Config(Section):
     data: Data = Data()
     frontend: Frontend = Frontend()
     audio: Audio = Audio()
+    fusion: Fusion = Fusion()
     specaug: SpecAug = SpecAug()
     mask: Mask = Mask()
     text: Text = Text()
@@ -466,15 +496,13 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _follow(cls, tree):
-        """Defaults of other sections that follow the encoder."""
-        audio = (tree or {}).get("audio")
-        encoder = audio.get("encoder") if isinstance(audio, dict) else getattr(audio, "encoder", "")
-        if encoder != "htsat":
-            return tree
-        tree = {"mask": None, "specaug": None, **tree}
-        for name, defaults in (("mask", {"kind": "none"}), ("specaug", _HTSAT_SPECAUG)):
-            if isinstance(tree[name], dict | None):
-                tree[name] = {**defaults, **(tree[name] or {})}
+        """Defaults of a section that follow another one."""
+        tree = dict(tree or {})
+        if _given(tree, "audio", "encoder") == "htsat":
+            _default(tree, "mask", {"kind": "none"})
+            _default(tree, "specaug", _HTSAT_SPECAUG)
+        if _given(tree, "fusion", "type") not in (None, "none"):
+            _default(tree, "audio", {"mel_variant": "htk_none"})
         return tree
 
     @model_validator(mode="after")
@@ -486,12 +514,37 @@ class Config(Section):
             self.mask.kind,
             "set mask.kind=none, or audio.encoder=vit",
         )
+        if self.fusion.on:
+            need(
+                self.fusion.max_duration_s >= self.audio.duration_s,
+                "fusion.max_duration_s",
+                f"be at least audio.duration_s = {self.audio.duration_s:g}",
+                self.fusion.max_duration_s,
+            )
+            need(
+                self.fusion.force_one or self.train.zero_stage < 3,
+                "fusion.force_one",
+                "be true with train.zero_stage = 3, whose ranks gather weights in step",
+                self.fusion.force_one,
+            )
         return self
 
     @property
     def run_folder(self) -> Path:
         """Where this run keeps everything it writes."""
         return self.run.folder / self.run.name
+
+
+def _given(tree: dict, section: str, name: str) -> object:
+    """A setting of a tree whose sections are mappings or checked already; None if not given."""
+    value = tree.get(section)
+    return value.get(name) if isinstance(value, dict) else getattr(value, name, None)
+
+
+def _default(tree: dict, section: str, defaults: dict) -> None:
+    """Fill in what a section does not say, unless it was checked already."""
+    if tree.get(section) is None or isinstance(tree[section], dict):
+        tree[section] = {**defaults, **(tree.get(section) or {})}
 
 
 def check_before_loading(config: Config, world: int) -> None:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from flap_fast.config import Config
 from flap_fast.data.captions import Tokenizer, tokenizer
-from flap_fast.data.frontend import log_mel
+from flap_fast.data.frontend import MelFrontEnd, fitted, together
+from flap_fast.data.fusion import PIECES
 from flap_fast.data.mel import normalise
-from flap_fast.data.sound import crop, fill, read_sound
+from flap_fast.data.sound import read_sound
 from flap_fast.model.flap import Flap
 from flap_fast.model.interop import load_model
 
@@ -26,14 +27,14 @@ class Embedder:
     def __init__(self, model: Flap, config: Config, tokenizer: Tokenizer, device: torch.device):
         self.model, self.config, self.device = model.to(device).eval(), config, device
         self._tokenizer = tokenizer
-        self._mel = log_mel(config.audio, device)
+        self._mel = MelFrontEnd(config.audio, config.fusion, device)
 
     @torch.inference_mode()
     def embed_audio(self, sounds: Sequence[Sound], batch: int = 64) -> Tensor:
         """(N, d) unit rows, float32, on the CPU.
 
-        Longer sounds than audio.duration_s are cropped around their middle, shorter ones filled
-        as in training.
+        Longer sounds than audio.duration_s (with fusion, than fusion.max_duration_s) are cropped
+        around their middle, shorter ones filled as in training.
 
         Args:
             sounds: files (WAV, FLAC, OGG, MP3), or mono waveforms at audio.sample_rate_hz.
@@ -58,9 +59,10 @@ class Embedder:
         return sorted(zip(captions, cosines, strict=True), key=lambda pair: -pair[1])
 
     def _embed_waves(self, sounds: Sequence[Sound]) -> Tensor:
-        waves = torch.from_numpy(np.stack([self._wave(sound) for sound in sounds]))
-        mel = normalise(self._mel(waves.to(self.device)), self.config.audio)
-        return self.model.embed_audio(mel[:, None]).cpu()
+        middle = np.full((len(sounds), 1 + PIECES), 0.5)
+        mel, longer = self._mel(together([self._wave(sound) for sound in sounds], middle))
+        mel = normalise(mel, self.config.audio)
+        return self.model.embed_audio(mel, longer=longer).cpu()
 
     def _wave(self, sound: Sound) -> np.ndarray:
         audio = self.config.audio
@@ -70,7 +72,7 @@ class Embedder:
             wave = np.asarray(sound, np.float32)
         if wave.ndim != 1 or not len(wave):
             raise ValueError(f"a waveform must be mono, (samples,), got shape {wave.shape}")
-        return fill(crop(wave, audio.samples, 0.5), audio.samples, audio.filling)
+        return fitted(wave, 0.5, audio, self.config.fusion)
 
 
 def load(path: str | Path, device: str | torch.device | None = None) -> Embedder:

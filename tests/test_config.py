@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from flap_fast.checks import ConfigError, need
-from flap_fast.config import Audio, Config, Data, Train, check_before_loading
+from flap_fast.config import Audio, Config, Data, Fusion, Train, check_before_loading
 from flap_fast.configfile import dump_config, load_config, parse_config
 
 
@@ -92,6 +92,14 @@ def yaml_file(tmp_path: Path):
         (
             "audio: {encoder: htsat, window_patches: 13}",
             "audio.window_patches must divide each of 4 stages .*, got 13; change it, or .*",
+        ),
+        (
+            "fusion: {type: aff_2d, max_duration_s: 5}",
+            "fusion.max_duration_s must be at least audio.duration_s = 10, got 5.0",
+        ),
+        (
+            "fusion: {type: daf_1d, force_one: false}\ntrain: {zero_stage: 3}",
+            "fusion.force_one must be true with train.zero_stage = 3, .*, got False",
         ),
         ("text: {width: 770}", "text.width must be a multiple of text.heads = 12, got 770"),
     ],
@@ -276,6 +284,21 @@ def test_what_follows_the_encoder_can_be_set_and_a_ViT_has_none_of_it():
     plain = Config()
     assert (plain.mask.kind, plain.specaug.stripes, plain.audio.mel) == ("2d", 1, "kaldi")
     assert not plain.audio.int16_roundtrip
+
+
+def test_fusion_brings_torchaudios_mel_matrix():
+    fused = ["audio.encoder=htsat", "fusion.type=aff_2d"]
+    assert load_config(None, fused).audio.mel_variant == "htk_none"
+    kept = load_config(None, [*fused, "audio.mel_variant=slaney_norm"])
+    assert kept.audio.mel_variant == "slaney_norm"
+    assert load_config(None, fused[:1]).audio.mel_variant == "slaney_norm"
+
+
+def test_fusion_says_how_much_of_a_clip_is_decoded():
+    audio = Audio()
+    assert Fusion().longest(audio) == audio.samples == 160_000
+    assert Fusion(type="aff_2d").longest(audio) == 480_000
+    assert Fusion(type="aff_2d", max_duration_s=12.5).longest(audio) == 200_000
 
 
 def test_five_seconds_fold_into_the_square_of_ten():

@@ -13,7 +13,7 @@ class Batch:
     """One rank's share of a training step: B clips, each with the caption drawn for this visit."""
 
     mel: Tensor
-    """(B, 1, T, F) float32, normalised, augmented."""
+    """(B, 1, T, F) float32, normalised, augmented; (B, 4, T, F) with fusion."""
     ids: Tensor
     """(B, L) int64 caption tokens."""
     attention_mask: Tensor
@@ -26,6 +26,8 @@ class Batch:
     """How often the data was gone through before."""
     erase: Tensor | None = None
     """(B, T, F) bool: what SpecAug sets to 0 inside HTSAT; other encoders' is in `mel`."""
+    longer: Tensor | None = None
+    """With fusion, (B,) bool on the CPU: clips whose pieces are fused with the whole of them."""
 
 
 @dataclass(frozen=True)

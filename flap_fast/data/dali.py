@@ -3,6 +3,8 @@
     bytes, where -> decode, downmix, resample -> crop -> fill -> wave (B, samples)      `dali_wave`
                                                            ... -> log-mel (B, T, F)    `dali_mel`
 
+With fusion clips are whole, of lengths of their own, with zeros behind the shorter ones of a batch.
+
 `dali_mel` is exact for CLAP's mel and approximates Kaldi's: DALI has no removal of a frame's mean
 and its triangles are linear in Hz (SPEC 3.3). The order of clips is ours, not a DALI reader's:
 bytes come in through an external source, so that any number of ranks and any restart see the same.
@@ -19,10 +21,10 @@ import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali import math as dali_math
-from torch import Tensor
 
-from flap_fast.config import Audio
+from flap_fast.config import Audio, Fusion
 from flap_fast.data import mel_clap
+from flap_fast.data.frontend import Decoded
 from flap_fast.data.mel import FLOOR, LOW_HZ, PREEMPHASIS, hann
 from flap_fast.data.sound import BadSound
 
@@ -33,7 +35,8 @@ class DaliDecoder:
     """Decodes batches in order, several ahead of the one taken by `next`.
 
     Args:
-        batches: gives (encoded clips, where to crop each in [0, 1)); drawn from ahead of time.
+        batches: gives (encoded clips, draws of each in [0, 1), the first of them where to crop it);
+            drawn from ahead of time.
         batch: the most clips of a batch.
         mel: give log-mels, not waveforms.
         device: a CUDA device moves what follows the decoding there.
@@ -49,6 +52,7 @@ class DaliDecoder:
         prefetch: int,
         device: torch.device,
         mel: bool,
+        fusion: Fusion | None = None,
     ):
         self._no_more: Exception | None = None
 
@@ -60,13 +64,14 @@ class DaliDecoder:
                 raise
             return (
                 [np.frombuffer(sound, np.uint8) for sound in sounds],
-                [np.array([w], np.float64) for w in where],
+                [np.asarray(draws, np.float64).reshape(-1) for draws in where],
             )
 
         on_gpu = device.type == "cuda"
         self._pipe = _graph(
             source,
             audio,
+            fusion or Fusion(),
             mel,
             on_gpu,
             batch_size=batch,
@@ -80,15 +85,15 @@ class DaliDecoder:
     def __iter__(self) -> DaliDecoder:
         return self
 
-    def __next__(self) -> Tensor:
-        """The next batch: (B, samples) waveforms, or (B, T, F) log-mels, float32.
+    def __next__(self) -> Decoded:
+        """The next batch: waveforms, or log-mels.
 
         Raises:
             BadSound: a clip of this batch cannot be decoded; the batches after it are not hurt.
             StopIteration: `batches` has ended.
         """
         try:
-            out, mean = self._pipe.run()
+            out, mean, lengths, where = self._pipe.run()
         except (RuntimeError, ValueError) as error:
             if error is self._no_more:
                 raise
@@ -97,7 +102,9 @@ class DaliDecoder:
             raise BadSound("DALI: no samples, or samples that are not finite")
         batch = torch.from_dlpack(out.as_tensor())
         # On the CPU it owns its memory; on a GPU DALI's stream might use that again too early.
-        return batch.clone() if batch.is_cuda else batch
+        batch = batch.clone() if batch.is_cuda else batch
+        lengths = torch.from_dlpack(lengths.as_tensor()).flatten()
+        return Decoded(batch, lengths, torch.from_dlpack(where.as_tensor()))
 
 
 def _reason(error: Exception) -> str:
@@ -107,16 +114,23 @@ def _reason(error: Exception) -> str:
 
 
 @pipeline_def
-def _graph(source, audio: Audio, mel: bool, on_gpu: bool):
+def _graph(source, audio: Audio, fusion: Fusion, mel: bool, on_gpu: bool):
     sound, where = fn.external_source(
         source=source, num_outputs=2, dtype=[types.UINT8, types.FLOAT64], ndim=1
     )
     wave, _ = fn.decoders.audio(sound, downmix=True, sample_rate=float(audio.sample_rate_hz))
     mean = fn.reductions.mean(wave, axes=[0])
-    wave = _fill(_crop(wave, where, audio.samples), audio.samples, audio.filling)
-    if on_gpu:
-        wave = wave.gpu()
-    return (_log_mel(wave, audio) if mel else wave), mean
+    wave = _crop(wave, where[0:1], fusion.longest(audio))
+    wave = _fill(wave, audio.samples, audio.filling)
+    out = wave.gpu() if on_gpu else wave
+    if mel:
+        out = _log_mel(out, audio)
+    length = _length(out)[0:1]
+    if fusion.on:
+        out = fn.pad(out, axes=[0], fill_value=0.0)
+    elif mel:
+        out = fn.pad(out, axes=[0], shape=[audio.frames], fill_value=0.0)
+    return out, mean, length, where
 
 
 def _crop(wave, where, samples: int):
@@ -129,13 +143,15 @@ def _crop(wave, where, samples: int):
 
 def _fill(wave, samples: int, filling: str):
     """The repeats as a broadcast product, so that each clip may have its own number of them."""
+    whole = dali_math.max(_length(wave), samples)
     if filling != "pad":
-        repeats = samples // _length(wave) + (1 if filling == "repeat" else 0)
+        repeats = whole // _length(wave) + (1 if filling == "repeat" else 0)
         shape = fn.cat(fn.cast(repeats, dtype=types.INT32), types.Constant([1]), axis=0)
         ones = fn.full(np.float32(1), shape=shape)
         wave = fn.reshape(ones * fn.expand_dims(wave, axes=[0]), shape=[-1])
+    first = types.Constant([0], dtype=types.INT64)
     return fn.slice(
-        wave, 0, samples, axes=[0], out_of_bounds_policy="pad", fill_values=0.0, **_WHOLE
+        wave, first, whole, axes=[0], out_of_bounds_policy="pad", fill_values=0.0, **_WHOLE
     )
 
 
@@ -149,7 +165,7 @@ def _log_mel(wave, audio: Audio):
         whole = dali_math.floor(dali_math.max(wave, 0)) - dali_math.floor(dali_math.max(-wave, 0))
         wave = whole / 32767
     log = (_clap if audio.mel == "clap" else _kaldi)(wave, audio)
-    return fn.pad(fn.transpose(log, perm=[1, 0]), axes=[0], shape=[audio.frames], fill_value=0.0)
+    return fn.transpose(log, perm=[1, 0])
 
 
 def _clap(wave, audio: Audio):

@@ -15,7 +15,8 @@ from flap_fast.data.batch import BadClip, Batch
 from flap_fast.data.captions import Tokenizer
 from flap_fast.data.decode import Encoded, decode_one, log_mels
 from flap_fast.data.draws import Stream, uniforms
-from flap_fast.data.frontend import log_mel
+from flap_fast.data.frontend import MelFrontEnd, Mels, together
+from flap_fast.data.fusion import PIECES
 from flap_fast.data.mel import normalise, spec_augment, stripes
 from flap_fast.data.order import Order
 from flap_fast.data.shards import ShardError, Shards
@@ -49,7 +50,7 @@ class TrainingLoader:
         self.bad: list[BadClip] = []
         self._config, self._shards, self._tokenizer, self._ranks = config, shards, tokenizer, ranks
         self._share = batch // ranks.world
-        self._mel = log_mel(config.audio, ranks.device)
+        self._mel = MelFrontEnd(config.audio, config.fusion, ranks.device)
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
         """The batches of steps `first` up to, not including, `last`."""
@@ -63,19 +64,17 @@ class TrainingLoader:
 
         mels = log_mels(
             encoded(),
-            audio=self._config.audio,
+            mel=self._mel,
             frontend=self._config.frontend,
             batch=self._share,
-            device=self._ranks.device,
-            mel=self._mel,
             local_ranks=self._ranks.local_world,
         )
         for _ in range(first, last):
             try:
-                mel = next(mels)
+                heard = next(mels)
             except BadSound as error:
-                mel = self._repair(pending[0], error)
-            yield self._batch(pending.popleft(), mel)
+                heard = self._repair(pending[0], error)
+            yield self._batch(pending.popleft(), heard)
 
     def _read(self, step: int) -> _Share:
         """What the tars hold of this rank's clips of a step; clips that lack something replaced."""
@@ -86,7 +85,7 @@ class TrainingLoader:
             step=step,
             visits=visits,
             clips=self.order.clips(step)[rows],
-            where=uniforms(seed, Stream.CROP, visits, 1)[:, 0].numpy(),
+            where=uniforms(seed, Stream.CROP, visits, 1 + PIECES).numpy(),
             captions=[],
             sounds=[],
         )
@@ -121,7 +120,7 @@ class TrainingLoader:
         after = f"nor can the {_TRIES - 1} clips after it" if replace else remedy
         raise ShardError(f"{self._shards.name(wanted)} cannot be used ({why}); {after}")
 
-    def _repair(self, share: _Share, error: BadSound) -> Tensor:
+    def _repair(self, share: _Share, error: BadSound) -> Mels:
         """The log-mels of a share with a clip that cannot be decoded, that clip replaced."""
         before = share.clips.copy()
         which = uniforms(self._config.run.seed, Stream.CAPTION, share.visits, 1)[:, 0].tolist()
@@ -134,25 +133,33 @@ class TrainingLoader:
                 f"step {share.step}: {error}, though libsndfile reads each of its clips, the first "
                 f"of them {self._shards.name(int(before[0]))}; set frontend.backend=torch"
             ) from error
-        audio = self._config.audio
-        pairs = zip(share.sounds, share.where, strict=True)
-        waves = np.stack([decode_one(sound, float(where), audio) for sound, where in pairs])
-        return self._mel(torch.from_numpy(waves).to(self._ranks.device))
+        audio, fusion = self._config.audio, self._config.fusion
+        pairs = zip(share.sounds, share.where[:, 0].tolist(), strict=True)
+        waves = [decode_one(sound, where, audio, fusion) for sound, where in pairs]
+        return self._mel(together(waves, share.where))
 
-    def _batch(self, share: _Share, mel: Tensor) -> Batch:
+    def _batch(self, share: _Share, heard: Mels) -> Batch:
         device = self._ranks.device
         visits = share.visits.to(device, non_blocking=True)
-        mel, erase = self._augmented(mel, visits)
+        mel, erase = self._augmented(heard.mel, visits)
         ids, attention_mask = self._tokenizer(share.captions)
         return Batch(
-            mel=mel[:, None],
+            mel=mel,
             ids=ids.to(device, non_blocking=True),
             attention_mask=attention_mask.to(device, non_blocking=True),
             visits=visits,
             clips=share.clips,
             epoch=self.order.epoch(share.step),
             erase=erase,
+            longer=self._one_at_least(heard.longer, share.visits),
         )
+
+    def _one_at_least(self, longer: Tensor | None, visits: Tensor) -> Tensor | None:
+        """With fusion.force_one, one of the clips where none is longer, drawn for this step."""
+        if longer is None or longer.any() or not self._config.fusion.force_one:
+            return longer
+        draws = uniforms(self._config.run.seed, Stream.CROP, visits, 2 + PIECES)[:, -1]
+        return longer.index_fill(0, draws.argmin(), True)
 
     def _augmented(self, mel: Tensor, visits: Tensor) -> tuple[Tensor, Tensor | None]:
         """Normalised and with SpecAug in it; or, for HTSAT, what the encoder is to erase."""
@@ -170,8 +177,8 @@ class TrainingLoader:
 
 def evaluation_mels(
     config: Config, shards: Shards, clips: np.ndarray, ranks: Ranks
-) -> Iterator[Tensor]:
-    """(<= eval.batch, 1, T, F) normalised log-mels of the clips named, in their order.
+) -> Iterator[Mels]:
+    """Normalised log-mels of the clips named, in their order, at most eval.batch at a time.
 
     Raises:
         ShardError: a clip that cannot be decoded; evaluation leaves nothing out.
@@ -182,27 +189,26 @@ def evaluation_mels(
     def encoded() -> Iterator[Encoded]:
         for start in starts:
             some = clips[start : start + size]
-            where = np.full(len(some), 0.5, np.float32)
+            where = np.full((len(some), 1 + PIECES), 0.5, np.float32)
             if config.eval.crop == "random":
-                where = uniforms(0, Stream.EVAL_CROP, torch.from_numpy(some), 1)[:, 0].numpy()
+                visits = torch.from_numpy(some)
+                where = uniforms(0, Stream.EVAL_CROP, visits, 1 + PIECES).numpy()
             yield [shards.sound(clip) for clip in some], where
 
     mels = log_mels(
         encoded(),
-        audio=config.audio,
+        mel=MelFrontEnd(config.audio, config.fusion, ranks.device),
         frontend=config.frontend,
         batch=size,
-        device=ranks.device,
-        mel=log_mel(config.audio, ranks.device),
         local_ranks=ranks.local_world,
     )
     for start in starts:
         try:
-            mel = next(mels)
+            mel, longer = next(mels)
         except BadSound as error:
             names = ", ".join(_undecodable(shards, clips[start : start + size], config))
             raise ShardError(f"cannot be decoded: {names or error}; prepare it again") from None
-        yield normalise(mel, config.audio)[:, None]
+        yield Mels(normalise(mel, config.audio), longer)
 
 
 def _undecodable(shards: Shards, clips: np.ndarray, config: Config) -> Iterator[str]:

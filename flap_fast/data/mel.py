@@ -39,19 +39,26 @@ class LogMel:
     def __call__(self, wave: Tensor) -> Tensor:
         """(B, samples) in [-1, 1] -> (B, T, F) log-mel, padded with zero rows, not normalised."""
         wave = to_16_bits(wave) if self.audio.int16_roundtrip else wave
-        wave = wave - wave.mean(1, keepdim=True)
+        logmel = self._log_mel(wave - wave.mean(1, keepdim=True))
+        return pad_frames(logmel, self.audio.frames)
+
+    def whole(self, wave: Tensor, lengths: Tensor) -> Tensor:
+        """(B, longest), zeros behind each clip's length -> (B, M, F), valid up to its frames."""
+        wave = to_16_bits(wave) if self.audio.int16_roundtrip else wave
+        return self._log_mel(wave - wave.sum(1, keepdim=True) / lengths[:, None])
+
+    def _log_mel(self, wave: Tensor) -> Tensor:
         frames = wave.unfold(1, self.audio.window, self.audio.hop)
         with torch.autocast(wave.device.type, enabled=False), true_float32():
             parts = frames @ self.spectrum.T
             real, imaginary = parts.chunk(2, -1)
             power = real.square_().add_(imaginary.square_())
-            logmel = (power @ self.mel.T).clamp_(min=FLOOR).log_()
-        return pad_frames(logmel, self.audio.frames)
+            return (power @ self.mel.T).clamp_(min=FLOOR).log_()
 
 
 def pad_frames(logmel: Tensor, frames: int) -> Tensor:
-    """(B, t, F) -> (B, frames, F): zeros below, in the log-mel domain."""
-    return torch.nn.functional.pad(logmel, (0, 0, 0, frames - logmel.shape[1]))
+    """(..., t, F) -> (..., frames, F): zeros below, in the log-mel domain."""
+    return torch.nn.functional.pad(logmel, (0, 0, 0, frames - logmel.shape[-2]))
 
 
 def to_16_bits(wave: Tensor) -> Tensor:
@@ -101,13 +108,13 @@ def spec_augment(logmel: Tensor, settings: SpecAug, seed: int, visits: Tensor) -
     """Frequency masks and time masks of each clip; what they cover becomes 0.
 
     Args:
-        logmel: (B, T, F).
+        logmel: (B, T, F), or (B, C, T, F) with all channels covered alike.
         visits: (B,) int64, keys the draws.
 
     Source: torchaudio's masking semantics: width U[0, P), start U[0, size - width), both floored.
     """
-    _, T, F = logmel.shape
-    return logmel.masked_fill(stripes(settings, seed, visits, (T, F)), 0.0)
+    covered = stripes(settings, seed, visits, (logmel.shape[-2], logmel.shape[-1]))
+    return logmel.masked_fill(covered[:, None] if logmel.ndim == 4 else covered, 0.0)
 
 
 def stripes(

@@ -40,6 +40,15 @@ class ClapLogMel:
         wave = torch.nn.functional.pad(self._rounded(wave), (half, half), mode="reflect")
         return pad_frames(self._log_mel(wave), self.audio.frames)
 
+    def whole(self, wave: Tensor, lengths: Tensor) -> Tensor:
+        """(B, longest), zeros behind each clip's length -> (B, M, F), valid up to its frames."""
+        half, longest = self.audio.window // 2, wave.shape[1]
+        at = (torch.arange(-half, longest + half, device=wave.device)).abs()[None, :]
+        last = (lengths - 1)[:, None]
+        # What lies behind the reflected end is in no valid frame: any sample will do.
+        at = torch.where(at > last, 2 * last - at, at).clamp(min=0)
+        return self._log_mel(self._rounded(wave).gather(1, at))
+
     def _rounded(self, wave: Tensor) -> Tensor:
         return to_16_bits(wave) if self.audio.int16_roundtrip else wave
 

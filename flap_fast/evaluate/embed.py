@@ -45,7 +45,8 @@ def embed(
     try:
         mine = _mine(len(shards), ranks)
         mels = evaluation_mels(config, shards, mine, ranks)
-        audio = _whole((model.embed_audio(mel) for mel in mels), len(shards), ranks)
+        parts = (model.embed_audio(mel, longer=longer) for mel, longer in mels)
+        audio = _whole(parts, len(shards), ranks)
         own = [captions[i] for i in _mine(len(captions), ranks)]
         some = (own[i : i + config.eval.batch] for i in range(0, len(own), config.eval.batch))
         tokens = (tuple(t.to(ranks.device) for t in tokenizer(texts)) for texts in some)

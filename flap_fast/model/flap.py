@@ -42,7 +42,9 @@ class Flap(nn.Module):
         super().__init__()
         recompute = config.train.checkpoint_activations
         self.precision = config.train.precision
-        self.audio = AUDIO_ENCODERS[config.audio.encoder](config.audio, recompute=recompute)
+        self.audio = AUDIO_ENCODERS[config.audio.encoder](
+            config.audio, config.fusion, recompute=recompute
+        )
         self.text = TextEncoder(config.text, recompute=recompute, weights=weights)
         self.audio_head = _head(self.audio.width, config.joint.width)
         self.text_head = _head(self.text.width, config.joint.width)
@@ -57,28 +59,35 @@ class Flap(nn.Module):
         attention_mask: Tensor,
         keep: Tensor | None = None,
         erase: Tensor | None = None,
+        longer: Tensor | None = None,
     ) -> Outputs:
         """Embed both sides of B pairs.
 
         Args:
-            mel: (B, 1, T, F) float32.
+            mel: (B, 1, T, F) float32; (B, 4, T, F) with fusion.
             ids, attention_mask: (B, L) int64.
             keep: (B, K) int64, the patches that masking left; all of them without.
             erase: (B, T, F) bool, what SpecAug sets to 0 inside the encoder (HTSAT).
+            longer: (B,) bool on the CPU, the clips to fuse.
         """
         scale = _Clamp.apply(self.logit_scale, self.max_logit_scale).exp().squeeze(0)
         return {
-            "audio": self.embed_audio(mel, keep, erase=erase),
+            "audio": self.embed_audio(mel, keep, erase=erase, longer=longer),
             "text": self.embed_text(ids, attention_mask),
             "scale": scale,
         }
 
     def embed_audio(
-        self, mel: Tensor, keep: Tensor | None = None, *, erase: Tensor | None = None
+        self,
+        mel: Tensor,
+        keep: Tensor | None = None,
+        *,
+        erase: Tensor | None = None,
+        longer: Tensor | None = None,
     ) -> Tensor:
-        """(B, 1, T, F) -> (B, d), unit norm, float32."""
+        """(B, 1, T, F), with fusion (B, 4, T, F) -> (B, d), unit norm, float32."""
         with self._autocast(mel.device):
-            x = self.audio_head(self.audio(mel, keep, erase=erase).pooled)
+            x = self.audio_head(self.audio(mel, keep, erase=erase, longer=longer).pooled)
         return functional.normalize(x.float(), dim=-1)
 
     def embed_text(self, ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """HTSAT, LAION-CLAP's audio encoder: a Swin transformer over a log-mel folded into a square.
 
     mel (B, 1, T, F) -> bn0 -> [SpecAug] -> time stretched to side^2 / F, folded (B, 1, side, side)
-        -> patches (B, N, D) -> stages of windows, N / 4 and 2 D at each -> tokens (B, 64, 8 D)
+        -> patches (B, N, D) -> [fusion] -> stages of windows, N / 4 and 2 D at each
+        -> tokens (B, 64, 8 D)
 
     B clips   T frames   F mel bins   N patches   D width   h heads   L patches of a window
 
@@ -18,8 +19,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from flap_fast.config import Audio
-from flap_fast.model.audio_vit import Encoded
+from flap_fast.config import Audio, Fusion
+from flap_fast.data.fusion import CHANNELS
+from flap_fast.model.audio_vit import Encoded, check_mel
+from flap_fast.model.fusion import (
+    fuse_mels,
+    fuse_patches,
+    fusion_model,
+    piece_mels,
+    piece_patches,
+)
 from flap_fast.model.transformer import Mlp
 
 # What keeps the windows of a shifted grid from seeing across its seam; finite, as in Swin.
@@ -27,13 +36,23 @@ _APART = -100.0
 
 
 class HTSAT(nn.Module):
-    """(B, 1, T, F) log-mels in decibels -> `Encoded`, pooled by the mean over tokens."""
+    """(B, 1, T, F) log-mels in decibels -> `Encoded`, pooled by the mean over tokens.
 
-    def __init__(self, audio: Audio, *, recompute: bool = False):
+    With fusion, (B, 4, T, F) and which of the clips are longer.
+    """
+
+    # There with the forms of fusion that have them.
+    mel_conv1d: nn.Module
+    fusion_model: nn.Module
+
+    def __init__(self, audio: Audio, fusion: Fusion | None = None, *, recompute: bool = False):
         super().__init__()
-        self.audio, side = audio, audio.image_side
+        self.audio, side, self.fusion = audio, audio.image_side, fusion or Fusion()
         self.bn0 = nn.BatchNorm2d(audio.mel_bins)
-        self.patch_embed = PatchEmbed(audio.patch, audio.stages[0][0])
+        self.patch_embed = PatchEmbed(audio.patch, audio.stages[0][0], self.fusion.type)
+        if self.fusion.type.endswith("_1d"):
+            self.mel_conv1d = piece_mels(audio.mel_bins)
+            self.fusion_model = fusion_model(self.fusion.type, audio.mel_bins)
         rates = torch.linspace(0, audio.drop_path, sum(d for _, d, _ in audio.stages)).tolist()
         self.layers = nn.ModuleList()
         for n, (width, depth, heads) in enumerate(audio.stages):
@@ -48,23 +67,31 @@ class HTSAT(nn.Module):
         self.apply(_initialise)
 
     def forward(
-        self, mel: Tensor, keep: Tensor | None = None, *, erase: Tensor | None = None
+        self,
+        mel: Tensor,
+        keep: Tensor | None = None,
+        *,
+        erase: Tensor | None = None,
+        longer: Tensor | None = None,
     ) -> Encoded:
         """Encode B clips.
 
         Args:
             keep: must be None: windows need every patch.
             erase: (B, T, F) bool, what SpecAug sets to 0 behind the first norm.
+            longer: (B,) bool on the CPU, with fusion: the clips to fuse; none without.
         """
-        T, F = self.audio.frames, self.audio.mel_bins
-        if mel.shape[1:] != (1, T, F):
-            raise ValueError(f"mel must be (B, 1, {T}, {F}), got {tuple(mel.shape)}")
+        check_mel(mel, self.audio, self.fusion)
         if keep is not None:
             raise ValueError("keep must be None: HTSAT's windows need every patch")
+        if longer is None:
+            longer = torch.zeros(len(mel), dtype=torch.bool)
         x = self.bn0(mel.float().transpose(1, 3)).transpose(1, 3)
+        if self.fusion.type.endswith("_1d"):
+            x = fuse_mels(self.mel_conv1d, self.fusion_model, x, longer)
         if erase is not None:
             x = x.masked_fill(erase[:, None], 0.0)
-        x = self.patch_embed(fold(x, self.audio.image_side))
+        x = self.patch_embed(fold(x, self.audio.image_side), longer)
         for stage in self.layers:
             x = stage(x)
         x = self.norm(x)
@@ -85,15 +112,23 @@ def fold(mel: Tensor, side: int) -> Tensor:
 
 
 class PatchEmbed(nn.Module):
-    """(B, 1, side, side) -> (B, N, D)."""
+    """(B, 1, side, side) -> (B, N, D); with 2-D fusion from (B, 4, side, side)."""
 
-    def __init__(self, patch: int, width: int):
+    def __init__(self, patch: int, width: int, fusion: str):
         super().__init__()
-        self.proj = nn.Conv2d(1, width, patch, patch)
+        self.proj = nn.Conv2d(CHANNELS if fusion == "channel_map" else 1, width, patch, patch)
         self.norm = nn.LayerNorm(width)
+        self.fuses = fusion.endswith("_2d")
+        if self.fuses:
+            self.mel_conv2d = piece_patches(width, patch, time=3)
+            self.fusion_model = fusion_model(fusion, width)
 
-    def forward(self, image: Tensor) -> Tensor:
-        return self.norm(self.proj(image).flatten(2).transpose(1, 2))
+    def forward(self, image: Tensor, longer: Tensor) -> Tensor:
+        x = self.proj(image[:, :1] if self.fuses else image)
+        if self.fuses:
+            pieces = image[:, 1:]
+            x = fuse_patches(self.mel_conv2d, self.fusion_model, x, pieces, longer, time=3)
+        return self.norm(x.flatten(2).transpose(1, 2))
 
 
 class Stage(nn.Module):

@@ -164,7 +164,14 @@ def check_engine(config: Config, world: int) -> str:
 def make_engine(config: Config, model: Flap, ranks: Ranks) -> Engine:
     """The engine in force, with the model in it."""
     kind = check_engine(config, ranks.world)
+    share_norms(model, ranks)
     return (DeepSpeedEngine if kind == "deepspeed" else PlainEngine)(config, model, ranks)
+
+
+def share_norms(model: nn.Module, ranks: Ranks) -> None:
+    """Make BatchNorms take the statistics of all ranks, on GPUs; on CPUs PyTorch cannot."""
+    if ranks.world > 1 and ranks.device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
 def deepspeed_config(config: Config, ranks: Ranks) -> dict[str, Any]:

@@ -82,7 +82,9 @@ def _train(
         report_bad_clips(config.run_folder, ranks, loader.bad)
         torch.manual_seed(dropout_seed(config.run.seed, step, ranks.rank))
         keep = kept_patches_of(batch, config, steps, loader.order.steps_per_epoch)
-        outputs = engine.model(batch.mel, batch.ids, batch.attention_mask, keep, batch.erase)
+        outputs = engine.model(
+            batch.mel, batch.ids, batch.attention_mask, keep, batch.erase, batch.longer
+        )
         terms = total_loss(outputs, config)
         engine.backward(terms["total"])
         lr = warmup_cosine(

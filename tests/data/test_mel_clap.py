@@ -13,6 +13,7 @@ from transformers import ClapFeatureExtractor
 from flap_fast.config import Audio, SpecAug
 from flap_fast.data.dali import DaliDecoder
 from flap_fast.data.decode import decode_one
+from flap_fast.data.draws import Stream, uniforms
 from flap_fast.data.frontend import log_mel
 from flap_fast.data.mel import LogMel, stripes, to_16_bits
 from flap_fast.data.mel_clap import ClapLogMel, mel_matrix
@@ -156,7 +157,7 @@ def test_dalis_own_mel_is_ours(variant, roundtrip):
     decoder = DaliDecoder(
         iter([(sounds, where)]), audio, batch=3, threads=2, prefetch=1, device=cpu, mel=True
     )
-    theirs = next(decoder)
+    theirs = next(decoder).sound
     filled = [decode_one(sound, float(w), audio) for sound, w in zip(sounds, where, strict=True)]
     ours = log_mel(audio)(torch.from_numpy(np.stack(filled)))
     assert theirs.shape == ours.shape == (3, 1001, 64)
@@ -170,6 +171,12 @@ def test_htsats_specaug_is_torchlibrosas_two_stripes_of_each_kind():
     visits = torch.arange(3000)
     drawn = SpecAug(time_frames=64, freq_bins=0, stripes=1)
     rows = stripes(drawn, 3407, visits, (1001, 1), whole=True).all(2)
+    for row, (width, start, *_) in zip(
+        rows[:100], uniforms(3407, Stream.SPECAUG, visits, 4), strict=False
+    ):
+        wide = int(width.item() * 64)
+        first = int(start.item() * (1001 - wide))
+        assert row.nonzero()[:, 0].tolist() == list(range(first, first + wide))
     widths = rows.sum(1)
     counts = torch.bincount(widths, minlength=64)
     assert len(counts) == 64

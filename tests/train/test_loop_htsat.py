@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from flap_fast.model.flap import Flap
 from flap_fast.model.interop import load_weights, model_folder
 from flap_fast.ranks import Ranks
 from flap_fast.train import loop
-from flap_fast.train.engine import optimizer
+from flap_fast.train.engine import optimizer, share_norms
 from flap_fast.train.loop import Stopped, train
 from tests.tiny import HTSAT, tiny
 
@@ -26,7 +27,13 @@ def settings(prepared: Path, runs: Path, *overrides: str) -> Config:
     return tiny(
         *HTSAT,
         *(f"run.folder={runs}", f"data.train={prepared}/train", f"data.val={prepared}/val"),
-        *("train.steps=3", "ckpt.every_steps=2", "log.tensorboard=false", "sched.warmup_steps=1"),
+        *(
+            "train.steps=3",
+            "log.every_steps=1",
+            "ckpt.every_steps=2",
+            "log.tensorboard=false",
+            "sched.warmup_steps=1",
+        ),
         *overrides,
     )
 
@@ -51,6 +58,17 @@ def test_a_resumed_run_has_the_same_weights_and_statistics(whole, prepared, tmp_
     assert theirs["audio.bn0.num_batches_tracked"] == 3
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_the_encoder_erases_what_specaug_says(whole, prepared, tmp_path):
+    """The same first step but for SpecAug: another loss."""
+    off = ("specaug.time_frames=0", "specaug.freq_bins=0", "data.val=[]", "train.steps=1")
+    train(settings(prepared, tmp_path, *off))
+    with_, without = (
+        json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+        for run in (whole, tmp_path / "flap")
+    )
+    assert abs(with_ - without) > 1e-4
 
 
 def test_what_was_trained_embeds_sounds(whole):
@@ -80,6 +98,26 @@ def test_a_batch_leaves_specaug_to_the_encoder(prepared, tmp_path):
     assert batch.erase is not None
     assert torch.equal(batch.erase, wanted)
     assert 0.05 < wanted.float().mean() < 0.5
+
+
+def test_norms_are_shared_between_gpus_under_the_same_names():
+    """And stay float32 inside fusion, whose layers are asked what they are."""
+    cuda = torch.device("cuda")
+    for ranks, shared in (
+        (Ranks(0, 2, 2), False),
+        (Ranks(0, 1, 1, cuda), False),
+        (Ranks(0, 2, 2, cuda), True),
+    ):
+        model = Flap(tiny(*HTSAT, "fusion.type=aff_2d"))
+        before = model.state_dict()
+        share_norms(model, ranks)
+        assert {*model.state_dict()} == {*before}
+        kinds = [
+            isinstance(m, torch.nn.SyncBatchNorm)
+            for m in model.modules()
+            if "BatchNorm" in type(m).__name__
+        ]
+        assert kinds == [shared] * 5
 
 
 def test_tables_of_position_biases_are_not_decayed():
