@@ -40,15 +40,8 @@ HTSAT_SIZES = {
 }
 # Defaults that follow audio.encoder and audio.mel. Sources: SPEC 3.2, 3.5, 4.6.
 _HTSAT = {"mel": "clap", "size": "tiny", "patch": 4, "drop_path": 0.1}
-_CLAP = {
-    "sample_rate_hz": 48_000,
-    "mel_bins": 64,
-    "frames": 1001,
-    "int16_roundtrip": True,
-    # Decibels stay as they are: HTSAT begins with a BatchNorm.
-    "mean": 0.0,
-    "std": 0.5,
-}
+_CLAP = {"sample_rate_hz": 48_000, "mel_bins": 64, "frames": 1001, "int16_roundtrip": True}
+_CLAP |= {"mean": 0.0, "std": 0.5}  # decibels stay as they are: HTSAT begins with a BatchNorm
 _HTSAT_SPECAUG = {"time_frames": 64, "freq_bins": 8, "stripes": 2}
 
 
@@ -265,22 +258,16 @@ class Audio(Section):
         need(self.size in HTSAT_SIZES, "audio.size", f"be one of HTSAT's {sizes}", self.size)
         width, _, heads = self.stages[0]
         need(width % heads == 0, "audio.width", f"be a multiple of audio.heads = {heads}", width)
-        need(
-            self.frames == spoken,
-            "audio.frames",
-            f"be the {spoken} frames of audio.duration_s = {self.duration_s:g} for HTSAT",
-            self.frames,
-            f"set audio.frames={spoken}",
-        )
+        rule = f"be the {spoken} frames of audio.duration_s = {self.duration_s:g} for HTSAT"
+        remedy = f"set audio.frames={spoken}"
+        need(self.frames == spoken, "audio.frames", rule, self.frames, remedy)
         need(self.attention == "sdpa", "audio.attention", "be 'sdpa' for HTSAT", self.attention)
-        need(
-            self.image_side > 0,
-            "audio.window_patches",
-            f"divide each of {len(self.stages)} stages of a log-mel of {self.frames} frames and "
-            f"{self.mel_bins} bins, folded into a square",
-            self.window_patches,
-            "change it, or shorten audio.depths",
+        of = f"a log-mel of {self.frames} frames and {self.mel_bins} bins, folded into a square"
+        rule, remedy = (
+            f"divide each of {len(self.stages)} stages of {of}",
+            "or shorten audio.depths",
         )
+        need(self.image_side > 0, "audio.window_patches", rule, self.window_patches, remedy)
 
 
 class Fusion(Section):
@@ -515,18 +502,12 @@ class Config(Section):
             "set mask.kind=none, or audio.encoder=vit",
         )
         if self.fusion.on:
-            need(
-                self.fusion.max_duration_s >= self.audio.duration_s,
-                "fusion.max_duration_s",
-                f"be at least audio.duration_s = {self.audio.duration_s:g}",
-                self.fusion.max_duration_s,
-            )
-            need(
-                self.fusion.force_one or self.train.zero_stage < 3,
-                "fusion.force_one",
-                "be true with train.zero_stage = 3, whose ranks gather weights in step",
-                self.fusion.force_one,
-            )
+            most, least = self.fusion.max_duration_s, self.audio.duration_s
+            rule = f"be at least audio.duration_s = {least:g}"
+            need(most >= least, "fusion.max_duration_s", rule, most)
+            rule = "be true with train.zero_stage = 3, whose ranks gather weights in step"
+            fits = self.fusion.force_one or self.train.zero_stage < 3
+            need(fits, "fusion.force_one", rule, self.fusion.force_one)
         return self
 
     @property

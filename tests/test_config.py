@@ -91,7 +91,7 @@ def yaml_file(tmp_path: Path):
         ),
         (
             "audio: {encoder: htsat, window_patches: 13}",
-            "audio.window_patches must divide each of 4 stages .*, got 13; change it, or .*",
+            "audio.window_patches must divide each of 4 stages .*, got 13; or shorten .*",
         ),
         (
             "fusion: {type: aff_2d, max_duration_s: 5}",
