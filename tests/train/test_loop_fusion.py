@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 
 from flap_fast.data.batch import Batch
+from flap_fast.data.frontend import MelFrontEnd, together
+from flap_fast.data.mel import normalise
 from flap_fast.embedder import load
 from flap_fast.model.flap import Flap
 from flap_fast.ranks import Ranks
@@ -36,7 +38,16 @@ def test_a_fused_run_trains_scores_and_hears_whole_clips(name, prepared, tmp_pat
         seen[-1] = (seen[-1][0], given)
         return forward(self, *given)
 
+    scored: list[torch.Tensor] = []
+    embed_audio = Flap.embed_audio
+
+    def scoring(self, mel, keep=None, *, longer=None, **more):
+        if not self.training and longer is not None:
+            scored.append(longer)
+        return embed_audio(self, mel, keep, longer=longer, **more)
+
     monkeypatch.setattr(Flap, "forward", watched)
+    monkeypatch.setattr(Flap, "embed_audio", scoring)
     config = tiny(
         *ENCODERS[name],
         *(f"run.folder={tmp_path}", f"data.train={prepared}/train", f"data.val={prepared}/val"),
@@ -52,6 +63,7 @@ def test_a_fused_run_trains_scores_and_hears_whole_clips(name, prepared, tmp_pat
         assert (erase is None) == (name == "vit")
         assert longer is batch.longer
         assert longer.any()
+    assert 0 < sum(int(longer.sum()) for longer in scored) < 6
     model = load(tmp_path / "flap", "cpu")
     long = noise(0, 1.6, 16_000)
     other = long.copy()
@@ -60,6 +72,14 @@ def test_a_fused_run_trains_scores_and_hears_whole_clips(name, prepared, tmp_pat
     assert (a - b).abs().max() > 1e-5
     assert (a - c).abs().max() > 1e-5
     assert torch.allclose(a, model.embed_audio([long])[0], atol=1e-5)
+    # The pieces are fused: without, the whole would be all there is of it.
+    front = MelFrontEnd(config.audio, config.fusion, torch.device("cpu"))
+    mel, longer = front(together([long], np.full((1, 4), 0.5)))
+    mel = normalise(mel, config.audio)
+    with torch.no_grad():
+        fused, alone = (model.model.embed_audio(mel, longer=flag)[0] for flag in (longer, None))
+    assert torch.allclose(a, fused, atol=1e-5)
+    assert (a - alone).abs().max() > 1e-4
 
 
 def one_rank_of_short_clips():
