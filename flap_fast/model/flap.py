@@ -106,7 +106,7 @@ class _Clamp(torch.autograd.Function):
         return x.clamp(0, most)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
         (x,) = ctx.saved_tensors
         # Descent moves against the gradient: up where it is negative.
         outward = ((x >= ctx.most) & (grad < 0)) | ((x <= 0) & (grad > 0))

@@ -10,6 +10,7 @@ Source: LAION-CLAP's text branch (RoBERTa and its pooler), SPEC 5.1.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +112,7 @@ def _random(text: Text):
     return AutoModel.from_config(config, dtype=torch.float32)
 
 
-def _dropout(text: Text) -> dict[str, float]:
+def _dropout(text: Text) -> dict[str, Any]:
     names = ("hidden_dropout_prob", "attention_probs_dropout_prob")
     return dict.fromkeys(names, text.dropout)
 

@@ -140,7 +140,7 @@ def initialise(module: nn.Module) -> None:
 
 def _xformers_attention():
     try:
-        from xformers.ops import memory_efficient_attention
+        from xformers.ops import memory_efficient_attention  # type: ignore[import-not-found]
     except ImportError as error:
         raise ConfigError(
             f"audio.attention must be 'sdpa' where xformers does not import ({error}); "
