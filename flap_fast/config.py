@@ -418,8 +418,18 @@ class Eval(Section):
     """Steps between evaluations on data.val. 0: at the end only."""
     batch: Count = 64
     """Clips a rank embeds at a time."""
-    crop: Literal["random", "center"] = "random"
-    """Crop of clips longer than audio.duration_s; `random` is fixed by the clip, not by the run."""
+    crop: str = Field(default="random", pattern=r"^(random|center|multi:[1-9]\d*)$")
+    """Crop of clips longer than audio.duration_s: `random` (fixed by the clip, not by the run),
+    `center`, or `multi:K`, the mean embedding of K crops at equal steps from begin to end."""
+    templates: str = "This is a sound of {label}."
+    """Prompt of zero-shot classes; or `audio29` or `imagenet80`, or a text file with one a line."""
+    sentences: Literal["joint", "tower"] = "joint"
+    """What STS and SentEval take of a caption: its joint embedding, or the text tower's."""
+
+    @property
+    def crops(self) -> int:
+        """Crops of a clip."""
+        return int(self.crop[6:]) if self.crop.startswith("multi:") else 1
 
 
 class Log(Section):

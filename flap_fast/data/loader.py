@@ -19,7 +19,7 @@ from flap_fast.data.draws import Stream, uniforms
 from flap_fast.data.mel import kaldi_log_mel, normalise
 from flap_fast.data.order import Order
 from flap_fast.data.shards import ShardError, Shards
-from flap_fast.data.sound import BadSound
+from flap_fast.data.sound import BadSound, crop_positions
 from flap_fast.ranks import Ranks
 
 _TRIES = 100
@@ -168,16 +168,20 @@ def evaluation_mels(
 ) -> Iterator[Tensor]:
     """(<= eval.batch, 1, T, F) normalised log-mels of the clips named, in their order.
 
+    Under eval.crop = multi:K each clip gives K of them in a row.
+
     Raises:
         ShardError: a clip that cannot be decoded; evaluation leaves nothing out.
     """
-    size = config.eval.batch
+    size, crops = config.eval.batch, config.eval.crops
+    positions = np.tile(crop_positions(crops), len(clips))
+    clips = np.repeat(clips, crops)
     starts = range(0, len(clips), size)
 
     def encoded() -> Iterator[Encoded]:
         for start in starts:
             some = clips[start : start + size]
-            where = np.full(len(some), 0.5, np.float32)
+            where = positions[start : start + size]
             if config.eval.crop == "random":
                 where = uniforms(0, Stream.EVAL_CROP, torch.from_numpy(some), 1)[:, 0].numpy()
             yield [shards.sound(clip) for clip in some], where
@@ -195,7 +199,8 @@ def evaluation_mels(
         try:
             mel = next(mels)
         except BadSound as error:
-            names = ", ".join(_undecodable(shards, clips[start : start + size], config))
+            some = np.unique(clips[start : start + size])
+            names = ", ".join(_undecodable(shards, some, config))
             raise ShardError(f"cannot be decoded: {names or error}; prepare it again") from None
         yield normalise(mel, config.audio)[:, None]
 

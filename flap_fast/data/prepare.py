@@ -158,7 +158,7 @@ def _other(out: Path, what: str) -> ManifestError:
 
 def _flac(entry: Entry, sample_rate_hz: int) -> bytes:
     """The clip as 16-bit mono FLAC; raises `BadSound` with the reason for rejecting it."""
-    if not entry.captions:
+    if not entry.captions and not entry.labels:  # a clip with labels alone can be classified
         raise BadSound("captionless")
     wave = read_sound(
         entry.audio, sample_rate_hz, start_s=entry.start_s, duration_s=entry.duration_s

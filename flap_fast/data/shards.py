@@ -52,8 +52,11 @@ class Shards:
         file, at, size, _, _ = self.place[clip].tolist()
         return _read(self.files[file], at, size)
 
-    def record(self, clip: int) -> dict[str, Any]:
+    def record(self, clip: int, *, captionless: bool = False) -> dict[str, Any]:
         """What the JSON says, with `text` as a list of captions.
+
+        Args:
+            captionless: take a clip without captions too.
 
         Raises:
             BadSound: no JSON object, or no caption in it.
@@ -67,7 +70,7 @@ class Shards:
             raise BadSound(f"its JSON cannot be read: {error}") from None
         texts = [text] if isinstance(text, str) else text if isinstance(text, list) else []
         texts = [t.strip() for t in texts if isinstance(t, str) and t.strip()]
-        if not texts:
+        if not texts and not captionless:
             raise BadSound("captionless: its JSON holds no text")
         return {**record, "text": texts}
 

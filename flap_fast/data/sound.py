@@ -42,6 +42,15 @@ def read_sound(
         raise BadSound(f"unreadable: {error.error_string}") from None
     except (OSError, RuntimeError) as error:
         raise BadSound(f"unreadable: {error}") from None
+    return mono_at(wave, rate, sample_rate_hz)
+
+
+def mono_at(wave: np.ndarray, rate: float, sample_rate_hz: int) -> np.ndarray:
+    """(samples, channels) float32 at `rate` -> (samples,) at `sample_rate_hz`, channels averaged.
+
+    Raises:
+        BadSound: empty, or not finite.
+    """
     mono = wave.mean(1) if wave.shape[1] > 1 else wave[:, 0]
     if not np.isfinite(mono).all():
         raise BadSound("unreadable: samples are not finite")
@@ -50,6 +59,13 @@ def read_sound(
     if len(mono) == 0:
         raise BadSound("empty: no samples")
     return np.ascontiguousarray(mono, dtype=np.float32)
+
+
+def crop_positions(crops: int) -> np.ndarray:
+    """(crops,) float64 in [0, 1) for `crop`: the middle, or equal steps from begin to end."""
+    if crops == 1:
+        return np.array([0.5])
+    return np.minimum(np.linspace(0, 1, crops), np.nextafter(1, 0))
 
 
 def crop(wave: np.ndarray, samples: int, where: float) -> np.ndarray:

@@ -1,1 +1,48 @@
-"""Checkpoint -> scores."""
+"""Checkpoint -> scores: an evaluation is a file here and a line below."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Modules, not their functions: `flap_fast.evaluate.retrieval` stays the module.
+from flap_fast.evaluate import flops, geometry, prompts, retrieval, sentence, transfer, zero_shot
+from flap_fast.evaluate.embed import Embeddings
+from flap_fast.evaluate.subject import Subject
+
+Scored = dict[str, Any]
+
+
+def _retrieval(subject: Subject, e: Embeddings) -> Scored:
+    found = retrieval.retrieval(e.audio, e.text, e.owner, subject.ranks)
+    return {**found, "chance": retrieval.chance(e.owner, len(e.audio))}
+
+
+def _zero_shot(subject: Subject, e: Embeddings) -> Scored:
+    templates = prompts.prompts(subject.config.eval.templates)
+    return zero_shot.zero_shot(
+        e.audio, e.labels, subject.classes, templates, subject.texts, subject.ranks
+    )
+
+
+def _geometry(subject: Subject, e: Embeddings) -> Scored:
+    return geometry.geometry(e.audio, e.text, e.owner, subject.ranks)
+
+
+# Of folders of shards.
+OF_CLIPS: dict[str, Callable[[Subject, Embeddings], Scored]] = {
+    "retrieval": _retrieval,
+    "zero_shot": _zero_shot,
+    "geometry": _geometry,
+}
+# Of files or folders of sentences.
+OF_SENTENCES: dict[str, Callable[[Subject, Path], Scored]] = {
+    "sts": lambda subject, path: sentence.similarity(subject.sentences, path),
+    "transfer": lambda subject, path: transfer.transfer(subject.sentences, path, subject.ranks),
+}
+# Of nothing but the settings.
+OF_SETTINGS: dict[str, Callable[[Subject], Any]] = {
+    "flops": lambda subject: flops.masking_flops(subject.config.audio, subject.config.mask),
+}
+TASKS = (*OF_CLIPS, *OF_SENTENCES, *OF_SETTINGS)

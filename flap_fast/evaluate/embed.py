@@ -1,13 +1,15 @@
-"""A data set's sounds and captions -> embeddings, the work shared by all ranks."""
+"""Sounds and texts -> embeddings, the work shared by all ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from flap_fast.config import Config
 from flap_fast.data.captions import Tokenizer
@@ -16,6 +18,11 @@ from flap_fast.data.shards import ShardError, Shards
 from flap_fast.data.sound import BadSound
 from flap_fast.model.flap import Flap
 from flap_fast.ranks import Ranks
+
+Encode = Callable[[Tensor, Tensor], Tensor]
+"""(B, L) ids and mask -> (B, d)."""
+EmbedTexts = Callable[[Sequence[str]], Tensor]
+"""M texts -> (M, d) float32 on every rank; every rank must ask."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +35,10 @@ class Embeddings:
     """(M, d) float32, unit rows."""
     owner: Tensor
     """(M,) int64: the sound that each caption belongs to."""
+    labels: tuple[tuple[str, ...], ...]
+    """Of each sound its class names, often none; underscores have become spaces."""
 
 
-@torch.no_grad()
 def embed(
     model: Flap, config: Config, tokenizer: Tokenizer, shards: Shards, ranks: Ranks
 ) -> Embeddings:
@@ -39,42 +47,81 @@ def embed(
     Raises:
         ShardError: a clip that cannot be read; evaluation leaves nothing out.
     """
-    captions, owner = _captions(shards)
+    captions, owner, labels = _texts(shards)
+    with evaluating(model):
+        mine = share(len(shards), ranks)
+        mels = evaluation_mels(config, shards, mine, ranks)
+        audio = torch.cat([model.embed_audio(mel) for mel in mels])
+        if config.eval.crops > 1:
+            crops = audio.unflatten(0, (-1, config.eval.crops))
+            audio = functional.normalize(crops.mean(1), dim=-1)
+        audio = ranks.gather(audio)[: len(shards)]
+        text = text_embedder(model.embed_text, tokenizer, ranks, config.eval.batch)(captions)
+    return Embeddings(audio, text, torch.tensor(owner, device=ranks.device).long(), labels)
+
+
+def text_embedder(encode: Encode, tokenizer: Tokenizer, ranks: Ranks, batch: int) -> EmbedTexts:
+    """What embeds any number of texts, in the mode that the model is in, without gradients."""
+
+    @torch.no_grad()
+    def texts_to_rows(texts: Sequence[str]) -> Tensor:
+        if not texts:  # the width is known by an encoder alone
+            return texts_to_rows(["."])[:0]
+        mine = [texts[int(i)] for i in share(len(texts), ranks)]
+        # Texts of a length together: a batch is padded to its longest.
+        order = sorted(range(len(mine)), key=lambda i: len(mine[i]))
+        own = [mine[i] for i in order]
+        parts = [own[i : i + batch] for i in range(0, len(own), batch)]
+        tokens = (tokenizer(part) for part in parts)
+        rows = torch.cat([encode(ids.to(ranks.device), mask) for ids, mask in tokens])
+        back = torch.empty_like(rows)
+        back[torch.tensor(order, device=rows.device)] = rows
+        return ranks.gather(back)[: len(texts)]
+
+    return texts_to_rows
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside: evaluation mode and no gradients; after: the mode before."""
     training = model.training
     model.eval()
     try:
-        mine = _mine(len(shards), ranks)
-        mels = evaluation_mels(config, shards, mine, ranks)
-        audio = _whole((model.embed_audio(mel) for mel in mels), len(shards), ranks)
-        own = [captions[i] for i in _mine(len(captions), ranks)]
-        some = (own[i : i + config.eval.batch] for i in range(0, len(own), config.eval.batch))
-        tokens = (tokenizer(texts) for texts in some)
-        parts = (model.embed_text(ids.to(ranks.device), mask) for ids, mask in tokens)
-        text = _whole(parts, len(captions), ranks)
+        with torch.no_grad():
+            yield
     finally:
         model.train(training)
-    return Embeddings(audio, text, torch.tensor(owner, device=ranks.device))
 
 
-def _mine(count: int, ranks: Ranks) -> np.ndarray:
-    """This rank's share; all have as many (ZeRO-3 gathers weights in step), so some repeat."""
+def share(count: int, ranks: Ranks) -> np.ndarray:
+    """This rank's share of `count` things; `ranks.gather(...)[:count]` puts them in order again.
+
+    All ranks have as many (ZeRO-3 gathers weights in step), so the last ones repeat some.
+    """
     each = -(-count // ranks.world)
     return (np.arange(each) + ranks.rank * each) % count
 
 
-def _whole(parts: Iterable[Tensor], count: int, ranks: Ranks) -> Tensor:
-    """(count, d): the shares of all ranks in order, without what was repeated."""
-    return ranks.gather(torch.cat(list(parts)))[:count]
-
-
-def _captions(shards: Shards) -> tuple[list[str], list[int]]:
+def _texts(shards: Shards) -> tuple[list[str], list[int], tuple[tuple[str, ...], ...]]:
+    """All captions, their owners, and each clip's labels."""
     captions: list[str] = []
     owner: list[int] = []
+    labels: list[tuple[str, ...]] = []
     for clip in range(len(shards)):
         try:
-            texts = shards.record(clip)["text"]
+            record = shards.record(clip, captionless=True)
         except BadSound as why:
             raise ShardError(f"{shards.name(clip)}: {why}; prepare it again") from None
-        captions += texts
-        owner += [clip] * len(texts)
-    return captions, owner
+        captions += record["text"]
+        owner += [clip] * len(record["text"])
+        labels.append(_labels(record.get("tag")))
+    return captions, owner, tuple(labels)
+
+
+def _labels(tag: object) -> tuple[str, ...]:
+    """LAION's `tag`: class names, or one of them."""
+    names: Iterable[object] = (
+        [tag] if isinstance(tag, str) else tag if isinstance(tag, list) else []
+    )
+    spoken = (" ".join(n.replace("_", " ").split()) for n in names if isinstance(n, str))
+    return tuple(dict.fromkeys(name for name in spoken if name))

@@ -155,3 +155,28 @@ def scheme_in_force(config: Config, clips: int, world: int) -> str:
     if scheme == "auto":
         return "replicated" if clips <= REPLICATED_ROWS else "sharded"
     return scheme
+
+
+# Kind, unit, and the ratios of SPEC 14's table; 2-D masking drops as much of both axes.
+_SCHEMES = (("none", "token", (0,)), ("1d", "token", range(1, 8)))
+_SCHEMES += (("1d", "frame", range(1, 8)), ("2d", "token", range(1, 6)))
+
+
+def masking_flops(audio: Audio, mask: Mask, clips: int = 8) -> list[dict[str, Any]]:
+    """GFLOPs of a forward pass over masking schemes and ratios, rounded as `mask` says.
+
+    `gflops` embeds all patches, as the papers count; `gflops_fused` those that stay, as we do.
+    """
+    rows = []
+    for kind, unit, tenths in _SCHEMES:
+        for ratio in (n / 10 for n in tenths):
+            ratios = {"ratio": ratio, "time_ratio": ratio, "freq_ratio": ratio}
+            scheme = mask.model_copy(update={"kind": kind, "unit": unit, **ratios})
+            whole, fused = (
+                encoder_flops(audio, scheme, clips=clips, fused=fused) / 1e9
+                for fused in (False, True)
+            )
+            row = {"kind": kind, "unit": unit, "ratio": ratio, "clips": clips}
+            kept = kept_patches(scheme, audio.grid)
+            rows.append({**row, "kept": kept, "gflops": whole, "gflops_fused": fused})
+    return rows

@@ -3,9 +3,10 @@
     text_to_audio   each of M captions ranks N sounds; one is right       (FLAP's T-A)
     audio_to_text   each of N sounds ranks M captions; its own are right  (FLAP's A-T)
 
-Ranks count from 0; of equal scores the smaller index comes first. Any number of captions a sound,
-also ragged. Scores are computed in chunks: no N x M matrix. The language-encoder paper calls A-T
-"text retrieval" and T-A "audio retrieval".
+Places count from 0; of equal scores the smaller index comes first. Any number of captions a sound,
+also ragged. Cosines are computed in chunks of a fixed size, never N x M of them, and each rank
+takes its share of the queries. The language-encoder paper calls A-T "text retrieval" and T-A
+"audio retrieval".
 
 Source: SPEC 13.1; DCASE 2023 Task 6b for the sorted mAP@10.
 """
@@ -17,97 +18,125 @@ import math
 import torch
 from torch import Tensor
 
-_CHUNK = 1024
+from flap_fast.checks import ConfigError
+from flap_fast.evaluate.embed import share
+from flap_fast.ranks import Ranks
+
+_COSINES = 2**25
+"""Of a chunk: 128 MiB, and 96 MiB more while they are compared."""
 TOP = (1, 5, 10)
 
 
-def retrieval(audio: Tensor, text: Tensor, owner: Tensor) -> dict[str, dict[str, float] | int]:
-    """Scores of both directions, shares in [0, 1].
+def retrieval(
+    audio: Tensor, text: Tensor, owner: Tensor, ranks: Ranks | None = None
+) -> dict[str, dict[str, float] | int]:
+    """Scores of both directions, shares in [0, 1]; every rank must ask, all get the same.
 
     Args:
         audio: (N, d) unit rows.
         text: (M, d) unit rows.
         owner: (M,) int64, the sound that each caption belongs to; every sound has one.
     """
-    if owner.unique().numel() != len(audio):
-        raise ValueError(f"owner must name each of the {len(audio)} sounds, got {owner.unique()}")
+    mute = len(audio) - owner.unique().numel()
+    if mute:
+        raise ConfigError(
+            f"each of the {len(audio)} sounds must have a caption to be retrieved by, got {mute} "
+            "without; score their labels with --tasks zero_shot"
+        )
+    ranks = ranks or Ranks()
     return {
-        "audio_to_text": audio_to_text(caption_ranks(audio, text, owner), owner, len(audio)),
-        "text_to_audio": text_to_audio(sound_ranks(audio, text, owner)),
+        "audio_to_text": audio_to_text(
+            caption_places(audio, text, owner, ranks), owner, len(audio)
+        ),
+        "text_to_audio": text_to_audio(sound_places(audio, text, owner, ranks)),
         "clips": len(audio),
         "captions": len(text),
     }
 
 
-def sound_ranks(audio: Tensor, text: Tensor, owner: Tensor) -> Tensor:
+def sound_places(audio: Tensor, text: Tensor, owner: Tensor, ranks: Ranks) -> Tensor:
     """(M,) int64: where each caption finds its sound among all sounds."""
-    parts = zip(text.split(_CHUNK), owner.split(_CHUNK), strict=True)
-    return torch.cat([_ranks(rows.float() @ audio.float().T, mine) for rows, mine in parts])
+    captions = torch.arange(len(text), device=owner.device)
+    return places(text, captions, audio, owner, ranks)
 
 
-def caption_ranks(audio: Tensor, text: Tensor, owner: Tensor) -> Tensor:
+def caption_places(audio: Tensor, text: Tensor, owner: Tensor, ranks: Ranks) -> Tensor:
     """(M,) int64: where each caption's sound finds it among all captions."""
-    captions = torch.arange(len(text), device=text.device)
-    parts = zip(captions.split(_CHUNK), owner.split(_CHUNK), strict=True)
-    return torch.cat([_ranks(audio[o].float() @ text.float().T, mine) for mine, o in parts])
+    captions = torch.arange(len(text), device=owner.device)
+    return places(audio, owner, text, captions, ranks)
 
 
-def _ranks(scores: Tensor, target: Tensor) -> Tensor:
-    """(Q,) ranks of each row's target column."""
-    own = scores.gather(1, target[:, None])
-    before = torch.arange(scores.shape[1], device=scores.device) < target[:, None]
-    return ((scores > own) | ((scores == own) & before)).sum(1)
+def places(queries: Tensor, asks: Tensor, answers: Tensor, wanted: Tensor, ranks: Ranks) -> Tensor:
+    """(Q,) int64: where query row `asks[i]` finds answer row `wanted[i]`, for i of Q.
+
+    Args:
+        queries: (N, d).
+        answers: (M, d).
+    """
+    mine = torch.from_numpy(share(len(asks), ranks)).to(asks.device)
+    rows = max(1, _COSINES // len(answers))
+    table = answers.float().T
+    found = [
+        _places(queries[asks[some]].float() @ table, wanted[some]) for some in mine.split(rows)
+    ]
+    return ranks.gather(torch.cat(found))[: len(asks)]
 
 
-def text_to_audio(ranks: Tensor) -> dict[str, float]:
+def _places(cosines: Tensor, wanted: Tensor) -> Tensor:
+    """(Q,) places of each row's wanted column."""
+    own = cosines.gather(1, wanted[:, None])
+    before = torch.arange(cosines.shape[1], device=cosines.device) < wanted[:, None]
+    return (before.logical_and_(cosines == own)).logical_or_(cosines > own).sum(1)
+
+
+def text_to_audio(places: Tensor) -> dict[str, float]:
     """Scores of queries with one right answer each."""
-    found = {f"R@{k}": _share(ranks < k) for k in TOP}
-    precision = torch.where(ranks < 10, 1 / (ranks.double() + 1), 0.0)
-    return found | {"mAP@10": precision.mean().item()} | _places(ranks)
+    found = {f"R@{k}": _share(places < k) for k in TOP}
+    precision = torch.where(places < 10, 1 / (places.double() + 1), 0.0)
+    return found | {"mAP@10": precision.mean().item()} | _mean_and_median(places)
 
 
-def audio_to_text(ranks: Tensor, owner: Tensor, sounds: int) -> dict[str, float]:
+def audio_to_text(places: Tensor, owner: Tensor, sounds: int) -> dict[str, float]:
     """Scores of queries with one or more right answers: found if any of them is among the first k.
 
     Adds the share of a sound's captions among the first k (`frac_R@k`, DCASE's reading), and
-    `mAP@10_laion`, LAION-CLAP's statistic, which leaves each sound's ranks unsorted (SPEC D23).
+    `mAP@10_laion`, LAION-CLAP's statistic, which leaves each sound's places unsorted (SPEC D23).
     """
-    count = torch.zeros(sounds, dtype=torch.int64, device=ranks.device).index_add_(
+    count = torch.zeros(sounds, dtype=torch.int64, device=places.device).index_add_(
         0, owner, torch.ones_like(owner)
     )
     best = torch.full_like(count, torch.iinfo(torch.int64).max)
-    best = best.scatter_reduce(0, owner, ranks, "amin")
+    best = best.scatter_reduce(0, owner, places, "amin")
     scores = {f"R@{k}": _share(best < k) for k in TOP}
-    scores["mAP@10"] = _precision(ranks, owner, count, by_rank=True)
-    scores |= _places(best)
-    scores["mAP@10_laion"] = _precision(ranks, owner, count, by_rank=False)
+    scores["mAP@10"] = _precision(places, owner, count, by_place=True)
+    scores |= _mean_and_median(best)
+    scores["mAP@10_laion"] = _precision(places, owner, count, by_place=False)
     for k in TOP:
-        mine = torch.zeros(sounds, dtype=torch.float64, device=ranks.device)
-        mine.index_add_(0, owner, (ranks < k).double())
+        mine = torch.zeros(sounds, dtype=torch.float64, device=places.device)
+        mine.index_add_(0, owner, (places < k).double())
         scores[f"frac_R@{k}"] = (mine / count).mean().item()
     return scores
 
 
-def _precision(ranks: Tensor, owner: Tensor, count: Tensor, *, by_rank: bool) -> float:
-    """Mean over sounds of sum_i i / (rank_i + 1) / captions, over its captions in the first ten."""
-    order = ranks.argsort(stable=True) if by_rank else torch.arange(len(ranks), device=ranks.device)
+def _precision(places: Tensor, owner: Tensor, count: Tensor, *, by_place: bool) -> float:
+    """Mean over sounds of sum_i i / (place_i + 1) / captions, over its captions in the first 10."""
+    order = torch.arange(len(places), device=places.device)
+    order = places.argsort(stable=True) if by_place else order
     order = order[owner[order].argsort(stable=True)]
-    ranks, owner = ranks[order], owner[order]
-    hit = (ranks < 10).double()
+    places, owner = places[order], owner[order]
+    hit = (places < 10).double()
     total = hit.cumsum(0)
     first = torch.cat([count.new_zeros(1), count.cumsum(0)[:-1]])
     earlier = (total - hit)[first][owner]  # hits of the sounds before this one
-    values = hit * (total - earlier) / (ranks.double() + 1) / count[owner]
+    values = hit * (total - earlier) / (places.double() + 1) / count[owner]
     return (values.sum() / len(count)).item()
 
 
-def _places(ranks: Tensor) -> dict[str, float]:
-    """Mean and median place, counted from 1."""
-    places = ranks.double() + 1
-    return {
-        "mean_rank": places.mean().item(),
-        "median_rank": float(math.floor(ranks.double().quantile(0.5).item()) + 1),
-    }
+def _mean_and_median(places: Tensor) -> dict[str, float]:
+    """Mean and median place, counted from 1; a median between two places is rounded down."""
+    ordered, n = places.sort().values, len(places)
+    median = (ordered[(n - 1) // 2] + ordered[n // 2]) // 2 + 1
+    return {"mean_rank": places.double().mean().item() + 1, "median_rank": float(median.item())}
 
 
 def _share(hits: Tensor) -> float:
@@ -116,17 +145,20 @@ def _share(hits: Tensor) -> float:
 
 def chance(owner: Tensor, sounds: int) -> dict[str, dict[str, float]]:
     """R@k of a random order, for the same clips and captions."""
-    captions = len(owner)
-    count = owner.bincount(minlength=sounds).tolist()
-    a2t, t2a = {}, {}
-    for k in TOP:
-        missed = [_missed(captions, mine, k) for mine in count]
-        a2t[f"R@{k}"] = 1 - sum(missed) / sounds
-        t2a[f"R@{k}"] = min(1.0, k / sounds)
+    a2t = chance_of_any(owner.bincount(minlength=sounds), len(owner))
+    t2a = {f"R@{k}": min(1.0, k / sounds) for k in TOP}
     return {"audio_to_text": a2t, "text_to_audio": t2a}
 
 
-def _missed(captions: int, mine: int, k: int) -> float:
-    """That none of a sound's captions is among k random ones."""
-    k = min(k, captions)
-    return math.comb(captions - mine, k) / math.comb(captions, k)
+def chance_of_any(right: Tensor, answers: int) -> dict[str, float]:
+    """R@k of a random order of `answers`, where query i has `right[i]` right ones among them."""
+    kinds, queries = right.unique(return_counts=True)
+    pairs = list(zip(kinds.tolist(), queries.tolist(), strict=True))
+    missed = {k: sum(_missed(answers, mine, k) * n for mine, n in pairs) for k in TOP}
+    return {f"R@{k}": 1 - missed[k] / len(right) for k in TOP}
+
+
+def _missed(answers: int, mine: int, k: int) -> float:
+    """That none of a query's right answers is among k random ones."""
+    k = min(k, answers)
+    return math.comb(answers - mine, k) / math.comb(answers, k)

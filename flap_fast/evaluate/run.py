@@ -1,7 +1,9 @@
 """A model and data sets -> scores, as a dictionary, a table and one number to select by.
 
 {"retrieval": {NAME: {"audio_to_text": {"R@1": ..}, "text_to_audio": {..}, "chance": {..},
-                      "clips": .., "captions": ..}}}
+                      "clips": .., "captions": ..}},
+ "zero_shot": {NAME: {..}}, "geometry": {NAME: {..}}, "sts": {NAME: {..}}, "transfer": {NAME: {..}},
+ "flops": [..], "data": {NAME: PATH}}
 """
 
 from __future__ import annotations
@@ -14,15 +16,20 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from flap_fast.checks import need
 from flap_fast.config import Config
 from flap_fast.data.captions import Tokenizer
 from flap_fast.data.shards import open_shards, write_atomically
-from flap_fast.evaluate.embed import embed
-from flap_fast.evaluate.retrieval import TOP, chance, retrieval
+from flap_fast.evaluate import OF_CLIPS, OF_SENTENCES, OF_SETTINGS, TASKS
+from flap_fast.evaluate.embed import evaluating
+from flap_fast.evaluate.retrieval import TOP
+from flap_fast.evaluate.subject import Subject, whole_model
 from flap_fast.model.flap import Flap
 from flap_fast.ranks import Ranks
 
-Scores = dict[str, dict[str, Any]]
+Scores = dict[str, Any]
+
+_SENTEVAL = ("STS", "SICK", "MR", "CR", "SUBJ", "MPQA", "SST", "TREC", "MRPC")
 
 
 def evaluate(
@@ -32,14 +39,61 @@ def evaluate(
     folders: Sequence[Path],
     ranks: Ranks | None = None,
 ) -> Scores:
-    """Score each folder of shards under its name; every rank must ask, all get the same."""
-    ranks = ranks or Ranks()
-    found = {}
-    for name, folder in names(folders).items():
-        e = embed(model, config, tokenizer, open_shards([folder]), ranks)
-        scores = retrieval(e.audio, e.text, e.owner)
-        found[name] = {**scores, "chance": chance(e.owner, len(e.audio))}
-    return {"retrieval": found}
+    """Retrieval of each folder of shards under its name; every rank must ask, all get the same."""
+    subject = whole_model(model, config, tokenizer, ranks or Ranks())
+    with evaluating(model):
+        return score(subject, folders, ("retrieval",))
+
+
+def score(subject: Subject, data: Sequence[Path], tasks: Sequence[str] = ()) -> Scores:
+    """All tasks on the data that each is for; every rank must ask, all get the same.
+
+    Args:
+        data: folders of shards, files or folders of sentences.
+        tasks: names in `TASKS`; without any, retrieval of clips and STS of sentences.
+
+    Raises:
+        ConfigError: an unknown task, data that no task is for, a task without data.
+    """
+    of_sentences = {path: holds_sentences(path) for path in data}
+    usual = {"retrieval": not all(of_sentences.values()), "sts": any(of_sentences.values())}
+    tasks = tuple(dict.fromkeys(tasks)) or tuple(task for task, wanted in usual.items() if wanted)
+    _check(tasks, of_sentences)
+    found: Scores = {task: {} for task in tasks}
+    found["data"] = {name: str(path) for name, path in names(data).items()}
+    for name, path in names(data).items():
+        if of_sentences[path]:
+            for task in (task for task in OF_SENTENCES if task in tasks):
+                found[task][name] = OF_SENTENCES[task](subject, path)
+            continue
+        embeddings = subject.clips(open_shards([path]))
+        for task in (task for task in OF_CLIPS if task in tasks):
+            found[task][name] = OF_CLIPS[task](subject, embeddings)
+    for task in (task for task in OF_SETTINGS if task in tasks):
+        found[task] = OF_SETTINGS[task](subject)
+    return found
+
+
+def _check(tasks: Sequence[str], of_sentences: dict[Path, bool]) -> None:
+    for task in tasks:
+        need(task in TASKS, "a task", f"be one of {', '.join(TASKS)}", task)
+    kinds = (
+        (OF_CLIPS, False, "a folder of shards"),
+        (OF_SENTENCES, True, "a file or folder of sentences"),
+    )
+    for some, kind, what in kinds:
+        asked = [task for task in tasks if task in some]
+        there = [path for path, sentences in of_sentences.items() if sentences == kind]
+        if asked:
+            need(bool(there), f"the data of {', '.join(asked)}", f"name {what}", "none")
+        elif there:
+            rule = f"be wanted by a task, one of {', '.join(some)}"
+            need(False, str(there[0]), rule, ", ".join(tasks) or "none")
+
+
+def holds_sentences(path: Path) -> bool:
+    """Whether these are sentences: a file, or a folder with one of SentEval's."""
+    return path.is_file() or any((path / name).is_dir() for name in _SENTEVAL)
 
 
 def names(folders: Sequence[Path]) -> dict[str, Path]:

@@ -1,0 +1,59 @@
+"""What is evaluated: a model, or a text tower alone, as functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from flap_fast.checks import ConfigError
+from flap_fast.config import Config
+from flap_fast.data.captions import Tokenizer
+from flap_fast.data.shards import Shards
+from flap_fast.evaluate.embed import Embeddings, EmbedTexts, embed, text_embedder
+from flap_fast.model.flap import Flap
+from flap_fast.model.text_encoder import TextEncoder
+from flap_fast.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What evaluators ask; every rank must ask, all get the same."""
+
+    config: Config
+    ranks: Ranks
+    clips: Callable[[Shards], Embeddings]
+    """A data set's sounds and captions in the joint space."""
+    texts: EmbedTexts
+    """Prompts in the joint space."""
+    sentences: EmbedTexts
+    """Sentences as STS and SentEval take them (eval.sentences)."""
+    classes: tuple[str, ...] = ()
+    """What zero-shot classification chooses from; without any, the labels of the data."""
+
+
+def whole_model(model: Flap, config: Config, tokenizer: Tokenizer, ranks: Ranks) -> Subject:
+    """A model with both towers."""
+    texts = text_embedder(model.embed_text, tokenizer, ranks, config.eval.batch)
+    tower = text_embedder(model.text, tokenizer, ranks, config.eval.batch)
+    return Subject(
+        config=config,
+        ranks=ranks,
+        clips=lambda shards: embed(model, config, tokenizer, shards, ranks),
+        texts=texts,
+        sentences=texts if config.eval.sentences == "joint" else tower,
+    )
+
+
+def text_tower(tower: TextEncoder, config: Config, tokenizer: Tokenizer, ranks: Ranks) -> Subject:
+    """A text encoder as it comes, for sentences."""
+
+    def no_clips(shards: Shards) -> Embeddings:
+        raise ConfigError("a text tower alone has no ears: name a run or a checkpoint for shards")
+
+    texts = text_embedder(tower, tokenizer, ranks, config.eval.batch)
+    return Subject(config, ranks, no_clips, texts, texts)
+
+
+def choosing_from(subject: Subject, classes: tuple[str, ...]) -> Subject:
+    """The same subject with the classes named."""
+    return replace(subject, classes=classes)
