@@ -1,4 +1,4 @@
-"""The command `flap`: prepare, train, eval, rank, show, profile, plan, config.
+"""The command `flap`; what it can do is in `flap --help`.
 
 `python -m flap_fast` is the same, so that `deepspeed --module flap_fast train CONFIG` works.
 """
@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from flap_fast.checks import ConfigError
+from flap_fast.commands import score, use
 
 app = typer.Typer(
     name="flap",
@@ -91,33 +92,10 @@ def train(
         print(f"{settings.run_folder}: the run is complete (flap eval {settings.run_folder} DATA)")
 
 
-@app.command("eval")
-def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="A run's folder or a checkpoint's.")],
-    data: Annotated[list[Path], typer.Argument(help="Folders of shards.")],
-    out: Annotated[
-        Path | None, typer.Option(help="The JSON; CHECKPOINT/eval.json when not given.")
-    ] = None,
-    batch: Annotated[int, typer.Option(help="Clips embedded at a time.")] = 64,
-) -> None:
-    """Retrieval in both directions: a table, and a JSON file."""
-    import torch
-
-    from flap_fast.data.captions import tokenizer
-    from flap_fast.evaluate.run import evaluate as score
-    from flap_fast.evaluate.run import table, write_scores
-    from flap_fast.model.interop import load_model
-    from flap_fast.ranks import Ranks
-
-    if batch < 1:
-        raise ConfigError(f"--batch must be at least 1, got {batch}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, config = load_model(checkpoint, device)
-    config = config.model_copy(update={"eval": config.eval.model_copy(update={"batch": batch})})
-    scores = score(model, config, tokenizer(config.text), data, Ranks(device=device))
-    write_scores(out or checkpoint / "eval.json", scores)
-    Console().print(table(scores))
-    print(f"written to {out or checkpoint / 'eval.json'}")
+app.command("eval")(score.evaluate)
+app.command()(use.embed)
+app.command()(use.search)
+app.command()(use.classify)
 
 
 @app.command()

@@ -1,22 +1,43 @@
-"""A trained model as a tool: sounds and captions in, embeddings and rankings out."""
+"""A trained model as a tool: sounds and captions in, embeddings, rankings and classes out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import os
+import re
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from flap_fast.checks import need
 from flap_fast.config import Config
 from flap_fast.data.captions import Tokenizer, tokenizer
 from flap_fast.data.mel import kaldi_log_mel, normalise
-from flap_fast.data.sound import BadSound, crop, fill, read_sound
+from flap_fast.data.prepare import ahead
+from flap_fast.data.sound import BadSound, crop, crop_positions, fill, mono_at, read_sound
+from flap_fast.evaluate.embed import text_embedder
+from flap_fast.evaluate.prompts import SOUND, prompts
+from flap_fast.evaluate.zero_shot import class_vectors
 from flap_fast.model.flap import Flap
 from flap_fast.model.interop import load_model
+from flap_fast.ranks import Ranks
 
-Sound = str | Path | np.ndarray | Tensor
+Array = np.ndarray | Tensor
+Sound = str | Path | Array | tuple[Array, float] | Mapping[str, Any]
+"""A file; a waveform at the rate that the call names, or the model's; a waveform with its rate, as
+librosa, torchaudio and soundfile load them; or a row of an Audio column of Hugging Face datasets:
+{"array": .., "sampling_rate": ..}."""
+
+Embedded = Generator[Tensor | BadSound]
+"""Of each sound its (d,) unit row, or why there is none."""
 
 
 class Embedder:
@@ -24,55 +45,198 @@ class Embedder:
 
     def __init__(self, model: Flap, config: Config, tokenizer: Tokenizer, device: torch.device):
         self.model, self.config, self.device = model.to(device).eval(), config, device
-        self._tokenizer = tokenizer
         self._mel = kaldi_log_mel(config.audio, device)
+        self._tokenizer = tokenizer
 
-    @torch.inference_mode()
-    def embed_audio(self, sounds: Sequence[Sound], batch: int = 64) -> Tensor:
+    def embed_audio(
+        self,
+        sounds: Sequence[Sound],
+        batch: int = 64,
+        *,
+        sample_rate_hz: float | None = None,
+        crop: str | None = None,
+    ) -> Tensor:
         """(N, d) unit rows, float32, on the CPU.
 
-        Longer sounds than audio.duration_s are cropped around their middle, shorter ones filled
-        as in training.
-
         Args:
-            sounds: files (WAV, FLAC, OGG, MP3), or mono waveforms at audio.sample_rate_hz.
+            sounds: files (WAV, FLAC, OGG, MP3) or waveforms of any length and rate: see `Sound`.
+                Of a waveform with two axes the shorter one are the channels. Integers are PCM.
+            batch: crops that the model embeds at a time; files are decoded ahead on threads.
+            sample_rate_hz: rate of waveforms that come without one; the model's when not given.
+            crop: see `embed_each`.
 
         Raises:
-            BadSound: a file that cannot be read.
+            BadSound: the first that cannot be used, by its name or number.
         """
-        parts = [self._embed_waves(sounds[i : i + batch]) for i in range(0, len(sounds), batch)]
-        return torch.cat(parts) if parts else torch.empty(0, self.config.joint.width)
+        if isinstance(sounds, (str, Path, Mapping)):
+            raise TypeError(f"sounds must be a list of them, got one {type(sounds).__name__}: [it]")
+        rows = torch.empty(len(sounds), self.config.joint.width)
+        found = self.embed_each(sounds, batch, sample_rate_hz=sample_rate_hz, crop=crop)
+        with closing(found):
+            for row, embedding in zip(rows, found, strict=True):
+                if isinstance(embedding, BadSound):
+                    raise embedding
+                row.copy_(embedding)
+        return rows
 
-    @torch.inference_mode()
+    def embed_each(
+        self,
+        sounds: Iterable[Sound],
+        batch: int = 64,
+        *,
+        sample_rate_hz: float | None = None,
+        crop: str | None = None,
+    ) -> Embedded:
+        """Of each sound in its turn a (d,) unit row, or the `BadSound` that it is.
+
+        Any number of sounds passes through in constant memory.
+
+        Args:
+            crop: of sounds longer than audio.duration_s: `center`, `multi:K` (the mean of K crops
+                at equal steps) or `whole` (the mean of as many as cover it). eval.crop when not
+                given, `center` where that is random. Shorter ones are filled as in training.
+        """
+        need(batch >= 1, "batch", "be at least 1", batch)
+        policy = crop or ("center" if self.config.eval.crop == "random" else self.config.eval.crop)
+        rule = "be center, multi:K or whole"
+        need(bool(re.fullmatch(r"center|whole|multi:[1-9]\d*", policy)), "crop", rule, policy)
+        rate = float(sample_rate_hz or self.config.audio.sample_rate_hz)
+
+        def decode(numbered: tuple[int, Sound]) -> np.ndarray | BadSound:
+            try:
+                return self._crops(numbered[1], numbered[0], rate, policy)
+            except BadSound as why:
+                return why
+
+        return self._embed_each(sounds, decode, batch)
+
+    def _embed_each(
+        self,
+        sounds: Iterable[Sound],
+        decode: Callable[[tuple[int, Sound]], np.ndarray | BadSound],
+        batch: int,
+    ) -> Embedded:
+        threads = self.config.frontend.threads or os.cpu_count() or 1
+        with ThreadPoolExecutor(threads) as pool:
+            decoded = ahead(pool, decode, enumerate(sounds), limit=2 * batch + threads)
+            with closing(decoded):
+                waiting: list[np.ndarray | BadSound] = []
+                crops = 0
+                for sound in decoded:
+                    waiting.append(sound)
+                    crops += 0 if isinstance(sound, BadSound) else len(sound)
+                    if crops >= batch:
+                        yield from self._finish(waiting, batch)
+                        waiting, crops = [], 0
+                yield from self._finish(waiting, batch)
+
     def embed_text(self, captions: Sequence[str], batch: int = 256) -> Tensor:
         """(M, d) unit rows, float32, on the CPU."""
-        some = (captions[i : i + batch] for i in range(0, len(captions), batch))
-        tokens = (self._tokenizer(texts) for texts in some)
-        parts = [self.model.embed_text(ids.to(self.device), mask).cpu() for ids, mask in tokens]
-        return torch.cat(parts) if parts else torch.empty(0, self.config.joint.width)
+        if isinstance(captions, str):
+            raise TypeError(f"captions must be a list of them, got one: ['{captions}']")
+        ranks = Ranks(device=self.device)
+        return text_embedder(self.model.embed_text, self._tokenizer, ranks, batch)(captions).cpu()
+
+    def embed_labels(self, labels: Sequence[str], templates: str = SOUND) -> Tensor:
+        """(C, d) unit rows: each class as the mean of its prompts.
+
+        Args:
+            templates: a prompt with {label}, the set `audio29` or `imagenet80`, or a text file.
+        """
+        need(len(labels) > 0, "labels", "name at least one class", "none")
+        return class_vectors(self.embed_text, labels, prompts(templates))
 
     def rank(self, sound: Sound, captions: Sequence[str]) -> list[tuple[str, float]]:
         """The captions with their cosines to the sound, best first."""
         cosines = (self.embed_text(captions) @ self.embed_audio([sound])[0]).tolist()
         return sorted(zip(captions, cosines, strict=True), key=lambda pair: -pair[1])
 
-    def _embed_waves(self, sounds: Sequence[Sound]) -> Tensor:
-        waves = torch.from_numpy(np.stack([self._wave(sound) for sound in sounds]))
-        mel = normalise(self._mel(waves.to(self.device)), self.config.audio)
-        return self.model.embed_audio(mel[:, None]).cpu()
+    def classify(
+        self, sound: Sound, labels: Sequence[str], templates: str = SOUND
+    ) -> list[tuple[str, float]]:
+        """The classes with their probabilities for the sound, best first; zero-shot."""
+        vectors = self.embed_labels(labels, templates)
+        shares = self.probabilities(self.embed_audio([sound]), vectors)[0].tolist()
+        return sorted(zip(labels, shares, strict=True), key=lambda pair: -pair[1])
 
-    def _wave(self, sound: Sound) -> np.ndarray:
+    def probabilities(self, audio: Tensor, text: Tensor) -> Tensor:
+        """(N, M) softmax over the texts of the scaled cosines, as the model was trained with."""
+        scale = self.model.logit_scale.detach().clamp(0, self.model.max_logit_scale).exp().cpu()
+        return (scale * audio @ text.T).softmax(-1)
+
+    @cached_property
+    def identity(self) -> str:
+        """SHA-256 of what embeddings depend on: the weights, the front end, the pooling."""
+        digest = hashlib.sha256()
+        for part in (self.config.audio, self.config.text.pool, self.config.joint):
+            digest.update(
+                part.encode() if isinstance(part, str) else part.model_dump_json().encode()
+            )
+        for name, weights in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(weights.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def _finish(self, sounds: list[np.ndarray | BadSound], batch: int) -> Embedded:
+        """Embed the crops of some sounds together, and average those of a sound."""
+        crops = [sound for sound in sounds if not isinstance(sound, BadSound)]
+        rows = iter(self._embed_waves(np.concatenate(crops), batch) if crops else ())
+        for sound in sounds:
+            if isinstance(sound, BadSound):
+                yield sound
+                continue
+            own = [next(rows) for _ in sound]
+            yield own[0] if len(own) == 1 else functional.normalize(torch.stack(own).mean(0), dim=0)
+
+    @torch.no_grad()
+    def _embed_waves(self, waves: np.ndarray, batch: int) -> Tensor:
+        """(crops, samples) -> (crops, d), on the CPU."""
+        rows = []
+        for some in torch.from_numpy(waves).split(batch):
+            mel = normalise(self._mel(some.to(self.device, non_blocking=True)), self.config.audio)
+            rows.append(self.model.embed_audio(mel[:, None]))
+        return torch.cat(rows).cpu()
+
+    def _crops(self, sound: Sound, number: int, rate: float, policy: str) -> np.ndarray:
+        """(crops, audio.samples) float32."""
         audio = self.config.audio
-        if isinstance(sound, (str, Path)):
-            try:
-                wave = read_sound(Path(sound), audio.sample_rate_hz)
-            except BadSound as why:
-                raise BadSound(f"{sound}: {why}") from None
-        else:
-            wave = np.asarray(sound, np.float32)
-        if wave.ndim != 1 or not len(wave):
-            raise ValueError(f"a waveform must be mono, (samples,), got shape {wave.shape}")
-        return fill(crop(wave, audio.samples, 0.5), audio.samples, audio.filling)
+        try:
+            wave = _wave(sound, rate, audio.sample_rate_hz)
+        except BadSound as why:
+            name = str(sound) if isinstance(sound, (str, Path)) else f"sound number {number}"
+            raise BadSound(f"{name}: {why}") from None
+        crops = int(policy[6:]) if policy.startswith("multi:") else 1
+        if policy == "whole":
+            crops = -(-len(wave) // audio.samples)
+        crops = crops if len(wave) > audio.samples else 1
+        cut = (crop(wave, audio.samples, float(at)) for at in crop_positions(crops))
+        return np.stack([fill(piece, audio.samples, audio.filling) for piece in cut])
+
+
+def _wave(sound: Sound, rate: float, sample_rate_hz: int) -> np.ndarray:
+    """(samples,) float32 at the model's rate; raises `BadSound`."""
+    if isinstance(sound, (str, Path)):
+        return read_sound(Path(sound), sample_rate_hz)
+    if isinstance(sound, Mapping):
+        if not {"array", "sampling_rate"} <= sound.keys():
+            raise BadSound(f"a mapping must have 'array' and 'sampling_rate', got {list(sound)}")
+        sound = (sound["array"], sound["sampling_rate"])
+    if isinstance(sound, tuple):
+        sound, rate = sound
+    wave = sound.detach().cpu().numpy() if isinstance(sound, Tensor) else np.asarray(sound)
+    if wave.ndim not in (1, 2) or not wave.size or not rate > 0:
+        raise BadSound(
+            f"a waveform must be (samples,) or have channels too, at a rate above 0, "
+            f"got shape {wave.shape} at {rate:g} Hz"
+        )
+    if np.issubdtype(wave.dtype, np.signedinteger):
+        wave = wave / -float(np.iinfo(wave.dtype).min)
+    elif not np.issubdtype(wave.dtype, np.floating):
+        raise BadSound(f"a waveform must be floats or signed integers, got {wave.dtype}")
+    channels = (
+        wave[:, None] if wave.ndim == 1 else wave if wave.shape[0] > wave.shape[1] else wave.T
+    )
+    return mono_at(channels.astype(np.float32, copy=False), rate, sample_rate_hz)
 
 
 def load(path: str | Path, device: str | torch.device | None = None) -> Embedder:

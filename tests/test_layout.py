@@ -20,12 +20,13 @@ ROOMS = {
     "model": {"data", "config", "configfile", "checks", "ranks"},
     "loss": {"model", "data", "config", "checks"},
     "evaluate": {"model", "data", "config", "checks", "ranks"},
-    "embedder": {"model", "data", "config", "checks"},
+    "embedder": {"evaluate", "model", "data", "config", "checks", "ranks"},
+    "search": {"embedder", "data", "checks"},
     "train": {"loss", "evaluate", "model", "data", "config", "configfile", "checks", "ranks"},
     "report": {"model", "data", "config", "configfile", "checks"},
 }
 # The commands and the public names stand to the right of everything.
-LAST = {"__main__", "__init__"}
+LAST = {"__main__", "__init__", "commands"}
 
 # A heavy dependency has one door: the only places that import it.
 DOORS = {
@@ -39,6 +40,7 @@ DOORS = {
         "flap_fast/train/synthetic.py",
     },
     "matplotlib": {"flap_fast/report/masking.py", "flap_fast/report/profile.py"},
+    "faiss": {"flap_fast/search.py"},
 }
 LONGEST = 320
 # A kernel's file holds in one place what the style wants there: reference, kernel, launch, op.

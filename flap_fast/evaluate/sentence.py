@@ -86,7 +86,7 @@ def _mean_places(x: np.ndarray) -> np.ndarray:
 def _sets(path: Path) -> Iterator[tuple[str, Pairs]]:
     if path.is_file():
         sick = "".join(_lines(path)[:1]).startswith("pair_ID")
-        yield path.name, (_sick if sick else _benchmark)(path)
+        yield path.stem, (_sick if sick else _benchmark)(path)
         return
     for name, subsets in YEARS.items():
         folder = path / "STS" / f"{name}-en-test"

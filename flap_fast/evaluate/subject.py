@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
@@ -31,8 +31,14 @@ class Subject:
     """What zero-shot classification chooses from; without any, the labels of the data."""
 
 
-def whole_model(model: Flap, config: Config, tokenizer: Tokenizer, ranks: Ranks) -> Subject:
-    """A model with both towers."""
+def whole_model(
+    model: Flap,
+    config: Config,
+    tokenizer: Tokenizer,
+    ranks: Ranks,
+    classes: tuple[str, ...] = (),
+) -> Subject:
+    """A model with both towers, in the mode that it is in."""
     texts = text_embedder(model.embed_text, tokenizer, ranks, config.eval.batch)
     tower = text_embedder(model.text, tokenizer, ranks, config.eval.batch)
     return Subject(
@@ -41,6 +47,7 @@ def whole_model(model: Flap, config: Config, tokenizer: Tokenizer, ranks: Ranks)
         clips=lambda shards: embed(model, config, tokenizer, shards, ranks),
         texts=texts,
         sentences=texts if config.eval.sentences == "joint" else tower,
+        classes=classes,
     )
 
 
@@ -52,8 +59,3 @@ def text_tower(tower: TextEncoder, config: Config, tokenizer: Tokenizer, ranks: 
 
     texts = text_embedder(tower, tokenizer, ranks, config.eval.batch)
     return Subject(config, ranks, no_clips, texts, texts)
-
-
-def choosing_from(subject: Subject, classes: tuple[str, ...]) -> Subject:
-    """The same subject with the classes named."""
-    return replace(subject, classes=classes)

@@ -1,4 +1,4 @@
-"""Ranks and scores, by hand."""
+"""Places and scores: by hand, beside scikit-learn, and in chunks."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from flap_fast.checks import ConfigError
 from flap_fast.evaluate.retrieval import (
+    _COSINES,
     audio_to_text,
-    caption_ranks,
+    caption_places,
     chance,
+    places,
     retrieval,
-    sound_ranks,
+    sound_places,
     text_to_audio,
 )
+from flap_fast.ranks import Ranks
 
 # Cosines of two sounds (rows) with five captions; captions 0 to 2 are of sound 0, 3 and 4 of 1.
 COSINES = torch.tensor([[0.9, 0.5, 0.7, 0.8, 0.1], [0.2, 0.6, 0.3, 0.6, 0.4]])
@@ -31,31 +36,58 @@ def as_embeddings(cosines: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_captions_find_their_sounds():
-    assert sound_ranks(*as_embeddings(COSINES), OWNER).tolist() == [0, 1, 0, 1, 0]
+    assert sound_places(*as_embeddings(COSINES), OWNER, Ranks()).tolist() == [0, 1, 0, 1, 0]
 
 
 def test_sounds_find_their_captions():
-    assert caption_ranks(*as_embeddings(COSINES), OWNER).tolist() == [0, 3, 2, 1, 2]
+    assert caption_places(*as_embeddings(COSINES), OWNER, Ranks()).tolist() == [0, 3, 2, 1, 2]
 
 
 def test_of_equal_scores_the_smaller_index_comes_first():
     equal = torch.zeros(3, 3)
     audio, text = as_embeddings(equal)
-    assert sound_ranks(audio, text, torch.arange(3)).tolist() == [0, 1, 2]
-    assert caption_ranks(audio, text, torch.arange(3)).tolist() == [0, 1, 2]
+    assert sound_places(audio, text, torch.arange(3), Ranks()).tolist() == [0, 1, 2]
+    assert caption_places(audio, text, torch.arange(3), Ranks()).tolist() == [0, 1, 2]
 
 
-def test_chunks_do_not_change_ranks(monkeypatch: pytest.MonkeyPatch):
-    torch.manual_seed(0)
-    # Few distinct values: many ties.
-    audio, text = torch.randint(-2, 3, (40, 4)).float(), torch.randint(-2, 3, (97, 4)).float()
-    owner = torch.arange(97) % 40
-    whole = sound_ranks(audio, text, owner), caption_ranks(audio, text, owner)
-    monkeypatch.setattr("flap_fast.evaluate.retrieval._CHUNK", 7)
-    assert torch.equal(sound_ranks(audio, text, owner), whole[0])
-    assert torch.equal(caption_ranks(audio, text, owner), whole[1])
+def many_ties() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """40 sounds and 97 captions in few distinct values, whose products are exact."""
+    draws = torch.Generator().manual_seed(0)
+    audio, text = (torch.randint(-2, 3, (n, 4), generator=draws).float() for n in (40, 97))
+    return audio, text, torch.arange(97) % 40
+
+
+def test_chunks_do_not_change_places(monkeypatch: pytest.MonkeyPatch):
+    audio, text, owner = many_ties()
+    whole = sound_places(audio, text, owner, Ranks()), caption_places(audio, text, owner, Ranks())
     order = (text @ audio.T).argsort(dim=1, descending=True, stable=True)
     assert torch.equal((order == owner[:, None]).int().argmax(1), whole[0])
+    monkeypatch.setattr("flap_fast.evaluate.retrieval._COSINES", 7 * 97)
+    assert torch.equal(sound_places(audio, text, owner, Ranks()), whole[0])
+    assert torch.equal(caption_places(audio, text, owner, Ranks()), whole[1])
+
+
+class Largest(TorchDispatchMode):
+    """Remembers how many elements the largest tensor that was made has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (list, tuple)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize(("sounds", "asked"), [(100_000, 100_000), (1_000_000, 3000)])
+def test_a_million_pairs_fit(sounds: int, asked: int):
+    """Shapes alone, on the device `meta`: no product is computed, each tensor is counted."""
+    rows = torch.empty(sounds, 512, device="meta")
+    asks = torch.empty(asked, dtype=torch.int64, device="meta")
+    with Largest() as largest:
+        assert places(rows, asks, rows, asks, Ranks()).shape == (asked,)
+    assert largest.elements <= max(_COSINES, rows.numel())
 
 
 def test_text_to_audio_scores():
@@ -117,5 +149,30 @@ def test_chance_is_what_random_orders_score():
 
 
 def test_a_sound_without_captions_is_refused():
-    with pytest.raises(ValueError, match="each of the 3 sounds"):
+    with pytest.raises(ConfigError, match="each of the 3 sounds must have a caption"):
         retrieval(torch.eye(3), torch.eye(3)[:2], torch.tensor([0, 1]))
+
+
+def test_scores_are_those_of_scikit_learn():
+    """Ragged captions, 10 in all, so that the first ten are all of them."""
+    metrics = pytest.importorskip("sklearn.metrics")
+    draws = torch.Generator().manual_seed(1)
+    owner = torch.tensor([0, 1, 1, 2, 3, 5, 6, 4, 2, 1])
+    audio, text = (torch.randn(n, 6, generator=draws) for n in (7, 10))
+    found = retrieval(audio, text, owner)
+    right = (owner[None] == torch.arange(7)[:, None]).int().numpy()
+    cosines = (audio @ text.T).numpy()
+    a2t, t2a = found["audio_to_text"], found["text_to_audio"]
+    assert isinstance(a2t, dict)
+    assert isinstance(t2a, dict)
+    ranking = metrics.label_ranking_average_precision_score
+    assert a2t["mAP@10"] == pytest.approx(ranking(right, cosines))
+    assert t2a["mAP@10"] == pytest.approx(ranking(right.T, cosines.T))
+    for k in (1, 5):
+        top_k = metrics.top_k_accuracy_score(owner, cosines.T, k=k, labels=range(7))
+        assert t2a[f"R@{k}"] == pytest.approx(top_k)
+
+
+def test_a_median_between_two_places_is_rounded_down():
+    assert text_to_audio(torch.tensor([4, 0, 3, 8]))["median_rank"] == 4  # of 0, 3, 4, 8: 3.5
+    assert text_to_audio(torch.tensor([4, 0, 8]))["median_rank"] == 5

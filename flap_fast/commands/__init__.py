@@ -1,0 +1,1 @@
+"""What `flap` does, where a command is longer than a few lines; `__main__` registers them."""

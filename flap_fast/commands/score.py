@@ -1,0 +1,150 @@
+"""`flap eval`: a model and data -> tables and JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flap_fast.checks import ConfigError, need
+
+if TYPE_CHECKING:
+    from flap_fast.evaluate.subject import Subject
+    from flap_fast.ranks import Ranks
+
+_MODEL = (
+    "A run's folder, a checkpoint's; for sentences also a text encoder's, or package:NAME/FOLDER."
+)
+_DATA = "Folders of shards; for sentences STS files or SentEval's folder."
+_TASKS = "Some of retrieval,zero_shot,geometry,sts,transfer,flops; by the data when not given."
+_CROP = "Of long clips: random, center or multi:K; eval.crop of the model when not given."
+_TEMPLATES = (
+    "Zero-shot prompt with {label}, a set (audio29, imagenet80), or a file with one a line."
+)
+_CLASSES = "Zero-shot classes, one a line or LAION's JSON; the labels of the data when not given."
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help=_MODEL)],
+    data: Annotated[list[Path] | None, typer.Argument(help=_DATA)] = None,
+    tasks: Annotated[str, typer.Option(help=_TASKS)] = "",
+    out: Annotated[Path | None, typer.Option(help="JSON; MODEL/eval.json when not given.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Tables beside the papers' rows.")] = None,
+    latex: Annotated[Path | None, typer.Option(help="The same for LaTeX with booktabs.")] = None,
+    batch: Annotated[int, typer.Option(help="Clips or texts embedded at a time.")] = 64,
+    crop: Annotated[str | None, typer.Option(help=_CROP)] = None,
+    templates: Annotated[str | None, typer.Option(help=_TEMPLATES)] = None,
+    classes: Annotated[Path | None, typer.Option(help=_CLASSES)] = None,
+    pool: Annotated[str, typer.Option(help="Of a text encoder alone: mean, cls, pooler.")] = "mean",
+) -> None:
+    """Score a model: retrieval, zero-shot, geometry, sentences, FLOPs. Also under torchrun."""
+    from flap_fast.ranks import join_ranks, leave_ranks
+
+    asked = tuple(task for task in tasks.replace(",", " ").split() if task)
+    settings = {"batch": batch, "crop": crop, "templates": templates}
+    ranks = join_ranks()
+    try:
+        subject = open_subject(model, settings, pool, ranks, read_classes(classes))
+        from flap_fast.evaluate.run import score, write_scores
+
+        scores = score(subject, data or [], asked)
+        if not ranks.first:
+            return
+        _print(scores)
+        if out is None and not _is_text_encoder(model):
+            out = Path(model) / "eval.json"
+        if out is not None:
+            write_scores(out, scores)
+            print(f"written to {out}")
+        _write_tables(scores, markdown, latex)
+    finally:
+        leave_ranks()
+
+
+def open_subject(
+    model: str,
+    settings: dict[str, Any],
+    pool: str,
+    ranks: Ranks,
+    classes: tuple[str, ...] = (),
+) -> Subject:
+    """A checkpoint, or a text encoder alone, ready to be asked.
+
+    Args:
+        settings: of the section `eval`; None leaves what the model was trained with.
+    """
+    from flap_fast.configfile import load_config, parse_config
+    from flap_fast.data.captions import tokenizer
+    from flap_fast.evaluate.subject import text_tower, whole_model
+    from flap_fast.model.interop import load_model
+    from flap_fast.model.text_encoder import TextEncoder
+
+    given = {name: value for name, value in settings.items() if value is not None}
+
+    def with_settings(tree: dict[str, Any]) -> dict[str, Any]:
+        return {**tree, "eval": {**tree["eval"], **given}}
+
+    if _is_text_encoder(model):
+        base = load_config(None, [f"text.folder={model}", f"text.pool={pool}"])
+        config = parse_config(with_settings(base.model_dump()))
+        tower = TextEncoder(config.text).to(ranks.device).eval()
+        return text_tower(tower, config, tokenizer(config.text), ranks)
+    flap, trained = load_model(Path(model), ranks.device)
+    config = parse_config(with_settings(trained.model_dump()))
+    return whole_model(flap, config, tokenizer(config.text), ranks, classes)
+
+
+def read_classes(file: Path | None) -> tuple[str, ...]:
+    """Class names from a text file, one a line, or from LAION's {"dog": 0, ...}."""
+    if file is None:
+        return ()
+    need(file.is_file(), "--classes", "name an existing file", file)
+    text = file.read_text()
+    if file.suffix == ".json":
+        try:
+            found = json.loads(text)
+            names = (
+                sorted(found, key=lambda name: found[name])
+                if isinstance(found, dict)
+                else list(found)
+            )
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{file} must hold class names: {error}") from None
+    else:
+        names = text.splitlines()
+    spoken = tuple(" ".join(str(name).replace("_", " ").split()) for name in names)
+    spoken = tuple(name for name in spoken if name)
+    need(len(set(spoken)) == len(spoken) > 0, str(file), "name each class once", len(spoken))
+    return spoken
+
+
+def _is_text_encoder(model: str) -> bool:
+    """As transformers saves one: a config.json, and none of our config.yaml beside it."""
+    folder = Path(model)
+    bare = (folder / "config.json").is_file() and not (folder / "config.yaml").is_file()
+    return model.startswith("package:") or bare
+
+
+def _print(scores: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from flap_fast.evaluate.run import table
+    from flap_fast.evaluate.tables import terminal
+
+    console = Console()
+    if "retrieval" in scores:
+        console.print(table(scores))
+    for one in terminal(scores):
+        console.print(one)
+
+
+def _write_tables(scores: dict[str, Any], markdown: Path | None, latex: Path | None) -> None:
+    from flap_fast.data.shards import write_atomically
+    from flap_fast.evaluate import tables
+
+    for file, write in ((markdown, tables.markdown), (latex, tables.latex)):
+        if file is not None:
+            write_atomically(file, write(scores).encode())
+            print(f"written to {file}")

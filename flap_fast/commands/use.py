@@ -1,0 +1,176 @@
+"""`flap embed`, `flap search`, `flap classify`: a trained model at work on sound files."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flap_fast.checks import need
+
+if TYPE_CHECKING:
+    from flap_fast.embedder import Embedder
+    from flap_fast.search import Index
+
+Model = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="FLAP_MODEL",
+        help="A run's folder or a checkpoint's; the newest of runs/ when not given.",
+    ),
+]
+Sounds = Annotated[list[Path], typer.Argument(help="Sound files, and folders of them.")]
+Crop = Annotated[
+    str, typer.Option(help="Of long sounds: center, multi:K (K crops' mean) or whole.")
+]
+Batch = Annotated[int, typer.Option(help="Crops that the model embeds at a time.")]
+
+
+def embed(
+    sounds: Sounds,
+    out: Annotated[Path, typer.Option(help="A folder, for embeddings.npy and sounds.jsonl.")],
+    model: Model = None,
+    crop: Crop = "center",
+    batch: Batch = 64,
+) -> None:
+    """Embed sound files into a NumPy array; goes on where it was stopped."""
+    import io
+    import json
+
+    import numpy as np
+
+    from flap_fast.data.shards import write_atomically
+    from flap_fast.search import find_sounds
+
+    index = _updated(out / ".flap-index", find_sounds(sounds), _open(model), crop, batch)
+    array = io.BytesIO()
+    np.save(array, index.embeddings.numpy())
+    write_atomically(out / "embeddings.npy", array.getvalue())
+    lines = [json.dumps({"audio": str(path)}, ensure_ascii=False) + "\n" for path in index.paths]
+    write_atomically(out / "sounds.jsonl", "".join(lines).encode())
+    print(f"{out}: {len(lines)} sounds in embeddings.npy, their names in sounds.jsonl")
+
+
+def search(
+    queries: Annotated[list[str], typer.Argument(metavar="QUERY...", help="What to hear.")],
+    audio: Annotated[
+        list[Path] | None, typer.Option(help="Files or folders to search; may be repeated.")
+    ] = None,
+    index: Annotated[
+        Path | None, typer.Option(help="Where embeddings are kept; AUDIO/.flap-index by itself.")
+    ] = None,
+    top: Annotated[int, typer.Option(help="Sounds a query.")] = 10,
+    model: Model = None,
+    crop: Crop = "center",
+    batch: Batch = 64,
+) -> None:
+    """Print the sounds nearest to a text, best first; each sound is embedded once."""
+    from flap_fast.search import find_sounds, open_index
+
+    need(top >= 1, "--top", "be at least 1", top)
+    embedder = _open(model)
+    if audio:
+        folder = audio[0] if audio[0].is_dir() else audio[0].parent
+        found = _updated(index or folder / ".flap-index", find_sounds(audio), embedder, crop, batch)
+    else:
+        need(index is not None, "--audio or --index", "be given", "neither")
+        found = open_index(index)  # type: ignore[arg-type] - checked above
+        rule = "be made with this model"
+        need(found.model == embedder.identity, str(index), rule, "another's", "give --audio too")
+    answers = found.nearest(embedder.embed_text(queries), top)
+    for query, nearest in zip(queries, answers, strict=True):
+        if len(queries) > 1:
+            print(query)
+        for path, cosine in nearest:
+            print(f"{cosine:6.3f}  {path}")
+
+
+def classify(
+    sounds: Sounds,
+    labels: Annotated[
+        str, typer.Option(help="Class names with commas, or a file with one a line.")
+    ],
+    template: Annotated[
+        str, typer.Option(help="A prompt with {label}, audio29, imagenet80, or a file of prompts.")
+    ] = "This is a sound of {label}.",
+    top: Annotated[int, typer.Option(help="Classes a sound.")] = 1,
+    model: Model = None,
+    crop: Crop = "center",
+    batch: Batch = 64,
+) -> None:
+    """Print the likeliest class of each sound: file, class, probability, between tabs."""
+    from flap_fast.data.sound import BadSound
+    from flap_fast.search import find_sounds
+
+    need(top >= 1, "--top", "be at least 1", top)
+    from_file = "," not in labels and Path(labels).is_file()
+    text = Path(labels).read_text() if from_file else labels.replace(",", "\n")
+    names = list(dict.fromkeys(name.strip() for name in text.splitlines() if name.strip()))
+    need(len(names) > 1, "--labels", "name at least two classes", labels)
+    files = find_sounds(sounds)
+    embedder = _open(model)
+    vectors = embedder.embed_labels(names, template)
+    bad = 0
+    for file, row in zip(files, embedder.embed_each(files, batch, crop=crop), strict=True):
+        if isinstance(row, BadSound):
+            bad += 1
+            print(row, file=sys.stderr)
+            continue
+        best = embedder.probabilities(row[None], vectors)[0].topk(min(top, len(names)))
+        for share, n in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+            print(f"{file}\t{names[n]}\t{share:.3f}")
+    if bad:
+        print(f"{bad} of {len(files)} sounds cannot be read", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def _open(model: Path | None) -> Embedder:
+    """The model named, or the run that was trained last."""
+    from flap_fast.embedder import load
+
+    if model is None:
+        states = list(Path("runs").glob("*/checkpoints/step-*/state.json"))
+        remedy = "name one with --model, or train one with: flap train CONFIG"
+        need(bool(states), "runs/", "hold a trained model", "none", remedy)
+        model = max(states, key=lambda state: state.stat().st_mtime).parents[2]
+        print(f"model: {model}, the newest in runs/", file=sys.stderr)
+    return load(model)
+
+
+def _updated(file: Path, sounds: list[Path], embedder: Embedder, crop: str, batch: int) -> Index:
+    """The index of these sounds; what was done and what could not be is told on stderr."""
+    from flap_fast.search import plan_update, update_index
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    writable = os.access(file.parent, os.W_OK)
+    rule = "be in a folder that can be written"
+    need(writable, "the index", rule, file, "name another place with --index")
+    plan = plan_update(file, embedder, sounds, crop)
+    if plan.anew:
+        print(f"{file}: {plan.anew}; all sounds are embedded anew", file=sys.stderr)
+    with _progress("embed", len(plan.todo)) as advance:
+        index = update_index(file, embedder, plan, crop=crop, batch=batch, advance=advance)
+    for rejected in index.rejected:
+        print(rejected.error, file=sys.stderr)
+    if index.rejected:
+        print(f"{len(index.rejected)} of {len(sounds)} sounds cannot be read", file=sys.stderr)
+    return index
+
+
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar on stderr, if someone watches; gives what moves it by one."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), Remaining())
+    watched = os.environ.get("RANK", "0") == "0" and sys.stderr.isatty() and total > 0
+    with Progress(*columns, console=Console(stderr=True), disable=not watched) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda: bar.advance(task)
