@@ -83,12 +83,13 @@ def _check(tasks: Sequence[str], of_sentences: dict[Path, bool]) -> None:
     )
     for some, kind, what in kinds:
         asked = [task for task in tasks if task in some]
-        there = [path for path, sentences in of_sentences.items() if sentences == kind]
-        if asked:
-            need(bool(there), f"the data of {', '.join(asked)}", f"name {what}", "none")
-        elif there:
-            rule = f"be wanted by a task, one of {', '.join(some)}"
-            need(False, str(there[0]), rule, ", ".join(tasks) or "none")
+        there = kind in of_sentences.values()
+        need(there or not asked, f"the data of {', '.join(asked)}", f"name {what}", "none")
+    for path, sentences in of_sentences.items():
+        some = OF_SENTENCES if sentences else OF_CLIPS
+        wanted = any(task in some for task in tasks)
+        rule = f"be wanted by a task, one of {', '.join(some)}"
+        need(wanted, str(path), rule, ", ".join(tasks))
 
 
 def holds_sentences(path: Path) -> bool:

@@ -5,16 +5,31 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from flap_fast.checks import ConfigError
+from flap_fast.config import Config
 from flap_fast.data.captions import tokenizer
+from flap_fast.data.mel import kaldi_log_mel, normalise
+from flap_fast.data.prepare import prepare
 from flap_fast.data.shards import ShardError, open_shards
+from flap_fast.data.sound import read_sound
 from flap_fast.evaluate.embed import embed
-from flap_fast.evaluate.run import evaluate, names, selection_score, table, write_scores
+from flap_fast.evaluate.run import (
+    evaluate,
+    names,
+    score,
+    selection_score,
+    table,
+    write_scores,
+)
+from flap_fast.evaluate.subject import Subject, whole_model
 from flap_fast.model.flap import Flap
 from flap_fast.ranks import Ranks
 from tests.ranks import on_ranks
+from tests.sounds import encode, tone, write_manifest
 from tests.tiny import tiny
 
 CONFIG = tiny("eval.batch=4", "frontend.backend=torch")
@@ -92,3 +107,93 @@ def test_a_clip_that_cannot_be_decoded_is_named_and_nothing_is_left_out(
     (folder / "0.tar").write_bytes(tar)
     with pytest.raises(ShardError, match=rf"0\.tar at byte {at}"):
         evaluate(model(), CONFIG, tokenizer(CONFIG.text), [folder])
+
+
+def subject(config: Config = CONFIG) -> Subject:
+    return whole_model(model().eval(), config, tokenizer(config.text), Ranks())
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten tones of 3 s that change in the middle; the last two have labels and no caption."""
+    folder = tmp_path_factory.mktemp("labelled")
+    rows = []
+    for n in range(10):
+        wave = np.concatenate([tone(200 + 100 * n, 1.5, 16_000), tone(3000, 1.5, 16_000)])
+        (folder / f"{n}.wav").write_bytes(encode(wave, 16_000, "WAV"))
+        caption = {"caption": f"tone {n}"} if n < 8 else {}
+        rows.append({"audio": f"{n}.wav", "labels": [("low_tone", "high  tone")[n % 2]], **caption})
+    prepare(write_manifest(folder / "m.jsonl", rows), folder / "out", show=False)
+    return folder / "out/train"
+
+
+def test_labels_come_from_the_manifest_also_without_captions(labelled: Path):
+    found = score(subject(), [labelled], ("zero_shot",))["zero_shot"]["train"]
+    assert (found["clips"], found["classes"], found["templates"]) == (10, 2, 1)
+    assert found["chance"]["top_1"] == 0.5
+    assert found["top_5"] == 1
+    with pytest.raises(ConfigError, match=r"10 sounds must have a caption .* got 2 without"):
+        score(subject(), [labelled], ("retrieval",))
+
+
+def test_templates_of_the_settings_count(labelled: Path):
+    config = tiny("eval.templates=audio29", "frontend.backend=torch")
+    found = score(subject(config), [labelled], ("zero_shot",))["zero_shot"]["train"]
+    assert found["templates"] == 29
+
+
+def test_several_crops_are_the_mean_of_their_embeddings(labelled: Path):
+    """Three crops of 1 s from 3 s: the begin, the middle and the end."""
+    several = tiny("eval.crop=multi:3", "eval.batch=4", "frontend.backend=torch")
+    shards = open_shards([labelled])
+    found = embed(model(), several, tokenizer(several.text), shards, Ranks()).audio
+    flap, mel = model().eval(), kaldi_log_mel(several.audio)
+    for clip in (0, 7):
+        wave = read_sound(shards.sound(clip), 16_000)
+        cut = torch.from_numpy(np.stack([wave[at : at + 16_000] for at in (0, 16_000, 32_000)]))
+        with torch.no_grad():
+            rows = flap.embed_audio(normalise(mel(cut), several.audio)[:, None])
+        mean = torch.nn.functional.normalize(rows.mean(0), dim=0)
+        assert (found[clip] - mean).abs().max() < 1e-5
+        assert (found[clip] - rows[1]).abs().max() > 1e-3
+
+
+def test_all_tasks_in_one_call(prepared: Path, tmp_path: Path):
+    sts = tmp_path / "sts-test.csv"
+    sts.write_text("".join(f"g\tf\ty\t1\t{n}\ta {n}\tb {2 * n}\n" for n in range(5)))
+    asked = ("retrieval", "geometry", "flops", "sts")
+    found = score(subject(), [prepared / "val", sts], asked)
+    assert (
+        found["retrieval"]
+        == evaluate(model(), CONFIG, tokenizer(CONFIG.text), [prepared / "val"])["retrieval"]
+    )
+    assert set(found["geometry"]["val"]) == {"alignment", "uniformity_audio", "uniformity_text"}
+    assert found["sts"]["sts-test.csv"]["sts-test"]["pairs"] == 5
+    assert len(found["flops"]) == 20
+    assert found["data"] == {"val": str(prepared / "val"), "sts-test.csv": str(sts)}
+    # What the data is for, when nothing is asked.
+    assert set(score(subject(), [sts])) == {"sts", "data"}
+
+
+def test_sentences_may_be_embedded_by_the_tower_alone():
+    joint, tower = subject(), subject(tiny("eval.sentences=tower"))
+    assert joint.sentences(["a", "b"]).shape == (2, 16)
+    assert tower.sentences(["a", "b"]).shape == (2, 32)
+    assert tower.sentences([]).shape == (0, 32)
+
+
+@pytest.mark.parametrize(
+    ("data", "tasks", "message"),
+    [
+        (("val",), ("recall",), "a task must be one of retrieval, zero_shot, .*, got 'recall'"),
+        (("val",), ("sts",), "the data of sts must name a file or folder of sentences"),
+        (("val",), ("flops",), "val must be wanted by a task, one of retrieval"),
+        (("sts.csv",), ("retrieval",), "the data of retrieval must name a folder of shards"),
+        (("val", "sts.csv"), ("retrieval",), "sts.csv must be wanted by a task, one of sts"),
+    ],
+)
+def test_tasks_and_data_must_fit(data, tasks, message, prepared: Path, tmp_path: Path):
+    (tmp_path / "sts.csv").touch()
+    (tmp_path / "val").symlink_to(prepared / "val")
+    with pytest.raises(ConfigError, match=message):
+        score(subject(), [tmp_path / name for name in data], tasks)
