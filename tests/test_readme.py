@@ -20,7 +20,7 @@ from tests.tiny import tiny
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md", "configs/README.md", "demo/README.md", "docs/launching.md")
 # What a user brings, or a run leaves.
-MADE = ("runs/", "data/", "models/", "mine", ".venv/", "hosts")
+MADE = ("runs/", "data/", "models/", "mine", ".venv/", "hosts", "stsb/")
 
 
 def text_of(page: str) -> str:
@@ -50,7 +50,9 @@ def commands(page: str) -> list[list[str]]:
 def test_every_path_exists(page: str):
     made_by_a_run = {"metrics.jsonl", "eval.json", "masking.png", "rejected.jsonl", "mine.jsonl"}
     for path in paths(page) - made_by_a_run:
-        path = path.replace("NAME", "contrastive" if "loss/" in path else "infonce")
+        examples = {"loss/": "contrastive", "evaluate/": "retrieval", "kernels/": "infonce"}
+        name = next((name for folder, name in examples.items() if folder in path), "NAME")
+        path = path.replace("NAME", name)
         beside = ROOT / page
         # A bare file name stands for the one of that name among the sources.
         places = (ROOT / path, beside.parent / path, *ROOT.glob(f"flap_fast/**/{path}"))
@@ -127,7 +129,9 @@ def test_every_config_is_valid_and_listed(file: str):
 
 
 def test_help_explains_every_command():
-    for command in ("prepare", "train", "eval", "rank", "show", "profile", "plan", "config show"):
+    names = [c.name or getattr(c.callback, "__name__", "") for c in app.registered_commands]
+    assert {"prepare", "train", "eval", "embed", "search", "classify", "rank", "show"} <= set(names)
+    for command in (*names, "config show"):
         result = CliRunner().invoke(app, [*command.split(), "--help"])
         assert result.exit_code == 0, result.output
 

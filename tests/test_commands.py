@@ -1,0 +1,199 @@
+"""`flap eval`, `embed`, `search` and `classify`: what they print, write and refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flap_fast.commands.score import read_classes
+from flap_fast.commands.use import _open
+from flap_fast.embedder import load
+from flap_fast.model.flap import Flap
+from flap_fast.model.interop import save_model
+from tests.sounds import encode, tone
+from tests.test_cli import flap
+from tests.tiny import tiny
+
+RATE = 16_000
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    config = tiny("frontend.backend=torch", "frontend.threads=2")
+    torch.manual_seed(0)
+    model = Flap(config)
+    save_model(folder, config, model, model.state_dict())
+    return folder
+
+
+@pytest.fixture
+def sounds(tmp_path: Path) -> Path:
+    folder = tmp_path / "sounds"
+    folder.mkdir()
+    for n in range(3):
+        (folder / f"{n}.wav").write_bytes(encode(tone(300 + 200 * n, 1.0, RATE), RATE, "WAV"))
+    (folder / "bad.ogg").write_bytes(b"no sound")
+    return folder
+
+
+def test_eval_writes_every_task_and_both_kinds_of_tables(
+    checkpoint: Path, prepared: Path, tmp_path: Path, monkeypatch, capsys
+):
+    out, markdown, latex = (tmp_path / f"scores.{ending}" for ending in ("json", "md", "tex"))
+    asked = ("--tasks", "retrieval,geometry,flops", "--out", out)
+    tables = ("--markdown", markdown, "--latex", latex, "--crop", "multi:2")
+    data = prepared / "val"
+    assert flap("eval", checkpoint, data, *asked, *tables, monkeypatch=monkeypatch) == 0
+    printed = capsys.readouterr().out
+    assert "chance R@10" in printed
+    assert "uniformity, audio" in printed
+    assert f"written to {latex}" in printed
+    assert list(json.loads(out.read_text())) == ["retrieval", "geometry", "flops", "data"]
+    assert markdown.read_text().startswith("### Retrieval, val: 6 clips, 15 captions")
+    assert r"\toprule" in latex.read_text()
+    assert not (checkpoint / "eval.json").exists()
+
+
+def test_eval_takes_a_text_encoder_alone(
+    roberta_folder: Path, prepared: Path, tmp_path: Path, monkeypatch, capsys
+):
+    sts = tmp_path / "sts-dev.csv"
+    lines = (f"g\tf\ty\t1\t{n}\ta dog barks\t{'rain ' * n}falls\n" for n in range(5))
+    sts.write_text("".join(lines))
+    assert flap("eval", roberta_folder, sts, monkeypatch=monkeypatch) == 0
+    printed = capsys.readouterr().out
+    assert "STS, sts-dev.csv" in printed
+    assert "written" not in printed
+    assert not (roberta_folder / "eval.json").exists()
+    assert flap("eval", roberta_folder, prepared / "val", monkeypatch=monkeypatch) == 2
+    assert "a text tower alone has no ears" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--tasks", "recall"), "a task must be one of retrieval, zero_shot"),
+        (("--crop", "left"), "eval.crop must match pattern"),
+        (("--batch", "0"), "eval.batch must be greater than or equal to 1"),
+        (("--templates", "none", "--tasks", "zero_shot"), "eval.templates must contain {label}"),
+        (("--classes", "nowhere.txt"), "--classes must name an existing file"),
+    ],
+)
+def test_eval_refuses_what_it_cannot_do(
+    arguments, message, checkpoint: Path, prepared: Path, monkeypatch, capsys
+):
+    data = prepared / "val"
+    assert flap("eval", checkpoint, data, *arguments, monkeypatch=monkeypatch) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_classes_are_read_from_text_and_from_laions_json(tmp_path: Path):
+    text, laion = tmp_path / "classes.txt", tmp_path / "classes.json"
+    text.write_text("dog\nsea_waves\n\n")
+    laion.write_text('{"sea waves": 1, "dog": 0}')
+    assert read_classes(text) == read_classes(laion) == ("dog", "sea waves")
+    assert read_classes(None) == ()
+
+
+def test_embed_writes_rows_and_their_names_and_goes_on(
+    checkpoint: Path, sounds: Path, tmp_path: Path, monkeypatch, capsys
+):
+    out = tmp_path / "out"
+    arguments = ("embed", sounds, "--out", out, "--model", checkpoint)
+    assert flap(*arguments, monkeypatch=monkeypatch) == 0
+    said = capsys.readouterr()
+    assert "bad.ogg: unreadable" in said.err
+    assert "1 of 4 sounds cannot be read" in said.err
+    assert "3 sounds in embeddings.npy" in said.out
+    rows = np.load(out / "embeddings.npy")
+    names = [json.loads(line)["audio"] for line in (out / "sounds.jsonl").read_text().splitlines()]
+    assert [Path(name).name for name in names] == ["0.wav", "1.wav", "2.wav"]
+    wanted = load(checkpoint).embed_audio(names).numpy()
+    assert np.abs(rows - wanted).max() < 1e-5
+    # A second call decodes nothing.
+    monkeypatch.setattr("flap_fast.embedder.read_sound", None)
+    assert flap(*arguments, monkeypatch=monkeypatch) == 0
+    assert np.array_equal(np.load(out / "embeddings.npy"), rows)
+
+
+def test_search_prints_the_nearest_sounds(
+    checkpoint: Path, sounds: Path, tmp_path: Path, monkeypatch, capsys
+):
+    model = ("--model", checkpoint)
+    assert flap("search", "a dog", "--audio", sounds, *model, monkeypatch=monkeypatch) == 0
+    lines = capsys.readouterr().out.splitlines()
+    ours = load(checkpoint)
+    wanted = (
+        ours.embed_text(["a dog"]) @ ours.embed_audio([sounds / f"{n}.wav" for n in range(3)]).T
+    )
+    cosines, order = wanted[0].sort(descending=True)
+    assert [line.split()[1] for line in lines] == [str(sounds / f"{n}.wav") for n in order.tolist()]
+    assert [float(line.split()[0]) for line in lines] == pytest.approx(cosines.tolist(), abs=6e-4)
+    index = sounds / ".flap-index"
+    # From the index alone; several queries under their names.
+    both = ("search", "a dog", "rain", "--index", index, "--top", "1", *model)
+    assert flap(*both, monkeypatch=monkeypatch) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:3] == ["a dog", lines[0], "rain"]
+    assert flap("search", "a dog", *model, monkeypatch=monkeypatch) == 2
+    assert "--audio or --index must be given" in capsys.readouterr().err
+
+
+def test_classify_prints_a_line_a_sound_and_fails_on_bad_ones(
+    checkpoint: Path, sounds: Path, tmp_path: Path, monkeypatch, capsys
+):
+    model = ("--model", checkpoint)
+    asked = ("--labels", "dog, rain,dog", "--template", "A {label}.")
+    assert flap("classify", sounds, *asked, *model, monkeypatch=monkeypatch) == 1
+    said = capsys.readouterr()
+    assert "bad.ogg: unreadable" in said.err
+    ours = load(checkpoint)
+    lines = [line.split("\t") for line in said.out.splitlines()]
+    for name, (file, label, share) in zip(("0", "1", "2"), lines, strict=True):
+        assert file == str(sounds / f"{name}.wav")
+        best = ours.classify(file, ["dog", "rain"], "A {label}.")[0]
+        assert (label, float(share)) == (best[0], pytest.approx(best[1], abs=6e-4))
+    labels = tmp_path / "labels.txt"
+    labels.write_text("a dog, barking\nrain\n")
+    asked = ("--labels", labels, "--top", "2")
+    assert flap("classify", sounds / "0.wav", *asked, *model, monkeypatch=monkeypatch) == 0
+    found = {line.split("\t")[1] for line in capsys.readouterr().out.splitlines()}
+    assert found == {"a dog, barking", "rain"}
+    alone = ("--labels", "dog")
+    assert flap("classify", sounds / "0.wav", *alone, *model, monkeypatch=monkeypatch) == 2
+    assert "--labels must name at least two classes" in capsys.readouterr().err
+
+
+def test_without_a_name_the_run_trained_last_is_used(
+    checkpoint: Path, tmp_path: Path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"runs/ must hold a trained model"):
+        _open(None)
+    now = time.time()
+    for name, age_s in (("older", 60), ("newer", 0), ("oldest", 90)):
+        folder = tmp_path / "runs" / name / "checkpoints/step-000002"
+        folder.mkdir(parents=True)
+        for file in checkpoint.iterdir():
+            (folder / file.name).symlink_to(file)
+        (folder / "state.json").write_text("{}")
+        os.utime(folder / "state.json", (now - age_s, now - age_s))
+    assert _open(None).identity == load(checkpoint).identity
+    assert "model: runs/newer, the newest in runs/" in capsys.readouterr().err
+
+
+def test_an_index_that_cannot_be_written_is_told_before_anything_is_embedded(
+    checkpoint: Path, sounds: Path, monkeypatch, capsys
+):
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
+    monkeypatch.setattr("flap_fast.embedder.read_sound", None)
+    arguments = ("search", "a dog", "--audio", sounds, "--model", checkpoint)
+    assert flap(*arguments, monkeypatch=monkeypatch) == 2
+    assert "name another place with --index" in capsys.readouterr().err
