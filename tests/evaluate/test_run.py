@@ -132,6 +132,7 @@ def test_labels_come_from_the_manifest_also_without_captions(labelled: Path):
     assert (found["clips"], found["classes"], found["templates"]) == (10, 2, 1)
     assert found["chance"]["top_1"] == 0.5
     assert found["top_5"] == 1
+    assert embeddings(labelled).labels[:2] == (("low tone",), ("high tone",))
     with pytest.raises(ConfigError, match=r"10 sounds must have a caption .* got 2 without"):
         score(subject(), [labelled], ("retrieval",))
 
@@ -142,9 +143,10 @@ def test_templates_of_the_settings_count(labelled: Path):
     assert found["templates"] == 29
 
 
-def test_several_crops_are_the_mean_of_their_embeddings(labelled: Path):
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_several_crops_are_the_mean_of_their_embeddings(labelled: Path, backend: str):
     """Three crops of 1 s from 3 s: the begin, the middle and the end."""
-    several = tiny("eval.crop=multi:3", "eval.batch=4", "frontend.backend=torch")
+    several = tiny("eval.crop=multi:3", "eval.batch=4", f"frontend.backend={backend}")
     shards = open_shards([labelled])
     found = embed(model(), several, tokenizer(several.text), shards, Ranks()).audio
     flap, mel = model().eval(), kaldi_log_mel(several.audio)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from flap_fast.checks import ConfigError
 from flap_fast.evaluate import logistic
 from flap_fast.evaluate.logistic import Fit, fit, stratified_folds
-from flap_fast.evaluate.transfer import MRPC, NESTED, SST2, TREC, transfer
+from flap_fast.evaluate.transfer import MRPC, NESTED, SST2, TREC, Examples, _data, transfer
 
 
 def examples(rows: int, features: int, classes: int, noise: float) -> tuple[Tensor, Tensor]:
@@ -58,22 +58,26 @@ def one_after_the_other(x: Tensor, y: Tensor, train, dev, l2: float) -> tuple[fl
     return best, kept
 
 
-def test_fits_side_by_side_are_those_one_after_the_other(monkeypatch: pytest.MonkeyPatch):
-    """Of two sizes and three penalties, some stopped much earlier than others."""
-    monkeypatch.setattr(logistic, "_MOST_EPOCHS", 60)
+def test_fits_side_by_side_are_those_one_after_the_other():
+    """Of four sizes and three penalties; each stops when its own dev rows say so."""
     x, y = examples(150, 5, 3, 2.0)
-    parts = [(np.arange(110), np.arange(110, 150)), (np.arange(40, 149), np.arange(40))]
+    parts = [(np.r_[0:n, n + 20 : 150], np.r_[n : n + 20]) for n in range(0, 120, 15)]
+    parts += [(train[cut:], dev) for cut, (train, dev) in enumerate(parts[:3], 1)]
     fits = [Fit(train, dev, l2) for train, dev in parts for l2 in (1e-5, 1e-2, 1.0)]
     found = fit(x, y, fits)
-    monkeypatch.undo()
     for n, one in enumerate(fits):
-        accuracy, weight = limited(x, y, one)
-        assert found.dev_accuracy[n].item() == accuracy
+        accuracy, weight = one_after_the_other(x, y, one.train, one.dev, one.l2)
+        assert found.dev_accuracy[n].item() == pytest.approx(accuracy, abs=1e-12)
         assert torch.allclose(found.weight[n], weight, atol=1e-5)
 
 
-def limited(x: Tensor, y: Tensor, one: Fit) -> tuple[float, Tensor]:
-    return one_after_the_other(x, y, one.train, one.dev, one.l2)
+def test_the_features_of_a_pair_are_its_distance_and_its_product():
+    def two(sentences: Sequence[str]) -> Tensor:
+        return torch.tensor([{"u": [1.0, 2.0], "v": [3.0, -1.0]}[s] for s in sentences])
+
+    x, y = _data(two, Examples([("u", "v"), ("v", "v")], np.array([0, 1])))
+    assert x.tolist() == [[2, 3, 3, -2], [0, 0, 9, 1]]
+    assert y.tolist() == [0, 1]
 
 
 def feeling(sentences: Sequence[str]) -> Tensor:
