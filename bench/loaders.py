@@ -12,6 +12,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,9 +110,20 @@ class _Clips(Dataset):
 
 
 def in_one_process(shards: Shards) -> Batches:
-    """soundfile + torchaudio in a loop; PyTorch's threads may use every core."""
-    for sounds, _ in _encoded(shards):
-        yield torch.stack([usual(sound) for sound in sounds])
+    """soundfile + torchaudio in a loop, on one core: PyTorch's threads do not help one clip."""
+    with _one_thread():
+        for sounds, _ in _encoded(shards):
+            yield torch.stack([usual(sound) for sound in sounds])
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def in_processes(shards: Shards) -> Batches:
@@ -131,16 +143,11 @@ def in_processes(shards: Shards) -> Batches:
 
 def in_threads(shards: Shards) -> Batches:
     """soundfile + torchaudio in a thread for each core; one thread within each resampling."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(CORES) as pool:
-            sounds = (sound for batch, _ in _encoded(shards) for sound in batch)
-            waves = ahead(pool, usual, sounds, limit=PREFETCH * BATCH)
-            for _ in range(FILLING + TIMED):
-                yield torch.stack([next(waves) for _ in range(BATCH)])
-    finally:
-        torch.set_num_threads(before)
+    with _one_thread(), ThreadPoolExecutor(CORES) as pool:
+        sounds = (sound for batch, _ in _encoded(shards) for sound in batch)
+        waves = ahead(pool, usual, sounds, limit=PREFETCH * BATCH)
+        for _ in range(FILLING + TIMED):
+            yield torch.stack([next(waves) for _ in range(BATCH)])
 
 
 @dataclass(frozen=True)
@@ -166,7 +173,7 @@ def drain(batches: Batches) -> None:
 
 
 DALI, TWIN = "DALI (dali_wave)", "soundfile + soxr (torch)"
-ALONE = "soundfile + torchaudio, one process"
+ALONE = "soundfile + torchaudio, one core"
 PEERS = {
     ALONE: in_one_process,
     "soundfile + torchaudio, DataLoader": in_processes,

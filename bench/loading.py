@@ -56,9 +56,9 @@ def measure(clips: int, rounds: int) -> dict[str, Any]:
     mine = rates[DALI, RATE_HZ]
     figures = {
         "same_shards": mine / max(rates[name, RATE_HZ] for name in PEERS),
-        "same_shards_one_process": mine / rates[ALONE, RATE_HZ],
+        "same_shards_one_core": mine / rates[ALONE, RATE_HZ],
         "usual_path": mine / max(rates[name, STORED_HZ[-1]] for name in PEERS),
-        "usual_path_one_process": mine / rates[ALONE, STORED_HZ[-1]],
+        "usual_path_one_core": mine / rates[ALONE, STORED_HZ[-1]],
     }
     if CORES == 16:
         figures["clips_per_s_16_cores"] = mine
@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
         rate = f"{row['clips_per_s']:6.0f} clips/s ({row['low']:.0f}-{row['high']:.0f})"
         print(f"{row['shards']}  {row['way']:36} {rate}")
     figures = result["figures"]
-    for peer, ending in (("the fastest peer", ""), ("one process", "_one_process")):
+    for peer, ending in (("the fastest peer", ""), ("one core", "_one_core")):
         print(
             f"DALI on 16 kHz shards over {peer}: {figures['same_shards' + ending]:.2f} on the same "
             f"shards (goal >= 2), {figures['usual_path' + ending]:.2f} from 48 kHz (goal >= 8)"
