@@ -106,7 +106,7 @@ def audio_flop(config: Config, clips: int, kept: int) -> Flop:
     blocks = 2 * clips * depth * block_products(n, width, 4 * width)
     head = 2 * clips * (width * joint + joint**2)
     recomputed = 0
-    if config.train.checkpoint_activations:
+    if "audio" in config.train.checkpoint_activations:
         # PyTorch stops where the last thing saved is there: before a block's last product.
         recomputed = blocks - 2 * clips * depth * n * 4 * width**2
     return Flop(embed + blocks + head, embed + 2 * (blocks + head), recomputed)
@@ -121,7 +121,8 @@ def text_flop(config: Config, text: TextShape, lengths: Sequence[int]) -> Flop:
     forward = blocks + pooler + first + second
     if config.text.freeze:
         return Flop(forward, first + 2 * second)
-    return Flop(forward, 2 * forward, blocks if config.train.checkpoint_activations else 0)
+    again = "text" in config.train.checkpoint_activations
+    return Flop(forward, 2 * forward, blocks if again else 0)
 
 
 def decoder_flop(clips: int, kept: int, patches: int, sizes: tuple[int, int, int, int]) -> Flop:

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from flap_fast.checks import need
 from flap_fast.config import Config
 from flap_fast.evaluate.flops import TextShape, scheme_in_force
 from flap_fast.model.flap import Flap
@@ -85,6 +86,20 @@ def footprint(
     return Footprint(states, activations, loss, peak_bytes(states, activations, loss, last))
 
 
+def check_formulas(config: Config) -> None:
+    """Raise `ConfigError` for a step that the formulas of FLOP and memory leave a part of out."""
+    rule = "be {} here: the formulas of FLOP and memory do not know it yet"
+    for name, value in (
+        ("loss.recon.weight", config.loss.recon.weight),
+        ("loss.cyclic.cross_weight", config.loss.cyclic.cross_weight),
+        ("loss.cyclic.in_weight", config.loss.cyclic.in_weight),
+    ):
+        need(value == 0, name, rule.format("0"), value)
+    micro = config.train.micro_batch
+    remedy = "set train.global_batch to what fits in one pass"
+    need(micro is None, "train.micro_batch", rule.format("unset"), micro, remedy)
+
+
 def state_bytes(
     engine: str, stage: int, parameters: Parameters, world: int, *, overlap: bool = True
 ) -> dict[str, int]:
@@ -146,16 +161,17 @@ def activation_bytes(
         lengths: tokens of each caption as they are computed, with their padding.
         half: bf16 autocast is on.
     """
-    audio, recompute = config.audio, config.train.checkpoint_activations
+    audio, again = config.audio, config.train.checkpoint_activations
     width, depth, _ = audio.shape
     clips, tokens = len(lengths), len(lengths) * (kept + audio.use_cls)
     mel = _FLOAT * clips * audio.frames * audio.mel_bins
-    options = {"half": half, "recompute": recompute}
-    heard = mel + block_bytes(tokens, width, 4 * width, depth, **options)
+    sound, words = "audio" in again, "text" in again
+    heard = mel + block_bytes(tokens, width, 4 * width, depth, half=half, recompute=sound)
     heard += _FLOAT * tokens * width  # the final norm's input
     read = 0
     if not config.text.freeze:
-        read = block_bytes(sum(lengths), text.width, text.inner, text.depth, **options)
+        sizes = sum(lengths), text.width, text.inner, text.depth
+        read = block_bytes(*sizes, half=half, recompute=words)
         if config.text.dropout:  # a mask of bytes after the embeddings and after each branch
             read += sum(lengths) * text.width * (1 + 2 * text.depth)
     if half:

@@ -22,7 +22,7 @@ from flap_fast.evaluate.flops import Flop, scheme_in_force, step_flop
 from flap_fast.model.flap import Flap, takes_bf16
 from flap_fast.model.masking import kept_patches
 from flap_fast.train.engine import BUCKET_NUMBERS
-from flap_fast.train.footprint import Footprint, Parameters, Sizes, footprint
+from flap_fast.train.footprint import Footprint, Parameters, Sizes, check_formulas, footprint
 from flap_fast.train.synthetic import LONGEST, without_files
 from flap_fast.train.traffic import contrastive_traffic, engine_traffic, sent_bytes
 
@@ -129,9 +129,10 @@ def plan(config: Config, machine: Machine) -> Plan:
     """Predict a step.
 
     Raises:
-        ConfigError: ranks that cannot share the batch or the nodes.
+        ConfigError: ranks that cannot share the batch or the nodes, or what no formula counts.
     """
     machine.check()
+    check_formulas(config)
     batch, world = config.train.global_batch, machine.gpus
     rule = f"be a multiple of the {world} ranks"
     nearest = max(world, round(batch / world) * world)

@@ -37,7 +37,7 @@ from flap_fast.model.masking import kept_patches
 from flap_fast.ranks import Ranks, join_ranks, leave_ranks, world_size
 from flap_fast.train.device import Memory, device_name, free_bytes, measure_ceiling
 from flap_fast.train.engine import Engine, check_engine, make_engine
-from flap_fast.train.footprint import Sizes, footprint
+from flap_fast.train.footprint import Sizes, check_formulas, footprint
 from flap_fast.train.microbatch import dropout_seed, mask_plan_of, model_inputs
 from flap_fast.train.schedules import warmup_cosine
 from flap_fast.train.search import search as search_micro_batch
@@ -86,8 +86,7 @@ def profile(
 
 
 def _check(config: Config, synthetic: bool) -> None:
-    micro, rule = config.train.micro_batch, "be unset: a step of one pass is timed"
-    need(micro is None, "train.micro_batch", rule, micro, "set train.global_batch to what fits")
+    check_formulas(config)
     if synthetic:
         world, batch = world_size(), config.train.global_batch
         need(batch % world == 0, "train.global_batch", f"be a multiple of {world} ranks", batch)

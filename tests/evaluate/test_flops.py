@@ -87,6 +87,8 @@ def embedding_backward_flops(grad, *_, out_shape, **__) -> int:
         ("mask.kind=none", "text.pool=mean", "audio.use_cls=false"),
         ("text.freeze=true",),
         ("train.checkpoint_activations=true",),
+        ("train.checkpoint_activations=audio",),
+        ("train.checkpoint_activations=text",),
     ],
 )
 def test_a_steps_products_are_as_many_as_pytorch_counts_forward_and_backward(overrides: tuple):

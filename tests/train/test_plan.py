@@ -23,6 +23,7 @@ from flap_fast.ranks import Ranks
 from flap_fast.train.engine import BUCKET_NUMBERS, DeepSpeedEngine, PlainEngine
 from flap_fast.train.footprint import Parameters, Sizes, footprint, state_bytes
 from flap_fast.train.plan import Machine, parse_rate, plan
+from flap_fast.train.profile import profile
 from flap_fast.train.traffic import (
     CountTraffic,
     Traffic,
@@ -120,6 +121,8 @@ CASES = [
     (),
     ("train.precision=bf16",),
     ("train.checkpoint_activations=true",),
+    ("train.checkpoint_activations=audio",),
+    ("train.checkpoint_activations=text",),
     ("text.dropout=0.1", "mask.kind=none"),
 ]
 
@@ -241,3 +244,19 @@ def test_the_command_prints_a_plan_and_its_assumptions(tmp_path: Path):
     assert "--link 50GB/s" in result.output
     assert max(map(len, result.output.splitlines())) <= 100
     assert json.loads(out.read_text())["clips"] == 1
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "loss.recon.weight=1",
+        "loss.cyclic.cross_weight=0.25",
+        "loss.cyclic.in_weight=0.25",
+        "train.micro_batch=4",
+    ],
+)
+def test_a_step_that_the_formulas_do_not_cover_is_refused_by_plan_and_profile(override: str):
+    config, name = tiny(override), override.partition("=")[0].replace(".", r"\.")
+    for predict in (lambda: plan(config, Machine()), lambda: profile(config, synthetic=True)):
+        with pytest.raises(ConfigError, match=rf"{name} must be .* do not know it yet"):
+            predict()
