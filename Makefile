@@ -32,7 +32,8 @@ data: $(READY)
 demo: data
 	$(BIN)/flap train configs/demo.yaml --resume
 	$(BIN)/flap show configs/demo.yaml --out runs/demo/masking.png
-	@echo "The run: runs/demo/ (metrics.jsonl, eval.json, checkpoints/, masking.png)"
+	$(BIN)/flap report runs/demo
+	@echo "The run: runs/demo/ (metrics.jsonl, eval.json, checkpoints/, masking.png, report.html)"
 	@echo "Curves:  $(BIN)/tensorboard --logdir runs"
 	@echo "Ask it:  $(BIN)/flap rank runs/demo demo/audio/sonicpi_ambi_choir.ogg 'a choir sings' 'a drum' 'a guitar'"
 

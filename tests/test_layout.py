@@ -23,6 +23,7 @@ ROOMS = {
     "embedder": {"evaluate", "model", "data", "config", "checks", "ranks"},
     "search": {"embedder", "data", "checks"},
     "commands": {
+        "report",
         "search",
         "embedder",
         "evaluate",
@@ -33,7 +34,7 @@ ROOMS = {
         "ranks",
     },
     "train": {"loss", "evaluate", "model", "data", "config", "configfile", "checks", "ranks"},
-    "report": {"model", "data", "config", "configfile", "checks"},
+    "report": {"evaluate", "model", "data", "config", "configfile", "checks", "ranks"},
 }
 # The commands and the public names stand to the right of everything.
 LAST = {"__main__", "__init__"}
@@ -49,7 +50,12 @@ DOORS = {
         "flap_fast/data/captions.py",
         "flap_fast/train/synthetic.py",
     },
-    "matplotlib": {"flap_fast/report/masking.py", "flap_fast/report/profile.py"},
+    "matplotlib": {
+        "flap_fast/report/figures.py",
+        "flap_fast/report/masking.py",
+        "flap_fast/report/profile.py",
+    },
+    "jinja2": {"flap_fast/report/page.py"},
     "faiss": {"flap_fast/search.py"},
 }
 LONGEST = 320

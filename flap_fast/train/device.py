@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import resource
 import time
 from pathlib import Path
@@ -88,17 +87,6 @@ def measure_ceiling(device: torch.device, *, half: bool, seconds: float = 1.0) -
         now = wait()
         best, begun = min(best, now - begun), now
     return 2 * size**3 / best
-
-
-def device_name(device: torch.device) -> str:
-    """A GPU's name, or how many threads of which processor."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    model = platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
-    return f"{torch.get_num_threads()} of {os.cpu_count()} threads, {model}"
 
 
 def _status(name: str, otherwise) -> int:

@@ -70,7 +70,7 @@ def _train(
     state = checkpoints.load(engine, start) if start else None
     first = state.step if state else 0
     if ranks.first:
-        write_config(config)
+        write_config(config, ranks)
     ranks.barrier()  # the folder is there for all
     stop = open_files.enter_context(Stop(ranks))
     after = observers(config, ranks, open_files, first=first, steps=steps)

@@ -35,8 +35,9 @@ from flap_fast.loss import total_loss
 from flap_fast.model.flap import Flap, takes_bf16
 from flap_fast.model.masking import kept_patches
 from flap_fast.ranks import Ranks, join_ranks, leave_ranks, world_size
-from flap_fast.train.device import Memory, device_name, free_bytes, measure_ceiling
+from flap_fast.train.device import Memory, free_bytes, measure_ceiling
 from flap_fast.train.engine import Engine, check_engine, make_engine
+from flap_fast.train.environment import device_name
 from flap_fast.train.footprint import Sizes, check_formulas, footprint
 from flap_fast.train.microbatch import dropout_seed, mask_plan_of, model_inputs
 from flap_fast.train.schedules import warmup_cosine

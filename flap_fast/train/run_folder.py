@@ -1,6 +1,7 @@
 """A run's folder: begun once, gone on with only by the config that began it.
 
-runs/NAME/config.yaml  metrics.jsonl  bad_clips.jsonl  tensorboard/  checkpoints/  eval.json
+runs/NAME/config.yaml  environment.json  metrics.jsonl  bad_clips.jsonl  eval.json
+          tensorboard/  checkpoints/
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from flap_fast.checks import ConfigError
 from flap_fast.config import Config
 from flap_fast.configfile import dump_config, load_config
 from flap_fast.data.shards import write_atomically
+from flap_fast.ranks import Ranks
 from flap_fast.train.checkpoint import latest
+from flap_fast.train.environment import environment
 
 # What may change between the parts of a run: none of it moves a weight.
 _FREE = (
@@ -47,10 +50,12 @@ def begin(config: Config, *, resume: bool) -> Path | None:
     return latest(folder / "checkpoints")
 
 
-def write_config(config: Config) -> None:
-    """Make the folder and leave the config in it."""
+def write_config(config: Config, ranks: Ranks) -> None:
+    """Make the folder and leave in it the config, and what this part of the run runs on."""
     config.run_folder.mkdir(parents=True, exist_ok=True)
     write_atomically(config.run_folder / "config.yaml", dump_config(config).encode())
+    found = json.dumps(environment(ranks), indent=1) + "\n"
+    write_atomically(config.run_folder / "environment.json", found.encode())
 
 
 def differences(then: Config, now: Config) -> list[tuple[str, Any, Any]]:

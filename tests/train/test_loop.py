@@ -59,8 +59,9 @@ def whole(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_leaves_what_its_user_needs(whole: Path, prepared: Path):
     assert {f.name for f in whole.iterdir()} == {
-        *("config.yaml", "metrics.jsonl", "eval.json", "checkpoints")
+        *("config.yaml", "environment.json", "metrics.jsonl", "eval.json", "checkpoints")
     }
+    assert json.loads((whole / "environment.json").read_text())["ranks"] == "1"
     steps = [row for row in rows(whole) if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
     assert [row["epoch"] for row in steps] == [0, 0, 0, 1, 1, 1]  # 24 clips, batches of 8

@@ -1,0 +1,188 @@
+"""The report's figures, as SVG whose colors follow the page: light or dark.
+
+matplotlib draws with a few marker colors; in the SVG they become CSS variables of the page.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from flap_fast.checks import ConfigError
+from flap_fast.evaluate.flops import encoder_flops
+from flap_fast.report.heard import Heard
+from flap_fast.report.run import RunFacts
+
+# Colors that nothing else draws with, and the page's variables that they become.
+_THEME = {"#0a0b0c": "var(--ink)", "#0a0b0d": "var(--faint)"}
+_LINES = ("#0a1b01", "#0a1b02", "#0a1b03", "#0a1b04", "#0a1b05", "#0a1b06")
+_THEME |= {color: f"var(--line-{number})" for number, color in enumerate(_LINES)}
+_INK, _FAINT = list(_THEME)[:2]
+_STYLE = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.edgecolor": _FAINT,
+    "axes.labelcolor": _INK,
+    "axes.titlesize": 10,
+    "axes.titlecolor": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": _FAINT,
+    "grid.alpha": 0.35,
+    "text.color": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "lines.linewidth": 1.6,
+}
+GFLOP_CLIPS = 8
+"""Clips that the papers count GFLOPs of."""
+
+
+def curves(run: RunFacts) -> dict[str, str]:
+    """Title -> SVG of what happened from step to step."""
+    terms = _terms(run)
+    both = {"Loss and its terms": ["loss", *terms]} if len(terms) > 1 else {"Loss": ["loss"]}
+    found = {title: _lines(run, names) for title, names in both.items()}
+    scores = sorted({name for row in run.scored for name in row if name != "step"})
+    for metric in ("R@10", "mAP@10"):
+        names = [name for name in scores if name.endswith(f"/{metric}")]
+        if names:
+            found[f"Validation {metric}"] = _lines(run, names, within=(0, 1))
+    found |= {
+        "R@1 within the batch": _lines(run, ["in_batch_R@1"], within=(0, 1)),
+        "Gradient norm": _lines(run, ["grad_norm"]),
+        "Logit scale": _lines(run, ["scale"]),
+        "Learning rate": _lines(run, ["lr"], within=(0, None)),
+        "Throughput": _lines(run, ["clips_per_s"], "clips/s", within=(0, None)),
+        "Share of a step that waits for data": _lines(run, ["data_wait"], within=(0, 1)),
+        "Peak memory": _lines(run, ["peak_mib"], "MiB", within=(0, None)),
+    }
+    return found
+
+
+def _terms(run: RunFacts) -> list[str]:
+    """Columns between the loss and the gradient's norm: the terms that the run has."""
+    names = list(run.steps[-1])
+    return names[names.index("loss") + 1 : names.index("grad_norm")]
+
+
+def _lines(
+    run: RunFacts,
+    names: Sequence[str],
+    unit: str = "",
+    within: tuple[float | None, float | None] = (None, None),
+) -> str:
+    def draw(axis: Any) -> None:
+        for number, name in enumerate(names):
+            steps, values = run.column(name)
+            few = {"marker": "o", "markersize": 3} if len(steps) < 30 else {}
+            color = _LINES[number % len(_LINES)]
+            axis.plot(steps, values, color=color, label=name.replace("_", " "), **few)
+        axis.set_xlabel("step")
+        axis.set_ylabel(unit)
+        axis.set_xlim(0, 1.03 * run.steps[-1]["step"])
+        axis.set_ylim(*within)
+        if len(names) > 1:
+            axis.legend()
+
+    return _svg("-".join(names), draw)
+
+
+def similarity(heard: Heard) -> str:
+    """Cosines of sounds (rows) with captions (columns), each clip's own on the diagonal."""
+
+    def draw(axis: Any) -> None:
+        image = axis.imshow(heard.similarity, cmap="viridis", interpolation="nearest")
+        axis.grid(visible=False)
+        axis.set_xlabel("caption of clip")
+        axis.set_ylabel("sound of clip")
+        axis.figure.colorbar(image, ax=axis, label="cosine").outline.set_edgecolor(_FAINT)
+
+    return _svg(f"similarity-{heard.name}", draw, size=(5.2, 4.4))
+
+
+def alignment_over_uniformity(heard: Heard) -> str:
+    """One point a side and kept checkpoint; the last is filled."""
+
+    def draw(axis: Any) -> None:
+        steps = sorted(heard.geometry)
+        for number, side in enumerate(("audio", "text")):
+            x = [heard.geometry[step][f"uniformity_{side}"] for step in steps]
+            y = [heard.geometry[step]["alignment"] for step in steps]
+            faces = ["none"] * (len(steps) - 1) + [_LINES[number]]
+            axis.plot(x, y, color=_LINES[number], linewidth=0.8)
+            axis.scatter(x, y, edgecolors=_LINES[number], facecolors=faces, label=side, zorder=3)
+            for step, at, high in zip(steps, x, y, strict=True):
+                place = {"xytext": (5, 4), "textcoords": "offset points", "fontsize": 7}
+                axis.annotate(f"step {step}", (at, high), **place)
+        axis.margins(0.2)
+        axis.set_xlabel("uniformity (lower: more even)")
+        axis.set_ylabel("alignment (lower: pairs closer)")
+        axis.legend()
+
+    return _svg(f"geometry-{heard.name}", draw)
+
+
+def recall_over_gflops(runs: Sequence[RunFacts], name: str) -> str:
+    """FLAP's Fig. 3 axes: R@1 on one validation set over what the audio encoder costs in training.
+
+    Args:
+        runs: those that have scores of `name`; the report's own run first.
+    """
+
+    def draw(axis: Any) -> None:
+        for number, direction in enumerate(("text_to_audio", "audio_to_text")):
+            for run in runs:
+                recall = run.scores["retrieval"][name][direction]["R@1"]
+                kind = {"label": direction.replace("_", " ")} if run is runs[0] else {}
+                face = _LINES[number] if run is runs[0] else "none"
+                at = (gflops(run), 100 * recall)
+                axis.scatter(*at, edgecolors=_LINES[number], facecolors=face, zorder=3, **kind)
+                place = {"xytext": (6, 3), "textcoords": "offset points", "fontsize": 7}
+                axis.annotate(run.name, at, **place)
+        axis.margins(0.25)
+        axis.set_xlabel(f"GFLOPs of the audio encoder, {GFLOP_CLIPS} clips, as trained")
+        axis.set_ylabel("R@1, %")
+        axis.legend()
+
+    return _svg(f"gflops-{name}", draw)
+
+
+def gflops(run: RunFacts) -> float:
+    """Of the audio encoder's forward pass over 8 clips, masked as in training, as fvcore counts."""
+    return encoder_flops(run.config.audio, run.config.mask, clips=GFLOP_CLIPS) / 1e9
+
+
+def _svg(name: str, draw: Callable[[Any], None], size: tuple[float, float] = (4.4, 2.9)) -> str:
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError("reports must have matplotlib; pip install 'flap_fast[report]'") from None
+    with rc_context({**_STYLE, "svg.hashsalt": name}):  # type: ignore[arg-type]
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure.subplots())
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :]
+    for marker, variable in _THEME.items():
+        svg = svg.replace(marker, variable)
+    # Several SVGs share one page: an id belongs to its figure.
+    prefix = re.sub(r"\W", "-", name)
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", svg)
+    # The page gives the width; the view box keeps the shape.
+    return re.sub(r'<svg[^>]*(viewBox="[^"]*")[^>]*>', r'<svg \1 role="img">', svg, count=1)
+
+
+def spread(values: np.ndarray) -> str:
+    """Median and range, for a sentence."""
+    return f"{np.median(values):,.1f} ({values.min():,.1f} to {values.max():,.1f})"

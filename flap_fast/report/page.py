@@ -1,0 +1,104 @@
+"""`flap report`: one self-contained HTML page of a run.
+
+run folder -> RunFacts -> figures and tables -> page.html.jinja -> one file, nothing fetched
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from flap_fast.checks import ConfigError
+from flap_fast.configfile import dump_config
+from flap_fast.data.shards import write_atomically
+from flap_fast.evaluate.tables import Sheet, sheets
+from flap_fast.report import figures
+from flap_fast.report.heard import listen
+from flap_fast.report.run import RunFacts, read_run
+
+
+def report(folder: Path, out: Path | None = None, *, beside: Sequence[Path] = ()) -> Path:
+    """Write the page of a run; gives the file, RUN/report.html when not named.
+
+    Args:
+        beside: folders of other runs, set beside it in recall over GFLOPs.
+
+    Raises:
+        ConfigError: no run, or matplotlib or Jinja2 is not installed.
+    """
+    run = read_run(folder)
+    others = [read_run(other) for other in beside]
+    file = out or folder / "report.html"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, _rendered(**_contents(run, others)).encode())
+    return file
+
+
+def _contents(run: RunFacts, others: list[RunFacts]) -> dict[str, Any]:
+    heard, missing = listen(run)
+    return {
+        "run": run,
+        "written": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        "version": version("flap_fast"),
+        "summary": _summary(run),
+        "curves": figures.curves(run),
+        "tables": _tables(run),
+        "heard": [
+            {
+                "of": one,
+                "similarity": figures.similarity(one),
+                "geometry": figures.alignment_over_uniformity(one) if one.geometry else "",
+            }
+            for one in heard
+        ],
+        "missing": missing,
+        "gflops": _over_gflops(run, others),
+        "config": dump_config(run.config),
+    }
+
+
+def _summary(run: RunFacts) -> dict[str, str]:
+    """What a reader wants to know first."""
+    last, config = run.steps[-1], run.config
+    planned = config.train.steps
+    _, speed = run.column("clips_per_s")
+    _, memory = run.column("peak_mib")
+    return {
+        "steps": f"{last['step']:,}" + (f" of {planned:,}" if planned else ""),
+        "global batch": f"{config.train.global_batch:,}",
+        "last loss": f"{last['loss']:.4f}",
+        "clips/s, median and range": figures.spread(speed),
+        "peak memory of a rank": f"{memory.max():,.0f} MiB",
+        "audio encoder": f"{figures.gflops(run):.1f} GFLOPs for {figures.GFLOP_CLIPS} clips",
+    }
+
+
+def _tables(run: RunFacts) -> list[Sheet]:
+    return sheets(run.scores) if run.scores else []
+
+
+def _over_gflops(run: RunFacts, others: list[RunFacts]) -> dict[str, str]:
+    """SVG by validation set."""
+    found = {}
+    for name in run.scores.get("retrieval", {}):
+        scored = [r for r in (run, *others) if name in r.scores.get("retrieval", {})]
+        found[name] = figures.recall_over_gflops(scored, name)
+    return found
+
+
+def _rendered(**contents: Any) -> str:
+    try:
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+    except ImportError:
+        raise ConfigError("reports must have Jinja2; pip install 'flap_fast[report]'") from None
+    environment = Environment(
+        loader=PackageLoader("flap_fast.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html.jinja").render(**contents)

@@ -1,0 +1,98 @@
+"""What a run's folder says of it, without its model.
+
+config.yaml  metrics.jsonl  eval.json  environment.json  checkpoints/  ->  RunFacts
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flap_fast.checks import need
+from flap_fast.config import Config
+from flap_fast.configfile import load_config
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """One run. Rows are in the order of their steps."""
+
+    folder: Path
+    config: Config
+    steps: list[Row]
+    """Rows of training steps."""
+    scored: list[Row]
+    """Rows of scores on data.val, as `NAME/DIRECTION/METRIC`."""
+    scores: dict[str, Any]
+    """eval.json; empty where there is none."""
+    environment: dict[str, Any]
+    """What it ran on; empty where the run is older than that file."""
+    checkpoints: dict[int, Path]
+    """Those that are kept, by step."""
+
+    @property
+    def name(self) -> str:
+        """As in run.name."""
+        return self.config.run.name
+
+    @property
+    def chosen(self) -> Path | None:
+        """The checkpoint to look into: the best on data.val, else the last."""
+        best = self.folder / "checkpoints" / "best"
+        if (best / "model.safetensors").is_file():
+            return best
+        return self.checkpoints[max(self.checkpoints)] if self.checkpoints else None
+
+    def column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """(n,) steps and (n,) values of a column; rows without it are left out."""
+        rows = [row for row in (*self.steps, *self.scored) if row.get(name) is not None]
+        return np.array([r["step"] for r in rows]), np.array([r[name] for r in rows], dtype=float)
+
+
+def read_run(folder: Path) -> RunFacts:
+    """Read a run's folder, also of a run that is still going on or was killed.
+
+    Raises:
+        ConfigError: it is no run's folder, or the run has no rows yet.
+    """
+    config = folder / "config.yaml"
+    remedy = "name the folder that flap train printed, such as runs/demo"
+    need(config.is_file(), "the run", "be a folder with config.yaml", folder, remedy)
+    rows = _rows(folder / "metrics.jsonl")
+    steps = [row for row in rows if "loss" in row]
+    rule = "have reached its first row in metrics.jsonl"
+    need(bool(steps), "the run", rule, folder, "wait for log.every_steps steps")
+    return RunFacts(
+        folder=folder,
+        config=load_config(config),
+        steps=steps,
+        scored=[row for row in rows if "loss" not in row],
+        scores=_object(folder / "eval.json"),
+        environment=_object(folder / "environment.json"),
+        checkpoints={
+            int(state.parent.name.removeprefix("step-")): state.parent
+            for state in sorted(folder.glob("checkpoints/step-*/state.json"))
+        },
+    )
+
+
+def _rows(file: Path) -> list[Row]:
+    """The rows of a file; the last may be half written by a run that goes on or was killed."""
+    lines = file.read_text().splitlines() if file.is_file() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            need(number == len(lines), f"{file}, line {number},", "be JSON", line[:60])
+    return rows
+
+
+def _object(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text()) if file.is_file() else {}

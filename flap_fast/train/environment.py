@@ -1,0 +1,46 @@
+"""What a run runs on, kept beside its config so that its figures can be read later."""
+
+from __future__ import annotations
+
+import os
+import platform
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from flap_fast.ranks import Ranks
+
+_PACKAGES = (
+    *("flap_fast", "torch", "triton", "deepspeed", "nvidia-dali-cuda130", "transformers"),
+    *("xformers", "numpy", "pydantic", "safetensors"),
+)
+
+
+def environment(ranks: Ranks) -> dict[str, str]:
+    """Device, ranks, time and versions; packages that are not installed are left out."""
+    found = {
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "device": device_name(ranks.device),
+        "ranks": str(ranks.world),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+    }
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """A GPU's name, or how many threads of which processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
+    return f"{torch.get_num_threads()} of {os.cpu_count()} threads, {model}"

@@ -1,0 +1,195 @@
+"""`flap report`: what the page says, that it needs nothing else, and how a browser shows it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from html.parser import HTMLParser
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flap_fast.report.heard import _extremes
+from flap_fast.report.page import report
+from flap_fast.report.run import read_run
+from flap_fast.train.loop import train
+from tests.test_cli import flap
+from tests.tiny import tiny
+
+
+@pytest.fixture(scope="module")
+def run(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    data = (f"data.train={prepared}/train", f"data.val={prepared}/val")
+    kept = ("ckpt.every_steps=2", "eval.every_steps=2", "log.every_steps=1")
+    losses = ("loss.recon.weight=1", "loss.cyclic.in_weight=0.25")
+    train(tiny(f"run.folder={folder}", "run.name=a.b", *data, *kept, *losses))
+    return folder / "a.b"
+
+
+@pytest.fixture(scope="module")
+def page(run: Path) -> str:
+    return report(run).read_text()
+
+
+class Tags(HTMLParser):
+    """Every tag with its attributes, and that those that open are closed."""
+
+    VOID = ("meta", "link", "br", "img", "input", "hr")
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_well_formed_and_its_ids_are_unique(page: str):
+    tags = Tags(page)
+    assert tags.open == []
+    ids = [attrs["id"] for _, attrs in tags.found if "id" in attrs]
+    assert len(ids) == len(set(ids)) > 10
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', page))
+    assert used <= set(ids)
+
+
+def test_nothing_is_fetched(page: str):
+    tags = Tags(page)
+    for name in ("src", "href", "xlink:href"):
+        for _, attrs in tags.found:
+            assert (attrs.get(name) or "data:").startswith(("data:", "#"))
+    assert "<script" not in page
+    assert "@import" not in page
+
+
+def test_scores_and_settings_are_those_of_the_run(run: Path, page: str):
+    scores = json.loads((run / "eval.json").read_text())["retrieval"]["val"]
+    for direction in ("text_to_audio", "audio_to_text"):
+        assert f"<td>{100 * scores[direction]['mAP@10']:.2f}</td>" in page
+    assert "4 of 4" in page  # steps
+    assert "in_weight: 0.25" in page
+    assert f"<td>{version('torch')}</td>" in page
+
+
+def test_each_term_and_each_kept_checkpoint_is_drawn(page: str):
+    for label in ("recon", "cyclic in", "contrastive", "step 2", "step 4"):
+        assert f">{label}</text>" in page
+
+
+def test_six_clips_give_three_best_and_three_worst_to_listen_to(page: str):
+    assert page.count("<audio") == page.count("data:audio/ogg;base64,T2dnUw") == 6  # OggS
+    assert "Similarity of 6 sounds and captions" in page
+
+
+def test_best_are_first_by_place_and_then_by_cosine():
+    own = torch.tensor([3, 0, 0, 9])
+    cosines, owner = torch.tensor([0.9, 0.1, 0.2, 0.5, 0.0]), torch.tensor([0, 1, 1, 2, 3])
+    assert _extremes(own, cosines, owner) == ([2, 1], [3, 0])
+
+
+def test_other_runs_stand_beside_it(run: Path, tmp_path: Path, monkeypatch, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    config = (run / "config.yaml").read_text().replace("name: a.b", "name: no-masking")
+    (other / "config.yaml").write_text(config)
+    for file in ("metrics.jsonl", "eval.json"):
+        (other / file).write_bytes((run / file).read_bytes())
+    out = tmp_path / "page.html"
+    assert flap("report", run, other, "--out", out, monkeypatch=monkeypatch) == 0
+    assert "one file that fetches nothing" in capsys.readouterr().out
+    assert out.read_text().count(">no-masking</text>") == 2  # one a direction
+
+
+def test_captions_are_text_not_markup(run: Path, tmp_path: Path, monkeypatch):
+    from flap_fast.report import page as module
+
+    monkeypatch.setattr(module, "listen", lambda run: ([], ["<b>data</b> & more"]))
+    text = report(run, tmp_path / "page.html").read_text()
+    assert "&lt;b&gt;data&lt;/b&gt; &amp; more" in text
+
+
+def test_a_run_that_was_killed_has_a_page(run: Path, tmp_path: Path):
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    (killed / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
+    rows = (run / "metrics.jsonl").read_text().splitlines()
+    (killed / "metrics.jsonl").write_text("\n".join(rows[:2]) + "\n" + rows[2][:20])
+    assert len(read_run(killed).steps) + len(read_run(killed).scored) == 2
+    text = report(killed).read_text()
+    assert "no checkpoint yet" in text
+    assert "no eval.json yet" in text
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (None, "must be a folder with config.yaml"),
+        ("", "must have reached its first row in metrics.jsonl"),
+        ("nonsense\n{}\n", "line 1, must be JSON, got 'nonsense'"),
+    ],
+)
+def test_what_is_no_run_is_refused(rows, message, run: Path, tmp_path: Path, monkeypatch, capsys):
+    if rows is not None:
+        (tmp_path / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
+        (tmp_path / "metrics.jsonl").write_text(rows)
+    assert flap("report", tmp_path, monkeypatch=monkeypatch) == 2
+    assert message in capsys.readouterr().err
+
+
+CHROMIUM = (
+    *("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic"),
+    *("--no-first-run", "--disable-background-networking", "--disable-component-update"),
+    *("--disable-sync", "--hide-scrollbars", "--window-size=1200,2400"),
+)
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("scheme", "setting"), [("dark", 0), ("light", 1)])
+def test_a_browser_shows_it_light_and_dark(scheme: str, setting: int, run: Path, tmp_path: Path):
+    from PIL import Image
+
+    page, shot = report(run, tmp_path / "page.html"), tmp_path / "page.png"
+    assert page.stat().st_size < 5e6
+    look = (f"--user-data-dir={tmp_path}/user", f"--blink-settings=preferredColorScheme={setting}")
+    command = [*CHROMIUM, *look, f"--screenshot={shot}", page.as_uri()]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    image = np.asarray(Image.open(shot).convert("RGB")).astype(int)
+    paper = image[5, 5].mean()
+    assert paper > 240 if scheme == "light" else paper < 30
+    drawn = np.abs(image - image[5, 5]).sum(2) > 200
+    # Text and figures stand out on every stretch of the page, not on its first screen alone.
+    for part in np.array_split(drawn, 6):
+        assert 0.005 < part.mean() < 0.6
+    blue = (9, 105, 218) if scheme == "light" else (88, 166, 255)
+    assert (np.abs(image - blue).sum(2) < 12).sum() > 500  # the first line of every figure
+
+
+@pytest.mark.browser
+def test_a_browser_can_play_every_clip(run: Path, tmp_path: Path):
+    page = report(run, tmp_path / "page.html")
+    probe = """<script>addEventListener("load", () => setTimeout(() => {
+      for (const a of document.querySelectorAll("audio")) a.setAttribute("seconds", a.duration);
+    }, 2000));</script></body>"""
+    page.write_text(page.read_text().replace("</body>", probe))
+    look = (f"--user-data-dir={tmp_path}/user", "--virtual-time-budget=5000", "--dump-dom")
+    done = subprocess.run(
+        [*CHROMIUM, *look, page.as_uri()], check=True, capture_output=True, text=True, timeout=120
+    )
+    seconds = [float(s) for s in re.findall(r'seconds="([\d.]+)"', done.stdout)]
+    assert len(seconds) == 6
+    assert all(0 < s <= 10 for s in seconds)
