@@ -216,7 +216,43 @@ def _loading(result: Result, folder: Path) -> str:
     )
 
 
-_SECTIONS = {"sweep": _sweep, "infonce_cpu": _infonce_cpu, "loading": _loading}
+def _ablation(result: Result, folder: Path) -> str:
+    name = result["kind"].removeprefix("ablation_")
+    return "\n".join(
+        [
+            f"## Ablation of {name} on the demo's sounds: {result['machine']['device']}\n",
+            facts(result["machine"]) + ".\n",
+            f"`python -m bench.ablation {name}`: {result['steps']} steps, seeds "
+            f"{', '.join(map(str, result['seeds']))}, scored once at the end on 64 clips, "
+            "where one clip is 1.6 points. Mean over seeds and, in brackets, the lowest and the highest. A "
+            "difference within that spread says nothing.\n",
+            ablation_table(result),
+            "",
+        ]
+    )
+
+
+def ablation_table(result: Result) -> str:
+    """Scores in percent with their spread over seeds, beside what the system costs."""
+    metrics = list(result["rows"][0]["scores"][0])
+    rows = [["system", *metrics, "GFLOP a clip", "clips/s, one thread"]]
+    for row in result["rows"]:
+        cells = []
+        for metric in metrics:
+            values = [100 * score[metric] for score in row["scores"]]
+            mean = sum(values) / len(values)
+            cells.append(f"{mean:.1f} ({min(values):.1f}-{max(values):.1f})")
+        rows.append([row["system"], *cells, f"{row['gflops']:.3f}", _number(row["clips_per_s"])])
+    return _markdown(rows)
+
+
+_SECTIONS = {
+    "sweep": _sweep,
+    "infonce_cpu": _infonce_cpu,
+    "loading": _loading,
+    "ablation_masking": _ablation,
+    "ablation_objectives": _ablation,
+}
 
 
 def facts(machine: dict[str, Any]) -> str:

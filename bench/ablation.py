@@ -1,0 +1,130 @@
+"""A relative ablation on the demo's sounds: the same budget and seeds for every system.
+
+    make data && python -m bench.ablation masking [--seeds 3] [--steps 150] [--jobs 2]
+    make data && python -m bench.ablation objectives
+
+Each run is `flap train configs/demo.yaml` with the overrides below and one thread, scored once, at
+its end, on the demo's 64 validation clips. Throughput is measured afterwards, system by system,
+alone. A finished run is not repeated, so the command goes on where it was stopped. On a data set
+this small the spread between seeds is large: a difference within it says nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+from bench import report
+from bench.machine import ROOT, machine, save
+from flap_fast.configfile import load_config
+from flap_fast.evaluate.flops import encoder_flops
+from flap_fast.evaluate.run import selection_score
+
+_DECODER = ("loss.recon.weight=1", "decoder.width=128", "decoder.depth=2")
+ABLATIONS: dict[str, dict[str, tuple[str, ...]]] = {
+    "masking": {
+        "no mask": ("mask.kind=none",),
+        "1-D 0.4": ("mask.kind=1d", "mask.ratio=0.4"),
+        "2-D 0.2/0.2": ("mask.kind=2d",),
+        "2-D 0.2/0.2 + reconstruction": ("mask.kind=2d", *_DECODER),
+    },
+}
+_RUNS = ROOT / "runs" / "ablation"
+_TIMED_STEPS = 16
+
+
+def main() -> None:
+    """Train what is missing, time each system, store and print the table."""
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("ablation", choices=ABLATIONS)
+    arguments.add_argument("--seeds", type=int, default=3)
+    arguments.add_argument("--steps", type=int, default=150)
+    arguments.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each")
+    given = arguments.parse_args()
+    systems = ABLATIONS[given.ablation]
+    seeds = range(1, given.seeds + 1)
+    todo = [(name, seed) for seed in seeds for name in systems]
+    facts = machine("cpu")
+    with ThreadPoolExecutor(given.jobs) as pool:
+        scores = list(pool.map(lambda one: _score(systems, one[0], one[1], given.steps), todo))
+    rows = []
+    for name, overrides in systems.items():
+        mine = [score for (n, _), score in zip(todo, scores, strict=True) if n == name]
+        rows.append(
+            {
+                "system": name,
+                "overrides": list(overrides),
+                "scores": mine,
+                "gflops": _gflops(overrides),
+                "clips_per_s": _throughput(name, overrides),
+            }
+        )
+    result = {
+        "kind": f"ablation_{given.ablation}",
+        "machine": facts,
+        "steps": given.steps,
+        "seeds": list(seeds),
+        "rows": rows,
+    }
+    file = save(ROOT / "bench", result)
+    report.write(ROOT / "bench")
+    print(report.ablation_table(result))
+    print(f"written to {file.relative_to(ROOT)}")
+
+
+def _score(
+    systems: dict[str, tuple[str, ...]], name: str, seed: int, steps: int
+) -> dict[str, float]:
+    """Of a run on the validation clips, trained now if it was not before."""
+    folder = f"{name}-{seed}-{steps}".replace("/", "_").replace(" ", "_").replace("+", "and")
+    done = _RUNS / folder / "eval.json"
+    if not done.is_file():
+        _train(folder, f"run.seed={seed}", f"train.steps={steps}", *systems[name])
+    found = json.loads(done.read_text())
+    (val,) = found["retrieval"].values()
+    return {
+        "mAP@10": selection_score(found),
+        "A-T R@10": val["audio_to_text"]["R@10"],
+        "T-A R@10": val["text_to_audio"]["R@10"],
+    }
+
+
+def _gflops(overrides: tuple[str, ...]) -> float:
+    """Of the audio encoder's forward pass over one clip, as it trains."""
+    config = load_config(ROOT / "configs/demo.yaml", list(overrides))
+    return encoder_flops(config.audio, config.mask, fused=True) / 1e9
+
+
+def _throughput(name: str, overrides: tuple[str, ...]) -> float:
+    """Median clips/s of some steps after the first few, one run alone with one thread."""
+    folder = f"timed-{name}".replace("/", "_").replace(" ", "_").replace("+", "and")
+    shutil.rmtree(_RUNS / folder, ignore_errors=True)
+    _train(folder, f"train.steps={_TIMED_STEPS}", "log.every_steps=1", "data.val=[]", *overrides)
+    rows = [json.loads(line) for line in (_RUNS / folder / "metrics.jsonl").open()]
+    return statistics.median(row["clips_per_s"] for row in rows[_TIMED_STEPS // 4 :])
+
+
+def _train(name: str, *overrides: str) -> None:
+    command = [sys.executable, "-m", "flap_fast", "train", "configs/demo.yaml", "--resume"]
+    fixed = (f"run.folder={_RUNS}", f"run.name={name}", "frontend.threads=1", "ckpt.keep_last=1")
+    done = subprocess.run(
+        [*command, *fixed, *overrides],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{name} failed:\n{done.stderr[-2000:]}")
+    print(f"{name}: done", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
