@@ -224,8 +224,8 @@ def _ablation(result: Result, folder: Path) -> str:
             facts(result["machine"]) + ".\n",
             f"`python -m bench.ablation {name}`: {result['steps']} steps, seeds "
             f"{', '.join(map(str, result['seeds']))}, scored once at the end on 64 clips, "
-            "where one clip is 1.6 points. Mean over seeds and, in brackets, the lowest and the highest. A "
-            "difference within that spread says nothing.\n",
+            "where one clip is 1.6 points. Mean over seeds and, in brackets, the lowest and the "
+            "highest. A difference within that spread says nothing.\n",
             ablation_table(result),
             "",
         ]
