@@ -33,6 +33,17 @@ ROOMS = {
         "ranks",
     },
     "train": {"loss", "evaluate", "model", "data", "config", "configfile", "checks", "ranks"},
+    "profile": {
+        "train",
+        "loss",
+        "evaluate",
+        "model",
+        "data",
+        "config",
+        "configfile",
+        "checks",
+        "ranks",
+    },
     "report": {"model", "data", "config", "configfile", "checks"},
 }
 # The commands and the public names stand to the right of everything.
@@ -47,7 +58,7 @@ DOORS = {
     "transformers": {
         "flap_fast/model/text_encoder.py",
         "flap_fast/data/captions.py",
-        "flap_fast/train/synthetic.py",
+        "flap_fast/profile/synthetic.py",
     },
     "matplotlib": {"flap_fast/report/masking.py", "flap_fast/report/profile.py"},
     "faiss": {"flap_fast/search.py"},

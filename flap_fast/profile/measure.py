@@ -6,7 +6,7 @@
                       profile.png       the same in a picture (`flap_fast.report.profile`)
 
 Steps are the trainer's, on the run's own loader or on random batches; what watches and saves a run
-is left out. Parts are those of the first rank. FLOP are the counted ones of `evaluate.flops`, of
+is left out. Parts are those of the first rank. FLOP are the counted ones of `flop`, of
 the captions' own tokens; the ceiling is a matrix product in the run's precision, measured here.
 """
 
@@ -30,20 +30,20 @@ from flap_fast.data.batch import Batch
 from flap_fast.data.captions import tokenizer
 from flap_fast.data.loader import TrainingLoader
 from flap_fast.data.shards import open_shards, write_atomically
-from flap_fast.evaluate.flops import Flop, TextShape, step_flop
 from flap_fast.loss import total_loss
 from flap_fast.model.flap import Flap, takes_bf16
 from flap_fast.model.masking import kept_patches
+from flap_fast.profile.device import Memory, device_name, free_bytes, measure_ceiling
+from flap_fast.profile.flop import Flop, TextShape, step_flop
+from flap_fast.profile.footprint import Sizes, check_formulas, footprint
+from flap_fast.profile.search import search as search_micro_batch
+from flap_fast.profile.synthetic import SyntheticLoader, caption_lengths, without_files
+from flap_fast.profile.timeline import PARTS, Timeline, watched, watched_collectives
+from flap_fast.profile.traffic import CountTraffic, sent_bytes
 from flap_fast.ranks import Ranks, join_ranks, leave_ranks, world_size
-from flap_fast.train.device import Memory, device_name, free_bytes, measure_ceiling
 from flap_fast.train.engine import Engine, check_engine, make_engine
-from flap_fast.train.footprint import Sizes, check_formulas, footprint
 from flap_fast.train.microbatch import dropout_seed, mask_plan_of, model_inputs
 from flap_fast.train.schedules import warmup_cosine
-from flap_fast.train.search import search as search_micro_batch
-from flap_fast.train.synthetic import SyntheticLoader, caption_lengths, without_files
-from flap_fast.train.timeline import PARTS, Timeline, watched, watched_collectives
-from flap_fast.train.traffic import CountTraffic, sent_bytes
 
 WARM_UP, TRACED = 3, 2
 _SEARCH_S = 30.0

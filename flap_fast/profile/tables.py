@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from flap_fast.train.plan import Machine, Plan
+from flap_fast.profile.plan import Machine, Plan
 
 _MIB = 2**20
 

@@ -23,17 +23,17 @@ from flap_fast.configfile import dump_config
 from flap_fast.loss import total_loss
 from flap_fast.model.flap import Flap
 from flap_fast.model.masking import kept_patches
+from flap_fast.profile import measure as module
+from flap_fast.profile import search as searching
+from flap_fast.profile.device import Memory, free_bytes, measure_ceiling, resident_bytes
+from flap_fast.profile.footprint import Sizes, footprint
+from flap_fast.profile.measure import profile
+from flap_fast.profile.search import Attempts, Trial, largest, search, trials
+from flap_fast.profile.synthetic import SyntheticLoader, caption_lengths, without_files
+from flap_fast.profile.tables import profile_table
+from flap_fast.profile.timeline import PARTS, Timeline, watched, watched_collectives
 from flap_fast.ranks import Ranks
-from flap_fast.train import profile as module
-from flap_fast.train import search as searching
-from flap_fast.train.device import Memory, free_bytes, measure_ceiling, resident_bytes
 from flap_fast.train.engine import PlainEngine
-from flap_fast.train.footprint import Sizes, footprint
-from flap_fast.train.profile import profile
-from flap_fast.train.search import Attempts, Trial, largest, search, trials
-from flap_fast.train.synthetic import SyntheticLoader, caption_lengths, without_files
-from flap_fast.train.tables import profile_table
-from flap_fast.train.timeline import PARTS, Timeline, watched, watched_collectives
 from tests.ranks import on_ranks
 from tests.tiny import tiny
 
