@@ -19,6 +19,7 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -271,7 +272,8 @@ class _Session:
         files: dict[str, str],
         ceiling: float,
     ) -> Profile:
-        step_s = sum(sum(step.values()) for step in seconds) / len(seconds)
+        each = sorted(sum(step.values()) for step in seconds)
+        step_s = sum(each) / len(each)
         parts = {name: sum(step[name] for step in seconds) / len(seconds) for name in PARTS}
         total = sum(f.total for f in flop.values())
         return {
@@ -285,6 +287,7 @@ class _Session:
             "steps": len(seconds),
             "clips_per_s": self.config.train.global_batch / step_s,
             "step_ms": 1000 * step_s,
+            "step_ms_least_median_most": [1000 * s for s in (each[0], median(each), each[-1])],
             "parts_ms": {name: 1000 * s for name, s in parts.items()},
             "steps_ms": [{name: 1000 * s for name, s in step.items()} for step in seconds],
             "flop": {name: asdict(f) | {"total": f.total} for name, f in flop.items()},
