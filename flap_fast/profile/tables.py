@@ -39,8 +39,8 @@ def profile_table(found: dict[str, Any]) -> RenderableType:
     lines.append(_micro_batch(found["micro_batch"]))
     title = (
         f"{found['config']}: {found['global_batch']} clips a step on {found['world']} rank(s), "
-        f"{found['precision']}, {found['batches']}\n{found['device']}; means of {found['steps']} "
-        f"steps of {least:.1f} to {most:.1f} ms, median {median:.1f}"
+        f"{found['precision']}, {found['batches']}\n{found['device']}\nmeans of "
+        f"{found['steps']} steps of {least:.1f} to {most:.1f} ms, median {median:.1f}"
     )
     return Group(Text(title), table, Text("\n".join(lines)))
 
