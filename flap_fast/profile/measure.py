@@ -48,6 +48,8 @@ from flap_fast.train.schedules import warmup_cosine
 
 WARM_UP, TRACED = 3, 2
 _SEARCH_S = 30.0
+# Of what is free on a CPU: the formulas leave out heaps, libraries and an optimizer's temporaries.
+_SAFE = 0.7
 
 Profile = dict[str, Any]
 
@@ -239,12 +241,12 @@ class _Session:
         here, free = self.ranks.local_world, free_bytes(self.ranks.device)
         one, most = self._predicted(1), self._predicted(self.clips)
         each = max(1, (most - one) // max(1, self.clips - 1))
-        fitting = max(1, int((0.8 * free / here - one) // each)) * self.ranks.world
+        fitting = max(1, int((_SAFE * free / here - one) // each)) * self.ranks.world
         need(
-            most * here <= 0.9 * free,
+            most * here <= _SAFE * free,
             "train.global_batch",
-            f"fit in the {free / 2**30:.1f} GiB that are free: {self.clips} clips take "
-            f"{most / 2**30:.1f} GiB a rank by the formulas of `flap plan`",
+            f"fit in {_SAFE:.0%} of the {free / 2**30:.1f} GiB that are free: {self.clips} clips "
+            f"take {most / 2**30:.1f} GiB a rank by the formulas of `flap plan`",
             self.config.train.global_batch,
             f"try train.global_batch={fitting}",
         )
