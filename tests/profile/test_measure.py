@@ -181,7 +181,7 @@ def test_a_batch_that_would_take_the_machine_down_is_refused_before_it_is_made(
 ):
     monkeypatch.setattr(module, "free_bytes", lambda _: 2**28)
     config = tiny("train.global_batch=4096")
-    with pytest.raises(ConfigError, match=r"train\.global_batch must fit in 70% of the 0\.2 GiB .* try"):
+    with pytest.raises(ConfigError, match=r"global_batch must fit in 70% of the 0\.2 GiB .* try"):
         profile(config, synthetic=True, search=False)
 
 
