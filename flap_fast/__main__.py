@@ -145,9 +145,9 @@ def profile(
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from flap_fast.configfile import load_config
+    from flap_fast.profile.measure import profile as measure
+    from flap_fast.profile.tables import profile_table
     from flap_fast.report.profile import profile_figure
-    from flap_fast.train.profile import profile as measure
-    from flap_fast.train.tables import profile_table
 
     settings = load_config(config, overrides or [])
     found = measure(settings, steps=steps, synthetic=synthetic, search=search, out=out)
@@ -179,9 +179,9 @@ def plan(
 ) -> None:
     """Predict memory, communication and time of a step on GPUs that are not here."""
     from flap_fast.configfile import load_config
-    from flap_fast.train.plan import Machine, as_json, parse_rate
-    from flap_fast.train.plan import plan as predict
-    from flap_fast.train.tables import plan_table
+    from flap_fast.profile.plan import Machine, as_json, parse_rate
+    from flap_fast.profile.plan import plan as predict
+    from flap_fast.profile.tables import plan_table
 
     machine = Machine(
         gpus=gpus,

@@ -34,6 +34,17 @@ ROOMS = {
         "ranks",
     },
     "train": {"loss", "evaluate", "model", "data", "config", "configfile", "checks", "ranks"},
+    "profile": {
+        "train",
+        "loss",
+        "evaluate",
+        "model",
+        "data",
+        "config",
+        "configfile",
+        "checks",
+        "ranks",
+    },
     "report": {"evaluate", "model", "data", "config", "configfile", "checks", "ranks"},
 }
 # The commands and the public names stand to the right of everything.
@@ -48,7 +59,7 @@ DOORS = {
     "transformers": {
         "flap_fast/model/text_encoder.py",
         "flap_fast/data/captions.py",
-        "flap_fast/train/synthetic.py",
+        "flap_fast/profile/synthetic.py",
     },
     "matplotlib": {
         "flap_fast/report/figures.py",

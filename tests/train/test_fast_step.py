@@ -17,9 +17,9 @@ from flap_fast.data.mel import spec_augment
 from flap_fast.loss import total_loss
 from flap_fast.model.flap import Flap
 from flap_fast.model.masking import mask_plan
+from flap_fast.profile.traffic import CountTraffic
 from flap_fast.ranks import Ranks
 from flap_fast.train.engine import Engine, make_engine
-from flap_fast.train.traffic import CountTraffic
 from tests.ranks import on_ranks
 from tests.tiny import tiny
 

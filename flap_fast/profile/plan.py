@@ -3,7 +3,7 @@
     step = FLOP / (ceiling x share) + optimizer + exposed communication
 
 Parameters are counted on the model itself, FLOP, bytes and memory follow from the formulas of
-`evaluate.flops`, `traffic` and `footprint`; tests hold those against PyTorch's counts. What a
+`flop`, `traffic` and `footprint`; tests hold those against PyTorch's counts. What a
 device and a link can do is assumed, printed, and settable. Latencies, loading and evaluation are
 left out.
 """
@@ -18,13 +18,13 @@ import torch
 
 from flap_fast.checks import need
 from flap_fast.config import Config
-from flap_fast.evaluate.flops import Flop, scheme_in_force, step_flop
 from flap_fast.model.flap import Flap, takes_bf16
 from flap_fast.model.masking import kept_patches
+from flap_fast.profile.flop import Flop, scheme_in_force, step_flop
+from flap_fast.profile.footprint import Footprint, Parameters, Sizes, check_formulas, footprint
+from flap_fast.profile.synthetic import LONGEST, without_files
+from flap_fast.profile.traffic import contrastive_traffic, engine_traffic, sent_bytes
 from flap_fast.train.engine import BUCKET_NUMBERS
-from flap_fast.train.footprint import Footprint, Parameters, Sizes, check_formulas, footprint
-from flap_fast.train.synthetic import LONGEST, without_files
-from flap_fast.train.traffic import contrastive_traffic, engine_traffic, sent_bytes
 
 # Fused Adam reads weight, gradient and both moments, and writes all but the gradient, in float32.
 _ADAM_BYTES = 7 * 4

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from flap_fast.train.plan import Machine, Plan
+from flap_fast.profile.plan import Machine, Plan
 
 _MIB = 2**20
 
@@ -17,6 +17,7 @@ _MIB = 2**20
 def profile_table(found: dict[str, Any]) -> RenderableType:
     """What `flap profile` prints of a profile.json."""
     step_ms, ceiling = found["step_ms"], found["ceiling_flop_per_s"]
+    least, median, most = found["step_ms_least_median_most"]
     unit, name = (1e12, "TFLOP") if ceiling >= 1e12 else (1e9, "GFLOP")
     table = _table("part", "ms", "of the step", name, f"{name}/s", "of ceiling")
     for part, ms in found["parts_ms"].items():
@@ -38,8 +39,8 @@ def profile_table(found: dict[str, Any]) -> RenderableType:
     lines.append(_micro_batch(found["micro_batch"]))
     title = (
         f"{found['config']}: {found['global_batch']} clips a step on {found['world']} rank(s), "
-        f"{found['precision']}, {found['batches']}\n{found['device']}; mean of {found['steps']} "
-        "steps"
+        f"{found['precision']}, {found['batches']}\n{found['device']}\nmeans of "
+        f"{found['steps']} steps of {least:.1f} to {most:.1f} ms, median {median:.1f}"
     )
     return Group(Text(title), table, Text("\n".join(lines)))
 
@@ -53,12 +54,14 @@ def plan_table(planned: Plan) -> RenderableType:
 
 def _head(planned: Plan) -> str:
     machine, parameters = planned.machine, planned.parameters
+    size = f"{(parameters.trained + parameters.frozen) / 1e6:.1f} M parameters"
+    if parameters.frozen:
+        size += f", {parameters.frozen / 1e6:.1f} M of them frozen"
     engine = f"{planned.engine}, ZeRO {planned.stage}" if planned.engine != "plain" else "plain"
     return (
         f"{planned.clips * machine.gpus} clips a step: {planned.clips} on each of {machine.gpus} "
         f"GPU(s), {machine.nodes} node(s)\n"
-        f"{engine}, {planned.precision}, contrastive {planned.scheme}; "
-        f"{parameters.trained / 1e6:.1f} M parameters, {parameters.frozen / 1e6:.1f} M frozen"
+        f"{engine}, {planned.precision}, contrastive {planned.scheme}, {size}"
     )
 
 

@@ -19,18 +19,18 @@ from flap_fast.configfile import load_config
 from flap_fast.loss import total_loss
 from flap_fast.model.flap import Flap
 from flap_fast.model.masking import kept_patches, mask_plan
-from flap_fast.ranks import Ranks
-from flap_fast.train.engine import BUCKET_NUMBERS, DeepSpeedEngine, PlainEngine
-from flap_fast.train.footprint import Parameters, Sizes, footprint, state_bytes
-from flap_fast.train.plan import Machine, parse_rate, plan
-from flap_fast.train.profile import profile
-from flap_fast.train.traffic import (
+from flap_fast.profile.footprint import Parameters, Sizes, footprint, state_bytes
+from flap_fast.profile.measure import profile
+from flap_fast.profile.plan import Machine, parse_rate, plan
+from flap_fast.profile.traffic import (
     CountTraffic,
     Traffic,
     contrastive_traffic,
     engine_traffic,
     sent_bytes,
 )
+from flap_fast.ranks import Ranks
+from flap_fast.train.engine import BUCKET_NUMBERS, DeepSpeedEngine, PlainEngine
 from tests.ranks import on_ranks
 from tests.tiny import tiny
 

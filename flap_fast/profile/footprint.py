@@ -20,8 +20,8 @@ from dataclasses import dataclass
 
 from flap_fast.checks import need
 from flap_fast.config import Config
-from flap_fast.evaluate.flops import TextShape, scheme_in_force
 from flap_fast.model.flap import Flap
+from flap_fast.profile.flop import TextShape, scheme_in_force
 from flap_fast.train.engine import BUCKET_NUMBERS, parameter_groups
 
 _FLOAT = 4

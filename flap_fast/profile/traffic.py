@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flap_fast.config import Config
-from flap_fast.evaluate.flops import scheme_in_force
+from flap_fast.profile.flop import scheme_in_force
 
 # The share of n that each rank sends, in units of (W-1)/W.
 _TIMES = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "broadcast": 1, "reduce": 1}

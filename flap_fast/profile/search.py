@@ -1,6 +1,6 @@
 """The largest micro-batch that fits: doubled, then bisected, in a process of its own.
 
-    python -m flap_fast.train.search CONFIG SECONDS      a line of JSON for each trial
+    python -m flap_fast.profile.search CONFIG SECONDS      a line of JSON for each trial
 
 On a GPU a trial fits unless it runs out of memory. On a CPU running out takes the machine down, so
 a trial is only begun where a line through the peaks before it stays below what is free; and the
@@ -29,11 +29,11 @@ from flap_fast.configfile import dump_config, load_config
 from flap_fast.loss import total_loss
 from flap_fast.model.flap import Flap
 from flap_fast.model.masking import mask_plan
+from flap_fast.profile.device import Memory, free_bytes
+from flap_fast.profile.synthetic import SyntheticLoader, without_files
 from flap_fast.ranks import Ranks
-from flap_fast.train.device import Memory, free_bytes
 from flap_fast.train.engine import PlainEngine
 from flap_fast.train.microbatch import model_inputs
-from flap_fast.train.synthetic import SyntheticLoader, without_files
 
 # Of the memory that is free on a CPU: the rest of the machine wants to live too.
 _SHARE = 0.8
@@ -102,7 +102,7 @@ def search(config: Config, *, seconds: float) -> dict[str, Any]:
     with NamedTemporaryFile("w", suffix=".yaml") as file:
         file.write(dump_config(config))
         file.flush()
-        command = [sys.executable, "-m", "flap_fast.train.search", file.name, str(seconds)]
+        command = [sys.executable, "-m", "flap_fast.profile.search", file.name, str(seconds)]
         launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         environment = {k: v for k, v in os.environ.items() if k not in launcher}
         environment["PYTHONPATH"] = os.pathsep.join(path or "." for path in sys.path)

@@ -23,17 +23,17 @@ from flap_fast.configfile import dump_config
 from flap_fast.loss import total_loss
 from flap_fast.model.flap import Flap
 from flap_fast.model.masking import kept_patches
+from flap_fast.profile import measure as module
+from flap_fast.profile import search as searching
+from flap_fast.profile.device import Memory, free_bytes, measure_ceiling, resident_bytes
+from flap_fast.profile.footprint import Sizes, footprint
+from flap_fast.profile.measure import profile
+from flap_fast.profile.search import Attempts, Trial, largest, search, trials
+from flap_fast.profile.synthetic import SyntheticLoader, caption_lengths, without_files
+from flap_fast.profile.tables import profile_table
+from flap_fast.profile.timeline import PARTS, Timeline, watched, watched_collectives
 from flap_fast.ranks import Ranks
-from flap_fast.train import profile as module
-from flap_fast.train import search as searching
-from flap_fast.train.device import Memory, free_bytes, measure_ceiling, resident_bytes
 from flap_fast.train.engine import PlainEngine
-from flap_fast.train.footprint import Sizes, footprint
-from flap_fast.train.profile import profile
-from flap_fast.train.search import Attempts, Trial, largest, search, trials
-from flap_fast.train.synthetic import SyntheticLoader, caption_lengths, without_files
-from flap_fast.train.tables import profile_table
-from flap_fast.train.timeline import PARTS, Timeline, watched, watched_collectives
 from tests.ranks import on_ranks
 from tests.tiny import tiny
 
@@ -55,6 +55,9 @@ def test_parts_add_up_to_the_step(found: tuple[dict[str, Any], Path]):
     assert list(result["parts_ms"]) == list(PARTS)
     assert sum(result["parts_ms"].values()) == pytest.approx(result["step_ms"])
     assert len(result["steps_ms"]) == result["steps"] == 2
+    least, median, most = result["step_ms_least_median_most"]
+    assert least <= median <= most
+    assert median == pytest.approx(result["step_ms"])  # of two steps
     busy = {"data wait", "audio tower", "text tower", "loss", "optimizer", "other"}
     assert {part for part, ms in result["parts_ms"].items() if ms > 0} == busy
 
@@ -178,7 +181,7 @@ def test_a_batch_that_would_take_the_machine_down_is_refused_before_it_is_made(
 ):
     monkeypatch.setattr(module, "free_bytes", lambda _: 2**28)
     config = tiny("train.global_batch=4096")
-    with pytest.raises(ConfigError, match=r"train\.global_batch must fit in the 0\.2 GiB .* try"):
+    with pytest.raises(ConfigError, match=r"global_batch must fit in 70% of the 0\.2 GiB .* try"):
         profile(config, synthetic=True, search=False)
 
 

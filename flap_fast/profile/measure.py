@@ -6,7 +6,7 @@
                       profile.png       the same in a picture (`flap_fast.report.profile`)
 
 Steps are the trainer's, on the run's own loader or on random batches; what watches and saves a run
-is left out. Parts are those of the first rank. FLOP are the counted ones of `evaluate.flops`, of
+is left out. Parts are those of the first rank. FLOP are the counted ones of `flop`, of
 the captions' own tokens; the ceiling is a matrix product in the run's precision, measured here.
 """
 
@@ -19,6 +19,7 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -30,24 +31,26 @@ from flap_fast.data.batch import Batch
 from flap_fast.data.captions import tokenizer
 from flap_fast.data.loader import TrainingLoader
 from flap_fast.data.shards import open_shards, write_atomically
-from flap_fast.evaluate.flops import Flop, TextShape, step_flop
 from flap_fast.loss import total_loss
 from flap_fast.model.flap import Flap, takes_bf16
 from flap_fast.model.masking import kept_patches
+from flap_fast.profile.device import Memory, free_bytes, measure_ceiling
+from flap_fast.profile.flop import Flop, TextShape, step_flop
+from flap_fast.profile.footprint import Sizes, check_formulas, footprint
+from flap_fast.profile.search import search as search_micro_batch
+from flap_fast.profile.synthetic import SyntheticLoader, caption_lengths, without_files
+from flap_fast.profile.timeline import PARTS, Timeline, watched, watched_collectives
+from flap_fast.profile.traffic import CountTraffic, sent_bytes
 from flap_fast.ranks import Ranks, join_ranks, leave_ranks, world_size
-from flap_fast.train.device import Memory, free_bytes, measure_ceiling
 from flap_fast.train.engine import Engine, check_engine, make_engine
 from flap_fast.train.environment import device_name
-from flap_fast.train.footprint import Sizes, check_formulas, footprint
 from flap_fast.train.microbatch import dropout_seed, mask_plan_of, model_inputs
 from flap_fast.train.schedules import warmup_cosine
-from flap_fast.train.search import search as search_micro_batch
-from flap_fast.train.synthetic import SyntheticLoader, caption_lengths, without_files
-from flap_fast.train.timeline import PARTS, Timeline, watched, watched_collectives
-from flap_fast.train.traffic import CountTraffic, sent_bytes
 
 WARM_UP, TRACED = 3, 2
 _SEARCH_S = 30.0
+# Of what is free on a CPU: the formulas leave out heaps, libraries and an optimizer's temporaries.
+_SAFE = 0.7
 
 Profile = dict[str, Any]
 
@@ -239,12 +242,12 @@ class _Session:
         here, free = self.ranks.local_world, free_bytes(self.ranks.device)
         one, most = self._predicted(1), self._predicted(self.clips)
         each = max(1, (most - one) // max(1, self.clips - 1))
-        fitting = max(1, int((0.8 * free / here - one) // each)) * self.ranks.world
+        fitting = max(1, int((_SAFE * free / here - one) // each)) * self.ranks.world
         need(
-            most * here <= 0.9 * free,
+            most * here <= _SAFE * free,
             "train.global_batch",
-            f"fit in the {free / 2**30:.1f} GiB that are free: {self.clips} clips take "
-            f"{most / 2**30:.1f} GiB a rank by the formulas of `flap plan`",
+            f"fit in {_SAFE:.0%} of the {free / 2**30:.1f} GiB that are free: {self.clips} clips "
+            f"take {most / 2**30:.1f} GiB a rank by the formulas of `flap plan`",
             self.config.train.global_batch,
             f"try train.global_batch={fitting}",
         )
@@ -272,7 +275,8 @@ class _Session:
         files: dict[str, str],
         ceiling: float,
     ) -> Profile:
-        step_s = sum(sum(step.values()) for step in seconds) / len(seconds)
+        each = sorted(sum(step.values()) for step in seconds)
+        step_s = sum(each) / len(each)
         parts = {name: sum(step[name] for step in seconds) / len(seconds) for name in PARTS}
         total = sum(f.total for f in flop.values())
         return {
@@ -286,6 +290,7 @@ class _Session:
             "steps": len(seconds),
             "clips_per_s": self.config.train.global_batch / step_s,
             "step_ms": 1000 * step_s,
+            "step_ms_least_median_most": [1000 * s for s in (each[0], median(each), each[-1])],
             "parts_ms": {name: 1000 * s for name, s in parts.items()},
             "steps_ms": [{name: 1000 * s for name, s in step.items()} for step in seconds],
             "flop": {name: asdict(f) | {"total": f.total} for name, f in flop.items()},

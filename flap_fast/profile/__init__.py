@@ -1,0 +1,1 @@
+"""A training step measured on this machine, and predicted for others."""

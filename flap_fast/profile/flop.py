@@ -1,0 +1,134 @@
+"""Floating-point operations of a whole step: what a device has to do, against what it can do.
+
+Matrix products alone, and two FLOP a multiply-add, as makers of devices and PyTorch's counter have
+it. Backward is twice the forward, but where an input wants no gradient: the patches, a frozen
+tower's vector.
+
+    N patches   K kept   P patch side   D width   L tokens   J joint width   b clips of B   W ranks
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flap_fast.config import Config
+from flap_fast.evaluate.flops import block_products
+from flap_kernels.infonce_ranks import REPLICATED_ROWS
+
+
+@dataclass(frozen=True)
+class Flop:
+    """Of one part of a step."""
+
+    forward: int = 0
+    backward: int = 0
+    recomputed: int = 0
+    """A second forward of blocks, with train.checkpoint_activations."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.forward + self.backward + self.recomputed
+
+
+@dataclass(frozen=True)
+class TextShape:
+    """Sizes of a BERT-like text tower."""
+
+    width: int
+    depth: int
+    heads: int
+    inner: int
+    """Width inside of a layer's MLP."""
+
+    @classmethod
+    def of(cls, encoder: Any) -> TextShape:
+        """Those of a transformers config."""
+        c = encoder
+        return cls(c.hidden_size, c.num_hidden_layers, c.num_attention_heads, c.intermediate_size)
+
+
+def step_flop(
+    config: Config,
+    text: TextShape,
+    lengths: Sequence[int],
+    *,
+    kept: int,
+    world: int = 1,
+) -> dict[str, Flop]:
+    """FLOP of one rank's share of a step, by part.
+
+    Args:
+        lengths: the tokens of each of its captions: real ones for what the step is worth, padded
+            ones for what it costs.
+        kept: K, the patches that masking left of each clip.
+        world: ranks, each with as many clips.
+    """
+    return {
+        "audio tower": audio_flop(config, len(lengths), kept),
+        "text tower": text_flop(config, text, lengths),
+        "loss": contrastive_flop(config, len(lengths), world),
+    }
+
+
+def audio_flop(config: Config, clips: int, kept: int) -> Flop:
+    """Of the ViT and its head."""
+    audio, joint = config.audio, config.joint.width
+    width, depth, _ = audio.shape
+    n = kept + audio.use_cls
+    embed = 2 * clips * kept * audio.patch**2 * width
+    blocks = 2 * clips * depth * block_products(n, width, 4 * width)
+    head = 2 * clips * (width * joint + joint**2)
+    recomputed = 0
+    if "audio" in config.train.checkpoint_activations:
+        # PyTorch stops where the last thing saved is there: before a block's last product.
+        recomputed = blocks - 2 * clips * depth * n * 4 * width**2
+    return Flop(embed + blocks + head, embed + 2 * (blocks + head), recomputed)
+
+
+def text_flop(config: Config, text: TextShape, lengths: Sequence[int]) -> Flop:
+    """Of the text tower and its head."""
+    clips, width, joint = len(lengths), text.width, config.joint.width
+    blocks = 2 * text.depth * sum(block_products(n, width, text.inner) for n in lengths)
+    pooler = 2 * clips * width**2 if config.text.pool == "pooler" else 0
+    first, second = 2 * clips * width * joint, 2 * clips * joint**2
+    forward = blocks + pooler + first + second
+    if config.text.freeze:
+        return Flop(forward, first + 2 * second)
+    again = "text" in config.train.checkpoint_activations
+    return Flop(forward, 2 * forward, blocks if again else 0)
+
+
+def decoder_flop(clips: int, kept: int, patches: int, sizes: tuple[int, int, int, int]) -> Flop:
+    """Of FLAP's decoder: kept tokens in, all patches (and CLS) through its blocks, pixels out.
+
+    Args:
+        sizes: the encoder's width, the decoder's width and depth, the pixels of a patch.
+    """
+    encoder, width, depth, pixels = sizes
+    blocks = depth * block_products(patches + 1, width, 4 * width)
+    forward = 2 * clips * ((kept + 1) * encoder * width + blocks + patches * width * pixels)
+    return Flop(forward, 2 * forward)
+
+
+def contrastive_flop(config: Config, clips: int, world: int = 1) -> Flop:
+    """Of InfoNCE: 8 b B D, or 12 b B D where ranks hold the logits twice."""
+    both = 2 if config.loss.contrastive.direction == "symmetric" else 1
+    product = 2 * clips * (clips * world) * config.joint.width
+    if not config.loss.contrastive.weight:
+        return Flop()
+    if scheme_in_force(config, clips, world) == "replicated":
+        return Flop(both * product, 4 * product)
+    return Flop(product, 3 * product)
+
+
+def scheme_in_force(config: Config, clips: int, world: int) -> str:
+    """How `infonce_ranks` shares the work: `alone`, `replicated` or `sharded`."""
+    scheme = config.loss.contrastive.scheme
+    if world == 1:
+        return "alone"
+    if scheme == "auto":
+        return "replicated" if clips <= REPLICATED_ROWS else "sharded"
+    return scheme
