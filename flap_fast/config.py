@@ -178,6 +178,28 @@ class Audio(Section):
         return self.sample_rate_hz // 100
 
 
+class Image(Section):
+    """Setting this section puts an image tower in the place of the audio tower."""
+
+    encoder: Literal["resnet50"] = "resnet50"
+    """CLIP's ResNet: a stem of three convolutions, blurred strides, pooling by attention."""
+    width: Annotated[int, Field(ge=2, multiple_of=2)] = 64
+    """Channels behind the stem; the pooled vector is 32 times as wide, in heads of 64."""
+    layers: tuple[Count, Count, Count, Count] = (3, 4, 6, 3)
+    """Bottlenecks of each stage: ResNet-50's."""
+    resolution: Annotated[int, Field(ge=32, multiple_of=32)] = 224
+    """Side of the square that the model sees: the shorter side is brought to it, the middle cut."""
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    """CLIP's mean of red, green and blue in [0, 1], subtracted."""
+    std: tuple[Positive, Positive, Positive] = (0.26862954, 0.26130258, 0.27577711)
+    """CLIP's standard deviations, which divide."""
+
+    @property
+    def heads(self) -> int:
+        """Of the pooling, 64 numbers wide each, as in all of CLIP's ResNets."""
+        return self.width * 32 // 64
+
+
 class SpecAug(Section):
     time_frames: CountOrZero = 192
     """Widest time mask, exclusive; 0 turns it off."""
@@ -207,11 +229,15 @@ class Mask(Section):
 
 
 class Text(Section):
+    encoder: Literal["roberta", "clip"] = "roberta"
+    """RoBERTa or what `folder` holds, or CLIP's causal transformer, of random weights of the sizes
+    below (512 wide, 12 layers, 8 heads when not given)."""
     folder: str | None = None
     """A transformers encoder and its tokenizer: a folder, or `package:NAME/sub/folder` inside an
     installed Python package. Without one: a RoBERTa of random weights, of the sizes below."""
     tokenizer: str = "bytes"
-    """For random weights: a tokenizer's folder, or `bytes` (UTF-8 bytes, needs no file)."""
+    """For random weights: a tokenizer's folder (CLIP's: `package:open_clip`), or `bytes` (UTF-8
+    bytes, needs no file)."""
     width: Count = 768
     """Random weights: width."""
     depth: Count = 12
@@ -227,14 +253,31 @@ class Text(Section):
     attention: Literal["sdpa", "xformers"] = "sdpa"
     """For packed captions on a GPU: PyTorch's variable-length attention, or xformers'."""
     pool: Literal["pooler", "mean", "cls"] = "pooler"
-    """RoBERTa's pooler (tanh of a linear layer on <s>), the mean over tokens, or plain <s>."""
+    """RoBERTa's pooler (tanh of a linear layer on <s>), the mean over tokens, or plain <s>. CLIP's
+    `pooler` is its last norm at the end-of-text token."""
     dropout: Ratio = 0.1
     """Dropout everywhere in the tower."""
     freeze: bool = False
     """Keep the tower as it is and train the projection alone."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _follow(cls, tree):
+        """Defaults that follow the encoder."""
+        if isinstance(tree, dict) and tree.get("encoder") == "clip":
+            tree = {"width": 512, "heads": 8, **tree}
+        return tree
+
     @model_validator(mode="after")
     def _fits(self):
+        if self.encoder == "clip":
+            remedy = "set text.encoder=roberta, which takes any encoder's folder"
+            rule = "be left out with text.encoder = clip"
+            need(self.folder is None, "text.folder", rule, self.folder, remedy)
+            rule = "be {} with text.encoder = clip"
+            need(self.pool == "pooler", "text.pool", rule.format("pooler"), self.pool)
+            need(self.packing != "packed", "text.packing", rule.format("padded"), self.packing)
+            need(self.attention == "sdpa", "text.attention", rule.format("sdpa"), self.attention)
         need(
             self.folder is not None or self.width % self.heads == 0,
             "text.width",
@@ -441,6 +484,19 @@ class Log(Section):
     """Report to Weights & Biases too (`pip install wandb`)."""
 
 
+# What other sections are by themselves where `image` is set.
+_OF_IMAGES = {
+    "mask": {"kind": "none"},
+    "specaug": {"time_frames": 0, "freq_bins": 0},
+    "eval": {"crop": "center", "templates": "imagenet80"},
+}
+
+
+def _under(defaults: dict[str, object], given: object) -> object:
+    """A section with other defaults."""
+    return {**defaults, **(given or {})} if isinstance(given, (dict, type(None))) else given
+
+
 class Config(Section):
     """All settings of a run."""
 
@@ -448,6 +504,8 @@ class Config(Section):
     data: Data = Data()
     frontend: Frontend = Frontend()
     audio: Audio = Audio()
+    image: Image | None = None
+    """Set, even to `{}`: pictures instead of sounds."""
     specaug: SpecAug = SpecAug()
     mask: Mask = Mask()
     text: Text = Text()
@@ -460,6 +518,38 @@ class Config(Section):
     ckpt: Ckpt = Ckpt()
     eval: Eval = Eval()
     log: Log = Log()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _follow_image(cls, tree):
+        """Defaults that follow the tower: nothing of a picture is masked, and CLIP's prompts."""
+        if not isinstance(tree, dict) or tree.get("image") is None:
+            return tree
+        return {**tree, **{name: _under(own, tree.get(name)) for name, own in _OF_IMAGES.items()}}
+
+    @model_validator(mode="after")
+    def _sees_or_hears(self):
+        if self.image is None:
+            return self
+        rule = "be left out where image is set, which replaces the audio tower"
+        given = self.audio.model_dump(exclude_defaults=True)
+        need(not given, "audio", rule, ", ".join(given))
+        rule, remedy = "be {} where image is set", "leave it out"
+        for name, value, wanted in (
+            ("mask.kind", self.mask.kind, "none"),
+            ("specaug.time_frames", self.specaug.time_frames, 0),
+            ("specaug.freq_bins", self.specaug.freq_bins, 0),
+            ("loss.recon.weight", self.loss.recon.weight, 0),
+            ("eval.crop", self.eval.crop, "center"),
+            ("train.compile", self.train.compile, False),
+        ):
+            need(value == wanted, name, rule.format(wanted), value, remedy)
+        rule = "not be dali_mel where image is set"
+        need(self.frontend.backend != "dali_mel", "frontend.backend", rule, self.frontend.backend)
+        rule = "not name audio where image is set: its BatchNorms would count each image twice"
+        again = self.train.checkpoint_activations
+        need("audio" not in again, "train.checkpoint_activations", rule, ", ".join(again))
+        return self
 
     @model_validator(mode="after")
     def _rebuilds_what_is_masked(self):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -112,4 +113,6 @@ def _known_names(path: Sequence[str]) -> list[str]:
     section: Any = Config
     for part in path:
         section = section.model_fields[part].annotation
+        # `Image | None`: the section that may be left out.
+        section = next((one for one in get_args(section) if one is not NoneType), section)
     return list(section.model_fields)

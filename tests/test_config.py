@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from flap_fast.checks import ConfigError, need
-from flap_fast.config import Audio, Config, Data, Train, check_before_loading
+from flap_fast.config import Audio, Config, Data, Image, Train, check_before_loading
 from flap_fast.configfile import dump_config, load_config, parse_config
 
 
@@ -304,3 +304,50 @@ def test_need_says_name_rule_value_and_remedy():
     need(True, "a.b", "be 1", 1)
     with pytest.raises(ConfigError, match=r"^a.b must be 1, got 'x'; write 1$"):
         need(False, "a.b", "be 1", "x", "write 1")
+
+
+def test_an_image_tower_replaces_the_audio_tower_and_nothing_of_it_is_masked():
+    config = load_config(None, ["image.width=8", "eval.batch=3"])
+    assert config.image is not None
+    assert (config.image.heads, config.image.resolution) == (4, 224)
+    assert (config.mask.kind, config.specaug.time_frames, config.specaug.freq_bins) == (
+        "none",
+        0,
+        0,
+    )
+    assert (config.eval.crop, config.eval.templates, config.eval.batch) == (
+        "center",
+        "imagenet80",
+        3,
+    )
+    assert parse_config(yaml.safe_load(dump_config(config))) == config
+    assert load_config(None, ["image={}"]).image == Image()
+    assert load_config(None, ["image=null"]).image is None
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("mask.kind=1d", "mask.kind must be none where image is set, got '1d'; leave it out"),
+        ("specaug.freq_bins=2", "specaug.freq_bins must be 0 where image is set, got 2"),
+        ("loss.recon.weight=1", "loss.recon.weight must be 0 where image is set, got 1.0"),
+        ("eval.crop=multi:3", "eval.crop must be center where image is set, got 'multi:3'"),
+        ("audio.size=tiny", "audio must be left out where image is set, .*, got 'size'"),
+        ("train.compile=true", "train.compile must be False where image is set"),
+        ("train.checkpoint_activations=true", "train.checkpoint_activations must not name audio"),
+        ("frontend.backend=dali_mel", "frontend.backend must not be dali_mel where image is set"),
+        ("image.resolution=100", "image.resolution must be a multiple of 32, got 100"),
+        ("image.resolutoin=64", "did you mean image.resolution"),
+    ],
+)
+def test_what_an_image_tower_cannot_have_is_refused(override, expected):
+    with pytest.raises(ConfigError, match=expected):
+        load_config(None, ["image.width=8", override])
+
+
+def test_clips_text_tower_has_clips_sizes_and_its_own_end_of_text():
+    text = load_config(None, ["text.encoder=clip"]).text
+    assert (text.width, text.depth, text.heads) == (512, 12, 8)
+    for override in ("folder=x", "pool=mean", "packing=packed", "attention=xformers"):
+        with pytest.raises(ConfigError, match=f"text.{override.partition('=')[0]} must be"):
+            load_config(None, ["text.encoder=clip", f"text.{override}"])

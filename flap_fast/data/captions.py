@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoTokenizer, ByT5Tokenizer
+from transformers import AutoTokenizer, ByT5Tokenizer, CLIPTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from flap_fast.checks import ConfigError, need
 from flap_fast.config import Text
@@ -42,11 +46,39 @@ def tokenizer(text: Text) -> Tokenizer:
         return Tokenizer(ByT5Tokenizer(), text.max_tokens)
     name = "text.folder" if text.folder is not None else "text.tokenizer"
     folder = local_folder(name, text.folder or text.tokenizer)
+    if (folder / _CLIP_MERGES).is_file():
+        return Tokenizer(_clip_tokenizer(folder / _CLIP_MERGES), text.max_tokens)
     try:
         inner = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{name} must hold a tokenizer, got '{folder}': {error}") from None
     return Tokenizer(inner, text.max_tokens)
+
+
+# What OpenAI's `clip` and `open_clip` ship: a line of no use, then the pairs to merge, best first.
+_CLIP_MERGES = "bpe_simple_vocab_16e6.txt.gz"
+_CLIP_MARKS = ("<|startoftext|>", "<|endoftext|>")
+_CLIP_TOKENS = 49_408
+
+
+def _clip_tokenizer(file: Path) -> CLIPTokenizerFast:
+    """CLIP's byte pairs: 256 bytes, these as ends of words, the merges, and two marks.
+
+    The file has more merges than CLIP uses. Unlike OpenAI's code, which mends HTML's entities and
+    broken encodings in a text first, this one takes it as it is.
+    """
+    most = _CLIP_TOKENS - 2 * 256 - len(_CLIP_MARKS)
+    lines = gzip.decompress(file.read_bytes()).decode().splitlines()
+    merges = lines[1 : most + 1]
+    pieces = list(bytes_to_unicode().values())
+    pieces += [f"{piece}</w>" for piece in pieces]
+    pieces += [merge.replace(" ", "") for merge in merges]
+    ids = {piece: n for n, piece in enumerate([*pieces, *_CLIP_MARKS])}
+    with TemporaryDirectory() as folder:
+        vocabulary, pairs = Path(folder, "vocab.json"), Path(folder, "merges.txt")
+        vocabulary.write_text(json.dumps(ids))
+        pairs.write_text("\n".join(["#version: 0.2", *merges]))
+        return CLIPTokenizerFast(str(vocabulary), str(pairs))
 
 
 def local_folder(name: str, value: str) -> Path:

@@ -3,7 +3,10 @@
     mel -> AudioViT -> head -> L2 -> audio (B, d)        scale = exp(clamp(logit_scale))
     ids -> TextEncoder -> head -> L2 -> text (B, d)      tokens of AudioViT -> Decoder -> recon ()
 
-Source: FLAP sections 3 and 4, on LAION-CLAP's heads (SPEC 4.5, 5.1).
+With config.image, pictures (B, 3, R, R) in the place of sounds: image tower -> L2, under the same
+names `mel` and `audio`, for neither losses nor evaluations ask which sense it was.
+
+Source: FLAP sections 3 and 4, on LAION-CLAP's heads (SPEC 4.5, 5.1); CLIP's (SPEC 5.2, 5.3).
 """
 
 from __future__ import annotations
@@ -16,7 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flap_fast.config import Config
-from flap_fast.model.audio_vit import AudioViT
+from flap_fast.model import IMAGE_ENCODERS
+from flap_fast.model.audio_vit import AudioViT, Encoded
+from flap_fast.model.clip_text import ClipText, projection
 from flap_fast.model.decoder import Decoder
 from flap_fast.model.masking import MaskPlan
 from flap_fast.model.text_encoder import TextEncoder
@@ -46,15 +51,20 @@ class Flap(nn.Module):
         super().__init__()
         recompute = config.train.checkpoint_activations
         self.precision = config.train.precision
-        self.audio = AudioViT(config.audio, recompute="audio" in recompute)
-        self.text = TextEncoder(config.text, recompute="text" in recompute, weights=weights)
-        self.audio_head = _head(self.audio.width, config.joint.width)
-        self.text_head = _head(self.text.width, config.joint.width)
+        joint, image, clip = config.joint.width, config.image, config.text.encoder == "clip"
+        if image is None:
+            self.image, self.audio = None, AudioViT(config.audio, recompute="audio" in recompute)
+        else:
+            self.image, self.audio = IMAGE_ENCODERS[image.encoder](image, joint), None
+        kind = ClipText if clip else TextEncoder
+        self.text = kind(config.text, recompute="text" in recompute, weights=weights)
+        self.audio_head = None if self.audio is None else _head(self.audio.width, joint)
+        self.text_head = (projection if clip else _head)(self.text.width, joint)
         # Shape (1,), not (): DeepSpeed cannot broadcast a parameter without dimensions.
         self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / config.joint.temperature)]))
         self.max_logit_scale = math.log(config.joint.max_scale)
         # Last, so that the towers start from the same weights with and without it.
-        rebuilds = config.loss.recon.weight > 0
+        rebuilds = self.audio is not None and config.loss.recon.weight > 0
         self.decoder = Decoder(config, self.audio.width) if rebuilds else None
 
     def forward(
@@ -68,7 +78,7 @@ class Flap(nn.Module):
         """Embed both sides of B pairs.
 
         Args:
-            mel: (B, 1, T, F) float32.
+            mel: (B, 1, T, F) float32; (B, 3, R, R) with an image tower.
             ids, attention_mask: (B, L) int64; the mask best on the CPU, see `packing.pack`.
             plan: the patches that masking left and dropped; all are left without.
             target: (B, 1, T, F) float32, what the decoder is to rebuild; it rests without.
@@ -84,15 +94,18 @@ class Flap(nn.Module):
         return {"audio": audio, "text": text, "scale": scale, "recon": recon}
 
     def embed_audio(self, mel: Tensor, keep: Tensor | None = None) -> Tensor:
-        """(B, 1, T, F) -> (B, d), unit norm, float32."""
+        """(B, 1, T, F), or images (B, 3, R, R) -> (B, d), unit norm, float32."""
         return self._encode_audio(mel, keep)[0]
 
     def _encode_audio(self, mel: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
         """Embeddings (B, d), and the encoder's tokens."""
         with self._autocast(mel.device):
-            encoded = self.audio(mel, keep)
-            x = self.audio_head(encoded.pooled)
-        return functional.normalize(x.float(), dim=-1), encoded.tokens
+            if self.image is not None:
+                x, tokens = self.image(mel)
+            else:
+                encoded: Encoded = self.audio(mel, keep)
+                x, tokens = self.audio_head(encoded.pooled), encoded.tokens
+        return functional.normalize(x.float(), dim=-1), tokens
 
     def embed_text(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, L) ids and mask -> (B, d), unit norm, float32."""

@@ -52,7 +52,10 @@ def model_folder(path: Path) -> Path:
 def read_config(folder: Path) -> Config:
     """The config of a model folder, its text tower taken from the folder itself."""
     config = load_config(folder / "config.yaml")
-    text = config.text.model_copy(update={"folder": str(folder / "text"), "tokenizer": "bytes"})
+    own = str(folder / "text")
+    clip = config.text.encoder == "clip"
+    files = {"tokenizer": own} if clip else {"folder": own, "tokenizer": "bytes"}
+    text = config.text.model_copy(update=files)
     return config.model_copy(update={"text": text})
 
 

@@ -158,7 +158,11 @@ def _dropout(text: Text) -> dict[str, Any]:
     return dict.fromkeys(names, text.dropout)
 
 
-def save_text_files(text: Text, encoder: TextEncoder, folder: Path) -> None:
-    """The tower's config and tokenizer, so that a checkpoint opens without the first folder."""
-    encoder.inner.config.save_pretrained(folder)
+def save_text_files(text: Text, encoder: nn.Module, folder: Path) -> None:
+    """The tower's config and tokenizer, so that a checkpoint opens without the first folder.
+
+    CLIP's tower has no config but ours.
+    """
+    if isinstance(encoder, TextEncoder):
+        encoder.inner.config.save_pretrained(folder)
     tokenizer(text).inner.save_pretrained(folder)

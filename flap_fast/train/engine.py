@@ -267,7 +267,8 @@ def optimizer(config: Config, model: nn.Module, device: torch.device) -> torch.o
 def parameter_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """What is trained: matrices, and all that weight decay leaves alone."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = {name for name, p in trained if p.ndim >= 2 and not name.endswith("_token")}
+    kept = ("_token", "positional_embedding")
+    matrices = {name for name, p in trained if p.ndim >= 2 and not name.endswith(kept)}
     return (
         [p for name, p in trained if name in matrices],
         [p for name, p in trained if name not in matrices],

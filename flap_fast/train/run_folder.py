@@ -61,8 +61,8 @@ def write_config(config: Config, ranks: Ranks) -> None:
 def differences(then: Config, now: Config) -> list[tuple[str, Any, Any]]:
     """Name, old and new value of each setting that differs and may not."""
     before, after = flat(then.model_dump(mode="json")), flat(now.model_dump(mode="json"))
-    names = [name for name in after if not name.startswith(_FREE)]
-    return [(n, before.get(n), after[n]) for n in names if before.get(n) != after[n]]
+    names = [name for name in {**before, **after} if not name.startswith(_FREE)]
+    return [(n, before.get(n), after.get(n)) for n in names if before.get(n) != after.get(n)]
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

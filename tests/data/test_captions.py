@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
+from pathlib import Path
+
 import pytest
 import torch
 
 from flap_fast.checks import ConfigError
 from flap_fast.config import Text
+from flap_fast.configfile import load_config
 from flap_fast.data.captions import local_folder, tokenizer
 
 
@@ -106,3 +110,31 @@ def test_a_folder_may_lie_in_an_installed_package_which_is_not_imported(installe
 def test_a_wrong_package_is_refused(installed, value, message):
     with pytest.raises(ConfigError, match=f"^text.folder must {message}"):
         local_folder("text.folder", value)
+
+
+def write_merges(folder: Path) -> None:
+    """CLIP's file of byte pairs in miniature: `dog` and `do` become one piece each."""
+    lines = ["a line of no use", "d o", "do g</w>", "d o</w>"]
+    (folder / "bpe_simple_vocab_16e6.txt.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+
+
+def test_clips_byte_pairs_are_read_from_the_file_that_openai_ships(tmp_path):
+    write_merges(tmp_path)
+    text = load_config(None, ["text.encoder=clip", f"text.tokenizer={tmp_path}"]).text
+    tokens = tokenizer(text)
+    start, end = 515, 516
+    assert len(tokens.inner) == 517
+    letter = {c: ord(c) - ord("!") for c in "abcdefghijklmnopqrstuvwxyz"}
+    ids, mask = tokens(["A dog  do", "cat"])
+    dog = [letter["a"] + 256, 513, 514]  # 512 is `do` inside of a word
+    cat = [letter["c"], letter["a"], letter["t"] + 256]
+    assert ids.tolist() == [[start, *words, end, end, end, end] for words in (dog, cat)]
+    assert mask.tolist() == [[1, 1, 1, 1, 1, 0, 0, 0]] * 2
+
+
+def test_a_cut_caption_still_ends_with_clips_mark(tmp_path):
+    write_merges(tmp_path)
+    settings = ["text.encoder=clip", "text.max_tokens=4", f"text.tokenizer={tmp_path}"]
+    ids, mask = tokenizer(load_config(None, settings).text)(["dog dog dog dog"])
+    assert ids[0, :4].tolist() == [515, 513, 513, 516]
+    assert mask.sum() == 4
