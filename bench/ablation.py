@@ -3,10 +3,11 @@
     make data && python -m bench.ablation masking [--seeds 3] [--steps 150] [--jobs 2]
     make data && python -m bench.ablation objectives
 
-Each run is `flap train configs/demo.yaml` with the overrides below and one thread, scored once, at
-its end, on the demo's 64 validation clips. Throughput is measured afterwards, system by system,
-alone. A finished run is not repeated, so the command goes on where it was stopped. On a data set
-this small the spread between seeds is large: a difference within it says nothing.
+Each run is `flap train configs/demo.yaml` with the overrides below, a smaller tower and one thread,
+scored once, at its end, on the demo's 64 validation clips. Throughput is measured afterwards,
+system by system, alone. A finished run is not repeated, so the command goes on where it was
+stopped. On a data set this small the spread between seeds is large: a difference within it says
+nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from flap_fast.configfile import load_config
 from flap_fast.evaluate.flops import encoder_flops
 from flap_fast.evaluate.run import selection_score
 
-_DECODER = ("loss.recon.weight=1", "decoder.width=128", "decoder.depth=2")
+# Half of the demo's seconds, which most of its sounds fit in, and a ninth of its parameters.
+_SMALL = ("audio.duration_s=2.5", "audio.frames=256", "audio.width=96", "audio.depth=3")
+_DECODER = ("loss.recon.weight=1", "decoder.width=96", "decoder.depth=2")
 ABLATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "masking": {
         "no mask": ("mask.kind=none",),
@@ -97,7 +100,7 @@ def _score(
 
 def _gflops(overrides: tuple[str, ...]) -> float:
     """Of the audio encoder's forward pass over one clip, as it trains."""
-    config = load_config(ROOT / "configs/demo.yaml", list(overrides))
+    config = load_config(ROOT / "configs/demo.yaml", [*_SMALL, *overrides])
     return encoder_flops(config.audio, config.mask, fused=True) / 1e9
 
 
@@ -112,7 +115,7 @@ def _throughput(name: str, overrides: tuple[str, ...]) -> float:
 
 def _train(name: str, *overrides: str) -> None:
     command = [sys.executable, "-m", "flap_fast", "train", "configs/demo.yaml", "--resume"]
-    fixed = (f"run.folder={_RUNS}", f"run.name={name}", "frontend.threads=1", "ckpt.keep_last=1")
+    fixed = (f"run.folder={_RUNS}", f"run.name={name}", "frontend.threads=1", *_SMALL)
     done = subprocess.run(
         [*command, *fixed, *overrides],
         cwd=ROOT,

@@ -18,6 +18,8 @@ from flap_fast.config import Config
 def load_config(file: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file and apply overrides such as `mask.kind=1d`.
 
+    `base: OTHER.yaml` in a file takes the settings of the file beside it that this one leaves out.
+
     Raises:
         ConfigError: an unreadable file, an unknown name, a value against its rule.
     """
@@ -43,11 +45,29 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
-    need(file.is_file(), "the config", "be an existing YAML file", file)
+def _read_yaml(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A file's settings over those of its base, and that one's."""
+    what = f"the base of {above[-1]}" if above else "the config"
+    need(file.is_file(), what, "be an existing YAML file", file)
+    need(file.resolve() not in above, what, "not lead back to itself", file)
     tree = _parse(file.read_bytes(), str(file))
     need(tree is None or isinstance(tree, dict), str(file), "hold sections", type(tree).__name__)
-    return tree or {}
+    tree = tree or {}
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    need(isinstance(base, str), f"base in {file}", "name a YAML file beside it", base)
+    return _over(_read_yaml(file.parent / base, (*above, file.resolve())), tree)
+
+
+def _over(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
+    """Section by section, setting by setting; `section: null` and lists replace."""
+    both = {
+        name: _over(base[name], value)
+        for name, value in tree.items()
+        if isinstance(value, dict) and isinstance(base.get(name), dict)
+    }
+    return {**base, **tree, **both}
 
 
 def _parse(text: str | bytes, what: str) -> Any:

@@ -351,3 +351,27 @@ def test_clips_text_tower_has_clips_sizes_and_its_own_end_of_text():
     for override in ("folder=x", "pool=mean", "packing=packed", "attention=xformers"):
         with pytest.raises(ConfigError, match=f"text.{override.partition('=')[0]} must be"):
             load_config(None, ["text.encoder=clip", f"text.{override}"])
+
+
+def test_a_config_takes_from_its_base_what_it_leaves_out(tmp_path: Path):
+    (tmp_path / "far.yaml").write_text("run: {name: far, seed: 1}\nmask: {kind: 1d, ratio: 0.3}\n")
+    (tmp_path / "near.yaml").write_text("base: far.yaml\nmask: {ratio: 0.5}\n")
+    (tmp_path / "own.yaml").write_text("base: near.yaml\nrun: {name: own}\n")
+    config = load_config(tmp_path / "own.yaml", ["mask.unit=frame"])
+    assert (config.run.name, config.run.seed) == ("own", 1)
+    assert (config.mask.kind, config.mask.ratio, config.mask.unit) == ("1d", 0.5, "frame")
+    assert "base:" not in dump_config(config)
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("nowhere.yaml", r"the base of .*a\.yaml must be an existing YAML file, got '.*nowhere"),
+        ("a.yaml", "the base of .*a.yaml must not lead back to itself"),
+        ("[a.yaml]", "base in .*a.yaml must name a YAML file beside it"),
+    ],
+)
+def test_a_base_that_cannot_be_is_refused(base: str, message: str, tmp_path: Path):
+    (tmp_path / "a.yaml").write_text(f"base: {base}\n")
+    with pytest.raises(ConfigError, match=message):
+        load_config(tmp_path / "a.yaml")
