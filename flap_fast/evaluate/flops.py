@@ -4,6 +4,11 @@
 
 `encoder_flops` is SPEC 14's table: one multiply-add is one FLOP; softmax, GELU and additions are
 free. The paper embeds all N patches and masks after; we embed the K that stay (`fused=True`).
+HTSAT's attention is within windows of w patches, and merges of 2 N D^2 follow all stages but one:
+
+    conv N*P^2*D + sum over stages of depth * (12 N D^2 + 2 N w D) + 2 N D^2 + norms
+
+Both are without the pieces that feature fusion adds.
 
 `step_flop` is what a device has to do in a step, to be set against what it can do: matrix products
 alone, and two FLOP a multiply-add, as makers of devices and PyTorch's counter have it. Backward is
@@ -59,6 +64,9 @@ class TextShape:
 
 def encoder_flops(audio: Audio, mask: Mask, *, clips: int = 1, fused: bool = False) -> int:
     """Multiply-adds of the audio encoder's forward pass over `clips` clips."""
+    if audio.encoder == "htsat":
+        conv, blocks, merges = _htsat_products(audio)
+        return clips * (conv + sum(blocks) + merges + _htsat_norms(audio))
     width, depth, _ = audio.shape
     kept = kept_patches(mask, audio.grid)
     embedded = kept if fused else audio.grid[0] * audio.grid[1]
@@ -67,6 +75,30 @@ def encoder_flops(audio: Audio, mask: Mask, *, clips: int = 1, fused: bool = Fal
     blocks = block_products(n, width, 4 * width) * depth
     norms = (2 * depth + 1) * 5 * n * width
     return clips * (conv + blocks + norms)
+
+
+def _htsat_products(audio: Audio) -> tuple[int, list[int], int]:
+    """Of one clip: the patches' embedding, each block, all merges."""
+    N, last = audio.grid[0] ** 2, len(audio.stages) - 1
+    conv, blocks, merges = N * audio.patch**2 * audio.stages[0][0], [], 0
+    for n, (width, depth, _) in enumerate(audio.stages):
+        window = min(N, audio.window_patches**2)
+        blocks += [N // window * block_products(window, width, 4 * width)] * depth
+        if n < last:
+            merges += 2 * N * width**2
+            N //= 4
+    return conv, blocks, merges
+
+
+def _htsat_norms(audio: Audio) -> int:
+    """Two numbers of the first norm for each cell of the log-mel, five for each of a LayerNorm."""
+    N = audio.grid[0] ** 2
+    numbers = N * audio.stages[0][0]
+    for width, depth, _ in audio.stages:
+        # Two in each block, one behind them: in the merge, or the last.
+        numbers += N * width * (2 * depth + 1)
+        N //= 4
+    return 2 * audio.frames * audio.mel_bins + 5 * numbers
 
 
 def block_products(tokens: int, width: int, inner: int) -> int:
@@ -98,8 +130,10 @@ def step_flop(
 
 
 def audio_flop(config: Config, clips: int, kept: int) -> Flop:
-    """Of the ViT and its head."""
+    """Of the audio encoder and its head."""
     audio, joint = config.audio, config.joint.width
+    if audio.encoder == "htsat":
+        return _htsat_flop(config, clips)
     width, depth, _ = audio.shape
     n = kept + audio.use_cls
     embed = 2 * clips * kept * audio.patch**2 * width
@@ -110,6 +144,25 @@ def audio_flop(config: Config, clips: int, kept: int) -> Flop:
         # PyTorch stops where the last thing saved is there: before a block's last product.
         recomputed = blocks - 2 * clips * depth * n * 4 * width**2
     return Flop(embed + blocks + head, embed + 2 * (blocks + head), recomputed)
+
+
+def _htsat_flop(config: Config, clips: int) -> Flop:
+    """Patches want a gradient too: the norm before them is trained."""
+    audio, joint = config.audio, config.joint.width
+    conv, blocks, merges = _htsat_products(audio)
+    width = audio.stages[-1][0]
+    head = width * joint + joint**2
+    forward = 2 * clips * (conv + sum(blocks) + merges + head)
+    recomputed = 0
+    if "audio" in config.train.checkpoint_activations:
+        # As in the ViT; but where stochastic depth draws (nowhere in the first block), it draws
+        # behind the last product and so has it done.
+        last, N = [], audio.grid[0] ** 2
+        for n, (stage, depth, _) in enumerate(audio.stages):
+            last += [4 * (N >> 2 * n) * stage**2] * depth
+        spared = last[:1] if audio.drop_path else last
+        recomputed = 2 * clips * (sum(blocks) - sum(spared))
+    return Flop(forward, 2 * forward, recomputed)
 
 
 def text_flop(config: Config, text: TextShape, lengths: Sequence[int]) -> Flop:
@@ -169,7 +222,8 @@ def masking_flops(audio: Audio, mask: Mask, clips: int = 8) -> list[dict[str, An
     `gflops` embeds all patches, as the papers count; `gflops_fused` those that stay, as we do.
     """
     rows = []
-    for kind, unit, tenths in _SCHEMES:
+    # HTSAT cannot be masked: its table is one row.
+    for kind, unit, tenths in _SCHEMES if audio.encoder == "vit" else _SCHEMES[:1]:
         for ratio in (n / 10 for n in tenths):
             ratios = {"ratio": ratio, "time_ratio": ratio, "freq_ratio": ratio}
             scheme = mask.model_copy(update={"kind": kind, "unit": unit, **ratios})

@@ -1,1 +1,11 @@
 """Batches -> embeddings: patches, masking, the two towers."""
+
+from flap_fast.model.audio_vit import AudioViT
+from flap_fast.model.htsat import HTSAT
+
+# The audio encoders by their names in `audio.encoder`.
+AUDIO_ENCODERS = {
+    "vit": AudioViT,
+    "htsat": HTSAT,
+    # one line for each encoder
+}

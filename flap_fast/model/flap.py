@@ -1,7 +1,7 @@
 """Two towers and a scale: everything the losses need comes out of `forward`.
 
-    mel -> AudioViT -> head -> L2 -> audio (B, d)        scale = exp(clamp(logit_scale))
-    ids -> TextEncoder -> head -> L2 -> text (B, d)      tokens of AudioViT -> Decoder -> recon ()
+    mel -> audio encoder -> head -> L2 -> audio (B, d)   scale = exp(clamp(logit_scale))
+    ids -> TextEncoder -> head -> L2 -> text (B, d)      tokens of a ViT -> Decoder -> recon ()
 
 Source: FLAP sections 3 and 4, on LAION-CLAP's heads (SPEC 4.5, 5.1).
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flap_fast.config import Config
-from flap_fast.model.audio_vit import AudioViT
+from flap_fast.model import AUDIO_ENCODERS
 from flap_fast.model.decoder import Decoder
 from flap_fast.model.masking import MaskPlan
 from flap_fast.model.text_encoder import TextEncoder
@@ -46,7 +46,9 @@ class Flap(nn.Module):
         super().__init__()
         recompute = config.train.checkpoint_activations
         self.precision = config.train.precision
-        self.audio = AudioViT(config.audio, recompute="audio" in recompute)
+        self.audio = AUDIO_ENCODERS[config.audio.encoder](
+            config.audio, config.fusion, recompute="audio" in recompute
+        )
         self.text = TextEncoder(config.text, recompute="text" in recompute, weights=weights)
         self.audio_head = _head(self.audio.width, config.joint.width)
         self.text_head = _head(self.text.width, config.joint.width)
@@ -64,17 +66,22 @@ class Flap(nn.Module):
         attention_mask: Tensor,
         plan: MaskPlan | None = None,
         target: Tensor | None = None,
+        erase: Tensor | None = None,
+        longer: Tensor | None = None,
     ) -> Outputs:
         """Embed both sides of B pairs.
 
         Args:
-            mel: (B, 1, T, F) float32.
+            mel: (B, 1, T, F) float32; (B, 4, T, F) with fusion.
             ids, attention_mask: (B, L) int64; the mask best on the CPU, see `packing.pack`.
             plan: the patches that masking left and dropped; all are left without.
             target: (B, 1, T, F) float32, what the decoder is to rebuild; it rests without.
+            erase: (B, T, F) bool, what SpecAug sets to 0 inside the encoder (HTSAT).
+            longer: (B,) bool on the CPU, the clips to fuse.
         """
         scale = _Clamp.apply(self.logit_scale, self.max_logit_scale).exp().squeeze(0)
-        audio, tokens = self._encode_audio(mel, None if plan is None else plan.keep)
+        keep = None if plan is None else plan.keep
+        audio, tokens = self._encode_audio(mel, keep, erase, longer)
         text = self.embed_text(ids, attention_mask)
         if self.decoder is None or target is None:
             recon = scale.new_zeros(())
@@ -83,14 +90,18 @@ class Flap(nn.Module):
                 recon = self.decoder(tokens, plan, target)
         return {"audio": audio, "text": text, "scale": scale, "recon": recon}
 
-    def embed_audio(self, mel: Tensor, keep: Tensor | None = None) -> Tensor:
-        """(B, 1, T, F) -> (B, d), unit norm, float32."""
-        return self._encode_audio(mel, keep)[0]
+    def embed_audio(
+        self, mel: Tensor, keep: Tensor | None = None, *, longer: Tensor | None = None
+    ) -> Tensor:
+        """(B, 1, T, F), with fusion (B, 4, T, F) -> (B, d), unit norm, float32."""
+        return self._encode_audio(mel, keep, None, longer)[0]
 
-    def _encode_audio(self, mel: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _encode_audio(
+        self, mel: Tensor, keep: Tensor | None, erase: Tensor | None, longer: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Embeddings (B, d), and the encoder's tokens."""
         with self._autocast(mel.device):
-            encoded = self.audio(mel, keep)
+            encoded = self.audio(mel, keep, erase=erase, longer=longer)
             x = self.audio_head(encoded.pooled)
         return functional.normalize(x.float(), dim=-1), encoded.tokens
 

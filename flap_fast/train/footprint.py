@@ -89,6 +89,9 @@ def footprint(
 def check_formulas(config: Config) -> None:
     """Raise `ConfigError` for a step that the formulas of FLOP and memory leave a part of out."""
     rule = "be {} here: the formulas of FLOP and memory do not know it yet"
+    encoder, fusion = config.audio.encoder, config.fusion.type
+    need(encoder == "vit", "audio.encoder", rule.format("vit"), encoder)
+    need(fusion == "none", "fusion.type", rule.format("none"), fusion)
     for name, value in (
         ("loss.recon.weight", config.loss.recon.weight),
         ("loss.cyclic.cross_weight", config.loss.cyclic.cross_weight),

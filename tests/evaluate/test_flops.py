@@ -13,12 +13,15 @@ from flap_fast.evaluate.flops import (
     contrastive_flop,
     decoder_flop,
     encoder_flops,
+    masking_flops,
     step_flop,
 )
 from flap_fast.model.audio_vit import AudioViT
 from flap_fast.model.flap import Flap
+from flap_fast.model.htsat import HTSAT
 from flap_fast.model.masking import kept_patches, mask_plan
 from flap_kernels import infonce_chunks
+from tests.tiny import HTSAT as TINY_HTSAT
 from tests.tiny import tiny
 
 BASE = Audio(size="base")
@@ -89,6 +92,9 @@ def embedding_backward_flops(grad, *_, out_shape, **__) -> int:
         ("train.checkpoint_activations=true",),
         ("train.checkpoint_activations=audio",),
         ("train.checkpoint_activations=text",),
+        TINY_HTSAT,
+        (*TINY_HTSAT, "train.checkpoint_activations=audio"),
+        (*TINY_HTSAT, "train.checkpoint_activations=audio", "audio.drop_path=0"),
     ],
 )
 def test_a_steps_products_are_as_many_as_pytorch_counts_forward_and_backward(overrides: tuple):
@@ -145,3 +151,24 @@ def test_flaps_decoder_adds_what_the_specification_says():
     norms = 8 * 9 * 5 * 513 * 512
     flop = decoder_flop(8, 306, 512, (768, 512, 4, 256)).forward
     assert (flop / 2 + norms) / 1e9 == pytest.approx(61.9, abs=0.05)
+
+
+def test_htsat_tiny_takes_47_5_gflops_for_eight_clips():
+    """SPEC 14; there is nothing to mask, so the table has one row."""
+    audio = Audio(encoder="htsat")
+    assert encoder_flops(audio, Mask(kind="none"), clips=8) / 1e9 == pytest.approx(47.5, abs=0.051)
+    (row,) = masking_flops(audio, Mask(kind="none"))
+    assert (row["kind"], row["gflops"]) == ("none", row["gflops_fused"])
+    assert row["gflops"] == pytest.approx(47.5, abs=0.051)
+
+
+def test_htsats_products_are_as_many_as_pytorch_counts():
+    audio = Audio(encoder="htsat", width=16, heads=2, depths=(1, 2))
+    counter = FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        HTSAT(audio)(torch.randn(1, 1, 1001, 64))
+    # The first norm; then LayerNorms: 4,096 patches of 16 numbers in four of them (embedding, two
+    # in the block, merge), 1,024 of 32 in five.
+    norms = 2 * 1001 * 64 + 5 * (4 * 4096 * 16 + 5 * 1024 * 32)
+    products = encoder_flops(audio, Mask(kind="none")) - norms
+    assert counter.get_total_flops() == 2 * products
