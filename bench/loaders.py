@@ -75,7 +75,7 @@ def dali(shards: Shards) -> Batches:
     """`frontend.backend: dali_wave`."""
     from flap_fast.data.dali import DaliDecoder  # Linux only
 
-    return DaliDecoder(
+    decoder = DaliDecoder(
         _encoded(shards),
         AUDIO,
         batch=BATCH,
@@ -84,11 +84,13 @@ def dali(shards: Shards) -> Batches:
         device=torch.device("cpu"),
         mel=False,
     )
+    return (clips.sound for clips in decoder)
 
 
 def twin(shards: Shards) -> Batches:
     """`frontend.backend: torch`."""
-    return TorchDecoder(_encoded(shards), AUDIO, threads=CORES, prefetch=PREFETCH)
+    decoder = TorchDecoder(_encoded(shards), AUDIO, threads=CORES, prefetch=PREFETCH)
+    return (clips.sound for clips in decoder)
 
 
 def usual(sound: bytes) -> Tensor:

@@ -2,25 +2,22 @@
 
     YAML file  ->  overrides `a.b=c`  ->  Config  ->  `flap config show`
 
-A knob is a field below with a docstring; nothing else has to be touched. Names follow the papers
+A knob is a field below with a docstring (of sections `audio` and `fusion`, in `config_audio.py`);
+nothing else has to be touched. Names follow the papers
 (FLAP, arXiv 2311.01615) and the toolkit's options. A wrong value dies here, before a file is
 opened: the error names the setting, the rule, the value and the remedy.
 """
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from flap_fast.checks import need
+from flap_fast.config_audio import Audio, Count, CountOrZero, Fusion, Positive, Ratio, Section
 
-Ratio = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
 Folders = Annotated[
     tuple[Path, ...], BeforeValidator(lambda v: (v,) if isinstance(v, (str, Path)) else v)
 ]
@@ -35,27 +32,8 @@ def _named(value: object) -> object:
     return (value,) if isinstance(value, str) else value
 
 
-# Width, depth and heads of the audio encoder. Source: SPEC 4.1; `tiny` is the demo's.
-SIZES = {
-    "tiny": (192, 4, 3),
-    "small": (384, 12, 6),
-    "base": (768, 12, 12),
-    "large": (1024, 24, 16),
-}
-
-
-class Section(BaseModel):
-    """Frozen settings; an unknown name is refused."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _empty(cls, tree):
-        """`mask:` with all its lines commented out means the defaults."""
-        return {} if tree is None else tree
+# HTSAT's SpecAug. Source: SPEC 3.5.
+_HTSAT_SPECAUG = {"time_frames": 64, "freq_bins": 8, "stripes": 2}
 
 
 class Run(Section):
@@ -88,96 +66,6 @@ class Frontend(Section):
     """Batches decoded ahead."""
 
 
-class Audio(Section):
-    size: Literal["tiny", "small", "base", "large"] = "base"
-    """Width, depth and heads of the ViT: 192/4/3, 384/12/6, 768/12/12, 1024/24/16."""
-    width: Count | None = None
-    """Overrides the size's width D."""
-    depth: Count | None = None
-    """Overrides the size's number of blocks."""
-    heads: Count | None = None
-    """Overrides the size's number of heads."""
-    duration_s: Positive = 10.0
-    """Seconds of sound the model sees: longer clips are cropped, shorter ones filled."""
-    sample_rate_hz: int = Field(default=16_000, ge=1000)
-    """Rate of the front end."""
-    mel_bins: Count = 128
-    """Mel bins F."""
-    frames: Count = 1024
-    """Frames T of the log-mel: 998 frames of 10 s, then rows of zeros."""
-    patch: Count = 16
-    """Side of a square patch, in frames and in bins."""
-    mean: float = -4.2677393
-    """Mean of AudioSet's log-mels, subtracted."""
-    std: Positive = 4.5689974
-    """Their standard deviation; twice it divides."""
-    filling: Literal["repeatpad", "pad", "repeat"] = "repeatpad"
-    """How a short clip is filled: whole repeats then zeros, zeros, or repeats cut off."""
-    use_cls: bool = True
-    """Prepend a [CLS] token (as AudioMAE's checkpoints do)."""
-    pool: Literal["mean_patch", "cls", "mean_all"] = "mean_patch"
-    """What becomes the clip's vector."""
-    norm_position: Literal["tokens", "pooled"] = "tokens"
-    """The final LayerNorm: on the tokens before pooling, or on the pooled vector."""
-    pos_grid: Literal["correct", "audiomae_legacy"] = "correct"
-    """Grid of the fixed positions; AudioMAE's own table was built for the transposed grid."""
-    drop_path: Ratio = 0.0
-    """Stochastic depth at the last block, growing linearly from 0."""
-    attention: Literal["sdpa", "xformers"] = "sdpa"
-    """PyTorch's attention, or xformers' (CUDA only)."""
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Patches along time and along frequency."""
-        return self.frames // self.patch, self.mel_bins // self.patch
-
-    @property
-    def samples(self) -> int:
-        """Samples of a crop."""
-        return round(self.duration_s * self.sample_rate_hz)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Width, depth and heads in force."""
-        width, depth, heads = SIZES[self.size]
-        return self.width or width, self.depth or depth, self.heads or heads
-
-    @model_validator(mode="after")
-    def _fits(self):
-        width, _, heads = self.shape
-        need(width % heads == 0, "audio.width", f"be a multiple of audio.heads = {heads}", width)
-        need(width % 4 == 0, "audio.width", "be a multiple of 4 (2-D sine positions)", width)
-        for name in ("frames", "mel_bins"):
-            value = getattr(self, name)
-            need(value % self.patch == 0, f"audio.{name}", f"be a multiple of {self.patch}", value)
-        spoken = 1 + (self.samples - self.window) // self.hop
-        need(spoken >= 1, "audio.duration_s", "hold one window of 25 ms", self.duration_s)
-        need(
-            self.frames >= spoken,
-            "audio.frames",
-            f"hold the {spoken} frames of audio.duration_s = {self.duration_s:g}",
-            self.frames,
-            f"set audio.frames={math.ceil(spoken / self.patch) * self.patch}",
-        )
-        need(
-            self.use_cls or self.pool != "cls",
-            "audio.pool",
-            "not be 'cls' without audio.use_cls",
-            self.pool,
-        )
-        return self
-
-    @property
-    def window(self) -> int:
-        """Samples of Kaldi's 25 ms window."""
-        return self.sample_rate_hz * 25 // 1000
-
-    @property
-    def hop(self) -> int:
-        """Samples of the 10 ms shift."""
-        return self.sample_rate_hz // 100
-
-
 class Image(Section):
     """Setting this section puts an image tower in the place of the audio tower."""
 
@@ -205,8 +93,10 @@ class SpecAug(Section):
     """Widest time mask, exclusive; 0 turns it off."""
     freq_bins: CountOrZero = 48
     """Widest frequency mask, exclusive; 0 turns it off."""
+    stripes: Count = 1
+    """Masks of each kind. HTSAT's defaults are 2 of up to 63 frames and 2 of up to 7 bins."""
     domain: Literal["pre_norm", "post_norm"] = "pre_norm"
-    """Zeros before normalisation (AudioMAE's order) or after."""
+    """Zeros before normalisation (AudioMAE's order) or after; HTSAT's lie behind its BatchNorm."""
 
 
 class Mask(Section):
@@ -506,6 +396,7 @@ class Config(Section):
     audio: Audio = Audio()
     image: Image | None = None
     """Set, even to `{}`: pictures instead of sounds."""
+    fusion: Fusion = Fusion()
     specaug: SpecAug = SpecAug()
     mask: Mask = Mask()
     text: Text = Text()
@@ -551,6 +442,30 @@ class Config(Section):
         need("audio" not in again, "train.checkpoint_activations", rule, ", ".join(again))
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _follow(cls, tree):
+        """Defaults of a section that follow another one."""
+        tree = dict(tree or {})
+        if _given(tree, "audio", "encoder") == "htsat":
+            _default(tree, "mask", {"kind": "none"})
+            _default(tree, "specaug", _HTSAT_SPECAUG)
+        if _given(tree, "fusion", "type") not in (None, "none"):
+            _default(tree, "audio", {"mel_variant": "htk_none"})
+        return tree
+
+    @model_validator(mode="after")
+    def _suits_the_encoder(self):
+        vit, recon = self.audio.encoder == "vit", self.loss.recon.weight
+        rule = "be 'none' with audio.encoder = htsat, whose windows need every patch"
+        remedy = "set mask.kind=none, or audio.encoder=vit"
+        need(vit or self.mask.kind == "none", "mask.kind", rule, self.mask.kind, remedy)
+        rule = "be 0 with audio.encoder = htsat, which drops no patches to rebuild"
+        need(vit or recon == 0, "loss.recon.weight", rule, recon, "set audio.encoder=vit")
+        rule = "be off with audio.encoder = htsat, whose blocks are run as they are"
+        need(vit or not self.train.compile, "train.compile", rule, True)
+        return self
+
     @model_validator(mode="after")
     def _rebuilds_what_is_masked(self):
         need(
@@ -562,10 +477,39 @@ class Config(Section):
         )
         return self
 
+    @model_validator(mode="after")
+    def _fuses(self):
+        if self.fusion.on:
+            need(
+                self.fusion.max_duration_s >= self.audio.duration_s,
+                "fusion.max_duration_s",
+                f"be at least audio.duration_s = {self.audio.duration_s:g}",
+                self.fusion.max_duration_s,
+            )
+            need(
+                self.fusion.force_one or self.train.zero_stage < 3,
+                "fusion.force_one",
+                "be true with train.zero_stage = 3, whose ranks gather weights in step",
+                self.fusion.force_one,
+            )
+        return self
+
     @property
     def run_folder(self) -> Path:
         """Where this run keeps everything it writes."""
         return self.run.folder / self.run.name
+
+
+def _given(tree: dict, section: str, name: str) -> object:
+    """A setting of a tree whose sections are mappings or checked already; None if not given."""
+    value = tree.get(section)
+    return value.get(name) if isinstance(value, dict) else getattr(value, name, None)
+
+
+def _default(tree: dict, section: str, defaults: dict) -> None:
+    """Fill in what a section does not say, unless it was checked already."""
+    if tree.get(section) is None or isinstance(tree[section], dict):
+        tree[section] = {**defaults, **(tree.get(section) or {})}
 
 
 def check_before_loading(config: Config, world: int) -> None:

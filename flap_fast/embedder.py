@@ -20,9 +20,11 @@ from torch.nn import functional
 from flap_fast.checks import need
 from flap_fast.config import Config
 from flap_fast.data.captions import Tokenizer, tokenizer
-from flap_fast.data.mel import kaldi_log_mel, normalise
+from flap_fast.data.frontend import MelFrontEnd, fitted, together
+from flap_fast.data.fusion import PIECES
+from flap_fast.data.mel import normalise
 from flap_fast.data.prepare import ahead
-from flap_fast.data.sound import BadSound, crop, crop_positions, fill, mono_at, read_sound
+from flap_fast.data.sound import BadSound, crop_positions, mono_at, read_sound
 from flap_fast.evaluate.embed import text_embedder
 from flap_fast.evaluate.prompts import SOUND, prompts
 from flap_fast.evaluate.zero_shot import class_vectors
@@ -36,6 +38,8 @@ Sound = str | Path | Array | tuple[Array, float] | Mapping[str, Any]
 librosa, torchaudio and soundfile load them; or a row of an Audio column of Hugging Face datasets:
 {"array": .., "sampling_rate": ..}."""
 
+Crops = list[np.ndarray]
+"""Of a sound: (samples,) float32 each; with fusion of lengths of their own."""
 Embedded = Generator[Tensor | BadSound]
 """Of each sound its (d,) unit row, or why there is none."""
 
@@ -45,7 +49,7 @@ class Embedder:
 
     def __init__(self, model: Flap, config: Config, tokenizer: Tokenizer, device: torch.device):
         self.model, self.config, self.device = model.to(device).eval(), config, device
-        self._mel = kaldi_log_mel(config.audio, device)
+        self._mel = MelFrontEnd(config.audio, config.fusion, device)
         self._tokenizer = tokenizer
 
     def embed_audio(
@@ -92,9 +96,10 @@ class Embedder:
         Any number of sounds passes through in constant memory.
 
         Args:
-            crop: of sounds longer than audio.duration_s: `center`, `multi:K` (the mean of K crops
-                at equal steps) or `whole` (the mean of as many as cover it). eval.crop when not
-                given, `center` where that is random. Shorter ones are filled as in training.
+            crop: of sounds longer than audio.duration_s, with fusion than fusion.max_duration_s:
+                `center`, `multi:K` (the mean of K crops at equal steps) or `whole` (the mean of as
+                many as cover it). eval.crop when not given, `center` where that is random. Shorter
+                ones are filled as in training.
         """
         need(batch >= 1, "batch", "be at least 1", batch)
         policy = crop or ("center" if self.config.eval.crop == "random" else self.config.eval.crop)
@@ -102,7 +107,7 @@ class Embedder:
         need(bool(re.fullmatch(r"center|whole|multi:[1-9]\d*", policy)), "crop", rule, policy)
         rate = float(sample_rate_hz or self.config.audio.sample_rate_hz)
 
-        def decode(numbered: tuple[int, Sound]) -> np.ndarray | BadSound:
+        def decode(numbered: tuple[int, Sound]) -> Crops | BadSound:
             try:
                 return self._crops(numbered[1], numbered[0], rate, policy)
             except BadSound as why:
@@ -113,14 +118,14 @@ class Embedder:
     def _embed_each(
         self,
         sounds: Iterable[Sound],
-        decode: Callable[[tuple[int, Sound]], np.ndarray | BadSound],
+        decode: Callable[[tuple[int, Sound]], Crops | BadSound],
         batch: int,
     ) -> Embedded:
         threads = self.config.frontend.threads or os.cpu_count() or 1
         with ThreadPoolExecutor(threads) as pool:
             decoded = ahead(pool, decode, enumerate(sounds), limit=2 * batch + threads)
             with closing(decoded):
-                waiting: list[np.ndarray | BadSound] = []
+                waiting: list[Crops | BadSound] = []
                 crops = 0
                 for sound in decoded:
                     waiting.append(sound)
@@ -168,7 +173,8 @@ class Embedder:
     def identity(self) -> str:
         """SHA-256 of what embeddings depend on: the weights, the front end, the pooling."""
         digest = hashlib.sha256()
-        for part in (self.config.audio, self.config.text.pool, self.config.joint):
+        config = self.config
+        for part in (config.audio, config.fusion, config.text.pool, config.joint):
             digest.update(
                 part.encode() if isinstance(part, str) else part.model_dump_json().encode()
             )
@@ -177,10 +183,10 @@ class Embedder:
             digest.update(weights.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
-    def _finish(self, sounds: list[np.ndarray | BadSound], batch: int) -> Embedded:
+    def _finish(self, sounds: list[Crops | BadSound], batch: int) -> Embedded:
         """Embed the crops of some sounds together, and average those of a sound."""
-        crops = [sound for sound in sounds if not isinstance(sound, BadSound)]
-        rows = iter(self._embed_waves(np.concatenate(crops), batch) if crops else ())
+        crops = [wave for sound in sounds if not isinstance(sound, BadSound) for wave in sound]
+        rows = iter(self._embed_waves(crops, batch) if crops else ())
         for sound in sounds:
             if isinstance(sound, BadSound):
                 yield sound
@@ -189,17 +195,18 @@ class Embedder:
             yield own[0] if len(own) == 1 else functional.normalize(torch.stack(own).mean(0), dim=0)
 
     @torch.no_grad()
-    def _embed_waves(self, waves: np.ndarray, batch: int) -> Tensor:
-        """(crops, samples) -> (crops, d), on the CPU."""
+    def _embed_waves(self, waves: Crops, batch: int) -> Tensor:
+        """N crops -> (N, d), on the CPU; the pieces of a fused one come from the middles."""
         rows = []
-        for some in torch.from_numpy(waves).split(batch):
-            mel = normalise(self._mel(some.to(self.device, non_blocking=True)), self.config.audio)
-            rows.append(self.model.embed_audio(mel[:, None]))
+        for first in range(0, len(waves), batch):
+            some = waves[first : first + batch]
+            mel, longer = self._mel(together(some, np.full((len(some), 1 + PIECES), 0.5)))
+            rows.append(self.model.embed_audio(normalise(mel, self.config.audio), longer=longer))
         return torch.cat(rows).cpu()
 
-    def _crops(self, sound: Sound, number: int, rate: float, policy: str) -> np.ndarray:
-        """(crops, audio.samples) float32."""
-        audio = self.config.audio
+    def _crops(self, sound: Sound, number: int, rate: float, policy: str) -> Crops:
+        """What the model is to see of a sound."""
+        audio, longest = self.config.audio, self.config.fusion.longest(self.config.audio)
         try:
             wave = _wave(sound, rate, audio.sample_rate_hz)
         except BadSound as why:
@@ -207,10 +214,9 @@ class Embedder:
             raise BadSound(f"{name}: {why}") from None
         crops = int(policy[6:]) if policy.startswith("multi:") else 1
         if policy == "whole":
-            crops = -(-len(wave) // audio.samples)
-        crops = crops if len(wave) > audio.samples else 1
-        cut = (crop(wave, audio.samples, float(at)) for at in crop_positions(crops))
-        return np.stack([fill(piece, audio.samples, audio.filling) for piece in cut])
+            crops = -(-len(wave) // longest)
+        crops = crops if len(wave) > longest else 1
+        return [fitted(wave, float(at), audio, self.config.fusion) for at in crop_positions(crops)]
 
 
 def _wave(sound: Sound, rate: float, sample_rate_hz: int) -> np.ndarray:

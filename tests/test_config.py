@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from flap_fast.checks import ConfigError, need
-from flap_fast.config import Audio, Config, Data, Image, Train, check_before_loading
+from flap_fast.config import Audio, Config, Data, Fusion, Image, Train, check_before_loading
 from flap_fast.configfile import dump_config, load_config, parse_config
 
 
@@ -71,6 +71,58 @@ def yaml_file(tmp_path: Path):
         (
             "audio: {use_cls: false, pool: cls}",
             "audio.pool must not be 'cls' without audio.use_cls, got 'cls'",
+        ),
+        (
+            "audio: {depths: [2, 2]}",
+            r"audio.depths must be left out .*, got '\(2, 2\)'; set audio.*",
+        ),
+        (
+            "audio: {mel: clap, high_hz: 30000}",
+            r"audio.high_hz must be in \(audio.low_hz = 50, half .*\], got 30000.0",
+        ),
+        (
+            "audio: {encoder: htsat}\nmask: {kind: 2d}",
+            "mask.kind must be 'none' with audio.encoder = htsat, whose windows need every patch, "
+            "got '2d'; set mask.kind=none, or audio.encoder=vit",
+        ),
+        (
+            "audio: {encoder: htsat}\nloss: {recon: {weight: 1}}",
+            "loss.recon.weight must be 0 with audio.encoder = htsat, which drops no patches to "
+            "rebuild, got 1.0; set audio.encoder=vit",
+        ),
+        (
+            "audio: {encoder: htsat}\ntrain: {compile: true}",
+            "train.compile must be off with audio.encoder = htsat, .*, got True",
+        ),
+        (
+            "audio: {encoder: htsat, frames: 1024}",
+            "audio.frames must be the 1001 frames of audio.duration_s = 10 for HTSAT, got 1024; "
+            "set audio.frames=1001",
+        ),
+        (
+            "audio: {encoder: htsat, depth: 3}",
+            "audio.depth must be left out .*; set audio.*",
+        ),
+        (
+            "audio: {encoder: htsat, size: small}",
+            "audio.size must be one of .*, got 'small'",
+        ),
+        ("audio: {encoder: htsat, width: 98}", "audio.width must be a multiple .*, got 98"),
+        (
+            "audio: {encoder: htsat, attention: xformers}",
+            "audio.attention must be 'sdpa' for HTSAT.*",
+        ),
+        (
+            "audio: {encoder: htsat, window_patches: 13}",
+            "audio.window_patches must divide each of 4 stages .*, got 13; change it, or .*",
+        ),
+        (
+            "fusion: {type: aff_2d, max_duration_s: 5}",
+            "fusion.max_duration_s must be at least audio.duration_s = 10, got 5.0",
+        ),
+        (
+            "fusion: {type: daf_1d, force_one: false}\ntrain: {zero_stage: 3}",
+            "fusion.force_one must be true with train.zero_stage = 3, .*, got False",
         ),
         ("text: {width: 770}", "text.width must be a multiple of text.heads = 12, got 770"),
         (
@@ -189,6 +241,7 @@ def test_an_override_inside_a_value_is_refused(yaml_file):
         ["train.steps=20"],
         ["optim.lr=1e-5", "optim.betas=[0.99, 0.9]", "data.train=[a, b]", "text.folder=models/x"],
         ["audio.size=small", "audio.frames=256", "audio.duration_s=2.5", "mask.kind=none"],
+        ["audio.encoder=htsat", "audio.depths=[2, 2]", "specaug.stripes=3"],
     ],
 )
 def test_a_dumped_config_reads_back_equal(yaml_file, overrides):
@@ -251,6 +304,51 @@ def test_sizes_follow_the_papers():
     found = {size: Audio.model_validate({"size": size}).shape for size in shapes}
     assert found == shapes
     assert Audio(size="base", width=64, heads=2).shape == (64, 12, 2)
+
+
+def test_htsat_brings_its_front_end_its_specaug_and_no_mask():
+    config = load_config(None, ["audio.encoder=htsat"])
+    audio, specaug = config.audio, config.specaug
+    assert (audio.mel, audio.sample_rate_hz, audio.samples) == ("clap", 48_000, 480_000)
+    assert (audio.window, audio.hop, audio.mel_bins, audio.frames) == (1024, 480, 64, 1001)
+    assert (audio.low_hz, audio.high_hz, audio.int16_roundtrip) == (50, 14_000, True)
+    assert (audio.mel_variant, audio.mean, audio.std) == ("slaney_norm", 0, 0.5)
+    assert (audio.patch, audio.image_side, audio.grid) == (4, 256, (64, 64))
+    assert audio.stages == ((96, 2, 4), (192, 2, 8), (384, 6, 16), (768, 2, 32))
+    assert (audio.drop_path, config.mask.kind) == (0.1, "none")
+    assert (specaug.time_frames, specaug.freq_bins, specaug.stripes) == (64, 8, 2)
+
+
+def test_what_follows_the_encoder_can_be_set_and_a_ViT_has_none_of_it():
+    tree = {"audio": {"encoder": "htsat", "drop_path": 0.0}, "specaug": {"freq_bins": 3}}
+    config = parse_config(tree)
+    assert (config.audio.drop_path, config.audio.patch) == (0, 4)
+    assert (config.specaug.freq_bins, config.specaug.time_frames) == (3, 64)
+    assert Config(audio=Audio(encoder="htsat")).mask.kind == "none"
+    plain = Config()
+    assert (plain.mask.kind, plain.specaug.stripes, plain.audio.mel) == ("2d", 1, "kaldi")
+    assert not plain.audio.int16_roundtrip
+
+
+def test_fusion_brings_torchaudios_mel_matrix():
+    fused = ["audio.encoder=htsat", "fusion.type=aff_2d"]
+    assert load_config(None, fused).audio.mel_variant == "htk_none"
+    kept = load_config(None, [*fused, "audio.mel_variant=slaney_norm"])
+    assert kept.audio.mel_variant == "slaney_norm"
+    assert load_config(None, fused[:1]).audio.mel_variant == "slaney_norm"
+
+
+def test_fusion_says_how_much_of_a_clip_is_decoded():
+    audio = Audio()
+    assert Fusion().longest(audio) == audio.samples == 160_000
+    assert Fusion(type="aff_2d").longest(audio) == 480_000
+    assert Fusion(type="aff_2d", max_duration_s=12.5).longest(audio) == 200_000
+
+
+def test_five_seconds_fold_into_the_square_of_ten():
+    """501 frames of 64 bins would fit into 192 x 192, which four stages of windows cannot halve."""
+    assert Audio(encoder="htsat", duration_s=5.0, frames=501).image_side == 256
+    assert Audio(encoder="htsat", duration_s=20.0, frames=2001).image_side == 512
 
 
 def test_998_frames_of_ten_seconds_fit_into_1008_and_not_into_992():

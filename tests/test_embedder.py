@@ -132,6 +132,23 @@ def test_long_sounds_are_cropped_as_asked(embedder: Embedder):
         embedder.embed_audio([wave], crop="random")
 
 
+def test_a_fused_model_hears_more_of_a_sound_at_once(embedder: Embedder):
+    """2 s of 3.5 s in one crop of four channels; a sound that fits in the window is not fused."""
+    config = tiny("fusion.type=aff_2d", "fusion.max_duration_s=2.0")
+    torch.manual_seed(0)
+    fused = Embedder(Flap(config), config, tokenizer(config.text), torch.device("cpu"))
+    wave = noise(0, 3.5, RATE) * np.linspace(0.1, 2, 56_000, dtype=np.float32)
+    pieces = fused.embed_audio([wave[:32_000], wave[24_000:]])
+    mean = torch.nn.functional.normalize(pieces.mean(0), dim=0)
+    found = fused.embed_audio([WAVE, wave, WAVE], batch=2, crop="whole")
+    assert same(found[1], mean)
+    assert same(found[2], found[0])
+    (centre,) = fused.embed_audio([wave[12_000:44_000]])
+    assert same(fused.embed_audio([wave])[0], centre)
+    assert not same(fused.embed_audio([wave[20_000:36_000]])[0], centre, 1e-4)
+    assert fused.identity != embedder.identity
+
+
 def test_a_single_sound_or_caption_wants_brackets(embedder: Embedder):
     with pytest.raises(TypeError, match="a list"):
         embedder.embed_audio("dog.wav")

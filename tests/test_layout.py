@@ -14,7 +14,8 @@ SOURCES = sorted([*ROOT.glob("flap_fast/**/*.py"), *ROOT.glob("kernels/**/*.py")
 ROOMS = {
     "checks": set(),
     "ranks": set(),
-    "config": {"checks"},
+    "config_audio": {"checks"},
+    "config": {"config_audio", "checks"},
     "configfile": {"config", "checks"},
     "data": {"config", "checks", "ranks"},
     "model": {"data", "config", "configfile", "checks", "ranks"},

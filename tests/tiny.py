@@ -12,6 +12,13 @@ _SMALL = (
     *("train.global_batch=8", "train.steps=4", "frontend.threads=1"),
 )
 
+# 101 frames of 16 bins, folded into 64 x 64 pixels: 16 x 16 patches, then 8 x 8.
+HTSAT = (
+    *("audio.encoder=htsat", "audio.sample_rate_hz=16000", "audio.high_hz=8000"),
+    *("audio.frames=101", "audio.mel_bins=16", "audio.depth=null", "audio.depths=[2, 2]"),
+    *("audio.width=16", "specaug.time_frames=16", "specaug.freq_bins=4"),
+)
+
 
 def tiny(*overrides: str) -> Config:
     """Clips of 1 s (98 frames, 7 x 8 patches), towers of 32 numbers, batches of 8."""

@@ -16,7 +16,7 @@ class Batch:
     """
 
     mel: Tensor
-    """(B, 1, T, F) float32, normalised; SpecAug comes with the step."""
+    """(B, 1, T, F) float32, normalised; (B, 4, T, F) with fusion. SpecAug comes with the step."""
     ids: Tensor
     """(B, L) int64 caption tokens."""
     attention_mask: Tensor
@@ -27,6 +27,8 @@ class Batch:
     """(B,) int64: which clips of the shards these are."""
     epoch: int
     """How often the data was gone through before."""
+    longer: Tensor | None = None
+    """With fusion, (B,) bool on the CPU: clips whose pieces are fused with the whole of them."""
 
 
 @dataclass(frozen=True)

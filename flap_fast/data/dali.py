@@ -3,9 +3,11 @@
     bytes, where -> decode, downmix, resample -> crop -> fill -> wave (B, samples)      `dali_wave`
                                                            ... -> log-mel (B, T, F)    `dali_mel`
 
-`dali_mel` approximates Kaldi's mel: DALI has no removal of a frame's mean and its triangles are
-linear in Hz (SPEC 3.3). The order of clips is ours, not a DALI reader's: bytes come in through an
-external source, so that any number of ranks and any restart see the same order.
+With fusion clips are whole, of lengths of their own, with zeros behind the shorter ones of a batch.
+
+`dali_mel` is exact for CLAP's mel and approximates Kaldi's: DALI has no removal of a frame's mean
+and its triangles are linear in Hz (SPEC 3.3). The order of clips is ours, not a DALI reader's:
+bytes come in through an external source, so that any number of ranks and any restart see the same.
 
 The only file that imports nvidia.dali.
 """
@@ -23,9 +25,10 @@ import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali import math as dali_math
-from torch import Tensor
 
-from flap_fast.config import Audio
+from flap_fast.config import Audio, Fusion
+from flap_fast.data import mel_clap
+from flap_fast.data.frontend import Decoded
 from flap_fast.data.mel import FLOOR, LOW_HZ, PREEMPHASIS, hann
 from flap_fast.data.sound import BadSound
 
@@ -36,7 +39,8 @@ class DaliDecoder:
     """Decodes batches in order, several ahead of the one taken by `next`.
 
     Args:
-        batches: gives (encoded clips, where to crop each in [0, 1)); drawn from ahead of time.
+        batches: gives (encoded clips, draws of each in [0, 1), the first of them where to crop it);
+            drawn from ahead of time.
         batch: the most clips of a batch.
         mel: give log-mels, not waveforms.
         device: a CUDA device moves what follows the decoding there.
@@ -52,6 +56,7 @@ class DaliDecoder:
         prefetch: int,
         device: torch.device,
         mel: bool,
+        fusion: Fusion | None = None,
     ):
         self._no_more: Exception | None = None
 
@@ -63,13 +68,14 @@ class DaliDecoder:
                 raise
             return (
                 [np.frombuffer(sound, np.uint8) for sound in sounds],
-                [np.array([w], np.float64) for w in where],
+                [np.asarray(draws, np.float64).reshape(-1) for draws in where],
             )
 
         on_gpu = device.type == "cuda"
         self._pipe = _graph(
             source,
             audio,
+            fusion or Fusion(),
             mel,
             on_gpu,
             batch_size=batch,
@@ -83,15 +89,15 @@ class DaliDecoder:
     def __iter__(self) -> DaliDecoder:
         return self
 
-    def __next__(self) -> Tensor:
-        """The next batch: (B, samples) waveforms, or (B, T, F) log-mels, float32.
+    def __next__(self) -> Decoded:
+        """The next batch: waveforms, or log-mels.
 
         Raises:
             BadSound: a clip of this batch cannot be decoded; the batches after it are not hurt.
             StopIteration: `batches` has ended.
         """
         try:
-            out, mean = self._pipe.run()
+            out, mean, lengths, where = self._pipe.run()
         except (RuntimeError, ValueError) as error:
             if error is self._no_more:
                 raise
@@ -100,7 +106,9 @@ class DaliDecoder:
             raise BadSound("DALI: no samples, or samples that are not finite")
         batch = torch.from_dlpack(out.as_tensor())
         # On the CPU it owns its memory; on a GPU DALI's stream might use that again too early.
-        return batch.clone() if batch.is_cuda else batch
+        batch = batch.clone() if batch.is_cuda else batch
+        lengths = torch.from_dlpack(lengths.as_tensor()).flatten()
+        return Decoded(batch, lengths, torch.from_dlpack(where.as_tensor()))
 
 
 def _reason(error: Exception) -> str:
@@ -110,16 +118,23 @@ def _reason(error: Exception) -> str:
 
 
 @pipeline_def
-def _graph(source, audio: Audio, mel: bool, on_gpu: bool):
+def _graph(source, audio: Audio, fusion: Fusion, mel: bool, on_gpu: bool):
     sound, where = fn.external_source(
         source=source, num_outputs=2, dtype=[types.UINT8, types.FLOAT64], ndim=1
     )
     wave, _ = fn.decoders.audio(sound, downmix=True, sample_rate=float(audio.sample_rate_hz))
     mean = fn.reductions.mean(wave, axes=[0])
-    wave = _fill(_crop(wave, where, audio.samples), audio.samples, audio.filling)
-    if on_gpu:
-        wave = wave.gpu()
-    return (_log_mel(wave, audio) if mel else wave), mean
+    wave = _crop(wave, where[0:1], fusion.longest(audio))
+    wave = _fill(wave, audio.samples, audio.filling)
+    out = wave.gpu() if on_gpu else wave
+    if mel:
+        out = _log_mel(out, audio)
+    length = _length(out)[0:1]
+    if fusion.on:
+        out = fn.pad(out, axes=[0], fill_value=0.0)
+    elif mel:
+        out = fn.pad(out, axes=[0], shape=[audio.frames], fill_value=0.0)
+    return out, mean, length, where
 
 
 def _crop(wave, where, samples: int):
@@ -132,13 +147,15 @@ def _crop(wave, where, samples: int):
 
 def _fill(wave, samples: int, filling: str):
     """The repeats as a broadcast product, so that each clip may have its own number of them."""
+    whole = dali_math.max(_length(wave), samples)
     if filling != "pad":
-        repeats = samples // _length(wave) + (1 if filling == "repeat" else 0)
+        repeats = whole // _length(wave) + (1 if filling == "repeat" else 0)
         shape = fn.cat(fn.cast(repeats, dtype=types.INT32), types.Constant([1]), axis=0)
         ones = fn.full(np.float32(1), shape=shape)
         wave = fn.reshape(ones * fn.expand_dims(wave, axes=[0]), shape=[-1])
+    first = types.Constant([0], dtype=types.INT64)
     return fn.slice(
-        wave, 0, samples, axes=[0], out_of_bounds_policy="pad", fill_values=0.0, **_WHOLE
+        wave, first, whole, axes=[0], out_of_bounds_policy="pad", fill_values=0.0, **_WHOLE
     )
 
 
@@ -147,6 +164,38 @@ def _length(wave):
 
 
 def _log_mel(wave, audio: Audio):
+    if audio.int16_roundtrip:
+        wave = dali_math.clamp(wave, -1, 1) * 32767
+        whole = dali_math.floor(dali_math.max(wave, 0)) - dali_math.floor(dali_math.max(-wave, 0))
+        wave = whole / 32767
+    log = (_clap if audio.mel == "clap" else _kaldi)(wave, audio)
+    return fn.transpose(log, perm=[1, 0])
+
+
+def _clap(wave, audio: Audio):
+    power = fn.spectrogram(
+        wave,
+        nfft=audio.window,
+        window_length=audio.window,
+        window_step=audio.hop,
+        window_fn=mel_clap.hann(audio.window).astype(np.float32).tolist(),
+        layout="ft",
+    )
+    slaney = audio.mel_variant == "slaney_norm"
+    mel = fn.mel_filter_bank(
+        power,
+        sample_rate=float(audio.sample_rate_hz),
+        nfilter=audio.mel_bins,
+        freq_low=audio.low_hz,
+        freq_high=audio.high_hz,
+        mel_formula="slaney" if slaney else "htk",
+        normalize=slaney,
+    )
+    cutoff = 10 * math.log10(mel_clap.FLOOR)
+    return fn.to_decibels(mel, multiplier=10.0, reference=1.0, cutoff_db=cutoff)
+
+
+def _kaldi(wave, audio: Audio):
     wave = wave - fn.reductions.mean(wave, axes=[0])
     # A global filter equals Kaldi's in each frame: the window is zero where they differ.
     wave = fn.preemphasis_filter(wave, preemph_coeff=PREEMPHASIS)
@@ -168,8 +217,7 @@ def _log_mel(wave, audio: Audio):
         mel_formula="htk",
         normalize=False,
     )
-    log = fn.to_decibels(mel, multiplier=math.log(10), reference=1.0, cutoff_db=math.log(FLOOR))
-    return fn.pad(fn.transpose(log, perm=[1, 0]), axes=[0], shape=[audio.frames], fill_value=0.0)
+    return fn.to_decibels(mel, multiplier=math.log(10), reference=1.0, cutoff_db=math.log(FLOOR))
 
 
 _WHOLE = {"normalized_anchor": False, "normalized_shape": False}

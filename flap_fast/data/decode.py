@@ -9,32 +9,39 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from flap_fast.checks import need
-from flap_fast.config import Audio, Frontend
-from flap_fast.data.mel import LogMel
-from flap_fast.data.sound import crop, fill, read_sound
+from flap_fast.config import Audio, Frontend, Fusion
+from flap_fast.data.frontend import Decoded, MelFrontEnd, Mels, fitted, together
+from flap_fast.data.sound import read_sound
 
+# Clips and the draws of each, (B,) or (B, draws) in [0, 1): where to crop it, then fusion's pieces.
 Encoded = tuple[list[bytes], np.ndarray]
 
 
 class TorchDecoder:
     """The twin of `DaliDecoder`: libsndfile on threads; the same interface, the same numbers."""
 
-    def __init__(self, batches: Iterator[Encoded], audio: Audio, *, threads: int, prefetch: int):
+    def __init__(
+        self,
+        batches: Iterator[Encoded],
+        audio: Audio,
+        *,
+        threads: int,
+        prefetch: int,
+        fusion: Fusion | None = None,
+    ):
         self._pool = ThreadPoolExecutor(threads)
-        self._audio = audio
+        self._audio, self._fusion = audio, fusion or Fusion()
         self._batches = batches
         self._prefetch = prefetch
-        self._waiting: deque[list[Future[np.ndarray]]] = deque()
+        self._waiting: deque[tuple[list[Future[np.ndarray]], np.ndarray]] = deque()
 
     def __iter__(self) -> TorchDecoder:
         return self
 
-    def __next__(self) -> Tensor:
-        """(B, samples) float32; raises `BadSound` for a batch with a clip that cannot be read."""
+    def __next__(self) -> Decoded:
+        """Waveforms; raises `BadSound` for a batch with a clip that cannot be read."""
         while len(self._waiting) < self._prefetch:
             encoded = next(self._batches, None)
             if encoded is None:
@@ -42,20 +49,26 @@ class TorchDecoder:
             self._waiting.append(self._begin(encoded))
         if not self._waiting:
             raise StopIteration
-        return torch.from_numpy(np.stack([clip.result() for clip in self._waiting.popleft()]))
+        clips, where = self._waiting.popleft()
+        return together([clip.result() for clip in clips], where)
 
-    def _begin(self, encoded: Encoded) -> list[Future[np.ndarray]]:
+    def _begin(self, encoded: Encoded) -> tuple[list[Future[np.ndarray]], np.ndarray]:
         sounds, where = encoded
-        return [
-            self._pool.submit(decode_one, sound, float(w), self._audio)
-            for sound, w in zip(sounds, where, strict=True)
+        clips = [
+            self._pool.submit(
+                decode_one, sound, float(np.ravel(draws)[0]), self._audio, self._fusion
+            )
+            for sound, draws in zip(sounds, where, strict=True)
         ]
+        return clips, where
 
 
-def decode_one(sound: bytes, where: float, audio: Audio) -> np.ndarray:
-    """One clip as `Decoder` gives it, (samples,) float32; raises `BadSound`."""
-    wave = crop(read_sound(sound, audio.sample_rate_hz), audio.samples, where)
-    return fill(wave, audio.samples, audio.filling)
+def decode_one(
+    sound: bytes, where: float, audio: Audio, fusion: Fusion | None = None
+) -> np.ndarray:
+    """One clip as a decoder gives it, (samples,) float32; raises `BadSound`."""
+    wave = read_sound(sound, audio.sample_rate_hz)
+    return fitted(wave, where, audio, fusion or Fusion())
 
 
 def backend(frontend: Frontend) -> str:
@@ -80,52 +93,36 @@ def backend(frontend: Frontend) -> str:
 def log_mels(
     batches: Iterator[Encoded],
     *,
-    audio: Audio,
+    mel: MelFrontEnd,
     frontend: Frontend,
     batch: int,
-    device: torch.device,
-    mel: LogMel,
     local_ranks: int = 1,
-) -> Iterator[Tensor]:
-    """(B, T, F) log-mels on the device, in order, decoded ahead.
+) -> Iterator[Mels]:
+    """Log-mels on the device, in order, decoded ahead.
 
     A batch with a clip that cannot be decoded raises `BadSound` at its turn; the next one follows.
     """
     kind = backend(frontend)
     threads = frontend.threads or max(1, (os.cpu_count() or 1) // local_ranks)
+    ahead = {"threads": threads, "prefetch": frontend.prefetch, "fusion": mel.fusion}
     if kind == "torch":
-        decoder = TorchDecoder(batches, audio, threads=threads, prefetch=frontend.prefetch)
-    else:
-        from flap_fast.data.dali import DaliDecoder
+        return _Mels(TorchDecoder(batches, mel.audio, **ahead), mel)
+    from flap_fast.data.dali import DaliDecoder
 
-        decoder = DaliDecoder(
-            batches,
-            audio,
-            batch=batch,
-            threads=threads,
-            prefetch=frontend.prefetch,
-            device=device,
-            mel=kind == "dali_mel",
-        )
-    return _Mels(decoder, mel if kind != "dali_mel" else None, device)
+    decoder = DaliDecoder(
+        batches, mel.audio, batch=batch, device=mel.device, mel=kind == "dali_mel", **ahead
+    )
+    return _Mels(decoder, mel)
 
 
 class _Mels:
     """An iterator, not a generator: it goes on after it has raised."""
 
-    def __init__(self, decoder: Iterator[Tensor], mel: LogMel | None, device: torch.device):
-        self._decoder, self._mel, self._device = decoder, mel, device
+    def __init__(self, decoder: Iterator[Decoded], mel: MelFrontEnd):
+        self._decoder, self._mel = decoder, mel
 
     def __iter__(self) -> _Mels:
         return self
 
-    def __next__(self) -> Tensor:
-        out = to_device(next(self._decoder), self._device)
-        return out if self._mel is None else self._mel(out)
-
-
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A copy that the host does not wait for: to a GPU only out of pinned memory."""
-    if device.type == "cuda" and not x.is_cuda:
-        x = x.pin_memory()
-    return x.to(device, non_blocking=True)
+    def __next__(self) -> Mels:
+        return self._mel(next(self._decoder))

@@ -14,9 +14,11 @@ from torch import Tensor
 from flap_fast.config import Config
 from flap_fast.data.batch import BadClip, Batch
 from flap_fast.data.captions import Tokenizer
-from flap_fast.data.decode import Encoded, decode_one, log_mels, to_device
+from flap_fast.data.decode import Encoded, decode_one, log_mels
 from flap_fast.data.draws import Stream, uniforms
-from flap_fast.data.mel import kaldi_log_mel, normalise
+from flap_fast.data.frontend import MelFrontEnd, Mels, to_device, together
+from flap_fast.data.fusion import PIECES
+from flap_fast.data.mel import normalise
 from flap_fast.data.order import Order
 from flap_fast.data.shards import ShardError, Shards
 from flap_fast.data.sound import BadSound, crop_positions
@@ -52,7 +54,7 @@ class TrainingLoader:
         self._config, self._shards, self._tokenizer, self._ranks = config, shards, tokenizer, ranks
         self._micro_batches = config.train.micro_batches(ranks.world)
         self._clips = batch // ranks.world // self._micro_batches
-        self._mel = kaldi_log_mel(config.audio, ranks.device)
+        self._mel = MelFrontEnd(config.audio, config.fusion, ranks.device)
 
     def batches(self, first: int, last: int, *, times: int = 1) -> Iterator[Batch]:
         """The (micro-)batches of steps `first` up to, not including, `last`.
@@ -71,19 +73,17 @@ class TrainingLoader:
 
         mels = log_mels(
             encoded(),
-            audio=self._config.audio,
+            mel=self._mel,
             frontend=self._config.frontend,
             batch=self._clips,
-            device=self._ranks.device,
-            mel=self._mel,
             local_ranks=self._ranks.local_world,
         )
         for _ in product(*orders):
             try:
-                mel = next(mels)
+                heard = next(mels)
             except BadSound as error:
-                mel = self._repair(pending[0], error)
-            yield self._batch(pending.popleft(), mel)
+                heard = self._repair(pending[0], error)
+            yield self._batch(pending.popleft(), heard)
 
     def _read(self, step: int, part: int, *, again: bool) -> _Share:
         """What the tars hold of a part of a step; clips that lack something replaced."""
@@ -95,7 +95,7 @@ class TrainingLoader:
             step=step,
             visits=visits,
             clips=self.order.clips(step)[rows],
-            where=uniforms(seed, Stream.CROP, visits, 1)[:, 0].numpy(),
+            where=uniforms(seed, Stream.CROP, visits, 1 + PIECES).numpy(),
             captions=[],
             sounds=[],
             again=again,
@@ -132,7 +132,7 @@ class TrainingLoader:
         after = f"nor can the {_TRIES - 1} clips after it" if replace else remedy
         raise ShardError(f"{self._shards.name(wanted)} cannot be used ({why}); {after}")
 
-    def _repair(self, share: _Share, error: BadSound) -> Tensor:
+    def _repair(self, share: _Share, error: BadSound) -> Mels:
         """The log-mels of a share with a clip that cannot be decoded, that clip replaced."""
         before = share.clips.copy()
         which = uniforms(self._config.run.seed, Stream.CAPTION, share.visits, 1)[:, 0].tolist()
@@ -145,28 +145,36 @@ class TrainingLoader:
                 f"step {share.step}: {error}, though libsndfile reads each of its clips, the first "
                 f"of them {self._shards.name(int(before[0]))}; set frontend.backend=torch"
             ) from error
-        audio = self._config.audio
-        pairs = zip(share.sounds, share.where, strict=True)
-        waves = np.stack([decode_one(sound, float(where), audio) for sound, where in pairs])
-        return self._mel(to_device(torch.from_numpy(waves), self._ranks.device))
+        audio, fusion = self._config.audio, self._config.fusion
+        pairs = zip(share.sounds, share.where[:, 0].tolist(), strict=True)
+        waves = [decode_one(sound, where, audio, fusion) for sound, where in pairs]
+        return self._mel(together(waves, share.where))
 
-    def _batch(self, share: _Share, mel: Tensor) -> Batch:
+    def _batch(self, share: _Share, heard: Mels) -> Batch:
         device = self._ranks.device
         ids, attention_mask = self._tokenizer(share.captions)
         return Batch(
-            mel=normalise(mel, self._config.audio)[:, None],
+            mel=normalise(heard.mel, self._config.audio),
             ids=to_device(ids, device),
             attention_mask=attention_mask.pin_memory() if device.type == "cuda" else attention_mask,
             visits=to_device(share.visits, device),
             clips=share.clips,
             epoch=self.order.epoch(share.step),
+            longer=self._one_at_least(heard.longer, share.visits),
         )
+
+    def _one_at_least(self, longer: Tensor | None, visits: Tensor) -> Tensor | None:
+        """With fusion.force_one, one of the clips where none is longer, drawn for this step."""
+        if longer is None or longer.any() or not self._config.fusion.force_one:
+            return longer
+        draws = uniforms(self._config.run.seed, Stream.CROP, visits, 2 + PIECES)[:, -1]
+        return longer.index_fill(0, draws.argmin(), True)
 
 
 def evaluation_mels(
     config: Config, shards: Shards, clips: np.ndarray, ranks: Ranks
-) -> Iterator[Tensor]:
-    """(<= eval.batch, 1, T, F) normalised log-mels of the clips named, in their order.
+) -> Iterator[Mels]:
+    """Normalised log-mels of the clips named, in their order, at most eval.batch at a time.
 
     Under eval.crop = multi:K each clip gives K of them in a row.
 
@@ -181,28 +189,28 @@ def evaluation_mels(
     def encoded() -> Iterator[Encoded]:
         for start in starts:
             some = clips[start : start + size]
-            where = positions[start : start + size]
+            where = np.full((len(some), 1 + PIECES), 0.5)
+            where[:, 0] = positions[start : start + size]
             if config.eval.crop == "random":
-                where = uniforms(0, Stream.EVAL_CROP, torch.from_numpy(some), 1)[:, 0].numpy()
+                visits = torch.from_numpy(some)
+                where = uniforms(0, Stream.EVAL_CROP, visits, 1 + PIECES).numpy()
             yield [shards.sound(clip) for clip in some], where
 
     mels = log_mels(
         encoded(),
-        audio=config.audio,
+        mel=MelFrontEnd(config.audio, config.fusion, ranks.device),
         frontend=config.frontend,
         batch=size,
-        device=ranks.device,
-        mel=kaldi_log_mel(config.audio, ranks.device),
         local_ranks=ranks.local_world,
     )
     for start in starts:
         try:
-            mel = next(mels)
+            mel, longer = next(mels)
         except BadSound as error:
             some = np.unique(clips[start : start + size])
             names = ", ".join(_undecodable(shards, some, config))
             raise ShardError(f"cannot be decoded: {names or error}; prepare it again") from None
-        yield normalise(mel, config.audio)[:, None]
+        yield Mels(normalise(mel, config.audio), longer)
 
 
 def _undecodable(shards: Shards, clips: np.ndarray, config: Config) -> Iterator[str]:

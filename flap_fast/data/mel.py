@@ -38,19 +38,32 @@ class LogMel:
 
     def __call__(self, wave: Tensor) -> Tensor:
         """(B, samples) in [-1, 1] -> (B, T, F) log-mel, padded with zero rows, not normalised."""
-        wave = wave - wave.mean(1, keepdim=True)
+        wave = to_16_bits(wave) if self.audio.int16_roundtrip else wave
+        logmel = self._log_mel(wave - wave.mean(1, keepdim=True))
+        return pad_frames(logmel, self.audio.frames)
+
+    def whole(self, wave: Tensor, lengths: Tensor) -> Tensor:
+        """(B, longest), zeros behind each clip's length -> (B, M, F), valid up to its frames."""
+        wave = to_16_bits(wave) if self.audio.int16_roundtrip else wave
+        return self._log_mel(wave - wave.sum(1, keepdim=True) / lengths[:, None])
+
+    def _log_mel(self, wave: Tensor) -> Tensor:
         frames = wave.unfold(1, self.audio.window, self.audio.hop)
-        with torch.autocast(wave.device.type, enabled=False), _true_float32():
+        with torch.autocast(wave.device.type, enabled=False), true_float32():
             parts = frames @ self.spectrum.T
             real, imaginary = parts.chunk(2, -1)
             power = real.square_().add_(imaginary.square_())
-            logmel = (power @ self.mel.T).clamp_(min=FLOOR).log_()
-        return pad_frames(logmel, self.audio.frames)
+            return (power @ self.mel.T).clamp_(min=FLOOR).log_()
 
 
 def pad_frames(logmel: Tensor, frames: int) -> Tensor:
-    """(B, t, F) -> (B, frames, F): zeros below, in the log-mel domain."""
-    return torch.nn.functional.pad(logmel, (0, 0, 0, frames - logmel.shape[1]))
+    """(..., t, F) -> (..., frames, F): zeros below, in the log-mel domain."""
+    return torch.nn.functional.pad(logmel, (0, 0, 0, frames - logmel.shape[-2]))
+
+
+def to_16_bits(wave: Tensor) -> Tensor:
+    """What a 16-bit file would hold, cut towards zero (LAION-CLAP's training data)."""
+    return wave.clamp(-1, 1).mul(32767.0).trunc_().div_(32767.0)
 
 
 def normalise(logmel: Tensor, audio: Audio) -> Tensor:
@@ -92,7 +105,7 @@ def mel_matrix(bins: int, window: int, sample_rate_hz: int) -> np.ndarray:
 
 
 def spec_augment(mel: Tensor, settings: SpecAug, audio: Audio, seed: int, visits: Tensor) -> Tensor:
-    """One frequency mask and one time mask a clip, over all of its channels.
+    """Frequency masks and time masks of each clip, over all of its channels.
 
     What they cover becomes what `normalise` makes of 0 (as AudioMAE, which masks first), or 0.
 
@@ -102,18 +115,33 @@ def spec_augment(mel: Tensor, settings: SpecAug, audio: Audio, seed: int, visits
 
     Source: torchaudio's masking semantics: width U[0, P), start U[0, size - width), both floored.
     """
-    T, F = mel.shape[-2:]
-    u = uniforms(seed, Stream.SPECAUG, visits, 4)
-    time = _stripe(u[:, 0], u[:, 1], settings.time_frames, T)
-    freq = _stripe(u[:, 2], u[:, 3], settings.freq_bins, F)
+    covered = stripes(settings, seed, visits, (mel.shape[-2], mel.shape[-1]))
     zero = mel.new_zeros(())
     zero = zero if settings.domain == "post_norm" else normalise(zero, audio)
-    return mel.masked_fill((time[:, :, None] | freq[:, None, :])[:, None], zero)
+    return mel.masked_fill(covered[:, None], zero)
 
 
-def _stripe(width: Tensor, start: Tensor, widest: int, size: int) -> Tensor:
+def stripes(
+    settings: SpecAug, seed: int, visits: Tensor, shape: tuple[int, int], *, whole: bool = False
+) -> Tensor:
+    """(B, T, F) bool: what SpecAug covers of each clip.
+
+    Args:
+        whole: draw a whole width, then a whole start (torchlibrosa), not their floors (torchaudio).
+    """
+    u = uniforms(seed, Stream.SPECAUG, visits, 4 * settings.stripes)
+    T, F = shape
+    time = freq = torch.zeros(1, 1, dtype=torch.bool, device=visits.device)
+    for n in range(0, 4 * settings.stripes, 4):
+        time = time | _stripe(u[:, n], u[:, n + 1], settings.time_frames, T, whole)
+        freq = freq | _stripe(u[:, n + 2], u[:, n + 3], settings.freq_bins, F, whole)
+    return time[:, :, None] | freq[:, None, :]
+
+
+def _stripe(width: Tensor, start: Tensor, widest: int, size: int, whole: bool) -> Tensor:
     """(B, size) bool: the cells that a mask of each clip covers."""
     width = width * min(widest, size)
+    width = width.floor() if whole else width
     first = (start * (size - width)).floor()
     cells = torch.arange(size, device=width.device)
     return (cells >= first[:, None]) & (cells < (first + width.floor())[:, None])
@@ -129,7 +157,7 @@ def _spectrum(window: int) -> np.ndarray:
     return np.concatenate([transformed.real, transformed.imag])
 
 
-class _true_float32:
+class true_float32:
     """No TF32 inside, whatever the run allows outside."""
 
     def __enter__(self):

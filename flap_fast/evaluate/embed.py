@@ -51,7 +51,7 @@ def embed(
     with evaluating(model):
         mine = share(len(shards), ranks)
         mels = evaluation_mels(config, shards, mine, ranks)
-        audio = torch.cat([model.embed_audio(mel) for mel in mels])
+        audio = torch.cat([model.embed_audio(mel, longer=longer) for mel, longer in mels])
         if config.eval.crops > 1:
             crops = audio.unflatten(0, (-1, config.eval.crops))
             audio = functional.normalize(crops.mean(1), dim=-1)

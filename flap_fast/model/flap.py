@@ -1,7 +1,7 @@
 """Two towers and a scale: everything the losses need comes out of `forward`.
 
-    mel -> AudioViT -> head -> L2 -> audio (B, d)        scale = exp(clamp(logit_scale))
-    ids -> TextEncoder -> head -> L2 -> text (B, d)      tokens of AudioViT -> Decoder -> recon ()
+    mel -> audio encoder -> head -> L2 -> audio (B, d)   scale = exp(clamp(logit_scale))
+    ids -> TextEncoder -> head -> L2 -> text (B, d)      tokens of a ViT -> Decoder -> recon ()
 
 With config.image, pictures (B, 3, R, R) in the place of sounds: image tower -> L2, under the same
 names `mel` and `audio`, for neither losses nor evaluations ask which sense it was.
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flap_fast.config import Config
-from flap_fast.model import IMAGE_ENCODERS
-from flap_fast.model.audio_vit import AudioViT, Encoded
+from flap_fast.model import AUDIO_ENCODERS, IMAGE_ENCODERS
+from flap_fast.model.audio_vit import Encoded
 from flap_fast.model.clip_text import ClipText, projection
 from flap_fast.model.decoder import Decoder
 from flap_fast.model.masking import MaskPlan
@@ -53,7 +53,9 @@ class Flap(nn.Module):
         self.precision = config.train.precision
         joint, image, clip = config.joint.width, config.image, config.text.encoder == "clip"
         if image is None:
-            self.image, self.audio = None, AudioViT(config.audio, recompute="audio" in recompute)
+            kind = AUDIO_ENCODERS[config.audio.encoder]
+            self.audio = kind(config.audio, config.fusion, recompute="audio" in recompute)
+            self.image = None
         else:
             self.image, self.audio = IMAGE_ENCODERS[image.encoder](image, joint), None
         kind = ClipText if clip else TextEncoder
@@ -74,17 +76,22 @@ class Flap(nn.Module):
         attention_mask: Tensor,
         plan: MaskPlan | None = None,
         target: Tensor | None = None,
+        erase: Tensor | None = None,
+        longer: Tensor | None = None,
     ) -> Outputs:
         """Embed both sides of B pairs.
 
         Args:
-            mel: (B, 1, T, F) float32; (B, 3, R, R) with an image tower.
+            mel: (B, 1, T, F) float32; (B, 4, T, F) with fusion; (B, 3, R, R) with an image tower.
             ids, attention_mask: (B, L) int64; the mask best on the CPU, see `packing.pack`.
             plan: the patches that masking left and dropped; all are left without.
             target: (B, 1, T, F) float32, what the decoder is to rebuild; it rests without.
+            erase: (B, T, F) bool, what SpecAug sets to 0 inside the encoder (HTSAT).
+            longer: (B,) bool on the CPU, the clips to fuse.
         """
         scale = _Clamp.apply(self.logit_scale, self.max_logit_scale).exp().squeeze(0)
-        audio, tokens = self._encode_audio(mel, None if plan is None else plan.keep)
+        keep = None if plan is None else plan.keep
+        audio, tokens = self._encode_audio(mel, keep, erase, longer)
         text = self.embed_text(ids, attention_mask)
         if self.decoder is None or target is None:
             recon = scale.new_zeros(())
@@ -93,17 +100,21 @@ class Flap(nn.Module):
                 recon = self.decoder(tokens, plan, target)
         return {"audio": audio, "text": text, "scale": scale, "recon": recon}
 
-    def embed_audio(self, mel: Tensor, keep: Tensor | None = None) -> Tensor:
-        """(B, 1, T, F), or images (B, 3, R, R) -> (B, d), unit norm, float32."""
-        return self._encode_audio(mel, keep)[0]
+    def embed_audio(
+        self, mel: Tensor, keep: Tensor | None = None, *, longer: Tensor | None = None
+    ) -> Tensor:
+        """(B, 1, T, F), fused (B, 4, T, F), images (B, 3, R, R) -> (B, d), unit norm, float32."""
+        return self._encode_audio(mel, keep, None, longer)[0]
 
-    def _encode_audio(self, mel: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _encode_audio(
+        self, mel: Tensor, keep: Tensor | None, erase: Tensor | None, longer: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Embeddings (B, d), and the encoder's tokens."""
         with self._autocast(mel.device):
             if self.image is not None:
                 x, tokens = self.image(mel)
             else:
-                encoded: Encoded = self.audio(mel, keep)
+                encoded: Encoded = self.audio(mel, keep, erase=erase, longer=longer)
                 x, tokens = self.audio_head(encoded.pooled), encoded.tokens
         return functional.normalize(x.float(), dim=-1), tokens
 

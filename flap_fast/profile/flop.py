@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flap_fast.config import Config
-from flap_fast.evaluate.flops import block_products
+from flap_fast.evaluate.flops import block_products, htsat_products
 from flap_kernels.infonce_ranks import REPLICATED_ROWS
 
 
@@ -74,8 +74,10 @@ def step_flop(
 
 
 def audio_flop(config: Config, clips: int, kept: int) -> Flop:
-    """Of the ViT and its head."""
+    """Of the audio encoder and its head."""
     audio, joint = config.audio, config.joint.width
+    if audio.encoder == "htsat":
+        return _htsat_flop(config, clips)
     width, depth, _ = audio.shape
     n = kept + audio.use_cls
     embed = 2 * clips * kept * audio.patch**2 * width
@@ -86,6 +88,25 @@ def audio_flop(config: Config, clips: int, kept: int) -> Flop:
         # PyTorch stops where the last thing saved is there: before a block's last product.
         recomputed = blocks - 2 * clips * depth * n * 4 * width**2
     return Flop(embed + blocks + head, embed + 2 * (blocks + head), recomputed)
+
+
+def _htsat_flop(config: Config, clips: int) -> Flop:
+    """Patches want a gradient too: the norm before them is trained."""
+    audio, joint = config.audio, config.joint.width
+    conv, blocks, merges = htsat_products(audio)
+    width = audio.stages[-1][0]
+    head = width * joint + joint**2
+    forward = 2 * clips * (conv + sum(blocks) + merges + head)
+    recomputed = 0
+    if "audio" in config.train.checkpoint_activations:
+        # As in the ViT; but where stochastic depth draws (nowhere in the first block), it draws
+        # behind the last product and so has it done.
+        last, N = [], audio.grid[0] ** 2
+        for n, (stage, depth, _) in enumerate(audio.stages):
+            last += [4 * (N >> 2 * n) * stage**2] * depth
+        spared = last[:1] if audio.drop_path else last
+        recomputed = 2 * clips * (sum(blocks) - sum(spared))
+    return Flop(forward, 2 * forward, recomputed)
 
 
 def text_flop(config: Config, text: TextShape, lengths: Sequence[int]) -> Flop:

@@ -92,6 +92,9 @@ def check_formulas(config: Config) -> None:
     need(config.image is None, "image", rule.format("left out"), "one")
     clip = config.text.encoder
     need(clip == "roberta", "text.encoder", rule.format("roberta"), clip)
+    encoder, fusion = config.audio.encoder, config.fusion.type
+    need(encoder == "vit", "audio.encoder", rule.format("vit"), encoder)
+    need(fusion == "none", "fusion.type", rule.format("none"), fusion)
     for name, value in (
         ("loss.recon.weight", config.loss.recon.weight),
         ("loss.cyclic.cross_weight", config.loss.cyclic.cross_weight),

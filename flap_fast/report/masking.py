@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
-from flap_fast.data.mel import kaldi_log_mel
+from flap_fast.data.frontend import log_mel
 from flap_fast.data.shards import open_shards
 from flap_fast.data.sound import crop, fill, read_sound
 from flap_fast.model.masking import mask_plan
@@ -36,7 +36,7 @@ def masking_figure(config: Config, out: Path, *, sound: Path | None = None, clip
         audio.samples,
         audio.filling,
     )
-    mel = kaldi_log_mel(audio, torch.device("cpu"))(torch.from_numpy(wave)[None])[0]
+    mel = log_mel(audio, torch.device("cpu"))(torch.from_numpy(wave)[None])[0]
     plan = mask_plan(config.mask, audio.grid, config.run.seed, torch.tensor([clip]))
     keep = torch.arange(audio.grid[0] * audio.grid[1]) if plan is None else plan.keep[0]
     shown = _only_kept(mel, keep, audio.patch, audio.grid)

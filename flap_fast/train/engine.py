@@ -210,10 +210,17 @@ def check_engine(config: Config, world: int) -> str:
 def make_engine(config: Config, model: Flap, ranks: Ranks) -> Engine:
     """The engine in force, with the model in it."""
     kind = check_engine(config, ranks.world)
+    share_norms(model, ranks)
     if config.train.compile:
         for blocks in (module for module in model.modules() if isinstance(module, Blocks)):
             blocks.compile_training()
     return (DeepSpeedEngine if kind == "deepspeed" else PlainEngine)(config, model, ranks)
+
+
+def share_norms(model: nn.Module, ranks: Ranks) -> None:
+    """Make BatchNorms take the statistics of all ranks, on GPUs; on CPUs PyTorch cannot."""
+    if ranks.world > 1 and ranks.device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
 def deepspeed_config(config: Config, ranks: Ranks) -> dict[str, Any]:
@@ -247,7 +254,7 @@ def deepspeed_config(config: Config, ranks: Ranks) -> dict[str, Any]:
 
 
 def optimizer(config: Config, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    """Adam or AdamW; weight decay on matrices only."""
+    """Adam or AdamW; weight decay on matrices only, not on tokens or tables of biases."""
     settings = config.optim
     decayed, others = parameter_groups(model)
     groups = [
@@ -267,7 +274,7 @@ def optimizer(config: Config, model: nn.Module, device: torch.device) -> torch.o
 def parameter_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """What is trained: matrices, and all that weight decay leaves alone."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    kept = ("_token", "positional_embedding")
+    kept = ("_token", "_bias_table", "positional_embedding")
     matrices = {name for name, p in trained if p.ndim >= 2 and not name.endswith(kept)}
     return (
         [p for name, p in trained if name in matrices],

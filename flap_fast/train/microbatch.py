@@ -29,7 +29,7 @@ from torch import Tensor
 
 from flap_fast.config import Config, Mask
 from flap_fast.data.batch import Batch
-from flap_fast.data.mel import spec_augment
+from flap_fast.data.mel import spec_augment, stripes
 from flap_fast.data.shards import ShardError
 from flap_fast.loss import total_loss
 from flap_fast.model.flap import Outputs
@@ -109,8 +109,8 @@ class Gradients:
         config = self._config
         torch.manual_seed(dropout_seed(config.run.seed, step, self._ranks.rank, micro))
         plan = mask_plan_of(batch, config, self._steps, self._per_epoch)
-        *inputs, target = model_inputs(batch, plan, config)
-        return self._engine.model(*inputs, target if rebuild else None)
+        *inputs, target, erase, longer = model_inputs(batch, plan, config)
+        return self._engine.model(*inputs, target if rebuild else None, erase, longer)
 
 
 def mask_plan_of(batch: Batch, config: Config, steps: int, per_epoch: int) -> MaskPlan | None:
@@ -122,11 +122,19 @@ def mask_plan_of(batch: Batch, config: Config, steps: int, per_epoch: int) -> Ma
 
 
 def model_inputs(batch: Batch, plan: MaskPlan | None, config: Config) -> tuple[Any, ...]:
-    """What the model is called with: the log-mel augmented, and what the decoder is to rebuild."""
-    mel = spec_augment(batch.mel, config.specaug, config.audio, config.run.seed, batch.visits)
+    """What the model is called with: the log-mel augmented, and what the decoder is to rebuild.
+
+    SpecAug of HTSAT is what its encoder erases, behind its first norm.
+    """
+    specaug, seed, mel, erase = config.specaug, config.run.seed, batch.mel, None
+    if config.audio.encoder == "htsat":
+        erase = stripes(specaug, seed, batch.visits, (mel.shape[2], mel.shape[3]), whole=True)
+    else:
+        mel = spec_augment(mel, specaug, config.audio, seed, batch.visits)
     target = batch.mel if config.loss.recon.target == "clean" else mel
     rebuilds = config.loss.recon.weight > 0
-    return mel, batch.ids, batch.attention_mask, plan, target if rebuilds else None
+    ids, attention_mask = batch.ids, batch.attention_mask
+    return mel, ids, attention_mask, plan, target if rebuilds else None, erase, batch.longer
 
 
 def dropout_seed(seed: int, step: int, rank: int, micro: int = 0) -> int:

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from flap_fast.checks import ConfigError
-from flap_fast.config import Audio, Frontend
+from flap_fast.config import Audio, Frontend, Fusion
 from flap_fast.data.dali import DaliDecoder
 from flap_fast.data.decode import TorchDecoder, backend, decode_one, log_mels
+from flap_fast.data.frontend import MelFrontEnd
 from flap_fast.data.mel import kaldi_log_mel, normalise
 from flap_fast.data.sound import BadSound
 from tests.sounds import chirp, encode, noise, tone
@@ -24,14 +25,27 @@ CPU = torch.device("cpu")
 WHERE = np.array([0.0, 0.25, 0.999, 0.5], np.float32)
 
 
-def dali(
-    batches, audio: Audio = ONE_SECOND, *, mel: bool = False, prefetch: int = 2
-) -> DaliDecoder:
-    return DaliDecoder(batches, audio, batch=8, threads=2, prefetch=prefetch, device=CPU, mel=mel)
+class Sounds:
+    """What a decoder gives, without lengths and draws."""
+
+    def __init__(self, decoder: DaliDecoder | TorchDecoder):
+        self._decoder = decoder
+
+    def __iter__(self) -> Sounds:
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        return next(self._decoder).sound
 
 
-def twin(batches, audio: Audio = ONE_SECOND, *, prefetch: int = 2) -> TorchDecoder:
-    return TorchDecoder(batches, audio, threads=2, prefetch=prefetch)
+def dali(batches, audio: Audio = ONE_SECOND, *, mel: bool = False, prefetch: int = 2) -> Sounds:
+    return Sounds(
+        DaliDecoder(batches, audio, batch=8, threads=2, prefetch=prefetch, device=CPU, mel=mel)
+    )
+
+
+def twin(batches, audio: Audio = ONE_SECOND, *, prefetch: int = 2) -> Sounds:
+    return Sounds(TorchDecoder(batches, audio, threads=2, prefetch=prefetch))
 
 
 @pytest.mark.parametrize("filling", ["repeatpad", "repeat", "pad"])
@@ -89,17 +103,16 @@ def test_each_back_end_gives_log_mels_in_order(kind):
     mel = kaldi_log_mel(audio)
     given = log_mels(
         iter(batches),
-        audio=audio,
+        mel=MelFrontEnd(audio, Fusion(), CPU),
         frontend=Frontend(backend=kind, threads=2),
         batch=3,
-        device=CPU,
-        mel=mel,
     )
     waves = [np.stack([decode_one(sound, 0.0, audio) for sound in some]) for some, _ in batches]
     for out, wave in itertools.zip_longest(given, waves):
-        wanted = mel(torch.from_numpy(wave))
-        assert out.shape == wanted.shape
-        assert (out - wanted)[:, :, 6:].abs().max() < (0.3 if kind == "dali_mel" else 1e-6)
+        wanted = mel(torch.from_numpy(wave))[:, None]
+        assert out.longer is None
+        assert out.mel.shape == wanted.shape
+        assert (out.mel - wanted)[..., 6:].abs().max() < (0.3 if kind == "dali_mel" else 1e-6)
 
 
 def test_where_a_crop_lies_is_the_clips_own():
@@ -212,9 +225,8 @@ def test_auto_is_dali_where_it_is_installed_and_the_twin_elsewhere(monkeypatch):
 
 def test_the_twin_works_where_dali_cannot_be_imported(monkeypatch):
     monkeypatch.setitem(sys.modules, "flap_fast.data.dali", None)
-    settings = {"audio": ONE_SECOND, "batch": 1, "device": CPU, "mel": kaldi_log_mel(ONE_SECOND)}
-    batches = [([GOOD], WHERE[:1])]
-    (mel,) = log_mels(iter(batches), frontend=Frontend(backend="torch"), **settings)
-    assert mel.shape == (1, 112, 128)
+    mel, batches = MelFrontEnd(ONE_SECOND, Fusion(), CPU), [([GOOD], WHERE[:1])]
+    (out,) = log_mels(iter(batches), mel=mel, frontend=Frontend(backend="torch"), batch=1)
+    assert out.mel.shape == (1, 1, 112, 128)
     with pytest.raises(ImportError):
-        log_mels(iter(batches), frontend=Frontend(backend="dali_wave"), **settings)
+        log_mels(iter(batches), mel=mel, frontend=Frontend(backend="dali_wave"), batch=1)

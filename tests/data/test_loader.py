@@ -308,7 +308,7 @@ CLIPS = np.array([3, 0, 5, 1, 4])
 def test_evaluation_gives_the_clips_named_in_their_order(prepared, backend):
     config = tiny("eval.batch=2", f"frontend.backend={backend}")
     shards = open_shards([prepared / "train"])
-    found = list(evaluation_mels(config, shards, CLIPS, Ranks()))
+    found = [heard.mel for heard in evaluation_mels(config, shards, CLIPS, Ranks())]
     assert [len(mel) for mel in found] == [2, 2, 1]
     where = uniforms(0, Stream.EVAL_CROP, torch.from_numpy(CLIPS), 1)[:, 0].tolist()
     waves = [
@@ -327,7 +327,7 @@ def test_an_evaluations_random_crop_is_the_clips_and_not_the_runs(prepared):
     other = with_(with_(first, "run", seed=1), "eval", batch=2)
     centre = with_(first, "eval", crop="center")
     a, b, c = (
-        torch.cat(list(evaluation_mels(config, shards, clips, Ranks())))
+        torch.cat([heard.mel for heard in evaluation_mels(config, shards, clips, Ranks())])
         for config, clips in ((first, long), (other, long[::-1].copy()), (centre, long))
     )
     assert (a - b.flip(0)).abs().max() < 1e-4
@@ -339,7 +339,7 @@ def test_evaluation_leaves_no_clip_out(tmp_path, backend):
     shards = open_shards([shards_of(tmp_path / "bad", {5: BAD["cut"], 4: BAD["nan"]})])
     config = tiny("eval.batch=3", f"frontend.backend={backend}")
     mels = evaluation_mels(config, shards, np.arange(12), Ranks())
-    assert len(next(mels)) == 3
+    assert len(next(mels).mel) == 3
     with pytest.raises(ShardError) as error:
         next(mels)
     assert str(error.value).count(str(tmp_path)) == 2

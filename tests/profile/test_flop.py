@@ -11,6 +11,7 @@ from flap_fast.model.flap import Flap
 from flap_fast.model.masking import kept_patches, mask_plan
 from flap_fast.profile.flop import TextShape, contrastive_flop, decoder_flop, step_flop
 from flap_kernels import infonce_chunks
+from tests.tiny import HTSAT as TINY_HTSAT
 from tests.tiny import tiny
 
 
@@ -33,6 +34,9 @@ def embedding_backward_flops(grad, *_, out_shape, **__) -> int:
         ("train.checkpoint_activations=true",),
         ("train.checkpoint_activations=audio",),
         ("train.checkpoint_activations=text",),
+        TINY_HTSAT,
+        (*TINY_HTSAT, "train.checkpoint_activations=audio"),
+        (*TINY_HTSAT, "train.checkpoint_activations=audio", "audio.drop_path=0"),
     ],
 )
 def test_a_steps_products_are_as_many_as_pytorch_counts_forward_and_backward(overrides: tuple):

@@ -32,7 +32,7 @@ from flap_fast.profile.traffic import (
 from flap_fast.ranks import Ranks
 from flap_fast.train.engine import BUCKET_NUMBERS, DeepSpeedEngine, PlainEngine
 from tests.ranks import on_ranks
-from tests.tiny import tiny
+from tests.tiny import HTSAT, tiny
 
 DIRECTIONS = ("symmetric", "a2t", "t2a")
 SCHEMES = ("replicated", "sharded")
@@ -253,10 +253,18 @@ def test_the_command_prints_a_plan_and_its_assumptions(tmp_path: Path):
         "loss.cyclic.cross_weight=0.25",
         "loss.cyclic.in_weight=0.25",
         "train.micro_batch=4",
+        "fusion.type=aff_2d",
     ],
 )
 def test_a_step_that_the_formulas_do_not_cover_is_refused_by_plan_and_profile(override: str):
     config, name = tiny(override), override.partition("=")[0].replace(".", r"\.")
     for predict in (lambda: plan(config, Machine()), lambda: profile(config, synthetic=True)):
         with pytest.raises(ConfigError, match=rf"{name} must be .* do not know it yet"):
+            predict()
+
+
+def test_an_encoder_without_formulas_is_refused_by_plan_and_profile():
+    config = tiny(*HTSAT)
+    for predict in (lambda: plan(config, Machine()), lambda: profile(config, synthetic=True)):
+        with pytest.raises(ConfigError, match=r"audio\.encoder must be vit .*, got 'htsat'"):
             predict()

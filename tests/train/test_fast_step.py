@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
-from flap_fast.data.decode import to_device
+from flap_fast.data.frontend import to_device
 from flap_fast.data.mel import spec_augment
 from flap_fast.loss import total_loss
 from flap_fast.model.flap import Flap

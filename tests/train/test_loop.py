@@ -237,7 +237,7 @@ def test_the_decoder_rebuilds_the_sound_before_specaug_or_after(target: str):
     ids = torch.zeros(4, 8, dtype=torch.int64)
     clean = torch.ones(4, 1, 112, 128)
     batch = Batch(clean, ids, ids, visits=torch.arange(4), clips=np.arange(4), epoch=0)
-    mel, *_, rebuilt = microbatch.model_inputs(batch, None, config)
+    mel, *_, rebuilt, _, _ = microbatch.model_inputs(batch, None, config)
     assert not torch.equal(mel, clean)
     assert rebuilt is (clean if target == "clean" else mel)
 

@@ -1,0 +1,65 @@
+"""HTSAT's weights between this project (LAION's names) and transformers' `ClapModel`.
+
+    layers.0.blocks.1.attn.qkv.weight  <->  layers.0.blocks.1.attention.self.query.weight, key, ...
+
+Names are those inside an encoder: what follows `audio_branch.` at LAION's, and
+`audio_model.audio_encoder.` at transformers'.
+
+Source: SPEC 12.1.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+# This project's part of a name, and transformers'.
+_PARTS = (
+    ("bn0.", "batch_norm."),
+    (".norm1.", ".layernorm_before."),
+    (".norm2.", ".layernorm_after."),
+    (".attn.proj.", ".attention.output.dense."),
+    (".attn.relative_position_", ".attention.self.relative_position_"),
+    (".mlp.fc1.", ".intermediate.dense."),
+    (".mlp.fc2.", ".output.dense."),
+)
+_QKV = ("query", "key", "value")
+
+
+def htsat_from_hf(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A `ClapAudioEncoder`'s state dict in this project's names."""
+    ours: dict[str, Tensor] = {}
+    for name, value in theirs.items():
+        query = re.fullmatch(r"(.*)\.attention\.self\.query\.(weight|bias)", name)
+        if query:
+            block, kind = query.groups()
+            three = [theirs[f"{block}.attention.self.{part}.{kind}"] for part in _QKV]
+            ours[f"{block}.attn.qkv.{kind}"] = torch.cat(three)
+        elif not re.search(r"\.self\.(key|value)\.|relative_position_index$", name):
+            for mine, other in _PARTS:
+                name = name.replace(other, mine) if _is_in(other, name) else name
+            ours[name] = value
+    return ours
+
+
+def htsat_to_hf(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse; the index of relative positions, which transformers also keeps, is left out."""
+    theirs: dict[str, Tensor] = {}
+    for name, value in ours.items():
+        block, qkv, kind = name.partition(".attn.qkv.")
+        if qkv:
+            for part, rows in zip(_QKV, value.chunk(3), strict=True):
+                theirs[f"{block}.attention.self.{part}.{kind}"] = rows.clone()
+        else:
+            for mine, other in _PARTS:
+                name = name.replace(mine, other) if _is_in(mine, name) else name
+            theirs[name] = value
+    return theirs
+
+
+def _is_in(part: str, name: str) -> bool:
+    """`bn0.` only at the start, where no block's name can end in it."""
+    return part in name if part.startswith(".") else name.startswith(part)
