@@ -22,7 +22,9 @@ ROOMS = {
     "evaluate": {"model", "data", "config", "checks", "ranks"},
     "embedder": {"evaluate", "model", "data", "config", "checks", "ranks"},
     "search": {"embedder", "data", "checks"},
+    "enrich": {"data", "checks"},
     "commands": {
+        "enrich",
         "search",
         "embedder",
         "evaluate",
@@ -48,7 +50,11 @@ DOORS = {
         "flap_fast/model/text_encoder.py",
         "flap_fast/data/captions.py",
         "flap_fast/train/synthetic.py",
+        "flap_fast/enrich/rewrite.py",
+        "flap_fast/enrich/classifier.py",
     },
+    "onnxruntime": {"flap_fast/enrich/yamnet.py"},
+    "onnx": {"flap_fast/enrich/yamnet.py"},
     "matplotlib": {"flap_fast/report/masking.py", "flap_fast/report/profile.py"},
     "faiss": {"flap_fast/search.py"},
 }

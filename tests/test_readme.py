@@ -49,6 +49,7 @@ def commands(page: str) -> list[list[str]]:
 @pytest.mark.parametrize("page", PAGES)
 def test_every_path_exists(page: str):
     made_by_a_run = {"metrics.jsonl", "eval.json", "masking.png", "rejected.jsonl", "mine.jsonl"}
+    made_by_a_run.add("captions.jsonl")
     for path in paths(page) - made_by_a_run:
         examples = {"loss/": "contrastive", "evaluate/": "retrieval", "kernels/": "infonce"}
         name = next((name for folder, name in examples.items() if folder in path), "NAME")
