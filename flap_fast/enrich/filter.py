@@ -49,11 +49,10 @@ def caption_or_reason(
         cut_off: the model had more to say when it was stopped.
         tokens: how long a text is.
     """
-    pieces = [piece for s in _BREAK.split(written.translate(_PLAIN)) if (piece := _plain(s))]
-    torn = ""
+    pieces, torn = _pieces(written), ""
     if cut_off and pieces and not pieces[-1].endswith((".", "!", "?")):
         torn = pieces.pop()
-    whole = [piece for piece in pieces if not piece.endswith(":")][:_SENTENCES]
+    whole = _telling(pieces)[:_SENTENCES]
     said = " ".join(whole) or torn
     words, asked = _words(said), _words(original)
     if not words:
@@ -67,6 +66,21 @@ def caption_or_reason(
     if not whole or tokens(said) > most_tokens:
         return None, "long"
     return (None, "unchanged") if words == asked else (said, None)
+
+
+def is_enough(written: str) -> bool:
+    """Whether what follows cannot change the caption: a sentence beyond it has begun."""
+    return len(_telling(_pieces(written)[:-1])) >= _SENTENCES
+
+
+def _pieces(written: str) -> list[str]:
+    """Sentences and lines."""
+    return [piece for s in _BREAK.split(written.translate(_PLAIN)) if (piece := _plain(s))]
+
+
+def _telling(pieces: list[str]) -> list[str]:
+    """Those that do more than announce something."""
+    return [piece for piece in pieces if not piece.endswith(":")]
 
 
 def _echoes(said: list[str], instruction: list[str], events: list[str]) -> bool:

@@ -19,11 +19,14 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
 )
 
 from flap_fast.checks import ConfigError, need
 from flap_fast.data.captions import local_folder
 from flap_fast.data.draws import Stream, uniforms
+from flap_fast.enrich.filter import is_enough
 from flap_fast.enrich.prompts import CHATS
 
 _REMEDY = "for example: hf download lmsys/vicuna-7b-v1.5 --local-dir models/vicuna"
@@ -36,7 +39,7 @@ class Written:
 
     text: str
     cut_off: bool
-    """It had more to say when `most_tokens` were written."""
+    """It had more to say: `most_tokens` were written, or as many sentences as a caption takes."""
 
 
 class Writer(Protocol):
@@ -112,13 +115,16 @@ class LanguageModel:
             visits = torch.tensor(keys, dtype=torch.int64)
             u = uniforms(self._seed, Stream.WRITE, visits, self._most).to(self.device)
             draws.append(Draws(u, length, self._temperature, self._top_p))
+        enough = Enough(self._tokenizer, length)
         tokens = self._model.generate(
             input_ids=encoded["input_ids"],
             attention_mask=encoded["attention_mask"],
             generation_config=settings,
             logits_processor=draws,
+            stopping_criteria=StoppingCriteriaList([enough]),
         )[:, length:]
-        ended = torch.isin(tokens, torch.tensor(ends, device=self.device)).any(1).tolist()
+        ended = torch.isin(tokens, torch.tensor(ends, device=self.device)).any(1)
+        ended = (ended & ~enough.rows).tolist()  # a row that was stopped is padded, often with ends
         answers = self._tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [Written(text, not end) for text, end in zip(answers, ended, strict=True)]
 
@@ -146,13 +152,30 @@ class Draws(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """(B, V) logits -> 0 at the token drawn, minus infinity elsewhere."""
         u = self._u[:, input_ids.shape[1] - self._length, None]
-        likely, order = (scores.float() / self._temperature).softmax(-1).sort(-1, descending=True)
+        likely = (scores.float() / self._temperature).softmax(-1)
+        likely, order = likely.sort(dim=-1, descending=True, stable=True)
         total = likely.cumsum(-1)
         inside = (total - likely < self._top_p).sum(-1, keepdim=True)  # the nucleus' tokens
         mass = total.gather(-1, inside - 1)
         rank = torch.searchsorted(total, u * mass, right=True).minimum(inside - 1)
         token = order.gather(-1, rank)
         return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
+
+
+class Enough(StoppingCriteria):
+    """Stops the rows that have begun a sentence more than a caption takes; `rows` are those."""
+
+    def __init__(self, tokenizer: Any, length: int):
+        self._tokenizer, self._length = tokenizer, length
+        self.rows = torch.zeros(0, dtype=torch.bool)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """(B,) bool."""
+        answers = self._tokenizer.batch_decode(
+            input_ids[:, self._length :], skip_special_tokens=True
+        )
+        self.rows = torch.tensor([is_enough(text) for text in answers], device=input_ids.device)
+        return self.rows
 
 
 def _place(name: str) -> tuple[Path, str | None]:

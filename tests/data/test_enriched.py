@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config, Data, check_before_loading
 from flap_fast.data.captions import Tokenizer, tokenizer
+from flap_fast.data.draws import Stream, uniforms
 from flap_fast.data.enriched import CaptionChoice, caption_key, clip_id
 from flap_fast.data.loader import TrainingLoader
 from flap_fast.data.shards import ShardError, Shards, open_shards
@@ -77,6 +79,8 @@ def test_mixing_reads_either_by_the_visit(rich):
     assert same == clips
     assert [[text.strip("*") for text in batch] for batch in mixed] == own
     richer = np.array([[text.startswith("*") for text in batch] for batch in mixed])
+    second = uniforms(3407, Stream.CAPTION, torch.arange(48), 2)[:, 1]
+    assert richer.flatten().tolist() == (second < 0.5).tolist()
     assert 14 <= richer.sum() <= 34  # of 48, a half is expected; three deviations
     assert 0 < richer[:2].sum() < 16
     assert read(settings(rich, "mix"), 4, 6)[0] == mixed[4:]

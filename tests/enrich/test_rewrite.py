@@ -58,6 +58,7 @@ def test_a_token_is_drawn_with_its_probability_by_hand():
     u = [0.0, 0.59, 0.61, 0.89, 0.91, 1 - 2**-24]
     assert draw([scores] * 6, u) == [1, 1, 2, 2, 0, 0]
     # Half the temperature squares them: 1, 36 and 9 of 46.
+    assert draw([[0.0, 0.0]] * 2, [0.5 - 2**-24, 0.5]) == [0, 1]
     assert draw([scores] * 3, [36 / 46 - 0.01, 36 / 46 + 0.01, 0.99], temperature=0.5) == [1, 2, 0]
 
 
@@ -99,6 +100,20 @@ def test_an_answer_that_ends_is_not_cut_off(folder, tmp_path):
     goes_on = write_model(tmp_path / "goes_on", always="a")
     (written,) = model(goes_on, most_tokens=3)(["a dog"], [1])
     assert (written.text, written.cut_off) == ("aaa", True)
+    # New lines alone are no sentences, so it writes on.
+    (written,) = model(write_model(tmp_path / "lines", always="Ċ"), most_tokens=9)(["a"], [1])
+    assert (written.text.strip(), written.cut_off) == ("", True)
+
+
+def test_writing_stops_after_the_sentences_of_a_caption(folder, monkeypatch):
+    """Row by row: each of a batch as if it were alone, and none of them as if it had ended."""
+    whole = model(folder, most_tokens=200)(PROMPTS, KEYS)
+    monkeypatch.setattr("flap_fast.enrich.rewrite.is_enough", lambda text: len(text) > 5)
+    stopped = model(folder, most_tokens=200)(PROMPTS, KEYS)
+    for short, long in zip(stopped, whole, strict=True):
+        assert long.text.startswith(short.text)
+        assert 5 < len(short.text) <= 7
+        assert short.cut_off
 
 
 def test_the_tokenizers_own_layout_serves_where_there_is_one(folder, tmp_path, monkeypatch):
