@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from flap_fast.checks import ConfigError
-from flap_fast.commands import report, score, use
+from flap_fast.commands import enrich, report, score, use
 
 app = typer.Typer(
     name="flap",
@@ -93,6 +93,7 @@ def train(
 
 
 app.command("eval")(score.evaluate)
+app.command()(enrich.enrich)
 app.command()(use.embed)
 app.command()(use.search)
 app.command()(use.classify)

@@ -54,6 +54,12 @@ class Data(Section):
     """Shards mixed at a time; 0 mixes all clips. Use 8 or so where random reads are slow."""
     on_bad_clip: Literal["replace", "stop"] = "replace"
     """An unreadable clip is replaced by the next one and reported, or stops the run."""
+    captions: Literal["original", "mix", "concat", "replace"] = "original"
+    """Captions in training, for folders of data.train with a captions.jsonl of `flap enrich`: their
+    own; at each visit the richer one with probability data.enriched_ratio; each clip twice an
+    epoch, with either (as FLAP trained); the richer ones alone. Evaluation reads their own."""
+    enriched_ratio: float = Field(default=0.5, ge=0, le=1)
+    """data.captions = mix: how often a visit reads the richer caption."""
 
 
 class Frontend(Section):
@@ -540,3 +546,12 @@ def check_before_loading(config: Config, world: int) -> None:
                 folder,
                 "write them with: flap prepare MANIFEST OUT (the demo's: make data)",
             )
+    first = config.data.train[0]
+    need(
+        config.data.captions == "original"
+        or any((folder / "captions.jsonl").is_file() for folder in config.data.train),
+        "data.captions",
+        "be 'original' where no folder of data.train has a captions.jsonl",
+        config.data.captions,
+        f"write it with: flap enrich {first} {first} --model MODEL",
+    )

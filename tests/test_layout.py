@@ -23,8 +23,10 @@ ROOMS = {
     "evaluate": {"model", "data", "config", "checks", "ranks"},
     "embedder": {"evaluate", "model", "data", "config", "checks", "ranks"},
     "search": {"embedder", "data", "checks"},
+    "enrich": {"data", "checks"},
     "commands": {
         "report",
+        "enrich",
         "search",
         "embedder",
         "evaluate",
@@ -61,7 +63,11 @@ DOORS = {
         "flap_fast/model/text_encoder.py",
         "flap_fast/data/captions.py",
         "flap_fast/profile/synthetic.py",
+        "flap_fast/enrich/rewrite.py",
+        "flap_fast/enrich/classifier.py",
     },
+    "onnxruntime": {"flap_fast/enrich/yamnet.py"},
+    "onnx": {"flap_fast/enrich/yamnet.py"},
     "matplotlib": {
         "flap_fast/report/figures.py",
         "flap_fast/report/masking.py",

@@ -55,6 +55,7 @@ def test_every_path_exists(page: str):
         "report.html",
         "rejected.jsonl",
         "mine.jsonl",
+        "captions.jsonl",
     }
     for path in paths(page) - made_by_a_run:
         examples = {"loss/": "contrastive", "evaluate/": "retrieval", "kernels/": "infonce"}

@@ -153,7 +153,7 @@ def _updated(file: Path, sounds: list[Path], embedder: Embedder, crop: str, batc
     plan = plan_update(file, embedder, sounds, crop)
     if plan.anew:
         print(f"{file}: {plan.anew}; all sounds are embedded anew", file=sys.stderr)
-    with _progress("embed", len(plan.todo)) as advance:
+    with progress("embed", len(plan.todo)) as advance:
         index = update_index(file, embedder, plan, crop=crop, batch=batch, advance=advance)
     for rejected in index.rejected:
         print(rejected.error, file=sys.stderr)
@@ -163,8 +163,8 @@ def _updated(file: Path, sounds: list[Path], embedder: Embedder, crop: str, batc
 
 
 @contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar on stderr, if someone watches; gives what moves it by one."""
+def progress(what: str, total: int) -> Iterator[Callable[..., None]]:
+    """A bar on stderr, if someone watches; gives what moves it, by one when not told."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn as Remaining
@@ -173,4 +173,4 @@ def _progress(what: str, total: int) -> Iterator[Callable[[], None]]:
     watched = os.environ.get("RANK", "0") == "0" and sys.stderr.isatty() and total > 0
     with Progress(*columns, console=Console(stderr=True), disable=not watched) as bar:
         task = bar.add_task("", total=total)
-        yield lambda: bar.advance(task)
+        yield lambda by=1: bar.advance(task, by)

@@ -19,6 +19,7 @@ from flap_fast.checks import ConfigError, need
 from flap_fast.config import Text
 
 _MULTIPLE = 8  # tensor cores' tiles, and fewer shapes to compile for
+_REMEDY = "for example: hf download FacebookAI/roberta-base --local-dir models/roberta-base"
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,10 @@ def _clip_tokenizer(file: Path) -> CLIPTokenizerFast:
         return CLIPTokenizerFast(str(vocabulary), str(pairs))
 
 
-def local_folder(name: str, value: str) -> Path:
+def local_folder(name: str, value: str, remedy: str = _REMEDY) -> Path:
     """A setting's folder: a path, or `package:NAME/sub/folder` inside an installed package."""
     if not value.startswith("package:"):
-        need(Path(value).is_dir(), name, "be an existing folder", value, _REMEDY)
+        need(Path(value).is_dir(), name, "be an existing folder", value, remedy)
         return Path(value)
     package, _, inside = value.removeprefix("package:").partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
@@ -98,6 +99,3 @@ def local_folder(name: str, value: str) -> Path:
     folder = Path(spec.submodule_search_locations[0]) / inside  # type: ignore[index,union-attr]
     need(folder.is_dir(), name, "be a folder inside the package", value)
     return folder
-
-
-_REMEDY = "for example: hf download FacebookAI/roberta-base --local-dir models/roberta-base"

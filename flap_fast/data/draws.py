@@ -32,6 +32,7 @@ class Stream(IntEnum):
     MASK_INNER = 4
     SPECAUG = 5
     EVAL_CROP = 6
+    WRITE = 16
 
 
 def uniforms(seed: int, stream: Stream, visits: Tensor, count: int) -> Tensor:

@@ -16,6 +16,7 @@ from flap_fast.data.batch import BadClip, Batch
 from flap_fast.data.captions import Tokenizer
 from flap_fast.data.decode import Encoded, decode_one, log_mels
 from flap_fast.data.draws import Stream, uniforms
+from flap_fast.data.enriched import CaptionChoice
 from flap_fast.data.frontend import MelFrontEnd, Mels, to_device, together
 from flap_fast.data.fusion import PIECES
 from flap_fast.data.mel import normalise
@@ -34,6 +35,8 @@ class _Share:
     step: int
     visits: Tensor
     clips: np.ndarray
+    richer: np.ndarray
+    """(B,) whether a row reads the captions of `flap enrich`."""
     where: np.ndarray
     captions: list[str]
     sounds: list[bytes]
@@ -49,7 +52,8 @@ class TrainingLoader:
 
     def __init__(self, config: Config, shards: Shards, tokenizer: Tokenizer, ranks: Ranks):
         batch = config.train.global_batch
-        self.order = Order(shards.place[:, 0], batch, config.run.seed, config.data.shuffle_shards)
+        self._choice = CaptionChoice(config.data, shards)
+        self.order = Order(self._choice.files, batch, config.run.seed, config.data.shuffle_shards)
         self.bad: list[BadClip] = []
         self._config, self._shards, self._tokenizer, self._ranks = config, shards, tokenizer, ranks
         self._micro_batches = config.train.micro_batches(ranks.world)
@@ -91,16 +95,18 @@ class TrainingLoader:
         rows = np.arange(self._clips) + before * self._clips
         visits = torch.from_numpy(rows + step * self._config.train.global_batch)
         seed = self._config.run.seed
+        which, mixed = uniforms(seed, Stream.CAPTION, visits, 2).T.tolist()
+        clips, richer = self._choice.clips(self.order.clips(step)[rows], mixed)
         share = _Share(
             step=step,
             visits=visits,
-            clips=self.order.clips(step)[rows],
+            clips=clips,
+            richer=richer,
             where=uniforms(seed, Stream.CROP, visits, 1 + PIECES).numpy(),
             captions=[],
             sounds=[],
             again=again,
         )
-        which = uniforms(seed, Stream.CAPTION, visits, 1)[:, 0].tolist()
         for row in range(self._clips):
             texts, sound = self._usable(share, row, check=False)
             share.captions.append(texts[int(which[row] * len(texts))])
@@ -114,7 +120,7 @@ class TrainingLoader:
         for ahead in range(_TRIES):
             clip = (wanted + ahead) % len(self._shards)
             try:
-                texts, sound = self._shards.record(clip)["text"], self._shards.sound(clip)
+                record, sound = self._shards.record(clip), self._shards.sound(clip)
                 if check:
                     decode_one(sound, 0.0, self._config.audio)
             except BadSound as reason:
@@ -127,7 +133,7 @@ class TrainingLoader:
                 names = self._shards.name(wanted), self._shards.name(clip)
                 if not share.again:
                     self.bad.append(BadClip(share.step, names[0], why, names[1]))
-            return texts, sound
+            return self._choice.texts(clip, record, richer=bool(share.richer[row])), sound
         remedy = "data.on_bad_clip=replace takes the next one"
         after = f"nor can the {_TRIES - 1} clips after it" if replace else remedy
         raise ShardError(f"{self._shards.name(wanted)} cannot be used ({why}); {after}")

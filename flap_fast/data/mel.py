@@ -88,14 +88,20 @@ def hann(window: int) -> np.ndarray:
     return 0.5 - 0.5 * np.cos(2 * math.pi * np.arange(window) / (window - 1))
 
 
-def mel_matrix(bins: int, window: int, sample_rate_hz: int) -> np.ndarray:
-    """(F, fft/2 + 1) float64: triangles in mel from 20 Hz to half the rate, none at Nyquist."""
+def mel_matrix(
+    bins: int, window: int, sample_rate_hz: int, low_hz: float = LOW_HZ, high_hz: float = 0.0
+) -> np.ndarray:
+    """(F, fft/2 + 1) float64: triangles in mel, none at Nyquist.
+
+    Args:
+        high_hz: where the last one ends; half the rate when 0.
+    """
     size = fft_size(window)
 
     def mel(hz):
         return 1127.0 * np.log1p(hz / 700.0)
 
-    low, high = mel(LOW_HZ), mel(sample_rate_hz / 2)
+    low, high = mel(low_hz), mel(high_hz or sample_rate_hz / 2)
     step = (high - low) / (bins + 1)
     left = low + step * np.arange(bins)[:, None]
     at = mel(np.arange(size // 2) * sample_rate_hz / size)[None, :]

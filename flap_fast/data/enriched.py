@@ -1,0 +1,110 @@
+"""captions.jsonl beside the shards: the captions that `flap enrich` wrote, and which are drawn.
+
+    FOLDER/captions.jsonl     {"id": ..., "original": ..., "caption": ..., ...}, one a caption
+
+A caption's `caption` is what to train with: the richer one, or the original where that was kept.
+Evaluation never opens the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flap_fast.checks import ConfigError
+from flap_fast.config import Data
+from flap_fast.data.shards import ShardError, Shards
+
+FILE = "captions.jsonl"
+
+
+def caption_key(clip: str, original: str) -> int:
+    """63 bits that stand for one caption of one clip."""
+    digest = hashlib.blake2b(f"{clip}\0{original}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def clip_id(shards: Shards, clip: int, record: dict[str, Any]) -> str:
+    """A clip's `id`; where its record has none, its place: `0.tar@512`."""
+    file, at, *_ = shards.place[clip].tolist()
+    return str(record.get("id") or f"{shards.files[file].name}@{at}")
+
+
+class CaptionChoice:
+    """What a visit to a clip may read: its own captions, or the richer ones.
+
+    Under `concat` a clip of a folder with richer captions stands twice in an epoch.
+
+    Raises:
+        ConfigError: data.captions asks for richer captions and no folder has a whole file of them.
+    """
+
+    def __init__(self, settings: Data, shards: Shards):
+        self._settings, self._shards = settings, shards
+        self._captions: dict[Path, dict[int, str]] = {}
+        files = shards.place[:, 0]
+        self._clips = np.arange(len(shards))
+        self.files = files
+        """(V,): the shard of each of the V visits of an epoch, ascending; copies have their own."""
+        if settings.captions == "original":
+            return
+        folders = {file.parent for file in shards.files}
+        self._captions = {f: _read(f / FILE) for f in folders if (f / FILE).is_file()}
+        if settings.captions == "concat":
+            rich = np.array([file.parent in self._captions for file in shards.files])
+            copies = np.flatnonzero(rich[files])
+            self._clips = np.concatenate([self._clips, copies])
+            self.files = np.concatenate([files, files[copies] + len(shards.files)])
+
+    def clips(self, drawn: np.ndarray, u: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+        """The (B,) clips of the (B,) visits drawn, and (B,) whether each reads richer captions.
+
+        Args:
+            u: a number in [0, 1) for each, for data.captions = mix.
+        """
+        mode = self._settings.captions
+        richer = {
+            "original": np.zeros(len(drawn), bool),
+            "replace": np.ones(len(drawn), bool),
+            "mix": np.asarray(u) < self._settings.enriched_ratio,
+            "concat": drawn >= len(self._shards),
+        }[mode]
+        return self._clips[drawn], richer
+
+    def texts(self, clip: int, record: dict[str, Any], *, richer: bool) -> list[str]:
+        """The captions of a clip, in the record's order; its own in a folder without a file.
+
+        Raises:
+            ShardError: the folder's file lacks one of them.
+        """
+        folder = self._shards.files[self._shards.place[clip, 0]].parent
+        if not richer or folder not in self._captions:
+            return record["text"]
+        captions, name = self._captions[folder], clip_id(self._shards, clip, record)
+        try:
+            return [captions[caption_key(name, text)] for text in record["text"]]
+        except KeyError:
+            raise ShardError(
+                f"{folder / FILE} has no line for each caption of '{name}': was it written for "
+                f"other shards? Write it with: flap enrich {folder} {folder}"
+            ) from None
+
+
+def _read(file: Path) -> dict[int, str]:
+    found: dict[int, str] = {}
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                found[caption_key(str(row["id"]), row["original"])] = str(row["caption"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ConfigError(
+                    f"{file}:{number} must hold id, original and caption: {error!r}; "
+                    "write it anew with flap enrich"
+                ) from None
+    return found

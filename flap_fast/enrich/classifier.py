@@ -1,0 +1,45 @@
+"""Transformers' audio classifiers as taggers: AST over the 527 classes of AudioSet, for one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
+
+from flap_fast.checks import ConfigError
+
+_WINDOW_S = 10
+
+
+class Classifier:
+    """An `events.Tagger`: each class on its own (sigmoid), the mean over windows of 10 s.
+
+    Raises:
+        ConfigError: the folder holds no audio classifier.
+    """
+
+    def __init__(self, name: str, folder: Path):
+        self.name = name
+        try:
+            self._features = AutoFeatureExtractor.from_pretrained(folder, local_files_only=True)
+            model = AutoModelForAudioClassification.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"--tagger must hold an audio classifier, got '{folder}': {error}"
+            ) from None
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._model = model.to(self._device).eval()
+        self.sample_rate_hz = int(self._features.sampling_rate)
+
+    @torch.inference_mode()
+    def __call__(self, wave: np.ndarray) -> list[tuple[str, float]]:
+        """(samples,) float32 -> every class and its probability."""
+        size = _WINDOW_S * self.sample_rate_hz
+        windows = [wave[start : start + size] for start in range(0, len(wave), size)]
+        inputs = self._features(windows, sampling_rate=self.sample_rate_hz, return_tensors="pt")
+        logits = self._model(**inputs.to(self._device)).logits
+        probabilities = logits.float().sigmoid().mean(0).tolist()
+        names = self._model.config.id2label
+        return [(names[n], probability) for n, probability in enumerate(probabilities)]
