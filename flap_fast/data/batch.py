@@ -16,7 +16,7 @@ class Batch:
     """
 
     mel: Tensor
-    """(B, 1, T, F) float32, normalised; SpecAug comes with the step."""
+    """(B, 1, T, F) float32, normalised; SpecAug comes with the step. Pictures: (B, 3, R, R)."""
     ids: Tensor
     """(B, L) int64 caption tokens."""
     attention_mask: Tensor

@@ -95,7 +95,7 @@ class DaliDecoder:
         except (RuntimeError, ValueError) as error:
             if error is self._no_more:
                 raise
-            raise BadSound(f"DALI: {_reason(error)}") from error
+            raise BadSound(f"DALI: {reason(error)}") from error
         if not np.isfinite(np.asarray(mean.as_tensor())).all():
             raise BadSound("DALI: no samples, or samples that are not finite")
         batch = torch.from_dlpack(out.as_tensor())
@@ -103,7 +103,7 @@ class DaliDecoder:
         return batch.clone() if batch.is_cuda else batch
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """What DALI's message says between the operator's traceback and the place in its sources."""
     text = str(error)
     return (text.partition("encountered:")[2].partition("C++ context")[0] or text).strip()
