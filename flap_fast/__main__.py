@@ -239,9 +239,9 @@ def main() -> None:
     except (ValueError, ArithmeticError) as error:
         from flap_fast.data.manifest import ManifestError
         from flap_fast.data.shards import ShardError
-        from flap_fast.data.sound import BadSound
+        from flap_fast.data.sound import Unusable
 
-        known = (ManifestError, ShardError, BadSound, ArithmeticError)
+        known = (ManifestError, ShardError, Unusable, ArithmeticError)
         if not isinstance(error, known):
             raise  # a fault of ours: with its traceback
         tell(f"error: {error}")

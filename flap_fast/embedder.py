@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from flap_fast.checks import need
+from flap_fast.checks import ConfigError, need
 from flap_fast.config import Config
 from flap_fast.data.captions import Tokenizer, tokenizer
-from flap_fast.data.frontend import MelFrontEnd, fitted, together
+from flap_fast.data.frontend import MelFrontEnd, Mels, fitted, together
 from flap_fast.data.fusion import PIECES
+from flap_fast.data.image import Picture, any_square
 from flap_fast.data.mel import normalise
 from flap_fast.data.prepare import ahead
+from flap_fast.data.senses import Eyes
 from flap_fast.data.sound import BadSound, crop_positions, mono_at, read_sound
 from flap_fast.evaluate.embed import text_embedder
 from flap_fast.evaluate.prompts import SOUND, prompts
@@ -102,6 +104,8 @@ class Embedder:
                 ones are filled as in training.
         """
         need(batch >= 1, "batch", "be at least 1", batch)
+        rule, remedy = "have an audio tower to embed sounds", "call embed_image"
+        need(self.config.image is None, "the model", rule, "an image tower", remedy)
         policy = crop or ("center" if self.config.eval.crop == "random" else self.config.eval.crop)
         rule = "be center, multi:K or whole"
         need(bool(re.fullmatch(r"center|whole|multi:[1-9]\d*", policy)), "crop", rule, policy)
@@ -135,6 +139,39 @@ class Embedder:
                         waiting, crops = [], 0
                 yield from self._finish(waiting, batch)
 
+    def embed_image(self, images: Sequence[Picture], batch: int = 64) -> Tensor:
+        """(N, d) unit rows, float32, on the CPU.
+
+        Args:
+            images: files, Pillow's images, or (h, w, 3) uint8 arrays, of any size.
+            batch: how many the model embeds at a time; files are decoded ahead on threads.
+
+        Raises:
+            BadImage: the first that cannot be used, by its name or number.
+        """
+        need(batch >= 1, "batch", "be at least 1", batch)
+        image, rule = self.config.image, "have an image tower to embed images"
+        if image is None:
+            raise ConfigError(f"the model must {rule}, got an audio tower; call embed_audio")
+        if isinstance(images, (str, Path)):
+            raise TypeError(f"images must be a list of them, got one: ['{images}']")
+        eyes = Eyes(self.config, image, Ranks(device=self.device))
+
+        def decode(numbered: tuple[int, Picture]) -> np.ndarray:
+            return any_square(numbered[1], numbered[0], image.resolution)
+
+        rows = torch.empty(len(images), self.config.joint.width)
+        with (
+            ThreadPoolExecutor(self.config.frontend.threads or os.cpu_count()) as pool,
+            closing(ahead(pool, decode, enumerate(images), limit=2 * batch)) as squares,
+            torch.no_grad(),
+        ):
+            for part in rows.split(batch) if len(rows) else ():
+                pixels = torch.from_numpy(np.stack([next(squares) for _ in part]))
+                seen = eyes.finish(Mels(pixels.to(self.device), None))
+                part.copy_(self.model.embed_audio(seen.mel))
+        return rows
+
     def embed_text(self, captions: Sequence[str], batch: int = 256) -> Tensor:
         """(M, d) unit rows, float32, on the CPU."""
         if isinstance(captions, str):
@@ -142,26 +179,28 @@ class Embedder:
         ranks = Ranks(device=self.device)
         return text_embedder(self.model.embed_text, self._tokenizer, ranks, batch)(captions).cpu()
 
-    def embed_labels(self, labels: Sequence[str], templates: str = SOUND) -> Tensor:
+    def embed_labels(self, labels: Sequence[str], templates: str | None = None) -> Tensor:
         """(C, d) unit rows: each class as the mean of its prompts.
 
         Args:
-            templates: a prompt with {label}, the set `audio29` or `imagenet80`, or a text file.
+            templates: a prompt with {label}, the set `audio29` or `imagenet80`, or a text file;
+                "This is a sound of {label}." when not given, for pictures `imagenet80`.
         """
         need(len(labels) > 0, "labels", "name at least one class", "none")
+        templates = templates or (SOUND if self.config.image is None else "imagenet80")
         return class_vectors(self.embed_text, labels, prompts(templates))
 
-    def rank(self, sound: Sound, captions: Sequence[str]) -> list[tuple[str, float]]:
-        """The captions with their cosines to the sound, best first."""
-        cosines = (self.embed_text(captions) @ self.embed_audio([sound])[0]).tolist()
+    def rank(self, sound: Sound | Picture, captions: Sequence[str]) -> list[tuple[str, float]]:
+        """The captions with their cosines to the sound or picture, best first."""
+        cosines = (self.embed_text(captions) @ self._embed_one(sound)[0]).tolist()
         return sorted(zip(captions, cosines, strict=True), key=lambda pair: -pair[1])
 
     def classify(
-        self, sound: Sound, labels: Sequence[str], templates: str = SOUND
+        self, sound: Sound | Picture, labels: Sequence[str], templates: str | None = None
     ) -> list[tuple[str, float]]:
-        """The classes with their probabilities for the sound, best first; zero-shot."""
+        """The classes with their probabilities for the clip, best first; zero-shot."""
         vectors = self.embed_labels(labels, templates)
-        shares = self.probabilities(self.embed_audio([sound]), vectors)[0].tolist()
+        shares = self.probabilities(self._embed_one(sound), vectors)[0].tolist()
         return sorted(zip(labels, shares, strict=True), key=lambda pair: -pair[1])
 
     def probabilities(self, audio: Tensor, text: Tensor) -> Tensor:
@@ -169,12 +208,17 @@ class Embedder:
         scale = self.model.logit_scale.detach().clamp(0, self.model.max_logit_scale).exp().cpu()
         return (scale * audio @ text.T).softmax(-1)
 
+    def _embed_one(self, clip: Any) -> Tensor:
+        """(1, d)."""
+        return (self.embed_audio if self.config.image is None else self.embed_image)([clip])
+
     @cached_property
     def identity(self) -> str:
         """SHA-256 of what embeddings depend on: the weights, the front end, the pooling."""
         digest = hashlib.sha256()
         config = self.config
-        for part in (config.audio, config.fusion, config.text.pool, config.joint):
+        sense = config.image or config.audio
+        for part in (sense, config.fusion, config.text.pool, config.joint):
             digest.update(
                 part.encode() if isinstance(part, str) else part.model_dump_json().encode()
             )

@@ -57,7 +57,7 @@ LAST = {"__main__", "__init__"}
 DOORS = {
     "triton": {"kernels/flap_kernels/launch.py"},
     "deepspeed": {"flap_fast/train/engine.py"},
-    "nvidia": {"flap_fast/data/dali.py"},
+    "nvidia": {"flap_fast/data/dali.py", "flap_fast/data/dali_image.py"},
     "xformers": {"flap_fast/model/transformer.py"},
     "transformers": {
         "flap_fast/model/text_encoder.py",

@@ -16,7 +16,8 @@ class Batch:
     """
 
     mel: Tensor
-    """(B, 1, T, F) float32, normalised; (B, 4, T, F) with fusion. SpecAug comes with the step."""
+    """(B, 1, T, F) float32, normalised, SpecAug yet to come; (B, 4, T, F) with fusion; pictures:
+    (B, 3, R, R)."""
     ids: Tensor
     """(B, L) int64 caption tokens."""
     attention_mask: Tensor

@@ -101,7 +101,7 @@ class DaliDecoder:
         except (RuntimeError, ValueError) as error:
             if error is self._no_more:
                 raise
-            raise BadSound(f"DALI: {_reason(error)}") from error
+            raise BadSound(f"DALI: {reason(error)}") from error
         if not np.isfinite(np.asarray(mean.as_tensor())).all():
             raise BadSound("DALI: no samples, or samples that are not finite")
         batch = torch.from_dlpack(out.as_tensor())
@@ -111,7 +111,7 @@ class DaliDecoder:
         return Decoded(batch, lengths, torch.from_dlpack(where.as_tensor()))
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """What DALI's message says between the operator's traceback and the place in its sources."""
     text = str(error)
     return (text.partition("encountered:")[2].partition("C++ context")[0] or text).strip()

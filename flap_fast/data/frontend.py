@@ -34,10 +34,10 @@ class Decoded(NamedTuple):
 
 
 class Mels(NamedTuple):
-    """What the model is to see of a batch of clips."""
+    """What the model is to see of a batch of clips, before it is normalised."""
 
     mel: Tensor
-    """(B, 1, T, F), or (B, 4, T, F) with fusion; not normalised."""
+    """(B, 1, T, F), or (B, 4, T, F) with fusion. Of pictures: (B, R, R, 3) uint8."""
     longer: Tensor | None
     """With fusion, (B,) bool on the CPU: clips of which there is more than one channel shows."""
 

@@ -14,15 +14,15 @@ from torch import Tensor
 from flap_fast.config import Config
 from flap_fast.data.batch import BadClip, Batch
 from flap_fast.data.captions import Tokenizer
-from flap_fast.data.decode import Encoded, decode_one, log_mels
+from flap_fast.data.decode import Encoded
 from flap_fast.data.draws import Stream, uniforms
 from flap_fast.data.enriched import CaptionChoice
-from flap_fast.data.frontend import MelFrontEnd, Mels, to_device, together
+from flap_fast.data.frontend import Mels, to_device
 from flap_fast.data.fusion import PIECES
-from flap_fast.data.mel import normalise
 from flap_fast.data.order import Order
+from flap_fast.data.senses import Ears, Eyes, sense
 from flap_fast.data.shards import ShardError, Shards
-from flap_fast.data.sound import BadSound, crop_positions
+from flap_fast.data.sound import Unusable, crop_positions
 from flap_fast.ranks import Ranks
 
 _TRIES = 100
@@ -58,7 +58,7 @@ class TrainingLoader:
         self._config, self._shards, self._tokenizer, self._ranks = config, shards, tokenizer, ranks
         self._micro_batches = config.train.micro_batches(ranks.world)
         self._clips = batch // ranks.world // self._micro_batches
-        self._mel = MelFrontEnd(config.audio, config.fusion, ranks.device)
+        self._sense = sense(config, ranks)
 
     def batches(self, first: int, last: int, *, times: int = 1) -> Iterator[Batch]:
         """The (micro-)batches of steps `first` up to, not including, `last`.
@@ -75,17 +75,11 @@ class TrainingLoader:
                 pending.append(share)
                 yield share.sounds, share.where
 
-        mels = log_mels(
-            encoded(),
-            mel=self._mel,
-            frontend=self._config.frontend,
-            batch=self._clips,
-            local_ranks=self._ranks.local_world,
-        )
+        mels = self._sense.stream(encoded(), self._clips)
         for _ in product(*orders):
             try:
                 heard = next(mels)
-            except BadSound as error:
+            except Unusable as error:
                 heard = self._repair(pending[0], error)
             yield self._batch(pending.popleft(), heard)
 
@@ -122,8 +116,8 @@ class TrainingLoader:
             try:
                 record, sound = self._shards.record(clip), self._shards.sound(clip)
                 if check:
-                    decode_one(sound, 0.0, self._config.audio)
-            except BadSound as reason:
+                    self._sense.check(sound)
+            except Unusable as reason:
                 why = why or str(reason)
                 if replace:
                     continue
@@ -138,7 +132,7 @@ class TrainingLoader:
         after = f"nor can the {_TRIES - 1} clips after it" if replace else remedy
         raise ShardError(f"{self._shards.name(wanted)} cannot be used ({why}); {after}")
 
-    def _repair(self, share: _Share, error: BadSound) -> Mels:
+    def _repair(self, share: _Share, error: Unusable) -> Mels:
         """The log-mels of a share with a clip that cannot be decoded, that clip replaced."""
         before = share.clips.copy()
         which = uniforms(self._config.run.seed, Stream.CAPTION, share.visits, 1)[:, 0].tolist()
@@ -148,19 +142,16 @@ class TrainingLoader:
                 share.captions[row] = texts[int(which[row] * len(texts))]
         if (share.clips == before).all():
             raise ShardError(
-                f"step {share.step}: {error}, though libsndfile reads each of its clips, the first "
-                f"of them {self._shards.name(int(before[0]))}; set frontend.backend=torch"
+                f"step {share.step}: {error}, though each of its clips can be read, the first of "
+                f"them {self._shards.name(int(before[0]))}; set frontend.backend=torch"
             ) from error
-        audio, fusion = self._config.audio, self._config.fusion
-        pairs = zip(share.sounds, share.where[:, 0].tolist(), strict=True)
-        waves = [decode_one(sound, where, audio, fusion) for sound, where in pairs]
-        return self._mel(together(waves, share.where))
+        return self._sense.together(share.sounds, share.where)
 
     def _batch(self, share: _Share, heard: Mels) -> Batch:
         device = self._ranks.device
         ids, attention_mask = self._tokenizer(share.captions)
         return Batch(
-            mel=normalise(heard.mel, self._config.audio),
+            mel=self._sense.finish(heard).mel,
             ids=to_device(ids, device),
             attention_mask=attention_mask.pin_memory() if device.type == "cuda" else attention_mask,
             visits=to_device(share.visits, device),
@@ -180,7 +171,7 @@ class TrainingLoader:
 def evaluation_mels(
     config: Config, shards: Shards, clips: np.ndarray, ranks: Ranks
 ) -> Iterator[Mels]:
-    """Normalised log-mels of the clips named, in their order, at most eval.batch at a time.
+    """What the tower is fed with of the clips named, in their order, at most eval.batch at a time.
 
     Under eval.crop = multi:K each clip gives K of them in a row.
 
@@ -202,26 +193,21 @@ def evaluation_mels(
                 where = uniforms(0, Stream.EVAL_CROP, visits, 1 + PIECES).numpy()
             yield [shards.sound(clip) for clip in some], where
 
-    mels = log_mels(
-        encoded(),
-        mel=MelFrontEnd(config.audio, config.fusion, ranks.device),
-        frontend=config.frontend,
-        batch=size,
-        local_ranks=ranks.local_world,
-    )
+    front = sense(config, ranks)
+    mels = front.stream(encoded(), size)
     for start in starts:
         try:
-            mel, longer = next(mels)
-        except BadSound as error:
+            heard = next(mels)
+        except Unusable as error:
             some = np.unique(clips[start : start + size])
-            names = ", ".join(_undecodable(shards, some, config))
+            names = ", ".join(_undecodable(shards, some, front))
             raise ShardError(f"cannot be decoded: {names or error}; prepare it again") from None
-        yield Mels(normalise(mel, config.audio), longer)
+        yield front.finish(heard)
 
 
-def _undecodable(shards: Shards, clips: np.ndarray, config: Config) -> Iterator[str]:
+def _undecodable(shards: Shards, clips: np.ndarray, front: Ears | Eyes) -> Iterator[str]:
     for clip in clips:
         try:
-            decode_one(shards.sound(clip), 0.0, config.audio)
-        except BadSound as why:
+            front.check(shards.sound(clip))
+        except Unusable as why:
             yield f"{shards.name(clip)} ({why})"

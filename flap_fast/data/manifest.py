@@ -1,6 +1,6 @@
 """A list of sounds and captions, as JSON lines or CSV.
 
-    audio     path, relative to the manifest's folder (required)
+    audio     path, relative to the manifest's folder (required); or `image`, in every row
     caption   one text, or `captions`: several (a list; in CSV separated by `|`)
     id        a name for the clip; its file's stem without one
     split     train, val, ...: names a folder; `train` without one
@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-_KNOWN = ("audio", "caption", "captions", "id", "split", "labels", "start_s", "duration_s")
+_KNOWN = ("audio", "image", "caption", "captions", "id", "split", "labels", "start_s", "duration_s")
 _FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -44,6 +44,8 @@ class Entry:
     start_s: float = 0.0
     duration_s: float | None = None
     original: dict[str, Any] = field(default_factory=dict)
+    image: bool = False
+    """`audio` is a picture."""
 
 
 def read_manifest(file: Path) -> list[Entry]:
@@ -60,6 +62,12 @@ def read_manifest(file: Path) -> list[Entry]:
     owners: dict[tuple[str, str], tuple] = {}
     for line, row in _readable(file):
         entry = _entry(file, line, row)
+        other = next(iter(clips.values()), entry)
+        if entry.image != other.image:
+            raise ManifestError(
+                f"{file}:{line}: a manifest must name sounds or pictures throughout, got both; "
+                "split it in two"
+            )
         piece = (entry.split, entry.audio, entry.start_s, entry.duration_s)
         if piece in clips:
             clips[piece].captions.extend(entry.captions)
@@ -111,9 +119,13 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _entry(file: Path, line: int, row: dict[str, Any]) -> Entry:
-    audio = row.get("audio")
+    image = _given(row, "image")
+    audio = row.get("image" if image else "audio")
+    if image and _given(row, "audio"):
+        raise ManifestError(f"{file}:{line}: a row must have audio or image, got both")
     if not isinstance(audio, str) or not audio:
-        raise ManifestError(f"{file}:{line}: audio must name a sound file, got {audio!r}")
+        what = "image must name a picture" if image else "audio must name a sound file"
+        raise ManifestError(f"{file}:{line}: {what}, got {audio!r}")
     path = file.parent / audio
     try:
         start_s = float(row["start_s"]) if _given(row, "start_s") else 0.0
@@ -127,6 +139,8 @@ def _entry(file: Path, line: int, row: dict[str, Any]) -> Entry:
             f"{file}:{line}: start_s must be at least 0 and duration_s above 0, both finite, "
             f"got {start_s:g} and {duration_s}"
         )
+    if image and (start_s or duration_s is not None):
+        raise ManifestError(f"{file}:{line}: start_s and duration_s are of sounds, not of pictures")
     split = str(row["split"]) if _given(row, "split") else "train"
     if not _FOLDER.fullmatch(split):
         raise ManifestError(
@@ -148,6 +162,7 @@ def _entry(file: Path, line: int, row: dict[str, Any]) -> Entry:
         start_s=start_s,
         duration_s=duration_s,
         original={k: v for k, v in row.items() if k not in _KNOWN and _given(row, k)},
+        image=image,
     )
 
 

@@ -1,5 +1,8 @@
 """`flap prepare`: a manifest -> shards at the front end's rate, each clip decoded once.
 
+Pictures stay the bytes that they are where they are JPEG or PNG in RGB or grey, 8 bits deep; others
+become PNG in RGB. So every reader of the shards sees the same pixels.
+
     OUT/SPLIT/K.tar, K.idx, sizes.json     for training and evaluation (see `shards`)
     OUT/rejected.jsonl                     what could not be used, and why
     OUT/.prepare/                          which shards are finished, for going on after a stop
@@ -26,13 +29,15 @@ import numpy as np
 import soundfile
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from flap_fast.data.image import BadImage, decoded, rgb, square
 from flap_fast.data.manifest import Entry, ManifestError, read_manifest
 from flap_fast.data.shards import pack, write_atomically
-from flap_fast.data.sound import BadSound, read_sound
+from flap_fast.data.sound import BadSound, Unusable, read_sound
 
 # Quieter than -80 dB of full scale at its loudest: nothing to hear, and a constant log-mel.
 _SILENT = 1e-4
 _SHORTEST_S = 0.025
+_AS_IT_IS = {(kind, mode) for kind in ("JPEG", "PNG") for mode in ("RGB", "L")}
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -80,8 +85,8 @@ def prepare(
 
         def decode(entry: Entry) -> bytes | str:
             try:
-                return _flac(entry, sample_rate_hz)
-            except BadSound as why:
+                return _picture(entry) if entry.image else _flac(entry, sample_rate_hz)
+            except Unusable as why:
                 return str(why)
             finally:
                 bar.advance(task)
@@ -125,6 +130,9 @@ class _Job:
     def fingerprint(self, sample_rate_hz: int) -> str:
         """Changes with anything that the shard's bytes depend on but the sounds themselves."""
         rows = [{**asdict(e), "audio": e.audio.name} for e in self.entries]
+        for row in rows:  # what was prepared before there were pictures stays finished
+            if not row["image"]:
+                del row["image"]
         text = json.dumps([sample_rate_hz, rows], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -172,6 +180,21 @@ def _flac(entry: Entry, sample_rate_hz: int) -> bytes:
     return buffer.getvalue()
 
 
+def _picture(entry: Entry) -> bytes:
+    """The picture's file, or a PNG of it; raises `BadImage` with the reason for rejecting it."""
+    if not entry.captions and not entry.labels:
+        raise BadImage("captionless")
+    picture = decoded(entry.audio)
+    colours = rgb(picture)
+    square(colours, 1)  # a strip is rejected here, not in training
+    # RGBA, palettes, CMYK, 16 bits: each decoder has its own way with them.
+    if (picture.format, picture.mode) in _AS_IT_IS and "transparency" not in picture.info:
+        return entry.audio.read_bytes()
+    buffer = io.BytesIO()
+    colours.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def _write(out: Path, job: _Job, results: list[bytes | str], sample_rate_hz: int) -> dict[str, Any]:
     """Write one shard, then the record that it is finished."""
     folder = out / job.split
@@ -179,7 +202,9 @@ def _write(out: Path, job: _Job, results: list[bytes | str], sample_rate_hz: int
     samples, rejected = [], []
     for entry, result in zip(job.entries, results, strict=True):
         if isinstance(result, bytes):
-            original = {**entry.original, "file": entry.audio.name, "start_s": entry.start_s}
+            original = {**entry.original, "file": entry.audio.name}
+            if not entry.image:
+                original["start_s"] = entry.start_s
             record = {
                 "text": entry.captions,
                 "id": entry.id,
@@ -192,7 +217,7 @@ def _write(out: Path, job: _Job, results: list[bytes | str], sample_rate_hz: int
                 {
                     "line": entry.line,
                     "id": entry.id,
-                    "audio": str(entry.audio),
+                    "image" if entry.image else "audio": str(entry.audio),
                     "split": entry.split,
                     "reason": result,
                 }

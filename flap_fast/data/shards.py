@@ -1,6 +1,7 @@
 """WebDataset tar shards on disk: written once, read at any clip.
 
-    FOLDER/0.tar 1.tar ...    KEY.flac + KEY.json for each clip, LAION's layout
+    FOLDER/0.tar 1.tar ...    KEY.flac + KEY.json for each clip, LAION's layout; of pictures
+                              KEY.jpg or KEY.png + KEY.json, or KEY.txt with a caption alone
     FOLDER/0.idx 1.idx ...    where each file of a clip lies in the tar (DALI's index format)
     FOLDER/sizes.json         {"0.tar": clips, ...}
 
@@ -24,9 +25,11 @@ from typing import Any
 
 import numpy as np
 
+from flap_fast.config import Config
 from flap_fast.data.sound import BadSound
 
 SOUNDS = ("flac", "wav", "ogg", "mp3", "opus")
+IMAGES = ("jpg", "jpeg", "png")
 _OPEN_FILES = 256
 
 
@@ -38,22 +41,24 @@ class ShardError(ValueError):
 class Shards:
     """N clips in the shards of one or more folders, in the order of the files.
 
-    `place` is (N, 5) int64: the file, then offset and size of the sound and of the JSON.
+    `place` is (N, 5) int64: the file, then offset and size of the sound (or the picture) and of the
+    JSON. `plain` is (N,) bool: there is no JSON, but a text file that is the caption.
     """
 
     files: tuple[Path, ...]
     place: np.ndarray
+    plain: np.ndarray
 
     def __len__(self) -> int:
         return len(self.place)
 
     def sound(self, clip: int) -> bytes:
-        """The encoded sound of a clip."""
+        """The encoded sound, or picture, of a clip."""
         file, at, size, _, _ = self.place[clip].tolist()
         return _read(self.files[file], at, size)
 
     def record(self, clip: int, *, captionless: bool = False) -> dict[str, Any]:
-        """What the JSON says, with `text` as a list of captions.
+        """What the JSON says, with `text` as a list of captions (img2dataset's is `caption`).
 
         Args:
             captionless: take a clip without captions too.
@@ -64,8 +69,8 @@ class Shards:
         file, _, _, at, size = self.place[clip].tolist()
         data = _read(self.files[file], at, size)
         try:
-            record = json.loads(data)
-            text = record.get("text")
+            record = {"text": data.decode()} if self.plain[clip] else json.loads(data)
+            text = record.get("text", record.get("caption"))
         except (ValueError, AttributeError) as error:
             raise BadSound(f"its JSON cannot be read: {error}") from None
         texts = [text] if isinstance(text, str) else text if isinstance(text, list) else []
@@ -80,13 +85,22 @@ class Shards:
         return f"{self.files[file]} at byte {at}"
 
 
-def open_shards(folders: Sequence[Path]) -> Shards:
+def kept_as(config: Config) -> tuple[str, ...]:
+    """The endings of what the config's tower is fed with."""
+    return SOUNDS if config.image is None else IMAGES
+
+
+def open_shards(folders: Sequence[Path], endings: Sequence[str] = SOUNDS) -> Shards:
     """All clips of the folders' shards, one folder after the other.
 
+    Args:
+        endings: of the files that clips are made of, `SOUNDS` or `IMAGES`.
+
     Raises:
-        ShardError: a folder without shards, a truncated shard, a clip without sound or JSON.
+        ShardError: a folder without shards, a truncated shard, a clip that lacks a file.
     """
     files: list[Path] = []
+    plain: list[bool] = []
     places: list[np.ndarray] = []
     for folder in folders:
         found = sorted(folder.glob("*.tar"), key=_natural)
@@ -96,17 +110,18 @@ def open_shards(folders: Sequence[Path]) -> Shards:
                 "write them with: flap prepare MANIFEST OUT"
             )
         for file in found:
-            rows = _index(file)
+            rows, texts = _index(file, endings)
+            plain += texts
             places.append(np.array([(len(files), *row) for row in rows], np.int64).reshape(-1, 5))
             files.append(file)
-    return Shards(tuple(files), np.concatenate(places))
+    return Shards(tuple(files), np.concatenate(places), np.array(plain, bool))
 
 
 def pack(samples: Iterable[tuple[str, bytes, dict[str, Any]]]) -> tuple[bytes, str, int]:
     """A shard's bytes, its index and its clips, the same bytes for the same samples.
 
     Args:
-        samples: key, FLAC bytes and JSON record of each clip.
+        samples: key, encoded sound or picture, and JSON record of each clip.
     """
     buffer = io.BytesIO()
     lines: list[str] = []
@@ -114,7 +129,7 @@ def pack(samples: Iterable[tuple[str, bytes, dict[str, Any]]]) -> tuple[bytes, s
         for key, sound, record in samples:
             parts = []
             text = json.dumps(record, ensure_ascii=False, sort_keys=True).encode()
-            for ending, data in (("flac", sound), ("json", text)):
+            for ending, data in ((_ending(sound), sound), ("json", text)):
                 info = tarfile.TarInfo(f"{key}.{ending}")
                 info.size, info.mode = len(data), 0o644
                 tar.addfile(info, io.BytesIO(data))
@@ -123,6 +138,11 @@ def pack(samples: Iterable[tuple[str, bytes, dict[str, Any]]]) -> tuple[bytes, s
             lines.append(" ".join(parts))
     index = "\n".join([f"v1.2 {len(lines)}", *lines]) + "\n"
     return buffer.getvalue(), index, len(lines)
+
+
+def _ending(data: bytes) -> str:
+    starts = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png"}
+    return next((ending for start, ending in starts.items() if data.startswith(start)), "flac")
 
 
 def write_atomically(file: Path, data: bytes) -> None:
@@ -143,24 +163,31 @@ def write_atomically(file: Path, data: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
-def _index(file: Path) -> list[tuple[int, int, int, int]]:
-    """Offset and size of each clip's sound and JSON, from the .idx beside it or from the tar."""
+def _index(
+    file: Path, endings: Sequence[str]
+) -> tuple[list[tuple[int, int, int, int]], list[bool]]:
+    """Offset and size of each clip's sound and JSON, from the .idx beside it or from the tar.
+
+    And whether what stands in for the JSON is a plain text.
+    """
     index = file.with_suffix(".idx")
     clips = _parse_index(index) if index.is_file() else _scan(file)
     size = file.stat().st_size
-    rows = []
+    what = "a sound" if endings == SOUNDS else "a picture (" + ", ".join(endings) + ")"
+    rows, plain = [], []
     for key, parts in clips:
-        sound = next((parts[ending] for ending in SOUNDS if ending in parts), None)
-        text = parts.get("json")
+        sound = next((parts[ending] for ending in endings if ending in parts), None)
+        text = parts.get("json", parts.get("txt"))
         if sound is None or text is None:
-            raise ShardError(f"{file}: clip {key} must have a sound and a .json, got {list(parts)}")
+            raise ShardError(f"{file}: clip {key} must have {what} and a .json, got {list(parts)}")
         if max(sum(sound), sum(text)) > size:
             raise ShardError(
                 f"{file} is truncated: clip {key} ends at byte {max(sum(sound), sum(text))} of "
                 f"{size}; delete it and run flap prepare again, or fetch it again"
             )
         rows.append((*sound, *text))
-    return rows
+        plain.append("json" not in parts)
+    return rows, plain
 
 
 # A clip's key, and where each of its files begins in the tar and how many bytes it has.

@@ -14,7 +14,11 @@ import soundfile
 import soxr
 
 
-class BadSound(ValueError):
+class Unusable(ValueError):
+    """A clip's sound or picture that cannot be used, and why."""
+
+
+class BadSound(Unusable):
     """A sound that cannot be used, and why."""
 
 

@@ -16,7 +16,8 @@ Scored = dict[str, Any]
 
 def _retrieval(subject: Subject, e: Embeddings) -> Scored:
     found = retrieval.retrieval(e.audio, e.text, e.owner, subject.ranks)
-    return {**found, "chance": retrieval.chance(e.owner, len(e.audio))}
+    sense = {} if subject.config.image is None else {"sense": "image"}  # what `audio` is here
+    return {**found, **sense, "chance": retrieval.chance(e.owner, len(e.audio))}
 
 
 def _zero_shot(subject: Subject, e: Embeddings) -> Scored:

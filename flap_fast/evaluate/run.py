@@ -1,7 +1,7 @@
 """A model and data sets -> scores, as a dictionary, a table and one number to select by.
 
 {"retrieval": {NAME: {"audio_to_text": {"R@1": ..}, "text_to_audio": {..}, "chance": {..},
-                      "clips": .., "captions": ..}},
+                      "clips": .., "captions": ..}},      of pictures with "sense": "image"
  "zero_shot": {NAME: {..}}, "geometry": {NAME: {..}}, "sts": {NAME: {..}}, "transfer": {NAME: {..}},
  "flops": [..], "data": {NAME: PATH}}
 """
@@ -19,7 +19,7 @@ from rich.table import Table
 from flap_fast.checks import need
 from flap_fast.config import Config
 from flap_fast.data.captions import Tokenizer
-from flap_fast.data.shards import open_shards, write_atomically
+from flap_fast.data.shards import kept_as, open_shards, write_atomically
 from flap_fast.evaluate import OF_CLIPS, OF_SENTENCES, OF_SETTINGS, TASKS
 from flap_fast.evaluate.embed import evaluating
 from flap_fast.evaluate.retrieval import TOP
@@ -66,7 +66,7 @@ def score(subject: Subject, data: Sequence[Path], tasks: Sequence[str] = ()) -> 
             for task in (task for task in OF_SENTENCES if task in tasks):
                 found[task][name] = OF_SENTENCES[task](subject, path)
             continue
-        embeddings = subject.clips(open_shards([path]))
+        embeddings = subject.clips(open_shards([path], kept_as(subject.config)))
         for task in (task for task in OF_CLIPS if task in tasks):
             found[task][name] = OF_CLIPS[task](subject, embeddings)
     for task in (task for task in OF_SETTINGS if task in tasks):
@@ -119,12 +119,17 @@ def selection_score(scores: Scores) -> float:
 def flat_scores(scores: Scores) -> dict[str, float]:
     """{"val/audio_to_text/R@10": ..}: what a step's row in metrics.jsonl holds."""
     return {
-        f"{name}/{direction}/{metric}": value
+        f"{name}/{spoken(direction, found)}/{metric}": value
         for name, found in scores["retrieval"].items()
         for direction in ("audio_to_text", "text_to_audio")
         for metric, value in found[direction].items()
         if metric.startswith("R@") or metric == "mAP@10"
     }
+
+
+def spoken(direction: str, found: dict[str, Any]) -> str:
+    """`audio_to_text` as a person calls it: of pictures `image_to_text`."""
+    return direction.replace("audio", found.get("sense", "audio"))
 
 
 def write_scores(file: Path, scores: Scores) -> None:
@@ -144,5 +149,6 @@ def table(scores: Scores) -> Table:
         for direction in ("audio_to_text", "text_to_audio"):
             values = (f"{s[direction][metric]:.3f}" for metric in metrics)
             by_chance = f"{s['chance'][direction]['R@10']:.3f}"
-            out.add_row(name, direction.replace("_", " "), *values, by_chance)
+            called = spoken(direction, s).replace("_", " ")
+            out.add_row(name, called, *values, by_chance)
     return out

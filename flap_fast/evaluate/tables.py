@@ -19,6 +19,7 @@ _DIRECTIONS = (
     "In percent. T-A: a caption finds its sound (the language-encoder paper's audio retrieval); "
     "A-T: a sound finds its captions (its text retrieval)."
 )
+_OF_PICTURES = "In percent. T-I: a caption finds its picture; I-T: a picture finds its captions."
 _CLOTHO = (
     "FLAP's rows are of Clotho's evaluation split, the language-encoder paper's of its validation "
     "split."
@@ -74,7 +75,9 @@ def terminal(scores: dict[str, Any]) -> Iterator[Group]:
 
 
 def _retrieval(name: str, found: dict[str, Any], known: str | None) -> Sheet:
-    head = ("system", *(f"T-A {m}" for m in _METRICS), *(f"A-T {m}" for m in _METRICS))
+    seen = found.get("sense") == "image"
+    there, back = ("T-I", "I-T") if seen else ("T-A", "A-T")
+    head = ("system", *(f"{there} {m}" for m in _METRICS), *(f"{back} {m}" for m in _METRICS))
     a2t, t2a = found["audio_to_text"], found["text_to_audio"]
     ours = [_percent(d[m]) for d in (t2a, a2t) for m in _METRICS]
     by_chance = [
@@ -90,9 +93,10 @@ def _retrieval(name: str, found: dict[str, Any], known: str | None) -> Sheet:
         (_called(row), *"---", row.text_to_audio, *"---", row.audio_to_text)
         for row in papers.PRECISION.get(known or "", ())
     ]
-    laion = f"A-T mAP@10 as LAION-CLAP computes it: {_percent(a2t['mAP@10_laion'])}"
+    laion = f"{back} mAP@10 as LAION-CLAP computes it: {_percent(a2t['mAP@10_laion'])}"
     reads = f"{laion}, which is what {papers.LE_4} reports." if rows else f"{laion}."
-    notes = [_DIRECTIONS, reads, *([_CLOTHO] if known == "Clotho" else [])]
+    directions = _OF_PICTURES if seen else _DIRECTIONS
+    notes = [directions, reads, *([_CLOTHO] if known == "Clotho" else [])]
     title = f"Retrieval, {name}: {found['clips']} clips, {found['captions']} captions"
     chance = ("chance", *by_chance)
     return Sheet(title, head, [("this model", *ours), chance], rows, " ".join(notes))

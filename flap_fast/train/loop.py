@@ -10,7 +10,7 @@ import torch
 from flap_fast.config import Config, check_before_loading
 from flap_fast.data.captions import Tokenizer, tokenizer
 from flap_fast.data.loader import TrainingLoader
-from flap_fast.data.shards import open_shards
+from flap_fast.data.shards import kept_as, open_shards
 from flap_fast.evaluate.run import Scores, evaluate, flat_scores, selection_score, write_scores
 from flap_fast.model.flap import Flap
 from flap_fast.model.interop import put_weights
@@ -59,7 +59,7 @@ def _train(
     config: Config, ranks: Ranks, start: Path | None, open_files: ExitStack
 ) -> Scores | None:
     tokens = tokenizer(config.text)
-    loader = TrainingLoader(config, open_shards(config.data.train), tokens, ranks)
+    loader = TrainingLoader(config, open_shards(config.data.train, kept_as(config)), tokens, ranks)
     steps = config.train.steps or (config.train.epochs or 0) * loader.order.steps_per_epoch
     torch.manual_seed(config.run.seed)
     model = Flap(config, weights=start is None)

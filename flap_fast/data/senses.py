@@ -1,0 +1,120 @@
+"""How encoded clips become what the model is fed with: sounds by `Ears`, pictures by `Eyes`.
+
+The loader asks both for the same, so order, resuming and repairs are the same for both:
+
+    stream     batches of bytes -> batches on the device, decoded ahead
+    check      whether a clip's bytes can be decoded
+    together   a batch decoded here and now, for repairs
+    finish     a batch -> the tower's input, float32
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flap_fast.config import Config, Image
+from flap_fast.data.decode import Encoded, backend, decode_one, log_mels
+from flap_fast.data.frontend import MelFrontEnd, Mels, to_device, together
+from flap_fast.data.image import PillowDecoder, normalise_image, read_image
+from flap_fast.data.mel import normalise
+from flap_fast.ranks import Ranks
+
+
+class Ears:
+    """Sounds -> log-mels (B, 1, T, F), or (B, 4, T, F) with fusion."""
+
+    def __init__(self, config: Config, ranks: Ranks):
+        self._config, self._ranks = config, ranks
+        self._mel = MelFrontEnd(config.audio, config.fusion, ranks.device)
+
+    def stream(self, batches: Iterator[Encoded], batch: int) -> Iterator[Mels]:
+        """Raises `BadSound` at the turn of a batch with a clip that cannot be decoded."""
+        return log_mels(
+            batches,
+            mel=self._mel,
+            frontend=self._config.frontend,
+            batch=batch,
+            local_ranks=self._ranks.local_world,
+        )
+
+    def check(self, sound: bytes) -> None:
+        """Raises `BadSound`."""
+        decode_one(sound, 0.0, self._config.audio)
+
+    def together(self, sounds: Sequence[bytes], where: np.ndarray) -> Mels:
+        """Raises `BadSound`."""
+        audio, fusion = self._config.audio, self._config.fusion
+        pairs = zip(sounds, where[:, 0].tolist(), strict=True)
+        waves = [decode_one(sound, at, audio, fusion) for sound, at in pairs]
+        return self._mel(together(waves, where))
+
+    def finish(self, heard: Mels) -> Mels:
+        """Normalised."""
+        return Mels(normalise(heard.mel, self._config.audio), heard.longer)
+
+
+class Eyes:
+    """Pictures -> squares (B, R, R, 3) uint8 -> (B, 3, R, R)."""
+
+    def __init__(self, config: Config, image: Image, ranks: Ranks):
+        self._frontend, self._image, self._ranks = config.frontend, image, ranks
+        # Made once: a copy to a GPU in each step would have the host wait.
+        self._mean, self._std = (
+            torch.tensor(of, device=ranks.device) for of in (image.mean, image.std)
+        )
+
+    def stream(self, batches: Iterator[Encoded], batch: int) -> Iterator[Mels]:
+        """Raises `BadImage` at the turn of a batch with a picture that cannot be decoded."""
+        pictures = (encoded for encoded, _ in batches)
+        cores = max(1, (os.cpu_count() or 1) // self._ranks.local_world)
+        threads, ahead = self._frontend.threads or cores, self._frontend.prefetch
+        if backend(self._frontend) == "torch":
+            decoder = PillowDecoder(pictures, self._image, threads=threads, prefetch=ahead)
+        else:
+            from flap_fast.data.dali_image import DaliImageDecoder
+
+            decoder = DaliImageDecoder(
+                pictures,
+                self._image,
+                batch=batch,
+                threads=threads,
+                prefetch=ahead,
+                device=self._ranks.device,
+            )
+        return _OnDevice(decoder, self._ranks.device)
+
+    def check(self, picture: bytes) -> None:
+        """Raises `BadImage`."""
+        read_image(picture, self._image.resolution)
+
+    def together(self, pictures: Sequence[bytes], where: np.ndarray) -> Mels:
+        """Raises `BadImage`."""
+        squares = [read_image(picture, self._image.resolution) for picture in pictures]
+        return Mels(to_device(torch.from_numpy(np.stack(squares)), self._ranks.device), None)
+
+    def finish(self, seen: Mels) -> Mels:
+        """(B, 3, R, R), normalised."""
+        return Mels(normalise_image(seen.mel, self._mean, self._std), None)
+
+
+def sense(config: Config, ranks: Ranks) -> Ears | Eyes:
+    """What the config's tower is fed by."""
+    return Ears(config, ranks) if config.image is None else Eyes(config, config.image, ranks)
+
+
+class _OnDevice:
+    """An iterator, not a generator: it goes on after it has raised."""
+
+    def __init__(self, decoder: Iterator[Tensor], device: torch.device):
+        self._decoder, self._device = decoder, device
+
+    def __iter__(self) -> _OnDevice:
+        return self
+
+    def __next__(self) -> Mels:
+        return Mels(to_device(next(self._decoder), self._device), None)
