@@ -285,6 +285,9 @@ class Contrastive(Section):
     """Mean of both directions (the toolkit), or one (FLAP's Eq. 1 is a2t)."""
     scheme: Literal["auto", "replicated", "sharded"] = "auto"
     """How ranks share the work; the numbers are the same."""
+    precision: Literal["ieee", "tf32", "bf16"] = "ieee"
+    """Of the embeddings in its products, summed in fp32: as they are, or rounded for a GPU's tensor
+    cores (`tf32` is exact on a CPU). `python -m bench.infonce_precision` prints what each costs."""
 
 
 class Cyclic(Section):

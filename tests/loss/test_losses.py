@@ -14,6 +14,7 @@ from flap_fast.checks import ConfigError
 from flap_fast.config import Config, Loss
 from flap_fast.loss import LOSSES, total_loss
 from flap_fast.model.flap import Outputs
+from flap_kernels.infonce import infonce_reference
 from tests.ranks import on_ranks
 from tests.tiny import tiny
 
@@ -65,6 +66,20 @@ def test_both_cyclic_terms_cost_one_call(monkeypatch: pytest.MonkeyPatch):
     for overrides in (("loss.cyclic.form=gram", *BOTH), BOTH[:1], ()):
         total_loss(outputs_of(unit(0), unit(1)), tiny(*overrides))
     assert calls == [{"form": "gram"}, {"form": "auto"}]
+
+
+def test_the_contrastive_loss_is_exact_unless_another_precision_is_asked_for():
+    audio, text = unit(0), unit(1)
+    terms = [
+        total_loss(outputs_of(audio, text), tiny(*overrides))["contrastive"]
+        for overrides in ((), *((f"loss.contrastive.precision={p}",) for p in ("ieee", "bf16")))
+    ]
+    exact = infonce_reference(audio.double(), text.double(), torch.ones((), dtype=torch.float64))
+    away = [abs(term.double() - exact).item() for term in terms]
+    assert away[0] == away[1] < 1e-6
+    assert 1e-6 < away[2] < 1e-2
+    with pytest.raises(ConfigError, match=r"loss\.contrastive\.precision must be 'ieee', 'tf32' or"):
+        tiny("loss.contrastive.precision=fp16")
 
 
 def test_without_any_loss_there_is_nothing_to_train_on():
