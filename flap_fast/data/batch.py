@@ -18,9 +18,9 @@ class Batch:
     mel: Tensor
     """(B, 1, T, F) float32, normalised; SpecAug comes with the step."""
     ids: Tensor
-    """(B, L) int64 caption tokens."""
+    """(S B, L) int64 tokens: of the B captions, then of the other S - 1 of `Loss.sentences`."""
     attention_mask: Tensor
-    """(B, L) int64, 1 on tokens and 0 on padding; on the CPU, for the host decides by it."""
+    """(S B, L) int64, 1 on tokens and 0 on padding; on the CPU, for the host decides by it."""
     visits: Tensor
     """(B,) int64: `step * global_batch + row`, keys the draws of masks and SpecAug."""
     clips: np.ndarray

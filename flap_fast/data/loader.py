@@ -18,6 +18,7 @@ from flap_fast.data.decode import Encoded, decode_one, log_mels, to_device
 from flap_fast.data.draws import Stream, uniforms
 from flap_fast.data.mel import kaldi_log_mel, normalise
 from flap_fast.data.order import Order
+from flap_fast.data.sentences import Sentences
 from flap_fast.data.shards import ShardError, Shards
 from flap_fast.data.sound import BadSound, crop_positions
 from flap_fast.ranks import Ranks
@@ -49,6 +50,7 @@ class TrainingLoader:
         batch = config.train.global_batch
         self.order = Order(shards.place[:, 0], batch, config.run.seed, config.data.shuffle_shards)
         self.bad: list[BadClip] = []
+        self._sentences = Sentences(config)
         self._config, self._shards, self._tokenizer, self._ranks = config, shards, tokenizer, ranks
         self._micro_batches = config.train.micro_batches(ranks.world)
         self._clips = batch // ranks.world // self._micro_batches
@@ -152,7 +154,9 @@ class TrainingLoader:
 
     def _batch(self, share: _Share, mel: Tensor) -> Batch:
         device = self._ranks.device
-        ids, attention_mask = self._tokenizer(share.captions)
+        rows = share.visits.numpy() - share.step * self._config.train.global_batch
+        texts = self._sentences(share.step, rows, share.captions)
+        ids, attention_mask = self._tokenizer(texts)
         return Batch(
             mel=normalise(mel, self._config.audio)[:, None],
             ids=to_device(ids, device),

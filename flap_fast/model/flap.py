@@ -1,7 +1,7 @@
 """Two towers and a scale: everything the losses need comes out of `forward`.
 
     mel -> AudioViT -> head -> L2 -> audio (B, d)        scale = exp(clamp(logit_scale))
-    ids -> TextEncoder -> head -> L2 -> text (B, d)      tokens of AudioViT -> Decoder -> recon ()
+    ids -> TextEncoder -> head -> L2 -> text (B, d) ..   tokens of AudioViT -> Decoder -> recon ()
 
 Source: FLAP sections 3 and 4, on LAION-CLAP's heads (SPEC 4.5, 5.1).
 """
@@ -9,7 +9,7 @@ Source: FLAP sections 3 and 4, on LAION-CLAP's heads (SPEC 4.5, 5.1).
 from __future__ import annotations
 
 import math
-from typing import TypedDict
+from typing import NotRequired, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,16 @@ class Outputs(TypedDict):
     """(B, d), unit norm."""
     scale: Tensor
     """(), what cosines are multiplied by."""
+    text_again: NotRequired[Tensor]
+    """(B, d), the captions under another dropout; it and those below where a loss asks for them."""
+    premise: NotRequired[Tensor]
+    """(B, d), sentences that have nothing to do with the clips."""
+    premise_again: NotRequired[Tensor]
+    """(B, d), under another dropout."""
+    entailment: NotRequired[Tensor]
+    """(B, d), what follows from the premises."""
+    contradiction: NotRequired[Tensor]
+    """(B, d), what contradicts them."""
     recon: Tensor
     """(), the decoder's error on the patches dropped; 0 without a decoder or a target."""
 
@@ -46,6 +56,7 @@ class Flap(nn.Module):
         super().__init__()
         recompute = config.train.checkpoint_activations
         self.precision = config.train.precision
+        self.sentences = config.loss.sentences
         self.audio = AudioViT(config.audio, recompute="audio" in recompute)
         self.text = TextEncoder(config.text, recompute="text" in recompute, weights=weights)
         self.audio_head = _head(self.audio.width, config.joint.width)
@@ -69,19 +80,22 @@ class Flap(nn.Module):
 
         Args:
             mel: (B, 1, T, F) float32.
-            ids, attention_mask: (B, L) int64; the mask best on the CPU, see `packing.pack`.
+            ids, attention_mask: (S B, L) int64, the captions and the other `Loss.sentences`; the
+                mask best on the CPU, see `packing.pack`.
             plan: the patches that masking left and dropped; all are left without.
             target: (B, 1, T, F) float32, what the decoder is to rebuild; it rests without.
         """
         scale = _Clamp.apply(self.logit_scale, self.max_logit_scale).exp().squeeze(0)
         audio, tokens = self._encode_audio(mel, None if plan is None else plan.keep)
-        text = self.embed_text(ids, attention_mask)
+        # All sentences in one pass: one dropout of their own for each row, one use of each weight.
+        sentences = self.embed_text(ids, attention_mask).chunk(len(self.sentences))
         if self.decoder is None or target is None:
             recon = scale.new_zeros(())
         else:
             with self._autocast(mel.device):
                 recon = self.decoder(tokens, plan, target)
-        return {"audio": audio, "text": text, "scale": scale, "recon": recon}
+        found = {"audio": audio, "scale": scale, "recon": recon}
+        return cast(Outputs, found | dict(zip(self.sentences, sentences, strict=True)))
 
     def embed_audio(self, mel: Tensor, keep: Tensor | None = None) -> Tensor:
         """(B, 1, T, F) -> (B, d), unit norm, float32."""
