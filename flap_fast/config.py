@@ -50,6 +50,9 @@ class Data(Section):
     """Folders of WebDataset shards to train on, concatenated (`flap prepare` writes them)."""
     val: Folders = ()
     """Folders of shards to evaluate on; each is scored under its folder's name."""
+    nli: Folders = ()
+    """Triples of sentences for loss.nli, and loss.simcse.on = nli: JSON-lines, TSV or CSV files, or
+    folders of them, with `premise`, `entailment` and `contradiction` (or SimCSE's names)."""
     shuffle_shards: CountOrZero = 0
     """Shards mixed at a time; 0 mixes all clips. Use 8 or so where random reads are slow."""
     on_bad_clip: Literal["replace", "stop"] = "replace"
@@ -224,6 +227,9 @@ class Contrastive(Section):
     """Mean of both directions (the toolkit), or one (FLAP's Eq. 1 is a2t)."""
     scheme: Literal["auto", "replicated", "sharded"] = "auto"
     """How ranks share the work; the numbers are the same."""
+    precision: Literal["ieee", "tf32", "bf16"] = "ieee"
+    """Of the embeddings in its products, summed in fp32: as they are, or rounded for a GPU's tensor
+    cores (`tf32` is exact on a CPU). `python -m bench.infonce_precision` prints what each costs."""
 
 
 class Cyclic(Section):
@@ -233,6 +239,27 @@ class Cyclic(Section):
     """Weight of `cyclic_in`: sounds j and k as alike as their captions (I-cyclic)."""
     form: Literal["auto", "tiled", "gram"] = "auto"
     """How it is computed; the numbers are the same. `auto` takes what does less for the batch."""
+
+
+class SimCSE(Section):
+    weight: Annotated[float, Field(ge=0)] = 0.0
+    """Its weight in the total. The sentences go through the text tower twice."""
+    temperature: Positive = 0.05
+    """Divides the cosines; fixed."""
+    on: Literal["captions", "nli"] = "captions"
+    """Of which sentences: the clips' captions, or as many premises of data.nli (CLIPe)."""
+
+    @property
+    def views(self) -> tuple[str, str]:
+        """The two embeddings of a sentence, by name."""
+        return {"captions": ("text", "text_again"), "nli": ("premise", "premise_again")}[self.on]
+
+
+class NLI(Section):
+    weight: Annotated[float, Field(ge=0)] = 0.0
+    """Its weight in the total. Three sentences of data.nli for each clip."""
+    temperature: Positive = 0.05
+    """Divides the cosines; fixed."""
 
 
 class Recon(Section):
@@ -247,12 +274,25 @@ class Recon(Section):
 class Loss(Section):
     contrastive: Contrastive = Contrastive()
     cyclic: Cyclic = Cyclic()
+    simcse: SimCSE = SimCSE()
+    nli: NLI = NLI()
     recon: Recon = Recon()
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """What the text tower reads for each clip, in its rows' order: `text` is the caption.
+
+        `_again` names the same sentence, under a dropout of its own; the others are data.nli's.
+        """
+        views = self.simcse.views if self.simcse.weight else ()
+        triple = ("premise", "entailment", "contradiction") if self.nli.weight else ()
+        return tuple(dict.fromkeys(("text", *views, *triple)))
 
     @model_validator(mode="after")
     def _something(self):
         cyclic = self.cyclic.cross_weight + self.cyclic.in_weight
-        weight = self.contrastive.weight + cyclic + self.recon.weight
+        of_text = self.simcse.weight + self.nli.weight
+        weight = self.contrastive.weight + cyclic + of_text + self.recon.weight
         need(weight > 0, "loss.contrastive.weight", "be above 0 where no other loss is", 0)
         return self
 
@@ -500,6 +540,15 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _two_views_differ(self):
+        if self.loss.simcse.weight:
+            rule = "be {} with loss.simcse, whose two views of a sentence differ by dropout alone"
+            need(not self.text.freeze, "text.freeze", rule.format("off"), self.text.freeze)
+            dropout = self.text.dropout
+            need(dropout > 0, "text.dropout", rule.format("above 0"), dropout, "0.1 is usual")
+        return self
+
     @property
     def run_folder(self) -> Path:
         """Where this run keeps everything it writes."""
@@ -537,6 +586,11 @@ def check_before_loading(config: Config, world: int) -> None:
         f"for example {next((m for m in range(micro or 1, 0, -1) if share % m == 0), 1)}",
     )
     need(bool(config.data.train), "data.train", "name at least one folder of shards", "nothing")
+    rule = "name files of sentences for loss.nli, and for loss.simcse.on = nli"
+    there = bool(config.data.nli) or "premise" not in config.loss.sentences
+    need(there, "data.nli", rule, "nothing")
+    for file in config.data.nli:
+        need(file.exists(), "data.nli", "be existing files or folders of them", file)
     for name in ("train", "val"):
         for folder in getattr(config.data, name):
             need(

@@ -78,7 +78,10 @@ def _parse(text: str | bytes, what: str) -> Any:
 
 
 class _OnceLoader(yaml.SafeLoader):
-    """Refuses a name that stands twice in a section; PyYAML drops the first one silently."""
+    """Refuses a name that stands twice in a section; PyYAML drops the first one silently.
+
+    And reads `on` as the name that it is, where YAML 1.1 has it for `true`.
+    """
 
     def construct_mapping(self, node, deep=False):
         seen: set[str] = set()
@@ -88,6 +91,8 @@ class _OnceLoader(yaml.SafeLoader):
                     None, None, f"'{key.value}' must stand once", key.start_mark
                 )
             seen.add(str(key.value))
+            if key.tag == "tag:yaml.org,2002:bool":
+                key.tag = "tag:yaml.org,2002:str"
         return super().construct_mapping(node, deep)
 
 

@@ -130,6 +130,17 @@ def yaml_file(tmp_path: Path):
             "text.attention must be 'sdpa' with text.packing = padded, got 'xformers'; "
             "set text.packing=auto",
         ),
+        (
+            "{loss: {simcse: {weight: 0.1}}, text: {dropout: 0}}",
+            "text.dropout must be above 0 with loss.simcse, whose two views of a sentence differ "
+            "by dropout alone, got 0.0; 0.1 is usual",
+        ),
+        (
+            "{loss: {simcse: {weight: 0.1}}, text: {freeze: true}}",
+            "text.freeze must be off with loss.simcse, whose .* by dropout alone, got True",
+        ),
+        ("loss: {nli: {temperature: 0}}", "loss.nli.temperature must be greater than 0, got 0"),
+        ("loss: {simcse: {on: joint}}", "loss.simcse.on must be 'captions' or 'nli', got 'joint'"),
     ],
 )
 def test_a_wrong_value_is_refused_with_its_name_rule_and_value(yaml_file, text, message):
@@ -242,6 +253,7 @@ def test_an_override_inside_a_value_is_refused(yaml_file):
         ["optim.lr=1e-5", "optim.betas=[0.99, 0.9]", "data.train=[a, b]", "text.folder=models/x"],
         ["audio.size=small", "audio.frames=256", "audio.duration_s=2.5", "mask.kind=none"],
         ["audio.encoder=htsat", "audio.depths=[2, 2]", "specaug.stripes=3"],
+        ["loss.simcse.on=nli", "loss.simcse.weight=0.1", "data.nli=data/nli"],
     ],
 )
 def test_a_dumped_config_reads_back_equal(yaml_file, overrides):

@@ -19,9 +19,9 @@ class Batch:
     """(B, 1, T, F) float32, normalised, SpecAug yet to come; (B, 4, T, F) with fusion; pictures:
     (B, 3, R, R)."""
     ids: Tensor
-    """(B, L) int64 caption tokens."""
+    """(S B, L) int64 tokens: of the B captions, then of the other S - 1 of `Loss.sentences`."""
     attention_mask: Tensor
-    """(B, L) int64, 1 on tokens and 0 on padding; on the CPU, for the host decides by it."""
+    """(S B, L) int64, 1 on tokens and 0 on padding; on the CPU, for the host decides by it."""
     visits: Tensor
     """(B,) int64: `step * global_batch + row`, keys the draws of masks and SpecAug."""
     clips: np.ndarray

@@ -32,6 +32,7 @@ class Stream(IntEnum):
     MASK_INNER = 4
     SPECAUG = 5
     EVAL_CROP = 6
+    NLI = 7
     WRITE = 16
 
 
@@ -55,9 +56,11 @@ def uniforms(seed: int, stream: Stream, visits: Tensor, count: int) -> Tensor:
     return ((words >> 8).float() * 2.0**-24).flatten(1)[:, :count]
 
 
-def permutation(seed: int, epoch: int, count: int, salt: int = 0) -> np.ndarray:
+def permutation(
+    seed: int, epoch: int, count: int, salt: int = 0, stream: Stream = Stream.ORDER
+) -> np.ndarray:
     """A shuffled (count,) int64 `arange`, a function of its arguments alone."""
-    key = np.random.SeedSequence([seed, int(Stream.ORDER), epoch, salt])
+    key = np.random.SeedSequence([seed, int(stream), epoch, salt])
     return np.random.Generator(np.random.Philox(key)).permutation(count)
 
 

@@ -21,6 +21,7 @@ from flap_fast.data.frontend import Mels, to_device
 from flap_fast.data.fusion import PIECES
 from flap_fast.data.order import Order
 from flap_fast.data.senses import Ears, Eyes, sense
+from flap_fast.data.sentences import Sentences
 from flap_fast.data.shards import ShardError, Shards
 from flap_fast.data.sound import Unusable, crop_positions
 from flap_fast.ranks import Ranks
@@ -55,6 +56,7 @@ class TrainingLoader:
         self._choice = CaptionChoice(config.data, shards)
         self.order = Order(self._choice.files, batch, config.run.seed, config.data.shuffle_shards)
         self.bad: list[BadClip] = []
+        self._sentences = Sentences(config)
         self._config, self._shards, self._tokenizer, self._ranks = config, shards, tokenizer, ranks
         self._micro_batches = config.train.micro_batches(ranks.world)
         self._clips = batch // ranks.world // self._micro_batches
@@ -149,7 +151,9 @@ class TrainingLoader:
 
     def _batch(self, share: _Share, heard: Mels) -> Batch:
         device = self._ranks.device
-        ids, attention_mask = self._tokenizer(share.captions)
+        rows = share.visits.numpy() - share.step * self._config.train.global_batch
+        texts = self._sentences(share.step, rows, share.captions)
+        ids, attention_mask = self._tokenizer(texts)
         return Batch(
             mel=self._sense.finish(heard).mel,
             ids=to_device(ids, device),

@@ -24,6 +24,11 @@ from pathlib import Path
 from typing import Any
 
 _KNOWN = ("audio", "image", "caption", "captions", "id", "split", "labels", "start_s", "duration_s")
+# Strict: a quote that is never closed would swallow the rows after it.
+_CELLS: dict[str, dict[str, Any]] = {
+    ".csv": {"strict": True},
+    ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
+}
 _FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -60,7 +65,7 @@ def read_manifest(file: Path) -> list[Entry]:
         raise ManifestError(f"the manifest must be an existing .jsonl or .csv file, got '{file}'")
     clips: dict[tuple, Entry] = {}
     owners: dict[tuple[str, str], tuple] = {}
-    for line, row in _readable(file):
+    for line, row in read_rows(file):
         entry = _entry(file, line, row)
         other = next(iter(clips.values()), entry)
         if entry.image != other.image:
@@ -86,7 +91,12 @@ def read_manifest(file: Path) -> list[Entry]:
     return list(clips.values())
 
 
-def _readable(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a .csv, a .tsv (without quotes) or else JSON-lines file, and their lines.
+
+    Raises:
+        ManifestError: a line that is not a row.
+    """
     try:
         yield from _rows(file)
     except (UnicodeDecodeError, csv.Error) as error:
@@ -95,14 +105,15 @@ def _readable(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with file.open(newline="", encoding="utf-8-sig") as lines:
-        if file.suffix.lower() == ".csv":
-            # Strict: a quote that is never closed would swallow the rows after it.
-            reader = csv.DictReader(lines, strict=True)
+        kind = file.suffix.lower()
+        if kind in _CELLS:
+            reader = csv.DictReader(lines, **_CELLS[kind])
             for row in reader:
                 if None in row:
+                    remedy = "; put quotes around a text with commas" if kind == ".csv" else ""
                     raise ManifestError(
                         f"{file}:{reader.line_num} must have {len(reader.fieldnames or ())} cells, "
-                        f"got {row[None]} beyond them; put quotes around a text with commas"
+                        f"got {row[None]} beyond them{remedy}"
                     )
                 yield reader.line_num, row
             return

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from flap_fast.checks import need
-from flap_fast.data.draws import permutation
+from flap_fast.data.draws import Stream, permutation
 
 
 class Order:
@@ -14,18 +16,25 @@ class Order:
     Args:
         files: (N,) the shard of each clip, ascending.
         shuffle_shards: shards mixed at a time; 0 mixes all clips.
+        stream: of its own for each order of a run.
+        what: is ordered, for a message.
     """
 
-    def __init__(self, files: np.ndarray, global_batch: int, seed: int, shuffle_shards: int = 0):
-        need(
-            len(files) >= global_batch,
-            "train.global_batch",
-            f"be at most the {len(files)} clips of data.train",
-            global_batch,
-        )
+    def __init__(
+        self,
+        files: np.ndarray,
+        global_batch: int,
+        seed: int,
+        shuffle_shards: int = 0,
+        *,
+        stream: Stream = Stream.ORDER,
+        what: str = "clips of data.train",
+    ):
+        rule = f"be at most the {len(files)} {what}"
+        need(len(files) >= global_batch, "train.global_batch", rule, global_batch)
         self.steps_per_epoch = len(files) // global_batch
         self._files, self._batch, self._seed = files, global_batch, seed
-        self._window = shuffle_shards
+        self._window, self._stream = shuffle_shards, stream
         self._epoch, self._clips = -1, np.empty(0, np.int64)
 
     def epoch(self, step: int) -> int:
@@ -40,13 +49,14 @@ class Order:
         return self._clips[at * self._batch : (at + 1) * self._batch]
 
     def _shuffled(self, epoch: int) -> np.ndarray:
+        draw = partial(permutation, self._seed, epoch, stream=self._stream)
         if not self._window:
-            return permutation(self._seed, epoch, len(self._files))
+            return draw(len(self._files))
         starts = np.searchsorted(self._files, np.arange(self._files[-1] + 2))
-        shards = permutation(self._seed, epoch, len(starts) - 1)
+        shards = draw(len(starts) - 1)
         mixed = []
         for salt, first in enumerate(range(0, len(shards), self._window), 1):
             window = shards[first : first + self._window]
             clips = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in window])
-            mixed.append(clips[permutation(self._seed, epoch, len(clips), salt)])
+            mixed.append(clips[draw(len(clips), salt)])
         return np.concatenate(mixed)

@@ -10,7 +10,9 @@ from torch import Tensor
 from flap_fast.config import Config
 from flap_fast.loss.contrastive import contrastive
 from flap_fast.loss.cyclic import cyclic
+from flap_fast.loss.nli import nli
 from flap_fast.loss.reconstruction import reconstruction
+from flap_fast.loss.simcse import simcse
 from flap_fast.loss.terms import Terms
 from flap_fast.model.flap import Outputs
 
@@ -18,6 +20,8 @@ from flap_fast.model.flap import Outputs
 LOSSES: dict[str, Callable[[Outputs, Config], Terms]] = {
     "contrastive": contrastive,
     "cyclic": cyclic,
+    "simcse": simcse,
+    "nli": nli,
     "recon": reconstruction,
 }
 

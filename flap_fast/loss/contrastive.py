@@ -28,5 +28,6 @@ def contrastive(outputs: Outputs, config: Config) -> Terms:
         direction=settings.direction,
         scheme=settings.scheme,
         equal_shares=True,  # the loader's are; asking would wait for the device
+        precision=settings.precision,
     )
     return {"contrastive": (settings.weight, loss)}

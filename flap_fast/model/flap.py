@@ -1,7 +1,7 @@
 """Two towers and a scale: everything the losses need comes out of `forward`.
 
     mel -> audio encoder -> head -> L2 -> audio (B, d)   scale = exp(clamp(logit_scale))
-    ids -> TextEncoder -> head -> L2 -> text (B, d)      tokens of a ViT -> Decoder -> recon ()
+    ids -> TextEncoder -> head -> L2 -> text (B, d) ..   tokens of a ViT -> Decoder -> recon ()
 
 With config.image, pictures (B, 3, R, R) in the place of sounds: image tower -> L2, under the same
 names `mel` and `audio`, for neither losses nor evaluations ask which sense it was.
@@ -12,7 +12,7 @@ Source: FLAP sections 3 and 4, on LAION-CLAP's heads (SPEC 4.5, 5.1); CLIP's (SP
 from __future__ import annotations
 
 import math
-from typing import TypedDict
+from typing import NotRequired, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,16 @@ class Outputs(TypedDict):
     """(B, d), unit norm."""
     scale: Tensor
     """(), what cosines are multiplied by."""
+    text_again: NotRequired[Tensor]
+    """(B, d), the captions under another dropout; it and those below where a loss asks for them."""
+    premise: NotRequired[Tensor]
+    """(B, d), sentences that have nothing to do with the clips."""
+    premise_again: NotRequired[Tensor]
+    """(B, d), under another dropout."""
+    entailment: NotRequired[Tensor]
+    """(B, d), what follows from the premises."""
+    contradiction: NotRequired[Tensor]
+    """(B, d), what contradicts them."""
     recon: Tensor
     """(), the decoder's error on the patches dropped; 0 without a decoder or a target."""
 
@@ -51,6 +61,7 @@ class Flap(nn.Module):
         super().__init__()
         recompute = config.train.checkpoint_activations
         self.precision = config.train.precision
+        self.sentences = config.loss.sentences
         joint, image, clip = config.joint.width, config.image, config.text.encoder == "clip"
         if image is None:
             kind = AUDIO_ENCODERS[config.audio.encoder]
@@ -83,7 +94,8 @@ class Flap(nn.Module):
 
         Args:
             mel: (B, 1, T, F) float32; (B, 4, T, F) with fusion; (B, 3, R, R) with an image tower.
-            ids, attention_mask: (B, L) int64; the mask best on the CPU, see `packing.pack`.
+            ids, attention_mask: (S B, L) int64, the captions and the other `Loss.sentences`; the
+                mask best on the CPU, see `packing.pack`.
             plan: the patches that masking left and dropped; all are left without.
             target: (B, 1, T, F) float32, what the decoder is to rebuild; it rests without.
             erase: (B, T, F) bool, what SpecAug sets to 0 inside the encoder (HTSAT).
@@ -92,13 +104,15 @@ class Flap(nn.Module):
         scale = _Clamp.apply(self.logit_scale, self.max_logit_scale).exp().squeeze(0)
         keep = None if plan is None else plan.keep
         audio, tokens = self._encode_audio(mel, keep, erase, longer)
-        text = self.embed_text(ids, attention_mask)
+        # All sentences in one pass: one dropout of their own for each row, one use of each weight.
+        sentences = self.embed_text(ids, attention_mask).chunk(len(self.sentences))
         if self.decoder is None or target is None:
             recon = scale.new_zeros(())
         else:
             with self._autocast(mel.device):
                 recon = self.decoder(tokens, plan, target)
-        return {"audio": audio, "text": text, "scale": scale, "recon": recon}
+        found = {"audio": audio, "scale": scale, "recon": recon}
+        return cast(Outputs, found | dict(zip(self.sentences, sentences, strict=True)))
 
     def embed_audio(
         self, mel: Tensor, keep: Tensor | None = None, *, longer: Tensor | None = None

@@ -99,6 +99,8 @@ def check_formulas(config: Config) -> None:
         ("loss.recon.weight", config.loss.recon.weight),
         ("loss.cyclic.cross_weight", config.loss.cyclic.cross_weight),
         ("loss.cyclic.in_weight", config.loss.cyclic.in_weight),
+        ("loss.simcse.weight", config.loss.simcse.weight),
+        ("loss.nli.weight", config.loss.nli.weight),
     ):
         need(value == 0, name, rule.format("0"), value)
     micro = config.train.micro_batch

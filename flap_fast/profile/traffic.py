@@ -26,7 +26,7 @@ from flap_fast.profile.flop import scheme_in_force
 
 # The share of n that each rank sends, in units of (W-1)/W.
 _TIMES = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "broadcast": 1, "reduce": 1}
-_FLOAT, _DOUBLE = 4, 8
+_BFLOAT, _FLOAT, _DOUBLE = 2, 4, 8
 # DeepSpeed aligns a rank's part of a flat group of parameters to this many numbers.
 _ALIGNED = 2
 
@@ -40,17 +40,18 @@ def sent_bytes(traffic: Traffic, world: int) -> float:
 
 
 def contrastive_traffic(config: Config, clips: int, world: int) -> dict[str, Traffic]:
-    """Of InfoNCE in `forward` and in `backward`, `clips` a rank; embeddings are float32."""
+    """Of InfoNCE in `forward` and in `backward`, `clips` a rank; sums are float32."""
     B, d = clips * world, config.joint.width
+    embedding = _BFLOAT if config.loss.contrastive.precision == "bf16" else _FLOAT
     sides = 2 if config.loss.contrastive.direction == "symmetric" else 1
     scheme = scheme_in_force(config, clips, world)
     if scheme == "alone" or not config.loss.contrastive.weight:
         return {"forward": Counter(), "backward": Counter()}
     if scheme == "replicated":
         # Audio and text; then of each clip its sums and its positive.
-        forward = Counter(all_gather=_FLOAT * B * (2 * d + sides + 1))
+        forward = Counter(all_gather=B * (embedding * 2 * d + _FLOAT * (sides + 1)))
         return {"forward": forward, "backward": Counter()}
-    forward = Counter(all_gather=_FLOAT * B * d)
+    forward = Counter(all_gather=embedding * B * d)
     # Columns' maxima with the positives, then columns' sums with the loss; or the loss alone.
     columns = config.loss.contrastive.direction != "a2t"
     forward["all_reduce"] = _FLOAT * (2 * B + B + 1 if columns else 1)

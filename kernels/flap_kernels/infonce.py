@@ -32,12 +32,12 @@ from flap_kernels.checks import (
     check_together,
 )
 from flap_kernels.infonce_chunks import Side
-from flap_kernels.infonce_launch import Precision
 from flap_kernels.infonce_programs import programs
 from flap_kernels.launch import runs_triton
 from flap_kernels.spec import Inputs, Kernel, Size
 
 Direction = Literal["symmetric", "a2t", "t2a"]
+Precision = Literal["ieee", "tf32", "bf16"]
 
 
 def infonce_reference(
@@ -206,16 +206,28 @@ def infonce(
     (hard ones). Gradients come in the inputs' types, through sums in float32; those of float64
     inputs, whose sums are float64, serve for checking.
 
-    On a GPU, `precision` is that of float32 products: `ieee`, or `tf32` at a thousandth of the
-    accuracy. `workspace_mib` bounds the memory for partial results, 256 forward and 64 backward
-    (or 2048 rows of B) if not given; a row of tiles is always allowed.
+    `precision` is that of float32 operands in products, whose sums stay in float32: `ieee` leaves
+    them as they are, the others are for tensor cores and round them to the nearest. `tf32` keeps 10
+    bits of the fraction, on a GPU alone; `bf16` 7, of the embeddings' gradients too.
+    `workspace_mib` bounds the memory for partial results, 256 forward and 64 backward (or 2048 rows
+    of B) if not given; a row of tiles is always allowed.
 
     Raises ValueError and TypeError on shapes, devices and types that do not fit.
     """
     scale = check_arguments(audio, text, scale, direction, ids, precision, workspace_mib)
     if len(audio) == 0:
         raise ValueError("audio must hold at least one row, got 0")
-    return _forward(audio, text, scale, ids, direction, precision, workspace_mib)[0]
+    audio, text, products = operands(audio, text, precision)
+    return _forward(audio, text, scale, ids, direction, products, workspace_mib)[0]
+
+
+def operands(audio: Tensor, text: Tensor, precision: Precision) -> tuple[Tensor, Tensor, str]:
+    """What enters the products, and how kernels are to multiply it where it is float32."""
+    if precision != "bf16":
+        return audio, text, precision
+    if audio.dtype == torch.float32:
+        audio, text = audio.bfloat16(), text.bfloat16()
+    return audio, text, "ieee"
 
 
 def check_arguments(

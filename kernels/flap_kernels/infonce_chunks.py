@@ -62,7 +62,8 @@ class Side:
 def losses_and_side(negatives: Tensor, positives: Tensor) -> tuple[Tensor, Side]:
     """-log p in natural units (M,), and the side: precise for every p between 0 and 1."""
     ahead = (negatives - positives) / LOG2E
-    return F.softplus(ahead), Side(negatives, torch.sigmoid(ahead))
+    # PyTorch's threshold of 20 would leave e^-20 out, which float64 sees.
+    return F.softplus(ahead, threshold=40), Side(negatives, torch.sigmoid(ahead))
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -28,9 +28,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flap_kernels.checks import check_choice
-from flap_kernels.infonce import Direction, check_arguments, infonce, launch_options, path
+from flap_kernels.infonce import (
+    Direction,
+    Precision,
+    check_arguments,
+    infonce,
+    launch_options,
+    operands,
+    path,
+)
 from flap_kernels.infonce_chunks import Side, losses_and_side
-from flap_kernels.infonce_launch import Precision
 
 Scheme = Literal["auto", "replicated", "sharded"]
 
@@ -73,7 +80,8 @@ def infonce_ranks(
     if scheme == "replicated" and shares.audio != shares.text:
         raise ValueError("scheme must be sharded where text has more rows than audio")
     run = {"replicated": _Replicated, "sharded": _Sharded}[scheme]
-    return run.apply(audio, text, scale, ids, shares, direction, precision, workspace_mib)
+    audio, text, products = operands(audio, text, precision)  # rounded before they are sent
+    return run.apply(audio, text, scale, ids, shares, direction, products, workspace_mib)
 
 
 @dataclass(frozen=True)

@@ -105,9 +105,14 @@ def promise_matches_question(audio, text):
     asked = infonce_ranks(audio[mine], text[mine], 20.0)
     promised = infonce_ranks(audio[mine], text[mine], 20.0, equal_shares=True)
     assert torch.equal(asked, promised)
+    audio, text = audio[mine].float(), text[mine].float()
+    bf16 = infonce_ranks(audio, text, 20.0, equal_shares=True, precision="bf16")
+    narrow = infonce_ranks(audio.bfloat16(), text.bfloat16(), 20.0, equal_shares=True)
+    assert torch.equal(bf16, narrow)
+    assert not torch.equal(bf16, infonce_ranks(audio, text, 20.0, equal_shares=True))
 
 
-def test_equal_shares_need_no_question():
+def test_equal_shares_need_no_question_and_bf16_is_rounded_before_it_is_sent():
     on_ranks(2, promise_matches_question, *pairs(6, 4))
 
 

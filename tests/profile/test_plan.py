@@ -36,6 +36,7 @@ from tests.tiny import HTSAT, tiny
 
 DIRECTIONS = ("symmetric", "a2t", "t2a")
 SCHEMES = ("replicated", "sharded")
+PRECISIONS = ("ieee", "bf16")
 
 
 def embeddings(rows: int, width: int) -> torch.Tensor:
@@ -43,11 +44,11 @@ def embeddings(rows: int, width: int) -> torch.Tensor:
 
 
 def counted_in_the_loss(clips: int):
-    """On one rank: by scheme and direction, what each phase sent, and what it should have."""
+    """On one rank: by scheme, direction and precision, what each phase sent and should have."""
     found = []
-    for scheme, direction in itertools.product(SCHEMES, DIRECTIONS):
-        names = (f"loss.contrastive.{n}" for n in ("scheme", "direction"))
-        config = tiny(*map("=".join, zip(names, (scheme, direction), strict=True)))
+    for chosen in itertools.product(SCHEMES, DIRECTIONS, PRECISIONS):
+        names = (f"loss.contrastive.{n}" for n in ("scheme", "direction", "precision"))
+        config = tiny(*map("=".join, zip(names, chosen, strict=True)))
         audio, text = (embeddings(clips, config.joint.width) for _ in range(2))
         outputs = {"audio": audio, "text": text, "scale": torch.tensor(5.0)}
         with CountTraffic() as forward:
@@ -62,7 +63,7 @@ def counted_in_the_loss(clips: int):
 @pytest.mark.parametrize("world", [2, 4])
 def test_bytes_sent_per_step_and_rank_equal_the_formula_for_both_contrastive_schemes(world: int):
     for found in on_ranks(world, counted_in_the_loss, 3):
-        assert len(found) == len(SCHEMES) * len(DIRECTIONS)
+        assert len(found) == len(SCHEMES) * len(DIRECTIONS) * len(PRECISIONS)
         for counted, expected in found:
             assert counted == expected
 
@@ -252,12 +253,15 @@ def test_the_command_prints_a_plan_and_its_assumptions(tmp_path: Path):
         "loss.recon.weight=1",
         "loss.cyclic.cross_weight=0.25",
         "loss.cyclic.in_weight=0.25",
+        "loss.simcse.weight=0.1",
+        "loss.nli.weight=0.1",
         "train.micro_batch=4",
         "fusion.type=aff_2d",
     ],
 )
 def test_a_step_that_the_formulas_do_not_cover_is_refused_by_plan_and_profile(override: str):
-    config, name = tiny(override), override.partition("=")[0].replace(".", r"\.")
+    config = tiny("text.dropout=0.1", override)
+    name = override.partition("=")[0].replace(".", r"\.")
     for predict in (lambda: plan(config, Machine()), lambda: profile(config, synthetic=True)):
         with pytest.raises(ConfigError, match=rf"{name} must be .* do not know it yet"):
             predict()

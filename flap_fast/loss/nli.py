@@ -1,0 +1,33 @@
+"""A premise and what follows from it, against what follows from other premises or contradicts any.
+
+    S = z1 [z2; z3]^T / temperature          z1 premises   z2 entailments   z3 contradictions
+    L = mean(logsumexp_row(S) - S[i, i])     B rows, 2B columns, of all ranks
+
+Contradictions are columns that are no row's positive: hard negatives. S is not stored.
+
+Source: SimCSE, arXiv 2104.08821, Eq. 5, on joint embeddings (SPEC 6.5).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from flap_fast.config import Config
+from flap_fast.loss.terms import Terms
+from flap_fast.model.flap import Outputs
+from flap_kernels import infonce_ranks
+
+
+def nli(outputs: Outputs, config: Config) -> Terms:
+    """`nli`: the mean over the global batch, the same on every rank, ()."""
+    settings = config.loss.nli
+    if not settings.weight:
+        return {}
+    loss = infonce_ranks(
+        outputs["premise"],
+        torch.cat([outputs["entailment"], outputs["contradiction"]]),
+        1 / settings.temperature,
+        direction="a2t",
+        equal_shares=True,
+    )
+    return {"nli": (settings.weight, loss)}
