@@ -169,7 +169,7 @@ class Enough(StoppingCriteria):
         self._tokenizer, self._length = tokenizer, length
         self.rows = torch.zeros(0, dtype=torch.bool)
 
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
         """(B,) bool."""
         answers = self._tokenizer.batch_decode(
             input_ids[:, self._length :], skip_special_tokens=True
@@ -200,7 +200,7 @@ def _load(name: str, folder: Path, gguf: str | None, device: torch.device) -> tu
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **given)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **given)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **given)
     except ImportError as error:
         raise ConfigError(
             f"--model '{name}' needs more: {error}; pip install 'flap_fast[enrich]'"

@@ -17,6 +17,7 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -101,11 +102,11 @@ def log_mel_patches(wave: np.ndarray, mel: np.ndarray) -> np.ndarray:
     return np.stack([logmel[start : start + _FRAMES] for start in starts])
 
 
-def _open(file: Path):
+def _open(file: Path) -> tuple[Any, dict[str, Scale | None]]:
     """A session of one thread (two runs give the same), and the scales of what it takes, gives."""
     try:
-        import onnx
-        import onnxruntime
+        import onnx  # pyright: ignore[reportMissingImports]
+        import onnxruntime  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError(f"--tagger must be 'none' without {error.name}; {_HINT}") from None
     options = onnxruntime.SessionOptions()

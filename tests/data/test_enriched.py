@@ -123,7 +123,7 @@ def test_a_folder_without_the_file_keeps_its_captions(two_folders):
         assert len(choice.files) == (54 if mode == "concat" else 30)
         assert (np.diff(choice.files) >= 0).all()
         drawn = np.arange(len(choice.files))
-        clips, richer = choice.clips(drawn, np.zeros(len(drawn)))
+        clips, richer = choice.clips(drawn, [0.0] * len(drawn))
         texts = [
             choice.texts(int(clip), shards.record(int(clip)), richer=bool(r))
             for clip, r in zip(clips, richer, strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,7 +51,8 @@ def write_model(folder: Path, *, chat: str | None = None, always: str | None = N
             model.lm_head.weight.zero_()
             # The norm leaves the sign of its first number alone, so both signs are told apart here.
             model.model.embed_tokens.weight.fill_(1.0)
-            for layer in model.model.layers:
+            layers: Any = model.model.layers
+            for layer in layers:
                 layer.self_attn.o_proj.weight.zero_()
                 layer.mlp.down_proj.weight.zero_()
             model.lm_head.weight[vocabulary[always], 0] = 1.0

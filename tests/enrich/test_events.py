@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -103,7 +105,7 @@ def test_a_classifier_of_transformers_is_a_tagger(classifier_folder):
         assert probability == pytest.approx((halves[0][name] + halves[1][name]) / 2, abs=1e-5)
 
 
-def test_none_is_no_tagger_and_another_folder_is_refused(tmp_path):
+def test_none_is_no_tagger_and_another_folder_is_refused(tmp_path, monkeypatch):
     assert open_tagger("none") is None
     with pytest.raises(
         ConfigError, match=r"^--tagger must hold an .onnx model .* or --tagger none"
@@ -116,4 +118,10 @@ def test_none_is_no_tagger_and_another_folder_is_refused(tmp_path):
         open_tagger(str(tmp_path))
     (tmp_path / "model.onnx").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"^--tagger must have a \*class_map\*.csv beside"):
+        open_tagger(str(tmp_path))
+    (tmp_path / "some_class_map.csv").write_text("index,mid,display_name\n0,/m/1,Dog\n")
+    for package in ("onnx", "onnxruntime"):
+        monkeypatch.setitem(sys.modules, package, None)
+    rule = r"^--tagger must be 'none' without onnx; pip install 'flap_fast\[enrich\]'"
+    with pytest.raises(ConfigError, match=rule):
         open_tagger(str(tmp_path))
