@@ -10,7 +10,10 @@ Source: SimCSE, arXiv 2104.08821, Eq. 5, on joint embeddings (SPEC 6.5).
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
+from torch import Tensor
 
 from flap_fast.config import Config
 from flap_fast.loss.terms import Terms
@@ -23,9 +26,10 @@ def nli(outputs: Outputs, config: Config) -> Terms:
     settings = config.loss.nli
     if not settings.weight:
         return {}
+    sentences = cast(dict[str, Tensor], outputs)  # those that a weight above 0 asks the model for
     loss = infonce_ranks(
-        outputs["premise"],
-        torch.cat([outputs["entailment"], outputs["contradiction"]]),
+        sentences["premise"],
+        torch.cat([sentences["entailment"], sentences["contradiction"]]),
         1 / settings.temperature,
         direction="a2t",
         equal_shares=True,

@@ -25,7 +25,9 @@ BOTH = ("loss.cyclic.cross_weight=0.25", "loss.cyclic.in_weight=0.5")
 OF_TEXT = ("loss.simcse.weight=0.1", "loss.nli.weight=0.3", "text.dropout=0.1")
 
 
-def outputs_of(audio: Tensor, text: Tensor, recon: float = 0.0, **sentences: Tensor) -> Outputs:
+def outputs_of(
+    audio: Tensor, text: Tensor, recon: float | Tensor = 0.0, **sentences: Tensor
+) -> Outputs:
     ones = torch.ones(())
     outputs = {"audio": audio, "text": text, "scale": ones, "recon": ones * recon}
     return cast(Outputs, outputs | sentences)
