@@ -1,15 +1,17 @@
-"""Peak memory of steps in micro-batches: of the micro-batch, not of the global batch.
+"""Peak memory of steps in micro-batches: of the micro-batch, not of the batch or the ranks.
 
-    python -m bench.microbatch_memory            the loop's own step on noise, tiny towers, CPU
+    python -m bench.microbatch_memory [--write]      some minutes; 2048 clips of noise, tiny towers
 
-A row is a training of its own process (one a rank): loader, both passes, Adam, 3 steps. Its number
+A row is a training of its own processes, one a rank: loader, both passes, Adam, 3 steps. Its number
 is the peak resident memory above what was resident when model, engine and data were loaded, of the
-rank that took most. The last line is the ratio that matters: 512 clips over 64, both in
-micro-batches of 32. On a CPU `train.replay=auto` decodes sounds again; `keep` holds log-mels.
+rank that took most. Each rank has a share of 64 or of 512 clips, in micro-batches of 32: the ratio
+of the two is what matters, on 1, 2 and 4 ranks. On a CPU `train.replay=auto` decodes sounds again;
+`keep` holds log-mels. --write stores the result in bench/results and makes bench/RESULTS.md anew.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import socket
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 STEPS = 3
 MICRO_BATCH = 32
@@ -25,36 +28,77 @@ SETTINGS = (
     *("audio.frames=256", "text.width=64", "text.depth=2", "text.heads=2", "frontend.threads=1"),
     *("loss.recon.weight=1", "decoder.width=64", "decoder.depth=2", "decoder.heads=2"),
 )
+# Tells a process of a row what to take.
+_ROW = "FLAP_BENCH_ROW"
+RANKS, FEW, MANY = (1, 2, 4), 64, 512
+# Ranks, the global batch, train.replay.
 ROWS = (
-    *((1, 64, "auto"), (1, 256, "auto"), (1, 512, "auto"), (1, 512, "keep")),
-    *((2, 512, "auto"), (4, 512, "auto")),
+    *((ranks, ranks * share, "auto") for ranks in RANKS for share in (FEW, MANY)),
+    *((ranks, MANY, "auto") for ranks in RANKS[1:]),
+    (1, MANY, "keep"),
 )
 
 
-def main() -> None:
-    """Measure every row and print it; the ratio last."""
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    # Here, so that the processes of a row do not load what they do not measure.
+    from bench import report
+    from bench.machine import machine, save
+
+    parser = argparse.ArgumentParser(prog="python -m bench.microbatch_memory")
+    parser.add_argument("--write", action="store_true", help="store the result")
+    asked = parser.parse_args(arguments)
+    facts = machine("cpu")
+    result = measure()
+    if asked.write:
+        print(save(Path("bench"), {"kind": "microbatch_memory", "machine": facts, **result}))
+        report.write(Path("bench"))
+    for name, value in result["figures"].items():
+        print(f"{name}: {value:.3f}")
+    return 0
+
+
+def measure() -> dict[str, Any]:
+    """Every row, printed as it comes, and the ratios."""
     peaks = {}
     with tempfile.TemporaryDirectory() as folder:
-        write_shards(Path(folder))
+        write_shards(Path(folder), clips=max(RANKS) * MANY)
         print("ranks  global batch  train.replay  peak MiB above loaded")
         for row in ROWS:
             peaks[row] = peak_mib(Path(folder), *row)
             ranks, clips, replay = row
             print(f"{ranks:5}  {clips:12}  {replay:>12}  {peaks[row]:21.1f}", flush=True)
-    print(f"512 clips take {peaks[1, 512, 'auto'] / peaks[1, 64, 'auto']:.3f} of the peak of 64")
+    rows = [
+        {"ranks": ranks, "global_batch": clips, "replay": replay, "peak_mib": peak}
+        for (ranks, clips, replay), peak in peaks.items()
+    ]
+    return {"micro_batch": MICRO_BATCH, "rows": rows, "figures": figures(peaks)}
 
 
-def write_shards(folder: Path) -> None:
-    """512 seconds of noise, each with its caption."""
+def figures(peaks: dict[tuple[int, int, str], float]) -> dict[str, float]:
+    """Of a share of 512 clips over one of 64, by ranks; and of 512 clips over ranks."""
+    found = {
+        f"{MANY} over {FEW} clips a rank, {ranks} rank(s)": peaks[ranks, ranks * MANY, "auto"]
+        / peaks[ranks, ranks * FEW, "auto"]
+        for ranks in RANKS
+    }
+    return found | {
+        f"{MANY} clips on {ranks} ranks over 1": peaks[ranks, MANY, "auto"] / peaks[1, MANY, "auto"]
+        for ranks in RANKS[1:]
+    }
+
+
+def write_shards(folder: Path, clips: int) -> None:
+    """Seconds of noise, each with its caption."""
     import numpy as np
     import soundfile
 
     from flap_fast.data.prepare import prepare
 
-    for n in range(512):
+    for n in range(clips):
         noise = 0.1 * np.random.default_rng(n).standard_normal(16_000)
         soundfile.write(folder / f"{n}.flac", noise.astype(np.float32), 16_000)
-    rows = ({"audio": f"{n}.flac", "caption": f"noise number {n}"} for n in range(512))
+    rows = ({"audio": f"{n}.flac", "caption": f"noise number {n}"} for n in range(clips))
     (folder / "noise.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     prepare(folder / "noise.jsonl", folder / "data", threads=2, show=False)
 
@@ -68,7 +112,8 @@ def peak_mib(folder: Path, ranks: int, clips: int, replay: str) -> float:
     # One arena: what is freed is given back, so that the peak is what was held.
     environment |= {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
-    command = [sys.executable, "-m", "bench.microbatch_memory", str(folder), str(clips), replay]
+    environment[_ROW] = json.dumps([str(folder), clips, replay])
+    command = [sys.executable, "-m", "bench.microbatch_memory"]
     started = [
         subprocess.Popen(
             command,
@@ -120,7 +165,8 @@ def resident_mib(field: str) -> float:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        print(take_steps(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]))
+    if os.environ.get(_ROW):
+        folder, clips, replay = json.loads(os.environ[_ROW])
+        print(take_steps(Path(folder), clips, replay))
     else:
-        main()
+        sys.exit(main())

@@ -246,10 +246,30 @@ def ablation_table(result: Result) -> str:
     return _markdown(rows)
 
 
+def _microbatch_memory(result: Result, folder: Path) -> str:
+    rows = [["ranks", "global batch", "train.replay", "peak MiB above what was loaded"]]
+    for row in result["rows"]:
+        cells = row["ranks"], row["global_batch"], row["replay"], _number(row["peak_mib"])
+        rows.append([str(cell) for cell in cells])
+    figures = "; ".join(f"{name}: {value:.3f}" for name, value in result["figures"].items())
+    return "\n".join(
+        [
+            f"## Memory of micro-batches: {result['machine']['device']}\n",
+            facts(result["machine"]) + ".\n",
+            "`python -m bench.microbatch_memory`: training steps of tiny towers in micro-batches "
+            f"of {result['micro_batch']}, the rank that took most.\n",
+            _markdown(rows),
+            "",
+            f"Peak memory of {figures}.\n",
+        ]
+    )
+
+
 _SECTIONS = {
     "sweep": _sweep,
     "infonce_cpu": _infonce_cpu,
     "loading": _loading,
+    "microbatch_memory": _microbatch_memory,
     "ablation_masking": _ablation,
     "ablation_objectives": _ablation,
 }

@@ -175,6 +175,8 @@ def plan(
     share: Annotated[float, typer.Option(help="How much of that a step sustains.")] = 0.5,
     memory_gib: Annotated[float, typer.Option(help="Of a GPU.")] = 80,
     memory_rate: Annotated[str, typer.Option(help="Read and written.")] = "3000GB/s",
+    host_rate: Annotated[str, typer.Option(help="CPU memory of a rank (offload).")] = "25GB/s",
+    host_link: Annotated[str, typer.Option(help="From a GPU to it (offload).")] = "50GB/s",
     caption_tokens: Annotated[int, typer.Option(help="Computed for each, padding included.")] = 24,
     out: Annotated[Path | None, typer.Option(help="Write the plan as JSON, too.")] = None,
 ) -> None:
@@ -193,6 +195,8 @@ def plan(
         local_bytes_per_s=parse_rate("--local-link", local_link),
         memory_gib=memory_gib,
         memory_bytes_per_s=parse_rate("--memory-rate", memory_rate),
+        host_bytes_per_s=parse_rate("--host-rate", host_rate),
+        host_link_bytes_per_s=parse_rate("--host-link", host_link),
         caption_tokens=caption_tokens,
     )
     planned = predict(load_config(config, overrides or []), machine)

@@ -577,14 +577,7 @@ def check_before_loading(config: Config, world: int) -> None:
         batch,
         f"for example {max(world, batch // world * world)}",
     )
-    share, micro = batch // world, config.train.micro_batch
-    need(
-        micro is None or share % micro == 0,
-        "train.micro_batch",
-        f"divide the {share} clips of train.global_batch that a rank of {world} has",
-        micro,
-        f"for example {next((m for m in range(micro or 1, 0, -1) if share % m == 0), 1)}",
-    )
+    check_micro_batch(config, world)
     need(bool(config.data.train), "data.train", "name at least one folder of shards", "nothing")
     rule = "name files of sentences for loss.nli, and for loss.simcse.on = nli"
     there = bool(config.data.nli) or "premise" not in config.loss.sentences
@@ -608,4 +601,16 @@ def check_before_loading(config: Config, world: int) -> None:
         "be 'original' where no folder of data.train has a captions.jsonl",
         config.data.captions,
         f"write it with: flap enrich {first} {first} --model MODEL",
+    )
+
+
+def check_micro_batch(config: Config, world: int) -> None:
+    """Raise `ConfigError` for a train.micro_batch that does not fill a rank's share."""
+    share, micro = config.train.global_batch // world, config.train.micro_batch
+    need(
+        micro is None or share % micro == 0,
+        "train.micro_batch",
+        f"divide the {share} clips of train.global_batch that a rank of {world} has",
+        micro,
+        f"for example {next((m for m in range(micro or 1, 0, -1) if share % m == 0), 1)}",
     )

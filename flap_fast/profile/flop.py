@@ -2,7 +2,8 @@
 
 Matrix products alone, and two FLOP a multiply-add, as makers of devices and PyTorch's counter have
 it. Backward is twice the forward, but where an input wants no gradient: the patches, a frozen
-tower's vector.
+tower's vector. In two passes (`train.microbatch`) the towers' forward comes once more, without a
+graph; the decoder rests then, and the loss is taken once.
 
     N patches   K kept   P patch side   D width   L tokens   J joint width   b clips of B   W ranks
 """
@@ -10,7 +11,7 @@ tower's vector.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flap_fast.config import Config
@@ -26,11 +27,13 @@ class Flop:
     backward: int = 0
     recomputed: int = 0
     """A second forward of blocks, with train.checkpoint_activations."""
+    first_pass: int = 0
+    """The forward without a graph of all micro-batches, where a step has two passes."""
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.forward + self.backward + self.recomputed
+        return self.forward + self.backward + self.recomputed + self.first_pass
 
 
 @dataclass(frozen=True)
@@ -66,11 +69,20 @@ def step_flop(
         kept: K, the patches that masking left of each clip.
         world: ranks, each with as many clips.
     """
-    return {
-        "audio tower": audio_flop(config, len(lengths), kept),
+    clips = len(lengths)
+    towers = {
+        "audio tower": audio_flop(config, clips, kept),
         "text tower": text_flop(config, text, lengths),
-        "loss": contrastive_flop(config, len(lengths), world),
     }
+    if two_passes(config, world):
+        towers = {name: replace(f, first_pass=f.forward) for name, f in towers.items()}
+    decoder = {"decoder": decoder_flop(config, clips, kept)} if config.loss.recon.weight else {}
+    return towers | decoder | {"loss": loss_flop(config, clips, world)}
+
+
+def two_passes(config: Config, world: int) -> bool:
+    """Whether micro-batches go through the towers twice."""
+    return config.train.micro_batches(world) > 1 and config.train.accumulation == "exact"
 
 
 def audio_flop(config: Config, clips: int, kept: int) -> Flop:
@@ -122,16 +134,34 @@ def text_flop(config: Config, text: TextShape, lengths: Sequence[int]) -> Flop:
     return Flop(forward, 2 * forward, blocks if again else 0)
 
 
-def decoder_flop(clips: int, kept: int, patches: int, sizes: tuple[int, int, int, int]) -> Flop:
-    """Of FLAP's decoder: kept tokens in, all patches (and CLS) through its blocks, pixels out.
+def decoder_flop(config: Config, clips: int, kept: int) -> Flop:
+    """Of FLAP's decoder: kept tokens in, all through its blocks, the dropped patches' pixels out.
 
-    Args:
-        sizes: the encoder's width, the decoder's width and depth, the pixels of a patch.
+    The backward makes the pixels again: their errors are not stored.
     """
-    encoder, width, depth, pixels = sizes
-    blocks = depth * block_products(patches + 1, width, 4 * width)
-    forward = 2 * clips * ((kept + 1) * encoder * width + blocks + patches * width * pixels)
-    return Flop(forward, 2 * forward)
+    audio, settings = config.audio, config.decoder
+    width, patches, cls = settings.width, audio.grid[0] * audio.grid[1], int(audio.use_cls)
+    embed = 2 * clips * (kept + cls) * audio.shape[0] * width
+    blocks = 2 * clips * settings.depth * block_products(patches + cls, width, 4 * width)
+    pixels = 2 * clips * (patches - kept) * width * audio.patch**2
+    recomputed = 0
+    if "decoder" in config.train.checkpoint_activations:
+        recomputed = blocks - 2 * clips * settings.depth * (patches + cls) * 4 * width**2
+    return Flop(embed + blocks + pixels, 2 * (embed + blocks) + 3 * pixels, recomputed)
+
+
+def loss_flop(config: Config, clips: int, world: int = 1) -> Flop:
+    """Of the losses between embeddings: over a rank's clips, or within each micro-batch of them."""
+    times = loss_times(config, world)
+    each = clips // times
+    parts = contrastive_flop(config, each, world), cyclic_flop(config, each, world)
+    forward, backward = sum(f.forward for f in parts), sum(f.backward for f in parts)
+    return Flop(times * forward, times * backward)
+
+
+def loss_times(config: Config, world: int) -> int:
+    """How often a step takes the losses."""
+    return config.train.micro_batches(world) if config.train.accumulation == "local" else 1
 
 
 def contrastive_flop(config: Config, clips: int, world: int = 1) -> Flop:
@@ -143,6 +173,31 @@ def contrastive_flop(config: Config, clips: int, world: int = 1) -> Flop:
     if scheme_in_force(config, clips, world) == "replicated":
         return Flop(both * product, 4 * product)
     return Flop(product, 3 * product)
+
+
+def cyclic_flop(config: Config, clips: int, world: int = 1) -> Flop:
+    """Of the cyclic terms: 8 b B D and as much again for each in the backward, or 14 b D D."""
+    form, terms = cyclic_form(config, clips, world), cyclic_terms(config)
+    d = config.joint.width
+    if form == "gram":
+        return Flop(6 * clips * d**2, 8 * clips * d**2)
+    product = 2 * clips * (clips * world) * d
+    return Flop(4 * product, 4 * terms * product) if form else Flop()
+
+
+def cyclic_terms(config: Config) -> int:
+    """How many of them have a weight."""
+    return bool(config.loss.cyclic.cross_weight) + bool(config.loss.cyclic.in_weight)
+
+
+def cyclic_form(config: Config, clips: int, world: int) -> str:
+    """How `flap_kernels.cyclic` computes: `tiled` or `gram`; empty where nothing is."""
+    form = config.loss.cyclic.form
+    if not cyclic_terms(config):
+        return ""
+    if form == "auto":
+        return "gram" if clips * world > 2 * config.joint.width else "tiled"
+    return form
 
 
 def scheme_in_force(config: Config, clips: int, world: int) -> str:

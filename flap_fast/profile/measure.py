@@ -15,8 +15,8 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import asdict
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, fields
 from itertools import accumulate
 from pathlib import Path
 from statistics import median
@@ -26,31 +26,35 @@ import torch
 from torch import Tensor
 
 from flap_fast.checks import ConfigError, need
-from flap_fast.config import Config, check_before_loading
+from flap_fast.config import Config, check_before_loading, check_micro_batch
 from flap_fast.data.batch import Batch
 from flap_fast.data.captions import tokenizer
 from flap_fast.data.loader import TrainingLoader
 from flap_fast.data.shards import open_shards, write_atomically
-from flap_fast.loss import total_loss
 from flap_fast.model.flap import Flap, takes_bf16
 from flap_fast.model.masking import kept_patches
-from flap_fast.profile.device import Memory, free_bytes, measure_ceiling
-from flap_fast.profile.flop import Flop, TextShape, step_flop
-from flap_fast.profile.footprint import Sizes, check_formulas, footprint
+from flap_fast.profile.device import Memory, measure_ceiling
+from flap_fast.profile.fits import check_that_it_fits
+from flap_fast.profile.flop import Flop, TextShape, step_flop, two_passes
+from flap_fast.profile.known import check_formulas
 from flap_fast.profile.search import search as search_micro_batch
-from flap_fast.profile.synthetic import SyntheticLoader, caption_lengths, without_files
-from flap_fast.profile.timeline import PARTS, Timeline, watched, watched_collectives
+from flap_fast.profile.synthetic import SyntheticLoader, without_files
+from flap_fast.profile.timeline import (
+    PARTS,
+    Timeline,
+    waited_for,
+    watched,
+    watched_collectives,
+)
 from flap_fast.profile.traffic import CountTraffic, sent_bytes
 from flap_fast.ranks import Ranks, join_ranks, leave_ranks, world_size
 from flap_fast.train.engine import Engine, check_engine, make_engine
 from flap_fast.train.environment import device_name
-from flap_fast.train.microbatch import dropout_seed, mask_plan_of, model_inputs
+from flap_fast.train.microbatch import Gradients
 from flap_fast.train.schedules import warmup_cosine
 
 WARM_UP, TRACED = 3, 2
 _SEARCH_S = 30.0
-# Of what is free on a CPU: the formulas leave out heaps, libraries and an optimizer's temporaries.
-_SAFE = 0.7
 
 Profile = dict[str, Any]
 
@@ -94,6 +98,7 @@ def _check(config: Config, synthetic: bool) -> None:
     if synthetic:
         world, batch = world_size(), config.train.global_batch
         need(batch % world == 0, "train.global_batch", f"be a multiple of {world} ranks", batch)
+        check_micro_batch(config, world)
     else:
         try:
             check_before_loading(config, world_size())
@@ -112,105 +117,111 @@ class _Session:
     def __init__(self, config: Config, ranks: Ranks, steps: int, synthetic: bool, out: Path):
         self.config, self.ranks, self.steps, self.out = config, ranks, steps, out
         self.half = takes_bf16(config.train.precision, ranks.device)
-        self.clips = config.train.global_batch // ranks.world
         self.memory = Memory(ranks.device)
         self.timeline: Timeline | None = None
         self.synthetic = synthetic
         torch.manual_seed(config.run.seed)
         self.model = Flap(config, weights=not synthetic)
         self.text = TextShape.of(self.model.text.inner.config)
-        self._check_that_it_fits()
+        check_that_it_fits(config, self.model, ranks)
         if ranks.first:
             out.mkdir(parents=True, exist_ok=True)
 
     def run(self) -> Profile:
         """All that is measured, in turn."""
         extra = TRACED + 2
-        with watched_collectives(lambda: self.timeline):
+        with ExitStack() as watching:
+            watching.enter_context(watched_collectives(lambda: self.timeline))
             engine = make_engine(self.config, self.model, self.ranks)
-            batches = self._batches(WARM_UP + self.steps + extra)
+            engine = watching.enter_context(watched(engine, lambda: self.timeline))
+            self._begin(engine, WARM_UP + self.steps + extra)
             try:
                 for _ in range(WARM_UP):
-                    self._step(engine, batches)
-                timed = self._timed(engine, batches)
-                sent = self._count(engine, batches)
-                files = self._trace(engine, batches) | self._snapshot(engine, batches)
+                    self._step()
+                timed = self._timed()
+                sent = self._count()
+                files = self._trace() | self._snapshot()
             except torch.OutOfMemoryError as error:
                 raise ConfigError(
                     f"train.global_batch must fit in memory, got {self.config.train.global_batch} "
                     f"over {self.ranks.world} ranks ({str(error).splitlines()[0]}); try half of "
-                    "it, or train.checkpoint_activations=true"
+                    "it, a smaller train.micro_batch or train.checkpoint_activations=true"
                 ) from error
         ceiling = measure_ceiling(self.ranks.device, half=self.half)
         return self._result(*timed, sent, files, ceiling)
 
-    def _batches(self, steps: int) -> Iterator[Batch]:
+    def _begin(self, engine: Engine, steps: int) -> None:
+        """What the trainer's loop has before its first step."""
+        config, ranks = self.config, self.ranks
         if self.synthetic:
-            loader = SyntheticLoader(self.config, self.model.text.inner.config, self.ranks)
-            self.per_epoch = loader.steps_per_epoch
-            return loader.batches(0, steps)
-        tokens = tokenizer(self.config.text)
-        shards = open_shards(self.config.data.train)
-        loader = TrainingLoader(self.config, shards, tokens, self.ranks)
-        self.per_epoch = loader.order.steps_per_epoch
-        return loader.batches(0, steps)
+            loader = SyntheticLoader(config, self.model.text.inner.config, ranks)
+            per_epoch = loader.steps_per_epoch
+        else:
+            loader = TrainingLoader(
+                config, open_shards(config.data.train), tokenizer(config.text), ranks
+            )
+            per_epoch = loader.order.steps_per_epoch
+        # Far from the end of a run, and from an unmasked tail.
+        self.run_steps = 1000 * per_epoch
+        self.engine = engine
+        self.gradients = Gradients(config, ranks, engine, self.run_steps, per_epoch)
+        batches = waited_for(
+            loader.batches(0, steps, times=self.gradients.reads), lambda: self.timeline
+        )
+        self.masks: list[Tensor] = []
+        self.batches = self._noting_masks(batches)
 
-    def _step(self, engine: Engine, batches: Iterator[Batch]) -> tuple[Batch, Tensor | None]:
-        """A step of the trainer's loop, its batch included."""
-        config, timeline = self.config, self.timeline
-        if timeline:
-            timeline.mark("data wait")
-        batch = next(batches)
-        if timeline:
-            timeline.mark("other")
-        whole = 1000 * self.per_epoch  # far from the end of a run, and from an unmasked tail
-        torch.manual_seed(dropout_seed(config.run.seed, 1, self.ranks.rank))
-        plan = mask_plan_of(batch, config, whole, self.per_epoch)
-        outputs = engine.model(*model_inputs(batch, plan, config))
-        engine.backward(total_loss(outputs, config)["total"])
-        engine.step(warmup_cosine(0, base=config.optim.lr, warmup=1000, steps=whole))
-        return batch, None if plan is None else plan.keep
+    def _noting_masks(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            self.masks.append(batch.attention_mask)
+            yield batch
+
+    def _step(self) -> list[Tensor]:
+        """A step of the trainer's loop, its batches included; gives its captions' masks."""
+        if self.timeline:
+            self.timeline.begin_step()
+        self.masks.clear()
+        self.gradients(1, self.batches)
+        lr = warmup_cosine(0, base=self.config.optim.lr, warmup=1000, steps=self.run_steps)
+        self.engine.step(lr)
+        # What is read for a second pass has been read before.
+        return self.masks[: self.config.train.micro_batches(self.ranks.world)]
 
     def _timed(
-        self, engine: Engine, batches: Iterator[Batch]
+        self,
     ) -> tuple[list[dict[str, float]], dict[str, int], dict[str, Flop], float]:
         """Seconds by part and step, memory, FLOP of a step, and real tokens of those computed."""
         self.memory.begin()
         self.timeline = Timeline(self.ranks.device)
-        with watched(engine, self.timeline) as engine:
-            seen = [self._step(engine, batches) for _ in range(self.steps)]
+        seen = [self._step() for _ in range(self.steps)]
         self.timeline.end()
         seconds = self.timeline.steps()
         memory = {"peak": self.memory.peak(), "steady": self.memory.steady()}
         self.timeline = None
-        patches = self.config.audio.grid[0] * self.config.audio.grid[1]
-        lengths = [batch.attention_mask.sum(1).tolist() for batch, _ in seen]
-        kept = [patches if keep is None else keep.shape[1] for _, keep in seen]
-        world = self.ranks.world
+        lengths = [[n for mask in masks for n in mask.sum(1).tolist()] for masks in seen]
+        kept, world = kept_patches(self.config.mask, self.config.audio.grid), self.ranks.world
         by_step = [
-            step_flop(self.config, self.text, n, kept=k, world=world)
-            for n, k in zip(lengths, kept, strict=True)
+            step_flop(self.config, self.text, some, kept=kept, world=world) for some in lengths
         ]
         flop = {part: _mean([step[part] for step in by_step]) for part in by_step[0]}
-        computed = sum(batch.attention_mask.numel() for batch, _ in seen)
+        computed = sum(mask.numel() for masks in seen for mask in masks)
         return seconds, memory, flop, sum(map(sum, lengths)) / computed
 
-    def _count(self, engine: Engine, batches: Iterator[Batch]) -> float:
+    def _count(self) -> float:
         """Bytes that this rank sends in a step."""
         with CountTraffic() as counted:
-            self._step(engine, batches)
+            self._step()
         return sent_bytes(counted.traffic, self.ranks.world)
 
-    def _trace(self, engine: Engine, batches: Iterator[Batch]) -> dict[str, str]:
+    def _trace(self) -> dict[str, str]:
         """Two steps under PyTorch's profiler."""
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self.ranks.device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
         with torch.profiler.profile(activities=activities, profile_memory=True) as traced:
             self.timeline = Timeline(self.ranks.device, ranges=True)
-            with watched(engine, self.timeline) as engine:
-                for _ in range(TRACED):
-                    self._step(engine, batches)
+            for _ in range(TRACED):
+                self._step()
             self.timeline.end()
             self.timeline = None
         self.allocated_in_a_step = _most_allocated(traced)
@@ -218,12 +229,12 @@ class _Session:
             traced.export_chrome_trace(str(self.out / "trace.json.gz"))
         return {"trace": "trace.json.gz"}
 
-    def _snapshot(self, engine: Engine, batches: Iterator[Batch]) -> dict[str, str]:
+    def _snapshot(self) -> dict[str, str]:
         """A GPU's allocations over a step, with the lines of code that made them."""
         if self.ranks.device.type != "cuda":
             return {"memory_snapshot": "not available on a CPU; the trace has its [memory] events"}
         torch.cuda.memory._record_memory_history(max_entries=1_000_000)
-        self._step(engine, batches)
+        self._step()
         if self.ranks.first:
             torch.cuda.memory._dump_snapshot(str(self.out / "memory.pickle"))
         torch.cuda.memory._record_memory_history(enabled=None)
@@ -234,36 +245,6 @@ class _Session:
         if self.ranks.device.type == "cuda":
             return memory["peak"] - memory["steady"]
         return self.allocated_in_a_step
-
-    def _check_that_it_fits(self) -> None:
-        """On a CPU a batch that is too large would take the machine down: ask the formulas."""
-        if self.ranks.device.type == "cuda":
-            return
-        here, free = self.ranks.local_world, free_bytes(self.ranks.device)
-        one, most = self._predicted(1), self._predicted(self.clips)
-        each = max(1, (most - one) // max(1, self.clips - 1))
-        fitting = max(1, int((_SAFE * free / here - one) // each)) * self.ranks.world
-        need(
-            most * here <= _SAFE * free,
-            "train.global_batch",
-            f"fit in {_SAFE:.0%} of the {free / 2**30:.1f} GiB that are free: {self.clips} clips "
-            f"take {most / 2**30:.1f} GiB a rank by the formulas of `flap plan`",
-            self.config.train.global_batch,
-            f"try train.global_batch={fitting}",
-        )
-
-    def _predicted(self, clips: int) -> int:
-        tokens = caption_lengths(1, self.config.text.max_tokens)[0]
-        return footprint(
-            self.config,
-            Sizes.of(self.model),
-            [-(-tokens // 8) * 8] * clips,
-            self.ranks.world,
-            engine=check_engine(self.config, self.ranks.world),
-            kept=kept_patches(self.config.mask, self.config.audio.grid),
-            half=self.half,
-            overlap=False,
-        ).peak
 
     def _result(
         self,
@@ -287,6 +268,8 @@ class _Session:
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
             "batches": "synthetic" if self.synthetic else "data.train",
             "global_batch": self.config.train.global_batch,
+            "micro_batches": self.config.train.micro_batches(self.ranks.world),
+            "passes": 2 if two_passes(self.config, self.ranks.world) else 1,
             "steps": len(seconds),
             "clips_per_s": self.config.train.global_batch / step_s,
             "step_ms": 1000 * step_s,
@@ -308,12 +291,8 @@ class _Session:
 
 
 def _mean(flops: list[Flop]) -> Flop:
-    n = len(flops)
-    return Flop(
-        sum(f.forward for f in flops) // n,
-        sum(f.backward for f in flops) // n,
-        sum(f.recomputed for f in flops) // n,
-    )
+    names = (field.name for field in fields(Flop))
+    return Flop(**{name: sum(getattr(f, name) for f in flops) // len(flops) for name in names})
 
 
 def _most_allocated(traced: torch.profiler.profile) -> int:

@@ -11,19 +11,22 @@ left out.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from flap_fast.checks import need
-from flap_fast.config import Config
-from flap_fast.model.flap import Flap, takes_bf16
+from flap_fast.config import Config, check_micro_batch
+from flap_fast.model.flap import takes_bf16
 from flap_fast.model.masking import kept_patches
-from flap_fast.profile.flop import Flop, scheme_in_force, step_flop
-from flap_fast.profile.footprint import Footprint, Parameters, Sizes, check_formulas, footprint
-from flap_fast.profile.synthetic import LONGEST, without_files
-from flap_fast.profile.traffic import contrastive_traffic, engine_traffic, sent_bytes
+from flap_fast.profile.flop import Flop, scheme_in_force, step_flop, two_passes
+from flap_fast.profile.footprint import Footprint, Sizes, divisors, footprint
+from flap_fast.profile.known import check_formulas
+from flap_fast.profile.states import Parameters
+from flap_fast.profile.synthetic import LONGEST
+from flap_fast.profile.traffic import engine_traffic, loss_traffic, sent_bytes
 from flap_fast.train.engine import BUCKET_NUMBERS
 
 # Fused Adam reads weight, gradient and both moments, and writes all but the gradient, in float32.
@@ -48,6 +51,10 @@ class Machine:
     """Of a GPU."""
     memory_bytes_per_s: float = 3e12
     """Read and written, for the optimizer."""
+    host_bytes_per_s: float = 25e9
+    """The same of a CPU's memory, for each rank, where train.offload has the optimizer there."""
+    host_link_bytes_per_s: float = 50e9
+    """Between a GPU and its CPU's memory, one way."""
     caption_tokens: int = LONGEST
     """Tokens computed for a caption, padding included."""
 
@@ -92,7 +99,11 @@ class Plan:
     parameters: Parameters
     memory: Footprint
     largest_clips: int
-    """The most a rank can take, by the same formulas."""
+    """The most a rank can take in micro-batches as they are set, by the same formulas."""
+    largest_micro_batch: int
+    """The most of its clips that a rank can take at a time; 0 if not even one fits."""
+    micro_batches: int
+    """Of a rank's step."""
     flop: dict[str, Flop]
     compute_s: float
     optimizer_s: float
@@ -116,8 +127,11 @@ class Plan:
 
     def remedy(self) -> str:
         """What to set where it does not fit, in a sentence."""
+        some = self.largest_micro_batch
         most = self.largest_clips * self.machine.gpus
         first = f"set train.global_batch={most}, " if most else ""
+        if some:  # the same gradients, for a forward more
+            first = f"set train.micro_batch={some}, "
         return (
             f"error: a rank's step must fit in {self.machine.memory_gib:g} GiB, got "
             f"{self.memory.peak / 2**30:.1f} by these formulas; {first}"
@@ -132,19 +146,21 @@ def plan(config: Config, machine: Machine) -> Plan:
         ConfigError: ranks that cannot share the batch or the nodes, or what no formula counts.
     """
     machine.check()
-    check_formulas(config)
     batch, world = config.train.global_batch, machine.gpus
     rule = f"be a multiple of the {world} ranks"
     nearest = max(world, round(batch / world) * world)
     remedy = f"for example train.global_batch={nearest}"
     need(batch % world == 0, "train.global_batch", rule, batch, remedy)
+    check_micro_batch(config, world)
     engine = config.train.engine
     if engine == "auto":
         engine = "plain" if world == 1 else "deepspeed"
     need(engine == "deepspeed" or world == 1, "train.engine", "be deepspeed over ranks", engine)
-    with without_files(config) as complete, torch.device("meta"):
-        sizes = Sizes.of(Flap(complete, weights=False))
-    return _plan(config, machine, sizes, engine)
+    offload = config.train.offload
+    rule = "be 'none' in plain PyTorch"
+    remedy = "set train.engine=deepspeed"
+    need(engine == "deepspeed" or offload == "none", "train.offload", rule, offload, remedy)
+    return _plan(config, machine, Sizes.of(check_formulas(config)), engine)
 
 
 def _plan(config: Config, machine: Machine, sizes: Sizes, engine: str) -> Plan:
@@ -156,13 +172,15 @@ def _plan(config: Config, machine: Machine, sizes: Sizes, engine: str) -> Plan:
     flop = step_flop(config, sizes.text, lengths, kept=kept, world=world)
     rate = machine.tflops * 1e12 * machine.share
     stage = config.train.zero_stage if engine == "deepspeed" else 0
-    shared = world if stage else 1
-    trained = sizes.parameters.trained
 
-    def memory(clips: int) -> Footprint:
+    def memory(clips: int, **train: Any) -> Footprint:
+        setting = config.model_copy(update={"train": config.train.model_copy(update=train)})
         some = lengths[:1] * clips
-        return footprint(config, sizes, some, world, engine=engine, kept=kept, half=half)
+        return footprint(setting, sizes, some, world, engine=engine, kept=kept, half=half)
 
+    limit = machine.memory_gib * 2**30
+    at_once = config.train.micro_batch or 1
+    fitting = (m for m in divisors(clips) if memory(clips, micro_batch=m).peak <= limit)
     return Plan(
         machine=machine,
         engine=engine,
@@ -172,12 +190,23 @@ def _plan(config: Config, machine: Machine, sizes: Sizes, engine: str) -> Plan:
         clips=clips,
         parameters=sizes.parameters,
         memory=memory(clips),
-        largest_clips=_largest(lambda n: memory(n).peak, machine.memory_gib * 2**30),
+        largest_clips=at_once * _largest(lambda n: memory(n * at_once).peak, limit),
+        largest_micro_batch=max(fitting, default=0),
+        micro_batches=config.train.micro_batches(world),
         flop=flop,
         compute_s=sum(f.total for f in flop.values()) / rate,
-        optimizer_s=_ADAM_BYTES * trained / shared / machine.memory_bytes_per_s,
+        optimizer_s=_optimizer_s(config, machine, sizes.parameters, stage),
         exchanges=_exchanges(config, machine, sizes, clips, stage, flop, rate),
     )
+
+
+def _optimizer_s(config: Config, machine: Machine, parameters: Parameters, stage: int) -> float:
+    """Adam over a rank's share; on a CPU, with gradients going down and weights coming up."""
+    numbers = parameters.trained / (machine.gpus if stage else 1)
+    if config.train.offload == "none":
+        return _ADAM_BYTES * numbers / machine.memory_bytes_per_s
+    moved = 4 * numbers / machine.host_link_bytes_per_s
+    return _ADAM_BYTES * numbers / machine.host_bytes_per_s + 2 * moved
 
 
 def _exchanges(
@@ -189,22 +218,31 @@ def _exchanges(
     flop: dict[str, Flop],
     rate: float,
 ) -> dict[str, Exchange]:
-    world = machine.gpus
-    engine = engine_traffic(stage, sizes.groups, world)
-    phases = contrastive_traffic(config, clips, world) | {
+    world, parts = machine.gpus, config.train.micro_batches(machine.gpus)
+    engine = engine_traffic(
+        stage,
+        sizes.groups,
+        world,
+        micro_batches=parts,
+        passes=2 if two_passes(config, world) else 1,
+        offload=config.train.offload != "none",
+    )
+    phases = loss_traffic(config, clips, world) | {
         "gradients": engine["backward"],
-        "weights": engine["step"],
+        "weights": engine.get("forward", Counter()) + engine["step"],
     }
     sent = {name: sent_bytes(traffic, world) for name, traffic in phases.items()}
     seconds = {name: n / machine.bytes_per_s for name, n in sent.items()}
     exposed = dict(seconds)
     if stage:
-        # Buckets go out as the backward goes on; nothing hides the last one.
+        # Buckets go out as the backward goes on; nothing hides the last one of a reduction.
+        # ZeRO 1 reduces in the last micro-batch's backward alone, 2 and 3 in each.
         buckets = -(-sizes.parameters.trained // BUCKET_NUMBERS)
         hidden = sum(f.backward + f.recomputed for f in flop.values()) / rate
+        hidden /= parts if stage == 1 else 1
         reduced = seconds["gradients"]
         exposed["gradients"] = max(reduced / buckets, reduced - hidden)
-    if stage == 3:  # gathered ahead of the forward that uses them
+    if stage == 3 and not two_passes(config, world):  # gathered ahead of the forward that uses them
         ahead = sum(f.forward for f in flop.values()) / rate
         exposed["weights"] = max(0.0, seconds["weights"] - ahead)
     names = {

@@ -1,6 +1,10 @@
-"""The largest micro-batch that fits: doubled, then bisected, in a process of its own.
+"""The largest train.micro_batch that fits at train.global_batch, found in a process of its own.
 
     python -m flap_fast.profile.search CONFIG SECONDS      a line of JSON for each trial
+
+A trial is not a whole step, which may take minutes: the losses over the whole batch, then the
+trainer's two passes over two micro-batches, beside what a step holds of the others. That is the
+most that a step has at one time. Sizes are doubled; then those that divide the batch are bisected.
 
 On a GPU a trial fits unless it runs out of memory. On a CPU running out takes the machine down, so
 a trial is only begun where a line through the peaks before it stays below what is free; and the
@@ -20,20 +24,22 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
+from torch.nn.functional import normalize
 
 from flap_fast.config import Config
 from flap_fast.configfile import dump_config, load_config
 from flap_fast.loss import total_loss
-from flap_fast.model.flap import Flap
-from flap_fast.model.masking import mask_plan
+from flap_fast.model.flap import Flap, Outputs
 from flap_fast.profile.device import Memory, free_bytes
+from flap_fast.profile.footprint import divisors, held_bytes
 from flap_fast.profile.synthetic import SyntheticLoader, without_files
 from flap_fast.ranks import Ranks
 from flap_fast.train.engine import PlainEngine
-from flap_fast.train.microbatch import model_inputs
+from flap_fast.train.microbatch import Gradients
 
 # Of the memory that is free on a CPU: the rest of the machine wants to live too.
 _SHARE = 0.8
@@ -41,56 +47,83 @@ _SHARE = 0.8
 
 @dataclass(frozen=True)
 class Trial:
-    """One step of a micro-batch."""
+    """Of a micro-batch of so many clips."""
 
     clips: int
     fits: bool
     peak_bytes: int = 0
-    step_s: float = 0.0
+    trial_s: float = 0.0
+    clips_per_s: float = 0.0
+    """Of a whole step, as the trial's part of it went."""
 
 
 def trials(
     attempt: Callable[[int], Trial],
     *,
+    batch: int,
     limit_bytes: int | None,
     seconds: float,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Trial]:
-    """Trials until the largest is known to a sixteenth, or the time is over.
+    """Trials until the largest micro-batch is known, or the time is over.
 
     Args:
+        batch: clips in all; above half of them, only all at once make sense.
         limit_bytes: trials that are expected above it are not begun; None begins all.
         seconds: no trial is begun that is expected to end after these.
     """
     until, done = clock() + seconds, []
-    fits, fails, clips = 0, None, 2
-    while fails is None or fails - fits > max(1, fits // 16):
-        late = bool(done) and clock() + _expected(done, clips, "step_s") * 2 > until
+    possible = divisors(batch)
+    fits, fails, clips = 0, None, min(2, batch)
+    while True:
+        late = bool(done) and clock() + _expected(done, clips, "trial_s") * 2 > until
         if late:
             return
         too_much = limit_bytes is not None and _expected(done, clips, "peak_bytes") > limit_bytes
-        if not too_much:
-            trial = attempt(clips)
+        trial = None if too_much else attempt(clips)
+        if trial:
             yield trial
-            if trial.fits:
-                done.append(trial)
-        if not too_much and trial.fits:  # type: ignore[possibly-undefined]
+        if trial and trial.fits:
+            done.append(trial)
             fits = clips
         else:
             fails = clips
-        clips = 2 * clips if fails is None else (fits + fails) // 2
+        if fails is None:
+            if fits == batch:
+                return
+            clips = 2 * clips if 4 * clips <= batch else batch
+        else:
+            between = [n for n in possible if fits < n < fails]
+            if not between:
+                return
+            clips = between[len(between) // 2]
 
 
-def largest(found: Sequence[Trial], limit_bytes: int | None) -> dict[str, Any]:
-    """The largest trial that fits, and what a line through the peaks says of the limit."""
+def largest(found: Sequence[Trial], batch: int, limit_bytes: int | None) -> dict[str, Any]:
+    """The largest trial that fits, and what a line through the peaks says of the limit.
+
+    `micro_batch` is what train.micro_batch may be set to: the largest divisor of the batch that is
+    no larger than what was tried; 0 where not even the smallest trial fits.
+    """
     good = sorted((t for t in found if t.fits), key=lambda t: t.clips)
     tried = good[-1].clips if good else 0
     predicted = None
     if limit_bytes is not None and len(good) >= 2:
         slope = (good[-1].peak_bytes - good[-2].peak_bytes) / (good[-1].clips - good[-2].clips)
         if slope > 0:
-            predicted = tried + int((limit_bytes - good[-1].peak_bytes) / slope)
-    return {"tried": tried, "predicted": predicted, "trials": [asdict(t) for t in found]}
+            more = tried + int((limit_bytes - good[-1].peak_bytes) / slope)
+            predicted = _divisor(batch, max(tried, more))
+    return {
+        "global_batch": batch,
+        "tried": tried,
+        "micro_batch": _divisor(batch, tried),
+        "predicted": predicted,
+        "trials": [asdict(t) for t in found],
+    }
+
+
+def _divisor(batch: int, most: int) -> int:
+    return max((n for n in divisors(batch) if n <= most), default=0)
 
 
 def search(config: Config, *, seconds: float) -> dict[str, Any]:
@@ -111,10 +144,11 @@ def search(config: Config, *, seconds: float) -> dict[str, Any]:
     if done.returncode > 0 or not rows:
         raise RuntimeError(f"the search for a micro-batch failed:\n{done.stderr[-2000:]}")
     limit = rows[0]["limit_bytes"]
+    batch = config.train.global_batch
     found = [Trial(**row) for row in rows[1:] if "fits" in row]
     if done.returncode < 0:  # ended by the kernel during the trial that it had announced
         found.append(Trial(rows[-1]["begun"], fits=False))
-    return {"limit_bytes": limit, "seconds": seconds, **largest(found, limit)}
+    return {"limit_bytes": limit, "seconds": seconds, **largest(found, batch, limit)}
 
 
 def main(file: str, seconds: float) -> None:
@@ -127,12 +161,13 @@ def main(file: str, seconds: float) -> None:
     print(json.dumps({"limit_bytes": total}), flush=True)
     with without_files(config) as config:
         attempt = Attempts(config, device)
-        for trial in trials(attempt, limit_bytes=limit, seconds=seconds):
+        batch = config.train.global_batch
+        for trial in trials(attempt, batch=batch, limit_bytes=limit, seconds=seconds):
             print(json.dumps(asdict(trial)), flush=True)
 
 
 class Attempts:
-    """Steps of one model at micro-batches of any size."""
+    """Parts of steps of one model, at micro-batches of any size."""
 
     def __init__(self, config: Config, device: torch.device):
         torch.manual_seed(config.run.seed)
@@ -145,32 +180,71 @@ class Attempts:
         print(json.dumps({"begun": clips}), flush=True)
         if not self._warm:  # what only a first step costs: the optimizer's moments, libraries
             self._warm = True
-            self._step(2)
+            self._step(self._part(1))
         self._memory.begin()
         try:
             begun = time.perf_counter()
-            self._step(clips)
-            return Trial(clips, True, self._memory.peak(), time.perf_counter() - begun)
+            self._take(clips)
+            now = time.perf_counter()
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise
+        else:
+            return Trial(clips, True, self._memory.peak(), now - begun, self._rate(clips))
         self._engine.module.zero_grad(set_to_none=True)
         gc.collect()
         if self._ranks.device.type == "cuda":
             torch.cuda.empty_cache()
         return Trial(clips, False)
 
-    def _step(self, clips: int) -> None:
-        train = self._config.train.model_copy(update={"global_batch": clips})
-        config = self._config.model_copy(update={"train": train})
+    def _take(self, clips: int) -> None:
+        part = self._part(clips)
+        rest = self._config.train.global_batch - part.train.global_batch
+        begun = time.perf_counter()
+        exact = self._config.train.accumulation == "exact"
+        beside = self._held(rest) if rest else []
+        if rest and exact:
+            self._lose()
+        lost = time.perf_counter()
+        self._step(part)
+        del beside
+        self._took = lost - begun, time.perf_counter() - lost
+
+    def _part(self, clips: int) -> Config:
+        """Two micro-batches of so many clips, or the whole batch at once."""
+        whole = self._config.train.global_batch
+        batch, micro = (2 * clips, clips) if 2 * clips <= whole else (whole, None)
+        train = self._config.train.model_copy(update={"global_batch": batch, "micro_batch": micro})
+        return self._config.model_copy(update={"train": train})
+
+    def _held(self, clips: int) -> list[Tensor]:
+        """What a step holds of clips in other micro-batches, written to: memory that counts."""
+        device = self._ranks.device
+        sizes = held_bytes(self._config, clips, on_gpu=device.type == "cuda").values()
+        return [torch.ones(n // 4, device=device) for n in sizes]
+
+    def _lose(self) -> None:
+        """The losses between as many embeddings as a whole step has, and their gradients."""
+        whole, device = self._config.train.global_batch, self._ranks.device
+        rows = (torch.randn(whole, self._config.joint.width, device=device) for _ in range(2))
+        audio, text = (normalize(x, dim=1).requires_grad_() for x in rows)
+        numbers = {"scale": torch.tensor(10.0, device=device), "recon": audio.new_zeros(())}
+        outputs = cast(Outputs, {"audio": audio, "text": text, **numbers})
+        total_loss(outputs, self._config)["total"].backward()
+
+    def _step(self, config: Config) -> None:
         encoder = self._engine.module.text.inner.config
-        batch = next(SyntheticLoader(config, encoder, self._ranks).batches(0, 1))
-        plan = mask_plan(config.mask, config.audio.grid, config.run.seed, batch.visits)
-        outputs = self._engine.model(*model_inputs(batch, plan, config))
-        self._engine.backward(total_loss(outputs, config)["total"])
+        gradients = Gradients(config, self._ranks, self._engine, 1000, 1000)
+        loader = SyntheticLoader(config, encoder, self._ranks)
+        gradients(1, loader.batches(0, 1, times=gradients.reads))
         self._engine.step(config.optim.lr)
         if self._ranks.device.type == "cuda":
             torch.cuda.synchronize()
+
+    def _rate(self, clips: int) -> float:
+        """Clips a second of a whole step: its losses once, its micro-batches as often as it has."""
+        whole, (lost, stepped) = self._config.train.global_batch, self._took
+        return whole / (lost + stepped * whole / self._part(clips).train.global_batch)
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import RobertaConfig
 
@@ -55,7 +55,7 @@ def caption_lengths(clips: int, max_tokens: int) -> list[int]:
 
 
 class SyntheticLoader:
-    """As `TrainingLoader`, but each step has the same sounds and captions; masks differ.
+    """As `TrainingLoader`, but each (micro-)batch has the same sounds and captions; masks differ.
 
     Args:
         encoder: the text tower's transformers config, for its vocabulary.
@@ -65,19 +65,27 @@ class SyntheticLoader:
         self.steps_per_epoch = 10**9
         self._config, self._encoder, self._ranks = config, encoder, ranks
 
-    def batches(self, first: int, last: int) -> Iterator[Batch]:
-        """The batches of steps `first` up to, not including, `last`."""
-        audio, device = self._config.audio, self._ranks.device
-        whole = self._config.train.global_batch
-        clips = whole // self._ranks.world
-        generator = torch.Generator().manual_seed(self._config.run.seed + self._ranks.rank)
+    def batches(self, first: int, last: int, *, times: int = 1) -> Iterator[Batch]:
+        """The (micro-)batches of steps `first` up to, not including, `last`.
+
+        Args:
+            times: how often those of a step come, all of them before they come again.
+        """
+        audio, ranks, device = self._config.audio, self._ranks, self._ranks.device
+        parts, whole = (
+            self._config.train.micro_batches(ranks.world),
+            self._config.train.global_batch,
+        )
+        clips = whole // ranks.world // parts
+        generator = torch.Generator().manual_seed(self._config.run.seed + ranks.rank)
         mel = torch.randn(clips, 1, audio.frames, audio.mel_bins, generator=generator).to(device)
         ids, attention_mask = self._captions(clips, generator)
         ids, attention_mask = ids.to(device), attention_mask.to(device)
-        rows = torch.arange(clips, device=device) + self._ranks.rank * clips
-        for step in range(first, last):
-            visits = rows + step * whole
-            yield Batch(mel, ids, attention_mask, visits, np.arange(clips), epoch=0)
+        for step, _, part in product(range(first, last), range(times), range(parts)):
+            rows = torch.arange(clips) + (ranks.rank * parts + part) * clips
+            visits = (rows + step * whole).to(device)
+            # A copy: what a step keeps of a loader's log-mels takes memory.
+            yield Batch(mel.clone(), ids, attention_mask, visits, rows.numpy(), epoch=0)
 
     def _captions(
         self, clips: int, generator: torch.Generator

@@ -39,10 +39,18 @@ def profile_table(found: dict[str, Any]) -> RenderableType:
     lines.append(_micro_batch(found["micro_batch"]))
     title = (
         f"{found['config']}: {found['global_batch']} clips a step on {found['world']} rank(s), "
-        f"{found['precision']}, {found['batches']}\n{found['device']}\nmeans of "
+        f"{found['precision']}, {found['batches']}{_passes(found)}\n{found['device']}\nmeans of "
         f"{found['steps']} steps of {least:.1f} to {most:.1f} ms, median {median:.1f}"
     )
     return Group(Text(title), table, Text("\n".join(lines)))
+
+
+def _passes(found: dict[str, Any]) -> str:
+    parts = found["micro_batches"]
+    if parts == 1:
+        return ""
+    passes = "two passes" if found["passes"] == 2 else "one pass"
+    return f"\n{parts} micro-batches of a rank, {passes}"
 
 
 def plan_table(planned: Plan) -> RenderableType:
@@ -57,10 +65,13 @@ def _head(planned: Plan) -> str:
     size = f"{(parameters.trained + parameters.frozen) / 1e6:.1f} M parameters"
     if parameters.frozen:
         size += f", {parameters.frozen / 1e6:.1f} M of them frozen"
+    parts = ""
+    if planned.micro_batches > 1:
+        parts = f", {planned.clips // planned.micro_batches} at a time"
     engine = f"{planned.engine}, ZeRO {planned.stage}" if planned.engine != "plain" else "plain"
     return (
         f"{planned.clips * machine.gpus} clips a step: {planned.clips} on each of {machine.gpus} "
-        f"GPU(s), {machine.nodes} node(s)\n"
+        f"GPU(s), {machine.nodes} node(s){parts}\n"
         f"{engine}, {planned.precision}, contrastive {planned.scheme}, {size}"
     )
 
@@ -68,9 +79,10 @@ def _head(planned: Plan) -> str:
 def _memory(planned: Plan) -> Table:
     memory = planned.memory
     table = _table("memory of a rank", "MiB")
-    for group in (memory.states, memory.activations, memory.loss):
+    for group in (memory.states, memory.activations, memory.loss, memory.held):
         for name, size in group.items():
             label = f"{name} (activations)" if group is memory.activations else name
+            label = f"{name} (all micro-batches)" if group is memory.held else label
             table.add_row(label, f"{size / _MIB:,.0f}")
     table.add_section()
     verdict = "fits" if planned.fits else "DOES NOT FIT"
@@ -78,6 +90,14 @@ def _memory(planned: Plan) -> Table:
         f"peak: {verdict} in {planned.machine.memory_gib:g} GiB", f"{memory.peak / _MIB:,.0f}"
     )
     table.add_row("clips of a rank that would fit", f"{planned.largest_clips:,}")
+    table.add_row("largest train.micro_batch that fits", f"{planned.largest_micro_batch:,}")
+    if memory.on_cpu:
+        table.add_section()
+        for name, size in memory.on_cpu.items():
+            table.add_row(f"{name} (in the CPU's memory)", f"{size / _MIB:,.0f}")
+        table.add_row(
+            "in the CPU's memory, of a rank", f"{sum(memory.on_cpu.values()) / _MIB:,.0f}"
+        )
     return table
 
 
@@ -110,6 +130,8 @@ def _assumptions(machine: Machine) -> str:
         f"--link {rate(machine.link_bytes_per_s)}: what a rank sends between nodes",
         f"--local-link {rate(machine.local_bytes_per_s)}: what it sends inside of a node",
         f"--memory-gib {machine.memory_gib:g}, --memory-rate {rate(machine.memory_bytes_per_s)}",
+        f"--host-rate {rate(machine.host_bytes_per_s)}, --host-link "
+        f"{rate(machine.host_link_bytes_per_s)}: of a rank, for train.offload",
         f"--caption-tokens {machine.caption_tokens}: computed for each, padding included",
         "gradients hide behind the backward but for their last bucket (ZeRO 1 to 3)",
         "the loss's products, in fp32, at the same rate: they are few",
@@ -139,9 +161,9 @@ def _rates(flop: int, ms: float, ceiling: float, unit: float) -> tuple[str, str,
 def _micro_batch(found: dict[str, Any]) -> str:
     if "skipped" in found:
         return f"largest micro-batch: not searched ({found['skipped']})"
-    limit = f"{found['limit_bytes'] / 2**30:.1f} GiB"
-    tried = f"largest micro-batch: {found['tried']} clips were tried and fit"
-    if found["predicted"] and found["predicted"] > found["tried"]:
-        more = f"by a line through their peaks, about {found['predicted']} would in {limit}"
+    limit, batch = f"{found['limit_bytes'] / 2**30:.1f} GiB", found["global_batch"]
+    tried = f"largest train.micro_batch of {batch}: {found['micro_batch']}, tried and fits"
+    if found["predicted"] and found["predicted"] > found["micro_batch"]:
+        more = f"by a line through their peaks, {found['predicted']} would in {limit}"
         return f"{tried};\n  {more}"
     return f"{tried} in {limit}"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from flap_fast.model.flap import Flap
 from flap_fast.train.engine import Engine
 
-# In the order of a step; a step begins where it waits for its batch.
+# In the order of a step, as far as they have one: each micro-batch is waited for.
 PARTS = (
     "data wait",
     "audio tower",
@@ -32,7 +32,7 @@ PARTS = (
     "communication",
     "other",
 )
-_FIRST, _REST = PARTS[0], PARTS[-1]
+_WAIT, _REST = PARTS[0], PARTS[-1]
 # The modules of a model whose time is a part's.
 _MODULES = {
     "audio": "audio tower",
@@ -53,9 +53,15 @@ class Timeline:
     def __init__(self, device: torch.device, *, ranges: bool = False):
         self._on_gpu = device.type == "cuda"
         self._marks: list[tuple[str, Any]] = []
+        self._begins: set[int] = set()
         self._thread = threading.get_ident() if ranges else None
         self._range: Any = None
         self.part = _REST
+
+    def begin_step(self) -> None:
+        """A step begins: with whatever is no part's."""
+        self._begins.add(len(self._marks))
+        self.mark(_REST)
 
     def mark(self, part: str) -> None:
         """From here on it is this part."""
@@ -86,8 +92,9 @@ class Timeline:
         if self._on_gpu:
             torch.cuda.synchronize()
         found: list[dict[str, float]] = []
-        for (part, begin), (_, end) in zip(self._marks, self._marks[1:], strict=False):
-            if part == _FIRST:
+        pairs = zip(self._marks, self._marks[1:], strict=False)
+        for at, ((part, begin), (_, end)) in enumerate(pairs):
+            if at in self._begins:
                 found.append(dict.fromkeys(PARTS, 0.0))
             if found:
                 found[-1][part] += self._between(begin, end)
@@ -109,24 +116,51 @@ class Timeline:
             self._range = None
 
 
+Now = Callable[[], Timeline | None]
+"""Gives the timeline in use, if there is one."""
+
+
+def waited_for(batches: Iterator[Any], now: Now) -> Iterator[Any]:
+    """The batches, with a mark around the wait for each."""
+    while True:
+        timeline = now()
+        if timeline:
+            timeline.mark(_WAIT)
+        batch = next(batches, None)
+        if timeline:
+            timeline.mark(_REST)
+        if batch is None:
+            return
+        yield batch
+
+
 @contextmanager
-def watched(engine: Engine, timeline: Timeline) -> Iterator[Engine]:
-    """The engine, with a mark wherever a part of its step begins."""
+def watched(engine: Engine, now: Now) -> Iterator[Engine]:
+    """The engine, with a mark wherever a part of its step begins.
+
+    After a forward comes the loss: what is done with the embeddings, in two passes for each
+    micro-batch and for all of them.
+    """
+
+    def mark(part: str) -> None:
+        if timeline := now():
+            timeline.mark(part)
+
     with ExitStack() as hooks:
         for name, part in _MODULES.items():
             module = getattr(engine.module, name, None)
             if isinstance(module, nn.Module):
-                _watch_module(module, part, timeline, hooks)
-        after = engine.module.register_forward_hook(lambda *_: timeline.mark("loss"))
+                _watch_module(module, part, mark, hooks)
+        after = engine.module.register_forward_hook(lambda *_: mark("loss"))
         hooks.callback(after.remove)
-        yield cast(Engine, _Watched(engine, timeline))  # the rest goes through to it
+        yield cast(Engine, _Watched(engine, mark))  # the rest goes through to it
 
 
 class _Watched:
     """An engine whose backward begins in the loss, and whose step is the optimizer's."""
 
-    def __init__(self, engine: Engine, timeline: Timeline):
-        self._engine, self._timeline = engine, timeline
+    def __init__(self, engine: Engine, mark: Callable[[str], None]):
+        self._engine, self._mark = engine, mark
         self.name = engine.name
 
     @property
@@ -138,28 +172,32 @@ class _Watched:
         return self._engine.model
 
     def backward(self, loss: Tensor) -> None:
-        self._timeline.mark("loss")
+        self._mark("loss")
         self._engine.backward(loss)
-        self._timeline.mark(_REST)
+        self._mark(_REST)
 
     def step(self, lr: float) -> Tensor:
-        with self._timeline.within("optimizer"):
-            return self._engine.step(lr)
+        self._mark("optimizer")
+        norm = self._engine.step(lr)
+        self._mark(_REST)
+        return norm
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
 
-def _watch_module(module: nn.Module, part: str, timeline: Timeline, hooks: ExitStack) -> None:
+def _watch_module(
+    module: nn.Module, part: str, mark: Callable[[str], None], hooks: ExitStack
+) -> None:
     def before(*_: Any) -> None:
-        timeline.mark(part)
+        mark(part)
 
     def after(_: nn.Module, __: Any, output: Any) -> None:
         for tensor in _tensors(output):
             if tensor.requires_grad:
                 # Runs as its gradient is there, before what made the tensor is gone through.
-                tensor.register_hook(lambda _: timeline.mark(part))
-        timeline.mark(_REST)
+                tensor.register_hook(lambda _: mark(part))
+        mark(_REST)
 
     hooks.callback(module.register_forward_pre_hook(before).remove)
     hooks.callback(module.register_forward_hook(after).remove)
@@ -193,13 +231,10 @@ _COLLECTIVES = (
 
 
 @contextmanager
-def watched_collectives(timeline: Callable[[], Timeline | None]) -> Iterator[None]:
+def watched_collectives(timeline: Now) -> Iterator[None]:
     """Inside, a collective that is waited for is `communication`; one that overlaps is not.
 
     Open it before the engine is made: DeepSpeed takes hold of the functions then.
-
-    Args:
-        timeline: gives the one in use, if there is one.
     """
     with ExitStack() as patches:
         for name in _COLLECTIVES:
@@ -209,7 +244,7 @@ def watched_collectives(timeline: Callable[[], Timeline | None]) -> Iterator[Non
         yield
 
 
-def _watched_collective(real: Callable[..., Any], timeline: Callable[[], Timeline | None]) -> Any:
+def _watched_collective(real: Callable[..., Any], timeline: Now) -> Any:
     def collective(*arguments: Any, **options: Any) -> Any:
         now = timeline()
         if now is None:
@@ -224,7 +259,7 @@ def _watched_collective(real: Callable[..., Any], timeline: Callable[[], Timelin
 class _WatchedWork:
     """A collective on its way: waiting for it is communication."""
 
-    def __init__(self, work: Any, timeline: Callable[[], Timeline | None]):
+    def __init__(self, work: Any, timeline: Now):
         self._work, self._timeline = work, timeline
 
     def wait(self, *arguments: Any) -> Any:

@@ -22,13 +22,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flap_fast.config import Config
-from flap_fast.profile.flop import scheme_in_force
+from flap_fast.profile.flop import cyclic_form, loss_times, scheme_in_force
 
 # The share of n that each rank sends, in units of (W-1)/W.
 _TIMES = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "broadcast": 1, "reduce": 1}
-_BFLOAT, _FLOAT, _DOUBLE = 2, 4, 8
+_BFLOAT, _FLOAT, _DOUBLE = 2, 4, 8  # and as large as an int64
 # DeepSpeed aligns a rank's part of a flat group of parameters to this many numbers.
 _ALIGNED = 2
+# ZeRO-3 shards no parameter of at most so many numbers; its default, as deepspeed_config leaves it.
+_PERSISTENT = 100_000
 
 Traffic = Counter[str]
 """Bytes n by kind of collective."""
@@ -37,6 +39,16 @@ Traffic = Counter[str]
 def sent_bytes(traffic: Traffic, world: int) -> float:
     """What one rank sends."""
     return sum(_TIMES[kind] * n for kind, n in traffic.items()) * (world - 1) / world
+
+
+def loss_traffic(config: Config, clips: int, world: int) -> dict[str, Traffic]:
+    """Of all losses in `forward` and in `backward` of a step, `clips` a rank."""
+    times = loss_times(config, world)
+    found = {"forward": Counter(), "backward": Counter()}
+    for losses in (contrastive_traffic, cyclic_traffic):
+        for phase, traffic in losses(config, clips // times, world).items():
+            found[phase].update({kind: times * n for kind, n in traffic.items()})
+    return found
 
 
 def contrastive_traffic(config: Config, clips: int, world: int) -> dict[str, Traffic]:
@@ -58,27 +70,61 @@ def contrastive_traffic(config: Config, clips: int, world: int) -> dict[str, Tra
     return {"forward": forward, "backward": Counter(reduce_scatter=_FLOAT * B * d)}
 
 
-def engine_traffic(stage: int, groups: Sequence[Sequence[int]], world: int) -> dict[str, Traffic]:
-    """Of DeepSpeed in `backward` and in `step`, with fp32 parameters and gradients.
+def cyclic_traffic(config: Config, clips: int, world: int) -> dict[str, Traffic]:
+    """Of the cyclic terms: audio and text of all, or three (d, d) matrices; nothing in backward."""
+    B, d, form = clips * world, config.joint.width, cyclic_form(config, clips, world)
+    forward: Traffic = Counter()
+    if form and world > 1:
+        forward["all_gather"] = 2 * _DOUBLE * world  # how many rows each rank has
+        if form == "gram":
+            forward["all_reduce"] = _FLOAT * 3 * d**2
+        else:
+            forward["all_gather"] += _FLOAT * B * 2 * d
+            forward["all_reduce"] = _FLOAT * 2
+    return {"forward": forward, "backward": Counter()}
 
-    Stage 3 gathers each parameter once a step: the large ones in the forward, kept for the
-    backward (up to DeepSpeed's 1e9 live numbers), the small ones after the step.
+
+def engine_traffic(
+    stage: int,
+    groups: Sequence[Sequence[int]],
+    world: int,
+    *,
+    micro_batches: int = 1,
+    passes: int = 1,
+    offload: bool = False,
+) -> dict[str, Traffic]:
+    """Of DeepSpeed in `forward` (stage 3), `backward` and `step`; all is fp32.
+
+    Stages 0 and 1 reduce the gradients of all micro-batches at once, 2 and 3 those of each. Stage 3
+    gathers the large parameters in the forward and keeps them for the backward (up to DeepSpeed's
+    1e9 live numbers), the small ones after the step. In two passes it finds no order to rely on,
+    and gathers the large ones for each forward and backward.
 
     Args:
         groups: the numbers in each parameter, by group of the optimizer.
+        passes: how often a micro-batch goes through the model.
     """
     if world == 1:
         return {"backward": Counter(), "step": Counter()}
     every = [n for group in groups for n in group]
     if stage == 3:
-        padded = _FLOAT * sum(_padded(n, world) for n in every)
-        step = Counter(all_gather=padded, all_reduce=_DOUBLE * len(groups))
-        return {"backward": Counter(reduce_scatter=padded), "step": step}
+        small, large = (
+            _FLOAT * sum(_padded(n, world) for n in every if (n > _PERSISTENT) == big)
+            for big in (False, True)
+        )
+        times = micro_batches * (3 if passes == 2 else 1)
+        norm = _FLOAT if offload else _DOUBLE
+        return {
+            "forward": Counter(all_gather=times * large),
+            "backward": Counter(reduce_scatter=micro_batches * (small + large)),
+            "step": Counter(all_gather=small, all_reduce=norm * len(groups)),
+        }
     step = Counter()
     if stage:
         flat = (_padded(sum(group), _ALIGNED * world) for group in groups)
         step = Counter(all_gather=_FLOAT * sum(flat), all_reduce=_FLOAT * len(groups))
-    return {"backward": Counter(all_reduce=_FLOAT * sum(every)), "step": step}
+    times = micro_batches if stage == 2 else 1
+    return {"backward": Counter(all_reduce=times * _FLOAT * sum(every)), "step": step}
 
 
 def _padded(n: int, multiple: int) -> int:

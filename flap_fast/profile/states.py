@@ -1,0 +1,105 @@
+"""What a rank holds between forward and update whatever its batch, by engine, stage and offload.
+
+Of DeepSpeed 0.19.8, as its tensors were counted on CPU ranks; all of it in fp32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from flap_fast.train.engine import BUCKET_NUMBERS
+
+_FLOAT = 4
+# ZeRO-3 keeps what it gathered from forward to backward below so many numbers.
+_LIVE_NUMBERS = 10**9
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """How many numbers a model has."""
+
+    trained: int
+    frozen: int = 0
+    largest: int = 0
+    """Numbers of its largest trained parameter."""
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes by name."""
+
+    on_device: dict[str, int]
+    on_cpu: dict[str, int]
+    gradients: Literal["come", "add up", "stay"]
+    """As activations go, or over micro-batches, or in a buffer that is always there."""
+
+    def peak(self, early: int, late: int, *, apart: int = 0) -> int:
+        """The most on the device.
+
+        Args:
+            early: what the forward has made before a backward.
+            late: what the end of a backward needs.
+            apart: what is there before the first backward begins, and not with `early`.
+        """
+        every = sum(self.on_device.values())
+        none_yet = every if self.gradients == "stay" else every - self.on_device["gradients"]
+        forward = none_yet if self.gradients == "come" else every
+        return max(none_yet + apart, forward + early, every + late)
+
+
+def state_bytes(
+    engine: str,
+    stage: int,
+    parameters: Parameters,
+    world: int,
+    *,
+    overlap: bool = True,
+    offload: str = "none",
+    micro_batches: int = 1,
+) -> States:
+    """Bytes a rank holds.
+
+    Args:
+        engine: `plain` or `deepspeed`.
+        overlap: gradients are reduced while the backward goes on (DeepSpeed's on a GPU).
+        offload: train.offload.
+    """
+    trained, everything = parameters.trained, parameters.trained + parameters.frozen
+    several = micro_batches > 1
+    gradients = "add up" if several else "come"
+    if engine == "plain" or stage == 0:
+        flat = trained if engine == "deepspeed" and world > 1 else 0  # gradients to be reduced
+        whole = {"gradients": trained, "optimizer": 2 * trained, "engine": flat}
+        return States(_in_bytes({"weights": everything} | whole), {}, gradients)
+    share, shard = -(-trained // world), -(-everything // world)
+    # The optimizer works on a copy of its share of the weights.
+    device = {
+        "weights": everything,
+        # ZeRO 1 reduces none before the last micro-batch.
+        "gradients": trained if stage == 1 and several else share,
+        "optimizer": 3 * share,
+        "engine": (2 if overlap else 1) * BUCKET_NUMBERS,
+    }
+    if stage == 3:
+        device["weights"] = shard + min(everything, _LIVE_NUMBERS)
+    cpu = {}
+    if offload != "none":
+        cpu = {"optimizer": device.pop("optimizer"), "gradients": share, "engine": share}
+        device["optimizer"] = 0
+        if stage < 3:
+            if stage == 2 and several:  # added up apart; what two ranks share is whole on both
+                cpu["gradients"] += share + parameters.largest
+            # A buffer of the largest parameter on both sides.
+            cpu["engine"] += parameters.largest
+            device["engine"] += parameters.largest
+        if not (stage == 1 and several):
+            device["gradients"] = 0
+        if offload == "all":
+            device["weights"] -= shard
+            cpu["weights"] = shard
+    return States(_in_bytes(device), _in_bytes(cpu), "stay" if stage == 3 else gradients)
+
+
+def _in_bytes(numbers: dict[str, int]) -> dict[str, int]:
+    return {name: _FLOAT * n for name, n in numbers.items()}
