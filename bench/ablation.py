@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from bench import report
 from bench.machine import ROOT, machine, save
+from bench.report_training import ablation_table
 from flap_fast.configfile import load_config
 from flap_fast.evaluate.flops import encoder_flops
 from flap_fast.evaluate.run import selection_score
@@ -77,7 +78,7 @@ def main() -> None:
     }
     file = save(ROOT / "bench", result)
     report.write(ROOT / "bench")
-    print(report.ablation_table(result))
+    print(ablation_table(result))
     print(f"written to {file.relative_to(ROOT)}")
 
 

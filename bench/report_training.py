@@ -1,0 +1,59 @@
+"""RESULTS.md's sections on training: ablations, and the memory of micro-batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bench.goals import Result
+from bench.tables import facts, markdown, number
+
+
+def ablation(result: Result, folder: Path) -> str:
+    """Systems against one another on the demo's sounds."""
+    name = result["kind"].removeprefix("ablation_")
+    return "\n".join(
+        [
+            f"## Ablation of {name} on the demo's sounds: {result['machine']['device']}\n",
+            facts(result["machine"]) + ".\n",
+            f"`python -m bench.ablation {name}`: {result['steps']} steps, seeds "
+            f"{', '.join(map(str, result['seeds']))}, scored once at the end on 64 clips, "
+            "where one clip is 1.6 points. Mean over seeds and, in brackets, the lowest and the "
+            "highest. A difference within that spread says nothing.\n",
+            ablation_table(result),
+            "",
+        ]
+    )
+
+
+def ablation_table(result: Result) -> str:
+    """Scores in percent with their spread over seeds, beside what the system costs."""
+    metrics = list(result["rows"][0]["scores"][0])
+    rows = [["system", *metrics, "GFLOP a clip", "clips/s, one thread"]]
+    for row in result["rows"]:
+        cells = []
+        for metric in metrics:
+            values = [100 * score[metric] for score in row["scores"]]
+            mean = sum(values) / len(values)
+            cells.append(f"{mean:.1f} ({min(values):.1f}-{max(values):.1f})")
+        rows.append([row["system"], *cells, f"{row['gflops']:.3f}", number(row["clips_per_s"])])
+    return markdown(rows)
+
+
+def microbatch_memory(result: Result, folder: Path) -> str:
+    """What micro-batches take, over batch sizes and ranks."""
+    rows = [["ranks", "global batch", "train.replay", "peak MiB above what was loaded"]]
+    for row in result["rows"]:
+        cells = row["ranks"], row["global_batch"], row["replay"], number(row["peak_mib"])
+        rows.append([str(cell) for cell in cells])
+    figures = "; ".join(f"{name}: {value:.3f}" for name, value in result["figures"].items())
+    return "\n".join(
+        [
+            f"## Memory of micro-batches: {result['machine']['device']}\n",
+            facts(result["machine"]) + ".\n",
+            "`python -m bench.microbatch_memory`: training steps of tiny towers in micro-batches "
+            f"of {result['micro_batch']}, the rank that took most.\n",
+            markdown(rows),
+            "",
+            f"Peak memory of {figures}.\n",
+        ]
+    )
