@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from flap_fast.checks import ConfigError
-from flap_fast.commands import score, use
+from flap_fast.commands import exchange, score, use
 
 app = typer.Typer(
     name="flap",
@@ -96,6 +96,8 @@ app.command("eval")(score.evaluate)
 app.command()(use.embed)
 app.command()(use.search)
 app.command()(use.classify)
+app.command("import")(exchange.import_)
+app.command()(exchange.export)
 
 
 @app.command()

@@ -23,7 +23,9 @@ ROOMS = {
     "evaluate": {"model", "data", "config", "checks", "ranks"},
     "embedder": {"evaluate", "model", "data", "config", "checks", "ranks"},
     "search": {"embedder", "data", "checks"},
+    "interchange": {"model", "data", "config_audio", "config", "configfile", "checks"},
     "commands": {
+        "interchange",
         "search",
         "embedder",
         "evaluate",
@@ -49,6 +51,7 @@ DOORS = {
         "flap_fast/model/text_encoder.py",
         "flap_fast/data/captions.py",
         "flap_fast/train/synthetic.py",
+        "flap_fast/interchange/clap_hf.py",
     },
     "matplotlib": {"flap_fast/report/masking.py", "flap_fast/report/profile.py"},
     "faiss": {"flap_fast/search.py"},
