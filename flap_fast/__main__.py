@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from flap_fast.checks import ConfigError
-from flap_fast.commands import enrich, report, score, use
+from flap_fast.commands import enrich, exchange, report, score, use
 
 app = typer.Typer(
     name="flap",
@@ -98,6 +98,8 @@ app.command()(use.embed)
 app.command()(use.search)
 app.command()(use.classify)
 app.command()(report.report)
+app.command("import")(exchange.import_)
+app.command()(exchange.export)
 
 
 @app.command()

@@ -341,6 +341,12 @@ class Train(Section):
     """Passes over the data; the last incomplete batch of each is dropped."""
     steps: Count | None = None
     """Optimizer steps, instead of epochs."""
+    init_from: Path | None = None
+    """A model folder or a run whose weights a new run begins with (`flap import` writes folders);
+    a decoder that it lacks begins at random."""
+    init_audio_from: Path | None = None
+    """The same of the audio tower alone: an imported AudioMAE, a model folder or a run; feature
+    fusion that it lacks begins at random."""
     engine: Literal["auto", "plain", "deepspeed"] = "auto"
     """`auto`: DeepSpeed under a launcher, plain PyTorch for a process of its own."""
     zero_stage: Literal[0, 1, 2, 3] = 1
@@ -370,6 +376,8 @@ class Train(Section):
         need(
             bool(self.epochs or self.steps), "train.epochs", "be set when train.steps is not", None
         )
+        rule, audio = "be left out with train.init_from", self.init_audio_from
+        need(not (audio and self.init_from), "train.init_audio_from", rule, audio)
         rule = "be off with train.zero_stage = 3, whose hooks gather weights inside of each block"
         need(not (self.compile and self.zero_stage == 3), "train.compile", rule, self.compile)
         return self
@@ -578,6 +586,9 @@ def check_before_loading(config: Config, world: int) -> None:
         f"for example {max(world, batch // world * world)}",
     )
     check_micro_batch(config, world)
+    for name in ("init_from", "init_audio_from"):
+        folder, rule = getattr(config.train, name), "be an existing folder of weights"
+        need(folder is None or folder.is_dir(), f"train.{name}", rule, folder, "see flap import")
     need(bool(config.data.train), "data.train", "name at least one folder of shards", "nothing")
     rule = "name files of sentences for loss.nli, and for loss.simcse.on = nli"
     there = bool(config.data.nli) or "premise" not in config.loss.sentences

@@ -24,7 +24,9 @@ ROOMS = {
     "embedder": {"evaluate", "model", "data", "config", "checks", "ranks"},
     "search": {"embedder", "data", "checks"},
     "enrich": {"data", "checks"},
+    "interchange": {"model", "data", "config_audio", "config", "configfile", "checks"},
     "commands": {
+        "interchange",
         "report",
         "enrich",
         "search",
@@ -65,6 +67,7 @@ DOORS = {
         "flap_fast/profile/synthetic.py",
         "flap_fast/enrich/rewrite.py",
         "flap_fast/enrich/classifier.py",
+        "flap_fast/interchange/clap_hf.py",
     },
     "onnxruntime": {"flap_fast/enrich/yamnet.py"},
     "onnx": {"flap_fast/enrich/yamnet.py"},

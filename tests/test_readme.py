@@ -59,6 +59,7 @@ def test_every_path_exists(page: str):
     }
     for path in paths(page) - made_by_a_run:
         examples = {"loss/": "contrastive", "evaluate/": "retrieval", "kernels/": "infonce"}
+        examples["interchange/"] = "laion"
         name = next((name for folder, name in examples.items() if folder in path), "NAME")
         path = path.replace("NAME", name)
         beside = ROOT / page

@@ -4,11 +4,13 @@
     FOLDER/config.yaml         the config it was trained with
     FOLDER/text/               the text tower's config and tokenizer
 
-The folder needs nothing but itself; weights are safetensors, never a pickle.
+The folder needs nothing but itself; weights are safetensors, never a pickle. An audio tower alone
+(`flap import` makes one of AudioMAE's) is a folder with audio.safetensors instead.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,18 +18,29 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flap_fast.checks import ConfigError
+from flap_fast.checks import ConfigError, need
 from flap_fast.config import Config
 from flap_fast.configfile import dump_config, load_config
 from flap_fast.model.flap import Flap
 from flap_fast.model.text_encoder import save_text_files
 
+# The weights of an audio tower alone, and of AudioMAE's decoder, if it was asked for.
+TOWER = "audio.safetensors"
+# Parts that a run may add to the weights it begins with: they begin at random.
+_DECODER = "decoder."
+_FUSION = ("mel_conv1d.", "mel_conv2d.", "fusion_model.")
+
+
+def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file, as transformers also reads it."""
+    whole = {name: value.contiguous() for name, value in tensors.items()}
+    save_file(whole, file, metadata={"format": "pt"})
+
 
 def save_model(folder: Path, config: Config, model: Flap, weights: dict[str, Tensor]) -> None:
     """Write a model folder; `weights` is the whole state dict, on the CPU."""
     folder.mkdir(parents=True, exist_ok=True)
-    whole = {name: value.contiguous() for name, value in weights.items()}
-    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(folder / "model.safetensors", weights)
     (folder / "config.yaml").write_text(dump_config(config))
     save_text_files(config.text, model.text, folder / "text")
 
@@ -40,6 +53,11 @@ def model_folder(path: Path) -> Path:
     """
     if (path / "model.safetensors").is_file():
         return path
+    if (path / TOWER).is_file():
+        raise ConfigError(
+            f"the checkpoint must be a whole model, got '{path}', an audio tower; train from it "
+            f"with train.init_audio_from={path}"
+        )
     steps = sorted(path.glob("checkpoints/step-*/state.json"))
     if not steps:
         raise ConfigError(
@@ -61,10 +79,14 @@ def read_config(folder: Path) -> Config:
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
     """The weights of a model folder, on the CPU."""
+    return _read(folder / "model.safetensors")
+
+
+def _read(file: Path) -> dict[str, Tensor]:
     try:
-        return load_file(folder / "model.safetensors")
+        return load_file(file)
     except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{folder}/model.safetensors cannot be read: {error}") from None
+        raise ConfigError(f"{file} cannot be read: {error}") from None
 
 
 def put_weights(model: Flap, folder: Path) -> None:
@@ -73,15 +95,50 @@ def put_weights(model: Flap, folder: Path) -> None:
     Raises:
         ConfigError: they are another model's.
     """
-    saved, own = load_weights(folder), model.state_dict()
+    _put(model, folder / "model.safetensors", load_weights(folder), model.state_dict())
+
+
+def put_first_weights(model: Flap, config: Config) -> None:
+    """What train.init_from or train.init_audio_from name into a new model.
+
+    A decoder, and for an audio tower what fuses, begin at random where the folder has none.
+
+    Raises:
+        ConfigError: they are another model's.
+    """
+    if config.train.init_from:
+        folder = model_folder(config.train.init_from)
+        _put_parts(model, folder / "model.safetensors", ("",), new=(_DECODER,))
+    if config.train.init_audio_from:
+        path = config.train.init_audio_from
+        alone = (path / TOWER).is_file()
+        folder = path if alone else model_folder(path)
+        file = folder / (TOWER if alone else "model.safetensors")
+        theirs, ours = load_config(folder / "config.yaml").audio.norm_position, config.audio
+        rule, remedy = f"be {theirs}, as in {folder}", f"set audio.norm_position={theirs}"
+        need(ours.norm_position == theirs, "audio.norm_position", rule, ours.norm_position, remedy)
+        _put_parts(model, file, ("audio.", _DECODER), new=(_DECODER, *_FUSION))
+
+
+def _put_parts(model: Flap, file: Path, parts: tuple[str, ...], *, new: tuple[str, ...]) -> None:
+    """Names that begin with one of `parts`; whole groups with one of `new` in them may be new."""
+    saved = {name: value for name, value in _read(file).items() if name.startswith(parts)}
+    if model.decoder is None:
+        saved = {name: value for name, value in saved.items() if not name.startswith(_DECODER)}
+    absent = tuple(group for group in new if not any(group in name for name in saved))
+    own = {name: value for name, value in model.state_dict().items() if name.startswith(parts)}
+    _put(model, file, saved, {n: v for n, v in own.items() if not any(g in n for g in absent)})
+
+
+def _put(model: Flap, file: Path, saved: dict[str, Tensor], own: dict[str, Tensor]) -> None:
     for name in sorted(saved.keys() | own.keys()):
         there, here = (tuple(w[name].shape) if name in w else "nothing" for w in (saved, own))
         if there != here:
             raise ConfigError(
-                f"{folder}/model.safetensors must hold the weights of this config's model, got "
+                f"{file} must hold the weights of this config's model, got "
                 f"{there} for {name}, which is {here} here; use the config.yaml beside it"
             )
-    model.load_state_dict(saved)
+    model.load_state_dict(saved, strict=False)
 
 
 def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[Flap, Config]:

@@ -13,7 +13,7 @@ from flap_fast.data.loader import TrainingLoader
 from flap_fast.data.shards import kept_as, open_shards
 from flap_fast.evaluate.run import Scores, evaluate, flat_scores, selection_score, write_scores
 from flap_fast.model.flap import Flap
-from flap_fast.model.interop import put_weights
+from flap_fast.model.interop import put_first_weights, put_weights
 from flap_fast.ranks import Ranks, join_ranks, leave_ranks, world_size
 from flap_fast.train.checkpoint import Checkpoints
 from flap_fast.train.engine import Engine, check_engine, make_engine
@@ -62,9 +62,11 @@ def _train(
     loader = TrainingLoader(config, open_shards(config.data.train, kept_as(config)), tokens, ranks)
     steps = config.train.steps or (config.train.epochs or 0) * loader.order.steps_per_epoch
     torch.manual_seed(config.run.seed)
-    model = Flap(config, weights=start is None)
+    model = Flap(config, weights=start is None and config.train.init_from is None)
     if start:
         put_weights(model, start)
+    else:
+        put_first_weights(model, config)
     engine = make_engine(config, model, ranks)
     checkpoints = Checkpoints(config, ranks)
     state = checkpoints.load(engine, start) if start else None

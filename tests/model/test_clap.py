@@ -10,8 +10,8 @@ from transformers import ClapConfig, ClapModel
 from transformers.models.clap.modeling_clap import ClapOutput
 
 from flap_fast.config import Config
+from flap_fast.interchange.htsat_names import htsat_from_hf
 from flap_fast.loss.contrastive import contrastive
-from flap_fast.model.clap_names import htsat_from_hf
 from flap_fast.model.flap import Flap, Outputs
 from tests.model.test_htsat import decibels
 from tests.tiny import HTSAT as SMALLEST

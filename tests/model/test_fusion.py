@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from flap_fast.config import Audio, Fusion
+from flap_fast.interchange.htsat_names import htsat_from_hf, htsat_to_hf
 from flap_fast.model import AUDIO_ENCODERS
 from flap_fast.model.audio_vit import AudioViT
-from flap_fast.model.clap_names import htsat_from_hf, htsat_to_hf
 from flap_fast.model.fusion import AFF, DAF, IAFF, fuse_rows, fusion_model
 from flap_fast.model.htsat import HTSAT, SwinBlock
 from tests.model.test_htsat import NARROW, SMALL, checked, decibels, theirs

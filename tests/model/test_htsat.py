@@ -11,7 +11,7 @@ from transformers import ClapAudioConfig
 from transformers.models.clap.modeling_clap import ClapAudioEncoder
 
 from flap_fast.config import Audio
-from flap_fast.model.clap_names import htsat_from_hf, htsat_to_hf
+from flap_fast.interchange.htsat_names import htsat_from_hf, htsat_to_hf
 from flap_fast.model.htsat import HTSAT, SwinBlock, fold
 from tests.tiny import HTSAT as SMALLEST
 from tests.tiny import tiny

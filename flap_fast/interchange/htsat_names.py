@@ -46,7 +46,7 @@ def htsat_from_hf(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def htsat_to_hf(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse; the index of relative positions, which transformers also keeps, is left out."""
+    """The inverse. Transformers also keeps indices of relative positions: give them or not."""
     theirs: dict[str, Tensor] = {}
     for name, value in ours.items():
         block, qkv, kind = name.partition(".attn.qkv.")

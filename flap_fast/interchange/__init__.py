@@ -1,0 +1,1 @@
+"""Checkpoints of other projects -> model folders, and back; tensors alone are ever read."""

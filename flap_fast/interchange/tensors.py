@@ -1,0 +1,96 @@
+"""A checkpoint's tensors by name, and whether they are what a model wants."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from flap_fast.checks import ConfigError, need
+
+Tensors = dict[str, Tensor]
+# Where checkpoints keep their state dict, beside an optimizer's and an epoch.
+_INSIDE = ("state_dict", "model")
+
+
+def read_tensors(path: Path) -> Tensors:
+    """The state dict of a `.safetensors` file, or of one that torch.save wrote.
+
+    The latter is a pickle: only tensors and plain values are taken from it, and nothing is run.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # AudioMAE's files also hold their arguments: a bag of plain values.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"{path} must hold tensors and plain values alone: {reason}") from None
+    for name in _INSIDE:
+        if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
+            found = found[name]
+    rule = "hold a state dict, itself or as its 'state_dict' or 'model'"
+    plain = isinstance(found, Mapping) and all(isinstance(v, Tensor) for v in found.values())
+    need(plain and len(found) > 0, str(path), rule, type(found).__name__)
+    return dict(found)
+
+
+def strip_prefixes(tensors: Tensors, prefixes: Sequence[str]) -> Tensors:
+    """Names without what stands before them, as often as one of the prefixes does.
+
+    Raises:
+        ConfigError: two names become one.
+    """
+    stripped: Tensors = {}
+    for name, value in tensors.items():
+        short = name
+        while prefix := next((p for p in prefixes if p and short.startswith(p)), ""):
+            short = short.removeprefix(prefix)
+        need(short not in stripped, "--strip", "leave names apart", short)
+        stripped[short] = value
+    return stripped
+
+
+def fitted_tensors(found: Tensors, wanted: Tensors, source: Path, *, partial: bool) -> Tensors:
+    """All that is wanted, in its types: from `found`, and with `partial` from `wanted` itself.
+
+    Args:
+        partial: leave out what is not wanted or has another shape.
+
+    Raises:
+        ConfigError: names every tensor that is missing, unexpected or of another shape.
+    """
+    lines = faults(found, wanted)
+    if lines and not partial:
+        listed = "\n".join(f"  {line}" for line in lines)
+        raise ConfigError(
+            f"{source} must hold this model's weights, got\n{listed}\n"
+            "--partial takes what fits and leaves the rest as it begins; --strip PREFIX shortens "
+            "names"
+        )
+    fits = {n for n, v in found.items() if n in wanted and v.shape == wanted[n].shape}
+    return {n: found[n].to(v.dtype) if n in fits else v for n, v in wanted.items()}
+
+
+def faults(found: Tensors, wanted: Tensors) -> list[str]:
+    """A line for each tensor that is missing, unexpected or of another shape."""
+    lines = []
+    for name in sorted(found.keys() | wanted.keys()):
+        if name not in found:
+            lines.append(f"missing     {name} {tuple(wanted[name].shape)}")
+        elif name not in wanted:
+            lines.append(f"unexpected  {name} {tuple(found[name].shape)}")
+        elif found[name].shape != wanted[name].shape:
+            shapes = tuple(found[name].shape), tuple(wanted[name].shape)
+            lines.append(f"mis-shaped  {name} {shapes[0]}, wanted {shapes[1]}")
+    return lines

@@ -1,0 +1,255 @@
+"""Folders of transformers' ClapModel and LAION-CLAP's files: in, out, and the same numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, ClapFeatureExtractor, ClapModel
+
+from flap_fast.checks import ConfigError
+from flap_fast.config import Config
+from flap_fast.configfile import load_config
+from flap_fast.data.mel_clap import mel_matrix
+from flap_fast.embedder import load
+from flap_fast.interchange.convert import export_checkpoint, import_checkpoint
+from flap_fast.interchange.tensors import read_tensors
+from flap_fast.model.flap import Flap
+from flap_fast.model.interop import load_model, load_weights, model_folder, save_model
+from flap_fast.train.loop import train
+from tests.model.test_htsat import decibels
+from tests.tiny import HTSAT, tiny
+
+# What a .pt does not tell of a front end that is not LAION-CLAP's own.
+FRONT_END = (
+    *("audio.sample_rate_hz=16000", "audio.high_hz=8000", "audio.duration_s=1.0"),
+    "audio.frames=101",
+)
+FUSIONS = {"unfused": (), "fused": ("fusion.type=aff_2d",)}
+LONGER = torch.tensor([True, False, True])
+
+
+@pytest.fixture(scope="module", params=FUSIONS)
+def trained(request, roberta_folder: Path, tmp_path_factory) -> tuple[Path, Config, Flap]:
+    """A model folder whose weights and statistics are none of those a model begins with."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = tiny(*HTSAT, f"text.folder={roberta_folder}", *FUSIONS[request.param])
+    torch.manual_seed(0)
+    model = Flap(config).eval()
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if name.endswith("running_var"):
+                value.uniform_(100, 400)
+            elif value.is_floating_point():
+                value.add_(0.05 * torch.randn_like(value))
+        model.audio.bn0.running_mean.normal_(-30, 10)
+        model.logit_scale.fill_(3.0)
+    save_model(folder, config, model, model.state_dict())
+    return folder, config, model
+
+
+def embedded(model: Flap, config: Config, folder: Path) -> tuple[Tensor, Tensor]:
+    mel, ids, mask = heard(config, folder)
+    with torch.no_grad():
+        audio = model.embed_audio(mel, longer=LONGER if config.fusion.on else None)
+        return audio, model.embed_text(ids, mask)
+
+
+def heard(config: Config, folder: Path) -> tuple[Tensor, Tensor, Tensor]:
+    words = AutoTokenizer.from_pretrained(folder)(
+        ["a dog barks", "rain", "a tone that rises"], return_tensors="pt", padding=True
+    )
+    mel = decibels(config.audio, 3, channels=4 if config.fusion.on else 1)
+    return mel, words["input_ids"], words["attention_mask"]
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    one, other = load_weights(a), load_weights(b)
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def test_clap_model_answers_as_the_model_that_was_exported(trained, tmp_path):
+    folder, config, model = trained
+    assert export_checkpoint(folder, tmp_path / "hf") == "a folder for transformers.ClapModel"
+    opened: Any = ClapModel.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    theirs, info = opened
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    mel, ids, mask = heard(config, tmp_path / "hf")
+    with torch.no_grad():
+        out = theirs.eval()(ids, mel, is_longer=LONGER.long()[:, None], attention_mask=mask)
+    audio, text = embedded(model, config, folder / "text")
+    assert (out.audio_embeds - audio).abs().max() <= 1e-5
+    assert (out.text_embeds - text).abs().max() <= 1e-5
+    logits = torch.tensor(3.0).exp() * audio @ text.T
+    assert (out.logits_per_audio - logits).abs().max() <= 1e-3
+    assert (audio - audio.mean(0)).abs().max() > 0.01
+    assert (text - text.mean(0)).abs().max() > 1e-3
+    front = ClapFeatureExtractor.from_pretrained(tmp_path / "hf")
+    assert (front.frequency_min, front.frequency_max) == (50, 8000)
+    assert front.truncation == ("fusion" if config.fusion.on else "rand_trunc")
+    written = json.loads((tmp_path / "hf/config.json").read_text())
+    assert written["text_config"]["layer_norm_eps"] == 1e-5
+    assert written["text_config"]["max_position_embeddings"] == 130
+    assert written["audio_config"]["drop_path_rate"] == 0.1
+
+
+def test_out_to_transformers_and_in_again_is_the_same_to_the_bit(trained, tmp_path):
+    folder, config, _ = trained
+    export_checkpoint(folder, tmp_path / "hf")
+    import_checkpoint(tmp_path / "hf", tmp_path / "back", ["specaug.time_frames=16"])
+    assert same_weights(folder, tmp_path / "back")
+    _, back = load_model(tmp_path / "back")
+    assert back.audio == config.audio.model_copy(update={"size": back.audio.size})
+    assert back.fusion == config.fusion
+    assert back.joint.width == config.joint.width
+    # And transformers' own folder, saved by it: short files, which leave out class defaults.
+    ClapModel.from_pretrained(tmp_path / "hf").save_pretrained(tmp_path / "theirs")
+    for name in ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "theirs" / name).write_bytes((tmp_path / "hf" / name).read_bytes())
+    import_checkpoint(tmp_path / "theirs", tmp_path / "again")
+    assert same_weights(folder, tmp_path / "again")
+    opened = load(tmp_path / "again", "cpu")
+    assert opened.embed_audio([torch.linspace(-1, 1, 16_000)]).shape == (1, 16)
+    assert torch.allclose(
+        opened.embed_text(["a dog barks"]), load(folder, "cpu").embed_text(["a dog barks"])
+    )
+
+
+def laion_file(folder: Path, config: Config, file: Path, prefix: str = "module.") -> dict:
+    """By SPEC 12.1's table, with what LAION's files hold besides."""
+    state = {}
+    for name, value in load_weights(folder).items():
+        name = name.replace("audio.", "audio_branch.", 1) if name[:6] == "audio." else name
+        name = name.replace("text.inner.", "text_branch.").replace("_head.", "_projection.")
+        state[name] = value.clone()
+    state["logit_scale_a"] = state.pop("logit_scale")[0].clone()
+    state["logit_scale_t"] = torch.tensor(2.5)
+    state["text_branch.embeddings.position_ids"] = torch.arange(130)[None]
+    branch = "audio_branch."
+    for name, shape in {
+        "spectrogram_extractor.stft.conv_real.weight": (5, 1, 8),
+        "tscam_conv.weight": (7, 32, 2, 3),
+        "head.bias": (7,),
+        "layers.0.blocks.1.attn_mask": (4, 64, 64),
+        "layers.0.blocks.0.attn.relative_position_index": (64, 64),
+    }.items():
+        state[branch + name] = torch.randn(shape)
+    state[branch + "logmel_extractor.melW"] = torch.from_numpy(mel_matrix(config.audio)).float().T
+    for side in ("audio", "text"):
+        state[f"{side}_transform.sequential.0.weight"] = torch.randn(16, 16)
+    state = {prefix + name: value.contiguous() for name, value in state.items()}
+    torch.save({"epoch": 45, "name": "x", "optimizer": {"state": {}}, "state_dict": state}, file)
+    return state
+
+
+def test_a_training_begins_with_an_imported_clap_and_its_config(trained, prepared, tmp_path):
+    """At a learning rate of nothing, its weights are what the run saves."""
+    folder, _, _ = trained
+    export_checkpoint(folder, tmp_path / "hf")
+    import_checkpoint(tmp_path / "hf", tmp_path / "ours")
+    overrides = [
+        *(f"run.folder={tmp_path}", f"data.train={prepared}/train", "log.tensorboard=false"),
+        *("train.global_batch=8", "train.steps=1", "optim.lr=1e-9"),
+    ]
+    train(load_config(tmp_path / "ours/config.yaml", overrides))
+    found, wanted = load_weights(model_folder(tmp_path / "flap")), load_weights(folder)
+    assert found["audio.bn0.num_batches_tracked"] == 1
+    differ = {name for name in wanted if not torch.allclose(found[name], wanted[name], atol=1e-6)}
+    assert all(".running_" in name or name.endswith("batches_tracked") for name in differ)
+
+
+@pytest.mark.parametrize("prefix", ["module.", ""])
+def test_laions_file_comes_in_and_goes_out_unchanged(trained, roberta_folder, tmp_path, prefix):
+    folder, config, _ = trained
+    state = laion_file(folder, config, tmp_path / "a.pt", prefix)
+    given = [f"text.folder={roberta_folder}", *FRONT_END]
+    import_checkpoint(tmp_path / "a.pt", tmp_path / "ours", given)
+    assert same_weights(folder, tmp_path / "ours")
+    _, found = load_model(tmp_path / "ours")
+    assert found.fusion.type == config.fusion.type
+    assert found.audio.stages == config.audio.stages
+    assert found.audio.mel_variant == config.audio.mel_variant
+    export_checkpoint(tmp_path / "ours", tmp_path / "b.pt")
+    out = torch.load(tmp_path / "b.pt", weights_only=True)["state_dict"]
+    assert out.keys() == state.keys()
+    assert all(torch.equal(out[name], state[name]) for name in state)
+    # Its second scale goes on to transformers.
+    export_checkpoint(tmp_path / "ours", tmp_path / "hf")
+    assert read_tensors(tmp_path / "hf/model.safetensors")["logit_scale_t"] == 2.5
+
+
+def test_what_a_laion_file_lacks_or_has_too_much_is_named_one_by_one(
+    trained, roberta_folder, tmp_path
+):
+    folder, config, _ = trained
+    state = laion_file(folder, config, tmp_path / "whole.pt", "")
+    del state["audio_branch.norm.bias"]
+    state["audio_branch.layers.0.blocks.0.attn.extra"] = torch.zeros(3)
+    state["text_projection.2.bias"] = torch.zeros(8)
+    file, given = tmp_path / "bad.pt", [f"text.folder={roberta_folder}", *FRONT_END]
+    torch.save({"state_dict": state}, file)
+    with pytest.raises(ConfigError) as error:
+        import_checkpoint(file, tmp_path / "ours", given)
+    for line in (
+        "missing     audio.norm.bias (32,)",
+        "unexpected  audio.layers.0.blocks.0.attn.extra (3,)",
+        "mis-shaped  text_head.2.bias (8,), wanted (16,)",
+        "--partial takes what fits",
+    ):
+        assert line in str(error.value)
+    assert len(str(error.value).splitlines()) == 5
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.pt", "whole.pt"]
+    import_checkpoint(file, tmp_path / "ours", given, partial=True)
+    weights, whole = load_weights(tmp_path / "ours"), load_weights(folder)
+    differ = {name for name in whole if not torch.equal(weights[name], whole[name])}
+    assert differ == {"audio.norm.bias", "text_head.2.bias"}
+
+
+def test_refusals_of_clap_say_what_to_do(trained, roberta_folder, tmp_path):
+    folder, config, _ = trained
+    file = tmp_path / "a.pt"
+    laion_file(folder, config, file)
+    with pytest.raises(ConfigError, match=r"text\.folder must name a RoBERTa.*hf download"):
+        import_checkpoint(file, tmp_path / "x", FRONT_END)
+    given = [f"text.folder={roberta_folder}", *FRONT_END]
+    if not config.fusion.on:
+        with pytest.raises(ConfigError, match=r"audio\.mel_variant must give the mel matrix"):
+            import_checkpoint(file, tmp_path / "x", [*given, "audio.low_hz=0"])
+    with pytest.raises(ConfigError, match=r"OUT must be a folder where .* was not imported"):
+        export_checkpoint(folder, tmp_path / "b.pt")
+    with pytest.raises(ConfigError, match=r"opens as it is, or with train\.init_from"):
+        import_checkpoint(folder, tmp_path / "x")
+    with pytest.raises(ConfigError, match="OUT must be new"):
+        export_checkpoint(folder, folder)
+    export_checkpoint(folder, tmp_path / "hf")
+    settings = tmp_path / "hf/preprocessor_config.json"
+    heard = json.loads(settings.read_text())
+    settings.write_text(json.dumps({k: v for k, v in heard.items() if k != "frequency_min"}))
+    with pytest.raises(ConfigError, match=r"got 'no \['frequency_min'\]'"):
+        import_checkpoint(tmp_path / "hf", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_file_that_would_run_code_is_refused(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save({"state_dict": {"a": Trap()}}, tmp_path / "trap.pt")
+    with pytest.raises(ConfigError, match="must hold tensors and plain values alone"):
+        import_checkpoint(tmp_path / "trap.pt", tmp_path / "x")
+    assert not (tmp_path / "ran").exists()
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    with pytest.raises(ConfigError, match="must hold tensors and plain values alone"):
+        import_checkpoint(tmp_path / "text.pt", tmp_path / "x")
+    branch = {"audio_branch.bn0.weight": torch.ones(4), "audio_branch.conv.weight": torch.ones(4)}
+    torch.save({"state_dict": branch}, tmp_path / "pann.pt")
+    with pytest.raises(ConfigError, match=r"hold audio_branch\.patch_embed.* of a LAION"):
+        import_checkpoint(tmp_path / "pann.pt", tmp_path / "x")
+    torch.save({"state_dict": {"conv.weight": torch.zeros(1)}}, tmp_path / "other.pt")
+    with pytest.raises(ConfigError, match=r"have LAION-CLAP's .* names, got 'conv.weight'"):
+        import_checkpoint(tmp_path / "other.pt", tmp_path / "x")

@@ -1,0 +1,107 @@
+"""FLAP's own models in the form of a transformers folder; and trainings that begin with weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import AutoTokenizer, ClapTextModelWithProjection
+
+from flap_fast.checks import ConfigError
+from flap_fast.embedder import load
+from flap_fast.interchange.convert import export_checkpoint, import_checkpoint
+from flap_fast.model.flap import Flap
+from flap_fast.model.interop import load_weights, model_folder, save_model
+from flap_fast.train.loop import train
+from tests.test_cli import flap
+from tests.tiny import tiny
+
+DECODER = ("loss.recon.weight=1", "decoder.depth=1", "decoder.width=32")
+
+
+@pytest.fixture(scope="module")
+def trained(roberta_folder: Path, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    config = tiny(f"text.folder={roberta_folder}", *DECODER)
+    torch.manual_seed(0)
+    model = Flap(config)
+    with torch.no_grad():
+        for value in model.parameters():
+            value.add_(0.05 * torch.randn_like(value))
+    save_model(folder, config, model, model.state_dict())
+    return folder
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    one, other = load_weights(a), load_weights(b)
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def test_a_flap_goes_out_and_in_by_the_command(trained, tmp_path, monkeypatch, capsys):
+    assert flap("export", trained, tmp_path / "hf", monkeypatch=monkeypatch) == 0
+    assert "no HTSAT on CLAP's mel); clap_text/ is its text side" in capsys.readouterr().out
+    assert json.loads((tmp_path / "hf/config.json").read_text())["model_type"] == "flap"
+    assert flap("import", tmp_path / "hf", tmp_path / "back", monkeypatch=monkeypatch) == 0
+    assert "open it with flap_fast.load(" in capsys.readouterr().out
+    assert same_weights(trained, tmp_path / "back")
+    captions, sound = ["a dog barks", "rain"], torch.linspace(-1, 1, 16_000)
+    ours, back = load(trained, "cpu"), load(tmp_path / "back", "cpu")
+    text = ours.embed_text(captions)
+    assert torch.equal(back.embed_text(captions), text)
+    assert torch.equal(back.embed_audio([sound]), ours.embed_audio([sound]))
+    assert flap("import", tmp_path / "hf", tmp_path / "back", monkeypatch=monkeypatch) == 2
+    assert "OUT must be new" in capsys.readouterr().err
+
+    opened: Any = ClapTextModelWithProjection.from_pretrained(
+        tmp_path / "hf/clap_text", output_loading_info=True
+    )
+    theirs, info = opened
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    words = AutoTokenizer.from_pretrained(tmp_path / "hf/clap_text")
+    with torch.no_grad():
+        out = theirs.eval()(**words(captions, return_tensors="pt", padding=True))
+    assert (functional.normalize(out.text_embeds, dim=-1) - text).abs().max() <= 1e-5
+    assert (text[0] - text[1]).abs().max() > 1e-3  # 1e-5 means something
+
+
+def test_a_text_tower_that_clap_has_not_is_said_to_be_left_out(tmp_path):
+    config = tiny("text.pool=mean")
+    model = Flap(config)
+    save_model(tmp_path / "ours", config, model, model.state_dict())
+    said = export_checkpoint(tmp_path / "ours", tmp_path / "hf")
+    assert said.endswith("no clap_text/: its text tower is no RoBERTa with a pooler")
+    assert not (tmp_path / "hf/clap_text").exists()
+    import_checkpoint(tmp_path / "hf", tmp_path / "back")
+    assert same_weights(tmp_path / "ours", tmp_path / "back")
+
+
+def test_a_training_begins_with_the_weights_of_a_folder(trained, prepared, tmp_path):
+    """Of its own config too, as `flap import` writes it; a decoder is new or left behind."""
+    export_checkpoint(trained, tmp_path / "hf")
+    import_checkpoint(tmp_path / "hf", tmp_path / "back")
+    wanted = load_weights(trained)
+    for n, recon in enumerate((0, 1)):
+        config = tiny(
+            *(f"run.folder={tmp_path}", f"run.name=run{n}", f"data.train={prepared}/train"),
+            *(f"text.folder={tmp_path}/back/text", f"train.init_from={tmp_path / 'back'}"),
+            *("train.steps=1", "optim.lr=1e-9", "log.tensorboard=false"),
+            *(*DECODER, f"loss.recon.weight={recon}"),
+        )
+        train(config)
+        found = load_weights(model_folder(tmp_path / f"run{n}"))
+        assert any(name.startswith("decoder.") for name in found) == bool(recon)
+        assert all(torch.allclose(found[name], wanted[name], atol=1e-6) for name in found)
+    with pytest.raises(ConfigError, match=r"got \(32,\) for audio\..*, which is \(48,\)"):
+        train(
+            tiny(
+                *(f"run.folder={tmp_path}", "run.name=wide", f"data.train={prepared}/train"),
+                *(f"text.folder={tmp_path}/back/text", f"train.init_from={tmp_path / 'back'}"),
+                "audio.width=48",
+            )
+        )
+    with pytest.raises(ConfigError, match=r"train\.init_audio_from must be left out with train\.i"):
+        tiny("train.init_from=a", "train.init_audio_from=b")
