@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from bench import infonce_cpu, loaders, report
+from bench import infonce_cpu, loaders, microbatch_memory, report
 from bench.machine import machine, save
 from bench.sweep import BOTH, FORWARD, Row
 
@@ -85,6 +85,20 @@ def test_infonce_on_a_cpu_is_compared_on_the_same_inputs(tmp_path):
     assert f"| 64 x 512 | {infonce_cpu.PEER} |" in text
     assert goal(text, "InfoNCE on a CPU")[0] == f"{ratio:,.3g}"
     assert "**GPU: not measured yet.**" in text
+
+
+def test_the_memory_of_micro_batches_is_shown_with_its_ratios(tmp_path):
+    peaks = {row: 100.0 + row[0] + row[1] / 64 for row in microbatch_memory.ROWS}
+    figures = microbatch_memory.figures(peaks)
+    assert figures["512 over 64 clips a rank, 2 rank(s)"] == (102 + 16) / (102 + 2)
+    assert figures["512 clips on 4 ranks over 1"] == (104 + 8) / (101 + 8)
+    row = {"ranks": 2, "global_batch": 1024, "replay": "auto", "peak_mib": 118.0}
+    result = {"micro_batch": 32, "rows": [row], "figures": figures}
+    save(tmp_path, {"kind": "microbatch_memory", "machine": machine("cpu"), **result})
+    report.write(tmp_path)
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "| 2 | 1024 | auto | 118 |" in text
+    assert "512 clips on 4 ranks over 1: 1.028" in text
 
 
 def test_every_way_of_loading_gives_the_same_sounds(tmp_path, monkeypatch):

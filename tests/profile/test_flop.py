@@ -101,6 +101,7 @@ MICRO = "train.micro_batch=2"
         RECON,
         (*RECON, "audio.use_cls=false", "train.checkpoint_activations=decoder"),
         (*CYCLIC, "loss.cyclic.form=tiled"),
+        ("loss.cyclic.cross_weight=1", "loss.cyclic.form=tiled"),
         (*CYCLIC, "loss.cyclic.form=gram"),
         ("loss.cyclic.in_weight=1", "joint.width=2", "loss.contrastive.weight=0"),
         (MICRO,),
