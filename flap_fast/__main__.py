@@ -45,7 +45,9 @@ def launched(
 
 @app.command()
 def prepare(
-    manifest: Annotated[Path, typer.Argument(help="JSON lines or CSV: audio, caption(s), ...")],
+    manifest: Annotated[
+        Path, typer.Argument(help="JSON lines or CSV: audio or image, captions ..")
+    ],
     out: Annotated[Path, typer.Argument(help="Gets OUT/SPLIT/*.tar and OUT/rejected.jsonl.")],
     sample_rate_hz: Annotated[int, typer.Option(help="The front end's rate.")] = 16_000,
     shard_clips: Annotated[int, typer.Option(help="Clips a shard.")] = 512,

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoTokenizer, ByT5Tokenizer, CLIPTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from flap_fast.checks import ConfigError, need
@@ -62,7 +62,7 @@ _CLIP_MARKS = ("<|startoftext|>", "<|endoftext|>")
 _CLIP_TOKENS = 49_408
 
 
-def _clip_tokenizer(file: Path) -> CLIPTokenizerFast:
+def _clip_tokenizer(file: Path) -> Any:
     """CLIP's byte pairs: 256 bytes, these as ends of words, the merges, and two marks.
 
     The file has more merges than CLIP uses. Unlike OpenAI's code, which mends HTML's entities and
@@ -76,10 +76,11 @@ def _clip_tokenizer(file: Path) -> CLIPTokenizerFast:
     pieces += [merge.replace(" ", "") for merge in merges]
     ids = {piece: n for n, piece in enumerate([*pieces, *_CLIP_MARKS])}
     with TemporaryDirectory() as folder:
-        vocabulary, pairs = Path(folder, "vocab.json"), Path(folder, "merges.txt")
-        vocabulary.write_text(json.dumps(ids))
-        pairs.write_text("\n".join(["#version: 0.2", *merges]))
-        return CLIPTokenizerFast(str(vocabulary), str(pairs))
+        Path(folder, "vocab.json").write_text(json.dumps(ids))
+        Path(folder, "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+        kind = {"tokenizer_class": "CLIPTokenizer"}
+        Path(folder, "tokenizer_config.json").write_text(json.dumps(kind))
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def local_folder(name: str, value: str, remedy: str = _REMEDY) -> Path:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from flap_fast.checks import need
+
 # Modules, not their functions: `flap_fast.evaluate.retrieval` stays the module.
 from flap_fast.evaluate import flops, geometry, prompts, retrieval, sentence, transfer, zero_shot
 from flap_fast.evaluate.embed import Embeddings
@@ -31,6 +33,11 @@ def _geometry(subject: Subject, e: Embeddings) -> Scored:
     return geometry.geometry(e.audio, e.text, e.owner, subject.ranks)
 
 
+def _flops(subject: Subject) -> Any:
+    need(subject.config.image is None, "the model of flops", "have an audio tower", "an image")
+    return flops.masking_flops(subject.config.audio, subject.config.mask)
+
+
 # Of folders of shards.
 OF_CLIPS: dict[str, Callable[[Subject, Embeddings], Scored]] = {
     "retrieval": _retrieval,
@@ -44,6 +51,6 @@ OF_SENTENCES: dict[str, Callable[[Subject, Path], Scored]] = {
 }
 # Of nothing but the settings.
 OF_SETTINGS: dict[str, Callable[[Subject], Any]] = {
-    "flops": lambda subject: flops.masking_flops(subject.config.audio, subject.config.mask),
+    "flops": _flops,
 }
 TASKS = (*OF_CLIPS, *OF_SENTENCES, *OF_SETTINGS)

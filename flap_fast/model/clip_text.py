@@ -14,6 +14,7 @@ Source: Radford et al., CLIP, arXiv 2103.00020, and its published code; dropout 
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,32 +28,21 @@ from flap_fast.data.captions import tokenizer
 class ClipText(nn.Module):
     """(B, L) token ids and mask -> (B, D) float32; random weights, a checkpoint brings others."""
 
+    # No transformers model, whose sizes the formulas of FLOP and memory ask: they refuse this tower.
+    inner: Any = None
+
     def __init__(self, text: Text, *, recompute: bool = False, weights: bool = True):
         super().__init__()
         self.width, self.frozen, self.recompute = text.width, text.freeze, recompute
         self.dropout = text.dropout
         self.token_embedding = nn.Embedding(len(tokenizer(text).inner), text.width)
         self.positional_embedding = nn.Parameter(torch.empty(text.max_tokens, text.width))
-        blocks = (Block(text.width, text.heads, text.dropout) for _ in range(text.depth))
-        self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(blocks)})
+        self.transformer = Transformer(text)
         self.ln_final = nn.LayerNorm(text.width)
-        self._initialise(text.depth)
-        if text.freeze:
-            self.requires_grad_(False)
-
-    def _initialise(self, depth: int) -> None:
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
-        std = self.width**-0.5
-        for block in self._blocks:
-            nn.init.normal_(block.attn.in_proj_weight, std=std)
-            nn.init.normal_(block.attn.out_proj.weight, std=std * (2 * depth) ** -0.5)
-            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * self.width) ** -0.5)
-            nn.init.normal_(block.mlp.c_proj.weight, std=std * (2 * depth) ** -0.5)
-
-    @property
-    def _blocks(self) -> nn.ModuleList:
-        return self.transformer["resblocks"]  # type: ignore[return-value]
+        if text.freeze:
+            self.requires_grad_(False)
 
     def train(self, mode: bool = True) -> ClipText:
         """A frozen tower never trains: its dropout stays off."""
@@ -77,7 +67,7 @@ class ClipText(nn.Module):
         ids = ids[:, : len(self.positional_embedding)]  # batches are padded to a multiple of 8
         x = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
         x = functional.dropout(x, self.dropout, self.training)
-        for block in self._blocks:
+        for block in self.transformer.resblocks:
             if self.recompute and self.training and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)
             else:
@@ -88,10 +78,22 @@ class ClipText(nn.Module):
         return self.ln_final(x[rows, last.to(ids.device, non_blocking=True)]).float()
 
 
-class Block(nn.Module):
-    """x = x + attention(norm(x));  x = x + mlp(norm(x)), dropout behind each branch."""
+class Transformer(nn.Module):
+    """Holds the blocks, for OpenAI's names."""
 
-    def __init__(self, width: int, heads: int, dropout: float):
+    def __init__(self, text: Text):
+        super().__init__()
+        sizes = text.width, text.heads, text.depth
+        self.resblocks = nn.ModuleList(Block(*sizes, text.dropout) for _ in range(text.depth))
+
+
+class Block(nn.Module):
+    """x = x + attention(norm(x));  x = x + mlp(norm(x)), dropout behind each branch.
+
+    What leads back to x starts the smaller, the more blocks (`depth`) add to it.
+    """
+
+    def __init__(self, width: int, heads: int, depth: int, dropout: float):
         super().__init__()
         self.attn = CausalAttention(width, heads, dropout)
         self.ln_1 = nn.LayerNorm(width)
@@ -99,6 +101,11 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(OrderedDict(c_fc=c_fc, gelu=QuickGELU(), c_proj=c_proj))
         self.ln_2 = nn.LayerNorm(width)
         self.dropout = dropout
+        back = width**-0.5 * (2 * depth) ** -0.5
+        nn.init.normal_(self.attn.in_proj_weight, std=width**-0.5)
+        nn.init.normal_(self.attn.out_proj.weight, std=back)
+        nn.init.normal_(c_fc.weight, std=(2 * width) ** -0.5)
+        nn.init.normal_(c_proj.weight, std=back)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + functional.dropout(self.attn(self.ln_1(x)), self.dropout, self.training)

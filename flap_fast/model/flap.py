@@ -20,7 +20,6 @@ from torch.nn import functional
 
 from flap_fast.config import Config
 from flap_fast.model import AUDIO_ENCODERS, IMAGE_ENCODERS
-from flap_fast.model.audio_vit import Encoded
 from flap_fast.model.clip_text import ClipText, projection
 from flap_fast.model.decoder import Decoder
 from flap_fast.model.masking import MaskPlan
@@ -77,8 +76,9 @@ class Flap(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / config.joint.temperature)]))
         self.max_logit_scale = math.log(config.joint.max_scale)
         # Last, so that the towers start from the same weights with and without it.
-        rebuilds = self.audio is not None and config.loss.recon.weight > 0
-        self.decoder = Decoder(config, self.audio.width) if rebuilds else None
+        self.decoder = None
+        if self.audio is not None and config.loss.recon.weight > 0:
+            self.decoder = Decoder(config, self.audio.width)
 
     def forward(
         self,
@@ -128,8 +128,10 @@ class Flap(nn.Module):
             if self.image is not None:
                 x, tokens = self.image(mel)
             else:
-                encoded: Encoded = self.audio(mel, keep, erase=erase, longer=longer)
-                x, tokens = self.audio_head(encoded.pooled), encoded.tokens
+                assert self.audio is not None
+                assert self.audio_head is not None
+                pooled, tokens = self.audio(mel, keep, erase=erase, longer=longer)
+                x = self.audio_head(pooled)
         return functional.normalize(x.float(), dim=-1), tokens
 
     def embed_text(self, ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flap_fast.checks import ConfigError
+from flap_fast.checks import ConfigError, need
 from flap_fast.config import Config
 from flap_fast.data.frontend import log_mel
 from flap_fast.data.shards import open_shards
@@ -29,6 +29,7 @@ def masking_figure(config: Config, out: Path, *, sound: Path | None = None, clip
         from matplotlib.figure import Figure
     except ImportError:
         raise ConfigError("figures must have matplotlib; pip install 'flap_fast[report]'") from None
+    need(config.image is None, "image", "be left out to show a log-mel", "one")
     audio = config.audio
     name, caption, source = _source(config, sound, clip)
     wave = fill(

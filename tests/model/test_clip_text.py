@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from flap_fast.model.clip_text import ClipText, projection
+from flap_fast.model.clip_text import Block, ClipText, projection
 from flap_fast.model.flap import Flap
 from tests.tiny import tiny_clip
 
@@ -31,19 +31,21 @@ def tower(*overrides: str) -> ClipText:
 
 def transformers_clip(flap: Flap) -> CLIPTextModelWithProjection:
     """The same weights in transformers' model."""
-    text = flap.text
+    text, head = flap.text, flap.text_head
+    assert isinstance(text, ClipText)
+    assert isinstance(head, nn.Linear)
     config = CLIPTextConfig(
         vocab_size=text.token_embedding.num_embeddings,
         hidden_size=text.width,
         intermediate_size=4 * text.width,
-        num_hidden_layers=len(text.transformer["resblocks"]),
+        num_hidden_layers=len(text.transformer.resblocks),
         num_attention_heads=2,
         max_position_embeddings=MAX_TOKENS,
-        projection_dim=flap.text_head.out_features,
+        projection_dim=head.out_features,
         eos_token_id=END,
     )
     weights = {
-        "text_projection.weight": flap.text_head.weight,
+        "text_projection.weight": head.weight,
         "text_model.embeddings.token_embedding.weight": text.token_embedding.weight,
         "text_model.embeddings.position_embedding.weight": text.positional_embedding,
     }
@@ -51,9 +53,9 @@ def transformers_clip(flap: Flap) -> CLIPTextModelWithProjection:
     linear = {"attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
     for kind in ("weight", "bias"):
         weights[f"text_model.final_layer_norm.{kind}"] = getattr(text.ln_final, kind)
-        for n, block in enumerate(text.transformer["resblocks"]):
+        for n, block in enumerate(text.transformer.resblocks):
             layer = f"text_model.encoder.layers.{n}"
-            three = getattr(block.attn, f"in_proj_{kind}").chunk(3)
+            three = block.get_parameter(f"attn.in_proj_{kind}").chunk(3)
             for name, part in zip("qkv", three, strict=True):
                 weights[f"{layer}.self_attn.{name}_proj.{kind}"] = part
             for ours, theirs in {**norms, **linear}.items():
@@ -127,14 +129,15 @@ def test_dropout_is_at_the_embeddings_the_attention_and_both_branches(monkeypatc
 
 def test_first_weights_are_spread_as_openais():
     text = tower("text.width=64", "text.depth=2")
-    block = text.transformer["resblocks"][1]
+    block = text.transformer.resblocks[1]
+    assert isinstance(block, Block)
     for weight, std in (
         (text.token_embedding.weight, 0.02),
         (text.positional_embedding, 0.01),
         (block.attn.in_proj_weight, 64**-0.5),
         (block.attn.out_proj.weight, 64**-0.5 / 2),
-        (block.mlp.c_fc.weight, 128**-0.5),
-        (block.mlp.c_proj.weight, 64**-0.5 / 2),
+        (block.get_parameter("mlp.c_fc.weight"), 128**-0.5),
+        (block.get_parameter("mlp.c_proj.weight"), 64**-0.5 / 2),
     ):
         assert weight.std().item() == pytest.approx(std, rel=0.05)
     head = projection(256, 128)
@@ -150,9 +153,8 @@ def test_blocks_computed_again_give_the_same_gradients():
         torch.manual_seed(0)
         text = ClipText(tiny_clip("text.dropout=0.5").text, recompute=recompute)
         runs: list[int] = []
-        text.transformer["resblocks"][0].mlp.register_forward_pre_hook(
-            lambda *_, runs=runs: runs.append(1)
-        )
+        first = text.get_submodule("transformer.resblocks.0.mlp")
+        first.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
         torch.manual_seed(1)
         text(*captions(5, 8)).pow(2).sum().backward()
         assert len(runs) == 1 + recompute

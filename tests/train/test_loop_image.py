@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 import flap_fast
+from flap_fast.__main__ import app
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
 from flap_fast.data.captions import tokenizer
@@ -158,3 +160,22 @@ def test_weight_decay_leaves_positions_alone():
     assert {"image.attnpool.positional_embedding", "text.positional_embedding"} <= others
     assert {"image.conv1.weight", "text.token_embedding.weight", "text_head.weight"} <= decayed
     assert {"image.bn1.weight", "text.ln_final.weight", "logit_scale"} <= others
+
+
+@pytest.mark.parametrize("command", ["show", "plan", "profile", "eval"])
+def test_what_knows_sounds_alone_says_so(trained, command, monkeypatch):
+    """Masks are drawn and counted of log-mels; no formula knows a ResNet."""
+    file, run = str(trained.run_folder / "config.yaml"), str(trained.run_folder)
+    arguments = {
+        "show": ["show", file],
+        "plan": ["plan", file, "--gpus", "1"],
+        "profile": ["profile", file, "--synthetic"],
+        "eval": ["eval", run, "--tasks", "flops"],
+    }[command]
+    monkeypatch.chdir(trained.run_folder)
+    found = CliRunner().invoke(app, arguments)
+    assert isinstance(found.exception, ConfigError)
+    told = str(found.exception)
+    assert (
+        told.startswith("image must be left out") or "have an audio tower, got 'an image'" in told
+    )
