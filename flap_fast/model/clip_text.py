@@ -28,7 +28,7 @@ from flap_fast.data.captions import tokenizer
 class ClipText(nn.Module):
     """(B, L) token ids and mask -> (B, D) float32; random weights, a checkpoint brings others."""
 
-    # No transformers model, whose sizes the formulas of FLOP and memory ask: they refuse this tower.
+    # No transformers model, whose sizes the formulas of FLOP and memory ask: they refuse it.
     inner: Any = None
 
     def __init__(self, text: Text, *, recompute: bool = False, weights: bool = True):
