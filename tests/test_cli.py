@@ -62,7 +62,7 @@ def test_prepare_counts_what_it_rejected_in_its_last_line(monkeypatch, capsys, t
     manifest = write_manifest(tmp_path / "m.jsonl", rows)
     assert flap("prepare", manifest, tmp_path / "out", monkeypatch=monkeypatch) == 0
     last = capsys.readouterr().out.splitlines()[-1]
-    assert "1 clips in 1 shards, 1 of 2 rejected (reasons in" in last
+    assert "1 clips in 1 shards, 1 of 2 rejected: 1 unreadable (reasons in" in last
 
 
 def test_eval_prints_a_table_and_writes_the_json(run: Path, prepared: Path, monkeypatch, capsys):

@@ -28,6 +28,7 @@ ROOMS = {
         "evaluate",
         "model",
         "data",
+        "config",
         "configfile",
         "checks",
         "ranks",
@@ -51,6 +52,7 @@ DOORS = {
     },
     "matplotlib": {"flap_fast/report/masking.py", "flap_fast/report/profile.py"},
     "faiss": {"flap_fast/search.py"},
+    "ray": {"flap_fast/data/ray_cluster.py"},
 }
 LONGEST = 320
 # A kernel's file holds in one place what the style wants there: reference, kernel, launch, op.

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from flap_fast.config import Config
 from flap_fast.data.batch import BadClip, Batch
+from flap_fast.data.cached import check_front_end
 from flap_fast.data.captions import Tokenizer
-from flap_fast.data.decode import Encoded, decode_one, log_mels, to_device
+from flap_fast.data.decode import Decode, Encoded, as_log_mel, decoder, log_mels, to_device
 from flap_fast.data.draws import Stream, uniforms
 from flap_fast.data.mel import kaldi_log_mel, normalise
 from flap_fast.data.order import Order
@@ -53,6 +54,7 @@ class TrainingLoader:
         self._micro_batches = config.train.micro_batches(ranks.world)
         self._clips = batch // ranks.world // self._micro_batches
         self._mel = kaldi_log_mel(config.audio, ranks.device)
+        self._decode = readable(shards, config)
 
     def batches(self, first: int, last: int, *, times: int = 1) -> Iterator[Batch]:
         """The (micro-)batches of steps `first` up to, not including, `last`.
@@ -77,6 +79,7 @@ class TrainingLoader:
             device=self._ranks.device,
             mel=self._mel,
             local_ranks=self._ranks.local_world,
+            shards=self._shards.kind,
         )
         for _ in product(*orders):
             try:
@@ -116,7 +119,7 @@ class TrainingLoader:
             try:
                 texts, sound = self._shards.record(clip)["text"], self._shards.sound(clip)
                 if check:
-                    decode_one(sound, 0.0, self._config.audio)
+                    self._decode(sound, 0.0, self._config.audio)
             except BadSound as reason:
                 why = why or str(reason)
                 if replace:
@@ -147,8 +150,8 @@ class TrainingLoader:
             ) from error
         audio = self._config.audio
         pairs = zip(share.sounds, share.where, strict=True)
-        waves = np.stack([decode_one(sound, float(where), audio) for sound, where in pairs])
-        return self._mel(to_device(torch.from_numpy(waves), self._ranks.device))
+        decoded = np.stack([self._decode(sound, float(where), audio) for sound, where in pairs])
+        return as_log_mel(torch.from_numpy(decoded), self._mel, self._ranks.device)
 
     def _batch(self, share: _Share, mel: Tensor) -> Batch:
         device = self._ranks.device
@@ -163,6 +166,13 @@ class TrainingLoader:
         )
 
 
+def readable(shards: Shards, config: Config) -> Decode:
+    """How a clip of the shards is read; `ConfigError` where log-mels were cached otherwise."""
+    if shards.kind == "mels":
+        check_front_end([file.parent for file in shards.files], config.audio)
+    return decoder(shards.kind)
+
+
 def evaluation_mels(
     config: Config, shards: Shards, clips: np.ndarray, ranks: Ranks
 ) -> Iterator[Tensor]:
@@ -173,6 +183,7 @@ def evaluation_mels(
     Raises:
         ShardError: a clip that cannot be decoded; evaluation leaves nothing out.
     """
+    readable(shards, config)
     size, crops = config.eval.batch, config.eval.crops
     positions = np.tile(crop_positions(crops), len(clips))
     clips = np.repeat(clips, crops)
@@ -194,6 +205,7 @@ def evaluation_mels(
         device=ranks.device,
         mel=kaldi_log_mel(config.audio, ranks.device),
         local_ranks=ranks.local_world,
+        shards=shards.kind,
     )
     for start in starts:
         try:
@@ -208,6 +220,6 @@ def evaluation_mels(
 def _undecodable(shards: Shards, clips: np.ndarray, config: Config) -> Iterator[str]:
     for clip in clips:
         try:
-            decode_one(shards.sound(clip), 0.0, config.audio)
+            decoder(shards.kind)(shards.sound(clip), 0.0, config.audio)
         except BadSound as why:
             yield f"{shards.name(clip)} ({why})"

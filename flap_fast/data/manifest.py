@@ -9,7 +9,7 @@
     duration_s   how long it lasts
 
 Rows of the same piece of the same file are one clip with several captions. Other columns travel
-along as `original_data`.
+along as `original_data`. An image and its captions are such a row too, with the image as `audio`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ import csv
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 _KNOWN = ("audio", "caption", "captions", "id", "split", "labels", "start_s", "duration_s")
+Row = tuple[Path, int, dict[str, Any]]
+"""The file that a row is from, its line there, and its cells."""
+
 _FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -31,7 +34,7 @@ class ManifestError(ValueError):
     """A manifest that cannot be read: the line, the rule, the value, the remedy."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Entry:
     """One clip of a manifest, and the line that it was first named on."""
 
@@ -44,6 +47,10 @@ class Entry:
     start_s: float = 0.0
     duration_s: float | None = None
     original: dict[str, Any] = field(default_factory=dict)
+    inside: tuple[int, int] | None = None
+    """Where the sound lies in `audio`, a tar: offset and size."""
+    more: dict[str, Any] = field(default_factory=dict)
+    """What else its JSON record is to say."""
 
 
 def read_manifest(file: Path) -> list[Entry]:
@@ -56,10 +63,23 @@ def read_manifest(file: Path) -> list[Entry]:
     """
     if not file.is_file():
         raise ManifestError(f"the manifest must be an existing .jsonl or .csv file, got '{file}'")
+    return collect(((file, line, row) for line, row in read_rows(file)), file.parent, str(file))
+
+
+def collect(rows: Iterable[Row], folder: Path, called: str) -> list[Entry]:
+    """The clips of rows with a manifest's columns, in the order of their first lines.
+
+    Args:
+        folder: what `audio` is relative to.
+        called: where the rows are from, for the message that there are none.
+
+    Raises:
+        ManifestError: as `read_manifest`.
+    """
     clips: dict[tuple, Entry] = {}
     owners: dict[tuple[str, str], tuple] = {}
-    for line, row in _readable(file):
-        entry = _entry(file, line, row)
+    for file, line, row in rows:
+        entry = _entry(file, line, row, folder)
         piece = (entry.split, entry.audio, entry.start_s, entry.duration_s)
         if piece in clips:
             clips[piece].captions.extend(entry.captions)
@@ -74,11 +94,16 @@ def read_manifest(file: Path) -> list[Entry]:
             )
         clips[piece] = entry
     if not clips:
-        raise ManifestError(f"{file} must hold at least one row, got none")
+        raise ManifestError(f"{called} must hold at least one row, got none")
     return list(clips.values())
 
 
-def _readable(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line and cells of each row of a CSV (`.csv`) or of JSON lines (any other name).
+
+    Raises:
+        ManifestError: no UTF-8, a line that is not a row.
+    """
     try:
         yield from _rows(file)
     except (UnicodeDecodeError, csv.Error) as error:
@@ -110,11 +135,11 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, row
 
 
-def _entry(file: Path, line: int, row: dict[str, Any]) -> Entry:
+def _entry(file: Path, line: int, row: dict[str, Any], folder: Path) -> Entry:
     audio = row.get("audio")
     if not isinstance(audio, str) or not audio:
         raise ManifestError(f"{file}:{line}: audio must name a sound file, got {audio!r}")
-    path = file.parent / audio
+    path = folder / audio
     try:
         start_s = float(row["start_s"]) if _given(row, "start_s") else 0.0
         duration_s = float(row["duration_s"]) if _given(row, "duration_s") else None

@@ -1,6 +1,7 @@
 """WebDataset tar shards on disk: written once, read at any clip.
 
-    FOLDER/0.tar 1.tar ...    KEY.flac + KEY.json for each clip, LAION's layout
+    FOLDER/0.tar 1.tar ...    KEY.flac + KEY.json for each clip, LAION's layout; or an image's own
+                              file, or KEY.npy, a cached log-mel, in place of the sound
     FOLDER/0.idx 1.idx ...    where each file of a clip lies in the tar (DALI's index format)
     FOLDER/sizes.json         {"0.tar": clips, ...}
 
@@ -10,12 +11,15 @@ an index (LAION's own) are scanned once.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
+import glob
 import io
 import json
 import os
 import re
+import secrets
 import tarfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -27,6 +31,9 @@ import numpy as np
 from flap_fast.data.sound import BadSound
 
 SOUNDS = ("flac", "wav", "ogg", "mp3", "opus")
+IMAGES = ("jpg", "jpeg", "png", "webp")
+MELS = ("npy",)
+KINDS = {"sounds": SOUNDS, "images": IMAGES, "mels": MELS}
 _OPEN_FILES = 256
 
 
@@ -38,11 +45,13 @@ class ShardError(ValueError):
 class Shards:
     """N clips in the shards of one or more folders, in the order of the files.
 
-    `place` is (N, 5) int64: the file, then offset and size of the sound and of the JSON.
+    `place` is (N, 5) int64: the file, then offset and size of the sound and of the JSON. `kind` is
+    what stands for a sound there, one of `KINDS`.
     """
 
     files: tuple[Path, ...]
     place: np.ndarray
+    kind: str = "sounds"
 
     def __len__(self) -> int:
         return len(self.place)
@@ -84,10 +93,12 @@ def open_shards(folders: Sequence[Path]) -> Shards:
     """All clips of the folders' shards, one folder after the other.
 
     Raises:
-        ShardError: a folder without shards, a truncated shard, a clip without sound or JSON.
+        ShardError: a folder without shards, or not written to its end; a truncated shard; a clip
+            without sound or JSON; sounds beside images or cached log-mels.
     """
     files: list[Path] = []
     places: list[np.ndarray] = []
+    kinds: dict[str, Path] = {}
     for folder in folders:
         found = sorted(folder.glob("*.tar"), key=_natural)
         if not found:
@@ -95,26 +106,39 @@ def open_shards(folders: Sequence[Path]) -> Shards:
                 f"{folder} must hold .tar shards, got none; "
                 "write them with: flap prepare MANIFEST OUT"
             )
+        if (folder.parent / ".prepare").is_dir() and not (folder / "sizes.json").is_file():
+            raise ShardError(
+                f"{folder} must have been written to its end, got no sizes.json: run the same "
+                "flap prepare again, without --shard-range"
+            )
         for file in found:
-            rows = _index(file)
+            rows, endings = _index(file)
+            kinds |= {k: file for k, some in KINDS.items() if not endings.isdisjoint(some)}
             places.append(np.array([(len(files), *row) for row in rows], np.int64).reshape(-1, 5))
             files.append(file)
-    return Shards(tuple(files), np.concatenate(places))
+    if len(kinds) > 1:
+        listed = ", ".join(f"{kind} in {file}" for kind, file in kinds.items())
+        raise ShardError(
+            f"shards must be of one kind, got {listed}; name them in separate settings"
+        )
+    return Shards(tuple(files), np.concatenate(places), *kinds)
 
 
 def pack(samples: Iterable[tuple[str, bytes, dict[str, Any]]]) -> tuple[bytes, str, int]:
     """A shard's bytes, its index and its clips, the same bytes for the same samples.
 
     Args:
-        samples: key, FLAC bytes and JSON record of each clip.
+        samples: of each clip its key, sound and JSON record. A key is `KEY.ENDING` where the sound
+            is no FLAC.
     """
     buffer = io.BytesIO()
     lines: list[str] = []
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for key, sound, record in samples:
+        for name, sound, record in samples:
             parts = []
             text = json.dumps(record, ensure_ascii=False, sort_keys=True).encode()
-            for ending, data in (("flac", sound), ("json", text)):
+            key, _, kind = name.partition(".")
+            for ending, data in ((kind or "flac", sound), ("json", text)):
                 info = tarfile.TarInfo(f"{key}.{ending}")
                 info.size, info.mode = len(data), 0o644
                 tar.addfile(info, io.BytesIO(data))
@@ -126,14 +150,21 @@ def pack(samples: Iterable[tuple[str, bytes, dict[str, Any]]]) -> tuple[bytes, s
 
 
 def write_atomically(file: Path, data: bytes) -> None:
-    """Write all of `data` or nothing: a crash or a full disk leaves no half file."""
-    part = file.with_name(file.name + ".part")
+    """Write all of `data` or nothing: a crash or a full disk leaves no half file.
+
+    Nor do two that write at once: the file is the one's or the other's.
+    """
+    for left in file.parent.glob(f"{glob.escape(file.name)}.*.part"):
+        left.unlink(missing_ok=True)  # by a process that was killed
+    part = file.with_name(f"{file.name}.{secrets.token_hex(4)}.part")
     try:
         with part.open("wb") as out:
             out.write(data)
             out.flush()
             os.fsync(out.fileno())
-        part.replace(file)
+        with contextlib.suppress(FileNotFoundError):
+            part.replace(file)
+            return
     except OSError as error:
         # A failed write does not say of which file.
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -141,26 +172,31 @@ def write_atomically(file: Path, data: bytes) -> None:
         raise OSError(error.errno, f"{error.strerror}{remedy}", str(file)) from None
     finally:
         part.unlink(missing_ok=True)
+    write_atomically(file, data)  # another writer took the part for a dead one's
 
 
-def _index(file: Path) -> list[tuple[int, int, int, int]]:
-    """Offset and size of each clip's sound and JSON, from the .idx beside it or from the tar."""
+def _index(file: Path) -> tuple[list[tuple[int, int, int, int]], set[str]]:
+    """Offset and size of each clip's sound and JSON, from the .idx beside it or from the tar.
+
+    And the endings that its sounds have.
+    """
     index = file.with_suffix(".idx")
     clips = _parse_index(index) if index.is_file() else _scan(file)
     size = file.stat().st_size
-    rows = []
+    rows, endings = [], set()
     for key, parts in clips:
-        sound = next((parts[ending] for ending in SOUNDS if ending in parts), None)
-        text = parts.get("json")
+        ending = next((ending for ending in (*SOUNDS, *IMAGES, *MELS) if ending in parts), "")
+        sound, text = parts.get(ending), parts.get("json")
         if sound is None or text is None:
             raise ShardError(f"{file}: clip {key} must have a sound and a .json, got {list(parts)}")
+        endings.add(ending)
         if max(sum(sound), sum(text)) > size:
             raise ShardError(
                 f"{file} is truncated: clip {key} ends at byte {max(sum(sound), sum(text))} of "
                 f"{size}; delete it and run flap prepare again, or fetch it again"
             )
         rows.append((*sound, *text))
-    return rows
+    return rows, endings
 
 
 # A clip's key, and where each of its files begins in the tar and how many bytes it has.

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from flap_fast.data.jobs import Prepared
 from flap_fast.data.manifest import ManifestError
-from flap_fast.data.prepare import Prepared, ahead, prepare
+from flap_fast.data.prepare import ahead, prepare
 from flap_fast.data.shards import open_shards
 from flap_fast.data.sound import read_sound
 from tests.sounds import encode, noise, tone, write_corpus, write_manifest
@@ -266,6 +267,6 @@ def test_an_error_that_is_not_a_sounds_stops_everything(corpus, tmp_path, monkey
     def broken(*_, **__):
         raise MemoryError("no memory")
 
-    monkeypatch.setattr("flap_fast.data.prepare.read_sound", broken)
+    monkeypatch.setattr("flap_fast.data.forms.read_sound", broken)
     with pytest.raises(MemoryError):
         prepare(corpus, tmp_path, show=False)

@@ -1,0 +1,36 @@
+"""Files in the layouts that data sets are published in, a few clips each."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.sounds import encode, tone
+
+RATE = 16_000
+# The first bytes of each kind, and some that follow: nothing here is decoded.
+JPEG = b"\xff\xd8\xff\xe0\x00\x10JFIF picture"
+PNG = b"\x89PNG\r\n\x1a\n picture"
+WEBP = b"RIFF\x10\x00\x00\x00WEBPVP8 picture"
+
+
+def write(folder: Path, files: dict[str, str | bytes]) -> Path:
+    """Files by their paths below a folder; gives the folder."""
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data.encode() if isinstance(data, str) else data)
+    return folder
+
+
+def sound(hz: float, seconds: float = 0.1, format: str = "WAV") -> bytes:
+    """A tone's file."""
+    return encode(tone(hz, seconds, RATE), RATE, format)
+
+
+def table(header: str, *rows: Sequence[object]) -> str:
+    """A CSV, quoted where a cell needs it."""
+    out = io.StringIO()
+    csv.writer(out).writerows([header.split(","), *rows])
+    return out.getvalue()
