@@ -23,7 +23,7 @@ def write_on_cluster(place: Place, jobs: Sequence[Job], advance: Callable[[int],
         ConfigError: Ray is not installed, or no cluster is there.
     """
     try:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports] - an extra
     except ImportError:
         raise ConfigError("--distributor ray must have Ray; pip install 'flap_fast[ray]'") from None
     if not ray.is_initialized():
