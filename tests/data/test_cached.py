@@ -45,8 +45,9 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = []
     for n in range(12):
         seconds = (0.3, 1.0, 1.005)[n % 3]
-        wave = noise(n, seconds, RATE, slope=n % 2) + tone(300 + 40 * n, seconds, RATE)
-        (folder / f"{n}.flac").write_bytes(encode(wave, RATE))
+        rate = (48_000, RATE, RATE)[n % 3]
+        wave = noise(n, seconds, rate, slope=n % 2) + tone(300 + 40 * n, seconds, rate)
+        (folder / f"{n}.flac").write_bytes(encode(wave, rate))
         rows.append({"audio": f"{n}.flac", "captions": [f"{n}, one", f"{n}, two"], "n": n})
     manifest = write_manifest(folder / "m.jsonl", rows)
     prepare(manifest, folder / "shards", shard_clips=5, show=False)
