@@ -19,7 +19,7 @@ from tests.sounds import write_manifest
 @pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2)])
 def test_parts_of_several_machines_are_the_bytes_of_one(corpus, prepared, tmp_path, order):
     """Whoever is last completes the folder; before, nobody takes it for whole."""
-    left = []
+    done, left = None, []
     for number in order:
         done = prepare(corpus, tmp_path, shard_clips=7, part=Part(number, 3), show=False)
         left.append(done.unfinished)

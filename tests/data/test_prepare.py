@@ -136,7 +136,7 @@ def test_shards_of_another_manifest_or_rate_are_not_mixed(corpus, prepared, tmp_
         rows[9]["start_s"] = 0.1
     if change == "fewer rows":
         rows = [row for row in rows if row["split"] == "train"]
-    settings = {"sample_rate_hz": RATE, "shard_clips": 7}
+    settings: dict[str, Any] = {"sample_rate_hz": RATE, "shard_clips": 7}
     if change == "rate":
         settings["sample_rate_hz"] = 32_000
     if change == "clips of a shard":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tests.sounds import encode, tone
@@ -16,7 +16,7 @@ PNG = b"\x89PNG\r\n\x1a\n picture"
 WEBP = b"RIFF\x10\x00\x00\x00WEBPVP8 picture"
 
 
-def write(folder: Path, files: dict[str, str | bytes]) -> Path:
+def write(folder: Path, files: Mapping[str, str | bytes]) -> Path:
     """Files by their paths below a folder; gives the folder."""
     for name, data in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
