@@ -1,11 +1,12 @@
 """Shards written by the workers of a Ray cluster: the same jobs, the same bytes.
 
-All machines must see OUT and the sounds under the same paths, and have this package. The only file
-that imports ray.
+All machines must see OUT, the sounds and the working folder under the same paths, and have what
+this package needs installed. The only file that imports ray.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -36,7 +37,7 @@ def write_on_cluster(place: Place, jobs: Sequence[Job], advance: Callable[[int],
                 "--distributor ray must find a cluster, got none; start one with: ray start --head"
             ) from None
     write = ray.remote(num_cpus=1)(_write)
-    running = {write.remote(place, job): len(job.entries) for job in jobs}
+    running = {write.remote(place, job, os.getcwd()): len(job.entries) for job in jobs}
     try:
         while running:
             (done,), _ = ray.wait(list(running), num_returns=1)
@@ -47,7 +48,8 @@ def write_on_cluster(place: Place, jobs: Sequence[Job], advance: Callable[[int],
             ray.cancel(task)
 
 
-def _write(place: Place, job: Job) -> None:
+def _write(place: Place, job: Job, folder: str) -> None:
     from flap_fast.data.prepare import write_shards
 
+    os.chdir(folder)  # a manifest's paths may be relative to it
     write_shards(place, [job], lambda _: None, threads=1)

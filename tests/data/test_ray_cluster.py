@@ -14,14 +14,18 @@ from tests.data.test_prepare import contents
 
 
 @pytest.mark.slow
-def test_a_cluster_writes_the_bytes_of_one_machine(corpus, prepared, tmp_path):
-    """A cluster of this machine with two cores, which is already there when it is asked."""
+def test_a_cluster_writes_the_bytes_of_one_machine(corpus, prepared, tmp_path, monkeypatch):
+    """A cluster of this machine with two cores, which is there before the working folder changes.
+
+    Needs Ray: pip install 'flap_fast[ray]'.
+    """
     ray = pytest.importorskip("ray")
     paths = {"env_vars": {"PYTHONPATH": ":".join(path for path in sys.path if path)}}
     ray.init(num_cpus=2, include_dashboard=False, runtime_env=paths, log_to_driver=False)
     try:
         out = tmp_path / "out"
-        done = prepare(corpus, out, shard_clips=7, distributor="ray", show=False)
+        monkeypatch.chdir(corpus.parent)
+        done = prepare(corpus.name, out, shard_clips=7, distributor="ray", show=False)
         assert done == Prepared(30, 5, 30, 0)
         assert contents(out) == contents(prepared)
         # What a worker cannot do fails here, with the file.
