@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from bench.machine import ROOT
 from flap_fast.config import Audio
-from flap_fast.data.decode import TorchDecoder
+from flap_fast.data.decode import TorchDecoder, reader
 from flap_fast.data.prepare import ahead
 from flap_fast.data.shards import Shards, open_shards, pack, write_atomically
 from flap_fast.data.sound import fill, read_sound
@@ -89,7 +89,9 @@ def dali(shards: Shards) -> Batches:
 
 def twin(shards: Shards) -> Batches:
     """`frontend.backend: torch`."""
-    decoder = TorchDecoder(_encoded(shards), AUDIO, threads=CORES, prefetch=PREFETCH)
+    decoder = TorchDecoder(
+        _encoded(shards), reader("sounds", AUDIO), threads=CORES, prefetch=PREFETCH
+    )
     return (clips.sound for clips in decoder)
 
 

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from flap_fast.checks import ConfigError
-from flap_fast.commands import enrich, exchange, report, score, use
+from flap_fast.commands import enrich, exchange, prepare, report, score, use
 
 app = typer.Typer(
     name="flap",
@@ -43,28 +43,7 @@ def launched(
     # The launcher's environment says the same; its option only has to be accepted.
 
 
-@app.command()
-def prepare(
-    manifest: Annotated[
-        Path, typer.Argument(help="JSON lines or CSV: audio or image, captions ..")
-    ],
-    out: Annotated[Path, typer.Argument(help="Gets OUT/SPLIT/*.tar and OUT/rejected.jsonl.")],
-    sample_rate_hz: Annotated[int, typer.Option(help="The front end's rate.")] = 16_000,
-    shard_clips: Annotated[int, typer.Option(help="Clips a shard.")] = 512,
-    threads: Annotated[int, typer.Option(help="Decoding threads; 0 takes all cores.")] = 0,
-) -> None:
-    """Decode every clip once and write WebDataset shards; goes on where it was stopped."""
-    from flap_fast.data.prepare import prepare as write_shards
-
-    if sample_rate_hz < 1 or shard_clips < 1 or threads < 0:
-        raise ConfigError("--sample-rate-hz and --shard-clips must be at least 1, --threads 0")
-    done = write_shards(
-        manifest, out, sample_rate_hz=sample_rate_hz, shard_clips=shard_clips, threads=threads
-    )
-    print(
-        f"{out}: {done.kept} clips in {done.shards} shards, {done.rejected} of {done.clips} "
-        f"rejected" + (f" (reasons in {out / 'rejected.jsonl'})" if done.rejected else "")
-    )
+app.command()(prepare.prepare)
 
 
 @app.command()

@@ -62,7 +62,7 @@ def test_prepare_counts_what_it_rejected_in_its_last_line(monkeypatch, capsys, t
     manifest = write_manifest(tmp_path / "m.jsonl", rows)
     assert flap("prepare", manifest, tmp_path / "out", monkeypatch=monkeypatch) == 0
     last = capsys.readouterr().out.splitlines()[-1]
-    assert "1 clips in 1 shards, 1 of 2 rejected (reasons in" in last
+    assert "1 clips in 1 shards, 1 of 2 rejected: 1 unreadable (reasons in" in last
 
 
 def test_eval_prints_a_table_and_writes_the_json(run: Path, prepared: Path, monkeypatch, capsys):
@@ -102,3 +102,64 @@ def test_a_full_disk_is_told_in_a_sentence(monkeypatch, capsys, tmp_path: Path):
     said = capsys.readouterr().err
     assert "No space left on device" in said
     assert "what was complete before it is still there" in said
+
+
+def test_prepare_reads_a_source_shares_it_and_caches_it(monkeypatch, capsys, tmp_path: Path):
+    folder = tmp_path / "ESC-50"
+    (folder / "meta").mkdir(parents=True)
+    (folder / "audio").mkdir()
+    (folder / "meta/esc50.csv").write_text(
+        "filename,fold,target,category\na.wav,1,0,dog\nb.wav,1,1,car_horn\nc.wav,2,0,dog\n"
+    )
+    for name in "ab":
+        sound = encode(tone(440, 0.5, 44_100), 44_100, "WAV")
+        (folder / f"audio/{name}.wav").write_bytes(sound)
+    out, mels = tmp_path / "out", tmp_path / "mels"
+    half = ("prepare", "--source", "esc50", folder, out, "--shard-range")
+    assert flap(*half, "2/2", monkeypatch=monkeypatch) == 0
+    assert "part 2/2 is done, 1 shards of other parts are not" in capsys.readouterr().out
+    assert flap(*half, "1/2", monkeypatch=monkeypatch) == 0
+    assert "2 clips in 1 shards, 1 of 3 rejected: 1 missing (" in capsys.readouterr().out
+    # Shards need no --source; a config says which front end.
+    cache = ("prepare", "--cache", "mel", "--config", "configs/tiny.yaml", out, mels)
+    assert flap(*cache, monkeypatch=monkeypatch) == 0
+    assert "2 clips in 1 shards, 0 of 2 rejected" in capsys.readouterr().out
+    assert (mels / "fold1/frontend.json").is_file()
+
+
+def test_prepare_writes_triples_as_json_lines(monkeypatch, capsys, tmp_path: Path):
+    rows = [("entailment", "He left.", "He went."), ("contradiction", "He left.", "He stayed.")]
+    keys = ("gold_label", "sentence1", "sentence2")
+    (tmp_path / "snli_1.0_train.jsonl").write_text(
+        "".join(json.dumps(dict(zip(keys, row, strict=True))) + "\n" for row in rows)
+    )
+    arguments = ("prepare", "--source", "nli", tmp_path, tmp_path / "out")
+    assert flap(*arguments, monkeypatch=monkeypatch) == 0
+    assert "1 in train.jsonl" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out/train.jsonl").read_text()) == {
+        "premise": "He left.",
+        "entailment": "He went.",
+        "contradiction": "He stayed.",
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--source", "audiocap"), "--source must be one of audiocaps, clotho, "),
+        ((), "--source must be given for a folder, one of audiocaps, "),
+        (("--cache", "wave"), "--cache must be mel, got 'wave'"),
+        (("--shard-range", "0/8"), "--shard-range must be A/B, "),
+        (("--distributor", "dask"), "--distributor must be one of threads, ray"),
+        (("--distributor", "ray", "--shard-range", "1/2"), "--shard-range must be left out with"),
+        (("--source", "nli", "--cache", "mel"), "--cache must be left out with --source nli"),
+        (("--source", "clotho"), "Clotho must have clotho_captions_SPLIT.csv, got"),
+        (("--shard-clips", "0"), "--shard-clips must be at least 1, got 0"),
+        (("--threads", "-1"), "--threads must be at least 0, got -1"),
+    ],
+)
+def test_what_prepare_cannot_do_is_said(options, message, monkeypatch, capsys, tmp_path: Path):
+    arguments = ("prepare", *options, tmp_path, tmp_path / "out")
+    assert flap(*arguments, monkeypatch=monkeypatch) != 0
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -34,6 +34,7 @@ ROOMS = {
         "evaluate",
         "model",
         "data",
+        "config",
         "configfile",
         "checks",
         "ranks",
@@ -78,6 +79,7 @@ DOORS = {
     },
     "jinja2": {"flap_fast/report/page.py"},
     "faiss": {"flap_fast/search.py"},
+    "ray": {"flap_fast/data/ray_cluster.py"},
 }
 LONGEST = 320
 # A kernel's file holds in one place what the style wants there: reference, kernel, launch, op.

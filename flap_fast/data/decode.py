@@ -5,43 +5,39 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
 from flap_fast.checks import need
 from flap_fast.config import Audio, Frontend, Fusion
+from flap_fast.data.cached import crop_cached
 from flap_fast.data.frontend import Decoded, MelFrontEnd, Mels, fitted, together
 from flap_fast.data.sound import read_sound
 
 # Clips and the draws of each, (B,) or (B, draws) in [0, 1): where to crop it, then fusion's pieces.
 Encoded = tuple[list[bytes], np.ndarray]
+Read = Callable[[bytes, float], np.ndarray]
+"""A clip's bytes and where to crop it -> its waveform, or cached log-mel."""
 
 
 class TorchDecoder:
-    """The twin of `DaliDecoder`: libsndfile on threads; the same interface, the same numbers."""
+    """The twin of `DaliDecoder`: libsndfile on threads; the same interface, the same numbers.
 
-    def __init__(
-        self,
-        batches: Iterator[Encoded],
-        audio: Audio,
-        *,
-        threads: int,
-        prefetch: int,
-        fusion: Fusion | None = None,
-    ):
+    Cached log-mels are read by it, too.
+    """
+
+    def __init__(self, batches: Iterator[Encoded], read: Read, *, threads: int, prefetch: int):
         self._pool = ThreadPoolExecutor(threads)
-        self._audio, self._fusion = audio, fusion or Fusion()
-        self._batches = batches
-        self._prefetch = prefetch
+        self._batches, self._read, self._prefetch = batches, read, prefetch
         self._waiting: deque[tuple[list[Future[np.ndarray]], np.ndarray]] = deque()
 
     def __iter__(self) -> TorchDecoder:
         return self
 
     def __next__(self) -> Decoded:
-        """Waveforms; raises `BadSound` for a batch with a clip that cannot be read."""
+        """Waveforms or log-mels; raises `BadSound` for a batch with a clip that cannot be read."""
         while len(self._waiting) < self._prefetch:
             encoded = next(self._batches, None)
             if encoded is None:
@@ -55,9 +51,7 @@ class TorchDecoder:
     def _begin(self, encoded: Encoded) -> tuple[list[Future[np.ndarray]], np.ndarray]:
         sounds, where = encoded
         clips = [
-            self._pool.submit(
-                decode_one, sound, float(np.ravel(draws)[0]), self._audio, self._fusion
-            )
+            self._pool.submit(self._read, sound, float(np.ravel(draws)[0]))
             for sound, draws in zip(sounds, where, strict=True)
         ]
         return clips, where
@@ -69,6 +63,13 @@ def decode_one(
     """One clip as a decoder gives it, (samples,) float32; raises `BadSound`."""
     wave = read_sound(sound, audio.sample_rate_hz)
     return fitted(wave, where, audio, fusion or Fusion())
+
+
+def reader(kind: str, audio: Audio, fusion: Fusion | None = None) -> Read:
+    """How a clip is read from shards of a kind, `sounds` or `mels`."""
+    if kind == "mels":
+        return lambda data, where: crop_cached(data, where, audio)
+    return lambda sound, where: decode_one(sound, where, audio, fusion)
 
 
 def backend(frontend: Frontend) -> str:
@@ -97,20 +98,31 @@ def log_mels(
     frontend: Frontend,
     batch: int,
     local_ranks: int = 1,
+    shards: str = "sounds",
 ) -> Iterator[Mels]:
     """Log-mels on the device, in order, decoded ahead.
 
     A batch with a clip that cannot be decoded raises `BadSound` at its turn; the next one follows.
+
+    Args:
+        shards: their kind; cached log-mels (`mels`) are read alike by every back end.
     """
-    kind = backend(frontend)
+    kind = "torch" if shards == "mels" else backend(frontend)
     threads = frontend.threads or max(1, (os.cpu_count() or 1) // local_ranks)
-    ahead = {"threads": threads, "prefetch": frontend.prefetch, "fusion": mel.fusion}
+    ahead = {"threads": threads, "prefetch": frontend.prefetch}
     if kind == "torch":
-        return _Mels(TorchDecoder(batches, mel.audio, **ahead), mel)
+        read = reader(shards, mel.audio, mel.fusion)
+        return _Mels(TorchDecoder(batches, read, **ahead), mel)
     from flap_fast.data.dali import DaliDecoder
 
     decoder = DaliDecoder(
-        batches, mel.audio, batch=batch, device=mel.device, mel=kind == "dali_mel", **ahead
+        batches,
+        mel.audio,
+        batch=batch,
+        device=mel.device,
+        mel=kind == "dali_mel",
+        fusion=mel.fusion,
+        **ahead,
     )
     return _Mels(decoder, mel)
 

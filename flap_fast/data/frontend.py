@@ -26,7 +26,8 @@ class Decoded(NamedTuple):
     """Clips as a decoder gives them."""
 
     sound: Tensor
-    """(B, samples) waveforms or (B, frames, F) log-mels, float32, zeros behind the shorter ones."""
+    """(B, samples) waveforms or (B, frames, F) log-mels (float16 from a cache), zeros behind the
+    shorter ones."""
     lengths: Tensor
     """(B,) int64 on the CPU: samples or frames of each."""
     where: Tensor
@@ -84,7 +85,8 @@ class MelFrontEnd:
         sound = to_device(clips.sound, self.device)
         decoded_mels = sound.ndim == 3
         if not self.fusion.on:
-            return Mels((sound if decoded_mels else self._mel(sound))[:, None], None)
+            mel = pad_frames(sound.float(), self.audio.frames) if decoded_mels else self._mel(sound)
+            return Mels(mel[:, None], None)
         frames = clips.lengths if decoded_mels else self.audio.frames_of(clips.lengths)
         chunk = self.audio.frames_of(self.audio.samples)
         parts, order = [], []

@@ -60,7 +60,7 @@ class TrainingLoader:
         self._config, self._shards, self._tokenizer, self._ranks = config, shards, tokenizer, ranks
         self._micro_batches = config.train.micro_batches(ranks.world)
         self._clips = batch // ranks.world // self._micro_batches
-        self._sense = sense(config, ranks)
+        self._sense = sense(config, ranks, shards)
 
     def batches(self, first: int, last: int, *, times: int = 1) -> Iterator[Batch]:
         """The (micro-)batches of steps `first` up to, not including, `last`.
@@ -197,7 +197,7 @@ def evaluation_mels(
                 where = uniforms(0, Stream.EVAL_CROP, visits, 1 + PIECES).numpy()
             yield [shards.sound(clip) for clip in some], where
 
-    front = sense(config, ranks)
+    front = sense(config, ranks, shards)
     mels = front.stream(encoded(), size)
     for start in starts:
         try:

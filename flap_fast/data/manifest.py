@@ -9,7 +9,7 @@
     duration_s   how long it lasts
 
 Rows of the same piece of the same file are one clip with several captions. Other columns travel
-along as `original_data`.
+along as `original_data`. An image and its captions are such a row too, with the image as `audio`.
 """
 
 from __future__ import annotations
@@ -18,17 +18,22 @@ import csv
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 _KNOWN = ("audio", "image", "caption", "captions", "id", "split", "labels", "start_s", "duration_s")
+Row = tuple[Path, int, dict[str, Any]]
+"""The file that a row is from, its line there, and its cells."""
+
 # Strict: a quote that is never closed would swallow the rows after it.
 _CELLS: dict[str, dict[str, Any]] = {
     ".csv": {"strict": True},
     ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
 }
+# Endings of files that are pictures.
+PICTURES = ("jpg", "jpeg", "png", "webp")
 _FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -36,7 +41,7 @@ class ManifestError(ValueError):
     """A manifest that cannot be read: the line, the rule, the value, the remedy."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Entry:
     """One clip of a manifest, and the line that it was first named on."""
 
@@ -51,6 +56,10 @@ class Entry:
     original: dict[str, Any] = field(default_factory=dict)
     image: bool = False
     """`audio` is a picture."""
+    inside: tuple[int, int] | None = None
+    """Where the sound lies in `audio`, a tar: offset and size."""
+    more: dict[str, Any] = field(default_factory=dict)
+    """What else its JSON record is to say."""
 
 
 def read_manifest(file: Path) -> list[Entry]:
@@ -63,10 +72,23 @@ def read_manifest(file: Path) -> list[Entry]:
     """
     if not file.is_file():
         raise ManifestError(f"the manifest must be an existing .jsonl or .csv file, got '{file}'")
+    return collect(((file, line, row) for line, row in read_rows(file)), file.parent, str(file))
+
+
+def collect(rows: Iterable[Row], folder: Path, called: str) -> list[Entry]:
+    """The clips of rows with a manifest's columns, in the order of their first lines.
+
+    Args:
+        folder: what `audio` is relative to.
+        called: where the rows are from, for the message that there are none.
+
+    Raises:
+        ManifestError: as `read_manifest`.
+    """
     clips: dict[tuple, Entry] = {}
     owners: dict[tuple[str, str], tuple] = {}
-    for line, row in read_rows(file):
-        entry = _entry(file, line, row)
+    for file, line, row in rows:
+        entry = _entry(file, line, row, folder)
         other = next(iter(clips.values()), entry)
         if entry.image != other.image:
             raise ManifestError(
@@ -87,7 +109,7 @@ def read_manifest(file: Path) -> list[Entry]:
             )
         clips[piece] = entry
     if not clips:
-        raise ManifestError(f"{file} must hold at least one row, got none")
+        raise ManifestError(f"{called} must hold at least one row, got none")
     return list(clips.values())
 
 
@@ -95,7 +117,7 @@ def read_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of a .csv, a .tsv (without quotes) or else JSON-lines file, and their lines.
 
     Raises:
-        ManifestError: a line that is not a row.
+        ManifestError: no UTF-8, a line that is not a row.
     """
     try:
         yield from _rows(file)
@@ -129,7 +151,7 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, row
 
 
-def _entry(file: Path, line: int, row: dict[str, Any]) -> Entry:
+def _entry(file: Path, line: int, row: dict[str, Any], folder: Path) -> Entry:
     image = _given(row, "image")
     audio = row.get("image" if image else "audio")
     if image and _given(row, "audio"):
@@ -137,7 +159,8 @@ def _entry(file: Path, line: int, row: dict[str, Any]) -> Entry:
     if not isinstance(audio, str) or not audio:
         what = "image must name a picture" if image else "audio must name a sound file"
         raise ManifestError(f"{file}:{line}: {what}, got {audio!r}")
-    path = file.parent / audio
+    path = folder / audio
+    image = image or path.suffix.lower().lstrip(".") in PICTURES
     try:
         start_s = float(row["start_s"]) if _given(row, "start_s") else 0.0
         duration_s = float(row["duration_s"]) if _given(row, "duration_s") else None

@@ -18,19 +18,25 @@ import torch
 from torch import Tensor
 
 from flap_fast.config import Config, Image
-from flap_fast.data.decode import Encoded, backend, decode_one, log_mels
+from flap_fast.data.cached import check_front_end
+from flap_fast.data.decode import Encoded, backend, log_mels, reader
 from flap_fast.data.frontend import MelFrontEnd, Mels, to_device, together
 from flap_fast.data.image import PillowDecoder, normalise_image, read_image
 from flap_fast.data.mel import normalise
+from flap_fast.data.shards import Shards
 from flap_fast.ranks import Ranks
 
 
 class Ears:
     """Sounds -> log-mels (B, 1, T, F), or (B, 4, T, F) with fusion."""
 
-    def __init__(self, config: Config, ranks: Ranks):
-        self._config, self._ranks = config, ranks
+    def __init__(self, config: Config, ranks: Ranks, shards: Shards):
+        """Raises `ConfigError` where log-mels were cached otherwise than the config asks for."""
+        if shards.kind == "mels":
+            check_front_end([file.parent for file in shards.files], config)
+        self._config, self._ranks, self._kind = config, ranks, shards.kind
         self._mel = MelFrontEnd(config.audio, config.fusion, ranks.device)
+        self._read = reader(shards.kind, config.audio, config.fusion)
 
     def stream(self, batches: Iterator[Encoded], batch: int) -> Iterator[Mels]:
         """Raises `BadSound` at the turn of a batch with a clip that cannot be decoded."""
@@ -40,18 +46,17 @@ class Ears:
             frontend=self._config.frontend,
             batch=batch,
             local_ranks=self._ranks.local_world,
+            shards=self._kind,
         )
 
     def check(self, sound: bytes) -> None:
         """Raises `BadSound`."""
-        decode_one(sound, 0.0, self._config.audio)
+        self._read(sound, 0.0)
 
     def together(self, sounds: Sequence[bytes], where: np.ndarray) -> Mels:
         """Raises `BadSound`."""
-        audio, fusion = self._config.audio, self._config.fusion
         pairs = zip(sounds, where[:, 0].tolist(), strict=True)
-        waves = [decode_one(sound, at, audio, fusion) for sound, at in pairs]
-        return self._mel(together(waves, where))
+        return self._mel(together([self._read(sound, at) for sound, at in pairs], where))
 
     def finish(self, heard: Mels) -> Mels:
         """Normalised."""
@@ -102,9 +107,11 @@ class Eyes:
         return Mels(normalise_image(seen.mel, self._mean, self._std), None)
 
 
-def sense(config: Config, ranks: Ranks) -> Ears | Eyes:
-    """What the config's tower is fed by."""
-    return Ears(config, ranks) if config.image is None else Eyes(config, config.image, ranks)
+def sense(config: Config, ranks: Ranks, shards: Shards) -> Ears | Eyes:
+    """What the config's tower is fed by from these shards."""
+    if config.image is None:
+        return Ears(config, ranks, shards)
+    return Eyes(config, config.image, ranks)
 
 
 class _OnDevice:

@@ -1,7 +1,8 @@
 """WebDataset tar shards on disk: written once, read at any clip.
 
-    FOLDER/0.tar 1.tar ...    KEY.flac + KEY.json for each clip, LAION's layout; of pictures
-                              KEY.jpg or KEY.png + KEY.json, or KEY.txt with a caption alone
+    FOLDER/0.tar 1.tar ...    KEY.flac + KEY.json for each clip, LAION's layout; of pictures KEY.jpg
+                              or KEY.png + KEY.json, or KEY.txt with a caption alone; KEY.npy, a
+                              cached log-mel, in place of the sound
     FOLDER/0.idx 1.idx ...    where each file of a clip lies in the tar (DALI's index format)
     FOLDER/sizes.json         {"0.tar": clips, ...}
 
@@ -11,12 +12,15 @@ an index (LAION's own) are scanned once.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
+import glob
 import io
 import json
 import os
 import re
+import secrets
 import tarfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -30,6 +34,8 @@ from flap_fast.data.sound import BadSound
 
 SOUNDS = ("flac", "wav", "ogg", "mp3", "opus")
 IMAGES = ("jpg", "jpeg", "png")
+MELS = ("npy",)
+KINDS = {"sounds": SOUNDS, "images": IMAGES, "mels": MELS}
 _OPEN_FILES = 256
 
 
@@ -41,19 +47,21 @@ class ShardError(ValueError):
 class Shards:
     """N clips in the shards of one or more folders, in the order of the files.
 
-    `place` is (N, 5) int64: the file, then offset and size of the sound (or the picture) and of the
-    JSON. `plain` is (N,) bool: there is no JSON, but a text file that is the caption.
+    `place` is (N, 5) int64: the file, then offset and size of the sound and of the JSON. `kind` is
+    what stands for a sound there, one of `KINDS`; `plain` (N,) bool, where there is no JSON, but a
+    text file that is the caption.
     """
 
     files: tuple[Path, ...]
     place: np.ndarray
-    plain: np.ndarray
+    kind: str = "sounds"
+    plain: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.place)
 
     def sound(self, clip: int) -> bytes:
-        """The encoded sound, or picture, of a clip."""
+        """The encoded sound, picture or log-mel of a clip."""
         file, at, size, _, _ = self.place[clip].tolist()
         return _read(self.files[file], at, size)
 
@@ -69,7 +77,8 @@ class Shards:
         file, _, _, at, size = self.place[clip].tolist()
         data = _read(self.files[file], at, size)
         try:
-            record = {"text": data.decode()} if self.plain[clip] else json.loads(data)
+            plain = self.plain is not None and self.plain[clip]
+            record = {"text": data.decode()} if plain else json.loads(data)
             text = record.get("text", record.get("caption"))
         except (ValueError, AttributeError) as error:
             raise BadSound(f"its JSON cannot be read: {error}") from None
@@ -86,22 +95,24 @@ class Shards:
 
 
 def kept_as(config: Config) -> tuple[str, ...]:
-    """The endings of what the config's tower is fed with."""
-    return SOUNDS if config.image is None else IMAGES
+    """The kinds of shards that the config's tower can be fed with."""
+    return ("sounds", "mels") if config.image is None else ("images",)
 
 
-def open_shards(folders: Sequence[Path], endings: Sequence[str] = SOUNDS) -> Shards:
+def open_shards(folders: Sequence[Path], kinds: Sequence[str] = ("sounds", "mels")) -> Shards:
     """All clips of the folders' shards, one folder after the other.
 
     Args:
-        endings: of the files that clips are made of, `SOUNDS` or `IMAGES`.
+        kinds: what may stand in them, of `KINDS`.
 
     Raises:
-        ShardError: a folder without shards, a truncated shard, a clip that lacks a file.
+        ShardError: a folder without shards, or not written to its end; a truncated shard; a clip
+            without sound or JSON; sounds beside images or cached log-mels.
     """
     files: list[Path] = []
-    plain: list[bool] = []
     places: list[np.ndarray] = []
+    plain: list[bool] = []
+    there: dict[str, Path] = {}
     for folder in folders:
         found = sorted(folder.glob("*.tar"), key=_natural)
         if not found:
@@ -109,27 +120,41 @@ def open_shards(folders: Sequence[Path], endings: Sequence[str] = SOUNDS) -> Sha
                 f"{folder} must hold .tar shards, got none; "
                 "write them with: flap prepare MANIFEST OUT"
             )
+        if (folder.parent / ".prepare").is_dir() and not (folder / "sizes.json").is_file():
+            raise ShardError(
+                f"{folder} must have been written to its end, got no sizes.json: run the same "
+                "flap prepare again, without --shard-range"
+            )
         for file in found:
-            rows, texts = _index(file, endings)
+            rows, texts, endings = _index(file, kinds)
+            there |= {k: file for k, some in KINDS.items() if not endings.isdisjoint(some)}
             plain += texts
             places.append(np.array([(len(files), *row) for row in rows], np.int64).reshape(-1, 5))
             files.append(file)
-    return Shards(tuple(files), np.concatenate(places), np.array(plain, bool))
+    if len(there) > 1:
+        listed = ", ".join(f"{kind} in {file}" for kind, file in there.items())
+        raise ShardError(
+            f"shards must be of one kind, got {listed}; name them in separate settings"
+        )
+    kind = next(iter(there), kinds[0])
+    return Shards(tuple(files), np.concatenate(places), kind, np.array(plain, bool))
 
 
 def pack(samples: Iterable[tuple[str, bytes, dict[str, Any]]]) -> tuple[bytes, str, int]:
     """A shard's bytes, its index and its clips, the same bytes for the same samples.
 
     Args:
-        samples: key, encoded sound or picture, and JSON record of each clip.
+        samples: of each clip its key, sound and JSON record. A key is `KEY.ENDING` where the sound
+            is no FLAC.
     """
     buffer = io.BytesIO()
     lines: list[str] = []
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for key, sound, record in samples:
+        for name, sound, record in samples:
             parts = []
             text = json.dumps(record, ensure_ascii=False, sort_keys=True).encode()
-            for ending, data in ((_ending(sound), sound), ("json", text)):
+            key, _, kind = name.partition(".")
+            for ending, data in ((kind or "flac", sound), ("json", text)):
                 info = tarfile.TarInfo(f"{key}.{ending}")
                 info.size, info.mode = len(data), 0o644
                 tar.addfile(info, io.BytesIO(data))
@@ -140,20 +165,22 @@ def pack(samples: Iterable[tuple[str, bytes, dict[str, Any]]]) -> tuple[bytes, s
     return buffer.getvalue(), index, len(lines)
 
 
-def _ending(data: bytes) -> str:
-    starts = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png"}
-    return next((ending for start, ending in starts.items() if data.startswith(start)), "flac")
-
-
 def write_atomically(file: Path, data: bytes) -> None:
-    """Write all of `data` or nothing: a crash or a full disk leaves no half file."""
-    part = file.with_name(file.name + ".part")
+    """Write all of `data` or nothing: a crash or a full disk leaves no half file.
+
+    Nor do two that write at once: the file is the one's or the other's.
+    """
+    for left in file.parent.glob(f"{glob.escape(file.name)}.*.part"):
+        left.unlink(missing_ok=True)  # by a process that was killed
+    part = file.with_name(f"{file.name}.{secrets.token_hex(4)}.part")
     try:
         with part.open("wb") as out:
             out.write(data)
             out.flush()
             os.fsync(out.fileno())
-        part.replace(file)
+        with contextlib.suppress(FileNotFoundError):
+            part.replace(file)
+            return
     except OSError as error:
         # A failed write does not say of which file.
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -161,33 +188,36 @@ def write_atomically(file: Path, data: bytes) -> None:
         raise OSError(error.errno, f"{error.strerror}{remedy}", str(file)) from None
     finally:
         part.unlink(missing_ok=True)
+    write_atomically(file, data)  # another writer took the part for a dead one's
 
 
 def _index(
-    file: Path, endings: Sequence[str]
-) -> tuple[list[tuple[int, int, int, int]], list[bool]]:
+    file: Path, kinds: Sequence[str]
+) -> tuple[list[tuple[int, int, int, int]], list[bool], set[str]]:
     """Offset and size of each clip's sound and JSON, from the .idx beside it or from the tar.
 
-    And whether what stands in for the JSON is a plain text.
+    And whether what stands in for the JSON is a plain text; and the endings that its sounds have.
     """
     index = file.with_suffix(".idx")
     clips = _parse_index(index) if index.is_file() else _scan(file)
     size = file.stat().st_size
-    what = "a sound" if endings == SOUNDS else "a picture (" + ", ".join(endings) + ")"
-    rows, plain = [], []
+    wanted = [ending for kind in kinds for ending in KINDS[kind]]
+    what = f"a picture ({', '.join(IMAGES)})" if kinds[0] == "images" else "a sound"
+    rows, plain, endings = [], [], set()
     for key, parts in clips:
-        sound = next((parts[ending] for ending in endings if ending in parts), None)
-        text = parts.get("json", parts.get("txt"))
+        ending = next((ending for ending in wanted if ending in parts), "")
+        sound, text = parts.get(ending), parts.get("json", parts.get("txt"))
         if sound is None or text is None:
             raise ShardError(f"{file}: clip {key} must have {what} and a .json, got {list(parts)}")
+        endings.add(ending)
+        plain.append("json" not in parts)
         if max(sum(sound), sum(text)) > size:
             raise ShardError(
                 f"{file} is truncated: clip {key} ends at byte {max(sum(sound), sum(text))} of "
                 f"{size}; delete it and run flap prepare again, or fetch it again"
             )
         rows.append((*sound, *text))
-        plain.append("json" not in parts)
-    return rows, plain
+    return rows, plain, endings
 
 
 # A clip's key, and where each of its files begins in the tar and how many bytes it has.

@@ -6,6 +6,8 @@ encoder or a loss that is new is refused until its formulas are written.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
@@ -41,6 +43,7 @@ def check_formulas(config: Config) -> Flap:
     Raises:
         ConfigError: a step that the formulas leave a part of out.
     """
+    need(config.image is None, "image", f"be left out here: {_UNKNOWN}", "one")
     _check_losses(config)
     with without_files(config) as complete, torch.device("meta"):
         model = Flap(complete, weights=False)
@@ -50,16 +53,21 @@ def check_formulas(config: Config) -> Flap:
 
 def _check_model(model: Flap) -> None:
     named = dict(model.named_children())
-    for outer in _INSIDE:
-        inner = model.get_submodule(outer).named_children()
-        named |= {f"{outer}.{name}": module for name, module in inner}
-    encoder = named.pop("text.inner")
+    _check_parts(named)
+    inside = {
+        f"{outer}.{name}": m for outer in _INSIDE for name, m in named[outer].named_children()
+    }
+    encoder = inside.pop("text.inner")
+    _check_parts(inside)
+    rule = f"hold a BERT or RoBERTa here: {_UNKNOWN}"
+    need(is_bert(encoder), "text.folder", rule, type(encoder).__name__)
+
+
+def _check_parts(named: Mapping[str, nn.Module]) -> None:
     for name, module in named.items():
         kind = _MODEL.get(name)
         rule = f"be a {kind.__name__} here: {_UNKNOWN}" if kind else f"not be there: {_UNKNOWN}"
         need(type(module) is kind, f"the model's {name}", rule, type(module).__name__)
-    rule = f"hold a BERT or RoBERTa here: {_UNKNOWN}"
-    need(is_bert(encoder), "text.folder", rule, type(encoder).__name__)
 
 
 def _check_losses(config: Config) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from flap_fast.checks import ConfigError
 from flap_fast.configfile import parse_config
 from flap_fast.data.captions import tokenizer
-from flap_fast.data.shards import ShardError, Shards, open_shards
+from flap_fast.data.shards import ShardError, Shards, kept_as, open_shards
 from flap_fast.data.sound import BadSound, crop, read_sound
 from flap_fast.evaluate.embed import Embeddings, embed
 from flap_fast.evaluate.geometry import geometry
@@ -73,7 +73,7 @@ def listen(run: RunFacts) -> tuple[list[Heard], list[str]]:
     found, missing = [], []
     for name, folder in names(run.config.data.val).items():
         try:
-            shards = open_shards([folder])
+            shards = open_shards([folder], kept_as(run.config))
             found.append(_heard(run, name, shards))
         except (ShardError, ConfigError) as why:
             missing.append(f"{name} is left out: {why}.")

@@ -70,6 +70,10 @@ def _source(config: Config, sound: Path | None, clip: int) -> tuple[str, str, by
     if sound is not None:
         return sound.name, "", sound
     shards = open_shards(config.data.train)
+    if shards.kind != "sounds":
+        raise ConfigError(
+            f"data.train must hold sounds for a figure, got {shards.kind}; name a --sound"
+        )
     if not 0 <= clip < len(shards):
         raise ConfigError(f"--clip must be in [0, {len(shards)}), got {clip}")
     record = shards.record(clip)

@@ -13,7 +13,7 @@ import torch
 from flap_fast.checks import ConfigError
 from flap_fast.config import Audio, Frontend, Fusion
 from flap_fast.data.dali import DaliDecoder
-from flap_fast.data.decode import TorchDecoder, backend, decode_one, log_mels
+from flap_fast.data.decode import TorchDecoder, backend, decode_one, log_mels, reader
 from flap_fast.data.frontend import MelFrontEnd
 from flap_fast.data.mel import kaldi_log_mel, normalise
 from flap_fast.data.sound import BadSound
@@ -45,7 +45,7 @@ def dali(batches, audio: Audio = ONE_SECOND, *, mel: bool = False, prefetch: int
 
 
 def twin(batches, audio: Audio = ONE_SECOND, *, prefetch: int = 2) -> Sounds:
-    return Sounds(TorchDecoder(batches, audio, threads=2, prefetch=prefetch))
+    return Sounds(TorchDecoder(batches, reader("sounds", audio), threads=2, prefetch=prefetch))
 
 
 @pytest.mark.parametrize("filling", ["repeatpad", "repeat", "pad"])

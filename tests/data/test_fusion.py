@@ -14,7 +14,7 @@ from transformers import ClapFeatureExtractor
 from flap_fast.config import Audio, Config, Frontend, Fusion
 from flap_fast.data.batch import Batch
 from flap_fast.data.captions import tokenizer
-from flap_fast.data.decode import TorchDecoder, decode_one, log_mels
+from flap_fast.data.decode import TorchDecoder, decode_one, log_mels, reader
 from flap_fast.data.draws import Stream, uniforms
 from flap_fast.data.frontend import MelFrontEnd, _alike, together
 from flap_fast.data.fusion import four_channels, piece_starts
@@ -164,11 +164,11 @@ def test_both_back_ends_decode_whole_clips_alike(filling):
     from flap_fast.data.dali import DaliDecoder
 
     audio = KALDI.model_copy(update={"filling": filling})
-    ahead = {"threads": 2, "prefetch": 1, "fusion": FUSED}
+    ahead = {"threads": 2, "prefetch": 1}
     batch = (encoded(), WHERE)
-    ours = next(TorchDecoder(iter([batch]), audio, **ahead))  # type: ignore[arg-type]
+    ours = next(TorchDecoder(iter([batch]), reader("sounds", audio, FUSED), **ahead))
     theirs = next(
-        DaliDecoder(iter([batch]), audio, batch=7, device=CPU, mel=False, **ahead)  # type: ignore[arg-type]
+        DaliDecoder(iter([batch]), audio, batch=7, device=CPU, mel=False, fusion=FUSED, **ahead)  # type: ignore[arg-type]
     )
     assert ours.lengths.tolist() == [16_000, 16_000, 16_080, 16_160, 27_200, 48_000, 48_000]
     assert torch.equal(theirs.lengths, ours.lengths)

@@ -19,7 +19,7 @@ from flap_fast.data.image import normalise_image, read_image
 from flap_fast.data.loader import TrainingLoader, evaluation_mels
 from flap_fast.data.manifest import ManifestError, read_manifest
 from flap_fast.data.prepare import prepare
-from flap_fast.data.shards import IMAGES, ShardError, open_shards, pack
+from flap_fast.data.shards import ShardError, open_shards, pack
 from flap_fast.ranks import Ranks
 from tests.pictures import draw, encoded, write_pictures
 from tests.tiny import tiny_clip
@@ -45,7 +45,7 @@ def batches(config: Config, first: int, last: int, rank: int = 0, world: int = 1
 
 
 def loader(config: Config, rank: int = 0, world: int = 1) -> TrainingLoader:
-    shards = open_shards(config.data.train, IMAGES)
+    shards = open_shards(config.data.train, ("images",))
     return TrainingLoader(config, shards, tokenizer(config.text), Ranks(rank, world, world))
 
 
@@ -82,7 +82,7 @@ def test_shards_keep_the_bytes_of_pictures_that_every_decoder_reads_alike(tmp_pa
     rows = [{"image": name, "caption": "a disc", "id": name} for name in (*kept, *made_anew)]
     done = prepare(write_manifest(tmp_path, rows), tmp_path / "out", show=False)
     assert (done.kept, done.rejected) == (9, 0)
-    found = open_shards([tmp_path / "out" / "train"], IMAGES)
+    found = open_shards([tmp_path / "out" / "train"], ("images",))
     for clip, (name, data) in enumerate([*kept.items(), *made_anew.items()]):
         assert found.record(clip)["id"] == name
         assert found.record(clip)["original_data"] == {"file": name}
@@ -145,7 +145,7 @@ def test_shards_as_img2dataset_writes_them_are_read_as_they_are(tmp_path):
             "2.txt": b' {"text": "as it is"}\n',
         },
     )
-    found = open_shards([tmp_path], IMAGES)
+    found = open_shards([tmp_path], ("images",))
     assert [found.record(clip)["text"] for clip in (0, 1)] == [
         ["from the JSON"],
         ['{"text": "as it is"}'],
@@ -158,13 +158,13 @@ def test_shards_of_the_other_sense_are_refused(tmp_path, shards):
         open_shards([shards])
     tar(tmp_path / "0.tar", {"1.flac": b"fLaC", "1.json": b"{}"})
     with pytest.raises(ShardError, match=r"must have a picture \(jpg, jpeg, png\) and a .json"):
-        open_shards([tmp_path], IMAGES)
+        open_shards([tmp_path], ("images",))
 
 
 def test_a_batch_is_what_its_visits_say(shards):
     config = config_of(shards, "frontend.backend=torch")
     (batch,) = batches(config, 2, 3)
-    found = open_shards([shards], IMAGES)
+    found = open_shards([shards], ("images",))
     assert (batch.mel.shape, batch.mel.dtype) == ((8, 3, 32, 32), torch.float32)
     assert config.image is not None
     squares = torch.tensor(
@@ -199,7 +199,7 @@ def mels(config: Config, first: int, last: int) -> list[torch.Tensor]:
 def test_a_bad_picture_is_replaced_by_the_next_and_reported(tmp_path, backend):
     pictures = [encoded(draw("red", "disc", n)) for n in range(8)]
     pictures[3] = pictures[3][: len(pictures[3]) // 2]
-    samples = [(f"{n}", data, {"text": [f"{n}"]}) for n, data in enumerate(pictures)]
+    samples = [(f"{n}.png", data, {"text": [f"{n}"]}) for n, data in enumerate(pictures)]
     data, index, _ = pack((key, sound, record) for key, sound, record in samples)
     (tmp_path / "0.tar").write_bytes(data)
     (tmp_path / "0.idx").write_text(index)
@@ -211,7 +211,7 @@ def test_a_bad_picture_is_replaced_by_the_next_and_reported(tmp_path, backend):
     assert torch.equal(first, second)
     (bad,) = loading.bad
     assert "truncated" in bad.reason
-    found = open_shards([tmp_path], IMAGES)
+    found = open_shards([tmp_path], ("images",))
     assert (bad.clip, bad.replaced_by) == (found.name(3), found.name(4))
     with pytest.raises(ShardError, match=r"cannot be decoded: .*0.tar at byte \d+ \(unreadable"):
         list(evaluation_mels(config, found, np.arange(8), Ranks()))
@@ -220,7 +220,7 @@ def test_a_bad_picture_is_replaced_by_the_next_and_reported(tmp_path, backend):
 @ANY_BACK_END
 def test_evaluation_sees_the_pictures_named_in_their_order(shards, backend):
     config = config_of(shards, f"frontend.backend={backend}", "eval.batch=2")
-    found = open_shards([shards], IMAGES)
+    found = open_shards([shards], ("images",))
     seen = [part.mel for part in evaluation_mels(config, found, np.array([5, 0, 9]), Ranks())]
     assert [len(part) for part in seen] == [2, 1]
     for clip, picture in zip((5, 0, 9), torch.cat(seen), strict=True):

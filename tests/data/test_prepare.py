@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from flap_fast.data.jobs import Prepared
 from flap_fast.data.manifest import ManifestError
-from flap_fast.data.prepare import Prepared, ahead, prepare
+from flap_fast.data.prepare import ahead, prepare
 from flap_fast.data.shards import open_shards
 from flap_fast.data.sound import read_sound
 from tests.sounds import encode, noise, tone, write_corpus, write_manifest
@@ -135,7 +136,7 @@ def test_shards_of_another_manifest_or_rate_are_not_mixed(corpus, prepared, tmp_
         rows[9]["start_s"] = 0.1
     if change == "fewer rows":
         rows = [row for row in rows if row["split"] == "train"]
-    settings = {"sample_rate_hz": RATE, "shard_clips": 7}
+    settings: dict[str, Any] = {"sample_rate_hz": RATE, "shard_clips": 7}
     if change == "rate":
         settings["sample_rate_hz"] = 32_000
     if change == "clips of a shard":
@@ -266,6 +267,6 @@ def test_an_error_that_is_not_a_sounds_stops_everything(corpus, tmp_path, monkey
     def broken(*_, **__):
         raise MemoryError("no memory")
 
-    monkeypatch.setattr("flap_fast.data.prepare.read_sound", broken)
+    monkeypatch.setattr("flap_fast.data.forms.read_sound", broken)
     with pytest.raises(MemoryError):
         prepare(corpus, tmp_path, show=False)

@@ -282,17 +282,46 @@ def test_many_more_shards_than_may_be_open_at_once_are_read(tmp_path):
     assert len(os.listdir("/proc/self/fd")) <= before + 256
 
 
-def test_a_full_disk_leaves_the_old_file_and_says_which(tmp_path):
+def test_a_full_disk_leaves_the_old_file_and_says_which(tmp_path, monkeypatch):
     """A link to /dev/full stands where the part is written: each write fails with ENOSPC."""
     file = tmp_path / "0.tar"
     write_atomically(file, b"old")
-    (tmp_path / "0.tar.part").symlink_to("/dev/full")
+
+    def linked(_: int) -> str:
+        (tmp_path / "0.tar.x.part").symlink_to("/dev/full")
+        return "x"
+
+    monkeypatch.setattr("flap_fast.data.shards.secrets.token_hex", linked)
     with pytest.raises(
         OSError, match=r"No space left .*; make room .* again: '.*/0\.tar'"
     ) as error:
         write_atomically(file, b"new" * 1000)
     assert error.value.errno == errno.ENOSPC
     assert file.read_bytes() == b"old"
+    assert [f.name for f in tmp_path.iterdir()] == ["0.tar"]
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path):
+    (tmp_path / "0.tar.5eed.part").write_bytes(b"hal")
+    (tmp_path / "10.tar.5eed.part").write_bytes(b"another file's")
+    write_atomically(tmp_path / "0.tar", b"whole")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["0.tar", "10.tar.5eed.part"]
+
+
+def test_two_who_write_one_file_at_once_both_succeed(tmp_path, monkeypatch):
+    """The second writer begins, and clears away the first one's part, before that is in place."""
+    file, fsync, written = tmp_path / "0.tar", os.fsync, []
+
+    def other_first(descriptor: int) -> None:
+        fsync(descriptor)
+        written.append(descriptor)
+        if len(written) == 1:
+            write_atomically(file, b"the same bytes")
+
+    monkeypatch.setattr("flap_fast.data.shards.os.fsync", other_first)
+    write_atomically(file, b"the same bytes")
+    assert len(written) == 3
+    assert file.read_bytes() == b"the same bytes"
     assert [f.name for f in tmp_path.iterdir()] == ["0.tar"]
 
 

@@ -18,7 +18,7 @@ from flap_fast.checks import ConfigError
 from flap_fast.config import Config
 from flap_fast.data.captions import tokenizer
 from flap_fast.data.prepare import prepare
-from flap_fast.data.shards import IMAGES, open_shards
+from flap_fast.data.shards import open_shards
 from flap_fast.evaluate.run import score, table
 from flap_fast.evaluate.subject import whole_model
 from flap_fast.evaluate.tables import markdown
@@ -28,8 +28,9 @@ from flap_fast.ranks import Ranks
 from flap_fast.train.checkpoint import latest
 from flap_fast.train.engine import parameter_groups
 from flap_fast.train.loop import train
+from flap_fast.train.run_folder import differences
 from tests.pictures import COLOURS, SHAPES, draw, write_pictures
-from tests.tiny import tiny_clip
+from tests.tiny import tiny, tiny_clip
 
 KINDS = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 
@@ -98,7 +99,7 @@ def test_zero_shot_tells_shapes_with_the_prompts_of_imagenet(trained):
 
 def test_the_embedder_sees_as_evaluation_does(trained, tmp_path):
     embedder = flap_fast.load(trained.run_folder)
-    shards = open_shards(trained.data.val, IMAGES)
+    shards = open_shards(trained.data.val, ("images",))
     files = []
     for clip in range(len(shards)):
         files.append(tmp_path / f"{clip}.png")
@@ -160,6 +161,13 @@ def test_weight_decay_leaves_positions_alone():
     assert {"image.attnpool.positional_embedding", "text.positional_embedding"} <= others
     assert {"image.conv1.weight", "text.token_embedding.weight", "text_head.weight"} <= decayed
     assert {"image.bn1.weight", "text.ln_final.weight", "logit_scale"} <= others
+
+
+def test_a_run_cannot_go_on_with_the_other_sense():
+    """Also where `image` goes away, and its settings with it."""
+    there = {name for name, _, _ in differences(tiny(), tiny_clip())}
+    back = {name for name, _, _ in differences(tiny_clip(), tiny())}
+    assert {"image.resolution", "text.encoder", "mask.kind"} <= there & back
 
 
 @pytest.mark.parametrize("command", ["show", "plan", "profile", "eval"])

@@ -1,0 +1,51 @@
+"""A Ray cluster writes the bytes of one machine, and its errors arrive here."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from flap_fast.checks import ConfigError
+from flap_fast.data.jobs import Prepared
+from flap_fast.data.manifest import read_manifest
+from flap_fast.data.prepare import prepare
+from tests.data.test_prepare import contents
+
+
+@pytest.mark.slow
+def test_a_cluster_writes_the_bytes_of_one_machine(corpus, prepared, tmp_path, monkeypatch):
+    """A cluster of this machine with two cores, which is there before the working folder changes.
+
+    Needs Ray: pip install 'flap_fast[ray]'.
+    """
+    ray = pytest.importorskip("ray")
+    paths = {"env_vars": {"PYTHONPATH": ":".join(path for path in sys.path if path)}}
+    ray.init(num_cpus=2, include_dashboard=False, runtime_env=paths, log_to_driver=False)
+    try:
+        out = tmp_path / "out"
+        monkeypatch.chdir(corpus.parent)
+        done = prepare(corpus.name, out, shard_clips=7, distributor="ray", show=False)
+        assert done == Prepared(30, 5, 30, 0)
+        assert contents(out) == contents(prepared)
+        # What a worker cannot do fails here, with the file.
+        (tmp_path / "full/train").mkdir(parents=True)
+        (tmp_path / "full/train/1.idx").mkdir()
+        with pytest.raises(OSError, match=r"full/train/1\.idx"):
+            prepare(corpus, tmp_path / "full", shard_clips=7, distributor="ray", show=False)
+    finally:
+        ray.shutdown()
+
+
+def test_without_a_cluster_the_remedy_is_said(corpus, tmp_path, monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    rows = read_manifest(corpus)
+    with pytest.raises(ConfigError, match=r"must find a cluster, got none; .* ray start --head"):
+        prepare(rows, tmp_path, distributor="ray", show=False)
+
+
+def test_without_ray_the_remedy_is_said(corpus, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match=r"must have Ray; pip install 'flap_fast\[ray\]'"):
+        prepare(corpus, tmp_path, distributor="ray", show=False)
