@@ -131,7 +131,7 @@ def counted_in_the_engine():
             model = Flap(config)
             sizes, buffers = Sizes.of(model), sum(b.nbytes for b in model.buffers())
             engine = DeepSpeedEngine(config, model, ranks)
-            counted, expected = steps(config, ranks, engine, sizes)
+            counted, expected = step_often(config, ranks, engine, sizes)
         gc.collect()
         states = state_bytes(
             "deepspeed",
@@ -149,12 +149,16 @@ def counted_in_the_engine():
     return found
 
 
-def steps(config: Config, ranks: Ranks, engine: Engine, sizes: Sizes) -> tuple[Traffic, Traffic]:
+def step_often(
+    config: Config, ranks: Ranks, engine: Engine, sizes: Sizes
+) -> tuple[Traffic, Traffic]:
     gradients = Gradients(config, ranks, engine, 1000, 1000)
     loader = SyntheticLoader(config, engine.module.text.inner.config, ranks)
-    batches = loader.batches(0, 3, times=gradients.reads)
+    # Stage 3 finds its order in the first, and checks it in the second.
+    steps = 3 if config.train.zero_stage == 3 else 2
+    batches = loader.batches(0, steps, times=gradients.reads)
     counted = CountTraffic()
-    for step in range(1, 4):  # stage 3 finds its order in the first, and checks it in the second
+    for step in range(1, 1 + steps):
         counted = CountTraffic()
         with counted:
             gradients(step, batches)
@@ -186,13 +190,15 @@ def between_steps(states: States, sizes: Sizes) -> int:
 
 
 def test_bytes_sent_and_held_under_deepspeed_are_the_formulas_in_each_zero_stage():
-    """Sent: equal. Held after a step: to 1 %, most of them to 0.002 %."""
+    """Sent: equal. Held after a step, by the rank that holds most: to 1 %."""
     pytest.importorskip("deepspeed")
-    for found in on_ranks(2, counted_in_the_engine):
-        assert len(found) == len(ENGINES)
-        for overrides, (sent, expected, held, states) in zip(ENGINES, found, strict=True):
+    ranks = on_ranks(2, counted_in_the_engine)
+    for overrides, *found in zip(ENGINES, *ranks, strict=True):
+        for sent, expected, _, _ in found:
             assert sent == expected, overrides
-            assert held == pytest.approx(states, rel=0.01), overrides
+        # A parameter that both have a part of may be whole on one of them.
+        most = max(held for _, _, held, _ in found)
+        assert most == pytest.approx(found[0][3], rel=0.01), overrides
 
 
 CASES = [
