@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from flap_fast.checks import need
-from flap_fast.config_audio import SIZES
+from flap_fast.config.audio import SIZES
 from flap_fast.interchange.tensors import Tensors
 from flap_fast.model.patches import sine_positions
 

@@ -1,7 +1,6 @@
 """The sections `audio` and `fusion` of a config: what the model hears of a clip, and its encoder.
 
-A part of `config.py`, which says how knobs are read. Defaults follow `audio.encoder` and
-`audio.mel` where those are set.
+Defaults follow `audio.encoder` and `audio.mel` where those are set.
 """
 
 from __future__ import annotations
@@ -9,14 +8,10 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from flap_fast.checks import need
-
-Ratio = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
+from flap_fast.config.section import Count, Positive, Ratio, Section
 
 # Width, depth and heads of the audio encoder. Source: SPEC 4.1; `tiny` is the demo's.
 SIZES = {
@@ -42,20 +37,6 @@ _CLAP = {
     "mean": 0.0,
     "std": 0.5,
 }
-
-
-class Section(BaseModel):
-    """Frozen settings; an unknown name is refused."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _empty(cls, tree):
-        """`mask:` with all its lines commented out means the defaults."""
-        return {} if tree is None else tree
 
 
 class Audio(Section):

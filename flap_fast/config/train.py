@@ -1,0 +1,151 @@
+"""The sections of a run's steps: `optim`, `sched`, `train`, `ckpt`, `eval`, `log`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from flap_fast.checks import need
+from flap_fast.config.section import Count, CountOrZero, Positive, Ratio, Section
+
+Recomputed = Literal["audio", "text", "decoder"]
+
+
+def _named(value: object) -> object:
+    """`true`, `false` and a single name as the names they stand for."""
+    if isinstance(value, bool):
+        return get_args(Recomputed) if value else ()
+    return (value,) if isinstance(value, str) else value
+
+
+class Optim(Section):
+    name: Literal["adam", "adamw"] = "adam"
+    """Adam, or AdamW with decoupled weight decay."""
+    lr: Positive = 1e-4
+    """Learning rate after warm-up."""
+    betas: tuple[Ratio, Ratio] = (0.9, 0.999)
+    """FLAP prints (0.99, 0.9), which no published script of its toolkit passes."""
+    eps: Positive = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """On matrices only: never on biases, norms, tokens or the logit scale."""
+    clip_norm: Annotated[float, Field(ge=0)] = 0.0
+    """Largest gradient norm; 0 does not clip."""
+
+    @model_validator(mode="after")
+    def _decays(self):
+        rule = "be 0 with optim.name = adam, which would add it to the gradient"
+        fits = self.name == "adamw" or self.weight_decay == 0
+        need(fits, "optim.weight_decay", rule, self.weight_decay, "set optim.name=adamw")
+        return self
+
+
+class Sched(Section):
+    warmup_steps: CountOrZero = 3200
+    """Steps of linear warm-up; then a cosine to zero."""
+
+
+class Train(Section):
+    global_batch: Count = 2304
+    """Clips contrasted with one another in a step, over all ranks."""
+    micro_batch: Count | None = None
+    """Clips a rank takes through the towers at a time; its whole share without. They need the
+    memory of so many, and one more forward pass. BatchNorm, where there is one, sees them alone."""
+    accumulation: Literal["exact", "local"] = "exact"
+    """Of micro-batches: contrast the whole global batch (two passes, the gradients of one), or each
+    micro-batch within itself (one pass, fewer negatives, another loss)."""
+    replay: Literal["auto", "keep", "decode"] = "auto"
+    """Where the second of two passes takes a step's log-mels from: kept on the device (0.5 MB for
+    10 s of sound), or decoded again. `auto` keeps them on a GPU; on a CPU it decodes, where that is
+    little beside the towers."""
+    epochs: Count | None = 45
+    """Passes over the data; the last incomplete batch of each is dropped."""
+    steps: Count | None = None
+    """Optimizer steps, instead of epochs."""
+    init_from: Path | None = None
+    """A model folder or a run whose weights a new run begins with (`flap import` writes folders);
+    a decoder that it lacks begins at random."""
+    init_audio_from: Path | None = None
+    """The same of the audio tower alone: an imported AudioMAE, a model folder or a run; feature
+    fusion that it lacks begins at random."""
+    engine: Literal["auto", "plain", "deepspeed"] = "auto"
+    """`auto`: DeepSpeed under a launcher, plain PyTorch for a process of its own."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What DeepSpeed shards: nothing, optimizer states, gradients too, parameters too."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of the towers: bf16 autocast on a GPU and fp32 on a CPU (`auto`), or one of them anywhere.
+    Parameters, embeddings and losses stay in fp32."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What DeepSpeed keeps in the CPU's memory: Adam's states and gradients (ZeRO 1 to 3), or the
+    parameters too (ZeRO 3). PyTorch's fused Adam then updates them on the CPU."""
+    checkpoint_activations: Annotated[tuple[Recomputed, ...], BeforeValidator(_named)] = ()
+    """Whose transformer blocks are computed again in the backward pass instead of being kept: some
+    of `audio`, `text` and `decoder`, or `true` for all of them."""
+    compile: bool = False
+    """torch.compile the audio encoder's blocks (and the decoder's), whose shapes never change in
+    training. Text is left as it is: its lengths change with each batch."""
+
+    def micro_batches(self, world: int) -> int:
+        """How many a rank takes through the towers in a step, where `world` share it."""
+        share = self.global_batch // world
+        return share // (self.micro_batch or share)
+
+    @model_validator(mode="after")
+    def _one_length(self):
+        if "steps" in self.model_fields_set and self.steps:
+            object.__setattr__(self, "epochs", None)
+        need(
+            bool(self.epochs or self.steps), "train.epochs", "be set when train.steps is not", None
+        )
+        rule, audio = "be left out with train.init_from", self.init_audio_from
+        need(not (audio and self.init_from), "train.init_audio_from", rule, audio)
+        rule = "be off with train.zero_stage = 3, whose hooks gather weights inside of each block"
+        need(not (self.compile and self.zero_stage == 3), "train.compile", rule, self.compile)
+        return self
+
+    @model_validator(mode="after")
+    def _offloads(self):
+        lowest = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
+        rule = f"be at least {lowest} with train.offload = {self.offload}"
+        fits = self.zero_stage >= lowest
+        need(fits, "train.zero_stage", rule, self.zero_stage, f"set train.zero_stage={lowest}")
+        return self
+
+
+class Ckpt(Section):
+    every_steps: CountOrZero = 1000
+    """Steps between checkpoints; the last step and an interruption always save. 0: only those."""
+    keep_last: Count = 2
+    """Older checkpoints are deleted, but for the best."""
+    keep_best: bool = True
+    """Keep the checkpoint with the best mean of both directions' mAP@10 on data.val."""
+
+
+class Eval(Section):
+    every_steps: CountOrZero = 0
+    """Steps between evaluations on data.val. 0: at the end only."""
+    batch: Count = 64
+    """Clips a rank embeds at a time."""
+    crop: str = Field(default="random", pattern=r"^(random|center|multi:[1-9]\d*)$")
+    """Crop of clips longer than audio.duration_s: `random` (fixed by the clip, not by the run),
+    `center`, or `multi:K`, the mean embedding of K crops at equal steps from begin to end."""
+    templates: str = "This is a sound of {label}."
+    """Prompt of zero-shot classes; or `audio29` or `imagenet80`, or a text file with one a line."""
+    sentences: Literal["joint", "tower"] = "joint"
+    """What STS and SentEval take of a caption: its joint embedding, or the text tower's."""
+
+    @property
+    def crops(self) -> int:
+        """Crops of a clip."""
+        return int(self.crop[6:]) if self.crop.startswith("multi:") else 1
+
+
+class Log(Section):
+    every_steps: Count = 10
+    """Steps between lines of metrics.jsonl."""
+    tensorboard: bool = True
+    """Write TensorBoard's event files."""
+    wandb: bool = False
+    """Report to Weights & Biases too (`pip install wandb`)."""
