@@ -10,14 +10,14 @@ dies here, before a file is opened: the error names the setting, the rule, the v
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from flap_fast.checks import need
-from flap_fast.config.audio import Audio, Fusion
+from flap_fast.config.audio import Audio, Fusion, Mask, SpecAug
 from flap_fast.config.loss import NLI, Contrastive, Cyclic, Loss, Recon, SimCSE
-from flap_fast.config.section import Count, CountOrZero, Folders, Positive, Ratio, Section
+from flap_fast.config.section import Count, CountOrZero, Folders, Section
 from flap_fast.config.towers import Decoder, Image, Joint, Text
 from flap_fast.config.train import Ckpt, Eval, Log, Optim, Sched, Train
 
@@ -92,36 +92,6 @@ class Frontend(Section):
     """Decoding threads a rank; 0 shares the machine's cores among its ranks."""
     prefetch: Count = 2
     """Batches decoded ahead."""
-
-
-class SpecAug(Section):
-    time_frames: CountOrZero = 192
-    """Widest time mask, exclusive; 0 turns it off."""
-    freq_bins: CountOrZero = 48
-    """Widest frequency mask, exclusive; 0 turns it off."""
-    stripes: Count = 1
-    """Masks of each kind. HTSAT's defaults are 2 of up to 63 frames and 2 of up to 7 bins."""
-    domain: Literal["pre_norm", "post_norm"] = "pre_norm"
-    """Zeros before normalisation (AudioMAE's order) or after; HTSAT's lie behind its BatchNorm."""
-
-
-class Mask(Section):
-    kind: Literal["none", "1d", "2d"] = "2d"
-    """Which patches training drops: none, of the flat sequence, or whole rows and columns."""
-    ratio: Ratio = 0.4
-    """Share dropped by 1-D masking."""
-    unit: Literal["token", "frame"] = "token"
-    """What 1-D masking drops: patches, or whole time columns of them."""
-    time_ratio: Ratio = 0.2
-    """Share of time columns dropped by 2-D masking."""
-    freq_ratio: Ratio = 0.2
-    """Share of frequency rows dropped by 2-D masking."""
-    shared_inner: bool = True
-    """2-D: one draw of frequency rows a clip, or one for each time column."""
-    rounding: Literal["floor", "round", "ceil"] = "floor"
-    """How a kept count becomes whole."""
-    unmasked_tail_epochs: CountOrZero = 0
-    """Epochs at the end that train without masking (FLIP)."""
 
 
 # What other sections are by themselves where `image` is set.

@@ -1,4 +1,4 @@
-"""The sections `audio` and `fusion` of a config: what the model hears of a clip, and its encoder.
+"""The sections `audio`, `fusion`, `specaug` and `mask`: what a model hears, and its encoder.
 
 Defaults follow `audio.encoder` and `audio.mel` where those are set.
 """
@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from flap_fast.checks import need
-from flap_fast.config.section import Count, Positive, Ratio, Section
+from flap_fast.config.section import Count, CountOrZero, Positive, Ratio, Section
 
 # Width, depth and heads of the audio encoder. Source: SPEC 4.1; `tiny` is the demo's.
 SIZES = {
@@ -249,3 +249,33 @@ class Fusion(Section):
         if not self.on:
             return audio.samples
         return round(self.max_duration_s * audio.sample_rate_hz)
+
+
+class SpecAug(Section):
+    time_frames: CountOrZero = 192
+    """Widest time mask, exclusive; 0 turns it off."""
+    freq_bins: CountOrZero = 48
+    """Widest frequency mask, exclusive; 0 turns it off."""
+    stripes: Count = 1
+    """Masks of each kind. HTSAT's defaults are 2 of up to 63 frames and 2 of up to 7 bins."""
+    domain: Literal["pre_norm", "post_norm"] = "pre_norm"
+    """Zeros before normalisation (AudioMAE's order) or after; HTSAT's lie behind its BatchNorm."""
+
+
+class Mask(Section):
+    kind: Literal["none", "1d", "2d"] = "2d"
+    """Which patches training drops: none, of the flat sequence, or whole rows and columns."""
+    ratio: Ratio = 0.4
+    """Share dropped by 1-D masking."""
+    unit: Literal["token", "frame"] = "token"
+    """What 1-D masking drops: patches, or whole time columns of them."""
+    time_ratio: Ratio = 0.2
+    """Share of time columns dropped by 2-D masking."""
+    freq_ratio: Ratio = 0.2
+    """Share of frequency rows dropped by 2-D masking."""
+    shared_inner: bool = True
+    """2-D: one draw of frequency rows a clip, or one for each time column."""
+    rounding: Literal["floor", "round", "ceil"] = "floor"
+    """How a kept count becomes whole."""
+    unmasked_tail_epochs: CountOrZero = 0
+    """Epochs at the end that train without masking (FLIP)."""

@@ -53,7 +53,8 @@ class HTSAT(nn.Module):
         if self.fusion.type.endswith("_1d"):
             self.mel_conv1d = piece_mels(audio.mel_bins)
             self.fusion_model = fusion_model(self.fusion.type, audio.mel_bins)
-        rates = torch.linspace(0, audio.drop_path, sum(d for _, d, _ in audio.stages)).tolist()
+        blocks = sum(depth for _, depth, _ in audio.stages)
+        rates = torch.linspace(0, audio.drop_path, blocks, device="cpu").tolist()
         self.layers = nn.ModuleList()
         for n, (width, depth, heads) in enumerate(audio.stages):
             grid, drop_path, rates = side // audio.patch >> n, rates[:depth], rates[depth:]

@@ -326,14 +326,14 @@ def test_running_out_of_memory_does_not_end_the_search(monkeypatch: pytest.Monke
     attempt = Attempts(tiny(), CPU)
     real = attempt._engine.module.audio.forward
 
-    def full(mel: torch.Tensor, *rest: Any) -> Any:
+    def full(mel: torch.Tensor, *rest: Any, **named: Any) -> Any:
         if len(mel) > 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(mel, *rest)
+        return real(mel, *rest, **named)
 
     monkeypatch.setattr(attempt._engine.module.audio, "forward", full)
     assert [attempt(n).fits for n in (4, 8, 4)] == [True, False, True]
-    monkeypatch.setattr(attempt._engine.module.audio, "forward", lambda *_: 1 / 0)
+    monkeypatch.setattr(attempt._engine.module.audio, "forward", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         attempt(4)
 
