@@ -11,7 +11,10 @@ import typer
 def import_(
     checkpoint: Annotated[
         Path,
-        typer.Argument(help="LAION-CLAP's .pt, AudioMAE's .pth, a ClapModel's or a FLAP's folder."),
+        typer.Argument(
+            help="LAION-CLAP's, OpenAI's or CyCLIP's .pt, AudioMAE's .pth, a ClapModel's or a "
+            "FLAP's folder."
+        ),
     ],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     overrides: Annotated[
@@ -39,9 +42,11 @@ def import_(
 
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A run's folder or a checkpoint's.")],
-    out: Annotated[Path, typer.Argument(help="A folder, for transformers; or LAION-CLAP's .pt.")],
+    out: Annotated[
+        Path, typer.Argument(help="A folder, for transformers; or a .pt, LAION-CLAP's or OpenAI's.")
+    ],
 ) -> None:
-    """Write a model for transformers: a `ClapModel` where it is one."""
+    """Write a model for others: a `ClapModel` where it is one, a CLIP in OpenAI's names."""
     from flap_fast.interchange.convert import export_checkpoint
 
     print(f"{out}: {export_checkpoint(checkpoint, out)}")

@@ -59,7 +59,9 @@ def tokenizer(text: Text) -> Tokenizer:
 # What OpenAI's `clip` and `open_clip` ship: a line of no use, then the pairs to merge, best first.
 _CLIP_MERGES = "bpe_simple_vocab_16e6.txt.gz"
 _CLIP_MARKS = ("<|startoftext|>", "<|endoftext|>")
-_CLIP_TOKENS = 49_408
+CLIP_TOKENS = 49_408
+# Packages that the index has under another name.
+_ON_THE_INDEX = {"open_clip": "--no-deps open_clip_torch"}
 
 
 def _clip_tokenizer(file: Path) -> Any:
@@ -68,7 +70,7 @@ def _clip_tokenizer(file: Path) -> Any:
     The file has more merges than CLIP uses. Unlike OpenAI's code, which mends HTML's entities and
     broken encodings in a text first, this one takes it as it is.
     """
-    most = _CLIP_TOKENS - 2 * 256 - len(_CLIP_MARKS)
+    most = CLIP_TOKENS - 2 * 256 - len(_CLIP_MARKS)
     lines = gzip.decompress(file.read_bytes()).decode().splitlines()
     merges = lines[1 : most + 1]
     pieces = list(bytes_to_unicode().values())
@@ -95,7 +97,7 @@ def local_folder(name: str, value: str, remedy: str = _REMEDY) -> Path:
         name,
         "name an installed package",
         value,
-        f"pip install {package.replace('_', '-')}",
+        f"pip install {_ON_THE_INDEX.get(package, package.replace('_', '-'))}",
     )
     folder = Path(spec.submodule_search_locations[0]) / inside  # type: ignore[index,union-attr]
     need(folder.is_dir(), name, "be a folder inside the package", value)

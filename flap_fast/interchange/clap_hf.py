@@ -191,8 +191,10 @@ def why_not_clap(config: Config, encoder: Any) -> str:
     """Why a model cannot be a `ClapModel`; empty if it can.
 
     Args:
-        encoder: the text tower's transformers config.
+        encoder: the text tower's transformers config; None for CLIP's tower.
     """
+    if config.image is not None:
+        return "it sees"
     if config.audio.encoder != "htsat" or config.audio.mel != "clap":
         return "its audio tower is no HTSAT on CLAP's mel"
     if config.fusion.type not in _FUSIONS:
@@ -206,7 +208,8 @@ def why_not_clap(config: Config, encoder: Any) -> str:
 
 def why_no_clap_text(config: Config, encoder: Any) -> str:
     """The same of the text tower alone."""
-    fits = encoder.model_type == "roberta" and config.text.pool == "pooler"
+    roberta = encoder is not None and encoder.model_type == "roberta"
+    fits = roberta and config.text.pool == "pooler"
     return "" if fits else "its text tower is no RoBERTa with a pooler"
 
 

@@ -1,8 +1,9 @@
 """`flap import` and `flap export`: which layout a checkpoint has, and what is written of it.
 
-import  LAION-CLAP's .pt, a ClapModel's or a FLAP's folder -> a model folder
-        AudioMAE's .pth                                    -> an audio tower's folder
-export  a model folder -> a ClapModel's folder, or a FLAP's in that form; LAION-CLAP's .pt
+import  LAION-CLAP's .pt, OpenAI's or CyCLIP's, a ClapModel's or a FLAP's folder -> a model folder
+        AudioMAE's .pth -> an audio tower's folder
+export  a model folder -> a ClapModel's folder, or a FLAP's in that form; LAION-CLAP's or OpenAI's
+        .pt
 
 A folder appears whole or not at all. What a foreign file holds and this project has no use for goes
 into `unused.safetensors`, so that it comes out again as it went in.
@@ -23,15 +24,28 @@ from flap_fast.checks import need
 from flap_fast.config import Config
 from flap_fast.configfile import dump_config, load_config
 from flap_fast.data.captions import tokenizer
-from flap_fast.interchange import audiomae, clap_hf, flap_hf, laion
-from flap_fast.interchange.tensors import Tensors, fitted_tensors, read_tensors, strip_prefixes
+from flap_fast.interchange import audiomae, clap_hf, clip_openai, flap_hf, laion
+from flap_fast.interchange.tensors import (
+    Tensors,
+    fitted_tensors,
+    read_saved,
+    read_tensors,
+    strip_prefixes,
+)
 from flap_fast.model import AUDIO_ENCODERS
 from flap_fast.model.decoder import Decoder
 from flap_fast.model.flap import Flap
-from flap_fast.model.interop import TOWER, load_model, model_folder, save_model, save_tensors
+from flap_fast.model.interop import (
+    TOWER,
+    load_model,
+    model_folder,
+    save_model,
+    save_tensors,
+    with_text,
+)
 
 UNUSED = "unused.safetensors"
-# What DistributedDataParallel puts before LAION's names.
+# What DistributedDataParallel puts before names, of LAION's and CyCLIP's files.
 _MODULE = "module."
 _TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -63,15 +77,24 @@ def import_checkpoint(
     with _appearing(out) as folder:
         if path.is_dir():
             return _import_folder(path, folder, out, overrides, strip, partial)
-        whole = read_tensors(path)
-        tensors = strip_prefixes(whole, (_MODULE, *strip))
+        saved = read_saved(path)
+        tensors = strip_prefixes(saved.tensors, (_MODULE, *strip))
         if laion.is_laion(tensors):
-            prefix = _MODULE if all(name.startswith(_MODULE) for name in whole) else ""
             config = _laion_config(tensors, overrides)
             found, unused = laion.from_laion(tensors)
-            unused = {prefix + name: value for name, value in unused.items()}
+            unused = {_prefix(saved.tensors) + name: value for name, value in unused.items()}
             return _write_model(path, folder, out, config, found, unused, partial)
-        known = "LAION-CLAP's (audio_branch...) or AudioMAE's (patch_embed.proj, pos_embed)"
+        if clip_openai.is_openai(tensors):
+            config = load_config(None, [*clip_openai.openai_settings(tensors), *overrides])
+            if not partial:
+                clip_openai.check_tokenizer(tensors, config)
+            clip_openai.keep_origin(folder, saved, _prefix(saved.tensors))
+            found, unused = clip_openai.from_openai(tensors)
+            return _write_model(path, folder, out, config, found, unused, partial)
+        known = (
+            "LAION-CLAP's (audio_branch...), OpenAI's CLIP's (visual..., token_embedding) or "
+            "AudioMAE's (patch_embed.proj, pos_embed)"
+        )
         first = ", ".join(list(tensors)[:3])
         remedy = "--strip PREFIX shortens names"
         need(audiomae.is_audiomae(tensors), str(path), f"have {known} names", first, remedy)
@@ -131,7 +154,7 @@ def _write_model(
     )
     if unused:
         save_tensors(folder / UNUSED, unused)
-    _write_config(folder, config, "init_from", out, text=str(out / "text"))
+    _write_config(folder, with_text(config, out / "text"), "init_from", out)
     return f"open it with flap_fast.load('{out}'), train on with train.init_from={out}"
 
 
@@ -157,15 +180,14 @@ def _write_tower(
         parts["decoder"] = Decoder(config, tower.width)
     wanted = nn.ModuleDict(parts).state_dict()
     save_tensors(folder / TOWER, fitted_tensors(found, wanted, path, partial=partial))
-    _write_config(folder, config, "init_audio_from", out, text=config.text.folder)
+    _write_config(folder, config, "init_audio_from", out)
     return f"an audio tower; train from it with train.init_audio_from={out}"
 
 
-def _write_config(folder: Path, config: Config, begin: str, out: Path, text: str | None) -> None:
+def _write_config(folder: Path, config: Config, begin: str, out: Path) -> None:
     """A config that begins a training where the folder will lie."""
-    words = config.text.model_copy(update={"folder": text})
     begins = config.train.model_copy(update={begin: out})
-    config = config.model_copy(update={"text": words, "train": begins})
+    config = config.model_copy(update={"train": begins})
     (folder / "config.yaml").write_text(dump_config(config))
 
 
@@ -175,9 +197,16 @@ def export_checkpoint(path: Path, out: Path) -> str:
     model, config = load_model(folder)
     weights, (prefix, unused) = model.state_dict(), _unused(folder)
     if out.suffix in (".pt", ".pth"):
-        _write_laion(folder, out, weights, prefix, unused)
-        return "LAION-CLAP's layout"
-    encoder = model.text.inner.config
+        if config.image is None:
+            file, whose = _laion_file(folder, out, weights, prefix, unused), "LAION-CLAP"
+        else:
+            file = clip_openai.laid_out(folder, clip_openai.to_openai(weights) | unused)
+            whose = "OpenAI"
+        need(not out.exists(), "OUT", "be new", out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(file, out)
+        return f"{whose}'s layout"
+    encoder = getattr(model.text.inner, "config", None)  # CLIP's tower has none
     why_not = clap_hf.why_not_clap(config, encoder)
     with _appearing(out) as place:
         if why_not:
@@ -191,22 +220,27 @@ def export_checkpoint(path: Path, out: Path) -> str:
         return "a folder for transformers.ClapModel"
 
 
-def _write_laion(folder: Path, out: Path, weights: Tensors, prefix: str, unused: Tensors) -> None:
+def _laion_file(
+    folder: Path, out: Path, weights: Tensors, prefix: str, unused: Tensors
+) -> dict[str, Tensors]:
     rule = f"be a folder where {folder} was not imported from a .pt, whose unused layers that holds"
     remedy = "export to a folder, for transformers"
     need(any("tscam_conv" in name for name in unused), "OUT", rule, out, remedy)
-    need(not out.exists(), "OUT", "be new", out)
     theirs = laion.to_laion(weights, unused)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"state_dict": {prefix + name: value for name, value in theirs.items()}}, out)
+    return {"state_dict": {prefix + name: value for name, value in theirs.items()}}
 
 
 def _unused(folder: Path) -> tuple[str, Tensors]:
     """What stood before each name in the file imported, and what had no use."""
     file = folder / UNUSED
     found = read_tensors(file) if file.is_file() else {}
-    prefix = _MODULE if found and all(name.startswith(_MODULE) for name in found) else ""
+    prefix = _prefix(found)
     return prefix, {name.removeprefix(prefix): value for name, value in found.items()}
+
+
+def _prefix(tensors: Tensors) -> str:
+    """What stands before each name of a file."""
+    return _MODULE if tensors and all(name.startswith(_MODULE) for name in tensors) else ""
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from flap_fast.interchange.clap_hf import (
 )
 from flap_fast.interchange.tensors import Tensors, read_tensors
 from flap_fast.model.flap import Flap
-from flap_fast.model.interop import save_tensors
+from flap_fast.model.interop import save_tensors, with_text
 from flap_fast.model.text_encoder import save_text_files
 
 MODEL_TYPE = "flap"
@@ -36,7 +36,7 @@ def write_flap(folder: Path, config: Config, model: Flap, weights: Tensors) -> s
     (folder / "config.json").write_text(json.dumps(tree, indent=2) + "\n")
     save_tensors(folder / "model.safetensors", weights)
     save_text_files(config.text, model.text, folder / "text")
-    encoder = model.text.inner.config
+    encoder = getattr(model.text.inner, "config", None)  # CLIP's tower has none
     why_not = why_no_clap_text(config, encoder)
     if not why_not:
         text = folder / "clap_text"
@@ -51,6 +51,4 @@ def write_flap(folder: Path, config: Config, model: Flap, weights: Tensors) -> s
 def read_flap(folder: Path) -> tuple[Tensors, Config]:
     """Its tensors and its config, the text tower's folder being its own."""
     config = parse_config(read_json(folder / "config.json")["config"])
-    text = config.text.model_copy(update={"folder": str(folder / "text"), "tokenizer": "bytes"})
-    tensors = read_tensors(folder / "model.safetensors")
-    return tensors, config.model_copy(update={"text": text})
+    return read_tensors(folder / "model.safetensors"), with_text(config, folder / "text")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -19,30 +21,63 @@ Tensors = dict[str, Tensor]
 _INSIDE = ("state_dict", "model")
 
 
-def read_tensors(path: Path) -> Tensors:
-    """The state dict of a `.safetensors` file, or of one that torch.save wrote.
+class Saved(NamedTuple):
+    """A state dict, and how it lay in its file."""
 
-    The latter is a pickle: only tensors and plain values are taken from it, and nothing is run.
+    tensors: Tensors
+    inside: str
+    """Its name in what was saved; empty where it was that itself."""
+    beside: dict[str, Any]
+    """The numbers and words that lay beside it, such as an epoch."""
+
+
+def read_tensors(path: Path) -> Tensors:
+    """The state dict of a `.safetensors` file, or of one that torch.save wrote."""
+    return read_saved(path).tensors
+
+
+def read_saved(path: Path) -> Saved:
+    """The same, and how it lay there.
+
+    What torch.save wrote is a pickle: only tensors and plain values are taken from it, and nothing
+    is run.
 
     Raises:
         ConfigError: anything else.
     """
+    if path.suffix != ".safetensors":
+        _no_program(path)
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return Saved(load_file(path), "", {})
         # AudioMAE's files also hold their arguments: a bag of plain values.
         with torch.serialization.safe_globals([argparse.Namespace]):
             found = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"{path} must hold tensors and plain values alone: {reason}") from None
+    inside, beside = "", {}
     for name in _INSIDE:
         if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
-            found = found[name]
+            beside = {n: v for n, v in found.items() if isinstance(v, (bool, int, float, str))}
+            inside, found = name, found[name]
     rule = "hold a state dict, itself or as its 'state_dict' or 'model'"
     plain = isinstance(found, Mapping) and all(isinstance(v, Tensor) for v in found.values())
     need(plain and len(found) > 0, str(path), rule, type(found).__name__)
-    return dict(found)
+    return Saved(dict(found), inside, beside)
+
+
+def _no_program(path: Path) -> None:
+    """Refuse TorchScript, which PyTorch would read as a program: OpenAI ships its CLIPs so."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            program = any(name.endswith("/constants.pkl") for name in archive.namelist())
+        remedy = (
+            "save that first, in Python: torch.save(torch.jit.load("
+            f"'{path}', map_location='cpu').state_dict(), '{path.stem}_weights.pt')"
+        )
+        rule = "hold a state dict"
+        need(not program, str(path), rule, "a TorchScript archive, which is a program", remedy)
 
 
 def strip_prefixes(tensors: Tensors, prefixes: Sequence[str]) -> Tensors:

@@ -69,12 +69,14 @@ def model_folder(path: Path) -> Path:
 
 def read_config(folder: Path) -> Config:
     """The config of a model folder, its text tower taken from the folder itself."""
-    config = load_config(folder / "config.yaml")
-    own = str(folder / "text")
+    return with_text(load_config(folder / "config.yaml"), folder / "text")
+
+
+def with_text(config: Config, folder: Path) -> Config:
+    """A config whose text tower's files are those of a model's text/."""
     clip = config.text.encoder == "clip"
-    files = {"tokenizer": own} if clip else {"folder": own, "tokenizer": "bytes"}
-    text = config.text.model_copy(update=files)
-    return config.model_copy(update={"text": text})
+    own = {"tokenizer": str(folder)} if clip else {"folder": str(folder), "tokenizer": "bytes"}
+    return config.model_copy(update={"text": config.text.model_copy(update=own)})
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:

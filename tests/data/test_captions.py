@@ -112,6 +112,12 @@ def test_a_wrong_package_is_refused(installed, value, message):
         local_folder("text.folder", value)
 
 
+def test_a_package_that_the_index_calls_otherwise_is_called_so(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"; pip install --no-deps open_clip_torch$"):
+        local_folder("text.tokenizer", "package:open_clip")
+
+
 def write_merges(folder: Path) -> None:
     """CLIP's file of byte pairs in miniature: `dog` and `do` become one piece each."""
     lines = ["a line of no use", "d o", "do g</w>", "d o</w>"]
