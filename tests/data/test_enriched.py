@@ -165,7 +165,7 @@ def test_evaluation_reads_its_own_captions_whatever_lies_beside(prepared, tmp_pa
 
 
 def test_a_clips_name_is_its_records_or_its_place():
-    shards = Shards((Path("a/3.tar"),), np.array([[0, 512, 1, 1024, 1]]), np.zeros(1, bool))
+    shards = Shards((Path("a/3.tar"),), np.array([[0, 512, 1, 1024, 1]]))
     assert clip_id(shards, 0, {"id": "x"}) == "x"
     assert clip_id(shards, 0, {"id": ""}) == clip_id(shards, 0, {}) == "3.tar@512"
     assert caption_key("a", "b") != caption_key("ab", "")

@@ -46,7 +46,7 @@ def trained(request, roberta_folder: Path, tmp_path_factory) -> tuple[Path, Conf
                 value.uniform_(100, 400)
             elif value.is_floating_point():
                 value.add_(0.05 * torch.randn_like(value))
-        model.audio.bn0.running_mean.normal_(-30, 10)
+        model.get_buffer("audio.bn0.running_mean").normal_(-30, 10)
         model.logit_scale.fill_(3.0)
     save_model(folder, config, model, model.state_dict())
     return folder, config, model

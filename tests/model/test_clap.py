@@ -63,12 +63,12 @@ def clap(config: Config) -> ClapModel:
 def ours(config: Config, theirs: ClapModel) -> Flap:
     model = Flap(config).eval()
     encoder = theirs.audio_model.audio_encoder.state_dict()
-    model.audio.load_state_dict(htsat_from_hf(encoder))
+    model.get_submodule("audio").load_state_dict(htsat_from_hf(encoder))
     head = theirs.audio_projection.state_dict()
     names = {"linear1": "0", "linear2": "2"}
     for name, value in head.items():
         layer, _, kind = name.partition(".")
-        model.audio_head.get_parameter(f"{names[layer]}.{kind}").data.copy_(value)
+        model.get_parameter(f"audio_head.{names[layer]}.{kind}").data.copy_(value)
     return model
 
 

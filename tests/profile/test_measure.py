@@ -324,16 +324,17 @@ def test_a_trial_holds_what_a_whole_step_holds(micro_batch: int):
 
 def test_running_out_of_memory_does_not_end_the_search(monkeypatch: pytest.MonkeyPatch):
     attempt = Attempts(tiny(), CPU)
-    real = attempt._engine.module.audio.forward
+    tower = attempt._engine.module.get_submodule("audio")
+    real = tower.forward
 
     def full(mel: torch.Tensor, *rest: Any, **named: Any) -> Any:
         if len(mel) > 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(mel, *rest, **named)
 
-    monkeypatch.setattr(attempt._engine.module.audio, "forward", full)
+    monkeypatch.setattr(tower, "forward", full)
     assert [attempt(n).fits for n in (4, 8, 4)] == [True, False, True]
-    monkeypatch.setattr(attempt._engine.module.audio, "forward", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(tower, "forward", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         attempt(4)
 
