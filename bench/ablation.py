@@ -1,7 +1,7 @@
 """A relative ablation on the demo's sounds: the same budget and seeds for every system.
 
     make data && python -m bench.ablation masking [--seeds 3] [--steps 150] [--jobs 2]
-    make data && python -m bench.ablation objectives
+    make data && python -m bench.ablation objectives --steps 100
 
 Each run is `flap train configs/demo.yaml` with the overrides below, a smaller tower and one thread,
 scored once, at its end, on the demo's 64 validation clips. Throughput is measured afterwards,
@@ -38,6 +38,19 @@ ABLATIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "2-D 0.2/0.2": ("mask.kind=2d",),
         "2-D 0.2/0.2 + reconstruction": ("mask.kind=2d", *_DECODER),
     },
+}
+# From scratch at 16 kHz, for the demo's shards are: an HTSAT of two stages, a small RoBERTa.
+_CLAP = (
+    *("audio.encoder=htsat", "audio.mel=clap", "audio.sample_rate_hz=16000", "audio.high_hz=8000"),
+    *("audio.frames=251", "audio.mel_bins=32", "audio.depth=null", "audio.depths=[2,2]"),
+    *("audio.width=32", "mask.kind=none", "text.folder=null", "text.freeze=false"),
+    *("text.dropout=0.1", "text.width=128", "text.depth=2", "text.heads=4"),
+)
+_CYCLIC = ("loss.cyclic.cross_weight=0.25", "loss.cyclic.in_weight=0.25")
+ABLATIONS["objectives"] = {
+    "CLAP": _CLAP,
+    "CyCLAP": (*_CLAP, *_CYCLIC),
+    "CyCLAPs": (*_CLAP, *_CYCLIC, "loss.simcse.weight=0.1"),
 }
 _RUNS = ROOT / "runs" / "ablation"
 _TIMED_STEPS = 16
