@@ -134,7 +134,10 @@ _CLIP = ("image.width=8", "image.layers=[1,1,1,1]", "image.resolution=32", "opti
 # beta1 < sqrt(beta2). All else of it is as printed.
 _LITERAL = ("optim.betas=[0.9,0.999]",)
 # What each of these does, one of the others does with more; they take a minute and run when asked.
-_SLOW = ("flap", "flap_nomask", "flap_1d", "flap_fusion", "lsclap", "clap", "claps", "cyclap")
+_SLOW = (
+    *("flap", "flap_nomask", "flap_1d", "flap_literal", "flap_fusion", "flap_fusion_recon"),
+    *("lsclap", "clap", "claps", "cyclap"),
+)
 
 
 def systems() -> list:
