@@ -18,6 +18,7 @@ from torch import Tensor
 from flap_fast.checks import ConfigError
 from flap_fast.configfile import parse_config
 from flap_fast.data.captions import tokenizer
+from flap_fast.data.image import decoded, rgb
 from flap_fast.data.shards import ShardError, Shards, kept_as, open_shards
 from flap_fast.data.sound import BadSound, crop, read_sound
 from flap_fast.evaluate.embed import Embeddings, embed
@@ -47,7 +48,9 @@ class Example:
     answers: list[tuple[str, float, bool]]
     """The first captions found, their cosines, and whether they are its own."""
     sound: str
-    """A data URI of OGG, or empty where the clip cannot be played."""
+    """A data URI of OGG, empty where the clip cannot be played."""
+    picture: str
+    """A data URI of a picture, empty of a sound."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,8 @@ def _example(clip: int, own: Tensor, e: Embeddings, shards: Shards) -> Example:
         place=int(own[clip]),
         cosine=float(cosines[nearest]),
         answers=[(captions(i), float(cosines[i]), int(e.owner[i]) == clip) for i in first],
-        sound=_playable(shards.sound(clip)),
+        sound="" if shards.kind == "images" else _playable(shards.sound(clip)),
+        picture=_visible(shards.sound(clip)) if shards.kind == "images" else "",
     )
 
 
@@ -160,3 +164,12 @@ def _playable(sound: bytes) -> str:
     wave = crop(wave, int(_PLAYED_S * _PLAYED_HZ), 0.5)
     soundfile.write(file, wave, _PLAYED_HZ, format="OGG", subtype="VORBIS")
     return "data:audio/ogg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _visible(picture: bytes) -> str:
+    """A picture, small, as a data URI."""
+    file = io.BytesIO()
+    small = rgb(decoded(picture))
+    small.thumbnail((256, 256))
+    small.save(file, "JPEG")
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()

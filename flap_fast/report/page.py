@@ -72,8 +72,15 @@ def _summary(run: RunFacts) -> dict[str, str]:
         "last loss": f"{last['loss']:.4f}",
         "clips/s, median and range": figures.spread(speed),
         "peak memory of a rank": f"{memory.max():,.0f} MiB",
-        "audio encoder": f"{figures.gflops(run):.1f} GFLOPs for {figures.GFLOP_CLIPS} clips",
+        **_cost(run),
     }
+
+
+def _cost(run: RunFacts) -> dict[str, str]:
+    """Of the audio encoder; nobody counts an image tower's."""
+    if run.config.image is not None:
+        return {}
+    return {"audio encoder": f"{figures.gflops(run):.1f} GFLOPs for {figures.GFLOP_CLIPS} clips"}
 
 
 def _tables(run: RunFacts) -> list[Sheet]:
@@ -83,6 +90,8 @@ def _tables(run: RunFacts) -> list[Sheet]:
 def _over_gflops(run: RunFacts, others: list[RunFacts]) -> dict[str, str]:
     """SVG by validation set."""
     found = {}
+    if run.config.image is not None:
+        return found
     for name in run.scores.get("retrieval", {}):
         scored = [r for r in (run, *others) if name in r.scores.get("retrieval", {})]
         found[name] = figures.recall_over_gflops(scored, name)

@@ -12,13 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from flap_fast.data.prepare import prepare
 from flap_fast.report.heard import _extremes
 from flap_fast.report.page import report
 from flap_fast.report.run import read_run
 from flap_fast.train.loop import train
+from tests.sounds import write_manifest
 from tests.test_cli import flap
-from tests.tiny import tiny
+from tests.tiny import tiny, tiny_clip
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +138,20 @@ def test_a_run_that_was_killed_has_a_page(run: Path, tmp_path: Path):
     assert "no eval.json yet" in text
 
 
+def test_a_run_on_pictures_shows_them(tmp_path: Path):
+    rows = []
+    for n in range(8):
+        Image.new("RGB", (40, 30), (30 * n, 0, 0)).save(tmp_path / f"{n}.png")
+        rows.append({"image": f"{n}.png", "caption": f"red {n}", "split": "train"})
+    prepare(write_manifest(tmp_path / "m.jsonl", rows), tmp_path / "data", show=False)
+    data = (f"data.train={tmp_path}/data/train", f"data.val={tmp_path}/data/train")
+    train(tiny_clip(f"run.folder={tmp_path}", "train.steps=1", *data))
+    text = report(tmp_path / "flap").read_text()
+    assert text.count("data:image/jpeg;base64,") == 8
+    assert "<audio" not in text
+    assert "GFLOPs" not in text
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -161,8 +178,6 @@ CHROMIUM = (
 @pytest.mark.browser
 @pytest.mark.parametrize(("scheme", "setting"), [("dark", 0), ("light", 1)])
 def test_a_browser_shows_it_light_and_dark(scheme: str, setting: int, run: Path, tmp_path: Path):
-    from PIL import Image
-
     page, shot = report(run, tmp_path / "page.html"), tmp_path / "page.png"
     assert page.stat().st_size < 5e6
     look = (f"--user-data-dir={tmp_path}/user", f"--blink-settings=preferredColorScheme={setting}")
