@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 from pathlib import Path
@@ -18,7 +19,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leave out what needs what is not here; the closing line counts it as deselected."""
     import torch
 
-    here = {"gpu": torch.cuda.is_available(), "browser": shutil.which("chromium") is not None}
+    here = {
+        "gpu": torch.cuda.is_available(),
+        "browser": shutil.which("chromium") is not None,
+        "ray": importlib.util.find_spec("ray") is not None,
+    }
     away = [name for name, there in here.items() if not there]
     out = [item for item in items if any(item.get_closest_marker(name) for name in away)]
     config.hook.pytest_deselected(items=out)

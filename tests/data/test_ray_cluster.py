@@ -14,12 +14,11 @@ from tests.data.test_prepare import contents
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 def test_a_cluster_writes_the_bytes_of_one_machine(corpus, prepared, tmp_path, monkeypatch):
-    """A cluster of this machine with two cores, which is there before the working folder changes.
+    """A cluster of two cores, which is there before the working folder changes."""
+    import ray
 
-    Needs Ray: pip install 'flap_fast[ray]'.
-    """
-    ray = pytest.importorskip("ray")
     paths = {"env_vars": {"PYTHONPATH": ":".join(path for path in sys.path if path)}}
     ray.init(num_cpus=2, include_dashboard=False, runtime_env=paths, log_to_driver=False)
     try:
@@ -37,8 +36,8 @@ def test_a_cluster_writes_the_bytes_of_one_machine(corpus, prepared, tmp_path, m
         ray.shutdown()
 
 
+@pytest.mark.ray
 def test_without_a_cluster_the_remedy_is_said(corpus, tmp_path, monkeypatch):
-    pytest.importorskip("ray")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     rows = read_manifest(corpus)
     with pytest.raises(ConfigError, match=r"must find a cluster, got none; .* ray start --head"):

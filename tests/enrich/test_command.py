@@ -59,7 +59,7 @@ def test_captions_are_enriched_beside_their_shards_for_training(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--chat", "vicunna"), "--chat must be one of own, vicuna"),
+        (("--chat", "vicunna", "--tagger", "none"), "--chat must be one of own, vicuna"),
         (("--batch", "0"), "--batch must be at least 1"),
         (("--tagger", "nowhere"), "--tagger must be an existing folder, got 'nowhere'; pip"),
         (("--prompt", "paper", "--tagger", "none"), "--prompt must hold {events} with a tagger"),
