@@ -17,8 +17,7 @@ from tests.data.test_prepare import contents
 @pytest.mark.ray
 def test_a_cluster_writes_the_bytes_of_one_machine(corpus, prepared, tmp_path, monkeypatch):
     """A cluster of two cores, which is there before the working folder changes."""
-    import ray
-
+    ray = pytest.importorskip("ray")
     paths = {"env_vars": {"PYTHONPATH": ":".join(path for path in sys.path if path)}}
     ray.init(num_cpus=2, include_dashboard=False, runtime_env=paths, log_to_driver=False)
     try:
