@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -214,6 +215,8 @@ def tell(message: str) -> None:
 
 def main() -> None:
     """Run the command; what a user can mend is told in a sentence, without a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names of files, whatever bytes they are
     try:
         app()
     except ConfigError as error:

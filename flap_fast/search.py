@@ -138,7 +138,7 @@ def plan_update(file: Path, embedder: Embedder, sounds: Sequence[Path], crop: st
     kept: Rows = {}
     todo: dict[File, Path] = {}
     for path in sounds:
-        there = _stat(path, file.parent)
+        there = stat_sound(path, file.parent)
         old = same.get((there.path, there.size, there.mtime_ns))
         if old is None:
             todo[there] = path
@@ -205,8 +205,8 @@ def find_sounds(places: Iterable[Path]) -> list[Path]:
     return list(found)
 
 
-def _stat(path: Path, folder: Path) -> File:
-    """Zeros of a file that is gone; decoding it will say so."""
+def stat_sound(path: Path, folder: Path) -> File:
+    """A sound as it is now, its path from a folder; zeros if it is gone, decoding will say so."""
     try:
         stat = path.stat()
         size, mtime_ns = stat.st_size, stat.st_mtime_ns

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import time
@@ -12,7 +13,9 @@ import pytest
 import torch
 
 from flap_fast.commands.score import read_classes
+from flap_fast.commands.share import shares
 from flap_fast.commands.use import _open
+from flap_fast.data.jobs import Part
 from flap_fast.embedder import load
 from flap_fast.model.flap import Flap
 from flap_fast.model.interop import save_model
@@ -109,8 +112,9 @@ def test_embed_writes_rows_and_their_names_and_goes_on(
     arguments = ("embed", sounds, "--out", out, "--model", checkpoint)
     assert flap(*arguments, monkeypatch=monkeypatch) == 0
     said = capsys.readouterr()
-    assert "bad.ogg: unreadable" in said.err
-    assert "1 of 4 sounds cannot be read" in said.err
+    assert "1 of 4 sounds cannot be read, see" in said.err
+    (bad,) = (out / "rejected.jsonl").read_text().splitlines()
+    assert "bad.ogg: unreadable" in json.loads(bad)["reason"]
     assert "3 sounds in embeddings.npy" in said.out
     rows = np.load(out / "embeddings.npy")
     names = [json.loads(line)["audio"] for line in (out / "sounds.jsonl").read_text().splitlines()]
@@ -121,6 +125,30 @@ def test_embed_writes_rows_and_their_names_and_goes_on(
     monkeypatch.setattr("flap_fast.embedder.read_sound", None)
     assert flap(*arguments, monkeypatch=monkeypatch) == 0
     assert np.array_equal(np.load(out / "embeddings.npy"), rows)
+
+
+def test_ranks_of_a_launcher_share_what_shard_range_names(
+    checkpoint: Path, sounds: Path, tmp_path: Path, monkeypatch, capsys
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert shares(None, "threads") == (Part(2, 2), "threads")
+    assert shares("2/3", "threads") == (Part(4, 6), "threads")
+    out = ("--out", tmp_path / "out", "--model", checkpoint)
+    assert flap("embed", sounds, *out, monkeypatch=monkeypatch) == 0
+    said = capsys.readouterr().out
+    assert "part 2/2 is done, 1 pieces of other parts are not" in said
+    assert not (tmp_path / "out/embeddings.npy").exists()
+    monkeypatch.setenv("RANK", "0")
+    assert flap("embed", sounds, *out, "--distributor", "ray", monkeypatch=monkeypatch) == 2
+    assert "--distributor ray must run in one process, got '2 ranks'" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    both = (*out, "--distributor", "ray", "--shard-range", "1/2")
+    assert flap("embed", sounds, *both, monkeypatch=monkeypatch) == 2
+    assert "--shard-range must be left out with ray" in capsys.readouterr().err
+    assert flap("embed", sounds, *out, "--batch", "0", monkeypatch=monkeypatch) == 2
+    assert "--batch must be at least 1" in capsys.readouterr().err
 
 
 def test_search_prints_the_nearest_sounds(
@@ -144,6 +172,17 @@ def test_search_prints_the_nearest_sounds(
     assert printed[:3] == ["a dog", lines[0], "rain"]
     assert flap("search", "a dog", *model, monkeypatch=monkeypatch) == 2
     assert "--audio or --index must be given" in capsys.readouterr().err
+
+
+def test_a_name_that_is_no_utf8_is_printed_as_it_is(checkpoint: Path, sounds: Path, monkeypatch):
+    odd = os.fsencode(sounds) + b"/\xe9t\xe9.wav"
+    (sounds / "0.wav").rename(os.fsdecode(odd))
+    printed = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr("sys.stdout", printed)
+    asked = ("search", "a dog", "--audio", sounds, "--model", checkpoint)
+    assert flap(*asked, monkeypatch=monkeypatch) == 0
+    printed.flush()
+    assert odd in printed.buffer.getvalue()  # type: ignore[attr-defined]
 
 
 def test_classify_prints_a_line_a_sound_and_fails_on_bad_ones(

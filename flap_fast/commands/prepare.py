@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from flap_fast.checks import need
+from flap_fast.commands.share import Distributors, ShardRange, shares
 
 if TYPE_CHECKING:
     from flap_fast.config import Audio
@@ -35,28 +36,19 @@ def prepare(
     ] = None,
     shard_clips: Annotated[int, typer.Option(help="Clips a shard.")] = 512,
     threads: Annotated[int, typer.Option(help="Decoding threads; 0 takes all cores.")] = 0,
-    shard_range: Annotated[
-        str | None, typer.Option(help="A/B: write the A-th of B parts; one a machine.")
-    ] = None,
-    distributor: Annotated[
-        str, typer.Option(help="threads of this process, or ray: the cluster that is running.")
-    ] = "threads",
+    shard_range: ShardRange = None,
+    distributor: Distributors = "threads",
 ) -> None:
     """Decode every clip once and write WebDataset shards; goes on where it was stopped."""
-    from flap_fast.data.jobs import part
-    from flap_fast.data.prepare import Distributor
     from flap_fast.data.prepare import prepare as write_shards
     from flap_fast.data.sources import SENTENCES, SOURCES
 
     known = (*SOURCES, *SENTENCES)
     need(source is None or source in known, "--source", f"be one of {', '.join(known)}", source)
     need(cache in (None, "mel"), "--cache", "be mel", cache)
-    kinds = get_args(Distributor)
-    need(distributor in kinds, "--distributor", f"be one of {', '.join(kinds)}", distributor)
     need(shard_clips >= 1, "--shard-clips", "be at least 1", shard_clips)
     need(threads >= 0, "--threads", "be at least 0", threads)
-    share = part(shard_range) if shard_range is not None else None
-    need(share is None or distributor == "threads", "--shard-range", "be left out with ray", share)
+    share, kind = shares(shard_range, distributor)
     audio = _front_end(config, sample_rate_hz)
     if source is None and data.is_dir():
         shards = any(data.glob("*.tar")) or any(data.glob("*/*.tar"))
@@ -78,7 +70,7 @@ def prepare(
         threads=threads,
         cache=audio if cache else None,
         part=share,
-        distributor=distributor,  # type: ignore[arg-type] - checked above
+        distributor=kind,
     )
     print(_said(out, done, share))
 

@@ -6,12 +6,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flap_fast.checks import need
+from flap_fast.commands.share import Distributors, ShardRange, shares
 
 if TYPE_CHECKING:
     from flap_fast.embedder import Embedder
@@ -37,23 +39,35 @@ def embed(
     model: Model = None,
     crop: Crop = "center",
     batch: Batch = 64,
+    shard_range: ShardRange = None,
+    distributor: Distributors = "threads",
 ) -> None:
     """Embed sound files into a NumPy array; goes on where it was stopped."""
-    import io
-    import json
-
-    import numpy as np
-
-    from flap_fast.data.shards import write_atomically
+    from flap_fast.embed_files import embed_files
     from flap_fast.search import find_sounds
 
-    index = _updated(out / ".flap-index", find_sounds(sounds), _open(model), crop, batch)
-    array = io.BytesIO()
-    np.save(array, index.embeddings.numpy())
-    write_atomically(out / "embeddings.npy", array.getvalue())
-    lines = [json.dumps({"audio": str(path)}, ensure_ascii=False) + "\n" for path in index.paths]
-    write_atomically(out / "sounds.jsonl", "".join(lines).encode())
-    print(f"{out}: {len(lines)} sounds in embeddings.npy, their names in sounds.jsonl")
+    need(batch >= 1, "--batch", "be at least 1", batch)
+    share, kind = shares(shard_range, distributor)
+    done = embed_files(
+        _named(model),
+        find_sounds(sounds),
+        out,
+        crop=crop,
+        batch=batch,
+        part=share,
+        distributor=kind,
+        watch=partial(progress, "embed"),
+    )
+    if done.unfinished:
+        print(
+            f"{out}: part {share} is done, {done.unfinished} pieces of other parts are not: the "
+            "last part to finish writes embeddings.npy"
+        )
+        return
+    print(f"{out}: {done.rows} sounds in embeddings.npy, their names in sounds.jsonl")
+    if done.rejected:
+        count = f"{done.rejected} of {done.rows + done.rejected} sounds"
+        print(f"{count} cannot be read, see {out / 'rejected.jsonl'}", file=sys.stderr)
 
 
 def search(
@@ -129,17 +143,22 @@ def classify(
         raise typer.Exit(1)
 
 
-def _open(model: Path | None) -> Embedder:
+def _named(model: Path | None) -> Path:
     """The model named, or the run that was trained last."""
+    if model is not None:
+        return model
+    states = list(Path("runs").glob("*/checkpoints/step-*/state.json"))
+    remedy = "name one with --model, or train one with: flap train CONFIG"
+    need(bool(states), "runs/", "hold a trained model", "none", remedy)
+    newest = max(states, key=lambda state: state.stat().st_mtime).parents[2]
+    print(f"model: {newest}, the newest in runs/", file=sys.stderr)
+    return newest
+
+
+def _open(model: Path | None) -> Embedder:
     from flap_fast.embedder import load
 
-    if model is None:
-        states = list(Path("runs").glob("*/checkpoints/step-*/state.json"))
-        remedy = "name one with --model, or train one with: flap train CONFIG"
-        need(bool(states), "runs/", "hold a trained model", "none", remedy)
-        model = max(states, key=lambda state: state.stat().st_mtime).parents[2]
-        print(f"model: {model}, the newest in runs/", file=sys.stderr)
-    return load(model)
+    return load(_named(model))
 
 
 def _updated(file: Path, sounds: list[Path], embedder: Embedder, crop: str, batch: int) -> Index:

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -25,6 +26,7 @@ from flap_fast.config import Audio
 from flap_fast.data.forms import Flac, Form
 from flap_fast.data.jobs import Job, Part, Place, Prepared, jobs_of
 from flap_fast.data.manifest import Entry, read_manifest
+from flap_fast.data.ray_cluster import run_on_cluster
 from flap_fast.data.sound import Unusable
 
 Distributor = Literal["threads", "ray"]
@@ -71,9 +73,8 @@ def prepare(
             bar.advance(task, clips)
 
         if distributor == "ray":
-            from flap_fast.data.ray_cluster import write_on_cluster
-
-            write_on_cluster(place, todo, advance)
+            tasks = [(partial(_write_there, place, job), len(job.entries)) for job in todo]
+            run_on_cluster(tasks, advance)
         else:
             write_shards(place, todo, advance, threads=threads or os.cpu_count() or 1)
     return place.finish(jobs)
@@ -102,6 +103,11 @@ def write_shards(
     ):
         for job in jobs:
             place.write(job, [next(encoded) for _ in job.entries])
+
+
+def _write_there(place: Place, job: Job) -> None:
+    """A task of a cluster."""
+    write_shards(place, [job], lambda _: None, threads=1)
 
 
 def ahead(

@@ -1,7 +1,7 @@
-"""Shards written by the workers of a Ray cluster: the same jobs, the same bytes.
+"""Work shared among the workers of a Ray cluster. The only file that imports ray.
 
-All machines must see OUT, the sounds and the working folder under the same paths, and have what
-this package needs installed. The only file that imports ray.
+All machines must see the files and the working folder under the same paths, and have what this
+package needs installed.
 """
 
 from __future__ import annotations
@@ -11,14 +11,25 @@ import sys
 from collections.abc import Callable, Sequence
 
 from flap_fast.checks import ConfigError
-from flap_fast.data.jobs import Job, Place
 
 
-def write_on_cluster(place: Place, jobs: Sequence[Job], advance: Callable[[int], None]) -> None:
-    """Write these shards, one a task, each on a core of the cluster that is running.
+def run_on_cluster(
+    tasks: Sequence[tuple[Callable[[], None], int]],
+    advance: Callable[[int], object],
+    *,
+    cores: int = 1,
+    gpu: bool = False,
+) -> None:
+    """Run these on the cluster that is running.
 
     Its address is RAY_ADDRESS, or that of the cluster which this machine is part of. The first
     error of a task stops the others; what is finished stays.
+
+    Args:
+        tasks: what to run, with a count.
+        advance: called with a task's count when it is finished.
+        cores: that a task takes, and threads that PyTorch has in it.
+        gpu: a task takes a GPU, where the cluster has any.
 
     Raises:
         ConfigError: Ray is not installed, or no cluster is there.
@@ -36,8 +47,9 @@ def write_on_cluster(place: Place, jobs: Sequence[Job], advance: Callable[[int],
             raise ConfigError(
                 "--distributor ray must find a cluster, got none; start one with: ray start --head"
             ) from None
-    write = ray.remote(num_cpus=1)(_write)
-    running = {write.remote(place, job, os.getcwd()): len(job.entries) for job in jobs}
+    gpus = 1 if gpu and ray.cluster_resources().get("GPU") else 0
+    run = ray.remote(num_cpus=cores, num_gpus=gpus)(_run)
+    running = {run.remote(task, os.getcwd()): count for task, count in tasks}
     try:
         while running:
             (done,), _ = ray.wait(list(running), num_returns=1)
@@ -48,8 +60,6 @@ def write_on_cluster(place: Place, jobs: Sequence[Job], advance: Callable[[int],
             ray.cancel(task)
 
 
-def _write(place: Place, job: Job, folder: str) -> None:
-    from flap_fast.data.prepare import write_shards
-
-    os.chdir(folder)  # a manifest's paths may be relative to it
-    write_shards(place, [job], lambda _: None, threads=1)
+def _run(task: Callable[[], None], folder: str) -> None:
+    os.chdir(folder)  # paths may be relative to it
+    task()

@@ -22,7 +22,7 @@ import os
 import re
 import secrets
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,17 +165,20 @@ def pack(samples: Iterable[tuple[str, bytes, dict[str, Any]]]) -> tuple[bytes, s
     return buffer.getvalue(), index, len(lines)
 
 
-def write_atomically(file: Path, data: bytes) -> None:
+def write_atomically(file: Path, data: bytes | Callable[[], Iterable[bytes]]) -> None:
     """Write all of `data` or nothing: a crash or a full disk leaves no half file.
 
     Nor do two that write at once: the file is the one's or the other's.
+
+    Args:
+        data: the bytes, or what gives them piece by piece, where they are many.
     """
     for left in file.parent.glob(f"{glob.escape(file.name)}.*.part"):
         left.unlink(missing_ok=True)  # by a process that was killed
     part = file.with_name(f"{file.name}.{secrets.token_hex(4)}.part")
     try:
         with part.open("wb") as out:
-            out.write(data)
+            out.writelines([data] if isinstance(data, bytes) else data())
             out.flush()
             os.fsync(out.fileno())
         with contextlib.suppress(FileNotFoundError):

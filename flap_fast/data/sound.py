@@ -7,6 +7,7 @@ it as well. Files: whatever libsndfile reads (WAV, FLAC, OGG, MP3).
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -36,8 +37,10 @@ def read_sound(
     """
     if isinstance(source, Path) and not source.is_file():
         raise BadSound("missing: no such file")
+    # As bytes, for names that are no UTF-8: soundfile cannot encode them.
+    file = io.BytesIO(source) if isinstance(source, bytes) else os.fsencode(source)
     try:
-        with soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else source) as f:
+        with soundfile.SoundFile(file) as f:
             rate = f.samplerate
             f.seek(min(round(start_s * rate), f.frames))
             frames = -1 if duration_s is None else round(duration_s * rate)

@@ -92,19 +92,27 @@ def test_its_files_open(found: tuple[dict[str, Any], Path]):
     assert result["files"]["memory_snapshot"].startswith("not available on a CPU")
 
 
-def slow_parts(config: Config, sleeps: dict[str, float]) -> dict[str, float]:
-    """The parts of a step whose modules sleep in their forward and in their backward."""
+def slow_parts(config: Config, sleeps: dict[str, float]) -> tuple[dict[str, float], int]:
+    """Of a run of two steps whose modules sleep, forward and backward: the second's parts; sleeps.
+
+    A batch sleeps when it is read.
+    """
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        time.sleep(seconds)
 
     class Sleep(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: torch.Tensor, seconds: float) -> torch.Tensor:
             ctx.seconds = seconds
-            time.sleep(seconds)
+            sleep(seconds)
             return x.clone()
 
         @staticmethod
         def backward(ctx: Any, grad: torch.Tensor):  # type: ignore[override]
-            time.sleep(ctx.seconds)
+            sleep(ctx.seconds)
             return grad, None
 
     engine = PlainEngine(config, Flap(config), Ranks())
@@ -118,7 +126,7 @@ def slow_parts(config: Config, sleeps: dict[str, float]) -> dict[str, float]:
     with watched(engine, lambda: timeline) as engine:
         gradients = Gradients(config, Ranks(), engine, 1000, 1000)
         real = loader.batches(0, 2, times=gradients.reads)
-        late = (time.sleep(sleeps.get("batch", 0)) or batch for batch in real)
+        late = (sleep(sleeps["batch"]) or batch for batch in real) if "batch" in sleeps else real
         batches = waited_for(late, lambda: timeline)
         for step in (1, 2):
             timeline.begin_step()
@@ -126,7 +134,7 @@ def slow_parts(config: Config, sleeps: dict[str, float]) -> dict[str, float]:
             engine.step(1e-4)
     timeline.end()
     assert len(timeline.steps()) == 2
-    return timeline.steps()[-1]
+    return timeline.steps()[-1], len(slept)
 
 
 SLEEP_S = 0.15
@@ -135,8 +143,8 @@ SLEEP_S = 0.15
 def test_a_part_that_sleeps_is_the_part_that_takes_long_forward_and_backward():
     """Each of the towers in turn: the backward is told apart without a wait."""
     config = tiny("train.global_batch=2")
-    audio = slow_parts(config, {"audio_head.0": SLEEP_S})
-    text = slow_parts(config, {"text_head.0": SLEEP_S})
+    audio, _ = slow_parts(config, {"audio_head.0": SLEEP_S})
+    text, _ = slow_parts(config, {"text_head.0": SLEEP_S})
     for parts, part in ((audio, "audio tower"), (text, "text tower")):
         assert parts[part] >= 2 * SLEEP_S
         assert max(parts, key=lambda name: parts[name]) == part
@@ -146,14 +154,13 @@ def test_with_two_passes_each_micro_batch_has_its_waits_forwards_and_backward():
     """Two micro-batches, each two forwards and a backward of its towers, one of the decoder."""
     recon = ("loss.recon.weight=1", "decoder.width=16", "decoder.depth=1", "decoder.heads=2")
     config = tiny("train.global_batch=2", "train.micro_batch=1", *recon)
-    text = slow_parts(config, {"text_head.0": SLEEP_S})
-    decoder = slow_parts(config, {"decoder.norm": SLEEP_S})
-    waits = slow_parts(config, {"batch": SLEEP_S})
-    for parts, part, times in (
-        (text, "text tower", 6),
-        (decoder, "decoder", 4),
-        (waits, "data wait", 4),
+    for name, part, times in (
+        ("text_head.0", "text tower", 6),
+        ("decoder.norm", "decoder", 4),
+        ("batch", "data wait", 4),
     ):
+        parts, slept = slow_parts(config, {name: SLEEP_S})
+        assert slept == 2 * times, part
         # Sleeps are at least as long as asked for, and all of them in this part: on a busy machine
         # no more can be said of times.
         assert parts[part] >= times * SLEEP_S, part

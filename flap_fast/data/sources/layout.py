@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,6 @@ class Clips:
 def _seconds(file: Path) -> float:
     """How long a file lasts; 0 for one that cannot be read, which `prepare` will tell of."""
     try:
-        return soundfile.info(str(file)).duration
+        return soundfile.info(os.fsencode(file)).duration
     except soundfile.LibsndfileError:
         return 0.0
