@@ -40,7 +40,7 @@ def read_sound(
     # As bytes, for names that are no UTF-8: soundfile cannot encode them.
     file = io.BytesIO(source) if isinstance(source, bytes) else os.fsencode(source)
     try:
-        with soundfile.SoundFile(file) as f:
+        with soundfile.SoundFile(file) as f:  # type: ignore[arg-type] - takes bytes, says str
             rate = f.samplerate
             f.seek(min(round(start_s * rate), f.frames))
             frames = -1 if duration_s is None else round(duration_s * rate)

@@ -77,6 +77,6 @@ class Clips:
 def _seconds(file: Path) -> float:
     """How long a file lasts; 0 for one that cannot be read, which `prepare` will tell of."""
     try:
-        return soundfile.info(os.fsencode(file)).duration
+        return soundfile.info(os.fsencode(file)).duration  # type: ignore[arg-type]
     except soundfile.LibsndfileError:
         return 0.0
