@@ -16,7 +16,7 @@ from bench import contract
 from bench.goals import GOALS, Goal, Result
 from bench.machine import slug
 from bench.plot import Panel, svg
-from bench.report_training import ablation, microbatch_memory
+from bench.report_training import ablation, claim, microbatch_memory
 from bench.tables import facts, markdown, number
 
 _HEAD = """\
@@ -225,6 +225,7 @@ _SECTIONS = {
     "microbatch_memory": microbatch_memory,
     "ablation_masking": ablation,
     "ablation_objectives": ablation,
+    **{f"claim_{name}": claim for name in ("precision", "demo", "prepare", "sentences")},
 }
 
 

@@ -1,4 +1,4 @@
-"""RESULTS.md's sections on training: ablations, and the memory of micro-batches."""
+"""RESULTS.md's sections on training: ablations, the memory of micro-batches, README's claims."""
 
 from __future__ import annotations
 
@@ -55,5 +55,19 @@ def microbatch_memory(result: Result, folder: Path) -> str:
             markdown(rows),
             "",
             f"Peak memory of {figures}.\n",
+        ]
+    )
+
+
+def claim(result: Result, folder: Path) -> str:
+    """What a command of README says."""
+    name = result["kind"].removeprefix("claim_")
+    return "\n".join(
+        [
+            f"## README, {name}: {result['machine']['device']}\n",
+            facts(result["machine"]) + ".\n",
+            f"`{result['command']}`, by `python -m bench.claims {name}`:\n",
+            markdown(result["table"]),
+            "",
         ]
     )
