@@ -1,10 +1,10 @@
 # make demo   train, score and draw a small FLAP on the sounds that ship with the project
-# make test   every test
+# make test   every test but the slow ones
 # make lint   ruff and pyright
 # make bench  kernel and loading benchmarks on this machine      make gpu   the same on a GPU, in full
 # make static the kernels' compile report for three GPU generations, without a GPU
 #
-# Each sets up .venv/ first if it is missing or older than pyproject.toml.
+# Each but gpu sets up .venv/ first if it is missing or older than pyproject.toml.
 
 PYTHON ?= python3
 VENV := .venv
