@@ -111,7 +111,9 @@ def _texts(shards: Shards) -> tuple[list[str], list[int], tuple[tuple[str, ...],
         try:
             record = shards.record(clip, captionless=True)
         except BadSound as why:
-            raise ShardError(f"{shards.name(clip)}: {why}; prepare it again") from None
+            raise ShardError(
+                f"{shards.name(clip)}: {why}; delete the tar and run the same flap prepare again"
+            ) from None
         captions += record["text"]
         owner += [clip] * len(record["text"])
         labels.append(_labels(record.get("tag")))
