@@ -63,6 +63,10 @@ def test_prepare_counts_what_it_rejected_in_its_last_line(monkeypatch, capsys, t
     assert flap("prepare", manifest, tmp_path / "out", monkeypatch=monkeypatch) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert "1 clips in 1 shards, 1 of 2 rejected: 1 unreadable (reasons in" in last
+    assert last.endswith("rejected.jsonl; --retry tries them again)")
+    (tmp_path / "bad.wav").write_bytes((tmp_path / "good.wav").read_bytes())
+    assert flap("prepare", manifest, tmp_path / "out", "--retry", monkeypatch=monkeypatch) == 0
+    assert "2 clips in 1 shards, 0 of 2 rejected" in capsys.readouterr().out
 
 
 def test_eval_prints_a_table_and_writes_the_json(run: Path, prepared: Path, monkeypatch, capsys):
@@ -153,6 +157,7 @@ def test_prepare_writes_triples_as_json_lines(monkeypatch, capsys, tmp_path: Pat
         (("--distributor", "dask"), "--distributor must be one of threads, ray"),
         (("--distributor", "ray", "--shard-range", "1/2"), "--shard-range must be left out with"),
         (("--source", "nli", "--cache", "mel"), "--cache must be left out with --source nli"),
+        (("--source", "nli", "--retry"), "--retry must be left out with --source nli"),
         (("--source", "clotho"), "Clotho must have clotho_captions_SPLIT.csv, got"),
         (("--shard-clips", "0"), "--shard-clips must be at least 1, got 0"),
         (("--threads", "-1"), "--threads must be at least 0, got -1"),

@@ -287,6 +287,20 @@ def test_steps_take_the_place_of_epochs():
     assert Train().epochs == 45
     assert (Train(steps=7).epochs, Train(steps=7).steps) == (None, 7)
     assert Train(epochs=3, steps=None).epochs == 3
+    assert Train(epochs=None, steps=7).steps == 7
+
+
+def test_epochs_beside_steps_are_not_silently_left_out(yaml_file):
+    message = (
+        r"^train\.epochs must be left out with train\.steps = 150, got 3; set train\.steps=null"
+    )
+    with pytest.raises(ConfigError, match=message):
+        load_config("configs/demo.yaml", ["train.epochs=3"])
+    assert (
+        load_config("configs/demo.yaml", ["train.epochs=3", "train.steps=null"]).train.epochs == 3
+    )
+    text = dump_config(load_config("configs/demo.yaml"))
+    assert load_config(yaml_file(text)).train.steps == 150
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,9 @@ def prepare(
     ] = None,
     shard_clips: Annotated[int, typer.Option(help="Clips a shard.")] = 512,
     threads: Annotated[int, typer.Option(help="Decoding threads; 0 takes all cores.")] = 0,
+    retry: Annotated[
+        bool, typer.Option("--retry", help="Prepare shards with rejected clips anew.")
+    ] = False,
     shard_range: ShardRange = None,
     distributor: Distributors = "threads",
 ) -> None:
@@ -57,7 +60,7 @@ def prepare(
     if source is not None:
         need(data.is_dir(), f"the data of --source {source}", "be an existing folder", data)
     if source in SENTENCES:
-        options = {"--cache": cache, "--shard-range": shard_range}
+        options = {"--cache": cache, "--shard-range": shard_range, "--retry": retry or None}
         for name, value in options.items():
             need(value is None, name, f"be left out with --source {source}, which is text", value)
         _write_sentences(SENTENCES[source](data), out)
@@ -70,6 +73,7 @@ def prepare(
         threads=threads,
         cache=audio if cache else None,
         part=share,
+        retry=retry,
         distributor=kind,
     )
     print(_said(out, done, share))
@@ -108,4 +112,4 @@ def _said(out: Path, done: Prepared, share: Part | None) -> str:
     rows = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
     why = Counter(row["reason"].partition(":")[0] for row in rows)
     counts = ", ".join(f"{count} {reason}" for reason, count in why.most_common())
-    return f"{text}: {counts} (reasons in {file})"
+    return f"{text}: {counts} (reasons in {file}; --retry tries them again)"

@@ -63,7 +63,7 @@ class Train(Section):
     epochs: Count | None = 45
     """Passes over the data; the last incomplete batch of each is dropped."""
     steps: Count | None = None
-    """Optimizer steps, instead of epochs."""
+    """Optimizer steps, instead of epochs; one of the two is given, the other left out or null."""
     init_from: Path | None = None
     """A model folder or a run whose weights a new run begins with (`flap import` writes folders);
     a decoder that it lacks begins at random."""
@@ -94,7 +94,11 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _one_length(self):
-        if "steps" in self.model_fields_set and self.steps:
+        if self.steps:
+            given = self.epochs if "epochs" in self.model_fields_set else None
+            rule = f"be left out with train.steps = {self.steps}"
+            remedy = "set train.steps=null, or train.epochs=null for so many steps"
+            need(given is None, "train.epochs", rule, given, remedy)
             object.__setattr__(self, "epochs", None)
         need(
             bool(self.epochs or self.steps), "train.epochs", "be set when train.steps is not", None

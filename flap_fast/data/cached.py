@@ -30,6 +30,8 @@ from flap_fast.data.mel import LogMel, kaldi_log_mel
 from flap_fast.data.sound import BadSound, fill, read_sound
 
 BESIDE = "frontend.json"
+_MAGIC = b"\x93NUMPY"
+_INFINITE = 0x7C00  # the exponent of fp16's infinities and NaNs
 
 # Settings of `audio` that a cached log-mel does not depend on: the encoder's, and what is done to
 # the frames afterwards. Any other setting is part of a cache's identity, one added later too.
@@ -122,14 +124,18 @@ def crop_cached(data: bytes, where: float, audio: Audio) -> np.ndarray:
 
     From frame `floor(where * (frames - t + 1))`, as `sound.crop` from a sample.
     """
+    if not data.startswith(_MAGIC):  # np.load would take a zip, or a pickle, as well
+        raise BadSound("unreadable: no cached log-mel: it does not begin as .npy does")
     try:
         mel = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except Exception as error:  # the header is Python, and its faults are of any kind
         raise BadSound(f"unreadable: no cached log-mel: {error}") from None
     chunk = frames_of(audio.samples, audio)
     spare = len(mel) - chunk if mel.ndim == 2 else -1
     if spare < 0 or mel.shape[1] != audio.mel_bins or mel.dtype != np.float16:
         raise BadSound(f"unreadable: a cached log-mel of {mel.shape} {mel.dtype}")
+    if (mel.view(np.uint16) & _INFINITE == _INFINITE).any():  # np.isfinite takes ten times as long
+        raise BadSound("unreadable: a cached log-mel that is not finite")
     start = int(np.floor(np.float64(where) * (spare + 1)))
     return mel[start : start + chunk]
 

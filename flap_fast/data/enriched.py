@@ -18,6 +18,7 @@ import numpy as np
 
 from flap_fast.checks import ConfigError
 from flap_fast.config import Data
+from flap_fast.data.manifest import whole_characters
 from flap_fast.data.shards import ShardError, Shards
 
 FILE = "captions.jsonl"
@@ -25,7 +26,12 @@ FILE = "captions.jsonl"
 
 def caption_key(clip: str, original: str) -> int:
     """63 bits that stand for one caption of one clip."""
-    digest = hashlib.blake2b(f"{clip}\0{original}".encode(), digest_size=8).digest()
+    return text_key(f"{clip}\0{original}")
+
+
+def text_key(text: str) -> int:
+    """63 bits that stand for a text."""
+    digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
@@ -38,10 +44,11 @@ def clip_id(shards: Shards, clip: int, record: dict[str, Any]) -> str:
 class CaptionChoice:
     """What a visit to a clip may read: its own captions, or the richer ones.
 
-    Under `concat` a clip of a folder with richer captions stands twice in an epoch.
+    Under `concat` a clip of a folder with richer captions stands twice in an epoch. Clips of a
+    folder without a file of them keep their own; `check_before_loading` refuses a run without any.
 
     Raises:
-        ConfigError: data.captions asks for richer captions and no folder has a whole file of them.
+        ConfigError: a line of such a file that is no caption.
     """
 
     def __init__(self, settings: Data, shards: Shards):
@@ -101,7 +108,8 @@ def _read(file: Path) -> dict[int, str]:
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
-                found[caption_key(str(row["id"]), row["original"])] = str(row["caption"])
+                key = caption_key(str(row["id"]), row["original"])
+                found[key] = whole_characters(str(row["caption"]))
             except (ValueError, KeyError, TypeError) as error:
                 raise ConfigError(
                     f"{file}:{number} must hold id, original and caption: {error!r}; "

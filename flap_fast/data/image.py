@@ -12,6 +12,7 @@ Source: CLIP's published code; SPEC 5.3.
 from __future__ import annotations
 
 import io
+import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -78,7 +79,7 @@ def square(picture: pillow.Image, resolution: int) -> np.ndarray:
 
 def decoded(source: Path | bytes) -> pillow.Image:
     """The whole picture in the colours that its file has; raises `BadImage`."""
-    if isinstance(source, Path) and not source.is_file():
+    if isinstance(source, Path) and not os.path.isfile(source):  # a name may be too long to ask
         raise BadImage("missing: no such file")
     try:
         picture = pillow.open(io.BytesIO(source) if isinstance(source, bytes) else source)
@@ -87,7 +88,7 @@ def decoded(source: Path | bytes) -> pillow.Image:
         raise BadImage(f"too large: {error}") from None
     except UnidentifiedImageError:
         raise BadImage("unreadable: no kind of picture that is known") from None
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow's many readers raise
+    except (OSError, RuntimeError, SyntaxError, ValueError) as error:  # Pillow's many readers
         raise BadImage(f"unreadable: {error}") from None
     return picture
 

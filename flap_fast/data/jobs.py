@@ -20,7 +20,7 @@ from typing import Any
 
 from flap_fast.checks import need
 from flap_fast.data.forms import Form
-from flap_fast.data.manifest import Entry, ManifestError
+from flap_fast.data.manifest import Entry, ManifestError, as_utf8
 from flap_fast.data.shards import pack, write_atomically
 
 
@@ -100,12 +100,19 @@ class Place:
     def _done(self) -> Path:
         return self.out / ".prepare"
 
+    def _record(self, job: Job) -> Path:
+        return self._done / f"{job.name}.json"
+
+    def _shard(self, job: Job) -> Path:
+        return self.out / job.split / f"{job.number}.tar"
+
     def begin(self, jobs: Sequence[Job]) -> None:
         """Make the folders; raise `ManifestError` where other shards are in them."""
-        self._done.mkdir(parents=True, exist_ok=True)
         stale = {f.stem for f in self._done.glob("*.json")} - {job.name for job in jobs}
         if stale:
             raise self._other(f"{len(stale)} shards that the manifest does not have")
+        self._refuse_others(jobs)
+        self._done.mkdir(parents=True, exist_ok=True)
         for split in {job.split for job in jobs}:
             folder = self.out / split
             folder.mkdir(exist_ok=True)
@@ -115,17 +122,41 @@ class Place:
                     raise self._other(f"another {split}/{name}")
                 write_atomically(there, data)
 
+    def _refuse_others(self, jobs: Sequence[Job]) -> None:
+        """Raise `ManifestError` where shards that we did not write would be overwritten."""
+        sources = {entry.audio for job in jobs for entry in job.entries if entry.inside}
+        read = {audio.resolve().parent for audio in sources}
+        shards = {self._shard(job): self._record(job) for job in jobs}
+        folders = sorted({shard.parent for shard in shards})
+        tars = [tar for folder in folders for tar in sorted(folder.glob("*.tar"))]
+        begun = self._done.is_dir()  # asked after the tars: another part may be writing
+        for tar in tars:
+            # A call that was killed may have left no record; the index is written before the tar.
+            marks = (shards[tar], tar.with_suffix(".idx")) if begun and tar in shards else ()
+            if tar.resolve().parent in read or not any(mark.is_file() for mark in marks):
+                raise ManifestError(
+                    f"OUT must be new or hold this manifest's shards, got '{tar}', which is not "
+                    "one of them and might be lost; name another folder"
+                )
+
     def finished(self, job: Job) -> dict[str, Any] | None:
         """The record of a finished shard, or None; raises where it is another manifest's."""
-        file = self._done / f"{job.name}.json"
-        if not file.is_file():
+        try:
+            record = json.loads(self._record(job).read_text())
+        except FileNotFoundError:
             return None
-        record = json.loads(file.read_text())
         if record["fingerprint"] != job.fingerprint(self.form):
             raise self._other(f"another {job.name}")
-        shard = self.out / job.split / f"{job.number}.tar"
+        shard = self._shard(job)
         there = shard.is_file() and shard.with_suffix(".idx").is_file()
         return record if there or not record["clips"] else None
+
+    def retry(self, job: Job) -> None:
+        """Take a shard for unfinished, and its split with it, if clips of it were rejected."""
+        record = self.finished(job)
+        if record and record["rejected"]:
+            (self.out / job.split / "sizes.json").unlink(missing_ok=True)
+            self._record(job).unlink(missing_ok=True)
 
     def write(self, job: Job, results: Sequence[tuple[str, bytes] | str]) -> None:
         """Write one shard, then the record that it is finished.
@@ -149,16 +180,18 @@ class Place:
                 ending, data = result
                 samples.append((f"{entry.line:09d}.{ending}", data, _record(entry)))
         tar, index, clips = pack(samples)
+        shard = self._shard(job)
         if clips:
-            shard = self.out / job.split / f"{job.number}.tar"
             write_atomically(shard.with_suffix(".idx"), index.encode())
             write_atomically(shard, tar)
+        else:
+            shard.unlink(missing_ok=True)  # of a call before, when some could be used
         record = {
             "fingerprint": job.fingerprint(self.form),
             "clips": clips,
             "rejected": rejected,
         }
-        write_atomically(self._done / f"{job.name}.json", json.dumps(record).encode())
+        write_atomically(self._record(job), json.dumps(record).encode())
 
     def finish(self, jobs: Sequence[Job]) -> Prepared:
         """The counts; where no shard is missing, sizes.json of each split and rejected.jsonl."""
@@ -170,7 +203,7 @@ class Place:
         unfinished = len(jobs) - len(there)
         if not unfinished:
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rejected)
-            write_atomically(self.out / "rejected.jsonl", lines.encode())
+            write_atomically(self.out / "rejected.jsonl", as_utf8(lines))
             sizes: dict[str, dict[str, int]] = {job.split: {} for job in jobs}
             for job, record in zip(jobs, there, strict=True):
                 if record["clips"]:
@@ -189,14 +222,14 @@ class Place:
 
 
 def _row(entry: Entry) -> dict[str, Any]:
-    """What a fingerprint takes of a row: of the sound's path the name alone, for folders move."""
+    """What a fingerprint takes of a row: of the sound's path what stays when folders move."""
     row = {name: getattr(entry, name) for name in _FIELDS} | {"audio": entry.audio.name}
     # Absent where they are empty: shards that were written before there were such are still known.
     optional = {name: getattr(entry, name) for name in _OPTIONAL}
     return row | {name: value for name, value in optional.items() if value}
 
 
-_OPTIONAL = ("image", "inside", "more")
+_OPTIONAL = ("image", "inside", "more", "under")
 _FIELDS = tuple(field.name for field in fields(Entry) if field.name not in _OPTIONAL)
 
 

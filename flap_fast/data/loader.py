@@ -16,7 +16,7 @@ from flap_fast.data.batch import BadClip, Batch
 from flap_fast.data.captions import Tokenizer
 from flap_fast.data.decode import Encoded
 from flap_fast.data.draws import Stream, uniforms
-from flap_fast.data.enriched import CaptionChoice
+from flap_fast.data.enriched import CaptionChoice, clip_id, text_key
 from flap_fast.data.frontend import Mels, to_device
 from flap_fast.data.fusion import PIECES
 from flap_fast.data.order import Order
@@ -193,8 +193,8 @@ def evaluation_mels(
             where = np.full((len(some), 1 + PIECES), 0.5)
             where[:, 0] = positions[start : start + size]
             if config.eval.crop == "random":
-                visits = torch.from_numpy(some)
-                where = uniforms(0, Stream.EVAL_CROP, visits, 1 + PIECES).numpy()
+                keys = torch.tensor([_crop_key(shards, clip) for clip in some])
+                where = uniforms(0, Stream.EVAL_CROP, keys, 1 + PIECES).numpy()
             yield [shards.sound(clip) for clip in some], where
 
     front = sense(config, ranks, shards)
@@ -205,8 +205,14 @@ def evaluation_mels(
         except Unusable as error:
             some = np.unique(clips[start : start + size])
             names = ", ".join(_undecodable(shards, some, front))
-            raise ShardError(f"cannot be decoded: {names or error}; prepare it again") from None
+            remedy = "delete the tar and run the same flap prepare again"
+            raise ShardError(f"cannot be decoded: {names or error}; {remedy}") from None
         yield front.finish(heard)
+
+
+def _crop_key(shards: Shards, clip: int) -> int:
+    """By the id, so that a clip has the same crop whichever others are evaluated with it."""
+    return text_key(clip_id(shards, clip, shards.record(clip, captionless=True)))
 
 
 def _undecodable(shards: Shards, clips: np.ndarray, front: Ears | Eyes) -> Iterator[str]:

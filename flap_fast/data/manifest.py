@@ -8,8 +8,9 @@
     start_s   where the clip starts in its file, in seconds
     duration_s   how long it lasts
 
-Rows of the same piece of the same file are one clip with several captions. Other columns travel
-along as `original_data`. An image and its captions are such a row too, with the image as `audio`.
+Rows of the same piece of the same file are one clip with the captions and labels of all. Other
+columns, the first row's, travel along as `original_data`. An image and its captions are such a row
+too, with the image as `audio`.
 """
 
 from __future__ import annotations
@@ -60,6 +61,8 @@ class Entry:
     """Where the sound lies in `audio`, a tar: offset and size."""
     more: dict[str, Any] = field(default_factory=dict)
     """What else its JSON record is to say."""
+    under: str = ""
+    """The folder of `audio` in its manifest's folder, where there is a manifest."""
 
 
 def read_manifest(file: Path) -> list[Entry]:
@@ -72,7 +75,11 @@ def read_manifest(file: Path) -> list[Entry]:
     """
     if not file.is_file():
         raise ManifestError(f"the manifest must be an existing .jsonl or .csv file, got '{file}'")
-    return collect(((file, line, row) for line, row in read_rows(file)), file.parent, str(file))
+    clips = collect(((file, line, row) for line, row in read_rows(file)), file.parent, str(file))
+    for clip in clips:
+        if clip.audio.is_relative_to(file.parent):
+            clip.under = "/".join(clip.audio.relative_to(file.parent).parts[:-1])
+    return clips
 
 
 def collect(rows: Iterable[Row], folder: Path, called: str) -> list[Entry]:
@@ -97,15 +104,17 @@ def collect(rows: Iterable[Row], folder: Path, called: str) -> list[Entry]:
             )
         piece = (entry.split, entry.audio, entry.start_s, entry.duration_s)
         if piece in clips:
-            clips[piece].captions.extend(entry.captions)
+            first = clips[piece]
+            first.captions.extend(entry.captions)
+            first.labels = list(dict.fromkeys([*first.labels, *entry.labels]))
             continue
         if not _given(row, "id") and (entry.split, entry.id) in owners:
             entry.id = f"{entry.id}@{entry.start_s:g}-{line}"
-        first = owners.setdefault((entry.split, entry.id), piece)
-        if first != piece:
+        owner = owners.setdefault((entry.split, entry.id), piece)
+        if owner != piece:
             raise ManifestError(
                 f"{file}:{line}: id must name one clip of a split, got '{entry.id}' again "
-                f"(first on line {clips[first].line}); rename one of them"
+                f"(first on line {clips[owner].line}); rename one of them"
             )
         clips[piece] = entry
     if not clips:
@@ -214,4 +223,14 @@ def _texts(row: dict[str, Any], name: str, *, several: bool = True) -> list[str]
         value = value.split("|") if several else [value]
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         raise TypeError(f"{name} must be a text or a list of texts, got {value!r}")
-    return [text.strip() for text in value if text.strip()]
+    return [whole_characters(text.strip()) for text in value if text.strip()]
+
+
+def whole_characters(text: str) -> str:
+    """The text with U+FFFD for half of an emoji, which JSON's escapes can say and UTF-8 cannot."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def as_utf8(json_text: str) -> bytes:
+    """Its bytes; what UTF-8 cannot say (as in a path of other bytes) becomes JSON's escape."""
+    return json_text.encode(errors="backslashreplace")

@@ -44,6 +44,7 @@ def prepare(
     threads: int = 0,
     cache: Audio | None = None,
     part: Part | None = None,
+    retry: bool = False,
     distributor: Distributor = "threads",
     show: bool = True,
 ) -> Prepared:
@@ -54,16 +55,21 @@ def prepare(
         threads: decoding threads; 0 takes all cores.
         cache: write the log-mels of this front end instead of sounds.
         part: write these shards alone; whichever call finds all finished writes the rest.
+        retry: prepare shards with rejected clips anew.
         distributor: threads of this process, or the Ray cluster that is there.
 
     Raises:
-        ManifestError: see `read_manifest`; also when OUT holds shards of another manifest or rate.
+        ManifestError: see `read_manifest`; also when OUT holds shards of another manifest or rate,
+            or by another hand.
     """
     entries = read_manifest(Path(manifest)) if isinstance(manifest, (str, Path)) else manifest
     jobs = list(jobs_of(entries, shard_clips))
     place = Place(Path(out).absolute(), _form(sample_rate_hz, cache))
     place.begin(jobs)
     mine = jobs[part.number - 1 :: part.of] if part else jobs
+    if retry:
+        for job in mine:
+            place.retry(job)
     todo = [job for job in mine if place.finished(job) is None]
     columns = (TextColumn("prepare"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not show) as bar:

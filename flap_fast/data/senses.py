@@ -10,11 +10,16 @@ The loader asks both for the same, so order, resuming and repairs are the same f
 
 from __future__ import annotations
 
+import functools
+import io
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
+import soundfile
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from flap_fast.config import Config, Image
@@ -37,6 +42,8 @@ class Ears:
         self._config, self._ranks, self._kind = config, ranks, shards.kind
         self._mel = MelFrontEnd(config.audio, config.fusion, ranks.device)
         self._read = reader(shards.kind, config.audio, config.fusion)
+        if ranks.first and shards.kind == "sounds" and len(shards):
+            _warn_of_rate(shards, config.audio.sample_rate_hz)
 
     def stream(self, batches: Iterator[Encoded], batch: int) -> Iterator[Mels]:
         """Raises `BadSound` at the turn of a batch with a clip that cannot be decoded."""
@@ -61,6 +68,27 @@ class Ears:
     def finish(self, heard: Mels) -> Mels:
         """Normalised."""
         return Mels(normalise(heard.mel, self._config.audio), heard.longer)
+
+
+def _warn_of_rate(shards: Shards, wanted_hz: int) -> None:
+    """Say where sounds were prepared at a lower rate than the front end's, by their first clip."""
+    try:
+        rate = soundfile.info(io.BytesIO(shards.sound(0))).samplerate  # type: ignore[arg-type]
+    except soundfile.LibsndfileError:
+        return  # reported at its turn
+    if rate < wanted_hz:
+        _say_rate(shards.files[shards.place[0, 0]].parent, rate, wanted_hz)
+
+
+@functools.cache  # once a process: each evaluation listens anew
+def _say_rate(folder: Path, rate_hz: int, wanted_hz: int) -> None:
+    Console(stderr=True).print(
+        f"{folder} holds sounds at {rate_hz} Hz and audio.sample_rate_hz is {wanted_hz}: above "
+        f"{rate_hz // 2} Hz the model hears silence; prepare them for it: flap prepare --config",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 class Eyes:

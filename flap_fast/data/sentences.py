@@ -17,7 +17,7 @@ import numpy as np
 
 from flap_fast.config import Config
 from flap_fast.data.draws import Stream
-from flap_fast.data.manifest import ManifestError, read_rows
+from flap_fast.data.manifest import ManifestError, read_rows, whole_characters
 from flap_fast.data.order import Order
 
 Triple = tuple[str, str, str]
@@ -91,4 +91,4 @@ def _text(file: Path, line: int, row: dict[str, Any], name: str) -> str:
     value = row.get(name, row.get(_COLUMNS[name]))
     if not isinstance(value, str) or not value.strip():
         raise ManifestError(f"{file}:{line}: {name} must be a text with words, got {value!r}")
-    return value.strip()
+    return whole_characters(value.strip())

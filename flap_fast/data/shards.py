@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from flap_fast.config import Config
+from flap_fast.data.manifest import as_utf8, whole_characters
 from flap_fast.data.sound import BadSound
 
 SOUNDS = ("flac", "wav", "ogg", "mp3", "opus")
@@ -83,7 +84,7 @@ class Shards:
         except (ValueError, AttributeError) as error:
             raise BadSound(f"its JSON cannot be read: {error}") from None
         texts = [text] if isinstance(text, str) else text if isinstance(text, list) else []
-        texts = [t.strip() for t in texts if isinstance(t, str) and t.strip()]
+        texts = [whole_characters(t.strip()) for t in texts if isinstance(t, str) and t.strip()]
         if not texts and not captionless:
             raise BadSound("captionless: its JSON holds no text")
         return {**record, "text": texts}
@@ -106,8 +107,8 @@ def open_shards(folders: Sequence[Path], kinds: Sequence[str] = ("sounds", "mels
         kinds: what may stand in them, of `KINDS`.
 
     Raises:
-        ShardError: a folder without shards, or not written to its end; a truncated shard; a clip
-            without sound or JSON; sounds beside images or cached log-mels.
+        ShardError: a folder without shards, or not written or fetched to its end; a truncated
+            shard; a clip without sound or JSON; sounds beside images or cached log-mels.
     """
     files: list[Path] = []
     places: list[np.ndarray] = []
@@ -125,12 +126,15 @@ def open_shards(folders: Sequence[Path], kinds: Sequence[str] = ("sounds", "mels
                 f"{folder} must have been written to its end, got no sizes.json: run the same "
                 "flap prepare again, without --shard-range"
             )
+        counts: dict[str, int | None] = {}
         for file in found:
             rows, texts, endings = _index(file, kinds)
             there |= {k: file for k, some in KINDS.items() if not endings.isdisjoint(some)}
             plain += texts
             places.append(np.array([(len(files), *row) for row in rows], np.int64).reshape(-1, 5))
             files.append(file)
+            counts[file.name] = len(rows) if file.with_suffix(".idx").is_file() else None
+        _check_sizes(folder / "sizes.json", counts)
     if len(there) > 1:
         listed = ", ".join(f"{kind} in {file}" for kind, file in there.items())
         raise ShardError(
@@ -152,7 +156,7 @@ def pack(samples: Iterable[tuple[str, bytes, dict[str, Any]]]) -> tuple[bytes, s
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for name, sound, record in samples:
             parts = []
-            text = json.dumps(record, ensure_ascii=False, sort_keys=True).encode()
+            text = as_utf8(json.dumps(record, ensure_ascii=False, sort_keys=True))
             key, _, kind = name.partition(".")
             for ending, data in ((kind or "flac", sound), ("json", text)):
                 info = tarfile.TarInfo(f"{key}.{ending}")
@@ -192,6 +196,22 @@ def write_atomically(file: Path, data: bytes | Callable[[], Iterable[bytes]]) ->
     finally:
         part.unlink(missing_ok=True)
     write_atomically(file, data)  # another writer took the part for a dead one's
+
+
+def _check_sizes(file: Path, clips: dict[str, int | None]) -> None:
+    """Raise `ShardError` where a shard of sizes.json is not there, or has other clips.
+
+    None is not compared: shards without our index, LAION's, whose sizes.json is only about right.
+    """
+    try:
+        listed = dict(json.loads(file.read_text()) if file.is_file() else {})
+    except (ValueError, TypeError) as error:
+        raise ShardError(f"{file} must be a JSON object: {error}; fetch it again") from None
+    for name, count in listed.items():
+        if clips.get(name, -1) not in (count, None):
+            got = f"{clips[name]} of {count} clips in {name}" if name in clips else f"no {name}"
+            what = f"{file.parent} must hold the shards of its sizes.json, got {got}; fetch it or"
+            raise ShardError(f"{what} run flap prepare again, or take it out of sizes.json")
 
 
 def _index(

@@ -14,6 +14,9 @@ import numpy as np
 import soundfile
 import soxr
 
+# Frames read at a time: a header may promise any number of them, memory is for those that come.
+_BLOCK = 2**20
+
 
 class Unusable(ValueError):
     """A clip's sound or picture that cannot be used, and why."""
@@ -35,21 +38,40 @@ def read_sound(
     Raises:
         BadSound: missing, unreadable, empty, or not finite.
     """
-    if isinstance(source, Path) and not source.is_file():
+    if isinstance(source, Path) and not os.path.isfile(source):  # a name may be too long to ask
         raise BadSound("missing: no such file")
     # As bytes, for names that are no UTF-8: soundfile cannot encode them.
     file = io.BytesIO(source) if isinstance(source, bytes) else os.fsencode(source)
     try:
-        with soundfile.SoundFile(file) as f:  # type: ignore[arg-type] - takes bytes, says str
+        with _Forward(file) as f:  # type: ignore[arg-type] - takes bytes, says str
             rate = f.samplerate
             f.seek(min(round(start_s * rate), f.frames))
-            frames = -1 if duration_s is None else round(duration_s * rate)
-            wave = f.read(frames, dtype="float32", always_2d=True)
+            wave = _blocks(f, f.frames if duration_s is None else round(duration_s * rate))
     except soundfile.LibsndfileError as error:
         raise BadSound(f"unreadable: {error.error_string}") from None
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, TypeError) as error:  # TypeError: x.raw, which has no header
         raise BadSound(f"unreadable: {error}") from None
     return mono_at(wave, rate, sample_rate_hz)
+
+
+class _Forward(soundfile.SoundFile):
+    """A file whose reads begin where the last one ended.
+
+    soundfile seeks to that place after each, if it can: MP3 then loses what it kept of the frame
+    before, and FLAC with a wrong length fails.
+    """
+
+    def seekable(self) -> bool:
+        return False
+
+
+def _blocks(file: _Forward, frames: int) -> np.ndarray:
+    """(samples, channels) float32: at most `frames` from where the file stands, up to its end."""
+    blocks: list[np.ndarray] = []
+    while not blocks or (frames and len(blocks[-1]) == _BLOCK):
+        blocks.append(file.read(min(frames, _BLOCK), dtype="float32", always_2d=True))
+        frames -= len(blocks[-1])
+    return np.concatenate(blocks)
 
 
 def mono_at(wave: np.ndarray, rate: float, sample_rate_hz: int) -> np.ndarray:

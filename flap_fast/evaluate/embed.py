@@ -143,7 +143,9 @@ def read_texts(shards: Shards) -> Texts:
         try:
             record = shards.record(clip, captionless=True)
         except BadSound as why:
-            raise ShardError(f"{shards.name(clip)}: {why}; prepare it again") from None
+            raise ShardError(
+                f"{shards.name(clip)}: {why}; delete the tar and run the same flap prepare again"
+            ) from None
         captions += record["text"]
         owner += [clip] * len(record["text"])
         labels.append(_labels(record.get("tag")))

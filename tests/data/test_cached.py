@@ -202,6 +202,9 @@ def npy(array: np.ndarray) -> bytes:
     return data.getvalue()
 
 
+GOOD = np.zeros((98, 128), np.float16)
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -213,6 +216,14 @@ def npy(array: np.ndarray) -> bytes:
         npy(np.zeros((98, 128), np.float32)),
         npy(np.zeros(98, np.float16)),
         npy(np.array([{}])),
+        npy(np.where(np.eye(98, 128), np.nan, 0).astype(np.float16)),
+        npy(np.where(np.eye(98, 128), -np.inf, 0).astype(np.float16)),
+        b"PK\x03\x04" + npy(GOOD),
+        npy(GOOD).replace(b"{'descr'", b"{'descr("),
+        npy(GOOD).replace(b"'<f2'", b"'<f2 "),
+        npy(GOOD).replace(b"'<f2'", b"(3,) "),
+        npy(GOOD).replace(b"(98", b"-98"),
+        npy(GOOD).replace(b"(98, 128)", b"(98, 128 "),
     ],
 )
 def test_a_clip_that_is_no_cached_log_mel_is_bad(data):

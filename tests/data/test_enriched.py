@@ -134,6 +134,14 @@ def test_a_folder_without_the_file_keeps_its_captions(two_folders):
         assert clips.tolist() == [*range(30), *range(6, len(drawn) - 24)]
 
 
+def test_half_an_emoji_in_a_richer_caption_is_a_mark_in_its_place(rich, tmp_path):
+    shutil.copytree(rich, tmp_path / "train")
+    file = tmp_path / "train/captions.jsonl"
+    file.write_text(file.read_text().replace('*"}', '\\ud83d"}'))
+    seen = read(settings(tmp_path / "train", "replace"), 0, 1)[0][0]
+    assert all(text.endswith("\ufffd") for text in seen)
+
+
 def test_a_caption_without_a_line_is_an_error_and_not_left_out(rich, tmp_path):
     shutil.copytree(rich, tmp_path / "train")
     file = tmp_path / "train/captions.jsonl"
@@ -169,4 +177,4 @@ def test_a_clips_name_is_its_records_or_its_place():
     assert clip_id(shards, 0, {"id": "x"}) == "x"
     assert clip_id(shards, 0, {"id": ""}) == clip_id(shards, 0, {}) == "3.tar@512"
     assert caption_key("a", "b") != caption_key("ab", "")
-    assert 0 <= caption_key("a", "b") < 2**63
+    assert 0 <= caption_key("a", "b\ud83d") < 2**63

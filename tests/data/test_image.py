@@ -96,6 +96,7 @@ def test_batches_come_in_order_and_end(decoder):
 
 
 CUT = encoded(smooth(90, 90), "JPEG")
+DDS = encoded(smooth(8, 8), "DDS")
 
 
 @BOTH
@@ -125,8 +126,10 @@ def test_an_error_of_the_source_is_not_a_bad_picture(decoder):
     ("source", "reason"),
     [
         (Path("nowhere.png"), "missing: no such file"),
+        (Path("n" * 300), "missing: no such file"),
         (b"GIF no more", "unreadable: no kind of picture that is known"),
         (CUT[: len(CUT) // 2], "unreadable: image file is truncated"),
+        (DDS[:80] + b"\4\0\0\0ABCD" + DDS[88:], "unreadable: Unimplemented pixel format"),
         (encoded(pillow.new("RGB", (51, 1))), "a strip: 51 x 1 pixels"),
         (encoded(pillow.new("F", (9, 9)), "TIFF"), "pixels of 32 bits"),
     ],

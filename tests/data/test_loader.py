@@ -13,6 +13,7 @@ from flap_fast.config import Config
 from flap_fast.data.batch import Batch
 from flap_fast.data.captions import tokenizer
 from flap_fast.data.draws import Stream, uniforms
+from flap_fast.data.enriched import text_key
 from flap_fast.data.loader import TrainingLoader, evaluation_mels
 from flap_fast.data.mel import kaldi_log_mel, normalise
 from flap_fast.data.shards import ShardError, open_shards, pack
@@ -310,7 +311,8 @@ def test_evaluation_gives_the_clips_named_in_their_order(prepared, backend):
     shards = open_shards([prepared / "train"])
     found = [heard.mel for heard in evaluation_mels(config, shards, CLIPS, Ranks())]
     assert [len(mel) for mel in found] == [2, 2, 1]
-    where = uniforms(0, Stream.EVAL_CROP, torch.from_numpy(CLIPS), 1)[:, 0].tolist()
+    keys = torch.tensor([text_key(shards.record(clip)["id"]) for clip in CLIPS])
+    where = uniforms(0, Stream.EVAL_CROP, keys, 1)[:, 0].tolist()
     waves = [
         fill(crop(read_sound(shards.sound(clip), RATE), RATE, w), RATE, "repeatpad")
         for clip, w in zip(CLIPS, where, strict=True)
@@ -334,6 +336,36 @@ def test_an_evaluations_random_crop_is_the_clips_and_not_the_runs(prepared):
     assert ((a - c).abs().amax((1, 2, 3)) > 0.1).all()
 
 
+def test_an_evaluations_random_crop_is_the_same_with_a_clip_more_or_less(tmp_path):
+    samples = [(f"{n:03d}", FLAC[n], {"text": "x", "id": f"clip {n}"}) for n in (9, 10, 11)]
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all/0.tar").write_bytes(pack(samples)[0])
+    (tmp_path / "few").mkdir()
+    (tmp_path / "few/0.tar").write_bytes(pack(samples[1:])[0])
+    whole, few = (
+        next(
+            evaluation_mels(tiny("frontend.backend=torch"), shards, np.arange(len(shards)), Ranks())
+        )
+        for shards in (open_shards([tmp_path / name]) for name in ("all", "few"))
+    )
+    assert (whole.mel[1:] - few.mel).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(("rate", "said"), [(RATE // 2, 1), (RATE, 0), (2 * RATE, 0)])
+def test_sounds_at_a_lower_rate_than_the_front_ends_are_told_of_once(tmp_path, capsys, rate, said):
+    (tmp_path / "0.tar").write_bytes(
+        pack([("a", encode(noise(0, 1, rate), rate), {"text": "x"})])[0]
+    )
+    shards, config = open_shards([tmp_path]), tiny("frontend.backend=torch")
+    for rank in (1, 0, 0):
+        list(evaluation_mels(config, shards, np.arange(1), Ranks(rank)))
+    err = capsys.readouterr().err
+    assert (
+        err.count("holds sounds at 8000 Hz and audio.sample_rate_hz is 16000: above 4000") == said
+    )
+    assert err.count("flap prepare --config") == said
+
+
 @ANY_BACK_END
 def test_evaluation_leaves_no_clip_out(tmp_path, backend):
     shards = open_shards([shards_of(tmp_path / "bad", {5: BAD["cut"], 4: BAD["nan"]})])
@@ -343,5 +375,6 @@ def test_evaluation_leaves_no_clip_out(tmp_path, backend):
     with pytest.raises(ShardError) as error:
         next(mels)
     assert str(error.value).count(str(tmp_path)) == 2
+    assert str(error.value).endswith("; delete the tar and run the same flap prepare again")
     assert f"{shards.name(4)} (unreadable: samples are not finite)" in str(error.value)
     assert f"{shards.name(5)} (unreadable: " in str(error.value)

@@ -81,6 +81,18 @@ def test_rows_of_one_piece_are_one_clip_with_several_captions(manifest):
     assert [clip.id for clip in clips] == ["1", "2", "a", "a"]
 
 
+def test_rows_of_one_piece_have_the_labels_of_all(manifest):
+    rows = [{"audio": "a.wav", "labels": names} for names in (["dog"], ["cat", "dog"], ["rain"])]
+    (clip,) = read_manifest(manifest(rows))
+    assert clip.labels == ["dog", "cat", "rain"]
+
+
+def test_half_an_emoji_in_a_text_is_a_mark_in_its_place(manifest):
+    rows = [{"audio": "a.wav", "caption": "a dog \ud83d", "labels": ["\ude00", "\U0001f600"]}]
+    (clip,) = read_manifest(manifest(rows))
+    assert (clip.captions, clip.labels) == (["a dog \ufffd"], ["\ufffd", "\U0001f600"])
+
+
 def test_pieces_of_one_file_get_names_of_their_own(manifest):
     rows = [{"audio": "a.wav", "start_s": start} for start in (0, 10, 20.5)]
     assert [clip.id for clip in read_manifest(manifest(rows))] == ["a", "a@10-2", "a@20.5-3"]

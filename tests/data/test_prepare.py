@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -18,8 +19,9 @@ import pytest
 from flap_fast.data.jobs import Prepared
 from flap_fast.data.manifest import ManifestError
 from flap_fast.data.prepare import ahead, prepare
-from flap_fast.data.shards import open_shards
+from flap_fast.data.shards import ShardError, open_shards, pack
 from flap_fast.data.sound import read_sound
+from flap_fast.data.sources import SOURCES
 from tests.sounds import encode, noise, tone, write_corpus, write_manifest
 
 RATE = 16_000
@@ -220,6 +222,95 @@ def test_a_rejected_clip_does_not_move_the_others_to_other_shards(tmp_path):
     assert spoilt["train/0.tar"] == whole["train/0.tar"]
     assert spoilt["train/1.tar"] != whole["train/1.tar"]
     assert spoilt["train/2.tar"] == whole["train/2.tar"]
+
+
+def laion(folder: Path, shards: int) -> Path:
+    """Shards of three tones at 48 kHz, without an index; gives the folder above theirs."""
+    (folder / "train").mkdir(parents=True)
+    for n in range(shards):
+        clips = [(f"{i}", encode(tone(300 + 99 * i, 0.2, 48_000), 48_000)) for i in range(3)]
+        tar = pack([(key, sound, {"text": f"{n} {key}"}) for key, sound in clips])[0]
+        (folder / f"train/{n}.tar").write_bytes(tar)
+    return folder
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_shards_are_not_overwritten_by_what_is_read_from_them(tmp_path, begun):
+    """Nor where a record or an index makes them look like ours."""
+    folder = laion(tmp_path / "l", 3)
+    clips = SOURCES["shards"](folder)
+    if begun:
+        (folder / ".prepare").mkdir()
+        for n in range(3):
+            (folder / f"train/{n}.idx").write_bytes(b"")
+    before = contents(folder)
+    with pytest.raises(ManifestError, match=r"got '.*/0\.tar', which is not one of .*; name"):
+        prepare(clips, folder, shard_clips=2, show=False)
+    assert contents(folder) == before
+    assert (folder / ".prepare").is_dir() == begun
+
+
+@pytest.mark.parametrize("name", ["0.tar", "extra.tar"])
+def test_shards_that_are_not_ours_are_neither_overwritten_nor_joined(corpus, tmp_path, name):
+    (tmp_path / ".prepare").mkdir()
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / name).write_bytes(b"another's")
+    with pytest.raises(ManifestError, match=f"got '.*/val/{name}', which is not one"):
+        prepare(corpus, tmp_path, shard_clips=7, show=False)
+    assert contents(tmp_path) == {f"val/{name}": b"another's"}
+
+
+def test_clips_that_were_rejected_are_tried_again_when_asked(tmp_path):
+    manifest = write_corpus(tmp_path / "a", 9)
+    prepare(manifest, tmp_path / "whole", shard_clips=3, show=False)
+    sound = (tmp_path / "a/04.flac").read_bytes()
+    (tmp_path / "a/04.flac").unlink()
+    out = tmp_path / "out"
+    assert prepare(manifest, out, shard_clips=3, show=False) == Prepared(9, 3, 8, 1)
+    (tmp_path / "a/04.flac").write_bytes(sound)
+    others = {n: (out / f"train/{n}.tar").stat().st_mtime_ns for n in (0, 2)}
+    assert prepare(manifest, out, shard_clips=3, show=False) == Prepared(9, 3, 8, 1)
+    assert prepare(manifest, out, shard_clips=3, retry=True, show=False) == Prepared(9, 3, 9, 0)
+    assert contents(out) == contents(tmp_path / "whole")
+    assert {n: (out / f"train/{n}.tar").stat().st_mtime_ns for n in (0, 2)} == others
+
+
+def test_a_retry_that_was_stopped_leaves_no_half_for_a_whole(tmp_path, monkeypatch):
+    manifest = write_corpus(tmp_path / "a", 4)
+    (tmp_path / "a/02.ogg").unlink()
+    prepare(manifest, tmp_path / "out", shard_clips=2, show=False)
+    monkeypatch.setattr("flap_fast.data.prepare.write_shards", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prepare(manifest, tmp_path / "out", shard_clips=2, retry=True, show=False)
+    with pytest.raises(ShardError, match="must have been written to its end"):
+        open_shards([tmp_path / "out/train"])
+    monkeypatch.undo()
+    (tmp_path / "a/03.wav").unlink()  # nothing is left of the shard
+    done = prepare(manifest, tmp_path / "out", shard_clips=2, show=False)
+    assert done == Prepared(4, 1, 2, 2)
+    assert len(open_shards([tmp_path / "out/train"])) == 2
+
+
+def test_another_file_of_the_same_name_is_another_clip(tmp_path):
+    for version in ("v1", "v2"):
+        write_corpus(tmp_path / f"a/{version}", 1)
+        write_manifest(tmp_path / f"a/{version}.jsonl", [{"audio": f"{version}/00.wav"}])
+    prepare(tmp_path / "a/v1.jsonl", tmp_path / "out", show=False)
+    with pytest.raises(ManifestError, match="got another train-0"):
+        prepare(tmp_path / "a/v2.jsonl", tmp_path / "out", show=False)
+    shutil.copytree(tmp_path / "a", tmp_path / "moved")
+    done = prepare(tmp_path / "moved/v1.jsonl", tmp_path / "out", show=False)
+    assert done == Prepared(1, 0, 0, 1)
+
+
+def test_a_folder_whose_name_is_no_utf8_may_have_a_rejected_clip(tmp_path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/m\xfcsik"))
+    write_corpus(folder, 2)
+    (folder / "01.flac").unlink()
+    out = tmp_path / "out"
+    assert prepare(folder / "manifest.jsonl", out, show=False) == Prepared(2, 1, 1, 1)
+    (line,) = (out / "rejected.jsonl").read_text().splitlines()
+    assert json.loads(line)["audio"] == str(folder / "01.flac")
 
 
 def test_a_wrong_manifest_leaves_nothing_behind(tmp_path):

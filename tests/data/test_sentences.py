@@ -64,6 +64,12 @@ def test_a_row_without_its_three_sentences_is_refused_by_its_line(
         read_triples([tmp_path])
 
 
+def test_half_an_emoji_in_a_sentence_is_a_mark_in_its_place(tmp_path: Path):
+    row = {**dict(zip(NAMES[2:], TRIPLE, strict=True)), "premise": "a dog \ud83d"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    assert read_triples([tmp_path]) == [("a dog \ufffd", *TRIPLE[1:])]
+
+
 def test_a_folder_without_sentences_and_too_few_of_them_are_refused(tmp_path: Path):
     with pytest.raises(ManifestError, match=r"data\.nli must hold \.jsonl, \.tsv, \.csv files"):
         read_triples([tmp_path])

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -236,6 +237,42 @@ def test_a_spoilt_index_is_named_with_what_to_do(shard, index):
         ShardError, match=r"0\.idx must be a whole index of version 1\.2: .*delete it"
     ):
         open_shards([shard.parent])
+
+
+def test_a_shard_that_did_not_arrive_is_named(prepared, tmp_path):
+    shutil.copytree(prepared / "train", tmp_path / "train")
+    (tmp_path / "train/2.tar").unlink()
+    with pytest.raises(ShardError, match=r"train must hold the shards of its .*, got no 2\.tar; "):
+        open_shards([tmp_path / "train"])
+    for ending in ("tar", "idx"):  # another shard in its place
+        shutil.copy(prepared / f"train/3.{ending}", tmp_path / f"train/2.{ending}")
+    with pytest.raises(
+        ShardError, match=r"sizes\.json, got 3 of 7 clips in 2\.tar; fetch it or run"
+    ):
+        open_shards([tmp_path / "train"])
+    (tmp_path / "train/sizes.json").write_text('{"0.tar": 7, "1.tar": 7, ')
+    with pytest.raises(ShardError, match=r"sizes\.json must be a JSON object: .*; fetch it again"):
+        open_shards([tmp_path / "train"])
+
+
+def test_laions_sizes_need_not_be_right_but_its_shards_must_be_there(shard):
+    sizes = shard.with_name("sizes.json")
+    sizes.write_text('{"0.tar": 4}')
+    assert len(open_shards([shard.parent])) == 5
+    sizes.write_text('{"0.tar": 4, "1.tar": 5}')
+    with pytest.raises(ShardError, match=r"got no 1\.tar; .*, or take it out of sizes\.json$"):
+        open_shards([shard.parent])
+
+
+HALF = json.dumps({"text": "a dog \ud83d", "title": "\ude00"})
+
+
+def test_half_an_emoji_in_a_caption_is_no_text_and_keeps_the_rest(tmp_path):
+    (tmp_path / "0.tar").write_bytes(tar_of({"a.flac": b"x", "a.json": HALF.encode()}))
+    (tmp_path / "1.tar").write_bytes(pack([("a", b"x", json.loads(HALF))])[0])
+    shards = open_shards([tmp_path])
+    for clip in range(2):
+        assert shards.record(clip) == {"text": ["a dog \ufffd"], "title": "\ude00"}
 
 
 def test_a_folder_without_shards_is_refused_with_the_command_that_writes_them(tmp_path):

@@ -88,15 +88,48 @@ def test_a_sound_that_cannot_be_used_says_why(data, reason):
         read_sound(data, RATE)
 
 
+def promising(frames: int) -> bytes:
+    """`FLAC` with another number of frames in its header; 0 is for one that is not known."""
+    data = bytearray(FLAC)
+    data[21] = data[21] & 0xF0 | frames >> 32
+    data[22:26] = (frames & 0xFFFFFFFF).to_bytes(4, "big")
+    return bytes(data)
+
+
+@pytest.mark.parametrize("frames", [0, 2**36 - 1])
+def test_a_header_with_a_wrong_length_costs_no_memory_and_no_sample(tmp_path, frames):
+    (tmp_path / "x.flac").write_bytes(promising(frames))
+    for source in (promising(frames), tmp_path / "x.flac"):
+        assert (read_sound(source, RATE) == read_sound(FLAC, RATE)).all()
+        assert len(read_sound(source, RATE, duration_s=0.5)) == RATE // 2
+
+
+@pytest.mark.parametrize("format", ["WAV", "MP3"])
+def test_a_long_sound_is_read_block_by_block_to_the_sample(monkeypatch, format):
+    data = encode(noise(3, 1.0, RATE), RATE, format)
+    whole = read_sound(data, RATE)
+    monkeypatch.setattr("flap_fast.data.sound._BLOCK", 1000)
+    assert (read_sound(data, RATE) == whole).all()
+    piece = read_sound(data, RATE, start_s=0.25, duration_s=0.5)
+    assert (piece == whole[RATE // 4 : 3 * RATE // 4]).all()
+
+
 def test_a_piece_after_the_end_is_empty():
     with pytest.raises(BadSound, match=r"^empty: no samples$"):
         read_sound(FLAC, RATE, start_s=1.5)
 
 
 def test_a_missing_file_and_a_folder_are_not_sounds(tmp_path):
-    for path in (tmp_path / "no.wav", tmp_path):
+    """Nor is a name that no file system takes."""
+    for path in (tmp_path / "no.wav", tmp_path, tmp_path / f"{'n' * 300}.wav"):
         with pytest.raises(BadSound, match=r"^missing: no such file$"):
             read_sound(path, RATE)
+
+
+def test_samples_without_a_header_are_no_sound(tmp_path):
+    (tmp_path / "x.raw").write_bytes(bytes(1000))
+    with pytest.raises(BadSound, match=r"^unreadable: "):
+        read_sound(tmp_path / "x.raw", RATE)
 
 
 def test_a_crop_begins_where_it_is_told_and_never_ends_outside():

@@ -65,7 +65,10 @@ def _rows(file: Path, split: str | None) -> Iterator[Row]:
             text = clip.pop("text")
             more += text if isinstance(text, list) else [text]
         if more:
-            clip["captions"] = [text for text in more if text]
+            own = clip.get("captions") or []
+            own = own.split("|") if isinstance(own, str) else own
+            own = own if isinstance(own, list) else [own]  # refused by `collect`, with its line
+            clip["captions"] = [*own, *(text for text in more if text)]
         if split is not None:
             clip["split"] = split
         yield file, line, clip

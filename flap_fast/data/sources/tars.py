@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from flap_fast.data.manifest import Entry, ManifestError
+from flap_fast.data.manifest import Entry, ManifestError, whole_characters
 from flap_fast.data.shards import KINDS, Shards, open_shards
 from flap_fast.data.sound import BadSound
 
@@ -33,9 +33,9 @@ def tars(folder: Path) -> list[Entry]:
             raise ManifestError(
                 f"shards to prepare must hold sounds or images, got log-mels in '{split}'"
             )
+        first = len(entries) + 1
         entries += (
-            _entry(shards, clip, split.resolve().name, len(entries) + clip + 1)
-            for clip in range(len(shards))
+            _entry(shards, clip, split.resolve().name, first + clip) for clip in range(len(shards))
         )
     return entries
 
@@ -72,4 +72,4 @@ def _entry(shards: Shards, clip: int, split: str, line: int) -> Entry:
 
 def _texts(value: Any) -> list[str]:
     texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
-    return [text.strip() for text in texts if isinstance(text, str) and text.strip()]
+    return [whole_characters(t.strip()) for t in texts if isinstance(t, str) and t.strip()]

@@ -186,6 +186,19 @@ def test_others_shards_are_brought_to_the_rate_and_keep_all_that_they_say(tmp_pa
     ]
 
 
+def test_clips_of_all_splits_are_numbered_through(prepared):
+    clips = SOURCES["shards"](prepared)
+    assert [clip.line for clip in clips] == list(range(1, 31))
+    assert [clip.split for clip in clips] == ["train"] * 24 + ["val"] * 6
+
+
+def test_half_an_emoji_in_others_shards_is_a_mark_in_its_place(tmp_path):
+    record = {"text": [], "captions": ["a dog \ud83d"], "tag": ["\ude00"]}
+    write(tmp_path, {"train/0.tar": pack([("0", b"x", record)])[0]})
+    (clip,) = SOURCES["shards"](tmp_path)
+    assert (clip.captions, clip.labels) == (["a dog \ufffd"], ["\ufffd"])
+
+
 def test_preparing_our_own_shards_again_changes_no_sound(prepared, tmp_path):
     prepare(SOURCES["shards"](prepared), tmp_path / "out", show=False)
     ours, again = open_shards([prepared / "train"]), open_shards([tmp_path / "out/train"])
@@ -215,6 +228,18 @@ def test_a_folder_of_sounds_and_a_table_is_read_in_either_form(tmp_path):
         ("test", "test/y.wav", ["y"], []),
         ("train", "train/x.wav", ["first", "second", "last"], []),
     ]
+    rows = [
+        {"file_name": "a.wav", "captions": ["one", "two"], "text": "three"},
+        {"file_name": "b.wav", "captions": "one|two", "caption_0": "three", "text": ""},
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    both = SOURCES["folder"](write(tmp_path / "both", {"metadata.jsonl": lines}))
+    assert [clip.captions for clip in both] == [["one", "two", "three"]] * 2
+    wrong = json.dumps({**rows[0], "captions": 5})
+    with pytest.raises(
+        ManifestError, match=r"metadata\.jsonl:1: captions must be a text or a list"
+    ):
+        SOURCES["folder"](write(tmp_path / "wrong", {"metadata.jsonl": wrong}))
     write(flat, {"manifest.csv": "", "other.csv": ""})
     with pytest.raises(ManifestError, match=r"one table of captions, got manifest\.csv, metadata"):
         SOURCES["folder"](flat)
