@@ -29,7 +29,7 @@ SMALL: dict[str, Any] = {
     "intermediate_size": 48,
     "pad_token_id": 1,
 }
-MARKS = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 2)
+MARKS: dict[str, Any] = {f"{mark}_token_id": 2 for mark in ("bos", "eos", "cls", "sep")}
 CONFIGS = {
     "distilbert": DistilBertConfig(vocab_size=90, dim=32, n_layers=2, n_heads=2, hidden_dim=48),
     "modernbert": ModernBertConfig(**(SMALL | MARKS)),
