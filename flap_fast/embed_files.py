@@ -28,12 +28,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from flap_fast.checks import ConfigError
+from flap_fast.checks import ConfigError, need
 from flap_fast.data.jobs import Part
 from flap_fast.data.prepare import Distributor
 from flap_fast.data.ray_cluster import run_on_cluster
 from flap_fast.data.shards import write_atomically
-from flap_fast.data.sound import BadSound
+from flap_fast.data.sound import BadSound, Unread
 from flap_fast.embedder import Embedder, load
 from flap_fast.search import stat_sound
 
@@ -88,7 +88,8 @@ def embed_files(
             is told of each that is.
 
     Raises:
-        ConfigError: no model; a crop that is none; no cluster.
+        ConfigError: no model; a crop that is none; no cluster; a sound that the system does not let
+            us read, which another time it may.
     """
     embedder = _opened(model)
     out.mkdir(parents=True, exist_ok=True)
@@ -135,8 +136,10 @@ def _pieces(
 
 def _embed(embedder: Embedder, piece: Piece, crop: str, batch: int, advance: Advance) -> None:
     rows, rejected = [], {}
+    remedy = "let it be read or leave it out, and call again: finished pieces stay"
     with closing(embedder.embed_each(piece.sounds, batch, crop=crop)) as found:
         for number, row in enumerate(found):
+            need(not isinstance(row, Unread), "a sound", "be readable", row, remedy)
             if isinstance(row, BadSound):
                 rejected[number] = str(row)
             else:

@@ -260,7 +260,7 @@ class Embedder:
             wave = _wave(sound, rate, audio.sample_rate_hz)
         except BadSound as why:
             name = str(sound) if isinstance(sound, (str, Path)) else f"sound number {number}"
-            raise BadSound(f"{name}: {why}") from None
+            raise type(why)(f"{name}: {why}") from None
         crops = -(-len(wave) // longest) if policy == "whole" else _multi(policy)
         starts = crop_positions(crops if len(wave) > longest else 1)
         # Copies: a view of a crop would keep the whole recording.

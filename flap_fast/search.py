@@ -1,8 +1,9 @@
 """Embeddings of many sounds, kept in a file and brought up to date, and the nearest of them.
 
 The file holds the embeddings and of each sound its path, size and time; a sound that has not
-changed since is not embedded again, unless the model or the crops are others. It is written whole
-or not at all, every minute and when it ends in whatever way: what is done stays done.
+changed since is not embedded again, unless the model or the crops are others, or the system did
+not let us read it. It is written whole or not at all, every minute and when it ends in whatever
+way: what is done stays done.
 
 FAISS finds the candidates where it is installed, PyTorch where not; both are exact, and the order
 is by the cosine in float64, equal ones by path.
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from flap_fast.checks import ConfigError, need
 from flap_fast.data.shards import write_atomically
-from flap_fast.data.sound import BadSound
+from flap_fast.data.sound import BadSound, Unread
 from flap_fast.embedder import Embedder
 
 ENDINGS = frozenset(
@@ -175,6 +176,8 @@ def update_index(
         found = embedder.embed_each(plan.todo.values(), batch, crop=crop)
         with closing(found):
             for there, row in zip(plan.todo, found, strict=True):
+                if isinstance(row, Unread):  # as good as gone: tried again when it is there
+                    there = replace(there, size=0, mtime_ns=0)
                 bad = isinstance(row, BadSound)
                 rows[replace(there, error=str(row)) if bad else there] = None if bad else row
                 advance()

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from flap_fast.checks import ConfigError
 from flap_fast.data.jobs import Part
+from flap_fast.data.sound import Unread, read_sound
 from flap_fast.embed_files import Embedded, embed_files
 from flap_fast.embedder import load
 from flap_fast.model.flap import Flap
@@ -154,6 +156,26 @@ def test_another_model_crop_or_batch_embeds_all_anew(checkpoint, sounds, tmp_pat
         assert watch.total == SOUNDS
         assert not pieces(out) & was
         was = pieces(out)
+
+
+def test_no_piece_is_finished_with_a_sound_that_the_system_does_not_let_us_read(
+    checkpoint, sounds, tmp_path, monkeypatch
+):
+    def refusing(file: Path, rate: int):
+        if file.name == "06.wav":
+            raise Unread("unreadable: System error.")
+        return read_sound(file, rate)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("flap_fast.embedder.read_sound", refusing)
+        rule = r"a sound must be readable, got '.*06\.wav: unreadable.*; .* and call again"
+        with pytest.raises(ConfigError, match=rule):
+            run(checkpoint, sounds, out)
+    assert not (out / "embeddings.npy").exists()
+    assert run(checkpoint, sounds, out) == Embedded(9, 3)
+    run(checkpoint, sounds, tmp_path / "one")
+    assert contents(out) == contents(tmp_path / "one")
 
 
 def test_no_sound_that_can_be_read_is_an_array_of_no_rows(checkpoint, tmp_path):

@@ -12,6 +12,7 @@ import torch
 
 from flap_fast.checks import ConfigError
 from flap_fast.data.captions import tokenizer
+from flap_fast.data.sound import Unread, read_sound
 from flap_fast.embedder import Embedder
 from flap_fast.model.flap import Flap
 from flap_fast.search import File, Index, Rows, find_sounds, open_index, plan_update, update_index
@@ -94,6 +95,25 @@ def test_only_what_is_new_or_changed_is_embedded(sounds: Path, embedder: Embedde
     assert not changed.rejected
     assert torch.equal(open_index(file).embeddings, changed.embeddings)
     assert open_index(file).paths == changed.paths
+
+
+def test_what_the_system_does_not_let_us_read_is_tried_again(
+    sounds: Path, embedder: Embedder, tmp_path: Path, monkeypatch
+):
+    def refusing(file: Path, rate: int):
+        if file.name == "b.FLAC":
+            raise Unread("unreadable: System error.")
+        return read_sound(file, rate)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("flap_fast.embedder.read_sound", refusing)
+        index, _ = update(tmp_path / "index", embedder, [sounds])
+        assert [Path(file.path).name for file in index.rejected] == ["b.FLAC", "broken.mp3"]
+        assert update(tmp_path / "index", embedder, [sounds])[1] == 1
+    index, embedded = update(tmp_path / "index", embedder, [sounds])
+    assert embedded == 1
+    assert names(index) == ["a.wav", "b.FLAC", "d.wav", "c.ogg"]
+    assert update(tmp_path / "index", embedder, [sounds])[1] == 0
 
 
 def test_another_model_or_crop_embeds_all_anew(sounds: Path, embedder: Embedder, tmp_path: Path):
