@@ -68,6 +68,16 @@ def test_a_flap_goes_out_and_in_by_the_command(trained, tmp_path, monkeypatch, c
     assert (text[0] - text[1]).abs().max() > 1e-3  # 1e-5 means something
 
 
+def test_a_flaps_folder_that_lacks_a_file_is_named(trained, tmp_path):
+    export_checkpoint(trained, tmp_path / "hf")
+    (tmp_path / "hf/model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"hf must hold model\.safetensors, got 'none'"):
+        import_checkpoint(tmp_path / "hf", tmp_path / "x")
+    (tmp_path / "hf/config.json").write_text('{"model_type": "flap"}')
+    with pytest.raises(ConfigError, match=r"config\.json must hold the model's config, got None"):
+        import_checkpoint(tmp_path / "hf", tmp_path / "x")
+
+
 def test_a_text_tower_that_clap_has_not_is_said_to_be_left_out(tmp_path):
     config = tiny("text.pool=mean")
     model = Flap(config)
