@@ -24,10 +24,14 @@ def load_config(file: str | Path | None = None, overrides: Sequence[str] = ()) -
         ConfigError: an unreadable file, an unknown name, a value against its rule.
     """
     tree = _read_yaml(Path(file)) if file is not None else {}
+    given: dict[str, Any] = {}
     for override in overrides:
         name, equals, value = override.partition("=")
         need(bool(equals and name), "an override", "have the form section.name=value", override)
-        _set(tree, name, _parse(value, f"the value of {name}"))
+        given[name] = _parse(value, f"the value of {name}")
+    _drop_other_length(tree, {"train": {n.removeprefix("train."): v for n, v in given.items()}})
+    for name, value in given.items():
+        _set(tree, name, value)
     return parse_config(tree)
 
 
@@ -57,7 +61,9 @@ def _read_yaml(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if base is None:
         return tree
     need(isinstance(base, str), f"base in {file}", "name a YAML file beside it", base)
-    return _over(_read_yaml(file.parent / base, (*above, file.resolve())), tree)
+    below = _read_yaml(file.parent / base, (*above, file.resolve()))
+    _drop_other_length(below, tree)
+    return _over(below, tree)
 
 
 def _over(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
@@ -68,6 +74,15 @@ def _over(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict) and isinstance(base.get(name), dict)
     }
     return {**base, **tree, **both}
+
+
+def _drop_other_length(below: dict[str, Any], above: dict[str, Any]) -> None:
+    """`train.steps` above takes the place of `train.epochs` below, and the other way round."""
+    mine, theirs = above.get("train"), below.get("train")
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        for one, other in (("steps", "epochs"), ("epochs", "steps")):
+            if mine.get(one) is not None and other not in mine:
+                theirs.pop(other, None)
 
 
 def _parse(text: str | bytes, what: str) -> Any:

@@ -8,7 +8,8 @@
 A piece is embedded by itself and named by a hash of all that its bits depend on: the model, the
 crops, the batch, and of each sound the path, size and time. So a stop and a second call, or several
 machines of one kind, give the bytes of one call. A piece ends where a hash of the path says so:
-sounds that come, go or change touch their own piece alone.
+sounds that come, go or change touch their own piece alone. One with a sound that the system did not
+let us read, which another time it may, is embedded again by the next call.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +35,7 @@ from flap_fast.data.jobs import Part
 from flap_fast.data.prepare import Distributor
 from flap_fast.data.ray_cluster import run_on_cluster
 from flap_fast.data.shards import write_atomically
-from flap_fast.data.sound import BadSound
+from flap_fast.data.sound import BadSound, Unread
 from flap_fast.embedder import Embedder, load
 from flap_fast.search import stat_sound
 
@@ -51,6 +53,16 @@ class Piece:
     @property
     def finished(self) -> bool:
         return self.file.is_file()
+
+    @property
+    def settled(self) -> bool:
+        """Finished, and no sound in it is one that the system may let us read another time."""
+        return self.finished and not self.about()["again"]
+
+    def about(self) -> dict[str, Any]:
+        """What a finished piece says: `rejected` (the reason by number), and `again`."""
+        with safe_open(self.file, "np") as file:
+            return json.loads(file.metadata()["about"])
 
 
 @dataclass(frozen=True)
@@ -94,7 +106,7 @@ def embed_files(
     out.mkdir(parents=True, exist_ok=True)
     pieces = list(_pieces(sounds, out, (embedder.identity, crop, batch), piece_sounds))
     mine = pieces[part.number - 1 :: part.of] if part else pieces
-    todo = [piece for piece in mine if not piece.finished]
+    todo = [piece for piece in mine if not piece.settled]
     with watch(sum(len(piece.sounds) for piece in todo)) as advance:
         if distributor == "ray":
             there = partial(_embed_there, model, embedder.identity, crop, batch)
@@ -134,9 +146,10 @@ def _pieces(
 
 
 def _embed(embedder: Embedder, piece: Piece, crop: str, batch: int, advance: Advance) -> None:
-    rows, rejected = [], {}
+    rows, rejected, again = [], {}, False
     with closing(embedder.embed_each(piece.sounds, batch, crop=crop)) as found:
         for number, row in enumerate(found):
+            again |= isinstance(row, Unread)
             if isinstance(row, BadSound):
                 rejected[number] = str(row)
             else:
@@ -144,7 +157,7 @@ def _embed(embedder: Embedder, piece: Piece, crop: str, batch: int, advance: Adv
             advance(1)
     embeddings = torch.stack(rows) if rows else torch.empty(0, embedder.config.joint.width)
     piece.file.parent.mkdir(exist_ok=True)
-    about = {"rejected": json.dumps(rejected)}
+    about = {"about": json.dumps({"rejected": rejected, "again": again})}
     write_atomically(piece.file, save({"embeddings": embeddings}, about))
 
 
@@ -164,7 +177,7 @@ def _finish(out: Path, pieces: Sequence[Piece], width: int) -> Embedded:
     for piece in there:
         with safe_open(piece.file, "np") as file:
             rows += file.get_slice("embeddings").get_shape()[0]
-            reasons = json.loads(file.metadata()["rejected"])
+        reasons = piece.about()["rejected"]
         for number, path in enumerate(piece.sounds):
             why = reasons.get(str(number))
             row = {"audio": str(path)} | ({"reason": why} if why else {})

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -117,17 +119,20 @@ class Embedder:
             except BadSound as why:
                 return why
 
-        return self._embed_each(sounds, decode, batch)
+        # Of a sound that is heard whole, the crops are known when it is decoded.
+        crops = batch if policy == "whole" else _multi(policy)
+        return self._embed_each(sounds, decode, batch, ahead_sounds=2 * batch // crops)
 
     def _embed_each(
         self,
         sounds: Iterable[Sound],
         decode: Callable[[tuple[int, Sound]], Crops | BadSound],
         batch: int,
+        ahead_sounds: int,
     ) -> Embedded:
         threads = self.config.frontend.threads or os.cpu_count() or 1
         with ThreadPoolExecutor(threads) as pool:
-            decoded = ahead(pool, decode, enumerate(sounds), limit=2 * batch + threads)
+            decoded = ahead(pool, decode, enumerate(sounds), limit=ahead_sounds + threads)
             with closing(decoded):
                 waiting: list[Crops | BadSound] = []
                 crops = 0
@@ -255,12 +260,16 @@ class Embedder:
             wave = _wave(sound, rate, audio.sample_rate_hz)
         except BadSound as why:
             name = str(sound) if isinstance(sound, (str, Path)) else f"sound number {number}"
-            raise BadSound(f"{name}: {why}") from None
-        crops = int(policy[6:]) if policy.startswith("multi:") else 1
-        if policy == "whole":
-            crops = -(-len(wave) // longest)
-        crops = crops if len(wave) > longest else 1
-        return [fitted(wave, float(at), audio, self.config.fusion) for at in crop_positions(crops)]
+            raise type(why)(f"{name}: {why}") from None
+        crops = -(-len(wave) // longest) if policy == "whole" else _multi(policy)
+        starts = crop_positions(crops if len(wave) > longest else 1)
+        # Copies: a view of a crop would keep the whole recording.
+        return [fitted(wave, float(at), audio, self.config.fusion).copy() for at in starts]
+
+
+def _multi(policy: str) -> int:
+    """Crops of a long sound."""
+    return int(policy[6:]) if policy.startswith("multi:") else 1
 
 
 def _wave(sound: Sound, rate: float, sample_rate_hz: int) -> np.ndarray:
@@ -272,13 +281,20 @@ def _wave(sound: Sound, rate: float, sample_rate_hz: int) -> np.ndarray:
             raise BadSound(f"a mapping must have 'array' and 'sampling_rate', got {list(sound)}")
         sound = (sound["array"], sound["sampling_rate"])
     if isinstance(sound, tuple):
+        if len(sound) != 2:
+            raise BadSound(f"a waveform must come alone or with its rate, got {len(sound)} things")
         sound, rate = sound
-    wave = sound.detach().cpu().numpy() if isinstance(sound, Tensor) else np.asarray(sound)
-    if wave.ndim not in (1, 2) or not wave.size or not rate > 0:
-        raise BadSound(
-            f"a waveform must be (samples,) or have channels too, at a rate above 0, "
-            f"got shape {wave.shape} at {rate:g} Hz"
-        )
+    if not isinstance(rate, Real) or not 0 < rate < math.inf:
+        raise BadSound(f"a waveform's rate must be a number of hertz above 0, got {rate!r}")
+    if isinstance(sound, Tensor):  # NumPy has no bfloat16
+        sound = (sound.float() if sound.is_floating_point() else sound).detach().cpu()
+    try:
+        wave = np.asarray(sound)
+    except ValueError as error:
+        raise BadSound(f"a waveform must be an array of numbers: {error}") from None
+    if wave.ndim not in (1, 2) or not wave.size:
+        rule = "be (samples,) or have channels too"
+        raise BadSound(f"a waveform must {rule}, got shape {wave.shape}")
     if np.issubdtype(wave.dtype, np.signedinteger):
         wave = wave / -float(np.iinfo(wave.dtype).min)
     elif not np.issubdtype(wave.dtype, np.floating):

@@ -1,8 +1,9 @@
 """Embeddings of many sounds, kept in a file and brought up to date, and the nearest of them.
 
 The file holds the embeddings and of each sound its path, size and time; a sound that has not
-changed since is not embedded again, unless the model or the crops are others. It is written whole
-or not at all, every minute and when it ends in whatever way: what is done stays done.
+changed since is not embedded again, unless the model or the crops are others, or the system did
+not let us read it. It is written whole or not at all, every minute and when it ends in whatever
+way: what is done stays done.
 
 FAISS finds the candidates where it is installed, PyTorch where not; both are exact, and the order
 is by the cosine in float64, equal ones by path.
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from flap_fast.checks import ConfigError, need
 from flap_fast.data.shards import write_atomically
-from flap_fast.data.sound import BadSound
+from flap_fast.data.sound import BadSound, Unread
 from flap_fast.embedder import Embedder
 
 ENDINGS = frozenset(
@@ -70,20 +71,22 @@ class Index:
         return [file for file in self.rows if file.error is not None]
 
     def path(self, file: File) -> Path:
-        """Where a file is, seen from the working folder."""
-        return Path(os.path.normpath(self.file.parent / file.path))
+        """Where a file is; of an index that was named from the working folder, from there too."""
+        path = os.path.normpath(self.file.parent.resolve() / file.path)
+        return Path(path if self.file.is_absolute() else os.path.relpath(path))
 
     def nearest(self, queries: Tensor, most: int = 10) -> list[list[tuple[Path, float]]]:
         """Of each query (Q, d) the sounds with the highest cosines, best first."""
-        paths = self.paths
-        if not paths:
+        files = [file for file in self.rows if file.error is None]
+        if not files:
             return [[] for _ in queries]
-        candidates = _candidates(self.embeddings, queries, min(len(paths), 2 * most + 16))
         found = []
+        candidates = _candidates(self.embeddings, queries, most)
         for query, rows in zip(queries, candidates, strict=True):
-            cosines = self.embeddings[rows].double() @ query.double()
-            order = np.lexsort((rows.numpy(), -cosines.numpy()))[:most]
-            found.append([(paths[int(rows[n])], cosines[n].item()) for n in order.tolist()])
+            # Row by row: a product of matrices may give equal rows unequal last bits.
+            cosines = (self.embeddings[rows].double() * query.double()).sum(1)
+            best = np.lexsort((rows.numpy(), -cosines.numpy()))[:most].tolist()
+            found.append([(self.path(files[int(rows[n])]), cosines[n].item()) for n in best])
         return found
 
     def save(self) -> None:
@@ -175,6 +178,8 @@ def update_index(
         found = embedder.embed_each(plan.todo.values(), batch, crop=crop)
         with closing(found):
             for there, row in zip(plan.todo, found, strict=True):
+                if isinstance(row, Unread):  # as good as gone: tried again when it is there
+                    there = replace(there, size=0, mtime_ns=0)
                 bad = isinstance(row, BadSound)
                 rows[replace(there, error=str(row)) if bad else there] = None if bad else row
                 advance()
@@ -199,10 +204,24 @@ def find_sounds(places: Iterable[Path]) -> list[Path]:
     found: dict[Path, None] = {}  # in order, each once
     for place in places:
         need(place.exists(), "a sound", "be an existing file or folder", place)
-        inside = sorted(f for f in place.rglob("*") if f.suffix.lower() in ENDINGS and f.is_file())
+        inside = (f for f in _below(place) if f.suffix.lower() in ENDINGS and f.is_file())
         found |= dict.fromkeys([place] if place.is_file() else inside)
     need(bool(found), "the sounds", f"be files such as {', '.join(sorted(ENDINGS)[:4])}", "none")
     return list(found)
+
+
+def _below(folder: Path) -> list[Path]:
+    """What is below a folder and is none, by path; links are followed, each folder is read once."""
+    found, seen, todo = [], set(), [str(folder)]
+    for place in todo:  # links join it: what a folder holds itself comes first
+        for inside, folders, files in os.walk(place):
+            real = os.path.realpath(inside)
+            folders[:] = [] if real in seen else sorted(folders)
+            found += [] if real in seen else [Path(inside, name) for name in files]
+            seen.add(real)
+            below = (os.path.join(inside, name) for name in folders)
+            todo += [path for path in below if os.path.islink(path)]
+    return sorted(found)
 
 
 def stat_sound(path: Path, folder: Path) -> File:
@@ -215,12 +234,34 @@ def stat_sound(path: Path, folder: Path) -> File:
     return File(os.path.relpath(path.resolve(), folder.resolve()), size, mtime_ns)
 
 
+# Float32's cosines are that near to the true ones, for queries of length one.
+_SLACK = 1e-5
+
+
 def _candidates(embeddings: Tensor, queries: Tensor, most: int) -> Tensor:
-    """(Q, most) int64: the rows with the highest float32 cosines."""
+    """(Q, C) int64: rows among which are the `most` highest cosines, and all that tie with them."""
+    count, search = 2 * most + 16, _by_cosine(embeddings, queries)
+    while True:
+        count = min(count, len(embeddings))
+        cosines, rows = search(count)
+        behind = cosines[:, -1] < cosines[:, min(most, count) - 1] - _SLACK * queries.norm(dim=1)
+        if count == len(embeddings) or behind.all():
+            return rows
+        count *= 4
+
+
+def _by_cosine(embeddings: Tensor, queries: Tensor) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """What gives (Q, n) float32 cosines, the n highest, and their rows, int64."""
     try:
         import faiss
     except ImportError:
-        return (queries @ embeddings.T).topk(most, dim=1).indices
+        cosines = queries @ embeddings.T
+        return lambda count: cosines.topk(count, dim=1)
     index = faiss.IndexFlatIP(embeddings.shape[1])
     index.add(embeddings.numpy())
-    return torch.from_numpy(index.search(queries.numpy(), most)[1])
+
+    def search(count: int) -> tuple[Tensor, Tensor]:
+        cosines, rows = index.search(queries.numpy(), count)
+        return torch.from_numpy(cosines), torch.from_numpy(rows)
+
+    return search

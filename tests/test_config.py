@@ -18,8 +18,8 @@ from flap_fast.configfile import dump_config, load_config, parse_config
 def yaml_file(tmp_path: Path):
     """Writes a config file and names it."""
 
-    def write(text: str) -> Path:
-        file = tmp_path / "config.yaml"
+    def write(text: str, name: str = "config.yaml") -> Path:
+        file = tmp_path / name
         file.write_text(text)
         return file
 
@@ -290,17 +290,17 @@ def test_steps_take_the_place_of_epochs():
     assert Train(epochs=None, steps=7).steps == 7
 
 
-def test_epochs_beside_steps_are_not_silently_left_out(yaml_file):
+def test_of_steps_and_epochs_the_one_said_last_counts(yaml_file):
+    assert load_config("configs/demo.yaml", ["train.epochs=3"]).train.epochs == 3
+    dumped = yaml_file(dump_config(load_config("configs/flap.yaml")))
+    assert load_config(dumped, ["train.steps=20"]).train.steps == 20
+    derived = yaml_file(f"base: {dumped.name}\ntrain: {{steps: 7}}", "derived.yaml")
+    assert load_config(derived).train.steps == 7
     message = (
-        r"^train\.epochs must be left out with train\.steps = 150, got 3; set train\.steps=null"
+        r"^train\.epochs must be left out with train\.steps = 20, got 3; set train\.steps=null"
     )
     with pytest.raises(ConfigError, match=message):
-        load_config("configs/demo.yaml", ["train.epochs=3"])
-    assert (
-        load_config("configs/demo.yaml", ["train.epochs=3", "train.steps=null"]).train.epochs == 3
-    )
-    text = dump_config(load_config("configs/demo.yaml"))
-    assert load_config(yaml_file(text)).train.steps == 150
+        load_config(derived, ["train.epochs=3", "train.steps=20"])
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from flap_fast.data.jobs import Part
+from flap_fast.data.sound import Unread, read_sound
 from flap_fast.embed_files import Embedded, embed_files
 from flap_fast.embedder import load
 from flap_fast.model.flap import Flap
@@ -154,6 +155,26 @@ def test_another_model_crop_or_batch_embeds_all_anew(checkpoint, sounds, tmp_pat
         assert watch.total == SOUNDS
         assert not pieces(out) & was
         was = pieces(out)
+
+
+def test_no_piece_is_finished_with_a_sound_that_the_system_does_not_let_us_read(
+    checkpoint, sounds, tmp_path, monkeypatch
+):
+    def refusing(file: Path, rate: int):
+        if file.name == "06.wav":
+            raise Unread("unreadable: System error.")
+        return read_sound(file, rate)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("flap_fast.embedder.read_sound", refusing)
+        assert run(checkpoint, sounds, out) == Embedded(8, 4)
+    assert "06.wav" in {Path(name).name for name in names(out / "rejected.jsonl")}
+    watch = Watch()
+    assert run(checkpoint, sounds, out, watch=watch) == Embedded(9, 3)
+    assert 0 < watch.total < SOUNDS
+    run(checkpoint, sounds, tmp_path / "one")
+    assert contents(out) == contents(tmp_path / "one")
 
 
 def test_no_sound_that_can_be_read_is_an_array_of_no_rows(checkpoint, tmp_path):

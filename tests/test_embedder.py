@@ -54,6 +54,11 @@ def test_every_way_to_hand_over_a_waveform_gives_the_same_row(embedder: Embedder
         assert same(row, rows[0], 1e-4)
 
 
+def test_a_tensor_of_half_precision_is_its_own_numbers(embedder: Embedder):
+    half = torch.from_numpy(WAVE).bfloat16()
+    assert same(embedder.embed_audio([half]), embedder.embed_audio([half.float()]))
+
+
 def test_a_waveforms_rate_counts(embedder: Embedder):
     fast = chirp(200, 2000, 1.0, 48_000)
     wanted = embedder.embed_audio([WAVE])
@@ -71,7 +76,13 @@ def test_a_waveforms_rate_counts(embedder: Embedder):
         (np.zeros((2, 2, 9), np.float32), r"got shape \(2, 2, 9\)"),
         (np.array([0.1, np.nan], np.float32), "samples are not finite"),
         (np.ones(9, bool), "must be floats or signed integers, got bool"),
-        ((WAVE, 0), "at 0 Hz"),
+        ((WAVE, 0), "rate must be a number of hertz above 0, got 0"),
+        ((WAVE, None), "hertz above 0, got None"),
+        ((WAVE, "16000"), "hertz above 0, got '16000'"),
+        ((WAVE, float("inf")), "hertz above 0, got inf"),
+        ({"array": WAVE, "sampling_rate": None}, "hertz above 0, got None"),
+        ((WAVE, RATE, 1), "must come alone or with its rate, got 3 things"),
+        ([[0.1, 0.2], [0.3]], "a waveform must be an array of numbers"),
         ({"array": WAVE}, "must have 'array' and 'sampling_rate'"),
         ("nowhere.wav", "nowhere.wav: missing: no such file"),
     ],
@@ -108,6 +119,28 @@ def test_a_million_sounds_are_decoded_as_they_are_needed(embedder: Embedder):
         next(some)
     some.close()
     assert drawn < 40
+
+
+@pytest.mark.parametrize("crop", ["center", "multi:3", "whole"])
+def test_a_crop_keeps_no_recording_alive(embedder: Embedder, crop: str):
+    crops = embedder._crops((np.ones(16_000 * 60, np.float32), RATE), 0, RATE, crop)
+    assert all(wave.base is None and len(wave) == RATE for wave in crops)
+
+
+def test_of_sounds_that_are_heard_whole_few_are_decoded_ahead(embedder: Embedder):
+    """One of them may be many crops."""
+    drawn = 0
+
+    def endless():
+        nonlocal drawn
+        while True:
+            drawn += 1
+            yield WAVE
+
+    some = embedder.embed_each(endless(), batch=8, crop="whole")
+    next(some)
+    some.close()
+    assert drawn <= 8 + 2 + 2  # a batch; two more, and one for each thread
 
 
 def test_long_sounds_are_cropped_as_asked(embedder: Embedder):

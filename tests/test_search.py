@@ -12,6 +12,7 @@ import torch
 
 from flap_fast.checks import ConfigError
 from flap_fast.data.captions import tokenizer
+from flap_fast.data.sound import Unread, read_sound
 from flap_fast.embedder import Embedder
 from flap_fast.model.flap import Flap
 from flap_fast.search import File, Index, Rows, find_sounds, open_index, plan_update, update_index
@@ -69,6 +70,32 @@ def test_sounds_are_found_below_a_folder_and_by_name(sounds: Path, tmp_path: Pat
         find_sounds([tmp_path / "empty"])
 
 
+def test_linked_folders_are_searched_too_each_once(sounds: Path, tmp_path: Path):
+    """Also what leads back to itself; a folder's own name is above those of links to it."""
+    away = tmp_path / "away"
+    away.mkdir()
+    (away / "e.wav").write_bytes(b"")
+    (sounds / "ab").symlink_to(away)
+    (sounds / "aa").symlink_to(sounds / "deep")
+    (away / "back").symlink_to(sounds)
+    (sounds / "nowhere.wav").symlink_to(tmp_path / "nowhere")
+    found = [str(f.relative_to(sounds)) for f in find_sounds([sounds])]
+    assert found == ["a.wav", "ab/e.wav", "b.FLAC", "broken.mp3", "d.wav", "deep/c.ogg"]
+
+
+def test_an_index_in_a_linked_folder_knows_where_its_sounds_are(
+    sounds: Path, embedder: Embedder, tmp_path: Path, monkeypatch
+):
+    (tmp_path / "disk/deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk/deep")
+    index, _ = update(tmp_path / "link/index", embedder, [sounds])
+    assert index.paths[0] == sounds / "a.wav"
+    # Seen from the working folder, as the index was named.
+    monkeypatch.chdir(sounds / "deep")
+    index, _ = update(Path("index"), embedder, [sounds])
+    assert index.paths[0] == Path("../a.wav")
+
+
 def test_only_what_is_new_or_changed_is_embedded(sounds: Path, embedder: Embedder, tmp_path: Path):
     file = tmp_path / "index"
     index, embedded = update(file, embedder, [sounds])
@@ -94,6 +121,25 @@ def test_only_what_is_new_or_changed_is_embedded(sounds: Path, embedder: Embedde
     assert not changed.rejected
     assert torch.equal(open_index(file).embeddings, changed.embeddings)
     assert open_index(file).paths == changed.paths
+
+
+def test_what_the_system_does_not_let_us_read_is_tried_again(
+    sounds: Path, embedder: Embedder, tmp_path: Path, monkeypatch
+):
+    def refusing(file: Path, rate: int):
+        if file.name == "b.FLAC":
+            raise Unread("unreadable: System error.")
+        return read_sound(file, rate)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("flap_fast.embedder.read_sound", refusing)
+        index, _ = update(tmp_path / "index", embedder, [sounds])
+        assert [Path(file.path).name for file in index.rejected] == ["b.FLAC", "broken.mp3"]
+        assert update(tmp_path / "index", embedder, [sounds])[1] == 1
+    index, embedded = update(tmp_path / "index", embedder, [sounds])
+    assert embedded == 1
+    assert names(index) == ["a.wav", "b.FLAC", "d.wav", "c.ogg"]
+    assert update(tmp_path / "index", embedder, [sounds])[1] == 0
 
 
 def test_another_model_or_crop_embeds_all_anew(sounds: Path, embedder: Embedder, tmp_path: Path):
@@ -163,6 +209,22 @@ def test_the_nearest_are_the_same_with_faiss_and_without(faiss: bool, monkeypatc
         best = cosines.argsort(descending=True, stable=True)[:5].tolist()
         assert [path.name for path, _ in answers] == [f"{n:03d}.wav" for n in best]
         assert [cosine for _, cosine in answers] == pytest.approx(cosines[best].tolist(), abs=1e-9)
+
+
+@pytest.mark.parametrize("faiss", [True, False])
+def test_of_many_equal_sounds_the_first_by_path_are_found(faiss: bool, monkeypatch):
+    if faiss:
+        pytest.importorskip("faiss")
+    else:
+        monkeypatch.setitem(sys.modules, "faiss", None)
+    rows = torch.eye(16)[:1].repeat(300, 1)
+    rows[250, 1] = 1.0  # nearer to the second query by 2^-30, which float32 does not see
+    queries = torch.tensor([[1.0, 0.0], [1.0, 2.0**-30]])
+    found = fake_index(rows).nearest(torch.nn.functional.pad(queries, (0, 14)), 4)
+    assert [[path.name for path, _ in some] for some in found] == [
+        ["000.wav", "001.wav", "002.wav", "003.wav"],
+        ["250.wav", "000.wav", "001.wav", "002.wav"],
+    ]
 
 
 def test_fewer_sounds_than_asked_and_none(embedder: Embedder):

@@ -12,8 +12,8 @@ def import_(
     checkpoint: Annotated[
         Path,
         typer.Argument(
-            help="LAION-CLAP's, OpenAI's or CyCLIP's .pt, AudioMAE's .pth, a ClapModel's or a "
-            "FLAP's folder."
+            help="LAION-CLAP's, OpenAI's or CyCLIP's .pt, AudioMAE's .pth, HTSAT's .ckpt, a "
+            "ClapModel's or a FLAP's folder."
         ),
     ],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],

@@ -94,7 +94,7 @@ def open_subject(
         return {**tree, "eval": {**tree["eval"], **given}}
 
     if _is_text_encoder(model):
-        base = load_config(None, [f"text.folder={model}", f"text.pool={pool}"])
+        base = load_config(None, [f"text.folder={model}", f"text.pool={pool}", "text.dropout=0"])
         config = parse_config(with_settings(base.model_dump()))
         tower = TextEncoder(config.text).to(ranks.device).eval()
         return text_tower(tower, config, tokenizer(config.text), ranks)

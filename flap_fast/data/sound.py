@@ -26,6 +26,14 @@ class BadSound(Unusable):
     """A sound that cannot be used, and why."""
 
 
+class Unread(BadSound):
+    """A sound that the system did not let us read: another time it may."""
+
+
+# libsndfile's code for it.
+_SYSTEM = 2
+
+
 def read_sound(
     source: Path | bytes,
     sample_rate_hz: int,
@@ -36,10 +44,11 @@ def read_sound(
     """The mono waveform, (samples,) float32 in [-1, 1], channels averaged.
 
     Raises:
-        BadSound: missing, unreadable, empty, or not finite.
+        BadSound: unreadable, empty, or not finite.
+        Unread: missing, or refused by the system.
     """
     if isinstance(source, Path) and not os.path.isfile(source):  # a name may be too long to ask
-        raise BadSound("missing: no such file")
+        raise Unread("missing: no such file")
     # As bytes, for names that are no UTF-8: soundfile cannot encode them.
     file = io.BytesIO(source) if isinstance(source, bytes) else os.fsencode(source)
     try:
@@ -48,9 +57,11 @@ def read_sound(
             f.seek(min(round(start_s * rate), f.frames))
             wave = _blocks(f, f.frames if duration_s is None else round(duration_s * rate))
     except soundfile.LibsndfileError as error:
-        raise BadSound(f"unreadable: {error.error_string}") from None
+        kind = Unread if error.code == _SYSTEM else BadSound
+        raise kind(f"unreadable: {error.error_string}") from None
     except (OSError, RuntimeError, TypeError) as error:  # TypeError: x.raw, which has no header
-        raise BadSound(f"unreadable: {error}") from None
+        kind = Unread if isinstance(error, OSError) else BadSound
+        raise kind(f"unreadable: {error}") from None
     return mono_at(wave, rate, sample_rate_hz)
 
 

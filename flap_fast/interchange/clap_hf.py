@@ -5,8 +5,9 @@
     audio_projection.linear1   <->  audio_head.0
     logit_scale_a              <->  logit_scale
 
-Settings come from config.json and preprocessor_config.json. A name that config.json lacks has the
-class's default: transformers leaves out what equals it. The preprocessor's must all be there.
+Settings come from config.json, and from preprocessor_config.json or processor_config.json. A name
+that config.json lacks has the class's default: transformers leaves out what equals it. The
+preprocessor's must all be there.
 
 Source: transformers, models/clap; SPEC 12.1.
 """
@@ -122,10 +123,28 @@ def read_json(file: Path) -> dict[str, Any]:
     return found
 
 
+def _heard(folder: Path) -> dict[str, Any]:
+    """The feature extractor's settings: in a file of their own, or in its processor's."""
+    processor = folder / "processor_config.json"
+    if processor.is_file() and not (folder / "preprocessor_config.json").is_file():
+        inside = read_json(processor).get("feature_extractor")
+        need(isinstance(inside, dict), str(processor), "hold feature_extractor", inside)
+        return inside  # type: ignore[return-value] - checked above
+    return read_json(folder / "preprocessor_config.json")
+
+
+def check_spec_size(folder: Path, config: Config) -> None:
+    """Raise `ConfigError` unless its log-mels are folded into a square of our side."""
+    theirs: Any = ClapConfig.from_dict(read_json(folder / "config.json"))
+    side, size = config.audio.image_side, theirs.audio_config.spec_size
+    rule = f"be {side}, the side of {config.audio.frames} frames of {config.audio.mel_bins} bins"
+    need(size == side, "audio_config.spec_size", rule, size)
+
+
 def read_clap(folder: Path) -> tuple[Tensors, list[str], RobertaConfig]:
     """Its tensors, the settings of its audio side as overrides, and its text tower's config."""
     theirs = ClapConfig.from_dict(read_json(folder / "config.json"))
-    heard = read_json(folder / "preprocessor_config.json")
+    heard = _heard(folder)
     file = next(
         (f for f in ("model.safetensors", "pytorch_model.bin") if (folder / f).is_file()), None
     )
@@ -197,6 +216,8 @@ def why_not_clap(config: Config, encoder: Any) -> str:
         return "it sees"
     if config.audio.encoder != "htsat" or config.audio.mel != "clap":
         return "its audio tower is no HTSAT on CLAP's mel"
+    if (config.audio.mean, config.audio.std) != (0, 0.5):
+        return "transformers has no audio.mean and audio.std"
     if config.fusion.type not in _FUSIONS:
         return f"transformers has no fusion.type={config.fusion.type}"
     if (config.audio.mel_variant == "htk_none") != config.fusion.on:

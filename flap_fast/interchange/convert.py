@@ -1,7 +1,7 @@
 """`flap import` and `flap export`: which layout a checkpoint has, and what is written of it.
 
 import  LAION-CLAP's .pt, OpenAI's or CyCLIP's, a ClapModel's or a FLAP's folder -> a model folder
-        AudioMAE's .pth -> an audio tower's folder
+        AudioMAE's .pth, HTSAT's .ckpt -> an audio tower's folder
 export  a model folder -> a ClapModel's folder, or a FLAP's in that form; LAION-CLAP's or OpenAI's
         .pt
 
@@ -91,14 +91,21 @@ def import_checkpoint(
             clip_openai.keep_origin(folder, saved, _prefix(saved.tensors))
             found, unused = clip_openai.from_openai(tensors)
             return _write_model(path, folder, out, config, found, unused, partial)
+        if htsat := laion.of_htsat(tensors):
+            config = load_config(None, [*laion.htsat_settings(htsat), *overrides])
+            laion.check_mel(htsat, config)
+            found, _ = laion.from_laion(htsat)
+            return _write_tower(path, folder, out, config, found, partial)
         known = (
-            "LAION-CLAP's (audio_branch...), OpenAI's CLIP's (visual..., token_embedding) or "
-            "AudioMAE's (patch_embed.proj, pos_embed)"
+            "LAION-CLAP's (audio_branch...), OpenAI's CLIP's (visual..., token_embedding), "
+            "HTSAT's (bn0, patch_embed.proj) or AudioMAE's (patch_embed.proj, pos_embed)"
         )
         first = ", ".join(list(tensors)[:3])
         remedy = "--strip PREFIX shortens names"
         need(audiomae.is_audiomae(tensors), str(path), f"have {known} names", first, remedy)
-        return _write_tower(path, folder, out, tensors, list(overrides), partial, decoder)
+        found = audiomae.from_audiomae(tensors, decoder=decoder)
+        config = _audiomae_config(tensors, found, list(overrides))
+        return _write_tower(path, folder, out, config, found, partial, decoder)
 
 
 def _import_folder(
@@ -126,6 +133,7 @@ def _import_folder(
         for file in files:
             shutil.copy(file, words)
         config = load_config(None, [*settings, f"text.folder={words}", *overrides])
+        clap_hf.check_spec_size(path, config)
         return _write_model(path, folder, out, config, found, unused, partial)
 
 
@@ -158,21 +166,23 @@ def _write_model(
     return f"open it with flap_fast.load('{out}'), train on with train.init_from={out}"
 
 
-def _write_tower(
-    path: Path,
-    folder: Path,
-    out: Path,
-    tensors: Tensors,
-    overrides: list[str],
-    partial: bool,
-    decoder: bool,
-) -> str:
-    found = audiomae.from_audiomae(tensors, decoder=decoder)
+def _audiomae_config(tensors: Tensors, found: Tensors, overrides: list[str]) -> Config:
     settings = audiomae.audiomae_settings(tensors, found, overrides)
     config = load_config(None, [*settings, *overrides])
     grid = audiomae.grid_of(found["audio.pos_embed"], config.audio.grid) or config.audio.pos_grid
     audio = config.audio.model_copy(update={"pos_grid": grid})
-    config = config.model_copy(update={"audio": audio})
+    return config.model_copy(update={"audio": audio})
+
+
+def _write_tower(
+    path: Path,
+    folder: Path,
+    out: Path,
+    config: Config,
+    found: Tensors,
+    partial: bool,
+    decoder: bool = False,
+) -> str:
     torch.manual_seed(config.run.seed)
     tower = AUDIO_ENCODERS[config.audio.encoder](config.audio, config.fusion)
     parts: dict[str, nn.Module] = {"audio": tower}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from flap_fast.checks import ConfigError, need
 from flap_fast.config import Config
 from flap_fast.configfile import parse_config
 from flap_fast.interchange.clap_hf import (
@@ -50,5 +51,10 @@ def write_flap(folder: Path, config: Config, model: Flap, weights: Tensors) -> s
 
 def read_flap(folder: Path) -> tuple[Tensors, Config]:
     """Its tensors and its config, the text tower's folder being its own."""
-    config = parse_config(read_json(folder / "config.json")["config"])
-    return read_tensors(folder / "model.safetensors"), with_text(config, folder / "text")
+    file = folder / "config.json"
+    tree = read_json(file).get("config")
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{file} must hold the model's config, got {tree!r}")
+    weights = folder / "model.safetensors"
+    need(weights.is_file(), str(folder), f"hold {weights.name}", "none")
+    return read_tensors(weights), with_text(parse_config(tree), folder / "text")

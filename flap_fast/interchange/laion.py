@@ -1,4 +1,4 @@
-"""LAION-CLAP's `.pt`: HTSAT and RoBERTa under the names that this project's HTSAT has too.
+"""LAION-CLAP's `.pt`, or HTSAT's own: under the names that this project's HTSAT has too.
 
     audio_branch.layers.0...  <->  audio.layers.0...       audio_projection.0  <->  audio_head.0
     text_branch.encoder...    <->  text.inner.encoder...   logit_scale_a       <->  logit_scale
@@ -48,6 +48,13 @@ def is_laion(tensors: Tensors) -> bool:
     return any(name.startswith("audio_branch.") for name in tensors)
 
 
+def of_htsat(tensors: Tensors) -> Tensors:
+    """HTSAT's own names, those of an audio tower alone, as LAION-CLAP's; none of other files."""
+    if not {"bn0.weight", "patch_embed.proj.weight"} <= tensors.keys():
+        return {}
+    return {f"audio_branch.{name}": value for name, value in tensors.items()}
+
+
 def from_laion(theirs: Tensors) -> tuple[Tensors, Tensors]:
     """In this project's names, and what has none there; names of neither stay as they are."""
     ours: Tensors = {}
@@ -82,7 +89,14 @@ def _renamed(name: str, source: int, target: int) -> str:
 
 def laion_settings(tensors: Tensors) -> list[str]:
     """The settings that the shapes tell, as overrides of the defaults."""
-    for name in (_PATCHES, _TABLE, _FIRST_NORM, _HEAD):
+    settings = htsat_settings(tensors)
+    need(_HEAD in tensors, "the checkpoint", f"hold {_HEAD} of a LAION-CLAP with HTSAT", "none")
+    return [*settings, f"joint.width={tensors[_HEAD].shape[0]}", "text.pool=pooler"]
+
+
+def htsat_settings(tensors: Tensors) -> list[str]:
+    """The same of its audio tower."""
+    for name in (_PATCHES, _TABLE, _FIRST_NORM):
         need(name in tensors, "the checkpoint", f"hold {name} of a LAION-CLAP with HTSAT", "none")
     patches, table = tensors[_PATCHES], tensors[_TABLE]
     blocks = re.compile(r"audio_branch\.layers\.(\d+)\.blocks\.(\d+)\.").match
@@ -97,8 +111,6 @@ def laion_settings(tensors: Tensors) -> list[str]:
         f"audio.window_patches={(math.isqrt(table.shape[0]) + 1) // 2}",
         f"audio.mel_bins={tensors[_FIRST_NORM].shape[0]}",
         f"fusion.type={_fusion(tensors)}",
-        f"joint.width={tensors[_HEAD].shape[0]}",
-        "text.pool=pooler",
     ]
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import pickle
+import sys
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -53,7 +52,7 @@ def read_saved(path: Path) -> Saved:
         # AudioMAE's files also hold their arguments: a bag of plain values.
         with torch.serialization.safe_globals([argparse.Namespace]):
             found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError) as error:
+    except Exception as error:  # whatever the bytes of a damaged pickle spell
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"{path} must hold tensors and plain values alone: {reason}") from None
     inside, beside = "", {}
@@ -70,8 +69,11 @@ def read_saved(path: Path) -> Saved:
 def _no_program(path: Path) -> None:
     """Refuse TorchScript, which PyTorch would read as a program: OpenAI ships its CLIPs so."""
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            program = any(name.endswith("/constants.pkl") for name in archive.namelist())
+        try:
+            with zipfile.ZipFile(path) as archive:
+                program = any(name.endswith("/constants.pkl") for name in archive.namelist())
+        except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+            raise ConfigError(f"{path} must be a whole archive: {error}") from None
         remedy = (
             "save that first, in Python: torch.save(torch.jit.load("
             f"'{path}', map_location='cpu').state_dict(), '{path.stem}_weights.pt')"
@@ -100,20 +102,25 @@ def fitted_tensors(found: Tensors, wanted: Tensors, source: Path, *, partial: bo
     """All that is wanted, in its types: from `found`, and with `partial` from `wanted` itself.
 
     Args:
-        partial: leave out what is not wanted or has another shape.
+        partial: leave out what is not wanted or has another shape, and say so on stderr.
 
     Raises:
-        ConfigError: names every tensor that is missing, unexpected or of another shape.
+        ConfigError: names every tensor that is missing, unexpected or of another shape; with
+            `partial`, where nothing fits.
     """
     lines = faults(found, wanted)
+    listed = "\n".join(f"  {line}" for line in lines)
     if lines and not partial:
-        listed = "\n".join(f"  {line}" for line in lines)
         raise ConfigError(
             f"{source} must hold this model's weights, got\n{listed}\n"
             "--partial takes what fits and leaves the rest as it begins; --strip PREFIX shortens "
             "names"
         )
     fits = {n for n, v in found.items() if n in wanted and v.shape == wanted[n].shape}
+    need(bool(fits), str(source), "hold a tensor of this model", "none", "--strip shortens names")
+    if lines:
+        count = f"took {len(fits)} of {len(wanted)} tensors"
+        print(f"{count}; the missing and mis-shaped begin at random:\n{listed}", file=sys.stderr)
     return {n: found[n].to(v.dtype) if n in fits else v for n, v in wanted.items()}
 
 

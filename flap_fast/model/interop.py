@@ -29,6 +29,13 @@ TOWER = "audio.safetensors"
 # Parts that a run may add to the weights it begins with: they begin at random.
 _DECODER = "decoder."
 _FUSION = ("mel_conv1d.", "mel_conv2d.", "fusion_model.")
+# What weights mean and no shape tells: settings of `audio`, and the encoder or mel that has them.
+_MEANING = {
+    "": ("encoder", "mel", "sample_rate_hz", "mean", "std", "int16_roundtrip"),
+    "vit": ("norm_position", "pool"),
+    "htsat": ("window_patches",),
+    "clap": ("mel_variant", "low_hz", "high_hz"),
+}
 
 
 def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -106,20 +113,43 @@ def put_first_weights(model: Flap, config: Config) -> None:
     A decoder, and for an audio tower what fuses, begin at random where the folder has none.
 
     Raises:
-        ConfigError: they are another model's.
+        ConfigError: they are another model's, or would compute something else in this one.
     """
     if config.train.init_from:
         folder = model_folder(config.train.init_from)
+        _same_meaning(config, folder, ("audio.", "text.", "decoder."))
         _put_parts(model, folder / "model.safetensors", ("",), new=(_DECODER,))
     if config.train.init_audio_from:
         path = config.train.init_audio_from
         alone = (path / TOWER).is_file()
         folder = path if alone else model_folder(path)
         file = folder / (TOWER if alone else "model.safetensors")
-        theirs, ours = load_config(folder / "config.yaml").audio.norm_position, config.audio
-        rule, remedy = f"be {theirs}, as in {folder}", f"set audio.norm_position={theirs}"
-        need(ours.norm_position == theirs, "audio.norm_position", rule, ours.norm_position, remedy)
+        _same_meaning(config, folder, ("audio.", "decoder."))
         _put_parts(model, file, ("audio.", _DECODER), new=(_DECODER, *_FUSION))
+
+
+def _same_meaning(config: Config, folder: Path, parts: tuple[str, ...]) -> None:
+    """Refuse settings of these parts that differ from the folder's, where no shape does."""
+    file = folder / "config.yaml"
+    theirs, ours = _meaning(load_config(file)), _meaning(config)
+    for name, value in theirs.items():
+        if name.startswith(parts) and name in ours:
+            remedy = f"set {name}={value}, or change it in {file} if another is meant"
+            need(ours[name] == value, name, f"be {value}, as in {folder}", ours[name], remedy)
+
+
+def _meaning(config: Config) -> dict[str, object]:
+    """Of a config, what its weights mean and no shape tells, by the settings' names."""
+    audio, text, decoder = config.audio, config.text, config.decoder
+    kinds = ("", audio.encoder, audio.mel)
+    found = {f"audio.{n}": getattr(audio, n) for kind in kinds for n in _MEANING.get(kind, ())}
+    found["audio.heads"] = (audio.shape if audio.encoder == "vit" else audio.stages[0])[2]
+    found["text.pool"] = text.pool
+    if text.folder is None:
+        found["text.heads"] = text.heads
+    if config.loss.recon.weight:
+        found["decoder.heads"] = decoder.heads
+    return found
 
 
 def _put_parts(model: Flap, file: Path, parts: tuple[str, ...], *, new: tuple[str, ...]) -> None:

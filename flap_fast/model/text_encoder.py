@@ -25,6 +25,13 @@ from flap_fast.model.bert import FAMILIES, is_bert, packed_states
 from flap_fast.model.packing import pack, varlen_serves
 from flap_fast.model.transformer import xformers_ops
 
+# What transformers' configs call the dropouts that text.dropout sets: BERT's, DistilBERT's and
+# ModernBERT's names.
+_DROPOUTS = (
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"),
+    *("embedding_dropout", "mlp_dropout"),
+)
+
 
 class TextEncoder(nn.Module):
     """(B, L) token ids and mask -> (B, D) float32.
@@ -33,7 +40,8 @@ class TextEncoder(nn.Module):
         weights: load the folder's weights; without, only its shape (a checkpoint has the rest).
 
     Raises:
-        ConfigError: what text.folder, text.pool, text.packing or text.attention cannot be here.
+        ConfigError: what text.folder, text.pool, text.dropout, text.max_tokens, text.packing or
+            text.attention cannot be here.
     """
 
     def __init__(self, text: Text, *, recompute: bool = False, weights: bool = True):
@@ -46,8 +54,16 @@ class TextEncoder(nn.Module):
             need(text.pool != "pooler", "text.pool", "be mean or cls: it has no pooler", text.pool)
         elif text.pool != "pooler":
             self.inner.pooler = None  # no weights without a gradient
+        family, self.positions = self.inner.config.model_type, _positions(self.inner)
+        known = any(hasattr(self.inner.config, name) for name in _DROPOUTS)
+        rule = f"be 0 for '{family}', whose dropouts have names unknown here"
+        need(text.dropout == 0 or known, "text.dropout", rule, text.dropout, "set text.dropout=0")
+        rule = f"be at most {self.positions}, the positions of '{family}' here"
+        fits = self.positions is None or text.max_tokens <= self.positions
+        remedy = f"set text.max_tokens={self.positions}"
+        need(fits, "text.max_tokens", rule, text.max_tokens, remedy)
         if text.packing == "packed":
-            rule = f"be auto or padded: '{self.inner.config.model_type}' is none of {FAMILIES}"
+            rule = f"be auto or padded: '{family}' is none of {FAMILIES}"
             need(is_bert(self.inner), "text.packing", rule, text.packing)
         if text.attention == "xformers":
             xformers_ops("text.attention")
@@ -85,6 +101,8 @@ class TextEncoder(nn.Module):
         return self.attention == "xformers" or varlen_serves(device, dtype, self.width // heads)
 
     def _padded(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+        # Batches are padded to a multiple of 8.
+        ids, attention_mask = ids[:, : self.positions], attention_mask[:, : self.positions]
         attention_mask = attention_mask.to(ids.device, non_blocking=True)
         out = self.inner(input_ids=ids, attention_mask=self._mask_for_attention(attention_mask))
         if self.pool == "pooler":
@@ -119,9 +137,9 @@ class TextEncoder(nn.Module):
 def _from_folder(text: Text, weights: bool):
     assert text.folder is not None
     folder = local_folder("text.folder", text.folder)
-    dropout = _dropout(text)
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, **dropout)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        _set_dropout(config, text.dropout)
         disable_progress_bar()  # a bar for weights that load in a blink
         if not weights:
             return AutoModel.from_config(config, dtype=torch.float32)
@@ -148,14 +166,23 @@ def _random(text: Text):
         pad_token_id=inner.pad_token_id,
         bos_token_id=inner.bos_token_id,
         eos_token_id=inner.eos_token_id,
-        **_dropout(text),
     )
+    _set_dropout(config, text.dropout)
     return AutoModel.from_config(config, dtype=torch.float32)
 
 
-def _dropout(text: Text) -> dict[str, Any]:
-    names = ("hidden_dropout_prob", "attention_probs_dropout_prob")
-    return dict.fromkeys(names, text.dropout)
+def _set_dropout(config: Any, dropout: float) -> None:
+    for name in _DROPOUTS:
+        if hasattr(config, name):
+            setattr(config, name, dropout)
+
+
+def _positions(inner: Any) -> int | None:
+    """Tokens that an encoder's table of positions is for; RoBERTa's begins behind its pad."""
+    table = getattr(getattr(inner, "embeddings", None), "position_embeddings", None)
+    if not isinstance(table, nn.Embedding):
+        return None
+    return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
 
 
 def save_text_files(text: Text, encoder: nn.Module, folder: Path) -> None:

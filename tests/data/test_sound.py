@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from flap_fast.data.sound import BadSound, crop, fill, read_sound
+from flap_fast.data.sound import BadSound, Unread, crop, fill, read_sound
 from tests.sounds import chirp, encode, noise, tone
 
 RATE = 16_000
@@ -170,3 +171,23 @@ def test_demo_sounds_are_read(tmp_path):
         wave = read_sound(file, RATE)
         assert len(wave) > 400
         assert 1e-3 < np.abs(wave).max() < 1.5
+
+
+def test_what_the_system_does_not_let_us_read_is_told_apart(tmp_path: Path):
+    """Another time it may: no content was judged."""
+    file, none = tmp_path / "a.wav", tmp_path / "none.wav"
+    file.write_bytes(encode(tone(300, 0.1, 16_000), 16_000, "WAV"))
+    none.write_bytes(b"no sound")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))  # "too many open files"
+    try:
+        with pytest.raises(Unread, match="unreadable: System error"):
+            read_sound(file, 16_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(read_sound(file, 16_000)) == 1600
+    with pytest.raises(Unread, match="missing: no such file"):
+        read_sound(tmp_path / "nowhere.wav", 16_000)
+    with pytest.raises(BadSound) as error:
+        read_sound(none, 16_000)
+    assert not isinstance(error.value, Unread)

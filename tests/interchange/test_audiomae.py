@@ -188,6 +188,24 @@ def test_other_prefixes_are_stripped_and_every_fault_is_named(tmp_path):
         import_checkpoint(plain, tmp_path / "y", GIVEN[1:])
 
 
+def test_what_is_taken_in_part_says_what_begins_at_random(tmp_path, capsys):
+    state = audiomae()
+    state["blocks.0.mlp.fc1.bias"] = torch.zeros(7)
+    del state["norm.bias"]
+    import_checkpoint(saved(tmp_path / "a.pth", state), tmp_path / "x", GIVEN, partial=True)
+    said = capsys.readouterr().err
+    assert "took 28 of 30 tensors" in said
+    assert "missing     audio.norm.bias (32,)" in said
+    assert "mis-shaped  audio.blocks.0.mlp.fc1.bias (7,), wanted (128,)" in said
+    shapes = ("patch_embed.proj.weight", "pos_embed", "norm.weight")
+    none = {name if name in shapes else f"enc.{name}": value for name, value in state.items()}
+    none |= {name: value[..., :1] for name, value in none.items() if name in shapes}
+    with pytest.raises(ConfigError, match=r"must hold a tensor of this model, got 'none'; --strip"):
+        import_checkpoint(
+            saved(tmp_path / "b.pth", none), tmp_path / "y", [*GIVEN, "audio.depth=2"], partial=True
+        )
+
+
 def run(tower: Path, prepared: Path, runs: Path, *overrides: str):
     return tiny(
         *(f"run.folder={runs}", f"data.train={prepared}/train", "log.tensorboard=false"),

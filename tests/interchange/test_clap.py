@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,17 @@ from flap_fast.config import Config
 from flap_fast.configfile import load_config
 from flap_fast.data.mel_clap import mel_matrix
 from flap_fast.embedder import load
+from flap_fast.interchange.clap_hf import why_not_clap
 from flap_fast.interchange.convert import export_checkpoint, import_checkpoint
 from flap_fast.interchange.tensors import read_tensors
 from flap_fast.model.flap import Flap
-from flap_fast.model.interop import load_model, load_weights, model_folder, save_model
+from flap_fast.model.interop import (
+    load_model,
+    load_weights,
+    model_folder,
+    put_first_weights,
+    save_model,
+)
 from flap_fast.train.loop import train
 from tests.model.test_htsat import decibels
 from tests.tiny import HTSAT, tiny
@@ -182,6 +190,35 @@ def test_laions_file_comes_in_and_goes_out_unchanged(trained, roberta_folder, tm
     assert read_tensors(tmp_path / "hf/model.safetensors")["logit_scale_t"] == 2.5
 
 
+def test_htsats_own_weights_come_in_as_a_tower_to_begin_with(trained, prepared, tmp_path):
+    """The audio side of LAION's names, without the rest."""
+    folder, config, model = trained
+    begin = "audio_branch."
+    state = laion_file(folder, config, tmp_path / "laion.pt", "")
+    state = {n.replace(begin, "sed_model."): v for n, v in state.items() if n.startswith(begin)}
+    torch.save({"state_dict": state, "epoch": 9}, tmp_path / "htsat.ckpt")
+    with pytest.raises(ConfigError, match=r"got 'sed_model\..*; --strip PREFIX shortens names"):
+        import_checkpoint(tmp_path / "htsat.ckpt", tmp_path / "tower")
+    said = import_checkpoint(
+        tmp_path / "htsat.ckpt", tmp_path / "tower", FRONT_END, strip=["sed_model."]
+    )
+    assert "train.init_audio_from" in said
+    other = tiny(
+        *HTSAT, f"fusion.type={config.fusion.type}", f"train.init_audio_from={tmp_path / 'tower'}"
+    )
+    begun = Flap(other)
+    put_first_weights(begun, other)
+    audio, wanted = begun.get_submodule("audio"), model.get_submodule("audio").state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in audio.state_dict().items())
+    if config.fusion.on:
+        return
+    with pytest.raises(ConfigError, match=r"audio\.mel_variant must give the mel matrix"):
+        import_checkpoint(
+            *(tmp_path / "htsat.ckpt", tmp_path / "x", [*FRONT_END, "audio.low_hz=0"]),
+            strip=["sed_model."],
+        )
+
+
 def test_what_a_laion_file_lacks_or_has_too_much_is_named_one_by_one(
     trained, roberta_folder, tmp_path
 ):
@@ -231,7 +268,38 @@ def test_refusals_of_clap_say_what_to_do(trained, roberta_folder, tmp_path):
     settings.write_text(json.dumps({k: v for k, v in heard.items() if k != "frequency_min"}))
     with pytest.raises(ConfigError, match=r"got 'no \['frequency_min'\]'"):
         import_checkpoint(tmp_path / "hf", tmp_path / "x")
+    settings.write_text(json.dumps(heard))
+    theirs = json.loads((tmp_path / "hf/config.json").read_text())
+    theirs["audio_config"]["spec_size"] *= 2
+    (tmp_path / "hf/config.json").write_text(json.dumps(theirs))
+    with pytest.raises(ConfigError, match=r"audio_config\.spec_size must be 64, .* got 128"):
+        import_checkpoint(tmp_path / "hf", tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def test_settings_of_a_processor_are_read_where_it_alone_has_them(trained, tmp_path):
+    """As ClapProcessor saves them."""
+    folder, config, _ = trained
+    export_checkpoint(folder, tmp_path / "hf")
+    alone = tmp_path / "hf/preprocessor_config.json"
+    processor = {"feature_extractor": json.loads(alone.read_text()), "processor_class": "x"}
+    (tmp_path / "hf/processor_config.json").write_text(json.dumps(processor))
+    alone.unlink()
+    import_checkpoint(tmp_path / "hf", tmp_path / "back")
+    _, back = load_model(tmp_path / "back")
+    assert back.audio == config.audio.model_copy(update={"size": back.audio.size})
+    (tmp_path / "hf/processor_config.json").unlink()
+    with pytest.raises(ConfigError, match=r"hf must hold preprocessor_config.json"):
+        import_checkpoint(tmp_path / "hf", tmp_path / "x")
+
+
+def test_statistics_that_clap_has_not_make_it_no_clap_model(trained):
+    _, config, model = trained
+    encoder = model.text.inner.config
+    assert why_not_clap(config, encoder) == ""
+    for other in ({"mean": -20.0}, {"std": 10.0}):
+        changed = config.model_copy(update={"audio": config.audio.model_copy(update=other)})
+        assert "audio.mean" in why_not_clap(changed, encoder)
 
 
 def test_a_file_that_would_run_code_is_refused(tmp_path):
@@ -253,3 +321,17 @@ def test_a_file_that_would_run_code_is_refused(tmp_path):
     torch.save({"state_dict": {"conv.weight": torch.zeros(1)}}, tmp_path / "other.pt")
     with pytest.raises(ConfigError, match=r"have LAION-CLAP's .* names, got 'conv.weight'"):
         import_checkpoint(tmp_path / "other.pt", tmp_path / "x")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_damaged_file_is_named(zipped: bool, tmp_path):
+    state = {f"audio_branch.{n}": torch.randn(9) for n in range(30)}
+    torch.save({"state_dict": state}, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+    whole, draws = (tmp_path / "a.pt").read_bytes(), random.Random(0)
+    for n in range(60):
+        data = bytearray(whole[: draws.randrange(len(whole)) if n % 3 == 0 else len(whole)])
+        for _ in range(9):
+            data[draws.randrange(min(2000, len(data)))] = draws.randrange(256)
+        (tmp_path / "b.pt").write_bytes(data)
+        with pytest.raises(ConfigError):
+            import_checkpoint(tmp_path / "b.pt", tmp_path / "x")

@@ -15,10 +15,10 @@ from flap_fast.checks import ConfigError
 from flap_fast.embedder import load
 from flap_fast.interchange.convert import export_checkpoint, import_checkpoint
 from flap_fast.model.flap import Flap
-from flap_fast.model.interop import load_weights, model_folder, save_model
+from flap_fast.model.interop import load_weights, model_folder, put_first_weights, save_model
 from flap_fast.train.loop import train
 from tests.test_cli import flap
-from tests.tiny import tiny
+from tests.tiny import HTSAT, tiny
 
 DECODER = ("loss.recon.weight=1", "decoder.depth=1", "decoder.width=32")
 
@@ -68,6 +68,16 @@ def test_a_flap_goes_out_and_in_by_the_command(trained, tmp_path, monkeypatch, c
     assert (text[0] - text[1]).abs().max() > 1e-3  # 1e-5 means something
 
 
+def test_a_flaps_folder_that_lacks_a_file_is_named(trained, tmp_path):
+    export_checkpoint(trained, tmp_path / "hf")
+    (tmp_path / "hf/model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"hf must hold model\.safetensors, got 'none'"):
+        import_checkpoint(tmp_path / "hf", tmp_path / "x")
+    (tmp_path / "hf/config.json").write_text('{"model_type": "flap"}')
+    with pytest.raises(ConfigError, match=r"config\.json must hold the model's config, got None"):
+        import_checkpoint(tmp_path / "hf", tmp_path / "x")
+
+
 def test_a_text_tower_that_clap_has_not_is_said_to_be_left_out(tmp_path):
     config = tiny("text.pool=mean")
     model = Flap(config)
@@ -105,3 +115,39 @@ def test_a_training_begins_with_the_weights_of_a_folder(trained, prepared, tmp_p
         )
     with pytest.raises(ConfigError, match=r"train\.init_audio_from must be left out with train\.i"):
         tiny("train.init_from=a", "train.init_audio_from=b")
+
+
+@pytest.mark.parametrize("begin", ["init_from", "init_audio_from"])
+def test_weights_begin_a_run_only_where_they_mean_the_same(begin: str, tmp_path):
+    """Of these, no shape tells; what is no matter of the tower may be another."""
+
+    def put(folder: Path, *overrides: str) -> None:
+        config = tiny(*overrides, f"train.{begin}={folder}")
+        put_first_weights(Flap(config), config)
+
+    vit, htsat = tmp_path / "vit", tmp_path / "htsat"
+    for folder, overrides in ((vit, DECODER), (htsat, HTSAT)):
+        config = tiny(*overrides)
+        model = Flap(config)
+        save_model(folder, config, model, model.state_dict())
+    others = ["heads=4", "norm_position=pooled", "pool=cls", "mean=-4.5", "std=3.5"]
+    others += ["sample_rate_hz=8000", "int16_roundtrip=true"]
+    for other in others:
+        rule = f"audio.{other.split('=')[0]}"
+        rule = f"{rule} must be .*, as in .*, got .*; set {rule}=.*, or change it in .*config.yaml"
+        with pytest.raises(ConfigError, match=rule):
+            put(vit, f"audio.{other}")
+    for other in ("window_patches=4", "mel_variant=htk_none", "low_hz=60", "high_hz=7000"):
+        with pytest.raises(ConfigError, match=f"set audio.{other.split('=')[0]}="):
+            put(htsat, *HTSAT, f"audio.{other}")
+    with pytest.raises(ConfigError, match=r"decoder\.heads must be 4, .*set decoder\.heads=4"):
+        put(vit, *DECODER, "decoder.heads=2")
+    put(vit, "audio.window_patches=4", "audio.mel_variant=htk_none", "audio.low_hz=60")
+    put(vit, "decoder.heads=2", "audio.drop_path=0.1", "audio.filling=pad")
+    put(htsat, *HTSAT, "audio.norm_position=pooled")
+    for name, theirs, other in (("heads", "2", "4"), ("pool", "pooler", "cls")):
+        if begin == "init_audio_from":
+            put(vit, f"text.{name}={other}")
+        else:
+            with pytest.raises(ConfigError, match=f"set text.{name}={theirs}, or"):
+                put(vit, f"text.{name}={other}")

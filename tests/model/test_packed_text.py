@@ -71,7 +71,7 @@ def batch() -> tuple[Tensor, Tensor]:
 
 def tower(folder: Path | str, *, recompute: bool = False, **settings) -> TextEncoder:
     """In float64, where rounding hides no mistake."""
-    text = Text(folder=str(folder), **{"dropout": 0.0, **settings})
+    text = Text(folder=str(folder), **{"dropout": 0.0, "max_tokens": 24, **settings})
     return TextEncoder(text, recompute=recompute).double()
 
 
@@ -249,7 +249,8 @@ def test_with_the_mask_on_the_host_the_device_is_asked_nothing(
 ):
     # A meta tensor has no values: whoever reads one fails, and kernels check their arguments.
     monkeypatch.setattr(packing, "varlen_serves", lambda *_: True)
-    text = Text(folder=str(folders / "roberta"), packing="packed", dropout=dropout, pool="mean")
+    settings = {"packing": "packed", "dropout": dropout, "pool": "mean", "max_tokens": 24}
+    text = Text(folder=str(folders / "roberta"), **settings)
     model = TextEncoder(text).to("meta", torch.bfloat16).train()
     with Kernels() as kernels:
         out = model(batch[0].to("meta"), batch[1])
