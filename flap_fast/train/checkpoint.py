@@ -9,13 +9,16 @@ Nothing in it depends on the ranks, the ZeRO stage or the engine that wrote it: 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from flap_fast.checks import need
 from flap_fast.config import Config
+from flap_fast.data.shards import Shards
 from flap_fast.model.interop import save_model
 from flap_fast.ranks import Ranks
 from flap_fast.train.engine import Engine
@@ -33,18 +36,32 @@ class State:
     """The best score on data.val so far."""
     scored: bool = True
     """Off where a signal came before an evaluation that was due at this step."""
+    clips: int | None = None
+    """Of data.train."""
+    shards: str | None = None
+    """A hash of their shards' names, and of where each clip lies in them."""
 
 
 class Checkpoints:
-    """The checkpoints of one run."""
+    """The checkpoints of one run, which is trained on `data`."""
 
-    def __init__(self, config: Config, ranks: Ranks):
+    def __init__(self, config: Config, ranks: Ranks, data: Shards):
         self._config, self._ranks = config, ranks
+        self._clips, self._shards = len(data), _hash(data)
         self.folder = config.run_folder / "checkpoints"
 
-    def latest(self) -> Path | None:
-        """The last complete checkpoint."""
-        return latest(self.folder)
+    def state(self, folder: Path) -> State:
+        """Where a checkpoint was written.
+
+        Raises:
+            ConfigError: on other data.
+        """
+        state = State(**json.loads((folder / "state.json").read_text()))
+        if state.shards not in (None, self._shards):
+            rule = f"hold the {state.clips} clips that the run began with"
+            got = f"{self._clips} others" if state.clips == self._clips else self._clips
+            need(False, "data.train", rule, got, "put them back, or set run.name=ANOTHER")
+        return state
 
     def save(
         self,
@@ -61,7 +78,7 @@ class Checkpoints:
         """
         final = self.folder / f"step-{step:06d}"
         part = final.with_name(final.name + _PART)
-        state = State(step, best, scored)
+        state = State(step, best, scored, self._clips, self._shards)
         if not final.exists():
             try:
                 self._write(part, engine, state)
@@ -90,15 +107,6 @@ class Checkpoints:
         if self._ranks.first:
             (part / "state.json").write_text(json.dumps(asdict(state), indent=1) + "\n")
 
-    def load(self, engine: Engine, folder: Path) -> State:
-        """Bring an engine, whose model has the weights, back to where a checkpoint was written.
-
-        Raises:
-            ConfigError: the checkpoint cannot be read, or is of another model.
-        """
-        engine.optimizer_state.load(folder / "optimizer.safetensors")
-        return State(**json.loads((folder / "state.json").read_text()))
-
     def _point_to(self, best: Path) -> None:
         link = self.folder / "best.part"
         link.unlink(missing_ok=True)
@@ -122,3 +130,9 @@ def latest(folder: Path) -> Path | None:
 def _steps(folder: Path) -> list[Path]:
     found = (f for f in folder.glob("step-*") if (f / "state.json").is_file())
     return sorted((f for f in found if f.suffix != _PART), key=lambda f: int(f.name[5:]))
+
+
+def _hash(data: Shards) -> str:
+    found = hashlib.sha256(os.fsencode("/".join(file.name for file in data.files)))
+    found.update(data.place)
+    return found.hexdigest()

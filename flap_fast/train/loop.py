@@ -59,7 +59,11 @@ def _train(
     config: Config, ranks: Ranks, start: Path | None, open_files: ExitStack
 ) -> Scores | None:
     tokens = tokenizer(config.text)
-    loader = TrainingLoader(config, open_shards(config.data.train, kept_as(config)), tokens, ranks)
+    shards = open_shards(config.data.train, kept_as(config))
+    checkpoints = Checkpoints(config, ranks, shards)
+    state = checkpoints.state(start) if start else None
+    first = state.step if state else 0
+    loader = TrainingLoader(config, shards, tokens, ranks)
     steps = config.train.steps or (config.train.epochs or 0) * loader.order.steps_per_epoch
     torch.manual_seed(config.run.seed)
     model = Flap(config, weights=start is None and config.train.init_from is None)
@@ -68,9 +72,8 @@ def _train(
     else:
         put_first_weights(model, config)
     engine = make_engine(config, model, ranks)
-    checkpoints = Checkpoints(config, ranks)
-    state = checkpoints.load(engine, start) if start else None
-    first = state.step if state else 0
+    if start:
+        engine.optimizer_state.load(start / "optimizer.safetensors")
     if ranks.first:
         write_config(config, ranks)
     ranks.barrier()  # the folder is there for all

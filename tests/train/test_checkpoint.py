@@ -1,0 +1,57 @@
+"""Checkpoints of a run: which count, what they go on with, what a broken one says."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from flap_fast.checks import ConfigError
+from flap_fast.config import Config
+from flap_fast.data.shards import open_shards
+from flap_fast.train.loop import train
+from tests.tiny import tiny
+
+
+def settings(data: Path, runs: Path, *overrides: str) -> Config:
+    return tiny(
+        *(f"run.folder={runs}", f"data.train={data}/train", "log.tensorboard=false"),
+        *("audio.depth=1", "text.depth=1", "ckpt.every_steps=2", "sched.warmup_steps=2"),
+        *overrides,
+    )
+
+
+@pytest.fixture(scope="module")
+def source(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of four steps: checkpoints 2 and 4."""
+    runs = tmp_path_factory.mktemp("runs")
+    train(settings(prepared, runs))
+    return runs
+
+
+@pytest.fixture
+def runs(source: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return shutil.copytree(source, tmp_path / "runs", symlinks=True)
+
+
+def test_other_data_under_the_same_name_is_refused(prepared: Path, tmp_path: Path):
+    data, runs = shutil.copytree(prepared, tmp_path / "data"), tmp_path / "runs"
+    train(settings(data, runs))
+    first = data / "train/0.tar"
+    first.rename(data / "train/9.tar")
+    first.with_suffix(".idx").rename(data / "train/9.idx")
+    message = r"data\.train must hold the 24 clips that the run began with, got '24 others';"
+    with pytest.raises(ConfigError, match=message):
+        train(settings(data, runs), resume=True)
+    (data / "train/9.tar").unlink()
+    left = len(open_shards([data / "train"]))
+    with pytest.raises(ConfigError, match=rf"got {left}; put them back, or set run\.name=ANOTHER"):
+        train(settings(data, runs), resume=True)
+
+
+def test_a_state_that_does_not_know_its_data_is_gone_on_from(prepared: Path, runs: Path):
+    for state in runs.glob("flap/checkpoints/*/state.json"):
+        state.write_text('{"step": 4, "best": null, "scored": true}')
+    train(settings(prepared, runs), resume=True)
