@@ -134,5 +134,5 @@ def _steps(folder: Path) -> list[Path]:
 
 def _hash(data: Shards) -> str:
     found = hashlib.sha256(os.fsencode("/".join(file.name for file in data.files)))
-    found.update(data.place)
+    found.update(data.place.tobytes())
     return found.hexdigest()
