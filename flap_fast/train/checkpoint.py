@@ -18,7 +18,7 @@ from pathlib import Path
 
 from flap_fast.checks import need
 from flap_fast.config import Config
-from flap_fast.data.shards import Shards
+from flap_fast.data.shards import Shards, write_atomically
 from flap_fast.model.interop import save_model
 from flap_fast.ranks import Ranks
 from flap_fast.train.engine import Engine
@@ -76,25 +76,42 @@ class Checkpoints:
 
         A failure on the way (a full disk) leaves the earlier checkpoints as they were.
         """
-        final = self.folder / f"step-{step:06d}"
+        final = self._folder(step)
         part = final.with_name(final.name + _PART)
-        state = State(step, best, scored, self._clips, self._shards)
-        if not final.exists():
-            try:
-                self._write(part, engine, state)
-            except BaseException:
-                shutil.rmtree(part, ignore_errors=True)  # room again on a full disk
-                raise
-            if self._ranks.first:
-                part.replace(final)
+        try:
+            self._write(part, engine, self._state(step, best, scored))
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)  # room again on a full disk
+            raise
         if self._ranks.first:
-            if is_best:
-                self._point_to(final)
-            self._tidy()
+            # Incomplete, or the run would have gone on from it.
+            shutil.rmtree(final, ignore_errors=True)
+            part.replace(final)
+            self._keep(final, is_best)
         self._ranks.barrier()
         return final
 
-    def _write(self, part: Path, engine: Engine, state: State) -> None:
+    def mark_scored(self, step: int, best: float | None, *, is_best: bool) -> None:
+        """Note that a checkpoint of `step` steps has been scored by now; on every rank."""
+        if self._ranks.first:
+            folder = self._folder(step)
+            write_atomically(folder / "state.json", self._state(step, best, True))
+            self._keep(folder, is_best)
+        self._ranks.barrier()
+
+    def _folder(self, step: int) -> Path:
+        return self.folder / f"step-{step:06d}"
+
+    def _state(self, step: int, best: float | None, scored: bool) -> bytes:
+        state = State(step, best, scored, self._clips, self._shards)
+        return (json.dumps(asdict(state), indent=1) + "\n").encode()
+
+    def _keep(self, folder: Path, is_best: bool) -> None:
+        if is_best:
+            self._point_to(folder)
+        self._tidy()
+
+    def _write(self, part: Path, engine: Engine, state: bytes) -> None:
         if self._ranks.first:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
@@ -105,7 +122,7 @@ class Checkpoints:
         del weights
         engine.optimizer_state.save(part / "optimizer.safetensors")
         if self._ranks.first:
-            (part / "state.json").write_text(json.dumps(asdict(state), indent=1) + "\n")
+            (part / "state.json").write_bytes(state)
 
     def _point_to(self, best: Path) -> None:
         link = self.folder / "best.part"

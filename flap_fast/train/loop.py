@@ -81,8 +81,9 @@ def _train(
     after = observers(config, ranks, open_files, first=first, steps=steps)
     watch = Watch(config, ranks, steps, after)
     score = Scorer(config, ranks, engine, tokens, watch, state.best if state else None)
-    if state and not state.scored and score(first):
-        checkpoints.save(engine, first, score.best, is_best=True)
+    if state and not state.scored:
+        improved = score(first)
+        checkpoints.mark_scored(first, score.best, is_best=improved)
 
     gradients = Gradients(config, ranks, engine, steps, loader.order.steps_per_epoch)
     batches = watch.waiting(loader.batches(first, steps, times=gradients.reads))

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flap_fast.checks import ConfigError
+from flap_fast.checks import ConfigError, need
 from flap_fast.config import Config
 from flap_fast.configfile import dump_config, load_config
 from flap_fast.data.shards import write_atomically
@@ -30,10 +30,14 @@ def begin(config: Config, *, resume: bool) -> Path | None:
     """The checkpoint to go on from, or None for a new run; writes nothing.
 
     Raises:
-        ConfigError: the folder holds a run and `resume` is off, or another config began it.
+        ConfigError: the folder holds a run and `resume` is off, or another config began it, or
+            nobody knows which.
     """
     folder = config.run_folder
+    last = latest(folder / "checkpoints")
     if not (folder / "config.yaml").is_file():
+        rule, remedy = "hold the config.yaml of its checkpoints", f"copy the one in {last} there"
+        need(last is None, str(folder), rule, "none", f"{remedy}, or set run.name=ANOTHER")
         return None
     if not resume:
         raise ConfigError(
@@ -47,7 +51,7 @@ def begin(config: Config, *, resume: bool) -> Path | None:
             f"--resume must keep the settings that {folder} began with, got\n{lines}\n"
             "set them back, or set run.name=ANOTHER"
         )
-    return latest(folder / "checkpoints")
+    return last
 
 
 def write_config(config: Config, ranks: Ranks) -> None:

@@ -55,3 +55,20 @@ def test_a_state_that_does_not_know_its_data_is_gone_on_from(prepared: Path, run
     for state in runs.glob("flap/checkpoints/*/state.json"):
         state.write_text('{"step": 4, "best": null, "scored": true}')
     train(settings(prepared, runs), resume=True)
+
+
+def test_checkpoints_without_the_config_that_began_them_are_left_alone(prepared: Path, runs: Path):
+    (runs / "flap/config.yaml").unlink()
+    message = r"must hold the config\.yaml of its checkpoints, got 'none'; copy the one in .*000004"
+    for resume in (False, True):
+        with pytest.raises(ConfigError, match=message):
+            train(settings(prepared, runs, "run.seed=1"), resume=resume)
+
+
+def test_an_incomplete_checkpoint_is_written_anew(prepared: Path, runs: Path, source: Path):
+    last = runs / "flap/checkpoints/step-000004"
+    (last / "state.json").unlink()
+    (last / "model.safetensors").write_bytes(b"half")
+    train(settings(prepared, runs), resume=True)
+    for file in ("model.safetensors", "state.json"):
+        assert (last / file).read_bytes() == (source / last.relative_to(runs) / file).read_bytes()
