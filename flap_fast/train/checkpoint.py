@@ -16,7 +16,9 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from flap_fast.checks import need
+from safetensors import SafetensorError, safe_open
+
+from flap_fast.checks import ConfigError, need
 from flap_fast.config import Config
 from flap_fast.data.shards import Shards, write_atomically
 from flap_fast.model.interop import save_model
@@ -51,12 +53,22 @@ class Checkpoints:
         self.folder = config.run_folder / "checkpoints"
 
     def state(self, folder: Path) -> State:
-        """Where a checkpoint was written.
+        """Where a checkpoint was written; the heads of its files are read too.
 
         Raises:
-            ConfigError: on other data.
+            ConfigError: it is broken, or of other data.
         """
-        state = State(**json.loads((folder / "state.json").read_text()))
+        file = folder / "state.json"
+        try:
+            state = State(**json.loads(file.read_text()))
+            for file in (folder / "model.safetensors", folder / "optimizer.safetensors"):
+                with safe_open(file, "pt"):
+                    pass  # knows already whether the file is as long as its head says
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
+            before = [earlier.name for earlier in _steps(self.folder) if earlier != folder]
+            instead = f"go on from {before[-1]}" if before else "begin anew"
+            message = f"{file} cannot be read: {error}; remove {folder} to {instead}"
+            raise ConfigError(message) from None
         if state.shards not in (None, self._shards):
             rule = f"hold the {state.clips} clips that the run began with"
             got = f"{self._clips} others" if state.clips == self._clips else self._clips
@@ -86,6 +98,8 @@ class Checkpoints:
         if self._ranks.first:
             # Incomplete, or the run would have gone on from it.
             shutil.rmtree(final, ignore_errors=True)
+            for path in (*part.rglob("*"), part):
+                _to_disk(path)
             part.replace(final)
             self._keep(final, is_best)
         self._ranks.barrier()
@@ -109,6 +123,7 @@ class Checkpoints:
     def _keep(self, folder: Path, is_best: bool) -> None:
         if is_best:
             self._point_to(folder)
+        _to_disk(self.folder)
         self._tidy()
 
     def _write(self, part: Path, engine: Engine, state: bytes) -> None:
@@ -147,6 +162,15 @@ def latest(folder: Path) -> Path | None:
 def _steps(folder: Path) -> list[Path]:
     found = (f for f in folder.glob("step-*") if (f / "state.json").is_file())
     return sorted((f for f in found if f.suffix != _PART), key=lambda f: int(f.name[5:]))
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file's bytes, or the names in a folder, would survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _hash(data: Shards) -> str:

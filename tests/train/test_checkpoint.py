@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -72,3 +73,49 @@ def test_an_incomplete_checkpoint_is_written_anew(prepared: Path, runs: Path, so
     train(settings(prepared, runs), resume=True)
     for file in ("model.safetensors", "state.json"):
         assert (last / file).read_bytes() == (source / last.relative_to(runs) / file).read_bytes()
+
+
+def test_a_checkpoint_lies_on_the_disk_before_an_older_one_is_deleted(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    real, synced, there = os.fsync, [], []
+
+    def fsync(descriptor: int) -> None:
+        file = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        synced.append(file.relative_to(checkpoints) if checkpoints in file.parents else file)
+        there.append({folder.name for folder in checkpoints.glob("step-*")})
+        real(descriptor)
+
+    checkpoints = tmp_path / "flap/checkpoints"
+    monkeypatch.setattr(os, "fsync", fsync)
+    train(settings(prepared, tmp_path, "ckpt.keep_last=1"))
+    written = sorted((checkpoints / "step-000004").rglob("*"))
+    part = Path("step-000004.part")
+    wanted = [part, *(part / file.relative_to(checkpoints / "step-000004") for file in written)]
+    assert set(wanted) <= set(synced)
+    last = len(synced) - 1 - synced[::-1].index(checkpoints)
+    assert last > max(map(synced.index, wanted))
+    assert there[last] == {"step-000002", "step-000004"}
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("state.json", b""),
+        ("state.json", b'{"step": 4'),
+        ("state.json", b'{"steps": 4}'),
+        ("optimizer.safetensors", b"cut"),
+        ("model.safetensors", b""),
+    ],
+)
+def test_a_broken_checkpoint_says_what_to_go_on_from(
+    name: str, kept: bytes, prepared: Path, runs: Path
+):
+    checkpoints = runs / "flap/checkpoints"
+    (checkpoints / "step-000004" / name).write_bytes(kept)
+    message = rf"{name} cannot be read: .*; remove \S*step-000004 to go on from step-000002$"
+    with pytest.raises(ConfigError, match=message):
+        train(settings(prepared, runs), resume=True)
+    shutil.rmtree(checkpoints / "step-000002")
+    with pytest.raises(ConfigError, match=r"remove \S*step-000004 to begin anew$"):
+        train(settings(prepared, runs), resume=True)
