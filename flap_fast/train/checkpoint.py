@@ -21,11 +21,9 @@ from safetensors import SafetensorError, safe_open
 from flap_fast.checks import ConfigError, need
 from flap_fast.config import Config
 from flap_fast.data.shards import Shards, write_atomically
-from flap_fast.model.interop import save_model
+from flap_fast.model.interop import save_model, step_folders
 from flap_fast.ranks import Ranks
 from flap_fast.train.engine import Engine
-
-_PART = ".part"
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class Checkpoints:
                 with safe_open(file, "pt"):
                     pass  # knows already whether the file is as long as its head says
         except (OSError, ValueError, TypeError, SafetensorError) as error:
-            before = [earlier.name for earlier in _steps(self.folder) if earlier != folder]
+            before = [earlier.name for earlier in step_folders(self.folder) if earlier != folder]
             instead = f"go on from {before[-1]}" if before else "begin anew"
             message = f"{file} cannot be read: {error}; remove {folder} to {instead}"
             raise ConfigError(message) from None
@@ -89,17 +87,18 @@ class Checkpoints:
         A failure on the way (a full disk) leaves the earlier checkpoints as they were.
         """
         final = self._folder(step)
-        part = final.with_name(final.name + _PART)
+        part = final.with_name(f"{final.name}.part")
         try:
             self._write(part, engine, self._state(step, best, scored))
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(part, ignore_errors=True)  # room again on a full disk
+            if isinstance(error, OSError):
+                remedy = "make room and run the same command with --resume"
+                raise OSError(f"{error}; {remedy}") from error
             raise
         if self._ranks.first:
             # Incomplete, or the run would have gone on from it.
             shutil.rmtree(final, ignore_errors=True)
-            for path in (*part.rglob("*"), part):
-                _to_disk(path)
             part.replace(final)
             self._keep(final, is_best)
         self._ranks.barrier()
@@ -138,6 +137,8 @@ class Checkpoints:
         engine.optimizer_state.save(part / "optimizer.safetensors")
         if self._ranks.first:
             (part / "state.json").write_bytes(state)
+            for path in (*part.rglob("*"), part):
+                _to_disk(path)
 
     def _point_to(self, best: Path) -> None:
         link = self.folder / "best.part"
@@ -146,22 +147,16 @@ class Checkpoints:
         link.replace(self.folder / "best")
 
     def _tidy(self) -> None:
-        keep = set(_steps(self.folder)[-self._config.ckpt.keep_last :])
-        best = self.folder / "best"
-        if best.exists():
-            keep.add(best.resolve())
-        for folder in {f.resolve() for f in _steps(self.folder)} - {f.resolve() for f in keep}:
-            shutil.rmtree(folder)
+        folders = [folder.resolve() for folder in step_folders(self.folder)]
+        best = (self.folder / "best").resolve()
+        for folder in folders[: -self._config.ckpt.keep_last]:
+            if folder != best:
+                shutil.rmtree(folder)
 
 
 def latest(folder: Path) -> Path | None:
     """The complete checkpoint of the most steps in a folder of checkpoints."""
-    return next(reversed(_steps(folder)), None)
-
-
-def _steps(folder: Path) -> list[Path]:
-    found = (f for f in folder.glob("step-*") if (f / "state.json").is_file())
-    return sorted((f for f in found if f.suffix != _PART), key=lambda f: int(f.name[5:]))
+    return next(reversed(step_folders(folder)), None)
 
 
 def _to_disk(path: Path) -> None:

@@ -11,6 +11,9 @@ import pytest
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
 from flap_fast.data.shards import open_shards
+from flap_fast.model.interop import model_folder
+from flap_fast.report.run import read_run
+from flap_fast.train.checkpoint import latest
 from flap_fast.train.loop import train
 from tests.tiny import tiny
 
@@ -119,3 +122,24 @@ def test_a_broken_checkpoint_says_what_to_go_on_from(
     shutil.rmtree(checkpoints / "step-000002")
     with pytest.raises(ConfigError, match=r"remove \S*step-000004 to begin anew$"):
         train(settings(prepared, runs), resume=True)
+
+
+def test_weights_may_be_read_by_whom_the_umask_lets(prepared: Path, tmp_path: Path):
+    before = os.umask(0o027)
+    try:
+        train(settings(prepared, tmp_path, "train.steps=1"))
+    finally:
+        os.umask(before)
+    files = [file for file in tmp_path.rglob("*.*") if file.is_file()]
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o640}
+
+
+def test_a_copied_or_renamed_checkpoint_is_none_of_the_run(prepared: Path, runs: Path):
+    checkpoints = runs / "flap/checkpoints"
+    last = checkpoints / "step-000004"
+    for name in ("step-000004.bak", "step-000006.part", "step-copy"):
+        shutil.copytree(last, checkpoints / name)
+    assert model_folder(runs / "flap") == latest(checkpoints) == last
+    train(settings(prepared, runs), resume=True)
+    assert list(read_run(runs / "flap").checkpoints) == [2, 4]
+    assert len(list(checkpoints.iterdir())) == 5  # nor is a copy deleted

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
@@ -17,7 +18,8 @@ from flap_fast.data.batch import Batch
 from flap_fast.data.shards import open_shards
 from flap_fast.embedder import load
 from flap_fast.loss import total_loss
-from flap_fast.train import checkpoint, loop, microbatch
+from flap_fast.model import interop
+from flap_fast.train import loop, microbatch
 from flap_fast.train.checkpoint import latest
 from flap_fast.train.loop import Stopped, train
 from flap_fast.train.observers import NotFinite
@@ -189,20 +191,22 @@ def test_a_nan_stops_the_run_before_it_reaches_a_checkpoint(
     assert all(value.isfinite().all() for value in weights)
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors"])
 def test_a_full_disk_costs_the_checkpoint_that_did_not_fit_and_no_other(
-    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    file: str, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    real = checkpoint.save_model
+    real = interop.save_file
 
-    def full(folder: Path, *arguments):
-        real(folder, *arguments)
-        if "000004" in folder.name:
-            raise OSError(28, "No space left on device", str(folder))
+    def full(tensors: dict[str, torch.Tensor], path: Path, **rest: Any) -> None:
+        if "000004" in str(path) and path.name == file:
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        real(tensors, path, **rest)
 
     config = settings(prepared, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_model", full)
-        with pytest.raises(OSError, match="No space left"):
+        patch.setattr(interop, "save_file", full)
+        message = rf"{file} cannot be written: I/O error: No space .*; make room and .*--resume"
+        with pytest.raises(OSError, match=message):
             train(config)
     names = {f.name for f in (tmp_path / "flap/checkpoints").iterdir()}
     assert names == {"step-000002", "step-000003", "best"}
