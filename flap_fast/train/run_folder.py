@@ -20,7 +20,7 @@ from flap_fast.train.environment import environment
 
 # What may change between the parts of a run: none of it moves a weight.
 _FREE = (
-    *("log.", "ckpt.", "eval.", "frontend.", "data.val", "run.folder"),
+    *("log.", "ckpt.", "eval.", "frontend.threads", "frontend.prefetch", "data.val", "run.folder"),
     *("train.engine", "train.zero_stage", "train.offload", "train.checkpoint_activations"),
     "train.replay",
 )
@@ -65,7 +65,9 @@ def write_config(config: Config, ranks: Ranks) -> None:
 def differences(then: Config, now: Config) -> list[tuple[str, Any, Any]]:
     """Name, old and new value of each setting that differs and may not."""
     before, after = flat(then.model_dump(mode="json")), flat(now.model_dump(mode="json"))
-    names = [name for name in {**before, **after} if not name.startswith(_FREE)]
+    approximate = "dali_mel" in (then.frontend.backend, now.frontend.backend)
+    free = _FREE if approximate else (*_FREE, "frontend.backend")
+    names = [name for name in {**before, **after} if not name.startswith(free)]
     return [(n, before.get(n), after.get(n)) for n in names if before.get(n) != after.get(n)]
 
 

@@ -23,6 +23,7 @@ from flap_fast.train import loop, microbatch
 from flap_fast.train.checkpoint import latest
 from flap_fast.train.loop import Stopped, train
 from flap_fast.train.observers import NotFinite
+from flap_fast.train.run_folder import differences
 from tests.tiny import tiny
 
 TIMES = {"clips_per_s", "step_ms", "data_wait", "peak_mib"}
@@ -155,6 +156,14 @@ def test_a_run_goes_on_with_the_settings_it_began_with(whole: Path, prepared: Pa
         train(settings(prepared, whole.parent, *changed), resume=True)
 
 
+def test_a_run_goes_on_with_another_decoder_but_not_with_another_mel():
+    names = ("torch", "dali_wave", "dali_mel")
+    ours, waves, mels = (tiny(f"frontend.backend={name}") for name in names)
+    assert differences(ours, waves) == []
+    assert differences(ours, mels) == [("frontend.backend", "torch", "dali_mel")]
+    assert differences(mels, waves) == [("frontend.backend", "dali_mel", "dali_wave")]
+
+
 def test_nothing_is_loaded_for_a_wrong_config(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -183,7 +192,8 @@ def test_a_nan_stops_the_run_before_it_reaches_a_checkpoint(
         return {**terms, "total": terms["total"] * (float("nan") if next(steps) == 3 else 1)}
 
     monkeypatch.setattr(microbatch, "total_loss", poisoned)
-    with pytest.raises(NotFinite, match=r"at step 3; nothing was saved after it\. Lower optim\.lr"):
+    message = r"at step 3; nothing was saved after it\. Lower optim\.lr.* train\.init_from=\S*flap to"
+    with pytest.raises(NotFinite, match=message):
         train(settings(prepared, tmp_path, "log.every_steps=10"))
     checkpoints = tmp_path / "flap/checkpoints"
     assert [f.name for f in sorted(checkpoints.iterdir())] == ["step-000002"]
