@@ -58,7 +58,8 @@ class Row:
     """The largest relative error of the result and of all gradients, against float64."""
     flops: float = 0.0
     bytes_moved: float = 0.0
-    """What the op must do at least, whoever does it: forward and backward."""
+    """What our op does at least, forward and backward: its arithmetic with what it computes again
+    in place of keeping it. A provider that keeps the logits does less, and may pass the limit."""
 
     def timed(self, timing: Timing, **changes: Any) -> Row:
         """The same, measured."""

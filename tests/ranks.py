@@ -49,13 +49,14 @@ def on_ranks(
 def _server() -> Any:
     """Where ranks are forked from: a process that has the imports behind it already."""
     context = mp.get_context("forkserver")
-    # What cannot be imported (on a machine for the kernels alone) is left out.
+    # What cannot be imported (on a machine for the kernels alone) is left out. `tests` comes first:
+    # it decorates the kernels for the interpreter.
     ours = ["flap_kernels", "flap_fast.train.loop"]
     slow = ["pytest", "torch.distributed.tensor", "deepspeed"]
     # What the first model and the first ZeRO optimizer would import, two seconds on each rank.
     slow += ["transformers.models.roberta.modeling_roberta", "deepspeed.runtime.zero.stage3"]
     slow += ["deepspeed.runtime.zero.muon.muon_optimizer"]
-    context.set_forkserver_preload([*slow, *ours])
+    context.set_forkserver_preload(["tests", *slow, *ours])
     # Python 3.11's server does not take over sys.path, only the environment.
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(path or "." for path in sys.path)

@@ -19,6 +19,7 @@ _MODEL = (
 )
 _DATA = "Folders of shards; for sentences STS files or SentEval's folder."
 _TASKS = "Some of retrieval,zero_shot,geometry,sts,transfer,flops; by the data when not given."
+_OUT = "JSON; when not given MODEL/eval.json, beside what is there of other tasks and data."
 _CROP = "Of long clips: random, center or multi:K; eval.crop of the model when not given."
 _TEMPLATES = (
     "Zero-shot prompt with {label}, a set (audio29, imagenet80), or a file with one a line."
@@ -30,7 +31,7 @@ def evaluate(
     model: Annotated[str, typer.Argument(help=_MODEL)],
     data: Annotated[list[Path] | None, typer.Argument(help=_DATA)] = None,
     tasks: Annotated[str, typer.Option(help=_TASKS)] = "",
-    out: Annotated[Path | None, typer.Option(help="JSON; MODEL/eval.json when not given.")] = None,
+    out: Annotated[Path | None, typer.Option(help=_OUT)] = None,
     markdown: Annotated[Path | None, typer.Option(help="Tables beside the papers' rows.")] = None,
     latex: Annotated[Path | None, typer.Option(help="The same for LaTeX with booktabs.")] = None,
     batch: Annotated[int, typer.Option(help="Clips or texts embedded at a time.")] = 64,
@@ -44,20 +45,26 @@ def evaluate(
 
     asked = tuple(task for task in tasks.replace(",", " ").split() if task)
     settings = {"batch": batch, "crop": crop, "templates": templates}
+    ours = None if _is_text_encoder(model) else Path(model) / "eval.json"
+    for file in (out, markdown, latex):
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
     ranks = join_ranks()
     try:
         subject = open_subject(model, settings, pool, ranks, read_classes(classes))
-        from flap_fast.evaluate.run import score, write_scores
+        from flap_fast.evaluate.run import merged, score, write_scores
 
         scores = score(subject, data or [], asked)
         if not ranks.first:
             return
-        _print(scores)
-        if out is None and not _is_text_encoder(model):
-            out = Path(model) / "eval.json"
         if out is not None:
             write_scores(out, scores)
-            print(f"written to {out}")
+        elif ours is not None:
+            before = json.loads(ours.read_text()) if ours.is_file() else {}
+            write_scores(ours, merged(before, scores))
+        _print(scores)
+        if out or ours:
+            print(f"written to {out or ours}")
         _write_tables(scores, markdown, latex)
     finally:
         leave_ranks()
@@ -101,7 +108,10 @@ def read_classes(file: Path | None) -> tuple[str, ...]:
     if file is None:
         return ()
     need(file.is_file(), "--classes", "name an existing file", file)
-    text = file.read_text()
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--classes must be a UTF-8 text file, got '{file}': {error}") from None
     if file.suffix == ".json":
         try:
             found = json.loads(text)
@@ -116,7 +126,9 @@ def read_classes(file: Path | None) -> tuple[str, ...]:
         names = text.splitlines()
     spoken = tuple(" ".join(str(name).replace("_", " ").split()) for name in names)
     spoken = tuple(name for name in spoken if name)
-    need(len(set(spoken)) == len(spoken) > 0, str(file), "name each class once", len(spoken))
+    need(bool(spoken), str(file), "name classes", "none")
+    twice = sorted({name for name in spoken if spoken.count(name) > 1})
+    need(not twice, str(file), "name each class once", ", ".join(twice[:3]))
     return spoken
 
 
@@ -134,6 +146,8 @@ def _print(scores: dict[str, Any]) -> None:
     from flap_fast.evaluate.tables import terminal
 
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)  # into a file, or a pipe: nobody's lines are that short
     if "retrieval" in scores:
         console.print(table(scores))
     for one in terminal(scores):

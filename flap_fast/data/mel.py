@@ -167,8 +167,8 @@ class true_float32:
     """No TF32 inside, whatever the run allows outside."""
 
     def __enter__(self):
-        self.allowed = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = False
+        self.before = torch.backends.cuda.matmul.fp32_precision
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
 
     def __exit__(self, *_):
-        torch.backends.cuda.matmul.allow_tf32 = self.allowed
+        torch.backends.cuda.matmul.fp32_precision = self.before

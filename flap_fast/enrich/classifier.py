@@ -16,6 +16,8 @@ _WINDOW_S = 10
 class Classifier:
     """An `events.Tagger`: each class on its own (sigmoid), the mean over windows of 10 s.
 
+    A window counts by its length; a last one of less than half a second is left out.
+
     Raises:
         ConfigError: the folder holds no audio classifier.
     """
@@ -38,8 +40,14 @@ class Classifier:
         """(samples,) float32 -> every class and its probability."""
         size = _WINDOW_S * self.sample_rate_hz
         windows = [wave[start : start + size] for start in range(0, len(wave), size)]
+        if len(windows) > 1 and len(windows[-1]) < self.sample_rate_hz / 2:
+            windows.pop()
+        # A frame of 25 ms is the least that features are made of.
+        windows[0] = np.pad(windows[0], (0, max(0, self.sample_rate_hz // 40 - len(windows[0]))))
         inputs = self._features(windows, sampling_rate=self.sample_rate_hz, return_tensors="pt")
         logits = self._model(**inputs.to(self._device)).logits
-        probabilities = logits.float().sigmoid().mean(0).tolist()
+        lengths = torch.tensor([len(window) for window in windows], device=logits.device)
+        weights = lengths / lengths.sum()
+        probabilities = (weights @ logits.float().sigmoid()).tolist()
         names = self._model.config.id2label
         return [(names[n], probability) for n, probability in enumerate(probabilities)]

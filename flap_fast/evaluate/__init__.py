@@ -10,7 +10,7 @@ from flap_fast.checks import need
 
 # Modules, not their functions: `flap_fast.evaluate.retrieval` stays the module.
 from flap_fast.evaluate import flops, geometry, prompts, retrieval, sentence, transfer, zero_shot
-from flap_fast.evaluate.embed import Embeddings
+from flap_fast.evaluate.embed import Embeddings, Texts
 from flap_fast.evaluate.subject import Subject
 
 Scored = dict[str, Any]
@@ -18,15 +18,20 @@ Scored = dict[str, Any]
 
 def _retrieval(subject: Subject, e: Embeddings) -> Scored:
     found = retrieval.retrieval(e.audio, e.text, e.owner, subject.ranks)
-    sense = {} if subject.config.image is None else {"sense": "image"}  # what `audio` is here
-    return {**found, **sense, "chance": retrieval.chance(e.owner, len(e.audio))}
+    return {**found, **_sense(subject), "chance": retrieval.chance(e.owner, len(e.audio))}
 
 
 def _zero_shot(subject: Subject, e: Embeddings) -> Scored:
     templates = prompts.prompts(subject.config.eval.templates)
-    return zero_shot.zero_shot(
+    found = zero_shot.zero_shot(
         e.audio, e.labels, subject.classes, templates, subject.texts, subject.ranks
     )
+    return {**found, **_sense(subject)}
+
+
+def _sense(subject: Subject) -> Scored:
+    """What `audio` is here, if it is another sense."""
+    return {} if subject.config.image is None else {"sense": "image"}
 
 
 def _geometry(subject: Subject, e: Embeddings) -> Scored:
@@ -34,7 +39,8 @@ def _geometry(subject: Subject, e: Embeddings) -> Scored:
 
 
 def _flops(subject: Subject) -> Any:
-    need(subject.config.image is None, "the model of flops", "have an audio tower", "an image")
+    other = "a text encoder alone" if subject.alone else "an image" if subject.config.image else ""
+    need(not other, "the model of flops", "have an audio tower", other)
     return flops.masking_flops(subject.config.audio, subject.config.mask)
 
 
@@ -43,6 +49,15 @@ OF_CLIPS: dict[str, Callable[[Subject, Embeddings], Scored]] = {
     "retrieval": _retrieval,
     "zero_shot": _zero_shot,
     "geometry": _geometry,
+}
+# What the texts of a folder must have for it, asked before anything is embedded.
+NEEDS: dict[str, Callable[[Subject, Texts], object]] = {
+    "retrieval": lambda _, t: retrieval.need_captions(len(set(t.owner)), len(t.labels)),
+    "zero_shot": lambda subject, t: (
+        prompts.prompts(subject.config.eval.templates),
+        zero_shot.classes_of(t.labels, subject.classes),
+    ),
+    "geometry": lambda _, t: geometry.need_pairs(len(t.captions)),
 }
 # Of files or folders of sentences.
 OF_SENTENCES: dict[str, Callable[[Subject, Path], Scored]] = {

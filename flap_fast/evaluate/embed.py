@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from flap_fast.config import Config
 from flap_fast.data.captions import Tokenizer
+from flap_fast.data.frontend import Mels
 from flap_fast.data.loader import evaluation_mels
 from flap_fast.data.shards import ShardError, Shards
 from flap_fast.data.sound import BadSound
@@ -23,6 +24,17 @@ Encode = Callable[[Tensor, Tensor], Tensor]
 """(B, L) ids and mask -> (B, d)."""
 EmbedTexts = Callable[[Sequence[str]], Tensor]
 """M texts -> (M, d) float32 on every rank; every rank must ask."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What is written of N sounds: M captions, and labels."""
+
+    captions: Sequence[str]
+    owner: Sequence[int]
+    """Of each caption the sound that it belongs to."""
+    labels: tuple[tuple[str, ...], ...]
+    """Of each sound its class names, often none; underscores have become spaces."""
 
 
 @dataclass(frozen=True)
@@ -40,24 +52,34 @@ class Embeddings:
 
 
 def embed(
-    model: Flap, config: Config, tokenizer: Tokenizer, shards: Shards, ranks: Ranks
+    model: Flap,
+    config: Config,
+    tokenizer: Tokenizer,
+    shards: Shards,
+    ranks: Ranks,
+    texts: Texts | None = None,
 ) -> Embeddings:
     """Embed everything once, in evaluation mode; every rank must ask.
 
+    Args:
+        texts: of the shards, if they have been read before.
+
     Raises:
-        ShardError: a clip that cannot be read; evaluation leaves nothing out.
+        ShardError: a clip that cannot be read, on all ranks; evaluation leaves nothing out.
+        ArithmeticError: an embedding that is not finite.
     """
-    captions, owner, labels = _texts(shards)
+    texts = texts or read_texts(shards)
     with evaluating(model):
         mine = share(len(shards), ranks)
-        mels = evaluation_mels(config, shards, mine, ranks)
+        mels = _in_step(evaluation_mels(config, shards, mine, ranks), ranks)
         audio = torch.cat([model.embed_audio(mel, longer=longer) for mel, longer in mels])
         if config.eval.crops > 1:
             crops = audio.unflatten(0, (-1, config.eval.crops))
             audio = functional.normalize(crops.mean(1), dim=-1)
-        audio = ranks.gather(audio)[: len(shards)]
-        text = text_embedder(model.embed_text, tokenizer, ranks, config.eval.batch)(captions)
-    return Embeddings(audio, text, torch.tensor(owner, device=ranks.device).long(), labels)
+        audio = finite(ranks.gather(audio)[: len(shards)], shards.name)
+        text = text_embedder(model.embed_text, tokenizer, ranks, config.eval.batch)(texts.captions)
+    owner = torch.tensor(texts.owner, device=ranks.device).long()
+    return Embeddings(audio, text, owner, texts.labels)
 
 
 def text_embedder(encode: Encode, tokenizer: Tokenizer, ranks: Ranks, batch: int) -> EmbedTexts:
@@ -76,9 +98,39 @@ def text_embedder(encode: Encode, tokenizer: Tokenizer, ranks: Ranks, batch: int
         rows = torch.cat([encode(ids.to(ranks.device), mask) for ids, mask in tokens])
         back = torch.empty_like(rows)
         back[torch.tensor(order, device=rows.device)] = rows
-        return ranks.gather(back)[: len(texts)]
+        return finite(ranks.gather(back)[: len(texts)], lambda n: repr(texts[n]))
 
     return texts_to_rows
+
+
+def finite(rows: Tensor, name: Callable[[int], str]) -> Tensor:
+    """The rows; raises `ArithmeticError` where one is not finite: it would score by accident."""
+    bad = (~rows.isfinite().all(1)).nonzero()[:, 0].tolist()
+    if bad:
+        raise ArithmeticError(
+            f"an embedding must be finite, got NaN or infinity for {len(bad)} of {len(rows)}, the "
+            f"first of {name(bad[0])}; take an earlier checkpoint"
+        )
+    return rows
+
+
+def _in_step(mels: Iterator[Mels], ranks: Ranks) -> Iterator[Mels]:
+    """The same batches, until a rank has one that it cannot read: then all raise.
+
+    A rank that raised alone would leave the others waiting for its rows, or for its weights.
+    """
+    while True:
+        found, bad = None, None
+        try:
+            found = next(mels, None)
+        except ShardError as why:
+            bad = why
+        if ranks.any(bad is not None):
+            other = "a clip of another rank's share cannot be read; that rank says which"
+            raise bad or ShardError(other)
+        if found is None:
+            return
+        yield found
 
 
 @contextmanager
@@ -102,8 +154,8 @@ def share(count: int, ranks: Ranks) -> np.ndarray:
     return (np.arange(each) + ranks.rank * each) % count
 
 
-def _texts(shards: Shards) -> tuple[list[str], list[int], tuple[tuple[str, ...], ...]]:
-    """All captions, their owners, and each clip's labels."""
+def read_texts(shards: Shards) -> Texts:
+    """All captions and labels; raises `ShardError` on a clip whose cannot be read."""
     captions: list[str] = []
     owner: list[int] = []
     labels: list[tuple[str, ...]] = []
@@ -115,7 +167,7 @@ def _texts(shards: Shards) -> tuple[list[str], list[int], tuple[tuple[str, ...],
         captions += record["text"]
         owner += [clip] * len(record["text"])
         labels.append(_labels(record.get("tag")))
-    return captions, owner, tuple(labels)
+    return Texts(captions, owner, tuple(labels))
 
 
 def _labels(tag: object) -> tuple[str, ...]:

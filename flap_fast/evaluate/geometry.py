@@ -24,7 +24,7 @@ _TILE = 4096
 
 def geometry(
     audio: Tensor, text: Tensor, owner: Tensor, ranks: Ranks | None = None
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Alignment and uniformity; every rank must ask, all get the same.
 
     Args:
@@ -32,13 +32,18 @@ def geometry(
         text: (M, d) unit rows.
         owner: (M,) int64, the sound that each caption belongs to.
     """
-    need(len(text) > 0, "the geometry of pairs", "have captions", "none")
+    need_pairs(len(text))
     ranks = ranks or Ranks()
     return {
         "alignment": alignment(audio, text, owner),
         "uniformity_audio": uniformity(audio, ranks),
         "uniformity_text": uniformity(text, ranks),
     }
+
+
+def need_pairs(captions: int) -> None:
+    """Fail unless there are captions."""
+    need(captions > 0, "the geometry of pairs", "have captions", "none")
 
 
 def alignment(audio: Tensor, text: Tensor, owner: Tensor) -> float:
@@ -48,8 +53,8 @@ def alignment(audio: Tensor, text: Tensor, owner: Tensor) -> float:
     return (torch.stack(far).sum() / len(text)).item()
 
 
-def uniformity(rows: Tensor, ranks: Ranks) -> float:
-    """Over all pairs of unit rows (N, d), in [-8, 0]; NaN of a single row, which has no pair."""
+def uniformity(rows: Tensor, ranks: Ranks) -> float | None:
+    """Over all pairs of unit rows (N, d), in [-8, 0]; None of a single row, which has no pair."""
     tiles = rows.float().split(_TILE)
     pairs = [(i, j) for i in range(len(tiles)) for j in range(i, len(tiles))]
     total = torch.zeros(1, dtype=torch.float64, device=rows.device)
@@ -59,4 +64,4 @@ def uniformity(rows: Tensor, ranks: Ranks) -> float:
             kernel.triu_(diagonal=1)
         total += kernel.sum(dtype=torch.float64)
     count = len(rows) * (len(rows) - 1) / 2
-    return math.log(ranks.gather(total).sum().item() / count) if count else math.nan
+    return math.log(ranks.gather(total).sum().item() / count) if count else None

@@ -197,14 +197,16 @@ SENTEVAL = (
 )
 
 # What a data set may be called in a path, without signs between letters and digits.
-_CALLED = {
+_SOUNDS = {
     "AudioCaps": "audiocaps",
     "Clotho": "clotho",
     "MusicCaps": "musiccaps",
-    "MSCOCO": "coco",
-    "Flickr30K": "flickr30k",
     "ESC50": "esc50",
     "US8K": "us8k|urbansound8k",
+}
+_PICTURES = {
+    "MSCOCO": "^(ms)?coco(?!nut|a)",
+    "Flickr30K": "flickr30k",
     "CIFAR100": "cifar100",
     "CIFAR10": "cifar10(?!0)",
     "ImageNetV2": "imagenetv2",
@@ -216,11 +218,11 @@ _CALLED = {
 }
 
 
-def known_as(path: str) -> str | None:
+def known_as(path: str, pictures: bool = False) -> str | None:
     """The papers' name of a data set, from the last three parts of its path that may tell."""
     for part in reversed(path.split("/")[-3:]):
         plain = re.sub(r"[-_. ]", "", part.lower())
-        for name, pattern in _CALLED.items():
+        for name, pattern in (_PICTURES if pictures else _SOUNDS).items():
             if re.search(pattern, plain):
                 return name
     return None

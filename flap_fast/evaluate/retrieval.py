@@ -37,12 +37,7 @@ def retrieval(
         text: (M, d) unit rows.
         owner: (M,) int64, the sound that each caption belongs to; every sound has one.
     """
-    mute = len(audio) - owner.unique().numel()
-    if mute:
-        raise ConfigError(
-            f"each of the {len(audio)} sounds must have a caption to be retrieved by, got {mute} "
-            "without; score their labels with --tasks zero_shot"
-        )
+    need_captions(owner.unique().numel(), len(audio))
     ranks = ranks or Ranks()
     return {
         "audio_to_text": audio_to_text(
@@ -52,6 +47,15 @@ def retrieval(
         "clips": len(audio),
         "captions": len(text),
     }
+
+
+def need_captions(captioned: int, sounds: int) -> None:
+    """Fail unless all sounds have captions."""
+    if captioned < sounds:
+        raise ConfigError(
+            f"each of the {sounds} sounds must have a caption to be retrieved by, got "
+            f"{sounds - captioned} without; score their labels with --tasks zero_shot"
+        )
 
 
 def sound_places(audio: Tensor, text: Tensor, owner: Tensor, ranks: Ranks) -> Tensor:
@@ -74,7 +78,7 @@ def places(queries: Tensor, asks: Tensor, answers: Tensor, wanted: Tensor, ranks
         answers: (M, d).
     """
     mine = torch.from_numpy(share(len(asks), ranks)).to(asks.device)
-    rows = max(1, _COSINES // len(answers))
+    rows = max(1, _COSINES // max(len(answers), queries.shape[1]))
     table = answers.float().T
     found = [
         _places(queries[asks[some]].float() @ table, wanted[some]) for some in mine.split(rows)
@@ -83,10 +87,11 @@ def places(queries: Tensor, asks: Tensor, answers: Tensor, wanted: Tensor, ranks
 
 
 def _places(cosines: Tensor, wanted: Tensor) -> Tensor:
-    """(Q,) places of each row's wanted column."""
+    """(Q,) places of each row's wanted column: how many others are not surely behind it."""
     own = cosines.gather(1, wanted[:, None])
-    before = torch.arange(cosines.shape[1], device=cosines.device) < wanted[:, None]
-    return (before.logical_and_(cosines == own)).logical_or_(cosines > own).sum(1)
+    behind = torch.arange(cosines.shape[1], device=cosines.device) >= wanted[:, None]
+    behind = behind.logical_and_(cosines == own).logical_or_(cosines < own)
+    return behind.logical_not_().sum(1)
 
 
 def text_to_audio(places: Tensor) -> dict[str, float]:

@@ -15,13 +15,14 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
-from flap_fast.checks import need
+from flap_fast.checks import ConfigError, need
 from flap_fast.config import Config
 from flap_fast.data.captions import Tokenizer
-from flap_fast.data.shards import kept_as, open_shards, write_atomically
-from flap_fast.evaluate import OF_CLIPS, OF_SENTENCES, OF_SETTINGS, TASKS
-from flap_fast.evaluate.embed import evaluating
+from flap_fast.data.shards import Shards, kept_as, open_shards, write_atomically
+from flap_fast.evaluate import NEEDS, OF_CLIPS, OF_SENTENCES, OF_SETTINGS, TASKS
+from flap_fast.evaluate.embed import Texts, evaluating, read_texts
 from flap_fast.evaluate.retrieval import TOP
 from flap_fast.evaluate.subject import Subject, whole_model
 from flap_fast.model.flap import Flap
@@ -60,21 +61,36 @@ def score(subject: Subject, data: Sequence[Path], tasks: Sequence[str] = ()) -> 
     tasks = tuple(dict.fromkeys(tasks)) or tuple(task for task, wanted in usual.items() if wanted)
     _check(tasks, of_sentences)
     found: Scores = {task: {} for task in tasks}
-    found["data"] = {name: str(path) for name, path in names(data).items()}
+    found["data"] = {name: str(path.resolve()) for name, path in names(data).items()}
+    of_clips = [task for task in OF_CLIPS if task in tasks]
+    if subject.alone and of_clips:
+        raise ConfigError("a text tower alone has no ears: name a run or a checkpoint for shards")
+    folders = {name: path for name, path in names(data).items() if not of_sentences[path]}
+    opened = {name: open_for(subject, path, of_clips) for name, path in folders.items()}
     for name, path in names(data).items():
         if of_sentences[path]:
             for task in (task for task in OF_SENTENCES if task in tasks):
                 found[task][name] = OF_SENTENCES[task](subject, path)
             continue
-        embeddings = subject.clips(open_shards([path], kept_as(subject.config)))
-        for task in (task for task in OF_CLIPS if task in tasks):
+        embeddings = subject.clips(*opened[name])
+        for task in of_clips:
             found[task][name] = OF_CLIPS[task](subject, embeddings)
     for task in (task for task in OF_SETTINGS if task in tasks):
         found[task] = OF_SETTINGS[task](subject)
     return found
 
 
+def open_for(subject: Subject, folder: Path, tasks: Sequence[str]) -> tuple[Shards, Texts]:
+    """Shards and what is written in them, held to what the tasks need; nothing is embedded yet."""
+    shards = open_shards([folder], kept_as(subject.config))
+    texts = read_texts(shards)
+    for task in tasks:
+        NEEDS[task](subject, texts)
+    return shards, texts
+
+
 def _check(tasks: Sequence[str], of_sentences: dict[Path, bool]) -> None:
+    need(bool(tasks), "DATA or --tasks", "say what to score", "neither")
     for task in tasks:
         need(task in TASKS, "a task", f"be one of {', '.join(TASKS)}", task)
     kinds = (
@@ -134,7 +150,21 @@ def spoken(direction: str, found: dict[str, Any]) -> str:
 
 def write_scores(file: Path, scores: Scores) -> None:
     """Write the JSON, whole or not at all."""
-    write_atomically(file, (json.dumps(scores, indent=1) + "\n").encode())
+    write_atomically(file, (json.dumps(scores, indent=1, allow_nan=False) + "\n").encode())
+
+
+def merged(before: Scores, scores: Scores) -> Scores:
+    """Earlier scores with new ones in their places; what was of other data under a name goes."""
+    data = scores["data"]
+    moved = {name for name, path in before.get("data", {}).items() if data.get(name, path) != path}
+    found: Scores = {}
+    for task in {**before, **scores}:
+        new, old = scores.get(task), before.get(task)
+        if isinstance(old, dict) and (new is None or isinstance(new, dict)):
+            found[task] = {n: s for n, s in old.items() if n not in moved} | (new or {})
+        else:
+            found[task] = old if new is None else new
+    return found
 
 
 def table(scores: Scores) -> Table:
@@ -142,13 +172,15 @@ def table(scores: Scores) -> Table:
     found = scores["retrieval"]
     metrics = [*(f"R@{k}" for k in TOP), "mAP@10"]
     sizes = [f"{n}: {s['clips']} clips, {s['captions']} captions" for n, s in found.items()]
-    out = Table(box=box.SIMPLE_HEAD, caption="\n".join(sizes), caption_justify="left")
-    for heading in ("data", "query to answer", *metrics, "chance R@10"):
-        out.add_column(heading, no_wrap=True)
+    caption = Text("\n".join(sizes))
+    out = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
+    out.add_column("data", overflow="fold")  # a name may fold, a number must stay whole
+    for heading in ("query to answer", *metrics, "chance R@10"):
+        out.add_column(heading, no_wrap=True, min_width=len("0.000"))
     for name, s in found.items():
         for direction in ("audio_to_text", "text_to_audio"):
             values = (f"{s[direction][metric]:.3f}" for metric in metrics)
             by_chance = f"{s['chance'][direction]['R@10']:.3f}"
             called = spoken(direction, s).replace("_", " ")
-            out.add_row(name, called, *values, by_chance)
+            out.add_row(Text(name), called, *values, by_chance)
     return out

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from torch.nn import functional
 
-from flap_fast.checks import ConfigError
+from flap_fast.checks import ConfigError, need
 from flap_fast.evaluate.embed import EmbedTexts
 
 YEARS = {
@@ -61,6 +61,8 @@ def similarity(texts: EmbedTexts, path: Path) -> dict[str, Any]:
         )
     scores: dict[str, Any] = {}
     for name, pairs in found.items():
+        judged = len(set(pairs.judged))
+        need(judged > 1, f"{path}, {name},", "hold pairs of two judgements at least", judged)
         rows = functional.normalize(texts(pairs.first + pairs.second).double(), dim=-1)
         first, second = rows.chunk(2)
         cosines = (first * second).sum(1).cpu().numpy()
@@ -74,7 +76,7 @@ def similarity(texts: EmbedTexts, path: Path) -> dict[str, Any]:
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Correlation of the places of (n,) values, equal ones sharing their mean place."""
+    """Correlation of the places of (n,) finite values, equal ones sharing their mean place."""
     return float(np.corrcoef(_mean_places(a), _mean_places(b))[0, 1])
 
 

@@ -9,7 +9,7 @@ from flap_fast.checks import ConfigError
 from flap_fast.config import Config
 from flap_fast.data.captions import Tokenizer
 from flap_fast.data.shards import Shards
-from flap_fast.evaluate.embed import Embeddings, EmbedTexts, embed, text_embedder
+from flap_fast.evaluate.embed import Embeddings, EmbedTexts, Texts, embed, text_embedder
 from flap_fast.model.flap import Flap
 from flap_fast.model.text_encoder import TextEncoder
 from flap_fast.ranks import Ranks
@@ -21,12 +21,14 @@ class Subject:
 
     config: Config
     ranks: Ranks
-    clips: Callable[[Shards], Embeddings]
+    clips: Callable[[Shards, Texts], Embeddings]
     """A data set's sounds and captions in the joint space."""
     texts: EmbedTexts
     """Prompts in the joint space."""
     sentences: EmbedTexts
     """Sentences as STS and SentEval take them (eval.sentences)."""
+    alone: bool = False
+    """A text tower without another: for sentences."""
     classes: tuple[str, ...] = ()
     """What zero-shot classification chooses from; without any, the labels of the data."""
 
@@ -44,7 +46,7 @@ def whole_model(
     return Subject(
         config=config,
         ranks=ranks,
-        clips=lambda shards: embed(model, config, tokenizer, shards, ranks),
+        clips=lambda shards, read: embed(model, config, tokenizer, shards, ranks, read),
         texts=texts,
         sentences=texts if config.eval.sentences == "joint" else tower,
         classes=classes,
@@ -54,8 +56,8 @@ def whole_model(
 def text_tower(tower: TextEncoder, config: Config, tokenizer: Tokenizer, ranks: Ranks) -> Subject:
     """A text encoder as it comes, for sentences."""
 
-    def no_clips(shards: Shards) -> Embeddings:
+    def no_clips(shards: Shards, read: Texts) -> Embeddings:
         raise ConfigError("a text tower alone has no ears: name a run or a checkpoint for shards")
 
     texts = text_embedder(tower, tokenizer, ranks, config.eval.batch)
-    return Subject(config, ranks, no_clips, texts, texts)
+    return Subject(config, ranks, no_clips, texts, texts, alone=True)

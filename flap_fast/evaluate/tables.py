@@ -47,7 +47,8 @@ def sheets(scores: dict[str, Any]) -> list[Sheet]:
     found: list[Sheet] = []
     for task, sheet in _OF_A_SET.items():
         for name, values in scores.get(task, {}).items():
-            found.append(sheet(name, values, papers.known_as(paths.get(name, name))))
+            seen = values.get("sense") == "image"
+            found.append(sheet(name, values, papers.known_as(paths.get(name, name), seen)))
     if "flops" in scores:
         found.append(_flops(scores["flops"]))
     return found
@@ -68,9 +69,9 @@ def terminal(scores: dict[str, Any]) -> Iterator[Group]:
     for sheet in sheets({**scores, "retrieval": {}}):
         table = Table(box=box.SIMPLE_HEAD)
         for heading in sheet.head:
-            table.add_column(heading, no_wrap=True)
+            table.add_column(Text(heading), overflow="fold", min_width=len("100.00"))
         for row in sheet.ours:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
         yield Group(Text(sheet.title), table)
 
 
@@ -94,7 +95,8 @@ def _retrieval(name: str, found: dict[str, Any], known: str | None) -> Sheet:
         for row in papers.PRECISION.get(known or "", ())
     ]
     laion = f"{back} mAP@10 as LAION-CLAP computes it: {_percent(a2t['mAP@10_laion'])}"
-    reads = f"{laion}, which is what {papers.LE_4} reports." if rows else f"{laion}."
+    there_too = known in papers.PRECISION
+    reads = f"{laion}, which is what {papers.LE_4} reports." if there_too else f"{laion}."
     directions = _OF_PICTURES if seen else _DIRECTIONS
     notes = [directions, reads, *([_CLOTHO] if known == "Clotho" else [])]
     title = f"Retrieval, {name}: {found['clips']} clips, {found['captions']} captions"
@@ -120,10 +122,14 @@ def _zero_shot(name: str, found: dict[str, Any], known: str | None) -> Sheet:
 
 
 def _geometry(name: str, found: dict[str, Any], known: str | None) -> Sheet:
-    values = ("this model", *(f"{value:.3f}" for value in found.values()))
-    head = ("system", *(key.replace("_", ", ") for key in found))
+    values = ("this model", *(_number(found[key]) for key in _LIES))
+    head = ("system", *(key.replace("_", ", ") for key in _LIES))
     note = "Alignment: 0 is best. Uniformity: the lower, the more even."
     return Sheet(f"Geometry, {name}", head, [values], note=note)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _sentences(what: str, metric: str) -> Callable[[str, dict[str, Any], str | None], Sheet]:
@@ -156,6 +162,7 @@ def _flops(rows: Sequence[dict[str, Any]]) -> Sheet:
     return Sheet(title, head, ours, note=_COUNTED)
 
 
+_LIES = ("alignment", "uniformity_audio", "uniformity_text")
 _METRICS = ("R@1", "R@5", "R@10", "mAP@10")
 _OF_A_SET: dict[str, Callable[[str, dict[str, Any], str | None], Sheet]] = {
     "retrieval": _retrieval,

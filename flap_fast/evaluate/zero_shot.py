@@ -44,13 +44,8 @@ def zero_shot(
         ConfigError: no sound has a label, or one has a label that is no class.
     """
     ranks = ranks or Ranks()
-    known = {
-        name: n for n, name in enumerate(classes or sorted({n for own in labels for n in own}))
-    }
+    known = classes_of(labels, classes)
     named = [own for own in labels if own]
-    need(bool(named), "zero-shot data", "have labels", "none", "name them in the manifest")
-    strange = sorted({name for own in named for name in own if name not in known})
-    need(not strange, "a label", f"be one of the {len(known)} classes", ", ".join(strange[:3]))
     audio = audio[torch.tensor([bool(own) for own in labels], device=audio.device)]
     pairs = [(n, known[name]) for n, own in enumerate(named) for name in own]
     owner, wanted = torch.tensor(pairs, device=audio.device).T
@@ -64,6 +59,16 @@ def zero_shot(
     scores["chance"] = {f"top_{k}": by_chance[f"R@{k}"] for k in TOP}
     counts = {"clips": len(audio), "unlabelled": len(labels) - len(audio), "classes": len(known)}
     return scores | counts | {"templates": len(templates)}
+
+
+def classes_of(labels: Sequence[Sequence[str]], classes: Sequence[str]) -> dict[str, int]:
+    """The number of each class; raises `ConfigError` as `zero_shot` does."""
+    there = sorted({name for own in labels for name in own})
+    need(bool(there), "zero-shot data", "have labels", "none", "name them in the manifest")
+    known = {name: n for n, name in enumerate(classes or there)}
+    strange = [name for name in there if name not in known]
+    need(not strange, "a label", f"be one of the {len(known)} classes", ", ".join(strange[:3]))
+    return known
 
 
 def class_vectors(texts: EmbedTexts, classes: Sequence[str], templates: Sequence[str]) -> Tensor:

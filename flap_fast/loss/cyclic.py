@@ -23,6 +23,11 @@ def cyclic(outputs: Outputs, config: Config) -> Terms:
     weights = {"cyclic_cross": settings.cross_weight, "cyclic_in": settings.in_weight}
     if not any(weights.values()):
         return {}
-    values = both_ways(outputs["audio"], outputs["text"], form=settings.form)
+    values = both_ways(
+        outputs["audio"],
+        outputs["text"],
+        form=settings.form,
+        equal_shares=True,  # the loader's are; asking would wait for the device
+    )
     pairs = zip(weights.items(), values, strict=True)
     return {name: (weight, value) for (name, weight), value in pairs if weight}

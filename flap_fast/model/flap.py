@@ -22,8 +22,8 @@ from flap_fast.config import Config
 from flap_fast.model import AUDIO_ENCODERS, IMAGE_ENCODERS
 from flap_fast.model.clip_text import ClipText, projection
 from flap_fast.model.decoder import Decoder
-from flap_fast.model.masking import MaskPlan
 from flap_fast.model.text_encoder import TextEncoder
+from flap_kernels.draw_plan import MaskPlan
 
 
 class Outputs(TypedDict):

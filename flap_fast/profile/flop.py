@@ -16,6 +16,7 @@ from typing import Any
 
 from flap_fast.config import Config
 from flap_fast.evaluate.flops import block_products, htsat_products
+from flap_kernels.cyclic import form_in_force
 from flap_kernels.infonce_ranks import REPLICATED_ROWS
 
 
@@ -192,12 +193,9 @@ def cyclic_terms(config: Config) -> int:
 
 def cyclic_form(config: Config, clips: int, world: int) -> str:
     """How `flap_kernels.cyclic` computes: `tiled` or `gram`; empty where nothing is."""
-    form = config.loss.cyclic.form
     if not cyclic_terms(config):
         return ""
-    if form == "auto":
-        return "gram" if clips * world > 2 * config.joint.width else "tiled"
-    return form
+    return form_in_force(config.loss.cyclic.form, clips * world, config.joint.width)
 
 
 def scheme_in_force(config: Config, clips: int, world: int) -> str:

@@ -26,7 +26,7 @@ from flap_fast.profile.flop import cyclic_form, loss_times, scheme_in_force
 
 # The share of n that each rank sends, in units of (W-1)/W.
 _TIMES = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "broadcast": 1, "reduce": 1}
-_BFLOAT, _FLOAT, _DOUBLE = 2, 4, 8  # and as large as an int64
+_BFLOAT, _FLOAT, _DOUBLE = 2, 4, 8
 # DeepSpeed aligns a rank's part of a flat group of parameters to this many numbers.
 _ALIGNED = 2
 # ZeRO-3 shards no parameter of at most so many numbers; its default, as deepspeed_config leaves it.
@@ -75,11 +75,10 @@ def cyclic_traffic(config: Config, clips: int, world: int) -> dict[str, Traffic]
     B, d, form = clips * world, config.joint.width, cyclic_form(config, clips, world)
     forward: Traffic = Counter()
     if form and world > 1:
-        forward["all_gather"] = 2 * _DOUBLE * world  # how many rows each rank has
         if form == "gram":
             forward["all_reduce"] = _FLOAT * 3 * d**2
         else:
-            forward["all_gather"] += _FLOAT * B * 2 * d
+            forward["all_gather"] = _FLOAT * B * 2 * d
             forward["all_reduce"] = _FLOAT * 2
     return {"forward": forward, "backward": Counter()}
 

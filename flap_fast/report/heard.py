@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -107,11 +107,13 @@ def _heard(run: RunFacts, name: str, shards: Shards) -> Heard:
 
 
 def _embeddings(folder: Path, run: RunFacts, shards: Shards) -> Embeddings:
-    """By the weights of a checkpoint, on the CPU, with the run's own settings of evaluation."""
-    model, config = load_model(folder)
+    """By the weights of a checkpoint, with the run's own settings of evaluation; on the CPU."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, config = load_model(folder, device)
     tree = config.model_dump()
     config = parse_config({**tree, "eval": run.config.eval.model_dump()})
-    return embed(model, config, tokenizer(config.text), shards, Ranks())
+    found = embed(model, config, tokenizer(config.text), shards, Ranks(device=device))
+    return replace(found, audio=found.audio.cpu(), text=found.text.cpu(), owner=found.owner.cpu())
 
 
 def _first_captions(owner: Tensor, clips: int) -> Tensor:

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import torch
 
+from flap_fast.checks import ConfigError, need
 from flap_fast.config import Config, check_before_loading
 from flap_fast.data.captions import Tokenizer, tokenizer
 from flap_fast.data.loader import TrainingLoader
-from flap_fast.data.shards import kept_as, open_shards
+from flap_fast.data.shards import ShardError, kept_as, open_shards
+from flap_fast.evaluate.embed import read_texts
 from flap_fast.evaluate.run import Scores, evaluate, flat_scores, selection_score, write_scores
 from flap_fast.model.flap import Flap
 from flap_fast.model.interop import put_first_weights, put_weights
@@ -40,6 +42,7 @@ def train(config: Config, *, resume: bool = False) -> Scores | None:
 
     Raises:
         ConfigError: before anything is loaded, where it can be seen then.
+        ShardError: a clip of data.val that cannot be scored; the step before it is saved.
         Stopped: SIGINT or SIGTERM, after a checkpoint was saved.
         NotFinite: NaN or infinity; the checkpoints before it stay.
     """
@@ -47,6 +50,11 @@ def train(config: Config, *, resume: bool = False) -> Scores | None:
     check_engine(config, world_size())
     check_wandb(config)
     start = begin(config, resume=resume)
+    for folder in config.data.val:
+        texts = read_texts(open_shards([folder], kept_as(config)))
+        mute = len(texts.labels) - len(set(texts.owner))
+        rule, remedy = "hold no clip without a caption", "prepare it without them"
+        need(not mute, f"data.val, {folder},", rule, mute, remedy)
     ranks = join_ranks()
     try:
         with ExitStack() as open_files:
@@ -99,7 +107,11 @@ def _train(
 
         stopped = stop.agreed() and step < steps
         to_score = bool(config.data.val) and due(step, steps, config.eval.every_steps)
-        improved = to_score and not stopped and score(step)
+        try:
+            improved = to_score and not stopped and score(step)
+        except (ConfigError, ShardError):  # of data.val, on all ranks: --resume scores the step
+            checkpoints.save(engine, step, score.best, scored=False)
+            raise
         if stopped or improved or due(step, steps, config.ckpt.every_steps):
             watch.check()
             scored = not (to_score and stopped)

@@ -33,9 +33,10 @@ from flap_fast.data.mel import spec_augment, stripes
 from flap_fast.data.shards import ShardError
 from flap_fast.loss import total_loss
 from flap_fast.model.flap import Outputs
-from flap_fast.model.masking import MaskPlan, mask_plan
+from flap_fast.model.masking import mask_plan
 from flap_fast.ranks import Ranks
 from flap_fast.train.engine import Engine
+from flap_kernels.draw_plan import MaskPlan
 
 
 class Gradients:

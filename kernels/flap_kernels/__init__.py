@@ -5,7 +5,7 @@
 
 from flap_kernels.cyclic import cyclic
 from flap_kernels.draw_plan import KERNEL as _DRAW_PLAN
-from flap_kernels.draw_plan import Plan, draw_plan
+from flap_kernels.draw_plan import MaskPlan, draw_plan
 from flap_kernels.infonce import KERNEL as _INFONCE
 from flap_kernels.infonce import infonce
 from flap_kernels.infonce_ranks import infonce_ranks
@@ -34,7 +34,7 @@ KERNELS: dict[str, Kernel] = {
 
 __all__ = [
     "KERNELS",
-    "Plan",
+    "MaskPlan",
     "cyclic",
     "draw_plan",
     "infonce",

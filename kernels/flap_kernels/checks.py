@@ -34,6 +34,14 @@ def check_integers(**tensors: Tensor) -> None:
             raise TypeError(f"{name} must be int32 or int64, got {x.dtype}")
 
 
+def check_inside(name: str, index: Tensor, N: int) -> None:
+    """Fail unless all lie in [0, N). Looks on the CPU alone: elsewhere, it would wait."""
+    if index.device.type == "cpu" and index.numel():
+        low, high = (bound.item() for bound in index.aminmax())
+        if low < 0 or high >= N:
+            raise IndexError(f"{name} must be in [0, {N}), got {low} to {high}")
+
+
 def check_together(**tensors: Tensor) -> None:
     """Fail unless all lie on one device."""
     devices = {name: x.device for name, x in tensors.items()}

@@ -21,6 +21,7 @@ Models, section 3.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from flap_kernels.checks import check_choice, check_floats, check_shape, check_together
 from flap_kernels.infonce_chunks import accumulator
+from flap_kernels.infonce_launch import products_in
 from flap_kernels.infonce_ranks import Shares
 
 Form = Literal["auto", "tiled", "gram"]
@@ -45,15 +47,25 @@ def cyclic_reference(audio: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     return cross_modal, in_modal
 
 
+def form_in_force(form: Form, B: int, D: int) -> Form:
+    """What `auto` takes: the form that multiplies less, there and back (24 b B D or 14 b D D)."""
+    return ("gram" if 24 * B > 14 * D else "tiled") if form == "auto" else form
+
+
 def cyclic(
-    audio: Tensor, text: Tensor, *, group: Any = None, form: Form = "auto"
+    audio: Tensor,
+    text: Tensor,
+    *,
+    group: Any = None,
+    form: Form = "auto",
+    equal_shares: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The cross-modal and the in-modal cyclic loss over the clips of all ranks, () float32 each.
 
-    `audio` and `text` are this rank's unit rows (b, D). `auto` takes the gram form where B > 2 D,
-    where it does less. Without torch.distributed, or alone, B = b. A loss that does not enter the
-    total costs nothing in the backward. Raises ValueError and TypeError on shapes, devices and
-    types that do not fit.
+    `audio` and `text` are this rank's unit rows (b, D); computed in float32, under autocast too.
+    Without torch.distributed, or alone, B = b. `equal_shares` promises that all ranks hold as many;
+    without it, they are asked. A loss that does not enter the total costs nothing in the backward.
+    Raises ValueError and TypeError on shapes, devices and types that do not fit.
     """
     check_choice("form", form, get_args(Form))
     check_shape("audio", audio, (None, None), "(B, D)")
@@ -62,14 +74,20 @@ def cyclic(
     check_together(audio=audio, text=text)
     shares = None
     if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
-        shares = Shares.of(audio, text, group, equal=False)
+        shares = Shares.of(audio, text, group, equal_shares)
     B, D = len(audio) if shares is None else shares.total, audio.shape[1]
     if B == 0:
         raise ValueError("audio must hold at least one row, got 0")
-    if form == "auto":
-        form = "gram" if B > 2 * D else "tiled"
-    run = {"tiled": _Tiled, "gram": _Gram}[form]
-    return run.apply(audio, text, shares, B)
+    run = {"tiled": _Tiled, "gram": _Gram}[form_in_force(form, B, D)]
+    with _float32(audio):
+        return run.apply(audio, text, shares, B)
+
+
+@contextmanager
+def _float32(x: Tensor) -> Iterator[None]:
+    """Products as they are written, whatever autocast and TF32 are outside."""
+    with torch.autocast(x.device.type, enabled=False), products_in("ieee"):
+        yield
 
 
 class _Tiled(torch.autograd.Function):
@@ -97,17 +115,20 @@ class _Tiled(torch.autograd.Function):
         # The factor 4: each pair stands in the sum twice, and is squared. W: engines average.
         factor = 4.0 / ctx.B * _world(ctx.shares)
         grad = torch.zeros_like(both, dtype=ctx.wide)
-        for a, t, rows in _tiles(both, ctx.wide):
-            a_grad, t_grad = grad[rows].chunk(2, dim=1)
-            for a_all, t_all, _ in _tiles(every, ctx.wide):
-                if across_grad is not None:
-                    tile = (a @ t_all.T).addmm_(t, a_all.T, alpha=-1).mul_(across_grad * factor)
-                    a_grad.addmm_(tile, t_all)
-                    t_grad.addmm_(tile, a_all, alpha=-1)
-                if within_grad is not None:
-                    tile = (a @ a_all.T).addmm_(t, t_all.T, alpha=-1).mul_(within_grad * factor)
-                    a_grad.addmm_(tile, a_all)
-                    t_grad.addmm_(tile, t_all, alpha=-1)
+        with _float32(both):
+            for a, t, rows in _tiles(both, ctx.wide):
+                a_grad, t_grad = grad[rows].chunk(2, dim=1)
+                for a_all, t_all, _ in _tiles(every, ctx.wide):
+                    if across_grad is not None:
+                        tile = (a @ t_all.T).addmm_(t, a_all.T, alpha=-1)
+                        tile *= across_grad * factor
+                        a_grad.addmm_(tile, t_all)
+                        t_grad.addmm_(tile, a_all, alpha=-1)
+                    if within_grad is not None:
+                        tile = (a @ a_all.T).addmm_(t, t_all.T, alpha=-1)
+                        tile *= within_grad * factor
+                        a_grad.addmm_(tile, a_all)
+                        t_grad.addmm_(tile, t_all, alpha=-1)
         return *grad.to(both.dtype).chunk(2, dim=1), None, None
 
 
@@ -136,8 +157,9 @@ class _Gram(torch.autograd.Function):
         within = nil if within_grad is None else within_grad
         same, other = within + across, within - across
         factor = _world(ctx.shares) / ctx.B
-        u_grad = (u @ (q * (same * factor))).addmm_(v, k * (other * factor))
-        v_grad = (v @ (p * (same * factor))).addmm_(u, k.T * (other * factor))
+        with _float32(audio):
+            u_grad = (u @ (q * (same * factor))).addmm_(v, k * (other * factor))
+            v_grad = (v @ (p * (same * factor))).addmm_(u, k.T * (other * factor))
         return (u_grad + v_grad).to(audio.dtype), (u_grad - v_grad).to(text.dtype), None, None
 
 

@@ -29,8 +29,11 @@ from flap_kernels.spec import Arch, Inputs, Kernel, Program, Size
 _LOW = 0xFFFFFFFF
 
 
-class Plan(NamedTuple):
-    """For each clip the patches kept and dropped, ascending, and the way back; all int64."""
+class MaskPlan(NamedTuple):
+    """For each clip the patches kept and dropped, ascending, and the way back; all int64.
+
+    A tuple: ZeRO-3's hooks find tensors in one that a module is given, but not in a dataclass.
+    """
 
     keep: Tensor
     """(B, K)."""
@@ -48,7 +51,7 @@ def draw_plan_reference(
     columns: int,
     rows: int | None,
     shared: bool,
-) -> Plan:
+) -> MaskPlan:
     """Say what `draw_plan` means in plain PyTorch, with sorts."""
     C, R = grid
     stay = _lowest(_words(seed, streams[0], visits, C), columns)[:, :, None].expand(-1, -1, R)
@@ -57,7 +60,7 @@ def draw_plan_reference(
         stay = stay & _lowest(words.unflatten(1, (-1, R)), rows)
     order = (~stay).flatten(1).to(torch.uint8).argsort(dim=1, stable=True)
     K = columns * (R if rows is None else rows)
-    return Plan(order[:, :K].clone(), order[:, K:].clone(), order.argsort(dim=1))
+    return MaskPlan(order[:, :K].clone(), order[:, K:].clone(), order.argsort(dim=1))
 
 
 def _lowest(words: Tensor, k: int) -> Tensor:
@@ -219,7 +222,7 @@ def draw_plan(
     columns: int,
     rows: int | None,
     shared: bool,
-) -> Plan:
+) -> MaskPlan:
     """The patches that each clip keeps, a function of the seed and of the clip's visit.
 
     1-D masking of single patches is a grid of (N, 1) with `rows` None; of whole frames, the grid
@@ -247,7 +250,7 @@ def draw_plan(
         raise ValueError(f"rows must be None or in [1, {R}], got {rows}")
     if not all(0 <= stream < 1 << 31 for stream in streams):
         raise ValueError(f"streams must be in [0, 2**31), got {streams}")
-    return Plan(*_draw_plan(visits, seed, *streams, C, R, columns, rows, shared))
+    return MaskPlan(*_draw_plan(visits, seed, *streams, C, R, columns, rows, shared))
 
 
 def _inputs(size: Size, generator: torch.Generator) -> Inputs:

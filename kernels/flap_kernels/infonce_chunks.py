@@ -58,6 +58,10 @@ class Side:
         """That of some rows."""
         return Side(self.negatives[rows], self.misses[rows])
 
+    def contiguous(self) -> Side:
+        """As the kernels read a vector: without a stride."""
+        return Side(self.negatives.contiguous(), self.misses.contiguous())
+
 
 def losses_and_side(negatives: Tensor, positives: Tensor) -> tuple[Tensor, Side]:
     """-log p in natural units (M,), and the side: precise for every p between 0 and 1."""

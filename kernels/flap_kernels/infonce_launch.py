@@ -75,6 +75,7 @@ def negatives(
 ) -> Negatives:
     """Log-sum-exp of the negatives per row and per column, and the positives."""
     x, y = (_operand(v, precision) for v in (x, y))
+    x_ids, y_ids = _dense(x_ids), _dense(y_ids)
     (M, D), N = x.shape, len(y)
     tile = blocks(capability(x), x.dtype, precision)
     tiles_n = ceil_div(N, tile.BLOCK_N)
@@ -142,6 +143,8 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """Gradients by x, by y and by the scale, times `factor`; x's in its type, the rest float32."""
     x, y = (_operand(v, precision) for v in (x, y))
+    x_ids, y_ids = _dense(x_ids), _dense(y_ids)
+    row, column = (side and side.contiguous() for side in (row, column))
     (M, D), N = x.shape, len(y)
     tile = blocks(capability(x), x.dtype, precision)
     tiles_n = ceil_div(N, tile.BLOCK_N)
@@ -190,7 +193,7 @@ def gradients(
         )
         scale_grad += parts[:tiles].sum()
         weights = workspace[:size, :N]
-        with _products_in(precision):
+        with products_in(precision):
             if x_grad is not None:
                 _add_product(product[:size], weights, y, onto=False)
                 torch.mul(product[:size], step, out=x_grad[chunk])
@@ -205,7 +208,13 @@ def _operand(x: Tensor, precision: Precision) -> Tensor:
     """Rounded to the nearest tf32: tensor cores cut bits off, which would make cosines smaller."""
     if precision == "ieee" or x.dtype != torch.float32:
         return x
-    return ((x.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+    nearest = ((x.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+    return torch.where(x.isfinite(), nearest, x)  # a NaN's bits would carry into the sign
+
+
+def _dense(ids: Tensor | None) -> Tensor | None:
+    """As the kernels read a vector: without a stride."""
+    return None if ids is None else ids.contiguous()
 
 
 def weight_chunks(
@@ -249,7 +258,7 @@ def _add_product(out: Tensor, left: Tensor, right: Tensor, *, onto: bool) -> Non
 
 
 @contextmanager
-def _products_in(precision: Precision) -> Iterator[None]:
+def products_in(precision: Precision) -> Iterator[None]:
     """Library products of float32 in this precision, whatever the program has set."""
     settings = torch.backends.cuda.matmul
     before = settings.fp32_precision

@@ -331,7 +331,8 @@ def weights_kernel(
         scale_sum += tl.sum(weight * product)
         if PRECISION == "tf32":  # to the nearest: the product that follows cuts these bits off
             bits = (weight.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
-            weight = bits.to(tl.float32, bitcast=True)
+            # A NaN stays: its bits would carry into the sign.
+            weight = tl.where(weight == weight, bits.to(tl.float32, bitcast=True), weight)
         weight_ptrs = weight_ptr + start_m.to(tl.int64) * stride_wm + first
         weight_ptrs += tl.arange(0, BLOCK_M)[:, None] * stride_wm + tl.arange(0, WIDTH)[None, :]
         mask = mask_m[:, None] & mask_n[None, :]

@@ -16,7 +16,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flap_kernels.checks import check_floats, check_integers, check_shape, check_together
+from flap_kernels.checks import (
+    check_floats,
+    check_inside,
+    check_integers,
+    check_shape,
+    check_together,
+)
 from flap_kernels.launch import ceil_div, jit, runs_triton, tl
 from flap_kernels.patches import clips, shaped, strides
 from flap_kernels.restore_tokens import blocks, clip_rows, restore_tokens_kernel, spread
@@ -58,6 +64,7 @@ def keep_tokens_kernel(
 @torch.library.custom_op("flap_kernels::keep_tokens", mutates_args=())
 def _keep_tokens(x: Tensor, keep: Tensor) -> Tensor:
     if not runs_triton(x):
+        check_inside("keep", keep, x.shape[1])
         return x[clips(keep), keep.long()]
     out = _empty_kept(x, keep)
     if out.numel() == 0:

@@ -53,7 +53,8 @@ def interpreted() -> bool:
 
     Triton reads the variable when a kernel is decorated: set it before the first import.
     """
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    # What Triton takes for a yes.
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 def runs_triton(*tensors: Tensor) -> bool:

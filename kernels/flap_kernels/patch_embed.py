@@ -309,6 +309,7 @@ def _programs(arch: Arch) -> tuple[Program, ...]:
             "out_ptr": "*bf16",
             "rows": B * K,
             "K": K,
+            "N": 512,
             "across": 8,
             "width": pixels + 8,
             **strides("m", "btf", shaped(B, 1024, 128)),

@@ -15,7 +15,13 @@ from math import isqrt
 import torch
 from torch import Tensor
 
-from flap_kernels.checks import check_floats, check_integers, check_shape, check_together
+from flap_kernels.checks import (
+    check_floats,
+    check_inside,
+    check_integers,
+    check_shape,
+    check_together,
+)
 from flap_kernels.launch import ceil_div, jit, runs_triton, tl, triton
 
 # A tile of larger patches does not fit in shared memory: the plain path serves them.
@@ -25,6 +31,7 @@ MOST_PIXELS = 32 * 32
 def patch_rows(mel: Tensor, b: Tensor, n: Tensor, patch: int) -> Tensor:
     """The pixels of patches `n` of clips `b`, index tensors that broadcast: (..., P * P)."""
     across = mel.shape[2] // patch
+    check_inside("the index of a patch", n, mel.shape[1] // patch * across)
     cells = mel.unflatten(2, (-1, patch)).unflatten(1, (-1, patch)).transpose(2, 3)
     return cells[b, n // across, n % across].flatten(-2)
 
@@ -70,7 +77,7 @@ def product_type(weight: Tensor) -> torch.dtype:
 
 def float32_precision() -> str:
     """How a kernel is to multiply float32: as PyTorch's own products are set to."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -131,6 +138,7 @@ def pack_patches_kernel(
     out_ptr,
     rows,
     K,
+    N,
     across,
     width,
     stride_mb,
@@ -146,7 +154,9 @@ def pack_patches_kernel(
     offs_row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     live = offs_row < rows
     b, n = load_index(index_ptr, offs_row, live, K, stride_ib, stride_ik)
-    x = load_patches(mel_ptr, b, n, live, across, stride_mb, stride_mt, stride_mf, P, PIXELS)
+    there = live & (n >= 0) & (n < N)
+    x = load_patches(mel_ptr, b, n, there, across, stride_mb, stride_mt, stride_mf, P, PIXELS)
+    x = tl.where(there[:, None], x.to(tl.float32), float("nan"))
     offs_p = tl.arange(0, PIXELS)
     at = (out_ptr + offs_row.to(tl.int64) * width)[:, None]
     mask = live[:, None] & (offs_p < P * P)[None, :]
@@ -184,6 +194,7 @@ def pack_patches(mel: Tensor, index: Tensor, patch: int, dtype: torch.dtype) -> 
             out,
             rows,
             index.shape[1],
+            mel.shape[1] // patch * (mel.shape[2] // patch),
             mel.shape[2] // patch,
             pixels + 8,
             **strides("m", "btf", mel),

@@ -256,7 +256,8 @@ def restore_tokens(
 
     Args:
         y: (B, K, D).
-        restore: (B, N) int32 or int64, a permutation of each row: the place of each patch in
+        restore: (B, N) int32 or int64, a permutation of each row, which is not checked: the place
+            of each patch in
             `cat(kept, dropped)`. On a GPU this is not checked.
         mask_token: (D,).
         position: (N, D), or None to add nothing.

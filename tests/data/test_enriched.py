@@ -17,7 +17,7 @@ from flap_fast.data.draws import Stream, uniforms
 from flap_fast.data.enriched import CaptionChoice, caption_key, clip_id
 from flap_fast.data.loader import TrainingLoader
 from flap_fast.data.shards import ShardError, Shards, open_shards
-from flap_fast.evaluate.embed import _texts
+from flap_fast.evaluate.embed import read_texts
 from flap_fast.ranks import Ranks
 from tests.tiny import tiny
 
@@ -160,8 +160,8 @@ def test_a_run_is_refused_where_no_folder_has_richer_captions(prepared, rich, tw
 
 def test_evaluation_reads_its_own_captions_whatever_lies_beside(prepared, tmp_path):
     shutil.copytree(prepared / "val", tmp_path / "val")
-    plain = _texts(open_shards([prepared / "val"]))
-    assert _texts(open_shards([write_captions(tmp_path / "val")])) == plain
+    plain = read_texts(open_shards([prepared / "val"]))
+    assert read_texts(open_shards([write_captions(tmp_path / "val")])) == plain
 
 
 def test_a_clips_name_is_its_records_or_its_place():

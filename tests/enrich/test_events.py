@@ -100,9 +100,13 @@ def test_a_classifier_of_transformers_is_a_tagger(classifier_folder):
     assert list(tags) == ["Dog", "Rain", "Car"]
     assert all(0 < p < 1 for p in tags.values())
     assert sum(tags.values()) != pytest.approx(1, abs=0.05)  # each class on its own
-    halves = [dict(tagger(long[: 10 * RATE])), dict(tagger(long[10 * RATE :]))]
+    parts = [dict(tagger(long[: 10 * RATE])), dict(tagger(long[10 * RATE :]))]
     for name, probability in tagger(long):
-        assert probability == pytest.approx((halves[0][name] + halves[1][name]) / 2, abs=1e-5)
+        wanted = (10 * parts[0][name] + 2 * parts[1][name]) / 12
+        assert probability == pytest.approx(wanted, abs=1e-5)
+    # What is left of a second window counts from half a second on; a clip of nothing is silence.
+    assert tagger(long[: 10 * RATE + 399]) == tagger(long[: 10 * RATE])
+    assert len(tagger(short[:1])) == 3
 
 
 def test_none_is_no_tagger_and_another_folder_is_refused(tmp_path, monkeypatch):

@@ -43,23 +43,28 @@ def test_evaluation_captions_are_never_touched(corpus: Path, prepared: Path, tmp
             open_source(folder)
 
 
+def shard(folder: Path, tar: bytes, index: str) -> Path:
+    folder.mkdir()
+    (folder / "0.tar").write_bytes(tar)
+    (folder / "0.idx").write_text(index)
+    return folder
+
+
 def test_clips_without_a_name_are_known_by_their_place(tmp_path: Path):
     sound = encode(tone(440, 0.5, 16_000), 16_000)
     tar, index, _ = pack([(f"{n}", sound, {"text": text}) for n, text in enumerate(("a", [], "b"))])
-    (tmp_path / "0.tar").write_bytes(tar)
-    (tmp_path / "0.idx").write_text(index)
-    source = open_source(tmp_path)
-    first, last = open_shards([tmp_path]).place[[0, 2], 1].tolist()
+    folder = shard(tmp_path / "mine", tar, index)
+    source = open_source(folder)
+    first, last = open_shards([folder]).place[[0, 2], 1].tolist()
     assert [clip.id for clip in source.clips] == [f"0.tar@{first}", f"0.tar@{last}"]
     assert [clip.captions for clip in source.clips] == [["a"], ["b"]]
 
 
 def test_a_name_for_two_clips_is_refused(tmp_path: Path):
     tar, index, _ = pack([(f"{n}", b"", {"text": "a", "id": "x"}) for n in range(2)])
-    (tmp_path / "0.tar").write_bytes(tar)
-    (tmp_path / "0.idx").write_text(index)
+    folder = shard(tmp_path / "mine", tar, index)
     with pytest.raises(ConfigError, match=r"must name each clip once, got the id 'x' twice"):
-        open_source(tmp_path)
+        open_source(folder)
 
 
 def test_the_first_captions_may_be_taken_alone(corpus: Path):
@@ -72,10 +77,10 @@ def test_the_first_captions_may_be_taken_alone(corpus: Path):
 
 
 def test_nothing_to_enrich_is_said(tmp_path: Path, corpus: Path, prepared: Path):
-    with pytest.raises(ConfigError, match=r"^SOURCE must hold captions of the split 'dev'"):
-        open_source(corpus, "dev")
+    with pytest.raises(ConfigError, match=r"^SOURCE must hold captions of the split 'other'"):
+        open_source(corpus, "other")
     with pytest.raises(ConfigError, match=r"^SOURCE must be a manifest, .*; there is no folder"):
-        open_source(prepared, "dev")
+        open_source(prepared, "other")
     manifest = write_manifest(tmp_path / "m.jsonl", [{"audio": "none.wav", "caption": "a"}])
     (clip,) = open_source(manifest).clips
     with pytest.raises(BadSound, match="missing"):

@@ -84,16 +84,30 @@ def test_latex_escapes_what_it_would_stumble_over():
         ("/d/Clotho_v2.1/evaluation", "Clotho"),
         ("esc-50", "ESC50"),
         ("UrbanSound8K/all", "US8K"),
+        ("mine/val", None),
+        ("coco/sounds/val", None),
+    ],
+)
+def test_sounds_are_known_by_their_paths(path: str, name: str | None):
+    assert known_as(path) == name
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
         ("cifar100/test", "CIFAR100"),
         ("cifar-10/test", "CIFAR10"),
         ("imagenet-a/val", "ImageNet-A"),
         ("imagenet/val", "ImageNet1K"),
         ("imagenet_sketch", "Sketch"),
-        ("mine/val", None),
+        ("ms-coco/val", "MSCOCO"),
+        ("coco2017/val", "MSCOCO"),
+        ("coconut/val", None),
+        ("esc-50", None),
     ],
 )
-def test_data_sets_are_known_by_their_paths(path: str, name: str | None):
-    assert known_as(path) == name
+def test_pictures_are_known_by_their_paths(path: str, name: str | None):
+    assert known_as(path, pictures=True) == name
 
 
 def test_the_papers_figures_are_all_there():

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from flap_kernels.cyclic import cyclic, cyclic_reference
+from flap_kernels.cyclic import cyclic, cyclic_reference, form_in_force
 from tests.kernels.test_infonce import pairs
 from tests.ranks import on_ranks
 
@@ -66,6 +66,20 @@ def test_gram_form_keeps_its_digits_as_text_nears_audio(apart):
     textbook = 2 * ((aa * tt).sum() - (at * at.T).sum()) / 1000
     if apart == 0.001:
         assert textbook.item() != pytest.approx(exact[0].item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_autocast_outside_changes_nothing(form):
+    audio, text = pairs(40, 6, dtype=torch.float32)
+    exact = losses_and_gradients(cyclic, audio, text, form=form)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = losses_and_gradients(cyclic, audio, text, form=form)
+    assert all(torch.equal(one, two) for one, two in zip(found, exact, strict=True))
+
+
+def test_the_form_that_multiplies_less_is_taken():
+    assert [form_in_force("auto", B, 512) for B in (298, 299)] == ["tiled", "gram"]
+    assert form_in_force("tiled", 10**6, 2) == "tiled"
 
 
 def ranks_match_whole(audio, text, cuts):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,7 +10,7 @@ from flap_fast.config import Mask
 from flap_fast.data.draws import Stream, uniforms
 from flap_fast.model.masking import kept, mask_plan
 from flap_kernels import draw_plan
-from flap_kernels.draw_plan import Plan, _words
+from flap_kernels.draw_plan import MaskPlan, _words
 
 STREAMS = (int(Stream.MASK), int(Stream.MASK_INNER))
 VISITS = torch.tensor([0, 1, 2**31 - 1, 2**31, 2**32 + 5, 2**40 + 3])
@@ -21,24 +22,39 @@ MASKS = {
 }
 
 
-def drawn(mask: Mask, grid: tuple[int, int], seed: int, visits: torch.Tensor) -> Plan:
-    """What `mask_plan` means, said in `draw_plan`'s arguments."""
+def wanted(mask: Mask, grid: tuple[int, int], seed: int, visits: torch.Tensor) -> np.ndarray:
+    """(B, N) bool: what stays by SPEC 4.3, counted in NumPy from the trainer's uniforms."""
     C, R = grid
+
+    def lowest(stream: Stream, count: int, ratio: float, axes: tuple[int, ...]) -> np.ndarray:
+        noise = uniforms(seed, stream, visits.cpu(), count).numpy().reshape(len(visits), *axes)
+        order = np.argsort(noise, axis=-1, kind="stable")[..., : kept(axes[-1], ratio, "floor")]
+        stay = np.zeros(noise.shape, bool)
+        np.put_along_axis(stay, order, True, -1)
+        return stay
+
     if mask.kind == "2d":
-        columns = kept(C, mask.time_ratio, mask.rounding)
-        rows = kept(R, mask.freq_ratio, mask.rounding)
-        return draw_plan(visits, seed, STREAMS, grid, columns, rows, mask.shared_inner)
-    grid = grid if mask.unit == "frame" else (C * R, 1)
-    columns = kept(grid[0], mask.ratio, mask.rounding)
-    return draw_plan(visits, seed, STREAMS, grid, columns, None, True)
+        columns = lowest(Stream.MASK, C, mask.time_ratio, (C,))
+        inner = (R, (1, R)) if mask.shared_inner else (C * R, (C, R))
+        stay = columns[:, :, None] & lowest(Stream.MASK_INNER, inner[0], mask.freq_ratio, inner[1])
+    elif mask.unit == "frame":
+        stay = np.repeat(lowest(Stream.MASK, C, mask.ratio, (C,)), R, axis=1)
+    else:
+        stay = lowest(Stream.MASK, C * R, mask.ratio, (C * R,))
+    return stay.reshape(len(visits), C * R)
 
 
-def assert_same(mask: Mask, grid: tuple[int, int], seed: int, visits: torch.Tensor) -> None:
-    expected, found = mask_plan(mask, grid, seed, visits), drawn(mask, grid, seed, visits)
-    assert expected is not None
-    assert torch.equal(found.keep, expected.keep)
-    assert torch.equal(found.drop, expected.drop)
-    assert torch.equal(found.restore, expected.restore)
+def planned(mask: Mask, grid: tuple[int, int], seed: int, visits: torch.Tensor) -> MaskPlan:
+    """The plan, held to what is wanted."""
+    plan = mask_plan(mask, grid, seed, visits)
+    assert plan is not None
+    assert mask.rounding == "floor"
+    for stay, keep, drop, restore in zip(wanted(mask, grid, seed, visits), *plan, strict=True):
+        assert keep.tolist() == np.flatnonzero(stay).tolist()
+        assert drop.tolist() == np.flatnonzero(~stay).tolist()
+        order = torch.cat([keep, drop])
+        assert torch.equal(order[restore], torch.arange(len(stay), device=order.device))
+    return plan
 
 
 def test_words_are_the_published_ones():
@@ -55,26 +71,24 @@ def test_words_are_the_trainers_uniforms(seed):
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("grid", [(1, 1), (7, 3), (64, 8)], ids=str)
-def test_plan_is_the_trainers(mask, grid, device):
-    assert_same(mask, grid, 2**31 + 9, VISITS[3:].to(device))
+def test_what_stays_is_what_the_uniforms_say(mask, grid, device):
+    planned(mask, grid, 2**31 + 9, VISITS[3:].to(device))
 
 
 def test_a_tie_goes_to_the_smaller_index(device):
     # Of 512 numbers of 24 bits, ranks 306 and 307 are equal for this visit: patches 79 and 423.
     visits = torch.tensor([61281], device=device)
-    keep, drop, _ = drawn(MASKS["1-D patches"], (64, 8), 0, visits)
+    keep, drop, _ = planned(MASKS["1-D patches"], (64, 8), 0, visits)
     assert 79 in keep[0]
     assert 423 in drop[0]
-    assert_same(MASKS["1-D patches"], (64, 8), 0, visits)
 
 
 def test_a_tie_of_rows_goes_to_the_smaller_index(device):
     # Of the 8 rows of column 42, ranks 5 and 6 are equal for this visit: rows 5 and 7.
     visits = torch.tensor([70429], device=device)
-    keep, drop, _ = drawn(MASKS["2-D, rows drawn for each column"], (64, 8), 0, visits)
+    keep, drop, _ = planned(MASKS["2-D, rows drawn for each column"], (64, 8), 0, visits)
     assert 8 * 42 + 5 in keep[0]
     assert 8 * 42 + 7 in drop[0]
-    assert_same(MASKS["2-D, rows drawn for each column"], (64, 8), 0, visits)
 
 
 def test_visits_may_be_narrow_and_strided(device):

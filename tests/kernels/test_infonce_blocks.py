@@ -70,6 +70,26 @@ def test_block_has_the_sums_and_gradients_of_the_plain_path(M, N, offset, ids, k
                     torch.testing.assert_close(one.double(), two, rtol=0, atol=1e-5 * largest)
 
 
+def test_vectors_with_a_stride_give_what_dense_ones_do(kernel_device):
+    """Sums that ranks exchange are columns of one matrix, and ids may be a table's."""
+    x, y, scale, keep = block(40, 150, 70, kernel_device, ids=True)
+    factor = torch.ones((), device=x.device)
+    sides = [chunks.Side(*torch.rand(2, n, device=x.device)) for n in (40, 150)]
+    ids = {name: keep[name] for name in ("x_ids", "y_ids")}
+
+    def apart(v):
+        return torch.stack([v, -v, v], dim=1)[:, 0]
+
+    found = []
+    for way in (torch.Tensor.contiguous, apart):
+        strided: dict[str, Any] = keep | {name: way(v) for name, v in ids.items()}
+        sums = launches.negatives(x, y, scale, **strided)
+        row, column = (chunks.Side(way(s.negatives), way(s.misses)) for s in sides)
+        found.append((sums.rows, *launches.gradients(x, y, scale, row, column, factor, **strided)))
+    for one, two in zip(*found, strict=True):
+        assert torch.equal(one, two)
+
+
 def test_small_workspace_gives_what_a_large_one_does(kernel_device):
     x, y, scale, keep = block(150, 150, 0, kernel_device, ids=True)
     large = launches.negatives(x, y, scale, **keep)

@@ -78,3 +78,14 @@ def test_each_precision_costs_about_what_the_readme_says():
         assert found[name][0] < loss
         assert max(found[name][1:3]) < gradient
     assert found["ieee"][1] < found["tf32"][1] / 50 < found["bf16"][1] / 100
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32", "bf16"])
+def test_a_gpus_nan_stays_one(precision, device):
+    """0x7fffffff: rounding to tf32 would carry into the sign, and leave minus nothing."""
+    audio, text = (x.float().to(device) for x in alike(40, 8, seed=3))
+    audio.view(torch.int32)[7, 2] = 0x7FFFFFFF
+    scale = torch.tensor(20.0, device=device)
+    found = loss_and_gradients(lambda *x: infonce(*x, precision=precision), audio, text, scale)
+    assert found[0].isnan()
+    assert found[3].isnan()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from flap_kernels import infonce_ranks
 from flap_kernels.infonce import infonce_reference
+from flap_kernels.launch import HAS_TRITON
 from tests.closeness import assert_as_exact
 from tests.kernels.test_infonce import DIRECTIONS, loss_and_gradients, pairs
 from tests.ranks import on_ranks
@@ -74,6 +78,26 @@ def test_ranks_are_as_exact_as_the_whole_in_float32(cuts):
             for kind in range(3)
         ]
         assert_as_exact(name, *columns, slack=2)
+
+
+def compared_in_kernels(*arguments):
+    """As `compared`, on a rank whose kernels run in the interpreter."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    return compared(*arguments)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+def test_ranks_match_the_whole_in_the_kernels_too():
+    """What a rank gets from others is not laid out as what it computes itself."""
+    cuts = (0, 40, 80)
+    runs: list[dict[str, Any]] = [{"scheme": scheme} for scheme in SCHEMES[:2]]
+    runs.append({"scheme": "replicated", "direction": "a2t", "ids": True})
+    inputs = *pairs(80, 8, dtype=torch.float32), torch.arange(80) % 5
+    for rows in on_ranks(2, compared_in_kernels, *inputs, cuts, runs):
+        for parts, _, exact in rows:
+            for part, whole in zip(parts, exact, strict=True):
+                largest = whole.abs().max().item()
+                torch.testing.assert_close(part.double(), whole, rtol=0, atol=1e-5 * largest)
 
 
 def hard_negatives_match_whole(audio, text, audio_cuts, text_cuts, order):

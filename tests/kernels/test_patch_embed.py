@@ -109,6 +109,18 @@ def test_an_index_out_of_range_is_not_passed_over_in_silence(device):
     assert torch.equal(found, clean)
 
 
+@pytest.mark.parametrize("outside", [6, -1, 10**9])
+def test_an_index_out_of_range_reaches_no_other_memory_backwards(device, outside):
+    arguments = draw(device)
+    upstream = torch.ones_like(patch_embed(**arguments))
+    arguments["keep"][1, 2] = outside
+    try:
+        (found,) = gradients(patch_embed, arguments, ("weight",), upstream)
+    except IndexError:
+        return
+    assert found.isnan().any()
+
+
 def test_agrees_with_the_convolution_over_all_patches(device):
     arguments = draw(device)
     mel, keep, weight = arguments["mel"], arguments["keep"], arguments["weight"]

@@ -112,6 +112,12 @@ def test_an_index_out_of_range_is_not_passed_over_in_silence(device):
     assert found[0, 1].isnan().item()
 
 
+def test_an_index_below_zero_is_refused_on_a_cpu():
+    x, keep = torch.ones(1, 2, 1), torch.tensor([[0, -1]])
+    with pytest.raises(IndexError, match=r"keep must be in \[0, 2\), got -1 to 0"):
+        keep_tokens(x, keep)
+
+
 @pytest.mark.parametrize("backend", ["aot_eager"])
 def test_compiles_whole_with_its_gradients(backend, device):
     def there_and_back(x, keep, restore, token, position):

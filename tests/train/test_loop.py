@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
 from flap_fast.data.batch import Batch
-from flap_fast.data.shards import open_shards
+from flap_fast.data.prepare import prepare
+from flap_fast.data.shards import ShardError, open_shards
 from flap_fast.embedder import load
 from flap_fast.loss import total_loss
 from flap_fast.model import interop
@@ -24,6 +25,7 @@ from flap_fast.train.checkpoint import latest
 from flap_fast.train.loop import Stopped, train
 from flap_fast.train.observers import NotFinite
 from flap_fast.train.run_folder import differences
+from tests.sounds import encode, tone, write_manifest
 from tests.tiny import tiny
 
 TIMES = {"clips_per_s", "step_ms", "data_wait", "peak_mib"}
@@ -222,6 +224,40 @@ def test_a_full_disk_costs_the_checkpoint_that_did_not_fit_and_no_other(
     assert names == {"step-000002", "step-000003", "best"}
     train(config, resume=True)
     assert rows(tmp_path / "flap")[-1]["step"] == 6
+
+
+def test_validation_clips_without_a_caption_are_refused_before_a_run_begins(
+    prepared: Path, tmp_path: Path
+):
+    (tmp_path / "a.wav").write_bytes(encode(tone(440, 1.0, 16_000), 16_000, "WAV"))
+    rows = [{"audio": "a.wav", "labels": ["tone"], "split": "val"}]
+    prepare(write_manifest(tmp_path / "m.jsonl", rows), tmp_path / "data", show=False)
+    config = settings(prepared, tmp_path / "runs", f"data.val={tmp_path}/data/val")
+    with pytest.raises(
+        ConfigError, match=r"data\.val, .*, must hold no clip without a caption, got 1"
+    ):
+        train(config)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_was_trained_outlives_validation_that_cannot_be_read(prepared: Path, tmp_path: Path):
+    """With eval.every_steps=0 the first scoring is at the last step."""
+    val = shutil.copytree(prepared / "val", tmp_path / "val")
+    at = open_shards([val]).place[3, 1]
+    with (val / "0.tar").open("r+b") as tar:
+        tar.seek(at)
+        tar.write(bytes(16))
+    config = settings(prepared, tmp_path, f"data.val={val}", "eval.every_steps=0")
+    with pytest.raises(ShardError, match=rf"0\.tar at byte {at}"):
+        train(config)
+    assert latest(tmp_path / "flap/checkpoints") == tmp_path / "flap/checkpoints/step-000006"
+    assert [row["step"] for row in rows(tmp_path / "flap")] == [1, 2, 3, 4, 5, 6]
+    shutil.copy(prepared / "val/0.tar", val)
+    scores = train(config, resume=True)
+    assert scores is not None
+    assert "val/text_to_audio/R@5" in rows(tmp_path / "flap")[-1]
+    assert (tmp_path / "flap/checkpoints/best").resolve().name == "step-000006"
+    assert (tmp_path / "flap/eval.json").is_file()
 
 
 def test_masking_and_reconstruction_end_with_the_unmasked_tail(

@@ -19,6 +19,7 @@ from flap_fast.config import Config
 from flap_fast.data.captions import tokenizer
 from flap_fast.data.prepare import prepare
 from flap_fast.data.shards import open_shards
+from flap_fast.evaluate.embed import read_texts
 from flap_fast.evaluate.run import score, table
 from flap_fast.evaluate.subject import whole_model
 from flap_fast.evaluate.tables import markdown
@@ -106,7 +107,7 @@ def test_the_embedder_sees_as_evaluation_does(trained, tmp_path):
         files[-1].write_bytes(shards.sound(clip))
     model, config = load_model(trained.run_folder)
     subject = whole_model(model, config, tokenizer(config.text), Ranks())
-    expected = subject.clips(shards).audio
+    expected = subject.clips(shards, read_texts(shards)).audio
     torch.testing.assert_close(embedder.embed_image(files, batch=7), expected)
     assert embedder.embed_image([]).shape == (0, 16)
     picture = draw("red", "square", 200)
