@@ -30,6 +30,14 @@ class Ranks:
         """Whether this process writes the files and talks to the terminal."""
         return self.rank == 0
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up on any rank; every rank must ask."""
+        if self.world == 1:
+            return flag
+        up = torch.tensor([float(flag)], device=self.device)
+        dist.all_reduce(up, op=dist.ReduceOp.MAX)
+        return bool(up.item())
+
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
         """The rows of all ranks, rank by rank; every rank passes as many."""
         if self.world == 1:

@@ -35,7 +35,7 @@ class State:
     best: float | None
     """The best score on data.val so far."""
     scored: bool = True
-    """Off where a signal came before an evaluation that was due at this step."""
+    """Off until the evaluation that is due at this step, if one is, is done."""
     clips: int | None = None
     """Of data.train."""
     shards: str | None = None

@@ -89,7 +89,7 @@ def _train(
     after = observers(config, ranks, open_files, first=first, steps=steps)
     watch = Watch(config, ranks, steps, after)
     score = Scorer(config, ranks, engine, tokens, watch, state.best if state else None)
-    if state and not state.scored:
+    if state and not state.scored and config.data.val:
         improved = score(first)
         checkpoints.mark_scored(first, score.best, is_best=improved)
 
@@ -107,17 +107,24 @@ def _train(
 
         stopped = stop.agreed() and step < steps
         to_score = bool(config.data.val) and due(step, steps, config.eval.every_steps)
-        try:
-            improved = to_score and not stopped and score(step)
-        except (ConfigError, ShardError):  # of data.val, on all ranks: --resume scores the step
-            checkpoints.save(engine, step, score.best, scored=False)
-            raise
-        if stopped or improved or due(step, steps, config.ckpt.every_steps):
+        saved = None
+        if stopped or due(step, steps, config.ckpt.every_steps):
             watch.check()
-            scored = not (to_score and stopped)
-            saved = checkpoints.save(engine, step, score.best, is_best=improved, scored=scored)
+            saved = checkpoints.save(engine, step, score.best, scored=not to_score)
             if stopped:
                 raise Stopped(step, saved)
+        if not to_score:
+            continue
+        try:
+            improved = score(step)
+        except (ConfigError, ShardError):  # of data.val, on all ranks: --resume scores the step
+            if not saved:
+                checkpoints.save(engine, step, score.best, scored=False)
+            raise
+        if saved:
+            checkpoints.mark_scored(step, score.best, is_best=improved)
+        elif improved:
+            checkpoints.save(engine, step, score.best, is_best=True)
     return score.at_the_end()
 
 

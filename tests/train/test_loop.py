@@ -252,12 +252,52 @@ def test_what_was_trained_outlives_validation_that_cannot_be_read(prepared: Path
         train(config)
     assert latest(tmp_path / "flap/checkpoints") == tmp_path / "flap/checkpoints/step-000006"
     assert [row["step"] for row in rows(tmp_path / "flap")] == [1, 2, 3, 4, 5, 6]
+    alone = settings(prepared, tmp_path, "data.val=[]", "eval.every_steps=0")
+    assert train(alone, resume=True) is None
     shutil.copy(prepared / "val/0.tar", val)
     scores = train(config, resume=True)
     assert scores is not None
     assert "val/text_to_audio/R@5" in rows(tmp_path / "flap")[-1]
     assert (tmp_path / "flap/checkpoints/best").resolve().name == "step-000006"
     assert (tmp_path / "flap/eval.json").is_file()
+
+
+@pytest.mark.parametrize("folder", ["", "empty"])
+def test_validation_without_shards_is_refused_before_a_model_is_built(
+    folder: str, prepared: Path, tmp_path: Path
+):
+    data = shutil.copytree(prepared, tmp_path / "data")
+    (data / "empty").mkdir()
+    with pytest.raises(ShardError, match=r"must hold \.tar shards, got none"):
+        train(settings(data, tmp_path / "runs", f"data.val={data}/{folder}"))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_an_evaluation_that_is_interrupted_is_done_when_the_run_goes_on(
+    step: int, whole: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As by a second Ctrl-C; at step 3, where no checkpoint is due, the steps are done again."""
+    config, real = settings(prepared, tmp_path), loop.Scorer._scores
+    asked = iter(range(3, 9, 3))
+
+    def interrupted(score: loop.Scorer):
+        if next(asked) == step:
+            raise KeyboardInterrupt
+        return real(score)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Scorer, "_scores", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    last = latest(tmp_path / "flap/checkpoints")
+    assert last is not None
+    assert last.name == {3: "step-000002", 6: "step-000006"}[step]
+    train(config, resume=True)
+    assert rows(tmp_path / "flap") == rows(whole)
+    state = json.loads((tmp_path / "flap/checkpoints/step-000006/state.json").read_text())
+    assert state == json.loads((whole / "checkpoints/step-000006/state.json").read_text())
+    assert state["scored"]
 
 
 def test_masking_and_reconstruction_end_with_the_unmasked_tail(
