@@ -220,7 +220,7 @@ def main() -> None:
     try:
         app()
     except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":  # all ranks read the same config
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # a node may lack what the others have
             tell(f"error: {error}")
         sys.exit(2)
     except OSError as error:

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from flap_fast.config import Config
 from flap_fast.data.captions import Tokenizer
+from flap_fast.data.frontend import Mels
 from flap_fast.data.loader import evaluation_mels
 from flap_fast.data.shards import ShardError, Shards
 from flap_fast.data.sound import BadSound
@@ -64,13 +65,13 @@ def embed(
         texts: of the shards, if they have been read before.
 
     Raises:
-        ShardError: a clip that cannot be read; evaluation leaves nothing out.
+        ShardError: a clip that cannot be read, on all ranks; evaluation leaves nothing out.
         ArithmeticError: an embedding that is not finite.
     """
     texts = texts or read_texts(shards)
     with evaluating(model):
         mine = share(len(shards), ranks)
-        mels = evaluation_mels(config, shards, mine, ranks)
+        mels = _in_step(evaluation_mels(config, shards, mine, ranks), ranks)
         audio = torch.cat([model.embed_audio(mel, longer=longer) for mel, longer in mels])
         if config.eval.crops > 1:
             crops = audio.unflatten(0, (-1, config.eval.crops))
@@ -111,6 +112,25 @@ def finite(rows: Tensor, name: Callable[[int], str]) -> Tensor:
             f"first of {name(bad[0])}; take an earlier checkpoint"
         )
     return rows
+
+
+def _in_step(mels: Iterator[Mels], ranks: Ranks) -> Iterator[Mels]:
+    """The same batches, until a rank has one that it cannot read: then all raise.
+
+    A rank that raised alone would leave the others waiting for its rows, or for its weights.
+    """
+    while True:
+        found, bad = None, None
+        try:
+            found = next(mels, None)
+        except ShardError as why:
+            bad = why
+        if ranks.any(bad is not None):
+            other = "a clip of another rank's share cannot be read; that rank says which"
+            raise bad or ShardError(other)
+        if found is None:
+            return
+        yield found
 
 
 @contextmanager

@@ -10,6 +10,7 @@ The folder needs nothing but itself; weights are safetensors, never a pickle. An
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -39,9 +40,19 @@ _MEANING = {
 
 
 def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file, as transformers also reads it."""
+    """A safetensors file, as transformers also reads it.
+
+    Raises:
+        OSError: it cannot be written; on a full disk, most often.
+    """
     whole = {name: value.contiguous() for name, value in tensors.items()}
-    save_file(whole, file, metadata={"format": "pt"})
+    file.touch()
+    mode = file.stat().st_mode  # safetensors would keep the file for its owner, whatever the umask
+    try:
+        save_file(whole, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{file} cannot be written: {error}") from None
+    file.chmod(mode)
 
 
 def save_model(folder: Path, config: Config, model: Flap, weights: dict[str, Tensor]) -> None:
@@ -65,13 +76,25 @@ def model_folder(path: Path) -> Path:
             f"the checkpoint must be a whole model, got '{path}', an audio tower; train from it "
             f"with train.init_audio_from={path}"
         )
-    steps = sorted(path.glob("checkpoints/step-*/state.json"))
+    steps = step_folders(path / "checkpoints")
     if not steps:
         raise ConfigError(
             "the checkpoint must be a run's folder or a folder with model.safetensors, "
             f"got '{path}'"
         )
-    return max((file.parent for file in steps), key=lambda folder: int(folder.name[5:]))
+    return steps[-1]
+
+
+def step_folders(checkpoints: Path) -> list[Path]:
+    """The complete checkpoints of a run, by their steps; a copy under another name is none."""
+    found = (file.parent for file in checkpoints.glob("step-*/state.json"))
+    whole = (folder for folder in found if re.fullmatch(r"step-\d+", folder.name))
+    return sorted(whole, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The steps of a checkpoint, by its name."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def read_config(folder: Path) -> Config:

@@ -40,7 +40,9 @@ def check_that_it_fits(config: Config, model: Flap, ranks: Ranks) -> None:
         f"fit in {_SAFE:.0%} of the {free / 2**30:.1f} GiB that are free: {clips} clips at a time "
         f"take {most / 2**30:.1f} GiB a rank by the formulas of `flap plan`",
         getattr(config.train, setting.removeprefix("train.")),
-        f"try {setting}={fitting}",
+        f"try {setting}={fitting}"
+        if one * here <= _SAFE * free
+        else "not even one clip does: take a smaller tower, or a machine with more memory",
     )
 
 

@@ -60,7 +60,8 @@ class Machine:
 
     def check(self) -> None:
         """Raise `ConfigError` for a machine that cannot be."""
-        need(self.gpus >= 1 and self.nodes >= 1, "--gpus and --nodes", "be at least 1", self.gpus)
+        need(self.gpus >= 1, "--gpus", "be at least 1", self.gpus)
+        need(self.nodes >= 1, "--nodes", "be at least 1", self.nodes)
         rule = f"be a multiple of the {self.nodes} nodes"
         each = self.nodes * max(1, self.gpus // self.nodes)
         need(self.gpus % self.nodes == 0, "--gpus", rule, self.gpus, f"for example {each}")

@@ -15,6 +15,7 @@ import numpy as np
 from flap_fast.checks import need
 from flap_fast.config import Config
 from flap_fast.configfile import load_config
+from flap_fast.model.interop import step_folders, step_of
 
 Row = dict[str, Any]
 
@@ -75,10 +76,7 @@ def read_run(folder: Path) -> RunFacts:
         scored=[row for row in rows if "loss" not in row],
         scores=_object(folder / "eval.json"),
         environment=_object(folder / "environment.json"),
-        checkpoints={
-            int(state.parent.name.removeprefix("step-")): state.parent
-            for state in sorted(folder.glob("checkpoints/step-*/state.json"))
-        },
+        checkpoints={step_of(kept): kept for kept in step_folders(folder / "checkpoints")},
     )
 
 

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import torch
 
+from flap_fast.checks import ConfigError, need
 from flap_fast.config import Config, check_before_loading
 from flap_fast.data.captions import Tokenizer, tokenizer
 from flap_fast.data.loader import TrainingLoader
-from flap_fast.data.shards import kept_as, open_shards
+from flap_fast.data.shards import ShardError, kept_as, open_shards
+from flap_fast.evaluate.embed import read_texts
 from flap_fast.evaluate.run import Scores, evaluate, flat_scores, selection_score, write_scores
 from flap_fast.model.flap import Flap
 from flap_fast.model.interop import put_first_weights, put_weights
@@ -40,6 +42,7 @@ def train(config: Config, *, resume: bool = False) -> Scores | None:
 
     Raises:
         ConfigError: before anything is loaded, where it can be seen then.
+        ShardError: a clip of data.val that cannot be scored; the step before it is saved.
         Stopped: SIGINT or SIGTERM, after a checkpoint was saved.
         NotFinite: NaN or infinity; the checkpoints before it stay.
     """
@@ -47,6 +50,11 @@ def train(config: Config, *, resume: bool = False) -> Scores | None:
     check_engine(config, world_size())
     check_wandb(config)
     start = begin(config, resume=resume)
+    for folder in config.data.val:
+        texts = read_texts(open_shards([folder], kept_as(config)))
+        mute = len(texts.labels) - len(set(texts.owner))
+        rule, remedy = "hold no clip without a caption", "prepare it without them"
+        need(not mute, f"data.val, {folder},", rule, mute, remedy)
     ranks = join_ranks()
     try:
         with ExitStack() as open_files:
@@ -59,7 +67,11 @@ def _train(
     config: Config, ranks: Ranks, start: Path | None, open_files: ExitStack
 ) -> Scores | None:
     tokens = tokenizer(config.text)
-    loader = TrainingLoader(config, open_shards(config.data.train, kept_as(config)), tokens, ranks)
+    shards = open_shards(config.data.train, kept_as(config))
+    checkpoints = Checkpoints(config, ranks, shards)
+    state = checkpoints.state(start) if start else None
+    first = state.step if state else 0
+    loader = TrainingLoader(config, shards, tokens, ranks)
     steps = config.train.steps or (config.train.epochs or 0) * loader.order.steps_per_epoch
     torch.manual_seed(config.run.seed)
     model = Flap(config, weights=start is None and config.train.init_from is None)
@@ -68,9 +80,8 @@ def _train(
     else:
         put_first_weights(model, config)
     engine = make_engine(config, model, ranks)
-    checkpoints = Checkpoints(config, ranks)
-    state = checkpoints.load(engine, start) if start else None
-    first = state.step if state else 0
+    if start:
+        engine.optimizer_state.load(start / "optimizer.safetensors")
     if ranks.first:
         write_config(config, ranks)
     ranks.barrier()  # the folder is there for all
@@ -78,8 +89,9 @@ def _train(
     after = observers(config, ranks, open_files, first=first, steps=steps)
     watch = Watch(config, ranks, steps, after)
     score = Scorer(config, ranks, engine, tokens, watch, state.best if state else None)
-    if state and not state.scored and score(first):
-        checkpoints.save(engine, first, score.best, is_best=True)
+    if state and not state.scored and config.data.val:
+        improved = score(first)
+        checkpoints.mark_scored(first, score.best, is_best=improved)
 
     gradients = Gradients(config, ranks, engine, steps, loader.order.steps_per_epoch)
     batches = watch.waiting(loader.batches(first, steps, times=gradients.reads))
@@ -95,13 +107,24 @@ def _train(
 
         stopped = stop.agreed() and step < steps
         to_score = bool(config.data.val) and due(step, steps, config.eval.every_steps)
-        improved = to_score and not stopped and score(step)
-        if stopped or improved or due(step, steps, config.ckpt.every_steps):
+        saved = None
+        if stopped or due(step, steps, config.ckpt.every_steps):
             watch.check()
-            scored = not (to_score and stopped)
-            saved = checkpoints.save(engine, step, score.best, is_best=improved, scored=scored)
+            saved = checkpoints.save(engine, step, score.best, scored=not to_score)
             if stopped:
                 raise Stopped(step, saved)
+        if not to_score:
+            continue
+        try:
+            improved = score(step)
+        except (ConfigError, ShardError):  # of data.val, on all ranks: --resume scores the step
+            if not saved:
+                checkpoints.save(engine, step, score.best, scored=False)
+            raise
+        if saved:
+            checkpoints.mark_scored(step, score.best, is_best=improved)
+        elif improved:
+            checkpoints.save(engine, step, score.best, is_best=True)
     return score.at_the_end()
 
 

@@ -26,6 +26,7 @@ from flap_fast.checks import need
 from flap_fast.config import Config
 from flap_fast.data.batch import BadClip
 from flap_fast.model.flap import Outputs
+from flap_fast.model.interop import step_folders
 from flap_fast.ranks import Ranks
 from flap_fast.train.run_folder import cut_after
 
@@ -80,10 +81,13 @@ class Watch:
         """Raise `NotFinite` if a step gave NaN or infinity; reads from the device."""
         step = int(self._bad_step.item())
         if step:
+            folder = self._config.run_folder
+            go_on = f", and train.init_from={folder} to begin with its last weights"
             raise NotFinite(
                 f"the loss or its gradient must be finite, got NaN or infinity at step {step}; "
                 "nothing was saved after it. Lower optim.lr, lengthen sched.warmup_steps or set "
-                "optim.clip_norm=1, and start anew or from the last checkpoint"
+                "optim.clip_norm=1, in a new run: run.name=ANOTHER"
+                + (go_on if step_folders(folder / "checkpoints") else "")
             )
 
     def _row(
@@ -124,6 +128,8 @@ def observers(
     """All that the config asks for, on the first rank; closed with `open_files`."""
     if not ranks.first:
         return []
+    for file in config.run_folder.glob("bad_clips*.jsonl"):
+        cut_after(file, first)  # other ranks' too: none of them has begun a step yet
     found = [metrics_file(config.run_folder / "metrics.jsonl", open_files, first)]
     found.append(terminal(config, open_files, first, steps))
     if config.log.tensorboard:
@@ -219,7 +225,8 @@ def report_bad_clips(folder: Path, ranks: Ranks, bad: list[BadClip]) -> None:
         return
     name = "bad_clips.jsonl" if ranks.first else f"bad_clips.rank{ranks.rank}.jsonl"
     with (folder / name).open("a") as lines:
-        lines.writelines(json.dumps(asdict(clip)) + "\n" for clip in bad)
+        rows = (asdict(clip) | {"step": clip.step + 1} for clip in bad)  # counted as elsewhere
+        lines.writelines(json.dumps(row) + "\n" for row in rows)
     for clip in bad:
         Console(stderr=True).print(
             f"step {clip.step + 1}: {clip.clip} cannot be used ({clip.reason}); "

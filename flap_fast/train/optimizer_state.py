@@ -16,10 +16,11 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from flap_fast.checks import ConfigError
+from flap_fast.model.interop import save_tensors
 from flap_fast.ranks import Ranks
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -76,7 +77,7 @@ class OptimizerState:
                     whole[f"{part.name}/{moment}"] = value.cpu().contiguous()
             whole[f"{part.name}/step"] = state["step"].cpu().clone()
         if self._ranks.first:
-            save_file(whole, file)
+            save_tensors(file, whole)
 
     def _whole(self, values: list[Tensor], part: Part) -> Iterable[Tensor]:
         if not self._sharded:

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flap_fast.checks import ConfigError
+from flap_fast.checks import ConfigError, need
 from flap_fast.config import Config
 from flap_fast.configfile import dump_config, load_config
 from flap_fast.data.shards import write_atomically
@@ -20,7 +20,7 @@ from flap_fast.train.environment import environment
 
 # What may change between the parts of a run: none of it moves a weight.
 _FREE = (
-    *("log.", "ckpt.", "eval.", "frontend.", "data.val", "run.folder"),
+    *("log.", "ckpt.", "eval.", "frontend.threads", "frontend.prefetch", "data.val", "run.folder"),
     *("train.engine", "train.zero_stage", "train.offload", "train.checkpoint_activations"),
     "train.replay",
 )
@@ -30,10 +30,14 @@ def begin(config: Config, *, resume: bool) -> Path | None:
     """The checkpoint to go on from, or None for a new run; writes nothing.
 
     Raises:
-        ConfigError: the folder holds a run and `resume` is off, or another config began it.
+        ConfigError: the folder holds a run and `resume` is off, or another config began it, or
+            nobody knows which.
     """
     folder = config.run_folder
+    last = latest(folder / "checkpoints")
     if not (folder / "config.yaml").is_file():
+        rule, remedy = "hold the config.yaml of its checkpoints", f"copy the one in {last} there"
+        need(last is None, str(folder), rule, "none", f"{remedy}, or set run.name=ANOTHER")
         return None
     if not resume:
         raise ConfigError(
@@ -47,7 +51,7 @@ def begin(config: Config, *, resume: bool) -> Path | None:
             f"--resume must keep the settings that {folder} began with, got\n{lines}\n"
             "set them back, or set run.name=ANOTHER"
         )
-    return latest(folder / "checkpoints")
+    return last
 
 
 def write_config(config: Config, ranks: Ranks) -> None:
@@ -61,7 +65,9 @@ def write_config(config: Config, ranks: Ranks) -> None:
 def differences(then: Config, now: Config) -> list[tuple[str, Any, Any]]:
     """Name, old and new value of each setting that differs and may not."""
     before, after = flat(then.model_dump(mode="json")), flat(now.model_dump(mode="json"))
-    names = [name for name in {**before, **after} if not name.startswith(_FREE)]
+    approximate = "dali_mel" in (then.frontend.backend, now.frontend.backend)
+    free = _FREE if approximate else (*_FREE, "frontend.backend")
+    names = [name for name in {**before, **after} if not name.startswith(free)]
     return [(n, before.get(n), after.get(n)) for n in names if before.get(n) != after.get(n)]
 
 

@@ -96,17 +96,41 @@ def test_folders_of_one_name_are_told_apart_by_their_parents():
     assert list(names([Path("a/val"), Path("a/val")])) == ["val"]
 
 
-def test_a_clip_that_cannot_be_decoded_is_named_and_nothing_is_left_out(
-    prepared: Path, tmp_path: Path
-):
+def with_a_broken_clip(prepared: Path, tmp_path: Path) -> Path:
+    """Six clips, of which the fourth cannot be decoded."""
     folder = tmp_path / "broken"
     folder.mkdir()
     tar = bytearray((prepared / "val/0.tar").read_bytes())
     at = open_shards([prepared / "val"]).place[3, 1]
     tar[at : at + 16] = bytes(16)
     (folder / "0.tar").write_bytes(tar)
+    return folder
+
+
+def test_a_clip_that_cannot_be_decoded_is_named_and_nothing_is_left_out(
+    prepared: Path, tmp_path: Path
+):
+    folder = with_a_broken_clip(prepared, tmp_path)
+    at = open_shards([folder]).place[3, 1]
     with pytest.raises(ShardError, match=rf"0\.tar at byte {at}"):
         evaluate(model(), CONFIG, tokenizer(CONFIG.text), [folder])
+
+
+def error_of_a_rank(folder: Path) -> str:
+    import torch.distributed as dist
+
+    try:
+        embeddings(folder, dist.get_world_size(), dist.get_rank())
+    except ShardError as error:
+        return str(error)
+    return "none"
+
+
+def test_all_ranks_stop_at_a_clip_that_one_cannot_decode(prepared: Path, tmp_path: Path):
+    folder = with_a_broken_clip(prepared, tmp_path)
+    first, second = on_ranks(2, error_of_a_rank, folder, timeout_s=60)
+    assert first == "a clip of another rank's share cannot be read; that rank says which"
+    assert "cannot be decoded" in second
 
 
 def subject(config: Config = CONFIG) -> Subject:

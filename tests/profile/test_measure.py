@@ -226,6 +226,9 @@ def test_a_batch_that_would_take_the_machine_down_is_refused_before_it_is_made(
     config = tiny("train.global_batch=4096", "train.micro_batch=2048")
     with pytest.raises(ConfigError, match=r"micro_batch must fit in 70% .*; try .*_batch=\d+$"):
         profile(config, synthetic=True, search=False)
+    monkeypatch.setattr(fits, "free_bytes", lambda _: 2**20)
+    with pytest.raises(ConfigError, match="not even one clip does: take a smaller tower"):
+        profile(tiny(), synthetic=True, search=False)
 
 
 def test_without_data_the_remedy_is_named():

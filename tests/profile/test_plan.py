@@ -377,6 +377,8 @@ def test_a_larger_batch_than_fits_is_said_to():
     [
         (Machine(gpus=60, nodes=8), r"--gpus must be a multiple of the 8 nodes, got 60; .* 56"),
         (Machine(gpus=7), r"train\.global_batch must be a multiple of the 7 ranks, .*=2303"),
+        (Machine(nodes=0), r"--nodes must be at least 1, got 0"),
+        (Machine(gpus=0), r"--gpus must be at least 1, got 0"),
         (Machine(share=1.5), r"--share must be in \(0, 1\], got 1\.5"),
     ],
 )

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flap_fast.config import Config
+from flap_fast.data.shards import Shards
 from flap_fast.loss import total_loss
 from flap_fast.model.flap import Flap
 from flap_fast.model.interop import put_weights
@@ -42,6 +44,7 @@ STEPS = 4
 STAGES = (0, 1, 2, 3)
 EMBEDDINGS = "text.inner.embeddings.word_embeddings.weight"
 UNUSED = slice(200, None)
+NO_DATA = Shards((), np.empty((0, 5), np.int64))
 
 
 def settings(*overrides: str) -> Config:
@@ -269,7 +272,7 @@ def test_4_buffers_come_back(found, tmp_path: Path):
     config = settings(f"run.folder={tmp_path}")
     engine = PlainEngine(config, with_batch_norm(config), Ranks())
     engine.module.get_submodule("norm")(torch.arange(8.0).view(2, 4))
-    saved = Checkpoints(config, Ranks()).save(engine, 1, None)
+    saved = Checkpoints(config, Ranks(), NO_DATA).save(engine, 1, None)
     again = with_batch_norm(config)
     put_weights(again, saved)
     (running_mean,) = (b for name, b in again.named_buffers() if name == "norm.running_mean")
@@ -287,12 +290,15 @@ def with_batch_norm(config: Config) -> Flap:
 
 def test_5_a_checkpoint_knows_no_number_of_ranks(folder: Path, found, tmp_path: Path):
     config = settings(f"run.folder={tmp_path}")
-    saved = Checkpoints(config, Ranks()).save(PlainEngine(config, Flap(config), Ranks()), 1, None)
+    engine = PlainEngine(config, Flap(config), Ranks())
+    saved = Checkpoints(config, Ranks(), NO_DATA).save(engine, 1, None)
     names = {file.name for file in saved.iterdir()}
     assert names == {
         *("config.yaml", "text", "model.safetensors", "optimizer.safetensors", "state.json")
     }
-    assert json.loads((saved / "state.json").read_text()).keys() == {"step", "best", "scored"}
+    assert json.loads((saved / "state.json").read_text()).keys() == {
+        *("step", "best", "scored", "clips", "shards")
+    }
     assert found["theirs"]["saved"]
     (refused,) = on_ranks(1, on_one, folder)
     assert refused

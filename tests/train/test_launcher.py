@@ -149,17 +149,20 @@ def test_a_run_goes_on_from_launcher_to_launcher_and_loses_what_one_process_lose
     assert scores["retrieval"]["val"]["clips"] == 6
 
 
-def test_a_batch_that_ranks_cannot_share_is_refused_once_and_without_a_traceback(config: Path):
+def test_a_batch_that_ranks_cannot_share_is_refused_once_a_node_and_without_a_traceback(
+    config: Path,
+):
     command = [*ALONE, "--local_rank=1", "train", str(config), "train.global_batch=7"]
     said = [
         subprocess.run(
             command,
-            env=environment() | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"},
+            env=environment() | {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": "4"},
             capture_output=True,
             text=True,
         )
-        for rank in "01"
+        for rank, local_rank in ("00", "11", "20")
     ]
-    assert [one.returncode for one in said] == [2, 2]
-    message = "error: train.global_batch must be a multiple of the 2 ranks, got 7; for example 6"
-    assert [one.stderr.strip() for one in said] == [f"[rank 0] {message}", ""]
+    assert [one.returncode for one in said] == [2, 2, 2]
+    message = "error: train.global_batch must be a multiple of the 4 ranks, got 7; for example 4"
+    heard = [one.stderr.strip() for one in said]
+    assert heard == [f"[rank 0] {message}", "", f"[rank 2] {message}"]

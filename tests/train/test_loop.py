@@ -10,17 +10,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
 from flap_fast.data.batch import Batch
-from flap_fast.data.shards import open_shards
+from flap_fast.data.prepare import prepare
+from flap_fast.data.shards import ShardError, open_shards
 from flap_fast.embedder import load
 from flap_fast.loss import total_loss
-from flap_fast.train import checkpoint, loop, microbatch
+from flap_fast.model import interop
+from flap_fast.train import loop, microbatch
 from flap_fast.train.checkpoint import latest
 from flap_fast.train.loop import Stopped, train
 from flap_fast.train.observers import NotFinite
+from flap_fast.train.run_folder import differences
+from tests.sounds import encode, tone, write_manifest
 from tests.tiny import tiny
 
 TIMES = {"clips_per_s", "step_ms", "data_wait", "peak_mib"}
@@ -153,6 +158,14 @@ def test_a_run_goes_on_with_the_settings_it_began_with(whole: Path, prepared: Pa
         train(settings(prepared, whole.parent, *changed), resume=True)
 
 
+def test_a_run_goes_on_with_another_decoder_but_not_with_another_mel():
+    names = ("torch", "dali_wave", "dali_mel")
+    ours, waves, mels = (tiny(f"frontend.backend={name}") for name in names)
+    assert differences(ours, waves) == []
+    assert differences(ours, mels) == [("frontend.backend", "torch", "dali_mel")]
+    assert differences(mels, waves) == [("frontend.backend", "dali_mel", "dali_wave")]
+
+
 def test_nothing_is_loaded_for_a_wrong_config(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -181,7 +194,8 @@ def test_a_nan_stops_the_run_before_it_reaches_a_checkpoint(
         return {**terms, "total": terms["total"] * (float("nan") if next(steps) == 3 else 1)}
 
     monkeypatch.setattr(microbatch, "total_loss", poisoned)
-    with pytest.raises(NotFinite, match=r"at step 3; nothing was saved after it\. Lower optim\.lr"):
+    message = r"at step 3; nothing was saved after it\. Lower .* train\.init_from=\S*flap to"
+    with pytest.raises(NotFinite, match=message):
         train(settings(prepared, tmp_path, "log.every_steps=10"))
     checkpoints = tmp_path / "flap/checkpoints"
     assert [f.name for f in sorted(checkpoints.iterdir())] == ["step-000002"]
@@ -189,25 +203,101 @@ def test_a_nan_stops_the_run_before_it_reaches_a_checkpoint(
     assert all(value.isfinite().all() for value in weights)
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors"])
 def test_a_full_disk_costs_the_checkpoint_that_did_not_fit_and_no_other(
-    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    file: str, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    real = checkpoint.save_model
+    real = interop.save_file
 
-    def full(folder: Path, *arguments):
-        real(folder, *arguments)
-        if "000004" in folder.name:
-            raise OSError(28, "No space left on device", str(folder))
+    def full(tensors: dict[str, torch.Tensor], path: Path, **rest: Any) -> None:
+        if "000004" in str(path) and path.name == file:
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        real(tensors, path, **rest)
 
     config = settings(prepared, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_model", full)
-        with pytest.raises(OSError, match="No space left"):
+        patch.setattr(interop, "save_file", full)
+        message = rf"{file} cannot be written: I/O error: No space .*; make room and .*--resume"
+        with pytest.raises(OSError, match=message):
             train(config)
     names = {f.name for f in (tmp_path / "flap/checkpoints").iterdir()}
     assert names == {"step-000002", "step-000003", "best"}
     train(config, resume=True)
     assert rows(tmp_path / "flap")[-1]["step"] == 6
+
+
+def test_validation_clips_without_a_caption_are_refused_before_a_run_begins(
+    prepared: Path, tmp_path: Path
+):
+    (tmp_path / "a.wav").write_bytes(encode(tone(440, 1.0, 16_000), 16_000, "WAV"))
+    rows = [{"audio": "a.wav", "labels": ["tone"], "split": "val"}]
+    prepare(write_manifest(tmp_path / "m.jsonl", rows), tmp_path / "data", show=False)
+    config = settings(prepared, tmp_path / "runs", f"data.val={tmp_path}/data/val")
+    with pytest.raises(
+        ConfigError, match=r"data\.val, .*, must hold no clip without a caption, got 1"
+    ):
+        train(config)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_was_trained_outlives_validation_that_cannot_be_read(prepared: Path, tmp_path: Path):
+    """With eval.every_steps=0 the first scoring is at the last step."""
+    val = shutil.copytree(prepared / "val", tmp_path / "val")
+    at = open_shards([val]).place[3, 1]
+    with (val / "0.tar").open("r+b") as tar:
+        tar.seek(at)
+        tar.write(bytes(16))
+    config = settings(prepared, tmp_path, f"data.val={val}", "eval.every_steps=0")
+    with pytest.raises(ShardError, match=rf"0\.tar at byte {at}"):
+        train(config)
+    assert latest(tmp_path / "flap/checkpoints") == tmp_path / "flap/checkpoints/step-000006"
+    assert [row["step"] for row in rows(tmp_path / "flap")] == [1, 2, 3, 4, 5, 6]
+    alone = settings(prepared, tmp_path, "data.val=[]", "eval.every_steps=0")
+    assert train(alone, resume=True) is None
+    shutil.copy(prepared / "val/0.tar", val)
+    scores = train(config, resume=True)
+    assert scores is not None
+    assert "val/text_to_audio/R@5" in rows(tmp_path / "flap")[-1]
+    assert (tmp_path / "flap/checkpoints/best").resolve().name == "step-000006"
+    assert (tmp_path / "flap/eval.json").is_file()
+
+
+@pytest.mark.parametrize("folder", ["", "empty"])
+def test_validation_without_shards_is_refused_before_a_model_is_built(
+    folder: str, prepared: Path, tmp_path: Path
+):
+    data = shutil.copytree(prepared, tmp_path / "data")
+    (data / "empty").mkdir()
+    with pytest.raises(ShardError, match=r"must hold \.tar shards, got none"):
+        train(settings(data, tmp_path / "runs", f"data.val={data}/{folder}"))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_an_evaluation_that_is_interrupted_is_done_when_the_run_goes_on(
+    step: int, whole: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As by a second Ctrl-C; at step 3, where no checkpoint is due, the steps are done again."""
+    config, real = settings(prepared, tmp_path), loop.Scorer._scores
+    asked = iter(range(3, 9, 3))
+
+    def interrupted(score: loop.Scorer):
+        if next(asked) == step:
+            raise KeyboardInterrupt
+        return real(score)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Scorer, "_scores", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    last = latest(tmp_path / "flap/checkpoints")
+    assert last is not None
+    assert last.name == {3: "step-000002", 6: "step-000006"}[step]
+    train(config, resume=True)
+    assert rows(tmp_path / "flap") == rows(whole)
+    state = json.loads((tmp_path / "flap/checkpoints/step-000006/state.json").read_text())
+    assert state == json.loads((whole / "checkpoints/step-000006/state.json").read_text())
+    assert state["scored"]
 
 
 def test_masking_and_reconstruction_end_with_the_unmasked_tail(

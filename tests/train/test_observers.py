@@ -37,7 +37,8 @@ def terms(total: float = 2.0, norm: float = 1.0) -> dict[str, torch.Tensor]:
 
 
 def watch(rows: list[Row], *overrides: str, steps: int = 100) -> Watch:
-    return Watch(tiny("log.every_steps=2", *overrides), Ranks(), steps, [rows.append])
+    config = tiny("log.every_steps=2", "run.folder=nowhere", *overrides)
+    return Watch(config, Ranks(), steps, [rows.append])
 
 
 def test_in_batch_recall_is_the_share_of_sounds_that_find_their_caption():
@@ -77,7 +78,7 @@ def test_the_first_step_that_is_not_finite_is_named(bad: tuple[float, float]):
     watching.step(1, 0, 0.1, OUTPUTS, terms())
     watching.step(3, 0, 0.1, OUTPUTS, terms(*bad))
     watching.step(5, 0, 0.1, OUTPUTS, terms(*bad))
-    with pytest.raises(NotFinite, match="at step 3;"):
+    with pytest.raises(NotFinite, match=r"at step 3;.* in a new run: run\.name=ANOTHER$"):
         watching.check()
 
 
@@ -142,4 +143,16 @@ def test_bad_clips_are_noted_by_rank_and_said_once(tmp_path: Path, capsys):
     said = capsys.readouterr().err
     assert "step 5: 0.tar at byte 512 cannot be used (unreadable)" in said
     report_bad_clips(tmp_path, Ranks(rank=3, world=4), [BadClip(1, "a", "b", "c")])
-    assert {f.name for f in tmp_path.iterdir()} == {"bad_clips.jsonl", "bad_clips.rank3.jsonl"}
+    noted = {f.name: json.loads(f.read_text())["step"] for f in tmp_path.iterdir()}
+    assert noted == {"bad_clips.jsonl": 5, "bad_clips.rank3.jsonl": 2}
+
+
+def test_a_resumed_run_notes_a_bad_clip_again_in_place_of_the_first_time(tmp_path: Path):
+    config = tiny(f"run.folder={tmp_path}", "log.tensorboard=false")
+    config.run_folder.mkdir()
+    files = [config.run_folder / name for name in ("bad_clips.jsonl", "bad_clips.rank3.jsonl")]
+    for file in files:
+        file.write_text('{"step": 2}\n{"step": 3}\n')
+    with ExitStack() as open_files:
+        observers(config, Ranks(), open_files, first=2, steps=4)
+    assert [file.read_text() for file in files] == ['{"step": 2}\n'] * 2
