@@ -299,6 +299,11 @@ def test_all_tasks_in_one_call(prepared: Path, tmp_path: Path):
     assert set(score(subject(), [sts])) == {"sts", "data"}
 
 
+def test_data_is_stored_as_a_path_that_means_the_same_anywhere(prepared: Path, monkeypatch):
+    monkeypatch.chdir(prepared)
+    assert score(subject(), [Path("val")], ("geometry",))["data"] == {"val": str(prepared / "val")}
+
+
 def test_sentences_may_be_embedded_by_the_tower_alone():
     joint, tower = subject(), subject(tiny("eval.sentences=tower"))
     assert joint.sentences(["a", "b"]).shape == (2, 16)
