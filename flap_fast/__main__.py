@@ -57,7 +57,6 @@ def train(
     from flap_fast.configfile import load_config
 
     settings = load_config(config, overrides or [])
-    from flap_fast.evaluate.run import table
     from flap_fast.train.loop import Stopped
     from flap_fast.train.loop import train as run
 
@@ -70,7 +69,7 @@ def train(
         raise typer.Exit(130) from None
     if first:
         if scores is not None:
-            Console().print(table(scores))
+            score.print_scores(scores)
         print(f"{settings.run_folder}: the run is complete (flap eval {settings.run_folder} DATA)")
 
 

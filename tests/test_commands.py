@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from flap_fast.commands.score import read_classes
+from flap_fast.checks import ConfigError
+from flap_fast.commands.score import print_scores, read_classes
 from flap_fast.commands.share import shares
 from flap_fast.commands.use import _open
 from flap_fast.data.jobs import Part
@@ -64,6 +66,69 @@ def test_eval_writes_every_task_and_both_kinds_of_tables(
     assert not (checkpoint / "eval.json").exists()
 
 
+@pytest.fixture
+def own_checkpoint(checkpoint: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(checkpoint, tmp_path / "checkpoint")
+
+
+def test_eval_keeps_what_was_scored_before(own_checkpoint: Path, prepared: Path, monkeypatch):
+    ours, data = own_checkpoint / "eval.json", prepared / "val"
+    assert flap("eval", own_checkpoint, data, monkeypatch=monkeypatch) == 0
+    first = json.loads(ours.read_text())
+    asked = ("--tasks", "geometry,flops")
+    assert flap("eval", own_checkpoint, data, *asked, monkeypatch=monkeypatch) == 0
+    both = json.loads(ours.read_text())
+    assert both["retrieval"] == first["retrieval"]
+    assert set(both) == {"retrieval", "geometry", "flops", "data"}
+    # A call that has nothing to score leaves it.
+    assert flap("eval", own_checkpoint, monkeypatch=monkeypatch) == 2
+    assert json.loads(ours.read_text()) == both
+
+
+def test_eval_makes_the_folders_that_it_writes_into(
+    checkpoint: Path, prepared: Path, tmp_path: Path, monkeypatch
+):
+    files = [tmp_path / f"{n}/deep/scores" for n in range(3)]
+    targets = zip(("--out", "--markdown", "--latex"), files, strict=True)
+    arguments = [word for target in targets for word in target]
+    assert flap("eval", checkpoint, prepared / "val", *arguments, monkeypatch=monkeypatch) == 0
+    assert all(file.is_file() for file in files)
+
+
+@pytest.mark.parametrize("option", ["--out", "--markdown", "--latex", "eval.json"])
+def test_what_eval_could_not_write_is_told_before_anything_is_embedded(
+    option: str, own_checkpoint: Path, prepared: Path, tmp_path: Path, monkeypatch, capsys
+):
+    monkeypatch.setattr("flap_fast.evaluate.embed.evaluation_mels", None)
+    call = ("eval", own_checkpoint, prepared / "val")
+    if option == "eval.json":
+        (own_checkpoint / "eval.json").write_text('{"geometry": NaN}')
+    else:
+        call = (*call, option, tmp_path)
+    assert flap(*call, monkeypatch=monkeypatch) == 2
+    said = capsys.readouterr().err
+    assert (
+        f"error: {own_checkpoint}/eval.json must be" in said or f"error: {option} must be" in said
+    )
+
+
+def test_a_log_shows_a_long_name_on_one_line(capsys):
+    name = "/".join(["recordings"] * 9)
+    found = {"R@1": 0.25, "R@5": 0.5, "R@10": 1.0, "mAP@10": 0.375}
+    both = {"audio_to_text": found, "text_to_audio": found}
+    print_scores({"retrieval": {name: {**both, "chance": both, "clips": 4, "captions": 20}}})
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(name in line and "0.375" in line for line in lines) == 2
+
+
+def test_eval_writes_the_scores_before_it_prints_them(
+    own_checkpoint: Path, prepared: Path, monkeypatch
+):
+    monkeypatch.setattr("flap_fast.commands.score.print_scores", lambda _: 1 / 0)
+    assert flap("eval", own_checkpoint, prepared / "val", monkeypatch=monkeypatch) == 1
+    assert "retrieval" in json.loads((own_checkpoint / "eval.json").read_text())
+
+
 def test_eval_takes_a_text_encoder_alone(
     roberta_folder: Path, prepared: Path, tmp_path: Path, monkeypatch, capsys
 ):
@@ -75,6 +140,8 @@ def test_eval_takes_a_text_encoder_alone(
     assert "STS, sts-dev.csv" in printed
     assert "written" not in printed
     assert not (roberta_folder / "eval.json").exists()
+    assert flap("eval", roberta_folder, "--tasks", "flops", monkeypatch=monkeypatch) == 2
+    assert "must have an audio tower, got 'a text encoder alone'" in capsys.readouterr().err
     assert flap("eval", roberta_folder, prepared / "val", monkeypatch=monkeypatch) == 2
     assert "a text tower alone has no ears" in capsys.readouterr().err
 
@@ -103,6 +170,17 @@ def test_classes_are_read_from_text_and_from_laions_json(tmp_path: Path):
     laion.write_text('{"sea waves": 1, "dog": 0}')
     assert read_classes(text) == read_classes(laion) == ("dog", "sea waves")
     assert read_classes(None) == ()
+    for content, message in (
+        (
+            b"dog\ncat\nsea_waves\ndog\nsea waves\n",
+            "must name each class once, got 'dog, sea waves'",
+        ),
+        (b"\n", "must name classes, got 'none'"),
+        ("café\n".encode("latin-1"), "--classes must be a UTF-8 text file"),
+    ):
+        text.write_bytes(content)
+        with pytest.raises(ConfigError, match=message):
+            read_classes(text)
 
 
 def test_embed_writes_rows_and_their_names_and_goes_on(

@@ -9,6 +9,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from typer.core import TyperGroup
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from flap_fast.__main__ import app
@@ -77,15 +79,42 @@ def test_the_patterns_find_what_they_should():
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_exists(page: str):
     targets = set(re.findall(r"^(\w+):", text_of("Makefile"), re.MULTILINE))
-    names = {command.name for command in app.registered_commands} | {"config", "eval"}
-    names |= {command.callback.__name__ for command in app.registered_commands if command.callback}
     for words in commands(page):
         if words[0] == "make":
             assert {w for w in words[1:] if "=" not in w} <= targets, words
         elif words[0] == "flap":
-            assert words[1] in names, words
+            parse(words[1:])
         elif "flap_fast" in words:
-            assert words[words.index("flap_fast") + 1 :][0] in (*names, "..."), words
+            parse(words[words.index("flap_fast") + 1 :])
+
+
+def parse(words: list[str]) -> None:
+    """Read a command with its options and arguments, as `flap` would; run nothing.
+
+    A command's name alone is a mention of it, and `...` stands for anything.
+    """
+    command, rest = get_command(app), words
+    while isinstance(command, TyperGroup):
+        name, *rest = rest
+        if name == "...":
+            return
+        assert name in command.commands, words
+        command = command.commands[name]
+    try:
+        command.make_context(words[0], list(rest), resilient_parsing=not rest)
+    except Exception as error:
+        raise AssertionError(f"{' '.join(words)}: {error}") from None
+
+
+def test_a_command_with_an_option_that_is_not_there_is_seen():
+    parse(["prepare", "mine.jsonl", "data", "--threads", "8"])
+    for words in (
+        ["prepare", "a", "b", "--jobs", "8"],
+        ["eval", "--pool", "cls"],
+        ["config", "list"],
+    ):
+        with pytest.raises(AssertionError):
+            parse(words)
 
 
 @pytest.mark.parametrize("page", PAGES)

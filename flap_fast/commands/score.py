@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +20,7 @@ _MODEL = (
 )
 _DATA = "Folders of shards; for sentences STS files or SentEval's folder."
 _TASKS = "Some of retrieval,zero_shot,geometry,sts,transfer,flops; by the data when not given."
-_OUT = "JSON; when not given MODEL/eval.json, beside what is there of other tasks and data."
+_OUT = "JSON of this call's scores; without it they join the earlier ones in MODEL/eval.json."
 _CROP = "Of long clips: random, center or multi:K; eval.crop of the model when not given."
 _TEMPLATES = (
     "Zero-shot prompt with {label}, a set (audio29, imagenet80), or a file with one a line."
@@ -41,28 +42,31 @@ def evaluate(
     pool: Annotated[str, typer.Option(help="Of a text encoder alone: mean, cls, pooler.")] = "mean",
 ) -> None:
     """Score a model: retrieval, zero-shot, geometry, sentences, FLOPs. Also under torchrun."""
+    from flap_fast.evaluate.run import merged, read_scores, score, write_scores
     from flap_fast.ranks import join_ranks, leave_ranks
 
     asked = tuple(task for task in tasks.replace(",", " ").split() if task)
     settings = {"batch": batch, "crop": crop, "templates": templates}
-    ours = None if _is_text_encoder(model) else Path(model) / "eval.json"
-    for file in (out, markdown, latex):
+    for name, file in (("--out", out), ("--markdown", markdown), ("--latex", latex)):
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
+            _need_writable(name, file)
+    ours = None
+    if out is None and not _is_text_encoder(model) and Path(model).is_dir():
+        ours = Path(model) / "eval.json"
+        _need_writable("eval.json", ours)
+        read_scores(ours)
     ranks = join_ranks()
     try:
         subject = open_subject(model, settings, pool, ranks, read_classes(classes))
-        from flap_fast.evaluate.run import merged, score, write_scores
-
         scores = score(subject, data or [], asked)
         if not ranks.first:
             return
         if out is not None:
             write_scores(out, scores)
         elif ours is not None:
-            before = json.loads(ours.read_text()) if ours.is_file() else {}
-            write_scores(ours, merged(before, scores))
-        _print(scores)
+            write_scores(ours, merged(read_scores(ours), scores))
+        print_scores(scores)
         if out or ours:
             print(f"written to {out or ours}")
         _write_tables(scores, markdown, latex)
@@ -139,7 +143,14 @@ def _is_text_encoder(model: str) -> bool:
     return model.startswith("package:") or bare
 
 
-def _print(scores: dict[str, Any]) -> None:
+def _need_writable(name: str, file: Path) -> None:
+    holds = not file.is_dir() and os.access(file.parent, os.W_OK)
+    remedy = "name another file" if name.startswith("--") else "name a file with --out"
+    need(holds, name, "be a file in a folder that can be written", file, remedy)
+
+
+def print_scores(scores: dict[str, Any]) -> None:
+    """Tables for a person, also where a log is read."""
     from rich.console import Console
 
     from flap_fast.evaluate.run import table

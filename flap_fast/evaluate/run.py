@@ -62,6 +62,8 @@ def score(subject: Subject, data: Sequence[Path], tasks: Sequence[str] = ()) -> 
     _check(tasks, of_sentences)
     found: Scores = {task: {} for task in tasks}
     found["data"] = {name: str(path.resolve()) for name, path in names(data).items()}
+    for task in (task for task in OF_SETTINGS if task in tasks):
+        found[task] = OF_SETTINGS[task](subject)
     of_clips = [task for task in OF_CLIPS if task in tasks]
     if subject.alone and of_clips:
         raise ConfigError("a text tower alone has no ears: name a run or a checkpoint for shards")
@@ -75,8 +77,6 @@ def score(subject: Subject, data: Sequence[Path], tasks: Sequence[str] = ()) -> 
         embeddings = subject.clips(*opened[name])
         for task in of_clips:
             found[task][name] = OF_CLIPS[task](subject, embeddings)
-    for task in (task for task in OF_SETTINGS if task in tasks):
-        found[task] = OF_SETTINGS[task](subject)
     return found
 
 
@@ -151,6 +151,22 @@ def spoken(direction: str, found: dict[str, Any]) -> str:
 def write_scores(file: Path, scores: Scores) -> None:
     """Write the JSON, whole or not at all."""
     write_atomically(file, (json.dumps(scores, indent=1, allow_nan=False) + "\n").encode())
+
+
+def read_scores(file: Path) -> Scores:
+    """What was written to a file; nothing where there is none."""
+    if not file.is_file():
+        return {}
+
+    def refuse(number: str) -> None:
+        raise ValueError(f"it holds {number}")
+
+    try:
+        found = json.loads(file.read_text(), parse_constant=refuse)
+        return {**found}
+    except (ValueError, TypeError) as error:
+        remedy = "remove it, or name another file with --out"
+        raise ConfigError(f"{file} must be an object in JSON: {error}; {remedy}") from None
 
 
 def merged(before: Scores, scores: Scores) -> Scores:

@@ -12,6 +12,7 @@ Source: SimCSE; SPEC 13.4.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,7 @@ def similarity(texts: EmbedTexts, path: Path) -> dict[str, Any]:
     for name, pairs in found.items():
         judged = len(set(pairs.judged))
         need(judged > 1, f"{path}, {name},", "hold pairs of two judgements at least", judged)
+    for name, pairs in found.items():
         rows = functional.normalize(texts(pairs.first + pairs.second).double(), dim=-1)
         first, second = rows.chunk(2)
         cosines = (first * second).sum(1).cpu().numpy()
@@ -76,7 +78,15 @@ def similarity(texts: EmbedTexts, path: Path) -> dict[str, Any]:
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Correlation of the places of (n,) finite values, equal ones sharing their mean place."""
+    """Correlation of the places of (n,) values, equal ones sharing their mean place.
+
+    Raises:
+        ArithmeticError: values without an order: some are not finite, or all are equal.
+    """
+    for values in (a, b):
+        if not 0 < np.ptp(values) < np.inf:
+            got = f"{values.min()} to {values.max()}"
+            raise ArithmeticError(f"values to correlate must be finite and differ, got {got}")
     return float(np.corrcoef(_mean_places(a), _mean_places(b))[0, 1])
 
 
@@ -141,6 +151,8 @@ def _add(
     try:
         score = float(cells[judged] if isinstance(judged, int) else judged)
         first, second = (" ".join(cells[n].split()) for n in at)
+        if not math.isfinite(score):
+            raise ValueError(f"its score is {score}")
     except (IndexError, ValueError) as error:
         raise ConfigError(
             f"{file}:{number} must be a scored pair, tab-separated: {error}"

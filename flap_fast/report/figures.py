@@ -113,8 +113,9 @@ def alignment_over_uniformity(heard: Heard) -> str:
     """One point a side and kept checkpoint; the last is filled."""
 
     def draw(axis: Any) -> None:
-        steps = sorted(heard.geometry)
         for number, side in enumerate(("audio", "text")):
+            found = sorted(heard.geometry.items())
+            steps = [step for step, g in found if g[f"uniformity_{side}"] is not None]
             x = [heard.geometry[step][f"uniformity_{side}"] for step in steps]
             y = [heard.geometry[step]["alignment"] for step in steps]
             faces = ["none"] * (len(steps) - 1) + [_LINES[number]]

@@ -63,7 +63,7 @@ class Heard:
     """(n, n) cosines of the first n clips (rows) with each one's first caption (columns)."""
     best: list[Example]
     worst: list[Example]
-    geometry: dict[int, dict[str, float]]
+    geometry: dict[int, dict[str, float | None]]
     """Alignment and uniformity by the step of the checkpoint."""
 
 

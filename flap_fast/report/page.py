@@ -39,6 +39,7 @@ def report(folder: Path, out: Path | None = None, *, beside: Sequence[Path] = ()
 
 def _contents(run: RunFacts, others: list[RunFacts]) -> dict[str, Any]:
     heard, missing = listen(run)
+    gflops, undrawn = _over_gflops(run, others)
     return {
         "run": run,
         "written": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
@@ -54,8 +55,8 @@ def _contents(run: RunFacts, others: list[RunFacts]) -> dict[str, Any]:
             }
             for one in heard
         ],
-        "missing": missing,
-        "gflops": _over_gflops(run, others),
+        "missing": [*missing, *undrawn],
+        "gflops": gflops,
         "config": dump_config(run.config),
     }
 
@@ -87,15 +88,37 @@ def _tables(run: RunFacts) -> list[Sheet]:
     return sheets(run.scores) if run.scores else []
 
 
-def _over_gflops(run: RunFacts, others: list[RunFacts]) -> dict[str, str]:
-    """SVG by validation set."""
-    found = {}
+def _over_gflops(run: RunFacts, others: list[RunFacts]) -> tuple[dict[str, str], list[str]]:
+    """SVG by validation set; also why another run is not drawn there."""
+    found, missing = {}, []
     if run.config.image is not None:
-        return found
+        return found, missing
     for name in run.scores.get("retrieval", {}):
-        scored = [r for r in (run, *others) if name in r.scores.get("retrieval", {})]
-        found[name] = figures.recall_over_gflops(scored, name)
-    return found
+        drawn = [run]
+        for other in others:
+            why = _why_not(run, other, name)
+            if why:
+                missing.append(f"{other.name} is not drawn over GFLOPs on {name}: {why}.")
+            else:
+                drawn.append(other)
+        found[name] = figures.recall_over_gflops(drawn, name)
+    return found, missing
+
+
+def _why_not(run: RunFacts, other: RunFacts, name: str) -> str:
+    """Why two runs cannot stand side by side on a set; empty where they can."""
+    if other.config.image is not None:
+        return "nobody counts those of an image tower"
+    if name not in other.scores.get("retrieval", {}):
+        return "it has no scores of that name"
+    ours, theirs = (
+        (
+            Path(r.scores.get("data", {}).get(name, "")).resolve(),
+            *(r.scores["retrieval"][name][size] for size in ("clips", "captions")),
+        )
+        for r in (run, other)
+    )
+    return "" if ours == theirs else "its scores are of {}, {} clips, {} captions".format(*theirs)
 
 
 def _rendered(**contents: Any) -> str:

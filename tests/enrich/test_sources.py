@@ -32,7 +32,20 @@ def test_shards_give_the_clips_of_their_manifest(corpus: Path, prepared: Path):
         assert len(source.clips[0].read(16_000)) == pytest.approx(0.4 * 16_000, abs=1)
 
 
-@pytest.mark.parametrize("name", ["val", "valid", "test", "Evaluation", "validation", "eval"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "val",
+        "Evaluation",
+        "eval",
+        "my_val",
+        "val-mel",
+        "clotho-evaluation",
+        "test2",
+        "validate",
+        "dev",
+    ],
+)
 def test_evaluation_captions_are_never_touched(corpus: Path, prepared: Path, tmp_path, name):
     with pytest.raises(ConfigError, match=f"^--split must be of training: .*, got '{name}'"):
         open_source(corpus, name)
@@ -41,6 +54,13 @@ def test_evaluation_captions_are_never_touched(corpus: Path, prepared: Path, tmp
     for folder in (tmp_path / name, tmp_path / f"x/{name}", prepared / "val"):
         with pytest.raises(ConfigError, match=r"^the folder's name must be of training"):
             open_source(folder)
+
+
+def test_a_development_split_is_of_training(corpus: Path, prepared: Path, tmp_path: Path):
+    shutil.copytree(prepared / "train", tmp_path / "clotho-development")
+    assert open_source(tmp_path / "clotho-development").captions == 45
+    with pytest.raises(ConfigError, match="must hold captions of the split 'development'"):
+        open_source(corpus, "development")
 
 
 def shard(folder: Path, tar: bytes, index: str) -> Path:

@@ -80,14 +80,17 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize(("sounds", "asked"), [(100_000, 100_000), (1_000_000, 3000)])
-def test_a_million_pairs_fit(sounds: int, asked: int):
+@pytest.mark.parametrize(
+    ("sounds", "answers", "asked"),
+    [(100_000, 100_000, 100_000), (1_000_000, 1_000_000, 3000), (300_000, 10, 300_000)],
+)
+def test_a_million_pairs_fit(sounds: int, answers: int, asked: int):
     """Shapes alone, on the device `meta`: no product is computed, each tensor is counted."""
-    rows = torch.empty(sounds, 512, device="meta")
+    rows, table = (torch.empty(n, 512, device="meta") for n in (sounds, answers))
     asks = torch.empty(asked, dtype=torch.int64, device="meta")
     with Largest() as largest:
-        assert places(rows, asks, rows, asks, Ranks()).shape == (asked,)
-    assert largest.elements <= max(_COSINES, rows.numel())
+        assert places(rows, asks, table, asks, Ranks()).shape == (asked,)
+    assert largest.elements <= max(_COSINES, table.numel())
 
 
 def test_text_to_audio_scores():
@@ -132,6 +135,14 @@ def test_perfect_embeddings_score_one():
         found = scores[direction]
         assert isinstance(found, dict)
         assert found["R@1"] == found["mAP@10"] == found["mean_rank"] == 1
+
+
+def test_what_cannot_be_compared_is_not_found():
+    nan = torch.full((20, 4), torch.nan)
+    for audio, text in ((nan, nan), (nan, torch.ones(20, 4)), (torch.ones(20, 4), nan)):
+        scores = retrieval(audio, text, torch.arange(20))
+        for direction in ("audio_to_text", "text_to_audio"):
+            assert scores[direction]["R@10"] == 0  # type: ignore[index]
 
 
 def test_chance_is_what_random_orders_score():

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from rich.console import Console
 
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
@@ -19,6 +23,7 @@ from flap_fast.data.sound import read_sound
 from flap_fast.evaluate.embed import embed
 from flap_fast.evaluate.run import (
     evaluate,
+    merged,
     names,
     score,
     selection_score,
@@ -30,7 +35,7 @@ from flap_fast.model.flap import Flap
 from flap_fast.ranks import Ranks
 from tests.ranks import on_ranks
 from tests.sounds import encode, tone, write_manifest
-from tests.tiny import tiny
+from tests.tiny import tiny, tiny_clip
 
 CONFIG = tiny("eval.batch=4", "frontend.backend=torch")
 
@@ -88,6 +93,74 @@ def test_scores_are_named_after_their_folders(prepared: Path, tmp_path: Path):
     assert found["chance"]["text_to_audio"]["R@5"] == 5 / 6
     assert 0 <= selection_score(scores) <= 1
     assert table(scores).row_count == 2
+
+
+def spoilt(encode: Callable, row: int) -> Callable:
+    """The same with NaN in one row of the first batch."""
+    left = [row]
+
+    def encoded(*arguments, **named):
+        rows = encode(*arguments, **named).clone()
+        if left:
+            rows[left.pop()] = torch.nan
+        return rows
+
+    return encoded
+
+
+def test_an_embedding_that_is_not_finite_is_named(prepared: Path, monkeypatch):
+    shards, flap = open_shards([prepared / "val"]), model()
+    with monkeypatch.context() as patch:
+        patch.setattr(flap, "embed_audio", spoilt(flap.embed_audio, 2))
+        with pytest.raises(ArithmeticError, match=rf"for 1 of 6, the first of {shards.name(2)};"):
+            embed(flap, CONFIG, tokenizer(CONFIG.text), shards, Ranks())
+    monkeypatch.setattr(flap, "embed_text", spoilt(flap.embed_text, 0))
+    texts = whole_model(flap, CONFIG, tokenizer(CONFIG.text), Ranks()).texts
+    with pytest.raises(ArithmeticError, match=r"for 1 of 2, the first of 'a dog'"):
+        texts(["a dog barks twice", "a dog"])
+
+
+def test_scores_that_are_no_json_are_not_written(tmp_path: Path):
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_scores(tmp_path / "eval.json", {"geometry": {"val": {"alignment": float("nan")}}})
+    assert not any(tmp_path.iterdir())
+
+
+def test_scores_join_those_of_other_tasks_and_data():
+    data = {"val": "/a/val", "test": "/a/test"}
+    before = {
+        "retrieval": {"val": 1, "test": 2},
+        "geometry": {"val": 3},
+        "flops": [4],
+        "data": data,
+    }
+    again = {"retrieval": {"val": 5}, "data": {"val": "/a/val"}}
+    assert merged(before, again) == before | {"retrieval": {"val": 5, "test": 2}}
+    assert merged({}, again) == again
+    # Under a name that means other data now, nothing of the former stays.
+    moved = {"retrieval": {"val": 5}, "flops": [6], "data": {"val": "/b/val"}}
+    assert merged(before, moved) == {
+        "retrieval": {"val": 5, "test": 2},
+        "geometry": {},
+        "flops": [6],
+        "data": {"val": "/b/val", "test": "/a/test"},
+    }
+
+
+@pytest.mark.parametrize("name", ["data/audiocaps-16khz/test", "u[/val]", "val[a]"])
+def test_the_table_keeps_every_digit_and_every_name_on_80_columns(name: str):
+    found = {"R@1": 0.25, "R@5": 0.5, "R@10": 1.0, "mAP@10": 0.375}
+    both = {"audio_to_text": found, "text_to_audio": found}
+    values = {**both, "chance": both, "clips": 4, "captions": 20}
+    console = Console(width=80, record=True)
+    console.print(table({"retrieval": {name: values}}))
+    text = console.export_text()
+    for number in ("0.250", "0.500", "0.375"):
+        assert text.count(number) == 2
+    assert text.count("1.000") == 4  # R@10 and its chance
+    assert f"{name}: 4 clips, 20 captions" in text
+    assert "…" not in text
+    assert all(letter in text for letter in name)
 
 
 def test_folders_of_one_name_are_told_apart_by_their_parents():
@@ -161,6 +234,31 @@ def test_labels_come_from_the_manifest_also_without_captions(labelled: Path):
         score(subject(), [labelled], ("retrieval",))
 
 
+def test_what_the_texts_lack_is_said_before_anything_is_embedded(labelled: Path, prepared: Path):
+    deaf = replace(subject(), clips=lambda *_: pytest.fail("it embedded"))
+    with pytest.raises(ConfigError, match="zero-shot data must have labels"):
+        score(deaf, [labelled, prepared / "val"], ("zero_shot",))
+    with pytest.raises(ConfigError, match=r"a label must be one of the 1 classes, got 'high tone'"):
+        score(replace(deaf, classes=("low tone",)), [labelled], ("zero_shot",))
+    with pytest.raises(ConfigError, match=r"eval\.templates must contain"):
+        score(replace(deaf, config=tiny("eval.templates=nothing")), [labelled], ("zero_shot",))
+    with pytest.raises(ConfigError, match=r"got 2 without"):
+        score(deaf, [prepared / "val", labelled], ("retrieval",))
+
+
+def test_a_model_without_an_audio_tower_is_refused_before_anything_is_embedded(tmp_path: Path):
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    manifest = write_manifest(tmp_path / "m.jsonl", [{"image": "a.png", "caption": "black"}])
+    prepare(manifest, tmp_path / "data", show=False)
+    pictures = tmp_path / "data/train"
+    deaf = replace(subject(), clips=lambda *_: pytest.fail("it embedded"), alone=True)
+    with pytest.raises(ConfigError, match=r"must have an audio tower, got 'a text encoder alone'"):
+        score(deaf, [], ("flops",))
+    seeing = replace(deaf, alone=False, config=tiny_clip())
+    with pytest.raises(ConfigError, match=r"must have an audio tower, got 'an image'"):
+        score(seeing, [pictures], ("retrieval", "flops"))
+
+
 def test_templates_of_the_settings_count(labelled: Path):
     config = tiny("eval.templates=audio29", "frontend.backend=torch")
     found = score(subject(config), [labelled], ("zero_shot",))["zero_shot"]["train"]
@@ -201,6 +299,11 @@ def test_all_tasks_in_one_call(prepared: Path, tmp_path: Path):
     assert set(score(subject(), [sts])) == {"sts", "data"}
 
 
+def test_data_is_stored_as_a_path_that_means_the_same_anywhere(prepared: Path, monkeypatch):
+    monkeypatch.chdir(prepared)
+    assert score(subject(), [Path("val")], ("geometry",))["data"] == {"val": str(prepared / "val")}
+
+
 def test_sentences_may_be_embedded_by_the_tower_alone():
     joint, tower = subject(), subject(tiny("eval.sentences=tower"))
     assert joint.sentences(["a", "b"]).shape == (2, 16)
@@ -211,6 +314,7 @@ def test_sentences_may_be_embedded_by_the_tower_alone():
 @pytest.mark.parametrize(
     ("data", "tasks", "message"),
     [
+        ((), (), "DATA or --tasks must say what to score, got 'neither'"),
         (("val",), ("recall",), "a task must be one of retrieval, zero_shot, .*, got 'recall'"),
         (("val",), ("sts",), "the data of sts must name a file or folder of sentences"),
         (("val",), ("flops",), "val must be wanted by a task, one of retrieval"),

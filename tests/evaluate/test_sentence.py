@@ -76,6 +76,28 @@ def test_there_is_no_average_of_fewer_than_seven(tmp_path: Path):
     assert "average" not in similarity(at_angle, tmp_path)
 
 
+@pytest.mark.parametrize(("judged", "got"), [((), 0), ((3,), 1), ((3, 3, 3), 1)])
+def test_judgements_that_order_nothing_are_refused(judged, got, tmp_path: Path):
+    file = tmp_path / "sts-dev.csv"
+    write(file, *(f"g\tf\ty\t1\t{score}\t0 x\t{n} x" for n, score in enumerate(judged)))
+    rule = r"sts-dev\.csv, sts-dev, must hold pairs of two judgements at least"
+    with pytest.raises(ConfigError, match=f"{rule}, got {got}"):
+        similarity(lambda _: pytest.fail("it embedded"), file)
+
+
+def test_values_without_an_order_have_no_correlation(tmp_path: Path):
+    rising = np.arange(3.0)
+    for values in (np.array([0.5, np.nan, 0.1]), np.ones(3)):
+        with pytest.raises(ArithmeticError, match="must be finite and differ"):
+            spearman(values, rising)
+        with pytest.raises(ArithmeticError, match="must be finite and differ"):
+            spearman(rising, values)
+    file = tmp_path / "sts-dev.csv"
+    write(file, "g\tf\ty\t1\t1\t0 x\t9 x", "g\tf\ty\t1\tnan\t0 x\t9 x")
+    with pytest.raises(ConfigError, match=r"sts-dev\.csv:2 must be a scored pair"):
+        similarity(at_angle, file)
+
+
 def test_what_is_not_as_published_is_named(tmp_path: Path):
     with pytest.raises(ConfigError, match="SentEval's folder with STS/"):
         similarity(at_angle, tmp_path)

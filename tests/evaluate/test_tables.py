@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from rich.console import Console
 
 from flap_fast.evaluate.papers import PRECISION, RETRIEVAL, SENTEVAL, ZERO_SHOT, known_as
-from flap_fast.evaluate.tables import latex, markdown, sheets
+from flap_fast.evaluate.tables import latex, markdown, sheets, terminal
 
 FOUND = {"R@1": 0.25, "R@5": 0.5, "R@10": 1.0, "mAP@10": 0.375}
 CHANCE = {"R@1": 0.01, "R@5": 0.05, "R@10": 0.1}
@@ -70,6 +71,40 @@ def test_every_row_has_a_cell_for_every_heading():
             assert len(row) == len(sheet.head), row
 
 
+def test_what_has_no_number_is_a_dash():
+    geometry = {"alignment": 1.0, "uniformity_audio": None, "uniformity_text": -3.0}
+    assert "| this model | 1.000 | - | -3.000 |" in markdown({"geometry": {"val": geometry}})
+
+
+@pytest.mark.parametrize(
+    ("path", "sense", "said"),
+    [
+        ("clotho/test", "audio", True),
+        ("musiccaps/test", "audio", False),
+        ("coco/val", "image", False),
+    ],
+)
+def test_table_4_is_named_where_it_has_the_data(path: str, sense: str, said: bool):
+    found = {**SCORES["retrieval"]["test"], "sense": sense}
+    text = markdown({"retrieval": {"test": found}, "data": {"test": path}})
+    assert "| CLAP" in text or "| CLIP" in text
+    assert ("which is what Language encoder, Table 4 reports" in text) == said
+
+
+def test_the_terminal_shows_every_digit_on_80_columns_and_names_as_they_are():
+    names = ("STS12", "STS13", "STS14", "STS15", "STS16", "STSBenchmark", "SICKRelatedness")
+    sts = {name: {"spearman": (70 + n) / 100, "pairs": 9} for n, name in enumerate(names)}
+    odd = {"u[/val]": {"spearman": 0.5, "pairs": 9}}
+    console = Console(width=80, record=True)
+    for one in terminal({"sts": {"senteval": {**sts, "average": 0.7777}, "f": odd}}):
+        console.print(one)
+    text = console.export_text()
+    assert all(f"{70 + n}.00" in text for n in range(7))
+    assert "77.77" in text
+    assert "u[/val]" in text
+    assert "…" not in text
+
+
 def test_latex_escapes_what_it_would_stumble_over():
     text = latex({"zero_shot": {"fold_1 & 50% {x}\\": SCORES["zero_shot"]["fold_1"]}})
     assert r"fold\_1 \& 50\% \{x\}\textbackslash " in text
@@ -86,6 +121,7 @@ def test_latex_escapes_what_it_would_stumble_over():
         ("UrbanSound8K/all", "US8K"),
         ("mine/val", None),
         ("coco/sounds/val", None),
+        ("recordings/coconut/val", None),
     ],
 )
 def test_sounds_are_known_by_their_paths(path: str, name: str | None):
@@ -103,6 +139,7 @@ def test_sounds_are_known_by_their_paths(path: str, name: str | None):
         ("ms-coco/val", "MSCOCO"),
         ("coco2017/val", "MSCOCO"),
         ("coconut/val", None),
+        ("cocoa_pods/test", None),
         ("esc-50", None),
     ],
 )

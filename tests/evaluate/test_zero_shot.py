@@ -106,5 +106,8 @@ def test_templates_are_one_or_a_set_or_a_file(tmp_path: Path):
     file.write_text("a sound\n")
     with pytest.raises(ConfigError, match=r"contain \{label\}, got 'a sound'"):
         prompts(str(file))
+    file.write_bytes("un café: {label}".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"eval\.templates must .* UTF-8"):
+        prompts(str(file))
     with pytest.raises(ConfigError, match=r"eval.templates must .* sets: audio29, imagenet80"):
         prompts("audio30")

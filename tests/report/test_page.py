@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 from html.parser import HTMLParser
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
+from flap_fast.configfile import dump_config
 from flap_fast.data.prepare import prepare
-from flap_fast.report.heard import _extremes
+from flap_fast.report.figures import alignment_over_uniformity
+from flap_fast.report.heard import Heard, _extremes
 from flap_fast.report.page import report
 from flap_fast.report.run import read_run
 from flap_fast.train.loop import train
@@ -105,6 +110,12 @@ def test_best_are_first_by_place_and_then_by_cosine():
     assert _extremes(own, cosines, owner) == ([2, 1], [3, 0])
 
 
+def test_a_single_clip_has_no_uniformity_to_draw():
+    geometry = {2: {"alignment": 1.0, "uniformity_audio": None, "uniformity_text": -1.0}}
+    heard = Heard("val", 1, np.ones((1, 1)), [], [], geometry)
+    assert alignment_over_uniformity(heard).count("step 2") == 1
+
+
 def test_other_runs_stand_beside_it(run: Path, tmp_path: Path, monkeypatch, capsys):
     other = tmp_path / "other"
     other.mkdir()
@@ -116,6 +127,43 @@ def test_other_runs_stand_beside_it(run: Path, tmp_path: Path, monkeypatch, caps
     assert flap("report", run, other, "--out", out, monkeypatch=monkeypatch) == 0
     assert "one file that fetches nothing" in capsys.readouterr().out
     assert out.read_text().count(">no-masking</text>") == 2  # one a direction
+
+
+def copied(run: Path, to: Path, name: str, **of_val: Any) -> Path:
+    """A run of another name whose scores differ, in what `of_val` says, from those of `run`."""
+    shutil.copytree(run, to, symlinks=True)
+    config = (to / "config.yaml").read_text().replace("name: a.b", f"name: {name}")
+    (to / "config.yaml").write_text(config)
+    scores = json.loads((to / "eval.json").read_text())
+    scores["data"]["val"] = of_val.pop("data", scores["data"]["val"])
+    scores["retrieval"]["val"] |= of_val
+    (to / "eval.json").write_text(json.dumps(scores))
+    return to
+
+
+def test_runs_scored_on_other_data_or_on_pictures_are_named_and_not_drawn(
+    run: Path, tmp_path: Path
+):
+    others = [
+        copied(run, tmp_path / "1", "same"),
+        copied(run, tmp_path / "2", "elsewhere", data="/other/clotho/val"),
+        copied(run, tmp_path / "3", "larger", clips=9999),
+        copied(run, tmp_path / "4", "wordier", captions=9999),
+        copied(run, tmp_path / "5", "unscored"),
+        copied(run, tmp_path / "6", "pictures"),
+    ]
+    (others[-2] / "eval.json").unlink()
+    data = yaml.safe_load((run / "config.yaml").read_text())["data"]
+    clip = tiny_clip(f"data.train={data['train'][0]}", "run.name=pictures")
+    (others[-1] / "config.yaml").write_text(dump_config(clip))
+    text = report(run, tmp_path / "page.html", beside=others).read_text()
+    assert text.count(">same</text>") == 2  # one a direction
+    for name in ("elsewhere", "larger", "wordier"):
+        assert f">{name}</text>" not in text
+        assert f"{name} is not drawn over GFLOPs on val: its scores are of " in text
+    assert ">pictures</text>" not in text
+    assert "unscored is not drawn over GFLOPs on val: it has no scores of that name" in text
+    assert "pictures is not drawn over GFLOPs on val: nobody counts those of an image tower" in text
 
 
 def test_captions_are_text_not_markup(run: Path, tmp_path: Path, monkeypatch):
