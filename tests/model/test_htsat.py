@@ -101,6 +101,14 @@ def test_htsat_tiny_has_the_27_5_million_parameters_that_transformers_counts():
     assert sum(value.numel() for value in HTSAT(Audio(encoder="htsat")).parameters()) == 27_534_488
 
 
+def test_first_weights_are_normal_of_a_50th():
+    torch.manual_seed(0)
+    for name, layer in HTSAT(SMALL).named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            assert layer.weight.std().item() == pytest.approx(0.02, rel=0.1), name
+            assert layer.bias is None or not layer.bias.any(), name
+
+
 def test_drop_path_grows_linearly_to_a_tenth_over_twelve_blocks():
     audio = Audio(encoder="htsat", width=8, heads=1)
     rates = [block.drop_path for block in HTSAT(audio).modules() if isinstance(block, SwinBlock)]
