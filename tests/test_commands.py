@@ -218,7 +218,7 @@ def test_ranks_of_a_launcher_share_what_shard_range_names(
     said = capsys.readouterr().out
     assert "part 2/2 is done, 1 pieces of other parts are not" in said
     assert not (tmp_path / "out/embeddings.npy").exists()
-    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     assert flap("embed", sounds, *out, "--distributor", "ray", monkeypatch=monkeypatch) == 2
     assert "--distributor ray must run in one process, got '2 ranks'" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "1")

@@ -43,6 +43,8 @@ def runs(source: Path, tmp_path: Path) -> Path:
 def test_other_data_under_the_same_name_is_refused(prepared: Path, tmp_path: Path):
     data, runs = shutil.copytree(prepared, tmp_path / "data"), tmp_path / "runs"
     train(settings(data, runs))
+    (data / "train/sizes.json").unlink()  # which would name them
+    (data / ".prepare").rename(tmp_path / "prepare")
     first = data / "train/0.tar"
     first.rename(data / "train/9.tar")
     first.with_suffix(".idx").rename(data / "train/9.idx")
