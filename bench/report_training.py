@@ -21,6 +21,7 @@ def ablation(result: Result, folder: Path) -> str:
             "highest. A difference within that spread says nothing.\n",
             ablation_table(result),
             "",
+            *([f"{result['note']}\n"] if "note" in result else []),
         ]
     )
 
