@@ -47,14 +47,15 @@ def demo() -> Claim:
     """The demo's scores, seed by seed."""
     rows = [["seed", "query to answer", "R@1", "R@5", "R@10", "mAP@10", "chance R@10"]]
     for seed in SEEDS:
-        name = f"claims/demo-{seed}"
-        flap("train", "configs/demo.yaml", f"run.seed={seed}", f"run.name={name}", "--resume")
-        (found,) = json.loads((ROOT / f"runs/{name}/eval.json").read_text())["retrieval"].values()
+        run = (f"run.seed={seed}", f"run.name={seed}", "run.folder=runs/claims")
+        flap("train", "configs/demo.yaml", *run, "--resume")
+        scores = json.loads((ROOT / f"runs/claims/{seed}/eval.json").read_text())
+        (found,) = scores["retrieval"].values()
         for direction in ("audio_to_text", "text_to_audio"):
-            scores = (found[direction][name] for name in ("R@1", "R@5", "R@10", "mAP@10"))
+            values = [found[direction][name] for name in ("R@1", "R@5", "R@10", "mAP@10")]
             chance = found["chance"][direction]["R@10"]
             called = direction.replace("_", " ")
-            rows.append([str(seed), called, *(f"{score:.3f}" for score in (*scores, chance))])
+            rows.append([str(seed), called, *(f"{value:.3f}" for value in (*values, chance))])
     return "flap train configs/demo.yaml run.seed=SEED", rows
 
 

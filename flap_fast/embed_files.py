@@ -102,7 +102,7 @@ def embed_files(
     Raises:
         ConfigError: no model; a crop that is none; no cluster.
     """
-    embedder = _opened(model)
+    embedder = _open(model)
     out.mkdir(parents=True, exist_ok=True)
     pieces = list(_pieces(sounds, out, (embedder.identity, crop, batch), piece_sounds))
     mine = pieces[part.number - 1 :: part.of] if part else pieces
@@ -163,7 +163,7 @@ def _embed(embedder: Embedder, piece: Piece, crop: str, batch: int, advance: Adv
 
 def _embed_there(model: Path, identity: str, crop: str, batch: int, piece: Piece) -> None:
     """A task of a cluster; a worker opens the model once."""
-    embedder = _opened(model)
+    embedder = _opened(model, identity)
     if embedder.identity != identity:
         raise ConfigError(f"every machine must see the same model in '{model}', got another there")
     _embed(embedder, piece, crop, batch, advance=_ignore)
@@ -213,7 +213,12 @@ def _lines(rows: Iterable[dict[str, str]]) -> bytes:
 
 
 @lru_cache(maxsize=1)
-def _opened(model: Path) -> Embedder:
+def _opened(model: Path, identity: str) -> Embedder:
+    """The model, anew when it is another one: weights change under a path."""
+    return _open(model)
+
+
+def _open(model: Path) -> Embedder:
     """The model, on the GPU that a launcher gave this process, if there is one."""
     local = os.environ.get("LOCAL_RANK")
     return load(model, f"cuda:{local}" if local and torch.cuda.is_available() else None)

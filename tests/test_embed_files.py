@@ -177,6 +177,14 @@ def test_no_piece_is_finished_with_a_sound_that_the_system_does_not_let_us_read(
     assert contents(out) == contents(tmp_path / "one")
 
 
+def test_weights_that_changed_under_their_path_are_seen(checkpoint, sounds, tmp_path):
+    changing = model(tmp_path / "model", 0)
+    run(changing, sounds, tmp_path / "out")
+    watch = Watch()
+    run(model(changing, 1), sounds, tmp_path / "out", watch=watch)
+    assert watch.total == SOUNDS
+
+
 def test_no_sound_that_can_be_read_is_an_array_of_no_rows(checkpoint, tmp_path):
     (tmp_path / "bad.wav").write_bytes(b"")
     assert run(checkpoint, tmp_path / "bad.wav", tmp_path / "out") == Embedded(0, 1)

@@ -13,13 +13,13 @@ from __future__ import annotations
 import functools
 import io
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import soundfile
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from flap_fast.config import Config, Image
@@ -82,12 +82,10 @@ def _warn_of_rate(shards: Shards, wanted_hz: int) -> None:
 
 @functools.cache  # once a process: each evaluation listens anew
 def _say_rate(folder: Path, rate_hz: int, wanted_hz: int) -> None:
-    Console(stderr=True).print(
+    print(
         f"{folder} holds sounds at {rate_hz} Hz and audio.sample_rate_hz is {wanted_hz}: above "
         f"{rate_hz // 2} Hz the model hears silence; prepare them for it: flap prepare --config",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
+        file=sys.stderr,
     )
 
 
