@@ -47,9 +47,9 @@ def demo() -> Claim:
     """The demo's scores, seed by seed."""
     rows = [["seed", "query to answer", "R@1", "R@5", "R@10", "mAP@10", "chance R@10"]]
     for seed in SEEDS:
-        run = (f"run.seed={seed}", f"run.name={seed}", "run.folder=runs/claims")
+        run = (f"run.seed={seed}", f"run.name=demo-{seed}", "run.folder=runs/claims")
         flap("train", "configs/demo.yaml", *run, "--resume")
-        scores = json.loads((ROOT / f"runs/claims/{seed}/eval.json").read_text())
+        scores = json.loads((ROOT / f"runs/claims/demo-{seed}/eval.json").read_text())
         (found,) = scores["retrieval"].values()
         for direction in ("audio_to_text", "text_to_audio"):
             values = [found[direction][name] for name in ("R@1", "R@5", "R@10", "mAP@10")]
