@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from flap_fast.config import Mask
-from flap_fast.data.draws import Stream, uniforms
-from flap_fast.model.masking import kept, mask_plan
+from flap_fast.data.random_streams import Stream, uniforms
+from flap_fast.model.masking import kept, patch_mask
 from flap_kernels import draw_plan
 from flap_kernels.draw_plan import MaskPlan, _words
 
@@ -46,7 +46,7 @@ def wanted(mask: Mask, grid: tuple[int, int], seed: int, visits: torch.Tensor) -
 
 def planned(mask: Mask, grid: tuple[int, int], seed: int, visits: torch.Tensor) -> MaskPlan:
     """The plan, held to what is wanted."""
-    plan = mask_plan(mask, grid, seed, visits)
+    plan = patch_mask(mask, grid, seed, visits)
     assert plan is not None
     assert mask.rounding == "floor"
     for stay, keep, drop, restore in zip(wanted(mask, grid, seed, visits), *plan, strict=True):
