@@ -26,10 +26,10 @@ OF_TEXT = ("loss.simcse.weight=0.1", "loss.nli.weight=0.3", "text.dropout=0.1")
 
 
 def outputs_of(
-    audio: Tensor, text: Tensor, recon: float | Tensor = 0.0, **sentences: Tensor
+    media: Tensor, text: Tensor, recon: float | Tensor = 0.0, **sentences: Tensor
 ) -> Outputs:
     ones = torch.ones(())
-    outputs = {"media": audio, "text": text, "scale": ones, "recon": ones * recon}
+    outputs = {"media": media, "text": text, "scale": ones, "recon": ones * recon}
     return cast(Outputs, outputs | sentences)
 
 
