@@ -53,7 +53,8 @@ def _section(path: str, section: type[Section], title: str, free: bool) -> Itera
         for name, field in plain.items():
             mark = " ↻" if free or FREE_ON_RESUME in field.metadata else ""
             about = " ".join((field.description or "").split()).replace("|", r"\|")
-            yield f"| `{path}.{name}`{mark} | {_values(field)} | {_shown(getattr(standard, name))} | {about} |"
+            cells = _values(field), _shown(getattr(standard, name)), about
+            yield f"| `{path}.{name}`{mark} | {' | '.join(cells)} |"
         yield ""
     for name, field in inner.items():
         yield from _section(f"{path}.{name}", type(field.default), f"## {path}.{name}", free)

@@ -51,11 +51,11 @@ class Train(Section):
     global_batch: Count = 2304
     """Clips contrasted with one another in a step, over all ranks."""
     micro_batch: Count | None = None
-    """Clips that a rank's encoders process at a time; all of its clips when not given. The step takes
-    the memory of so many, and one more forward pass. BatchNorm normalises each micro-batch alone."""
+    """Clips that a rank's encoders process at a time; all of its clips when not given. The step
+    takes the memory of so many, and one more forward. BatchNorm normalises each by itself."""
     accumulation: Literal["exact", "local"] = "exact"
-    """How micro-batches are contrasted: over the whole global batch, with cached gradients (GradCache:
-    two passes, the gradients of one), or each within itself (one pass, fewer negatives)."""
+    """How micro-batches are contrasted: over the whole global batch, with cached gradients
+    (GradCache: two passes, the gradients of one), or each by itself (one pass, fewer negatives)."""
     replay: Annotated[Literal["auto", "keep", "decode"], FREE_ON_RESUME] = "auto"
     """Inputs of GradCache's second pass: log-mels cached on the device (`keep`, 0.5 MB for 10 s of
     sound), or decoded again. `auto` caches on a GPU and decodes on a CPU."""
