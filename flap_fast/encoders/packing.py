@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.attention.varlen import varlen_attn
 
 from flap_fast.encoders.blocks import packed_xformers_attention
 
@@ -111,6 +110,9 @@ def packed_attention(
         return _attention_by_length(q, k, v, pack, dropout)
     bounds = (pack.starts, pack.starts, pack.longest, pack.longest)
     if dropout == 0:
+        # Here, not above: it imports torch._dynamo, a quarter of a command's start.
+        from torch.nn.attention.varlen import varlen_attn
+
         return varlen_attn(q, k, v, *bounds)  # type: ignore[return-value]
     # The same kernel: `varlen_attn` hands it no dropout.
     return torch.ops.aten._flash_attention_forward(q, k, v, *bounds, dropout, False, False)[0]
