@@ -63,7 +63,8 @@ def imports(file: Path) -> set[str]:
 
 def room(module: str) -> str:
     """flap_fast.data.preprocess.mel -> data."""
-    return module.split(".")[1] if "." in module else "__init__"
+    name = module.split(".")[1] if "." in module else "__init__"
+    return "__init__" if name == "__version__" else name
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT)))
@@ -76,7 +77,7 @@ def test_imports_go_one_way_through_the_doors(file: Path):
         here = file.relative_to(ROOT / "flap_fast").parts[0].removesuffix(".py")
         there = {room(m) for m in found if m.split(".")[0] == "flap_fast"} - {here}
         assert here in ROOMS or here in LAST, f"{name} is in no room: add it to ROOMS"
-        allowed = set(ROOMS) if here in LAST else ROOMS[here]
+        allowed = {*ROOMS, *LAST} if here in LAST else ROOMS[here]
         assert there <= allowed, f"{name} imports {sorted(there - allowed)}"
     for package, doors in DOORS.items():
         if package in {module.split(".")[0] for module in found}:
