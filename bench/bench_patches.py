@@ -15,8 +15,8 @@ from bench.measure import compiled, why_not_compiled
 from bench.patches import AUDIOMAE, PLAN, arguments, reconstruction
 from bench.peers import ours
 from bench.tasks import forward, gradients
-from flap_kernels import KERNELS, draw_plan
-from flap_kernels.draw_plan import draw_plan_reference
+from flap_kernels import KERNELS, draw_patch_mask
+from flap_kernels.patch_mask import draw_patch_mask_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 B = 288 if DEVICE == "cuda" else 8
@@ -51,14 +51,14 @@ def test_forward_and_backward(benchmark, op, way):
 
 
 @pytest.mark.parametrize("way", [ours(DEVICE), "eager"])
-def test_draw_plan(benchmark, way):
-    visits = torch.arange(B, device=DEVICE)
-    draw = draw_plan_reference if way == "eager" else draw_plan
+def test_draw_patch_mask(benchmark, way):
+    sample_index = torch.arange(B, device=DEVICE)
+    draw = draw_patch_mask_reference if way == "eager" else draw_patch_mask
 
     def step():
-        draw(visits, **PLAN)
+        draw(sample_index, **PLAN)
         if DEVICE == "cuda":
             torch.cuda.synchronize()
 
-    benchmark.group = "draw_plan"
+    benchmark.group = "draw_patch_mask"
     benchmark(step)

@@ -80,7 +80,7 @@ def measure(
         torch._dynamo.reset()  # each size is compiled anew, and the count of them is limited
     begin("arguments")
     asked = problem(task, device)
-    # draw_plan has nothing to go back through: its forward is all of it.
+    # draw_patch_mask has nothing to go back through: its forward is all of it.
     what = BOTH if asked.leaves else FORWARD
     truth = {} if "truth" in barred else _truth(task, asked, begin)
     rows: dict[str, Row] = {}

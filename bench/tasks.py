@@ -21,7 +21,7 @@ D = 512
 _PAPER_CLIPS = 288
 _MOST_SQUARED, _MOST_CHECKED = 8192, 65_536
 # Their arguments are made in bench/patches.py, for any number of clips.
-_OF_PATCHES = ("patch_embed", "masked_mse", "reconstruction", "keep_tokens", "restore_tokens")
+_OF_PATCHES = ("patch_embed", "masked_mse", "reconstruction", "gather_tokens", "unshuffle_tokens")
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ def tasks(device: str, *, quick: bool) -> list[Task]:
     """What is measured, the most important first: time may run out."""
     if device == "cpu":
         sizes = [Task("infonce", 256), Task("infonce", 512), Task("cyclic", 256)]
-        return sizes + [Task(op, 2) for op in (*_OF_PATCHES, "draw_plan")] + _others("odd")
-    of_patches = [Task(op, _PAPER_CLIPS) for op in (*_OF_PATCHES, "draw_plan")]
+        return sizes + [Task(op, 2) for op in (*_OF_PATCHES, "draw_patch_mask")] + _others("odd")
+    of_patches = [Task(op, _PAPER_CLIPS) for op in (*_OF_PATCHES, "draw_patch_mask")]
     if quick:
         return [Task("infonce", 65_536), Task("infonce", 4608), *of_patches, *_others("paper")]
     return [
@@ -60,7 +60,7 @@ def tasks(device: str, *, quick: bool) -> list[Task]:
 def _others(size: Size) -> list[Task]:
     """Kernels that nothing here knows: each says itself on what to try it."""
     assert size in get_args(Size)
-    known = ("infonce", "draw_plan", *_OF_PATCHES)
+    known = ("infonce", "draw_patch_mask", *_OF_PATCHES)
     return [Task(op, None, size) for op in KERNELS if op not in known]
 
 

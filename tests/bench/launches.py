@@ -28,7 +28,7 @@ from flap_kernels.spec import ARCHES, VARIANTS, Arch, Kernel
 # What a kernel's own inputs leave out.
 CALLS: dict[str, list[dict[str, Any]]] = {
     "infonce": [{}, {"ids": torch.int64}, {"precision": "tf32"}],
-    "draw_plan": [
+    "draw_patch_mask": [
         {"shared": True},
         {"shared": False},
         {"grid": (512, 1), "columns": 308, "rows": None},

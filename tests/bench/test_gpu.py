@@ -30,7 +30,7 @@ def quick(tmp_path_factory):
         lines: list[str] = []
         patch.delenv("TRITON_INTERPRET", raising=False)
         patch.setattr("builtins.print", lambda *words, **_: lines.append(" ".join(map(str, words))))
-        status = gpu.main([*SMALL, "--ops", "infonce,draw_plan", "--out", str(out)])
+        status = gpu.main([*SMALL, "--ops", "infonce,draw_patch_mask", "--out", str(out)])
     return out, "\n".join(lines), status
 
 
@@ -108,7 +108,7 @@ def test_missing_peers_are_listed_and_the_table_comes_last(quick):
     (missing,) = rows_of(out, op="infonce", B=256, provider="memeff")
     assert (missing["status"], missing["reason"]) == ("missing", "No module named 'memeff'")
     *_, row, last = printed.splitlines()
-    assert row.startswith("draw_plan")
+    assert row.startswith("draw_patch_mask")
     assert "RESULTS.md" in last
 
 
@@ -122,7 +122,7 @@ def test_results_say_what_was_measured_where(quick):
     _, _, *lines = [line for line in goals.splitlines() if line.startswith("|")]
     assert len(lines) == len(GOALS)
     assert all("| not measured |" in line for line in lines)
-    for op in ("infonce", "draw_plan"):
+    for op in ("infonce", "draw_patch_mask"):
         assert len(list((out / "results").glob(f"*-{op}.svg"))) == 1
 
 
@@ -137,12 +137,12 @@ def test_tasks_name_every_kernel():
     for device, quick in (("cuda", False), ("cuda", True), ("cpu", True)):
         assert set(KERNELS) <= {task.op for task in tasks(device, quick=quick)}
     # One that the benchmarks do not know is called as it says itself.
-    asked = problem(Task("keep_tokens", None, "edge"), "cpu")
+    asked = problem(Task("gather_tokens", None, "edge"), "cpu")
     assert set(asked.leaves) == {"x"}
 
 
 def test_a_process_that_dies_or_hangs_costs_its_provider_alone(tmp_path, monkeypatch):
-    order = [Task("draw_plan", 2), Task("draw_plan", 3)]
+    order = [Task("draw_patch_mask", 2), Task("draw_patch_mask", 3)]
     script = tmp_path / "sweep.py"
     script.write_text(FAULTY)
     monkeypatch.setattr(gpu, "_COMMAND", (sys.executable, str(script)))
@@ -153,9 +153,9 @@ def test_a_process_that_dies_or_hangs_costs_its_provider_alone(tmp_path, monkeyp
     assert by_name[2, "ours, plain path"].status == "measured"
     assert by_name[3, "ours, plain path"].status == "measured"
     assert (
-        by_name[2, "crash"].reason == "failed: its process ended: out of bounds, at draw_plan B=2"
+        by_name[2, "crash"].reason == "failed: its process ended: out of bounds, at draw_patch_mask B=2"
     )
-    assert by_name[3, "hang"].reason == "failed: longer than 0.4 s, at draw_plan B=2"
+    assert by_name[3, "hang"].reason == "failed: longer than 0.4 s, at draw_patch_mask B=2"
 
 
 FAULTY = """
@@ -181,10 +181,10 @@ with open(sys.argv[2], "a") as out:
 
 
 def test_what_time_does_not_reach_says_so():
-    order = [Task("draw_plan", 2)]
+    order = [Task("draw_patch_mask", 2)]
     rows = gpu.sweep(order, "cpu", time.monotonic(), budget_s=1, hang_s=1, without=[])
     assert {row.status for row in rows} == {"no time"}
-    assert [row.provider for row in rows] == list(providers("draw_plan", "cpu"))
+    assert [row.provider for row in rows] == list(providers("draw_patch_mask", "cpu"))
 
 
 def test_files_that_need_what_is_missing_are_left_out_by_name(tmp_path):

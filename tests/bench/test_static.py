@@ -235,13 +235,13 @@ def compiling(*command: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_kernel_is_compiled_and_reported(tmp_path):
     file = tmp_path / "static.json"
-    chosen = ("--kernel", "keep_tokens", "--arch", "80", "--json", str(file))
+    chosen = ("--kernel", "gather_tokens", "--arch", "80", "--json", str(file))
     done = compiling("-m", "bench.static", *chosen)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "static: 2 programs, 0 faults"
     found = json.loads(file.read_text())["rows"]
     assert [(row["program"], row["arch"]) for row in found] == [
-        ("keep_tokens", 80),
+        ("gather_tokens", 80),
         ("scatter_tokens", 80),
     ]
     for row in found:

@@ -1,4 +1,4 @@
-"""draw_plan: the same draws as the trainer's, bit for bit, wherever they are made."""
+"""draw_patch_mask: the same draws as the trainer's, bit for bit, wherever they are made."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from flap_fast.config import Mask
 from flap_fast.data.draws import Stream, uniforms
 from flap_fast.model.masking import kept, mask_plan
-from flap_kernels import draw_plan
-from flap_kernels.draw_plan import MaskPlan, _words
+from flap_kernels import draw_patch_mask
+from flap_kernels.patch_mask import PatchMask, _words
 
 STREAMS = (int(Stream.MASK), int(Stream.MASK_INNER))
 VISITS = torch.tensor([0, 1, 2**31 - 1, 2**31, 2**32 + 5, 2**40 + 3])
@@ -22,12 +22,12 @@ MASKS = {
 }
 
 
-def wanted(mask: Mask, grid: tuple[int, int], seed: int, visits: torch.Tensor) -> np.ndarray:
+def wanted(mask: Mask, grid: tuple[int, int], seed: int, sample_index: torch.Tensor) -> np.ndarray:
     """(B, N) bool: what stays by SPEC 4.3, counted in NumPy from the trainer's uniforms."""
     C, R = grid
 
     def lowest(stream: Stream, count: int, ratio: float, axes: tuple[int, ...]) -> np.ndarray:
-        noise = uniforms(seed, stream, visits.cpu(), count).numpy().reshape(len(visits), *axes)
+        noise = uniforms(seed, stream, sample_index.cpu(), count).numpy().reshape(len(sample_index), *axes)
         order = np.argsort(noise, axis=-1, kind="stable")[..., : kept(axes[-1], ratio, "floor")]
         stay = np.zeros(noise.shape, bool)
         np.put_along_axis(stay, order, True, -1)
@@ -41,19 +41,19 @@ def wanted(mask: Mask, grid: tuple[int, int], seed: int, visits: torch.Tensor) -
         stay = np.repeat(lowest(Stream.MASK, C, mask.ratio, (C,)), R, axis=1)
     else:
         stay = lowest(Stream.MASK, C * R, mask.ratio, (C * R,))
-    return stay.reshape(len(visits), C * R)
+    return stay.reshape(len(sample_index), C * R)
 
 
-def planned(mask: Mask, grid: tuple[int, int], seed: int, visits: torch.Tensor) -> MaskPlan:
+def planned(mask: Mask, grid: tuple[int, int], seed: int, sample_index: torch.Tensor) -> PatchMask:
     """The plan, held to what is wanted."""
-    plan = mask_plan(mask, grid, seed, visits)
+    plan = mask_plan(mask, grid, seed, sample_index)
     assert plan is not None
     assert mask.rounding == "floor"
-    for stay, keep, drop, restore in zip(wanted(mask, grid, seed, visits), *plan, strict=True):
-        assert keep.tolist() == np.flatnonzero(stay).tolist()
-        assert drop.tolist() == np.flatnonzero(~stay).tolist()
-        order = torch.cat([keep, drop])
-        assert torch.equal(order[restore], torch.arange(len(stay), device=order.device))
+    for stay, ids_keep, ids_drop, ids_restore in zip(wanted(mask, grid, seed, sample_index), *plan, strict=True):
+        assert ids_keep.tolist() == np.flatnonzero(stay).tolist()
+        assert ids_drop.tolist() == np.flatnonzero(~stay).tolist()
+        order = torch.cat([ids_keep, ids_drop])
+        assert torch.equal(order[ids_restore], torch.arange(len(stay), device=order.device))
     return plan
 
 
@@ -76,42 +76,42 @@ def test_what_stays_is_what_the_uniforms_say(mask, grid, device):
 
 
 def test_a_tie_goes_to_the_smaller_index(device):
-    # Of 512 numbers of 24 bits, ranks 306 and 307 are equal for this visit: patches 79 and 423.
-    visits = torch.tensor([61281], device=device)
-    keep, drop, _ = planned(MASKS["1-D patches"], (64, 8), 0, visits)
-    assert 79 in keep[0]
-    assert 423 in drop[0]
+    # Of 512 numbers of 24 bits, ranks 306 and 307 are equal for this sample: patches 79 and 423.
+    sample_index = torch.tensor([61281], device=device)
+    ids_keep, ids_drop, _ = planned(MASKS["1-D patches"], (64, 8), 0, sample_index)
+    assert 79 in ids_keep[0]
+    assert 423 in ids_drop[0]
 
 
 def test_a_tie_of_rows_goes_to_the_smaller_index(device):
-    # Of the 8 rows of column 42, ranks 5 and 6 are equal for this visit: rows 5 and 7.
-    visits = torch.tensor([70429], device=device)
-    keep, drop, _ = planned(MASKS["2-D, rows drawn for each column"], (64, 8), 0, visits)
-    assert 8 * 42 + 5 in keep[0]
-    assert 8 * 42 + 7 in drop[0]
+    # Of the 8 rows of column 42, ranks 5 and 6 are equal for this sample: rows 5 and 7.
+    sample_index = torch.tensor([70429], device=device)
+    ids_keep, ids_drop, _ = planned(MASKS["2-D, rows drawn for each column"], (64, 8), 0, sample_index)
+    assert 8 * 42 + 5 in ids_keep[0]
+    assert 8 * 42 + 7 in ids_drop[0]
 
 
 def test_visits_may_be_narrow_and_strided(device):
     narrow = torch.tensor([[5, -1], [9, -1]], dtype=torch.int32, device=device)[:, 0]
     for found, expected in zip(
-        draw_plan(narrow, 3, STREAMS, (7, 3), 4, 2, True),
-        draw_plan(narrow.long(), 3, STREAMS, (7, 3), 4, 2, True),
+        draw_patch_mask(narrow, 3, STREAMS, (7, 3), 4, 2, True),
+        draw_patch_mask(narrow.long(), 3, STREAMS, (7, 3), 4, 2, True),
         strict=True,
     ):
         assert torch.equal(found, expected)
 
 
 def test_no_visits_give_an_empty_plan(device):
-    visits = torch.empty(0, dtype=torch.int64, device=device)
-    keep, drop, restore = draw_plan(visits, 3, STREAMS, (7, 3), 4, 2, True)
-    assert (keep.shape, drop.shape, restore.shape) == ((0, 8), (0, 13), (0, 21))
+    sample_index = torch.empty(0, dtype=torch.int64, device=device)
+    ids_keep, ids_drop, ids_restore = draw_patch_mask(sample_index, 3, STREAMS, (7, 3), 4, 2, True)
+    assert (ids_keep.shape, ids_drop.shape, ids_restore.shape) == ((0, 8), (0, 13), (0, 21))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"visits": torch.zeros(2)}, "visits must be int32 or int64"),
-        ({"visits": torch.zeros(2, 1, dtype=torch.int64)}, r"visits must be \(B,\)"),
+        ({"sample_index": torch.zeros(2)}, "sample_index must be int32 or int64"),
+        ({"sample_index": torch.zeros(2, 1, dtype=torch.int64)}, r"sample_index must be \(B,\)"),
         ({"grid": (0, 3)}, "grid must be of at least one patch each way"),
         ({"columns": 8}, r"columns must be in \[1, 7\], got 8"),
         ({"columns": 0}, r"columns must be in \[1, 7\], got 0"),
@@ -121,7 +121,7 @@ def test_no_visits_give_an_empty_plan(device):
 )
 def test_what_cannot_be_drawn_is_refused(change, message):
     arguments = {
-        "visits": torch.zeros(2, dtype=torch.int64),
+        "sample_index": torch.zeros(2, dtype=torch.int64),
         "seed": 0,
         "streams": STREAMS,
         "grid": (7, 3),
@@ -130,4 +130,4 @@ def test_what_cannot_be_drawn_is_refused(change, message):
         "shared": True,
     }
     with pytest.raises((TypeError, ValueError), match=message):
-        draw_plan(**{**arguments, **change})
+        draw_patch_mask(**{**arguments, **change})
