@@ -1,4 +1,4 @@
-"""AudioMAE's way with patches, written out in PyTorch, and what the ops of patches are tried on.
+"""AudioMAE's operations on patches in PyTorch, and the arguments of the ops of patches.
 
 The masks are the paper's: of 64 x 8 patches, 51 columns and 6 rows of each stay, 306 of 512.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from flap_kernels import draw_patch_mask, gather_tokens, masked_mse
 
 T, BINS, P, N, D, H = 1024, 128, 16, 512, 768, 512
-PLAN = {
+MASK = {
     "seed": 0,
     "streams": (3, 4),
     "grid": (64, 8),
@@ -36,11 +36,11 @@ def _embed(mel, ids_keep, weight, bias, position):
     return x.gather(1, _whole_index(ids_keep, x.shape[2]))
 
 
-def _ids_keep(x, ids_keep):
+def _gather(x, ids_keep):
     return x.gather(1, _whole_index(ids_keep, x.shape[2]))
 
 
-def _ids_restore(y, ids_restore, mask_token, position):
+def _unshuffle(y, ids_restore, mask_token, position):
     masks = mask_token.repeat(y.shape[0], ids_restore.shape[1] - y.shape[1], 1)
     x = torch.cat([y, masks.to(y.dtype)], 1)
     return x.gather(1, _whole_index(ids_restore, x.shape[2])) + position
@@ -73,8 +73,8 @@ def reconstruction(
 
 AUDIOMAE: dict[str, Callable[..., Tensor]] = {
     "patch_embed": _embed,
-    "gather_tokens": _ids_keep,
-    "unshuffle_tokens": _ids_restore,
+    "gather_tokens": _gather,
+    "unshuffle_tokens": _unshuffle,
     "reconstruction": _reconstruction,
 }
 """By the name of what they are held against, and with its arguments."""
@@ -96,8 +96,8 @@ def arguments(op: str, B: int, device: str) -> dict[str, Any]:
         return torch.randn(B, T, BINS, device=device)
 
     if op == "draw_patch_mask":
-        return {"sample_index": sample_index, **PLAN}
-    ids_keep, ids_drop, ids_restore = draw_patch_mask(sample_index, **PLAN)
+        return {"sample_index": sample_index, **MASK}
+    ids_keep, ids_drop, ids_restore = draw_patch_mask(sample_index, **MASK)
     K, M = ids_keep.shape[1], ids_drop.shape[1]
     return {
         "patch_embed": lambda: {

@@ -20,7 +20,7 @@ SCHEMES = ["replicated", "sharded", "auto"]
 
 
 def compared(audio, text, ids, cuts, runs):
-    """On one rank: by run, the rank's part of loss and gradients, and the whole's in two types."""
+    """On one rank: by run, the rank's loss and gradients, and the whole's in two types."""
     rank, world = dist.get_rank(), dist.get_world_size()
     mine = slice(cuts[rank], cuts[rank + 1])
     scale = torch.tensor(20.0, dtype=audio.dtype)
@@ -53,7 +53,7 @@ def runs_of_all_kinds():
     ]
 
 
-# Ranks with unequal shares, one with none at all, and equal ones.
+# Ranks with unequal sizes, one of them 0, and equal ones.
 CUTS = [(0, 5, 13), (0, 4, 4, 13), (0, 3, 6, 9, 12)]
 
 
@@ -124,7 +124,7 @@ def test_extra_captions_of_all_ranks_are_negatives():
 
 
 def promise_matches_question(audio, text):
-    """On one rank: shares that are promised to be equal give the same bits as shares asked for."""
+    """On one rank: sizes that are promised to be equal give the same bits as sizes asked for."""
     mine = slice(3 * dist.get_rank(), 3 * dist.get_rank() + 3)
     asked = distributed_infonce(audio[mine], text[mine], 20.0)
     promised = distributed_infonce(audio[mine], text[mine], 20.0, equal_sizes=True)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from flap_kernels import infonce, distributed_infonce
+from flap_kernels import distributed_infonce, infonce
 from flap_kernels.infonce import infonce_reference
 from tests.kernels.test_every_kernel import strided
 from tests.kernels.test_infonce import loss_and_gradients, pairs

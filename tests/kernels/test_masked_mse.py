@@ -114,7 +114,10 @@ def test_an_index_out_of_range_is_not_passed_over_in_silence(device):
 def test_nothing_masked_is_no_loss_and_no_gradient(empty, device):
     arguments = draw(device)
     cut = (slice(0, 0),) if empty == "clips" else (slice(None), slice(0, 0))
-    arguments["hidden"], arguments["ids_drop"] = arguments["hidden"][cut], arguments["ids_drop"][cut]
+    arguments["hidden"], arguments["ids_drop"] = (
+        arguments["hidden"][cut],
+        arguments["ids_drop"][cut],
+    )
     if empty == "clips":
         arguments["mel"] = arguments["mel"][cut]
     loss, *gradients = loss_and_gradients(masked_mse, arguments, norm_pix=True)
@@ -129,9 +132,9 @@ def test_chunks_of_rows_make_no_difference(norm_pix, monkeypatch, device):
     arguments = draw(device, B=5, M=6)
     whole = loss_and_gradients(masked_mse, arguments, upstream=3.0, norm_pix=norm_pix)
     module = sys.modules["flap_kernels.masked_mse"]  # its name in the package is the function's
-    monkeypatch.setattr(module, "_CHUNK_ROWS", {"cpu": 7, "cuda": 7})
-    parts = loss_and_gradients(masked_mse, arguments, upstream=3.0, norm_pix=norm_pix)
-    for found, expected in zip(parts, whole, strict=True):
+    monkeypatch.setattr(module, "CHUNK_ROWS", {"cpu": 7, "cuda": 7})
+    chunked = loss_and_gradients(masked_mse, arguments, upstream=3.0, norm_pix=norm_pix)
+    for found, expected in zip(chunked, whole, strict=True):
         torch.testing.assert_close(found, expected)
 
 

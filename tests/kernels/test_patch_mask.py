@@ -10,10 +10,11 @@ from flap_fast.config import Mask
 from flap_fast.data.draws import Stream, uniforms
 from flap_fast.model.masking import kept, mask_plan
 from flap_kernels import draw_patch_mask
-from flap_kernels.patch_mask import PatchMask, _words
+from flap_kernels.patch_mask import PatchMask
+from flap_kernels.philox import philox_words
 
 STREAMS = (int(Stream.MASK), int(Stream.MASK_INNER))
-VISITS = torch.tensor([0, 1, 2**31 - 1, 2**31, 2**32 + 5, 2**40 + 3])
+SAMPLES = torch.tensor([0, 1, 2**31 - 1, 2**31, 2**32 + 5, 2**40 + 3])
 MASKS = {
     "1-D patches": Mask(kind="1d", ratio=0.4),
     "1-D frames": Mask(kind="1d", ratio=0.4, unit="frame"),
@@ -23,11 +24,15 @@ MASKS = {
 
 
 def wanted(mask: Mask, grid: tuple[int, int], seed: int, sample_index: torch.Tensor) -> np.ndarray:
-    """(B, N) bool: what stays by SPEC 4.3, counted in NumPy from the trainer's uniforms."""
+    """(B, N) bool: what stays, counted in NumPy from the trainer's uniforms."""
     C, R = grid
 
     def lowest(stream: Stream, count: int, ratio: float, axes: tuple[int, ...]) -> np.ndarray:
-        noise = uniforms(seed, stream, sample_index.cpu(), count).numpy().reshape(len(sample_index), *axes)
+        noise = (
+            uniforms(seed, stream, sample_index.cpu(), count)
+            .numpy()
+            .reshape(len(sample_index), *axes)
+        )
         order = np.argsort(noise, axis=-1, kind="stable")[..., : kept(axes[-1], ratio, "floor")]
         stay = np.zeros(noise.shape, bool)
         np.put_along_axis(stay, order, True, -1)
@@ -49,7 +54,9 @@ def planned(mask: Mask, grid: tuple[int, int], seed: int, sample_index: torch.Te
     plan = mask_plan(mask, grid, seed, sample_index)
     assert plan is not None
     assert mask.rounding == "floor"
-    for stay, ids_keep, ids_drop, ids_restore in zip(wanted(mask, grid, seed, sample_index), *plan, strict=True):
+    for stay, ids_keep, ids_drop, ids_restore in zip(
+        wanted(mask, grid, seed, sample_index), *plan, strict=True
+    ):
         assert ids_keep.tolist() == np.flatnonzero(stay).tolist()
         assert ids_drop.tolist() == np.flatnonzero(~stay).tolist()
         order = torch.cat([ids_keep, ids_drop])
@@ -59,20 +66,20 @@ def planned(mask: Mask, grid: tuple[int, int], seed: int, sample_index: torch.Te
 
 def test_words_are_the_published_ones():
     # Random123's known answers for philox4x32-10 with key and counter zero, less 8 bits.
-    found = _words(0, 0, torch.zeros(1, dtype=torch.int64), 4)
+    found = philox_words(0, 0, torch.zeros(1, dtype=torch.int64), 4)
     assert found.tolist() == [[0x6627E8, 0xE169C5, 0xBC57AC, 0x9B00DB]]
 
 
 @pytest.mark.parametrize("seed", [0, 2**31 + 7, 2**40 + 5])
 def test_words_are_the_trainers_uniforms(seed):
-    words = _words(seed, Stream.MASK, VISITS, 13)
-    assert torch.equal(words.float() * 2.0**-24, uniforms(seed, Stream.MASK, VISITS, 13))
+    words = philox_words(seed, Stream.MASK, SAMPLES, 13)
+    assert torch.equal(words.float() * 2.0**-24, uniforms(seed, Stream.MASK, SAMPLES, 13))
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("grid", [(1, 1), (7, 3), (64, 8)], ids=str)
 def test_what_stays_is_what_the_uniforms_say(mask, grid, device):
-    planned(mask, grid, 2**31 + 9, VISITS[3:].to(device))
+    planned(mask, grid, 2**31 + 9, SAMPLES[3:].to(device))
 
 
 def test_a_tie_goes_to_the_smaller_index(device):
@@ -86,12 +93,14 @@ def test_a_tie_goes_to_the_smaller_index(device):
 def test_a_tie_of_rows_goes_to_the_smaller_index(device):
     # Of the 8 rows of column 42, ranks 5 and 6 are equal for this sample: rows 5 and 7.
     sample_index = torch.tensor([70429], device=device)
-    ids_keep, ids_drop, _ = planned(MASKS["2-D, rows drawn for each column"], (64, 8), 0, sample_index)
+    ids_keep, ids_drop, _ = planned(
+        MASKS["2-D, rows drawn for each column"], (64, 8), 0, sample_index
+    )
     assert 8 * 42 + 5 in ids_keep[0]
     assert 8 * 42 + 7 in ids_drop[0]
 
 
-def test_visits_may_be_narrow_and_strided(device):
+def test_sample_index_may_be_narrow_and_strided(device):
     narrow = torch.tensor([[5, -1], [9, -1]], dtype=torch.int32, device=device)[:, 0]
     for found, expected in zip(
         draw_patch_mask(narrow, 3, STREAMS, (7, 3), 4, 2, True),
@@ -101,7 +110,7 @@ def test_visits_may_be_narrow_and_strided(device):
         assert torch.equal(found, expected)
 
 
-def test_no_visits_give_an_empty_plan(device):
+def test_no_samples_give_an_empty_mask(device):
     sample_index = torch.empty(0, dtype=torch.int64, device=device)
     ids_keep, ids_drop, ids_restore = draw_patch_mask(sample_index, 3, STREAMS, (7, 3), 4, 2, True)
     assert (ids_keep.shape, ids_drop.shape, ids_restore.shape) == ((0, 8), (0, 13), (0, 21))

@@ -1,4 +1,4 @@
-"""The contract finds mistakes in the token and patch kernels: each of these makes it fail."""
+"""The tests of every kernel find mistakes in token and patch kernels: each makes them fail."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from flap_kernels import KERNELS
 from tests.kernels.faults import Fault, put_in
-from tests.kernels.test_every_kernel import check_contract, strided
+from tests.kernels.test_every_kernel import check_as_exact, strided
 
 
 def fault(says: str, op: str, where: str, right: str, wrong: str) -> Fault:
@@ -62,7 +62,7 @@ FAULTS = [
         "",
     ),
     fault(
-        "dropped places stay empty",
+        "dropped tokens stay empty",
         "unshuffle_tokens",
         "unshuffle_tokens.unshuffle_tokens_kernel",
         "tl.where(kept[:, None], x, token[None, :])",
@@ -83,7 +83,7 @@ FAULTS = [
         "grad.to(tl.float32)",
     ),
     fault(
-        "a clip's tiles store their sums in one place",
+        "a clip's tiles store their sums over each other",
         "unshuffle_tokens",
         "unshuffle_tokens.unshuffle_tokens_backward_kernel",
         "tl.program_id(0).to(tl.int64) * D",
@@ -153,7 +153,7 @@ FAULTS = [
         "scale",
     ),
     fault(
-        "a tile's columns are stored in the first one's place",
+        "a tile's columns are stored over the first one's",
         "masked_mse",
         "masked_mse_tiles.masked_mse_kernel",
         "pid.to(tl.int64) * (P * P) + offs_p",
@@ -163,9 +163,9 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.op}: {fault.says}")
-def test_contract_finds(fault, kernel_device, monkeypatch, tmp_path):
+def test_every_kernels_tests_find(fault, kernel_device, monkeypatch, tmp_path):
     put_in(fault, monkeypatch, tmp_path)
     with pytest.raises(AssertionError, match=fault.op):
-        check_contract(
+        check_as_exact(
             KERNELS[fault.op], "odd", torch.float32, kernel_device, draws=1, prepare=strided
         )
