@@ -3,8 +3,9 @@
     python -m bench.infonce_precision [--clips 4608]      half a minute on a CPU
 
 `ieee` is the op itself. `tf32` and `bf16` round the operands by hand, as the kernels do, in all
-three products (the logits, and dlogits with either's embeddings); sums stay in float32. Tests hold
-the kernels to that. `cut off` is tf32 as tensor cores alone would make it. Speed is for a GPU to say.
+three products (the logits, and dlogits with the embeddings of either); sums stay in float32. Tests
+hold the kernels to that. `cut off` is tf32 as tensor cores alone would make it. Speed is for a GPU
+to say.
 """
 
 from __future__ import annotations
