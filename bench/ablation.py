@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from bench import report
 from bench.machine import ROOT, machine, save
 from bench.report_training import ablation_table
-from flap_fast.configfile import load_config
+from flap_fast.config.file import load_config
 from flap_fast.evaluate.flops import encoder_flops
 from flap_fast.evaluate.run import selection_score
 

@@ -25,10 +25,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from bench.machine import ROOT
 from flap_fast.config import Audio
-from flap_fast.data.decode import TorchDecoder, reader
-from flap_fast.data.prepare import ahead
-from flap_fast.data.shards import Shards, open_shards, pack, write_atomically
-from flap_fast.data.sound import fill, read_sound
+from flap_fast.data.preprocess.decode import TorchDecoder, reader
+from flap_fast.data.preprocess.waveform import fill, read_sound
+from flap_fast.data.shards import Shards, open_shards, pack
+from flap_fast.files import write_atomically
+from flap_fast.preparation.prepare import ahead
 
 RATE_HZ, SECONDS = 16_000, 10
 BATCH, FILLING, TIMED = 16, 2, 10
@@ -73,7 +74,7 @@ def _encoded(shards: Shards) -> Iterator[tuple[list[bytes], np.ndarray]]:
 
 def dali(shards: Shards) -> Batches:
     """`frontend.backend: dali_wave`."""
-    from flap_fast.data.dali import DaliDecoder  # Linux only
+    from flap_fast.data.preprocess.dali import DaliDecoder  # Linux only
 
     decoder = DaliDecoder(
         _encoded(shards),

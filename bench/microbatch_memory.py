@@ -93,7 +93,7 @@ def write_shards(folder: Path, clips: int) -> None:
     import numpy as np
     import soundfile
 
-    from flap_fast.data.prepare import prepare
+    from flap_fast.preparation.prepare import prepare
 
     for n in range(clips):
         noise = 0.1 * np.random.default_rng(n).standard_normal(16_000)
@@ -131,14 +131,14 @@ def peak_mib(folder: Path, ranks: int, clips: int, replay: str) -> float:
 
 def take_steps(folder: Path, clips: int, replay: str) -> float:
     """Train; peak resident MiB above what was resident before the first batch."""
-    from flap_fast.configfile import load_config
-    from flap_fast.data.captions import tokenizer
+    from flap_fast.config.file import load_config
     from flap_fast.data.loader import TrainingLoader
     from flap_fast.data.shards import open_shards
-    from flap_fast.model.flap import Flap
+    from flap_fast.data.tokenize import tokenizer
+    from flap_fast.model.two_towers import TwoTowers
     from flap_fast.ranks import join_ranks, leave_ranks
     from flap_fast.train.engine import make_engine
-    from flap_fast.train.microbatch import Gradients
+    from flap_fast.train.step import Gradients
 
     batch = (f"train.global_batch={clips}", f"train.micro_batch={MICRO_BATCH}")
     where = (f"data.train={folder}/data/train", f"train.replay={replay}")
@@ -146,7 +146,7 @@ def take_steps(folder: Path, clips: int, replay: str) -> float:
     ranks = join_ranks()
     shards = open_shards(config.data.train)
     loader = TrainingLoader(config, shards, tokenizer(config.text), ranks)
-    engine = make_engine(config, Flap(config), ranks)
+    engine = make_engine(config, TwoTowers(config), ranks)
     gradients = Gradients(config, ranks, engine, STEPS, loader.order.steps_per_epoch)
     loaded = resident_mib("VmRSS")
     batches = loader.batches(0, STEPS, times=gradients.reads)

@@ -32,9 +32,9 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from flap_fast.configfile import load_config
-from flap_fast.data.captions import tokenizer
-from flap_fast.model.text_encoder import TextEncoder
+from flap_fast.config.file import load_config
+from flap_fast.data.tokenize import tokenizer
+from flap_fast.encoders.roberta.model import TransformersText
 
 WAYS = ("packed", "padded", "padded_77")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -53,7 +53,7 @@ def main() -> None:
         for i in range(max(args.counted, args.timed))
     ]
     torch.manual_seed(0)
-    model = TextEncoder(text).train().to(device)
+    model = TransformersText(text).train().to(device)
     pad = model.inner.config.pad_token_id
     clock = CLOCKS[args.clock]
     times = time_steps(model, batches[: args.timed], pad, args.rounds, device, clock)
@@ -127,7 +127,7 @@ def laid_out(way: str, batch: Captions, pad: int) -> Captions:
     return functional.pad(ids, (0, more), value=pad), functional.pad(mask, (0, more))
 
 
-def step(model: TextEncoder, way: str, batch: Captions, device: torch.device) -> None:
+def step(model: TransformersText, way: str, batch: Captions, device: torch.device) -> None:
     model.packing = "packed" if way == "packed" else "padded"
     model.zero_grad()
     ids, mask = batch
@@ -138,7 +138,7 @@ def step(model: TextEncoder, way: str, batch: Captions, device: torch.device) ->
 
 
 def time_steps(
-    model: TextEncoder,
+    model: TransformersText,
     batches: list[Captions],
     pad: int,
     rounds: int,
@@ -166,7 +166,7 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def count_flop(model: TextEncoder, batches: list[Captions], pad: int) -> dict[str, int]:
+def count_flop(model: TransformersText, batches: list[Captions], pad: int) -> dict[str, int]:
     """FLOP of each way over all batches."""
     flop: dict[str, int] = {}
     for way in WAYS:

@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flap_fast.config import Config
-    from flap_fast.configfile import load_config
-    from flap_fast.data.prepare import prepare
-    from flap_fast.embedder import Embedder, load
+    from flap_fast.config.file import load_config
+    from flap_fast.preparation.prepare import prepare
+    from flap_fast.tools.embedder import Embedder, load
 
 __all__ = ["Config", "Embedder", "load", "load_config", "prepare"]
 __version__ = "0.1.0"
 
 _HOME = {
     "Config": "config",
-    "Embedder": "embedder",
-    "load": "embedder",
-    "load_config": "configfile",
-    "prepare": "data.prepare",
+    "Embedder": "tools.embedder",
+    "load": "tools.embedder",
+    "load_config": "config.file",
+    "prepare": "preparation.prepare",
 }
 
 

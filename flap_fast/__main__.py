@@ -54,7 +54,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run.")] = False,
 ) -> None:
     """Train, and score the result on data.val. Also under `deepspeed --module flap_fast`."""
-    from flap_fast.configfile import load_config
+    from flap_fast.config.file import load_config
 
     settings = load_config(config, overrides or [])
     from flap_fast.train.loop import Stopped
@@ -90,7 +90,7 @@ def rank(
     captions: Annotated[list[str], typer.Argument(help="What it may be.")],
 ) -> None:
     """Print captions by their cosine to a sound, best first."""
-    from flap_fast.embedder import load
+    from flap_fast.tools.embedder import load
 
     for caption, cosine in load(checkpoint).rank(sound, captions):
         print(f"{cosine:6.3f}  {caption}")
@@ -105,7 +105,7 @@ def show(
     clip: Annotated[int, typer.Option(help="Which clip of data.train.")] = 0,
 ) -> None:
     """Draw a log-mel and the patches of it that masking keeps."""
-    from flap_fast.configfile import load_config
+    from flap_fast.config.file import load_config
     from flap_fast.report.masking import masking_figure
 
     print(masking_figure(load_config(config, overrides or []), out, sound=sound, clip=clip))
@@ -128,10 +128,10 @@ def profile(
     # PyTorch's profiler would tell of the devices that are not here, on stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from flap_fast.configfile import load_config
-    from flap_fast.profile.measure import profile as measure
-    from flap_fast.profile.tables import profile_table
+    from flap_fast.config.file import load_config
     from flap_fast.report.profile import profile_figure
+    from flap_fast.tools.profile.measure import profile as measure
+    from flap_fast.tools.profile.tables import profile_table
 
     settings = load_config(config, overrides or [])
     found = measure(settings, steps=steps, synthetic=synthetic, search=search, out=out)
@@ -164,10 +164,10 @@ def plan(
     out: Annotated[Path | None, typer.Option(help="Write the plan as JSON, too.")] = None,
 ) -> None:
     """Predict memory, communication and time of a step on GPUs that are not here."""
-    from flap_fast.configfile import load_config
-    from flap_fast.profile.plan import Machine, as_json, parse_rate
-    from flap_fast.profile.plan import plan as predict
-    from flap_fast.profile.tables import plan_table
+    from flap_fast.config.file import load_config
+    from flap_fast.tools.profile.plan import Machine, as_json, parse_rate
+    from flap_fast.tools.profile.plan import plan as predict
+    from flap_fast.tools.profile.tables import plan_table
 
     machine = Machine(
         gpus=gpus,
@@ -201,7 +201,7 @@ def config_show(
     overrides: Overrides = None,
 ) -> None:
     """Print every setting in force."""
-    from flap_fast.configfile import dump_config, load_config
+    from flap_fast.config.file import dump_config, load_config
 
     print(dump_config(load_config(config, overrides or [])), end="")
 
@@ -226,9 +226,9 @@ def main() -> None:
         tell(f"error: {error}; what was complete before it is still there")
         sys.exit(1)
     except (ValueError, ArithmeticError) as error:
-        from flap_fast.data.manifest import ManifestError
+        from flap_fast.data.preprocess.waveform import Unusable
         from flap_fast.data.shards import ShardError
-        from flap_fast.data.sound import Unusable
+        from flap_fast.files import ManifestError
 
         known = (ManifestError, ShardError, Unusable, ArithmeticError)
         if not isinstance(error, known):

@@ -5,7 +5,7 @@ class ConfigError(ValueError):
     """A setting that cannot be."""
 
 
-def need(holds: bool, name: str, rule: str, value: object, remedy: str | None = None) -> None:
+def require(holds: bool, name: str, rule: str, value: object, remedy: str | None = None) -> None:
     """Raise `ConfigError` "NAME must RULE, got VALUE; REMEDY" unless `holds`."""
     if not holds:
         got = value if isinstance(value, (int, float, type(None))) else f"'{value}'"

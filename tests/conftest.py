@@ -39,7 +39,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def prepared(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The corpus as shards of 7 clips: OUT/train/{0..3}.tar, OUT/val/0.tar."""
-    from flap_fast.data.prepare import prepare
+    from flap_fast.preparation.prepare import prepare
 
     out = tmp_path_factory.mktemp("prepared")
     prepare(corpus, out, shard_clips=7, threads=2, show=False)

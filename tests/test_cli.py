@@ -101,7 +101,7 @@ def test_a_full_disk_is_told_in_a_sentence(monkeypatch, capsys, tmp_path: Path):
     def full(*_, **__):
         raise OSError(28, "No space left on device", str(tmp_path / "0.tar"))
 
-    monkeypatch.setattr("flap_fast.data.prepare.prepare", full)
+    monkeypatch.setattr("flap_fast.preparation.prepare.prepare", full)
     assert flap("prepare", "m.jsonl", tmp_path, monkeypatch=monkeypatch) == 1
     said = capsys.readouterr().err
     assert "No space left on device" in said

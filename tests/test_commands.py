@@ -17,10 +17,10 @@ from flap_fast.checks import ConfigError
 from flap_fast.commands.score import print_scores, read_classes
 from flap_fast.commands.share import shares
 from flap_fast.commands.use import _open
-from flap_fast.data.jobs import Part
-from flap_fast.embedder import load
-from flap_fast.model.flap import Flap
-from flap_fast.model.interop import save_model
+from flap_fast.model.model_folder import save_model
+from flap_fast.model.two_towers import TwoTowers
+from flap_fast.preparation.shard_tasks import Part
+from flap_fast.tools.embedder import load
 from tests.sounds import encode, tone
 from tests.test_cli import flap
 from tests.tiny import tiny
@@ -33,7 +33,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint")
     config = tiny("frontend.backend=torch", "frontend.threads=2")
     torch.manual_seed(0)
-    model = Flap(config)
+    model = TwoTowers(config)
     save_model(folder, config, model, model.state_dict())
     return folder
 
@@ -200,7 +200,7 @@ def test_embed_writes_rows_and_their_names_and_goes_on(
     wanted = load(checkpoint).embed_audio(names).numpy()
     assert np.abs(rows - wanted).max() < 1e-5
     # A second call decodes nothing.
-    monkeypatch.setattr("flap_fast.embedder.read_sound", None)
+    monkeypatch.setattr("flap_fast.tools.embedder.read_sound", None)
     assert flap(*arguments, monkeypatch=monkeypatch) == 0
     assert np.array_equal(np.load(out / "embeddings.npy"), rows)
 
@@ -310,7 +310,7 @@ def test_an_index_that_cannot_be_written_is_told_before_anything_is_embedded(
     checkpoint: Path, sounds: Path, monkeypatch, capsys
 ):
     monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
-    monkeypatch.setattr("flap_fast.embedder.read_sound", None)
+    monkeypatch.setattr("flap_fast.tools.embedder.read_sound", None)
     arguments = ("search", "a dog", "--audio", sounds, "--model", checkpoint)
     assert flap(*arguments, monkeypatch=monkeypatch) == 2
     assert "name another place with --index" in capsys.readouterr().err

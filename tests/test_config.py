@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flap_fast.checks import ConfigError, need
+from flap_fast.checks import ConfigError, require
 from flap_fast.config import Audio, Config, Data, Fusion, Image, Train, check_before_loading
-from flap_fast.configfile import dump_config, load_config, parse_config
+from flap_fast.config.file import dump_config, load_config, parse_config
 
 
 @pytest.fixture
@@ -409,7 +409,7 @@ def test_a_wrong_config_dies_before_anything_is_loaded(yaml_file):
     """In milliseconds, not after torch and a model came up."""
     file = yaml_file("data: {train: nowhere}\nmask: {kind: 3d}")
     program = (
-        "import sys; from flap_fast.configfile import load_config\n"
+        "import sys; from flap_fast.config.file import load_config\n"
         f"try: load_config({str(file)!r})\n"
         "except ValueError as error: print(error)\n"
         "print([m for m in ('torch', 'transformers', 'nvidia', 'soundfile') if m in sys.modules])"
@@ -425,9 +425,9 @@ def test_parsing_does_not_change_what_it_is_given():
 
 
 def test_need_says_name_rule_value_and_remedy():
-    need(True, "a.b", "be 1", 1)
+    require(True, "a.b", "be 1", 1)
     with pytest.raises(ConfigError, match=r"^a.b must be 1, got 'x'; write 1$"):
-        need(False, "a.b", "be 1", "x", "write 1")
+        require(False, "a.b", "be 1", "x", "write 1")
 
 
 def test_an_image_tower_replaces_the_audio_tower_and_nothing_of_it_is_masked():

@@ -119,7 +119,7 @@ def test_a_command_with_an_option_that_is_not_there_is_seen():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_settings_on_command_lines_are_settings(page: str):
-    from flap_fast.configfile import load_config
+    from flap_fast.config.file import load_config
 
     for words in commands(page):
         if "train" in words:
@@ -130,7 +130,7 @@ def test_settings_on_command_lines_are_settings(page: str):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_settings_in_the_text_are_settings(page: str):
-    from flap_fast.configfile import load_config
+    from flap_fast.config.file import load_config
 
     setting = rf"`((?:{'|'.join(Config.model_fields)})\.(?!json|yaml|py)[a-z_]+)(?:=([^`]+))?`"
     for name, value in re.findall(setting, text_of(page)):
@@ -160,7 +160,7 @@ def options_of(launcher: str) -> set[str]:
 
 @pytest.mark.parametrize("file", sorted(f.name for f in ROOT.glob("configs/*.yaml")))
 def test_every_config_is_valid_and_listed(file: str):
-    from flap_fast.configfile import load_config
+    from flap_fast.config.file import load_config
 
     load_config(ROOT / "configs" / file)
     assert f"`{file}`" in text_of("configs/README.md")

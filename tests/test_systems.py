@@ -13,11 +13,10 @@ from PIL import Image as pillow
 from transformers import RobertaConfig
 
 from flap_fast.config import Config
-from flap_fast.configfile import load_config
-from flap_fast.data.captions import tokenizer
+from flap_fast.config.file import load_config
 from flap_fast.data.loader import TrainingLoader
-from flap_fast.data.prepare import prepare
-from flap_fast.data.shards import kept_as, open_shards
+from flap_fast.data.shards import open_shards, shard_kinds
+from flap_fast.data.tokenize import tokenizer
 from flap_fast.evaluate.embed import evaluating
 from flap_fast.evaluate.flops import encoder_flops
 from flap_fast.evaluate.retrieval import (
@@ -26,10 +25,11 @@ from flap_fast.evaluate.retrieval import (
     sound_places,
     text_to_audio,
 )
-from flap_fast.model.flap import Flap
+from flap_fast.model.two_towers import TwoTowers
+from flap_fast.preparation.prepare import prepare
 from flap_fast.ranks import Ranks
 from flap_fast.train.engine import PlainEngine
-from flap_fast.train.microbatch import Gradients
+from flap_fast.train.step import Gradients
 from tests.sounds import encode, tone, write_manifest
 from tests.tiny import HTSAT
 from tests.triples import write_triples
@@ -90,7 +90,7 @@ def test_a_config_builds_its_system_at_full_size(name: str, roberta_base: Path):
         overrides.append(f"text.folder={roberta_base}")
     config = load_config(CONFIGS / f"{name}.yaml", overrides)
     with torch.device("meta"):
-        model = Flap(config, weights=False)
+        model = TwoTowers(config, weights=False)
     numbers = sum(p.numel() for p in model.parameters())
     assert config.run.name == name
     if name in OF_CLIP:
@@ -177,16 +177,16 @@ def test_a_system_learns_32_pairs_by_heart(name: str, pairs: Path):
     data = (f"data.train={pairs}/{sense}/train", "data.val=[]", f"data.nli={pairs}/nli")
     config = load_config(CONFIGS / f"{name}.yaml", [*_ALL, *small, *data])
     torch.manual_seed(0)
-    engine = PlainEngine(config, Flap(config).train(), Ranks())
-    shards = open_shards(config.data.train, kept_as(config))
+    engine = PlainEngine(config, TwoTowers(config).train(), Ranks())
+    shards = open_shards(config.data.train, shard_kinds(config))
     loader = TrainingLoader(config, shards, tokenizer(config.text), Ranks())
     batch = next(loader.batches(0, 1))
     assert config.fusion.on == (batch.longer is not None)
     gradients = Gradients(config, Ranks(), engine, 1000, 1000)
     step, terms = 0, {}
     for step in range(1, 601):
-        visits = batch.visits + PAIRS * step  # other masks at each step
-        _, terms = gradients(step, repeat(replace(batch, visits=visits)))
+        sample_index = batch.sample_index + PAIRS * step  # other masks at each step
+        _, terms = gradients(step, repeat(replace(batch, sample_index=sample_index)))
         engine.step(config.optim.lr * min(1, step / 10))
         if step % 20 == 0 and found(engine.module, batch) == (1, 1):
             break
@@ -198,11 +198,11 @@ def test_a_system_learns_32_pairs_by_heart(name: str, pairs: Path):
     assert found(engine.module, batch) == (1, 1), f"after {step} steps"
 
 
-def found(model: Flap, batch) -> tuple[float, float]:
+def found(model: TwoTowers, batch) -> tuple[float, float]:
     """R@1 of both directions, without masks."""
     with evaluating(model):
-        audio = model.embed_audio(batch.mel, longer=batch.longer)
+        audio = model.embed_media(batch.media, longer=batch.longer)
         text = model.embed_text(batch.ids[:PAIRS], batch.attention_mask[:PAIRS])
-    owner, one = torch.arange(PAIRS), Ranks()
-    a2t = audio_to_text(caption_places(audio, text, owner, one), owner, PAIRS)
-    return a2t["R@1"], text_to_audio(sound_places(audio, text, owner, one))["R@1"]
+    clip_of_caption, one = torch.arange(PAIRS), Ranks()
+    a2t = audio_to_text(caption_places(audio, text, clip_of_caption, one), clip_of_caption, PAIRS)
+    return a2t["R@1"], text_to_audio(sound_places(audio, text, clip_of_caption, one))["R@1"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flap_fast.config import Config
-from flap_fast.configfile import load_config
+from flap_fast.config.file import load_config
 
 _SMALL = (
     *("audio.size=tiny", "audio.width=32", "audio.depth=2", "audio.heads=2"),

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from flap_fast.checks import need
+from flap_fast.checks import require
 
 _SOURCE = "A folder of shards, or a manifest."
 _OUT = "Gets captions.jsonl; the shards' own folder, for training with it."
@@ -36,22 +36,22 @@ def enrich(
     most_events: Annotated[int, typer.Option(help="Events a prompt.")] = 5,
 ) -> None:
     """Enrich training captions with a language model; goes on where it was stopped."""
-    need(batch >= 1, "--batch", "be at least 1", batch)
-    need(most_events >= 1, "--most-events", "be at least 1", most_events)
-    need(0 <= threshold <= 1, "--threshold", "be in [0, 1]", threshold)
-    need(0 <= seed < 2**32, "--seed", "be in [0, 2^32)", seed)
-    need(limit is None or limit >= 1, "--limit", "be at least 1", limit)
+    require(batch >= 1, "--batch", "be at least 1", batch)
+    require(most_events >= 1, "--most-events", "be at least 1", most_events)
+    require(0 <= threshold <= 1, "--threshold", "be in [0, 1]", threshold)
+    require(0 <= seed < 2**32, "--seed", "be in [0, 2^32)", seed)
+    require(limit is None or limit >= 1, "--limit", "be at least 1", limit)
     from flap_fast.commands.use import progress
-    from flap_fast.enrich.events import open_tagger
-    from flap_fast.enrich.prompts import prompt as named
-    from flap_fast.enrich.run import Recipe
-    from flap_fast.enrich.run import enrich as run
-    from flap_fast.enrich.sources import open_source
+    from flap_fast.tools.enrich.events import open_tagger
+    from flap_fast.tools.enrich.prompts import prompt as named
+    from flap_fast.tools.enrich.run import Recipe
+    from flap_fast.tools.enrich.run import enrich as run
+    from flap_fast.tools.enrich.sources import open_source
 
     asked = named(prompt, events=tagger != "none")
     clips = open_source(source, split).first(limit)
     hears = open_tagger(tagger)
-    from flap_fast.enrich.rewrite import LanguageModel
+    from flap_fast.tools.enrich.rewrite import LanguageModel
 
     drawing = {"chat": chat, "temperature": temperature, "top_p": top_p, "most_tokens": most_tokens}
     writer = LanguageModel(model, seed=seed, **drawing)

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flap_fast.checks import need
+from flap_fast.checks import require
 from flap_fast.commands.share import Distributors, ShardRange, shares
 
 if TYPE_CHECKING:
     from flap_fast.config import Audio
-    from flap_fast.data.jobs import Part, Prepared
+    from flap_fast.preparation.shard_tasks import Part, Prepared
 
 
 def prepare(
@@ -43,26 +43,28 @@ def prepare(
     distributor: Distributors = "threads",
 ) -> None:
     """Decode every clip once and write WebDataset shards; goes on where it was stopped."""
-    from flap_fast.data.prepare import prepare as write_shards
-    from flap_fast.data.sources import SENTENCES, SOURCES
+    from flap_fast.preparation.prepare import prepare as write_shards
+    from flap_fast.preparation.sources import SENTENCES, SOURCES
 
     known = (*SOURCES, *SENTENCES)
-    need(source is None or source in known, "--source", f"be one of {', '.join(known)}", source)
-    need(cache in (None, "mel"), "--cache", "be mel", cache)
-    need(shard_clips >= 1, "--shard-clips", "be at least 1", shard_clips)
-    need(threads >= 0, "--threads", "be at least 0", threads)
+    require(source is None or source in known, "--source", f"be one of {', '.join(known)}", source)
+    require(cache in (None, "mel"), "--cache", "be mel", cache)
+    require(shard_clips >= 1, "--shard-clips", "be at least 1", shard_clips)
+    require(threads >= 0, "--threads", "be at least 0", threads)
     share, kind = shares(shard_range, distributor)
     audio = _front_end(config, sample_rate_hz)
     if source is None and data.is_dir():
         shards = any(data.glob("*.tar")) or any(data.glob("*/*.tar"))
-        need(shards, "--source", f"be given for a folder, one of {', '.join(known)}", "nothing")
+        require(shards, "--source", f"be given for a folder, one of {', '.join(known)}", "nothing")
         source = "shards"
     if source is not None:
-        need(data.is_dir(), f"the data of --source {source}", "be an existing folder", data)
+        require(data.is_dir(), f"the data of --source {source}", "be an existing folder", data)
     if source in SENTENCES:
         options = {"--cache": cache, "--shard-range": shard_range, "--retry": retry or None}
         for name, value in options.items():
-            need(value is None, name, f"be left out with --source {source}, which is text", value)
+            require(
+                value is None, name, f"be left out with --source {source}, which is text", value
+            )
         _write_sentences(SENTENCES[source](data), out)
         return
     done = write_shards(
@@ -81,14 +83,14 @@ def prepare(
 
 def _front_end(config: Path | None, sample_rate_hz: int | None) -> Audio:
     """The front end of a config file, or of the defaults at a rate."""
-    from flap_fast.configfile import load_config
+    from flap_fast.config.file import load_config
 
     rate = () if sample_rate_hz is None else (f"audio.sample_rate_hz={sample_rate_hz}",)
     return load_config(config, list(rate)).audio
 
 
 def _write_sentences(splits: dict[str, list[Any]], out: Path) -> None:
-    from flap_fast.data.shards import write_atomically
+    from flap_fast.files import write_atomically
 
     out.mkdir(parents=True, exist_ok=True)
     for split, rows in splits.items():

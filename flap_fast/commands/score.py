@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flap_fast.checks import ConfigError, need
+from flap_fast.checks import ConfigError, require
 
 if TYPE_CHECKING:
-    from flap_fast.evaluate.subject import Subject
+    from flap_fast.evaluate.evaluated_model import EvaluatedModel
     from flap_fast.ranks import Ranks
 
 _MODEL = (
@@ -80,17 +80,17 @@ def open_subject(
     pool: str,
     ranks: Ranks,
     classes: tuple[str, ...] = (),
-) -> Subject:
+) -> EvaluatedModel:
     """A checkpoint, or a text encoder alone, ready to be asked.
 
     Args:
         settings: of the section `eval`; None leaves what the model was trained with.
     """
-    from flap_fast.configfile import load_config, parse_config
-    from flap_fast.data.captions import tokenizer
-    from flap_fast.evaluate.subject import text_tower, whole_model
-    from flap_fast.model.interop import load_model
-    from flap_fast.model.text_encoder import TextEncoder
+    from flap_fast.config.file import load_config, parse_config
+    from flap_fast.data.tokenize import tokenizer
+    from flap_fast.encoders.roberta.model import TransformersText
+    from flap_fast.evaluate.evaluated_model import text_tower, whole_model
+    from flap_fast.model.model_folder import load_model
 
     given = {name: value for name, value in settings.items() if value is not None}
 
@@ -100,7 +100,7 @@ def open_subject(
     if _is_text_encoder(model):
         base = load_config(None, [f"text.folder={model}", f"text.pool={pool}", "text.dropout=0"])
         config = parse_config(with_settings(base.model_dump()))
-        tower = TextEncoder(config.text).to(ranks.device).eval()
+        tower = TransformersText(config.text).to(ranks.device).eval()
         return text_tower(tower, config, tokenizer(config.text), ranks)
     flap, trained = load_model(Path(model), ranks.device)
     config = parse_config(with_settings(trained.model_dump()))
@@ -111,7 +111,7 @@ def read_classes(file: Path | None) -> tuple[str, ...]:
     """Class names from a text file, one a line, or from LAION's {"dog": 0, ...}."""
     if file is None:
         return ()
-    need(file.is_file(), "--classes", "name an existing file", file)
+    require(file.is_file(), "--classes", "name an existing file", file)
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -130,9 +130,9 @@ def read_classes(file: Path | None) -> tuple[str, ...]:
         names = text.splitlines()
     spoken = tuple(" ".join(str(name).replace("_", " ").split()) for name in names)
     spoken = tuple(name for name in spoken if name)
-    need(bool(spoken), str(file), "name classes", "none")
+    require(bool(spoken), str(file), "name classes", "none")
     twice = sorted({name for name in spoken if spoken.count(name) > 1})
-    need(not twice, str(file), "name each class once", ", ".join(twice[:3]))
+    require(not twice, str(file), "name each class once", ", ".join(twice[:3]))
     return spoken
 
 
@@ -146,7 +146,7 @@ def _is_text_encoder(model: str) -> bool:
 def _need_writable(name: str, file: Path) -> None:
     holds = not file.is_dir() and os.access(file.parent, os.W_OK)
     remedy = "name another file" if name.startswith("--") else "name a file with --out"
-    need(holds, name, "be a file in a folder that can be written", file, remedy)
+    require(holds, name, "be a file in a folder that can be written", file, remedy)
 
 
 def print_scores(scores: dict[str, Any]) -> None:
@@ -166,8 +166,8 @@ def print_scores(scores: dict[str, Any]) -> None:
 
 
 def _write_tables(scores: dict[str, Any], markdown: Path | None, latex: Path | None) -> None:
-    from flap_fast.data.shards import write_atomically
     from flap_fast.evaluate import tables
+    from flap_fast.files import write_atomically
 
     for file, write in ((markdown, tables.markdown), (latex, tables.latex)):
         if file is not None:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flap_fast.checks import need
+from flap_fast.checks import require
 from flap_fast.commands.share import Distributors, ShardRange, shares
 
 if TYPE_CHECKING:
-    from flap_fast.embedder import Embedder
-    from flap_fast.search import Index
+    from flap_fast.tools.embedder import Embedder
+    from flap_fast.tools.search import Index
 
 Model = Annotated[
     Path | None,
@@ -43,10 +43,10 @@ def embed(
     distributor: Distributors = "threads",
 ) -> None:
     """Embed sound files into a NumPy array; goes on where it was stopped."""
-    from flap_fast.embed_files import embed_files
-    from flap_fast.search import find_sounds
+    from flap_fast.tools.embed_files import embed_files
+    from flap_fast.tools.search import find_sounds
 
-    need(batch >= 1, "--batch", "be at least 1", batch)
+    require(batch >= 1, "--batch", "be at least 1", batch)
     share, kind = shares(shard_range, distributor)
     done = embed_files(
         _named(model),
@@ -84,18 +84,18 @@ def search(
     batch: Batch = 64,
 ) -> None:
     """Print the sounds nearest to a text, best first; each sound is embedded once."""
-    from flap_fast.search import find_sounds, open_index
+    from flap_fast.tools.search import find_sounds, open_index
 
-    need(top >= 1, "--top", "be at least 1", top)
+    require(top >= 1, "--top", "be at least 1", top)
     embedder = _open(model)
     if audio:
         folder = audio[0] if audio[0].is_dir() else audio[0].parent
         found = _updated(index or folder / ".flap-index", find_sounds(audio), embedder, crop, batch)
     else:
-        need(index is not None, "--audio or --index", "be given", "neither")
+        require(index is not None, "--audio or --index", "be given", "neither")
         found = open_index(index)  # type: ignore[arg-type] - checked above
         rule = "be made with this model"
-        need(found.model == embedder.identity, str(index), rule, "another's", "give --audio too")
+        require(found.model == embedder.identity, str(index), rule, "another's", "give --audio too")
     answers = found.nearest(embedder.embed_text(queries), top)
     for query, nearest in zip(queries, answers, strict=True):
         if len(queries) > 1:
@@ -118,14 +118,14 @@ def classify(
     batch: Batch = 64,
 ) -> None:
     """Print the likeliest class of each sound: file, class, probability, between tabs."""
-    from flap_fast.data.sound import BadSound
-    from flap_fast.search import find_sounds
+    from flap_fast.data.preprocess.waveform import BadSound
+    from flap_fast.tools.search import find_sounds
 
-    need(top >= 1, "--top", "be at least 1", top)
+    require(top >= 1, "--top", "be at least 1", top)
     from_file = "," not in labels and Path(labels).is_file()
     text = Path(labels).read_text() if from_file else labels.replace(",", "\n")
     names = list(dict.fromkeys(name.strip() for name in text.splitlines() if name.strip()))
-    need(len(names) > 1, "--labels", "name at least two classes", labels)
+    require(len(names) > 1, "--labels", "name at least two classes", labels)
     files = find_sounds(sounds)
     embedder = _open(model)
     vectors = embedder.embed_labels(names, template)
@@ -149,26 +149,26 @@ def _named(model: Path | None) -> Path:
         return model
     states = list(Path("runs").glob("*/checkpoints/step-*/state.json"))
     remedy = "name one with --model, or train one with: flap train CONFIG"
-    need(bool(states), "runs/", "hold a trained model", "none", remedy)
+    require(bool(states), "runs/", "hold a trained model", "none", remedy)
     newest = max(states, key=lambda state: state.stat().st_mtime).parents[2]
     print(f"model: {newest}, the newest in runs/", file=sys.stderr)
     return newest
 
 
 def _open(model: Path | None) -> Embedder:
-    from flap_fast.embedder import load
+    from flap_fast.tools.embedder import load
 
     return load(_named(model))
 
 
 def _updated(file: Path, sounds: list[Path], embedder: Embedder, crop: str, batch: int) -> Index:
     """The index of these sounds; what was done and what could not be is told on stderr."""
-    from flap_fast.search import plan_update, update_index
+    from flap_fast.tools.search import plan_update, update_index
 
     file.parent.mkdir(parents=True, exist_ok=True)
     writable = os.access(file.parent, os.W_OK)
     rule = "be in a folder that can be written"
-    need(writable, "the index", rule, file, "name another place with --index")
+    require(writable, "the index", rule, file, "name another place with --index")
     plan = plan_update(file, embedder, sounds, crop)
     if plan.anew:
         print(f"{file}: {plan.anew}; all sounds are embedded anew", file=sys.stderr)

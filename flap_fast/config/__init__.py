@@ -14,7 +14,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from flap_fast.checks import need
+from flap_fast.checks import require
 from flap_fast.config.audio import Audio, Fusion, Mask, SpecAug
 from flap_fast.config.loss import NLI, Contrastive, Cyclic, Loss, Recon, SimCSE
 from flap_fast.config.section import Count, CountOrZero, Folders, Section
@@ -144,7 +144,7 @@ class Config(Section):
             return self
         rule = "be left out where image is set, which replaces the audio tower"
         given = self.audio.model_dump(exclude_defaults=True)
-        need(not given, "audio", rule, ", ".join(given))
+        require(not given, "audio", rule, ", ".join(given))
         rule, remedy = "be {} where image is set", "leave it out"
         for name, value, wanted in (
             ("mask.kind", self.mask.kind, "none"),
@@ -154,12 +154,14 @@ class Config(Section):
             ("eval.crop", self.eval.crop, "center"),
             ("train.compile", self.train.compile, False),
         ):
-            need(value == wanted, name, rule.format(wanted), value, remedy)
+            require(value == wanted, name, rule.format(wanted), value, remedy)
         rule = "not be dali_mel where image is set"
-        need(self.frontend.backend != "dali_mel", "frontend.backend", rule, self.frontend.backend)
+        require(
+            self.frontend.backend != "dali_mel", "frontend.backend", rule, self.frontend.backend
+        )
         rule = "not name audio where image is set: its BatchNorms would count each image twice"
         again = self.train.checkpoint_activations
-        need("audio" not in again, "train.checkpoint_activations", rule, ", ".join(again))
+        require("audio" not in again, "train.checkpoint_activations", rule, ", ".join(again))
         return self
 
     @model_validator(mode="before")
@@ -179,16 +181,16 @@ class Config(Section):
         vit, recon = self.audio.encoder == "vit", self.loss.recon.weight
         rule = "be 'none' with audio.encoder = htsat, whose windows need every patch"
         remedy = "set mask.kind=none, or audio.encoder=vit"
-        need(vit or self.mask.kind == "none", "mask.kind", rule, self.mask.kind, remedy)
+        require(vit or self.mask.kind == "none", "mask.kind", rule, self.mask.kind, remedy)
         rule = "be 0 with audio.encoder = htsat, which drops no patches to rebuild"
-        need(vit or recon == 0, "loss.recon.weight", rule, recon, "set audio.encoder=vit")
+        require(vit or recon == 0, "loss.recon.weight", rule, recon, "set audio.encoder=vit")
         rule = "be off with audio.encoder = htsat, whose blocks are run as they are"
-        need(vit or not self.train.compile, "train.compile", rule, True)
+        require(vit or not self.train.compile, "train.compile", rule, True)
         return self
 
     @model_validator(mode="after")
     def _rebuilds_what_is_masked(self):
-        need(
+        require(
             self.loss.recon.weight == 0 or self.mask.kind != "none",
             "loss.recon.weight",
             "be 0 where nothing is masked",
@@ -200,13 +202,13 @@ class Config(Section):
     @model_validator(mode="after")
     def _fuses(self):
         if self.fusion.on:
-            need(
+            require(
                 self.fusion.max_duration_s >= self.audio.duration_s,
                 "fusion.max_duration_s",
                 f"be at least audio.duration_s = {self.audio.duration_s:g}",
                 self.fusion.max_duration_s,
             )
-            need(
+            require(
                 self.fusion.force_one or self.train.zero_stage < 3,
                 "fusion.force_one",
                 "be true with train.zero_stage = 3, whose ranks gather weights in step",
@@ -218,9 +220,9 @@ class Config(Section):
     def _two_views_differ(self):
         if self.loss.simcse.weight:
             rule = "be {} with loss.simcse, whose two views of a sentence differ by dropout alone"
-            need(not self.text.freeze, "text.freeze", rule.format("off"), self.text.freeze)
+            require(not self.text.freeze, "text.freeze", rule.format("off"), self.text.freeze)
             dropout = self.text.dropout
-            need(dropout > 0, "text.dropout", rule.format("above 0"), dropout, "0.1 is usual")
+            require(dropout > 0, "text.dropout", rule.format("above 0"), dropout, "0.1 is usual")
         return self
 
     @property
@@ -244,7 +246,7 @@ def _default(tree: dict, section: str, defaults: dict) -> None:
 def check_before_loading(config: Config, world: int) -> None:
     """Raise `ConfigError` for what a run of `world` ranks would only trip over later."""
     batch = config.train.global_batch
-    need(
+    require(
         batch % world == 0,
         "train.global_batch",
         f"be a multiple of the {world} ranks",
@@ -254,16 +256,16 @@ def check_before_loading(config: Config, world: int) -> None:
     check_micro_batch(config, world)
     for name in ("init_from", "init_audio_from"):
         folder, rule = getattr(config.train, name), "be an existing folder of weights"
-        need(folder is None or folder.is_dir(), f"train.{name}", rule, folder, "see flap import")
-    need(bool(config.data.train), "data.train", "name at least one folder of shards", "nothing")
+        require(folder is None or folder.is_dir(), f"train.{name}", rule, folder, "see flap import")
+    require(bool(config.data.train), "data.train", "name at least one folder of shards", "nothing")
     rule = "name files of sentences for loss.nli, and for loss.simcse.on = nli"
     there = bool(config.data.nli) or "premise" not in config.loss.sentences
-    need(there, "data.nli", rule, "nothing")
+    require(there, "data.nli", rule, "nothing")
     for file in config.data.nli:
-        need(file.exists(), "data.nli", "be existing files or folders of them", file)
+        require(file.exists(), "data.nli", "be existing files or folders of them", file)
     for name in ("train", "val"):
         for folder in getattr(config.data, name):
-            need(
+            require(
                 folder.is_dir(),
                 f"data.{name}",
                 "be existing folders of shards",
@@ -271,7 +273,7 @@ def check_before_loading(config: Config, world: int) -> None:
                 "write them with: flap prepare MANIFEST OUT (the demo's: make data)",
             )
     first = config.data.train[0]
-    need(
+    require(
         config.data.captions == "original"
         or any((folder / "captions.jsonl").is_file() for folder in config.data.train),
         "data.captions",
@@ -284,7 +286,7 @@ def check_before_loading(config: Config, world: int) -> None:
 def check_micro_batch(config: Config, world: int) -> None:
     """Raise `ConfigError` for a train.micro_batch that does not fill a rank's share."""
     share, micro = config.train.global_batch // world, config.train.micro_batch
-    need(
+    require(
         micro is None or share % micro == 0,
         "train.micro_batch",
         f"divide the {share} clips of train.global_batch that a rank of {world} has",

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from flap_fast.checks import need
+from flap_fast.checks import require
 from flap_fast.config.section import Count, CountOrZero, Positive, Ratio, Section
 
 # Width, depth and heads of the audio encoder. Source: SPEC 4.1; `tiny` is the demo's.
@@ -170,53 +170,55 @@ class Audio(Section):
         spoken = self.frames_of(self.samples)
         least = self.window
         rule = f"hold one window of {least * 1000 / self.sample_rate_hz:g} ms"
-        need(self.samples >= least, "audio.duration_s", rule, self.duration_s)
+        require(self.samples >= least, "audio.duration_s", rule, self.duration_s)
         if self.mel == "clap":
             rule = f"be in (audio.low_hz = {self.low_hz:g}, half of audio.sample_rate_hz]"
             fits = self.low_hz < self.high_hz <= self.sample_rate_hz / 2
-            need(fits, "audio.high_hz", rule, self.high_hz)
+            require(fits, "audio.high_hz", rule, self.high_hz)
         (self._fits_htsat if self.encoder == "htsat" else self._fits_vit)(spoken)
         return self
 
     def _fits_vit(self, spoken: int) -> None:
         width, _, heads = self.shape
-        need(width % heads == 0, "audio.width", f"be a multiple of audio.heads = {heads}", width)
-        need(width % 4 == 0, "audio.width", "be a multiple of 4 (2-D sine positions)", width)
+        require(width % heads == 0, "audio.width", f"be a multiple of audio.heads = {heads}", width)
+        require(width % 4 == 0, "audio.width", "be a multiple of 4 (2-D sine positions)", width)
         for name in ("frames", "mel_bins"):
             value = getattr(self, name)
-            need(value % self.patch == 0, f"audio.{name}", f"be a multiple of {self.patch}", value)
-        need(
+            require(
+                value % self.patch == 0, f"audio.{name}", f"be a multiple of {self.patch}", value
+            )
+        require(
             self.frames >= spoken,
             "audio.frames",
             f"hold the {spoken} frames of audio.duration_s = {self.duration_s:g}",
             self.frames,
             f"set audio.frames={math.ceil(spoken / self.patch) * self.patch}",
         )
-        need(
+        require(
             self.use_cls or self.pool != "cls",
             "audio.pool",
             "not be 'cls' without audio.use_cls",
             self.pool,
         )
         rule, remedy = "be left out for a ViT", "set audio.depth, or audio.encoder=htsat"
-        need(self.depths is None, "audio.depths", rule, self.depths, remedy)
+        require(self.depths is None, "audio.depths", rule, self.depths, remedy)
 
     def _fits_htsat(self, spoken: int) -> None:
         remedy = "set audio.depths, the blocks of each stage"
-        need(self.depth is None, "audio.depth", "be left out for HTSAT", self.depth, remedy)
+        require(self.depth is None, "audio.depth", "be left out for HTSAT", self.depth, remedy)
         sizes = ", ".join(HTSAT_SIZES)
-        need(self.size in HTSAT_SIZES, "audio.size", f"be one of HTSAT's {sizes}", self.size)
+        require(self.size in HTSAT_SIZES, "audio.size", f"be one of HTSAT's {sizes}", self.size)
         width, _, heads = self.stages[0]
-        need(width % heads == 0, "audio.width", f"be a multiple of audio.heads = {heads}", width)
-        need(
+        require(width % heads == 0, "audio.width", f"be a multiple of audio.heads = {heads}", width)
+        require(
             self.frames == spoken,
             "audio.frames",
             f"be the {spoken} frames of audio.duration_s = {self.duration_s:g} for HTSAT",
             self.frames,
             f"set audio.frames={spoken}",
         )
-        need(self.attention == "sdpa", "audio.attention", "be 'sdpa' for HTSAT", self.attention)
-        need(
+        require(self.attention == "sdpa", "audio.attention", "be 'sdpa' for HTSAT", self.attention)
+        require(
             self.image_side > 0,
             "audio.window_patches",
             f"divide each of {len(self.stages)} stages of a log-mel of {self.frames} frames and "

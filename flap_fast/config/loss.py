@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from flap_fast.checks import need
+from flap_fast.checks import require
 from flap_fast.config.section import Positive, Section
 
 
@@ -83,5 +83,5 @@ class Loss(Section):
         cyclic = self.cyclic.cross_weight + self.cyclic.in_weight
         of_text = self.simcse.weight + self.nli.weight
         weight = self.contrastive.weight + cyclic + of_text + self.recon.weight
-        need(weight > 0, "loss.contrastive.weight", "be above 0 where no other loss is", 0)
+        require(weight > 0, "loss.contrastive.weight", "be above 0 where no other loss is", 0)
         return self

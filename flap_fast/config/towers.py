@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from flap_fast.checks import need
+from flap_fast.checks import require
 from flap_fast.config.section import Count, Positive, Ratio, Section
 
 
@@ -77,12 +77,12 @@ class Text(Section):
         if self.encoder == "clip":
             remedy = "set text.encoder=roberta, which takes any encoder's folder"
             rule = "be left out with text.encoder = clip"
-            need(self.folder is None, "text.folder", rule, self.folder, remedy)
+            require(self.folder is None, "text.folder", rule, self.folder, remedy)
             rule = "be {} with text.encoder = clip"
-            need(self.pool == "pooler", "text.pool", rule.format("pooler"), self.pool)
-            need(self.packing != "packed", "text.packing", rule.format("padded"), self.packing)
-            need(self.attention == "sdpa", "text.attention", rule.format("sdpa"), self.attention)
-        need(
+            require(self.pool == "pooler", "text.pool", rule.format("pooler"), self.pool)
+            require(self.packing != "packed", "text.packing", rule.format("padded"), self.packing)
+            require(self.attention == "sdpa", "text.attention", rule.format("sdpa"), self.attention)
+        require(
             self.folder is not None or self.width % self.heads == 0,
             "text.width",
             f"be a multiple of text.heads = {self.heads}",
@@ -90,7 +90,7 @@ class Text(Section):
         )
         rule = "be 'sdpa' with text.packing = padded"
         fits = self.attention == "sdpa" or self.packing != "padded"
-        need(fits, "text.attention", rule, self.attention, "set text.packing=auto")
+        require(fits, "text.attention", rule, self.attention, "set text.packing=auto")
         return self
 
 
@@ -106,13 +106,13 @@ class Decoder(Section):
 
     @model_validator(mode="after")
     def _fits(self):
-        need(
+        require(
             self.width % self.heads == 0,
             "decoder.width",
             f"be a multiple of decoder.heads = {self.heads}",
             self.width,
         )
-        need(self.width % 4 == 0, "decoder.width", "be a multiple of 4 (2-D sines)", self.width)
+        require(self.width % 4 == 0, "decoder.width", "be a multiple of 4 (2-D sines)", self.width)
         return self
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from flap_fast.checks import need
+from flap_fast.checks import require
 from flap_fast.config.section import Count, CountOrZero, Positive, Ratio, Section
 
 Recomputed = Literal["audio", "text", "decoder"]
@@ -38,7 +38,7 @@ class Optim(Section):
     def _decays(self):
         rule = "be 0 with optim.name = adam, which would add it to the gradient"
         fits = self.name == "adamw" or self.weight_decay == 0
-        need(fits, "optim.weight_decay", rule, self.weight_decay, "set optim.name=adamw")
+        require(fits, "optim.weight_decay", rule, self.weight_decay, "set optim.name=adamw")
         return self
 
 
@@ -98,15 +98,15 @@ class Train(Section):
             given = self.epochs if "epochs" in self.model_fields_set else None
             rule = f"be left out with train.steps = {self.steps}"
             remedy = "set train.steps=null, or train.epochs=null for so many steps"
-            need(given is None, "train.epochs", rule, given, remedy)
+            require(given is None, "train.epochs", rule, given, remedy)
             object.__setattr__(self, "epochs", None)
-        need(
+        require(
             bool(self.epochs or self.steps), "train.epochs", "be set when train.steps is not", None
         )
         rule, audio = "be left out with train.init_from", self.init_audio_from
-        need(not (audio and self.init_from), "train.init_audio_from", rule, audio)
+        require(not (audio and self.init_from), "train.init_audio_from", rule, audio)
         rule = "be off with train.zero_stage = 3, whose hooks gather weights inside of each block"
-        need(not (self.compile and self.zero_stage == 3), "train.compile", rule, self.compile)
+        require(not (self.compile and self.zero_stage == 3), "train.compile", rule, self.compile)
         return self
 
     @model_validator(mode="after")
@@ -114,7 +114,7 @@ class Train(Section):
         lowest = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
         rule = f"be at least {lowest} with train.offload = {self.offload}"
         fits = self.zero_stage >= lowest
-        need(fits, "train.zero_stage", rule, self.zero_stage, f"set train.zero_stage={lowest}")
+        require(fits, "train.zero_stage", rule, self.zero_stage, f"set train.zero_stage={lowest}")
         return self
 
 

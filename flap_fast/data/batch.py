@@ -15,14 +15,14 @@ class Batch:
     Each with the caption drawn for this visit.
     """
 
-    mel: Tensor
+    media: Tensor
     """(B, 1, T, F) float32, normalised, SpecAug yet to come; (B, 4, T, F) with fusion; pictures:
     (B, 3, R, R)."""
     ids: Tensor
     """(S B, L) int64 tokens: of the B captions, then of the other S - 1 of `Loss.sentences`."""
     attention_mask: Tensor
     """(S B, L) int64, 1 on tokens and 0 on padding; on the CPU, for the host decides by it."""
-    visits: Tensor
+    sample_index: Tensor
     """(B,) int64: `step * global_batch + row`, keys the draws of masks and SpecAug."""
     clips: np.ndarray
     """(B,) int64: which clips of the shards these are."""

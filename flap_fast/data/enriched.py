@@ -18,8 +18,8 @@ import numpy as np
 
 from flap_fast.checks import ConfigError
 from flap_fast.config import Data
-from flap_fast.data.manifest import whole_characters
 from flap_fast.data.shards import ShardError, Shards
+from flap_fast.files import whole_characters
 
 FILE = "captions.jsonl"
 
@@ -57,7 +57,7 @@ class CaptionChoice:
         files = shards.place[:, 0]
         self._clips = np.arange(len(shards))
         self.files = files
-        """(V,): the shard of each of the V visits of an epoch, ascending; copies have their own."""
+        """(V,): the shard of each of an epoch's V samples, ascending; copies have their own."""
         if settings.captions == "original":
             return
         folders = {file.parent for file in shards.files}
@@ -69,7 +69,7 @@ class CaptionChoice:
             self.files = np.concatenate([files, files[copies] + len(shards.files)])
 
     def clips(self, drawn: np.ndarray, u: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-        """The (B,) clips of the (B,) visits drawn, and (B,) whether each reads richer captions.
+        """The (B,) clips of the (B,) samples drawn, and (B,) whether each reads richer captions.
 
         Args:
             u: a number in [0, 1) for each, for data.captions = mix.

@@ -13,17 +13,17 @@ from torch import Tensor
 
 from flap_fast.config import Config
 from flap_fast.data.batch import BadClip, Batch
-from flap_fast.data.captions import Tokenizer
-from flap_fast.data.decode import Encoded
-from flap_fast.data.draws import Stream, uniforms
 from flap_fast.data.enriched import CaptionChoice, clip_id, text_key
-from flap_fast.data.frontend import Mels, to_device
-from flap_fast.data.fusion import PIECES
-from flap_fast.data.order import Order
-from flap_fast.data.senses import Ears, Eyes, sense
+from flap_fast.data.preprocess.decode import Encoded
+from flap_fast.data.preprocess.front_end import MediaInput, to_device
+from flap_fast.data.preprocess.fusion import PIECES
+from flap_fast.data.preprocess.preprocessors import AudioPreprocessor, ImagePreprocessor, sense
+from flap_fast.data.preprocess.waveform import Unusable, crop_positions
+from flap_fast.data.random_streams import Stream, uniforms
+from flap_fast.data.sampler import Sampler
 from flap_fast.data.sentences import Sentences
 from flap_fast.data.shards import ShardError, Shards
-from flap_fast.data.sound import Unusable, crop_positions
+from flap_fast.data.tokenize import Tokenizer
 from flap_fast.ranks import Ranks
 
 _TRIES = 100
@@ -34,7 +34,7 @@ class _Share:
     """A rank's clips of one (micro-)batch while their sounds are being decoded."""
 
     step: int
-    visits: Tensor
+    sample_index: Tensor
     clips: np.ndarray
     richer: np.ndarray
     """(B,) whether a row reads the captions of `flap enrich`."""
@@ -54,7 +54,7 @@ class TrainingLoader:
     def __init__(self, config: Config, shards: Shards, tokenizer: Tokenizer, ranks: Ranks):
         batch = config.train.global_batch
         self._choice = CaptionChoice(config.data, shards)
-        self.order = Order(self._choice.files, batch, config.run.seed, config.data.shuffle_shards)
+        self.order = Sampler(self._choice.files, batch, config.run.seed, config.data.shuffle_shards)
         self.bad: list[BadClip] = []
         self._sentences = Sentences(config)
         self._config, self._shards, self._tokenizer, self._ranks = config, shards, tokenizer, ranks
@@ -89,16 +89,16 @@ class TrainingLoader:
         """What the tars hold of a part of a step; clips that lack something replaced."""
         before = self._ranks.rank * self._micro_batches + part
         rows = np.arange(self._clips) + before * self._clips
-        visits = torch.from_numpy(rows + step * self._config.train.global_batch)
+        sample_index = torch.from_numpy(rows + step * self._config.train.global_batch)
         seed = self._config.run.seed
-        which, mixed = uniforms(seed, Stream.CAPTION, visits, 2).T.tolist()
+        which, mixed = uniforms(seed, Stream.CAPTION, sample_index, 2).T.tolist()
         clips, richer = self._choice.clips(self.order.clips(step)[rows], mixed)
         share = _Share(
             step=step,
-            visits=visits,
+            sample_index=sample_index,
             clips=clips,
             richer=richer,
-            where=uniforms(seed, Stream.CROP, visits, 1 + PIECES).numpy(),
+            where=uniforms(seed, Stream.CROP, sample_index, 1 + PIECES).numpy(),
             captions=[],
             sounds=[],
             again=again,
@@ -134,10 +134,12 @@ class TrainingLoader:
         after = f"nor can the {_TRIES - 1} clips after it" if replace else remedy
         raise ShardError(f"{self._shards.name(wanted)} cannot be used ({why}); {after}")
 
-    def _repair(self, share: _Share, error: Unusable) -> Mels:
+    def _repair(self, share: _Share, error: Unusable) -> MediaInput:
         """The log-mels of a share with a clip that cannot be decoded, that clip replaced."""
         before = share.clips.copy()
-        which = uniforms(self._config.run.seed, Stream.CAPTION, share.visits, 1)[:, 0].tolist()
+        which = uniforms(self._config.run.seed, Stream.CAPTION, share.sample_index, 1)[
+            :, 0
+        ].tolist()
         for row in range(len(share.clips)):
             texts, share.sounds[row] = self._usable(share, row, check=True)
             if share.clips[row] != before[row]:
@@ -149,32 +151,32 @@ class TrainingLoader:
             ) from error
         return self._sense.together(share.sounds, share.where)
 
-    def _batch(self, share: _Share, heard: Mels) -> Batch:
+    def _batch(self, share: _Share, heard: MediaInput) -> Batch:
         device = self._ranks.device
-        rows = share.visits.numpy() - share.step * self._config.train.global_batch
+        rows = share.sample_index.numpy() - share.step * self._config.train.global_batch
         texts = self._sentences(share.step, rows, share.captions)
         ids, attention_mask = self._tokenizer(texts)
         return Batch(
-            mel=self._sense.finish(heard).mel,
+            media=self._sense.finish(heard).media,
             ids=to_device(ids, device),
             attention_mask=attention_mask.pin_memory() if device.type == "cuda" else attention_mask,
-            visits=to_device(share.visits, device),
+            sample_index=to_device(share.sample_index, device),
             clips=share.clips,
             epoch=self.order.epoch(share.step),
-            longer=self._one_at_least(heard.longer, share.visits),
+            longer=self._one_at_least(heard.longer, share.sample_index),
         )
 
-    def _one_at_least(self, longer: Tensor | None, visits: Tensor) -> Tensor | None:
+    def _one_at_least(self, longer: Tensor | None, sample_index: Tensor) -> Tensor | None:
         """With fusion.force_one, one of the clips where none is longer, drawn for this step."""
         if longer is None or longer.any() or not self._config.fusion.force_one:
             return longer
-        draws = uniforms(self._config.run.seed, Stream.CROP, visits, 2 + PIECES)[:, -1]
+        draws = uniforms(self._config.run.seed, Stream.CROP, sample_index, 2 + PIECES)[:, -1]
         return longer.index_fill(0, draws.argmin(), True)
 
 
 def evaluation_mels(
     config: Config, shards: Shards, clips: np.ndarray, ranks: Ranks
-) -> Iterator[Mels]:
+) -> Iterator[MediaInput]:
     """What the tower is fed with of the clips named, in their order, at most eval.batch at a time.
 
     Under eval.crop = multi:K each clip gives K of them in a row.
@@ -215,7 +217,9 @@ def _crop_key(shards: Shards, clip: int) -> int:
     return text_key(clip_id(shards, clip, shards.record(clip, captionless=True)))
 
 
-def _undecodable(shards: Shards, clips: np.ndarray, front: Ears | Eyes) -> Iterator[str]:
+def _undecodable(
+    shards: Shards, clips: np.ndarray, front: AudioPreprocessor | ImagePreprocessor
+) -> Iterator[str]:
     for clip in clips:
         try:
             front.check(shards.sound(clip))

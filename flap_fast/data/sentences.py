@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from flap_fast.config import Config
-from flap_fast.data.draws import Stream
-from flap_fast.data.manifest import ManifestError, read_rows, whole_characters
-from flap_fast.data.order import Order
+from flap_fast.data.random_streams import Stream
+from flap_fast.data.sampler import Sampler
+from flap_fast.files import ManifestError, read_rows, whole_characters
 
 Triple = tuple[str, str, str]
 
@@ -40,7 +40,7 @@ class Sentences:
         self._triples: list[Triple] = []
         if "premise" in self._names:
             self._triples = read_triples(config.data.nli)
-            self._order = Order(
+            self._order = Sampler(
                 np.zeros(len(self._triples), np.int64),
                 config.train.global_batch,
                 config.run.seed,

@@ -12,17 +12,13 @@ an index (LAION's own) are scanned once.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import functools
-import glob
 import io
 import json
 import os
 import re
-import secrets
 import tarfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +26,8 @@ from typing import Any
 import numpy as np
 
 from flap_fast.config import Config
-from flap_fast.data.manifest import as_utf8, whole_characters
-from flap_fast.data.sound import BadSound
+from flap_fast.data.preprocess.waveform import BadSound
+from flap_fast.files import as_utf8, whole_characters
 
 SOUNDS = ("flac", "wav", "ogg", "mp3", "opus")
 IMAGES = ("jpg", "jpeg", "png")
@@ -95,7 +91,7 @@ class Shards:
         return f"{self.files[file]} at byte {at}"
 
 
-def kept_as(config: Config) -> tuple[str, ...]:
+def shard_kinds(config: Config) -> tuple[str, ...]:
     """The kinds of shards that the config's tower can be fed with."""
     return ("sounds", "mels") if config.image is None else ("images",)
 
@@ -167,35 +163,6 @@ def pack(samples: Iterable[tuple[str, bytes, dict[str, Any]]]) -> tuple[bytes, s
             lines.append(" ".join(parts))
     index = "\n".join([f"v1.2 {len(lines)}", *lines]) + "\n"
     return buffer.getvalue(), index, len(lines)
-
-
-def write_atomically(file: Path, data: bytes | Callable[[], Iterable[bytes]]) -> None:
-    """Write all of `data` or nothing: a crash or a full disk leaves no half file.
-
-    Nor do two that write at once: the file is the one's or the other's.
-
-    Args:
-        data: the bytes, or what gives them piece by piece, where they are many.
-    """
-    for left in file.parent.glob(f"{glob.escape(file.name)}.*.part"):
-        left.unlink(missing_ok=True)  # by a process that was killed
-    part = file.with_name(f"{file.name}.{secrets.token_hex(4)}.part")
-    try:
-        with part.open("wb") as out:
-            out.writelines([data] if isinstance(data, bytes) else data())
-            out.flush()
-            os.fsync(out.fileno())
-        with contextlib.suppress(FileNotFoundError):
-            part.replace(file)
-            return
-    except OSError as error:
-        # A failed write does not say of which file.
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        remedy = "; make room and run the same command again" if full else ""
-        raise OSError(error.errno, f"{error.strerror}{remedy}", str(file)) from None
-    finally:
-        part.unlink(missing_ok=True)
-    write_atomically(file, data)  # another writer took the part for a dead one's
 
 
 def _check_sizes(file: Path, clips: dict[str, int | None]) -> None:

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flap_fast.config import Config
-from flap_fast.data.captions import Tokenizer
-from flap_fast.data.frontend import Mels
 from flap_fast.data.loader import evaluation_mels
+from flap_fast.data.preprocess.front_end import MediaInput
+from flap_fast.data.preprocess.waveform import BadSound
 from flap_fast.data.shards import ShardError, Shards
-from flap_fast.data.sound import BadSound
-from flap_fast.model.flap import Flap
+from flap_fast.data.tokenize import Tokenizer
+from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks
 
 Encode = Callable[[Tensor, Tensor], Tensor]
@@ -31,7 +31,7 @@ class Texts:
     """What is written of N sounds: M captions, and labels."""
 
     captions: Sequence[str]
-    owner: Sequence[int]
+    clip_of_caption: Sequence[int]
     """Of each caption the sound that it belongs to."""
     labels: tuple[tuple[str, ...], ...]
     """Of each sound its class names, often none; underscores have become spaces."""
@@ -41,18 +41,18 @@ class Texts:
 class Embeddings:
     """N sounds and their M captions, on every rank."""
 
-    audio: Tensor
+    media: Tensor
     """(N, d) float32, unit rows."""
     text: Tensor
     """(M, d) float32, unit rows."""
-    owner: Tensor
+    clip_of_caption: Tensor
     """(M,) int64: the sound that each caption belongs to."""
     labels: tuple[tuple[str, ...], ...]
     """Of each sound its class names, often none; underscores have become spaces."""
 
 
 def embed(
-    model: Flap,
+    model: TwoTowers,
     config: Config,
     tokenizer: Tokenizer,
     shards: Shards,
@@ -72,14 +72,14 @@ def embed(
     with evaluating(model):
         mine = share(len(shards), ranks)
         mels = _in_step(evaluation_mels(config, shards, mine, ranks), ranks)
-        audio = torch.cat([model.embed_audio(mel, longer=longer) for mel, longer in mels])
+        audio = torch.cat([model.embed_media(mel, longer=longer) for mel, longer in mels])
         if config.eval.crops > 1:
             crops = audio.unflatten(0, (-1, config.eval.crops))
             audio = functional.normalize(crops.mean(1), dim=-1)
         audio = finite(ranks.gather(audio)[: len(shards)], shards.name)
         text = text_embedder(model.embed_text, tokenizer, ranks, config.eval.batch)(texts.captions)
-    owner = torch.tensor(texts.owner, device=ranks.device).long()
-    return Embeddings(audio, text, owner, texts.labels)
+    clip_of_caption = torch.tensor(texts.clip_of_caption, device=ranks.device).long()
+    return Embeddings(audio, text, clip_of_caption, texts.labels)
 
 
 def text_embedder(encode: Encode, tokenizer: Tokenizer, ranks: Ranks, batch: int) -> EmbedTexts:
@@ -114,7 +114,7 @@ def finite(rows: Tensor, name: Callable[[int], str]) -> Tensor:
     return rows
 
 
-def _in_step(mels: Iterator[Mels], ranks: Ranks) -> Iterator[Mels]:
+def _in_step(mels: Iterator[MediaInput], ranks: Ranks) -> Iterator[MediaInput]:
     """The same batches, until a rank has one that it cannot read: then all raise.
 
     A rank that raised alone would leave the others waiting for its rows, or for its weights.
@@ -157,7 +157,7 @@ def share(count: int, ranks: Ranks) -> np.ndarray:
 def read_texts(shards: Shards) -> Texts:
     """All captions and labels; raises `ShardError` on a clip whose cannot be read."""
     captions: list[str] = []
-    owner: list[int] = []
+    clip_of_caption: list[int] = []
     labels: list[tuple[str, ...]] = []
     for clip in range(len(shards)):
         try:
@@ -167,9 +167,9 @@ def read_texts(shards: Shards) -> Texts:
                 f"{shards.name(clip)}: {why}; delete the tar and run the same flap prepare again"
             ) from None
         captions += record["text"]
-        owner += [clip] * len(record["text"])
+        clip_of_caption += [clip] * len(record["text"])
         labels.append(_labels(record.get("tag")))
-    return Texts(captions, owner, tuple(labels))
+    return Texts(captions, clip_of_caption, tuple(labels))
 
 
 def _labels(tag: object) -> tuple[str, ...]:

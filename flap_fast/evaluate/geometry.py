@@ -16,26 +16,26 @@ import math
 import torch
 from torch import Tensor
 
-from flap_fast.checks import need
+from flap_fast.checks import require
 from flap_fast.ranks import Ranks
 
 _TILE = 4096
 
 
 def geometry(
-    audio: Tensor, text: Tensor, owner: Tensor, ranks: Ranks | None = None
+    audio: Tensor, text: Tensor, clip_of_caption: Tensor, ranks: Ranks | None = None
 ) -> dict[str, float | None]:
     """Alignment and uniformity; every rank must ask, all get the same.
 
     Args:
         audio: (N, d) unit rows.
         text: (M, d) unit rows.
-        owner: (M,) int64, the sound that each caption belongs to.
+        clip_of_caption: (M,) int64, the sound that each caption belongs to.
     """
     need_pairs(len(text))
     ranks = ranks or Ranks()
     return {
-        "alignment": alignment(audio, text, owner),
+        "alignment": alignment(audio, text, clip_of_caption),
         "uniformity_audio": uniformity(audio, ranks),
         "uniformity_text": uniformity(text, ranks),
     }
@@ -43,12 +43,12 @@ def geometry(
 
 def need_pairs(captions: int) -> None:
     """Fail unless there are captions."""
-    need(captions > 0, "the geometry of pairs", "have captions", "none")
+    require(captions > 0, "the geometry of pairs", "have captions", "none")
 
 
-def alignment(audio: Tensor, text: Tensor, owner: Tensor) -> float:
+def alignment(audio: Tensor, text: Tensor, clip_of_caption: Tensor) -> float:
     """Mean squared distance of a caption from its sound, in [0, 4]."""
-    parts = zip(text.split(_TILE), owner.split(_TILE), strict=True)
+    parts = zip(text.split(_TILE), clip_of_caption.split(_TILE), strict=True)
     far = [(audio[o].double() - t.double()).square().sum() for t, o in parts]
     return (torch.stack(far).sum() / len(text)).item()
 

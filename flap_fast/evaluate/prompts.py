@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flap_fast.checks import ConfigError, need
+from flap_fast.checks import ConfigError, require
 
 LABEL = "{label}"
 SOUND = "This is a sound of {label}."
@@ -145,15 +145,15 @@ def prompts(templates: str) -> tuple[str, ...]:
         return (templates,)
     remedy = f"for example '{SOUND}'; sets: {', '.join(SETS)}"
     rule = "contain {label}, or name a set or a text file with one a line"
-    need(Path(templates).is_file(), "eval.templates", rule, templates, remedy)
+    require(Path(templates).is_file(), "eval.templates", rule, templates, remedy)
     try:
         text = Path(templates).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"eval.templates must name a UTF-8 text file: {error}") from None
     lines = tuple(line for line in text.splitlines() if line.strip())
-    need(bool(lines), "eval.templates", "name a file that is not empty", templates)
+    require(bool(lines), "eval.templates", "name a file that is not empty", templates)
     for line in lines:
-        need(LABEL in line, f"a line of {templates}", "contain {label}", line)
+        require(LABEL in line, f"a line of {templates}", "contain {label}", line)
     return lines
 
 

@@ -28,22 +28,22 @@ TOP = (1, 5, 10)
 
 
 def retrieval(
-    audio: Tensor, text: Tensor, owner: Tensor, ranks: Ranks | None = None
+    audio: Tensor, text: Tensor, clip_of_caption: Tensor, ranks: Ranks | None = None
 ) -> dict[str, dict[str, float] | int]:
     """Scores of both directions, shares in [0, 1]; every rank must ask, all get the same.
 
     Args:
         audio: (N, d) unit rows.
         text: (M, d) unit rows.
-        owner: (M,) int64, the sound that each caption belongs to; every sound has one.
+        clip_of_caption: (M,) int64, the sound that each caption belongs to; every sound has one.
     """
-    need_captions(owner.unique().numel(), len(audio))
+    need_captions(clip_of_caption.unique().numel(), len(audio))
     ranks = ranks or Ranks()
     return {
         "audio_to_text": audio_to_text(
-            caption_places(audio, text, owner, ranks), owner, len(audio)
+            caption_places(audio, text, clip_of_caption, ranks), clip_of_caption, len(audio)
         ),
-        "text_to_audio": text_to_audio(sound_places(audio, text, owner, ranks)),
+        "text_to_audio": text_to_audio(sound_places(audio, text, clip_of_caption, ranks)),
         "clips": len(audio),
         "captions": len(text),
     }
@@ -58,16 +58,16 @@ def need_captions(captioned: int, sounds: int) -> None:
         )
 
 
-def sound_places(audio: Tensor, text: Tensor, owner: Tensor, ranks: Ranks) -> Tensor:
+def sound_places(audio: Tensor, text: Tensor, clip_of_caption: Tensor, ranks: Ranks) -> Tensor:
     """(M,) int64: where each caption finds its sound among all sounds."""
-    captions = torch.arange(len(text), device=owner.device)
-    return places(text, captions, audio, owner, ranks)
+    captions = torch.arange(len(text), device=clip_of_caption.device)
+    return places(text, captions, audio, clip_of_caption, ranks)
 
 
-def caption_places(audio: Tensor, text: Tensor, owner: Tensor, ranks: Ranks) -> Tensor:
+def caption_places(audio: Tensor, text: Tensor, clip_of_caption: Tensor, ranks: Ranks) -> Tensor:
     """(M,) int64: where each caption's sound finds it among all captions."""
-    captions = torch.arange(len(text), device=owner.device)
-    return places(audio, owner, text, captions, ranks)
+    captions = torch.arange(len(text), device=clip_of_caption.device)
+    return places(audio, clip_of_caption, text, captions, ranks)
 
 
 def places(queries: Tensor, asks: Tensor, answers: Tensor, wanted: Tensor, ranks: Ranks) -> Tensor:
@@ -101,39 +101,39 @@ def text_to_audio(places: Tensor) -> dict[str, float]:
     return found | {"mAP@10": precision.mean().item()} | _mean_and_median(places)
 
 
-def audio_to_text(places: Tensor, owner: Tensor, sounds: int) -> dict[str, float]:
+def audio_to_text(places: Tensor, clip_of_caption: Tensor, sounds: int) -> dict[str, float]:
     """Scores of queries with one or more right answers: found if any of them is among the first k.
 
     Adds the share of a sound's captions among the first k (`frac_R@k`, DCASE's reading), and
     `mAP@10_laion`, LAION-CLAP's statistic, which leaves each sound's places unsorted (SPEC D23).
     """
     count = torch.zeros(sounds, dtype=torch.int64, device=places.device).index_add_(
-        0, owner, torch.ones_like(owner)
+        0, clip_of_caption, torch.ones_like(clip_of_caption)
     )
     best = torch.full_like(count, torch.iinfo(torch.int64).max)
-    best = best.scatter_reduce(0, owner, places, "amin")
+    best = best.scatter_reduce(0, clip_of_caption, places, "amin")
     scores = {f"R@{k}": _share(best < k) for k in TOP}
-    scores["mAP@10"] = _precision(places, owner, count, by_place=True)
+    scores["mAP@10"] = _precision(places, clip_of_caption, count, by_place=True)
     scores |= _mean_and_median(best)
-    scores["mAP@10_laion"] = _precision(places, owner, count, by_place=False)
+    scores["mAP@10_laion"] = _precision(places, clip_of_caption, count, by_place=False)
     for k in TOP:
         mine = torch.zeros(sounds, dtype=torch.float64, device=places.device)
-        mine.index_add_(0, owner, (places < k).double())
+        mine.index_add_(0, clip_of_caption, (places < k).double())
         scores[f"frac_R@{k}"] = (mine / count).mean().item()
     return scores
 
 
-def _precision(places: Tensor, owner: Tensor, count: Tensor, *, by_place: bool) -> float:
+def _precision(places: Tensor, clip_of_caption: Tensor, count: Tensor, *, by_place: bool) -> float:
     """Mean over sounds of sum_i i / (place_i + 1) / captions, over its captions in the first 10."""
     order = torch.arange(len(places), device=places.device)
     order = places.argsort(stable=True) if by_place else order
-    order = order[owner[order].argsort(stable=True)]
-    places, owner = places[order], owner[order]
+    order = order[clip_of_caption[order].argsort(stable=True)]
+    places, clip_of_caption = places[order], clip_of_caption[order]
     hit = (places < 10).double()
     total = hit.cumsum(0)
     first = torch.cat([count.new_zeros(1), count.cumsum(0)[:-1]])
-    earlier = (total - hit)[first][owner]  # hits of the sounds before this one
-    values = hit * (total - earlier) / (places.double() + 1) / count[owner]
+    earlier = (total - hit)[first][clip_of_caption]  # hits of the sounds before this one
+    values = hit * (total - earlier) / (places.double() + 1) / count[clip_of_caption]
     return (values.sum() / len(count)).item()
 
 
@@ -148,9 +148,9 @@ def _share(hits: Tensor) -> float:
     return hits.double().mean().item()
 
 
-def chance(owner: Tensor, sounds: int) -> dict[str, dict[str, float]]:
+def chance(clip_of_caption: Tensor, sounds: int) -> dict[str, dict[str, float]]:
     """R@k of a random order, for the same clips and captions."""
-    a2t = chance_of_any(owner.bincount(minlength=sounds), len(owner))
+    a2t = chance_of_any(clip_of_caption.bincount(minlength=sounds), len(clip_of_caption))
     t2a = {f"R@{k}": min(1.0, k / sounds) for k in TOP}
     return {"audio_to_text": a2t, "text_to_audio": t2a}
 

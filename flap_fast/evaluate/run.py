@@ -17,15 +17,16 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from flap_fast.checks import ConfigError, need
+from flap_fast.checks import ConfigError, require
 from flap_fast.config import Config
-from flap_fast.data.captions import Tokenizer
-from flap_fast.data.shards import Shards, kept_as, open_shards, write_atomically
+from flap_fast.data.shards import Shards, open_shards, shard_kinds
+from flap_fast.data.tokenize import Tokenizer
 from flap_fast.evaluate import NEEDS, OF_CLIPS, OF_SENTENCES, OF_SETTINGS, TASKS
 from flap_fast.evaluate.embed import Texts, evaluating, read_texts
+from flap_fast.evaluate.evaluated_model import EvaluatedModel, whole_model
 from flap_fast.evaluate.retrieval import TOP
-from flap_fast.evaluate.subject import Subject, whole_model
-from flap_fast.model.flap import Flap
+from flap_fast.files import write_atomically
+from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks
 
 Scores = dict[str, Any]
@@ -34,7 +35,7 @@ _SENTEVAL = ("STS", "SICK", "MR", "CR", "SUBJ", "MPQA", "SST", "TREC", "MRPC")
 
 
 def evaluate(
-    model: Flap,
+    model: TwoTowers,
     config: Config,
     tokenizer: Tokenizer,
     folders: Sequence[Path],
@@ -46,7 +47,7 @@ def evaluate(
         return score(subject, folders, ("retrieval",))
 
 
-def score(subject: Subject, data: Sequence[Path], tasks: Sequence[str] = ()) -> Scores:
+def score(subject: EvaluatedModel, data: Sequence[Path], tasks: Sequence[str] = ()) -> Scores:
     """All tasks on the data that each is for; every rank must ask, all get the same.
 
     Args:
@@ -80,9 +81,9 @@ def score(subject: Subject, data: Sequence[Path], tasks: Sequence[str] = ()) -> 
     return found
 
 
-def open_for(subject: Subject, folder: Path, tasks: Sequence[str]) -> tuple[Shards, Texts]:
+def open_for(subject: EvaluatedModel, folder: Path, tasks: Sequence[str]) -> tuple[Shards, Texts]:
     """Shards and what is written in them, held to what the tasks need; nothing is embedded yet."""
-    shards = open_shards([folder], kept_as(subject.config))
+    shards = open_shards([folder], shard_kinds(subject.config))
     texts = read_texts(shards)
     for task in tasks:
         NEEDS[task](subject, texts)
@@ -90,9 +91,9 @@ def open_for(subject: Subject, folder: Path, tasks: Sequence[str]) -> tuple[Shar
 
 
 def _check(tasks: Sequence[str], of_sentences: dict[Path, bool]) -> None:
-    need(bool(tasks), "DATA or --tasks", "say what to score", "neither")
+    require(bool(tasks), "DATA or --tasks", "say what to score", "neither")
     for task in tasks:
-        need(task in TASKS, "a task", f"be one of {', '.join(TASKS)}", task)
+        require(task in TASKS, "a task", f"be one of {', '.join(TASKS)}", task)
     kinds = (
         (OF_CLIPS, False, "a folder of shards"),
         (OF_SENTENCES, True, "a file or folder of sentences"),
@@ -100,12 +101,12 @@ def _check(tasks: Sequence[str], of_sentences: dict[Path, bool]) -> None:
     for some, kind, what in kinds:
         asked = [task for task in tasks if task in some]
         there = kind in of_sentences.values()
-        need(there or not asked, f"the data of {', '.join(asked)}", f"name {what}", "none")
+        require(there or not asked, f"the data of {', '.join(asked)}", f"name {what}", "none")
     for path, sentences in of_sentences.items():
         some = OF_SENTENCES if sentences else OF_CLIPS
         wanted = any(task in some for task in tasks)
         rule = f"be wanted by a task, one of {', '.join(some)}"
-        need(wanted, str(path), rule, ", ".join(tasks))
+        require(wanted, str(path), rule, ", ".join(tasks))
 
 
 def holds_sentences(path: Path) -> bool:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from torch.nn import functional
 
-from flap_fast.checks import ConfigError, need
+from flap_fast.checks import ConfigError, require
 from flap_fast.evaluate.embed import EmbedTexts
 
 YEARS = {
@@ -63,7 +63,7 @@ def similarity(texts: EmbedTexts, path: Path) -> dict[str, Any]:
     scores: dict[str, Any] = {}
     for name, pairs in found.items():
         judged = len(set(pairs.judged))
-        need(judged > 1, f"{path}, {name},", "hold pairs of two judgements at least", judged)
+        require(judged > 1, f"{path}, {name},", "hold pairs of two judgements at least", judged)
     for name, pairs in found.items():
         rows = functional.normalize(texts(pairs.first + pairs.second).double(), dim=-1)
         first, second = rows.chunk(2)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from flap_fast.checks import need
+from flap_fast.checks import require
 from flap_fast.evaluate.embed import EmbedTexts, share
 from flap_fast.evaluate.prompts import fill
 from flap_fast.evaluate.retrieval import TOP, audio_to_text, chance_of_any, places
@@ -48,14 +48,16 @@ def zero_shot(
     named = [own for own in labels if own]
     audio = audio[torch.tensor([bool(own) for own in labels], device=audio.device)]
     pairs = [(n, known[name]) for n, own in enumerate(named) for name in own]
-    owner, wanted = torch.tensor(pairs, device=audio.device).T
+    clip_of_caption, wanted = torch.tensor(pairs, device=audio.device).T
     vectors = class_vectors(texts, list(known), templates)
 
-    found = audio_to_text(places(audio, owner, vectors, wanted, ranks), owner, len(audio))
+    found = audio_to_text(
+        places(audio, clip_of_caption, vectors, wanted, ranks), clip_of_caption, len(audio)
+    )
     scores: dict[str, Any] = {f"top_{k}": found[f"R@{k}"] for k in TOP}
     scores |= {name: found[name] for name in ("mAP@10", "mean_rank", "median_rank")}
-    scores["mAP"] = _mean_precision(audio, vectors, owner, wanted, ranks)
-    by_chance = chance_of_any(owner.bincount(minlength=len(audio)), len(known))
+    scores["mAP"] = _mean_precision(audio, vectors, clip_of_caption, wanted, ranks)
+    by_chance = chance_of_any(clip_of_caption.bincount(minlength=len(audio)), len(known))
     scores["chance"] = {f"top_{k}": by_chance[f"R@{k}"] for k in TOP}
     counts = {"clips": len(audio), "unlabelled": len(labels) - len(audio), "classes": len(known)}
     return scores | counts | {"templates": len(templates)}
@@ -64,10 +66,10 @@ def zero_shot(
 def classes_of(labels: Sequence[Sequence[str]], classes: Sequence[str]) -> dict[str, int]:
     """The number of each class; raises `ConfigError` as `zero_shot` does."""
     there = sorted({name for own in labels for name in own})
-    need(bool(there), "zero-shot data", "have labels", "none", "name them in the manifest")
+    require(bool(there), "zero-shot data", "have labels", "none", "name them in the manifest")
     known = {name: n for n, name in enumerate(classes or there)}
     strange = [name for name in there if name not in known]
-    need(not strange, "a label", f"be one of the {len(known)} classes", ", ".join(strange[:3]))
+    require(not strange, "a label", f"be one of the {len(known)} classes", ", ".join(strange[:3]))
     return known
 
 
@@ -79,14 +81,14 @@ def class_vectors(texts: EmbedTexts, classes: Sequence[str], templates: Sequence
 
 
 def _mean_precision(
-    audio: Tensor, vectors: Tensor, owner: Tensor, wanted: Tensor, ranks: Ranks
+    audio: Tensor, vectors: Tensor, clip_of_caption: Tensor, wanted: Tensor, ranks: Ranks
 ) -> float:
     """Mean average precision over the classes that a sound has; each rank takes some of them."""
     there = wanted.unique()
     own = []
     for n in there[torch.from_numpy(share(len(there), ranks)).to(there.device)].tolist():
         right = torch.zeros(len(audio), dtype=torch.bool, device=audio.device)
-        right[owner[wanted == n]] = True
+        right[clip_of_caption[wanted == n]] = True
         own.append(average_precision(audio.float() @ vectors[n], right))
     return ranks.gather(torch.stack(own))[: len(there)].mean().item()
 

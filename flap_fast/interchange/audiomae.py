@@ -17,10 +17,10 @@ import re
 import torch
 from torch import Tensor
 
-from flap_fast.checks import need
+from flap_fast.checks import require
 from flap_fast.config.audio import SIZES
+from flap_fast.encoders.vit.patches import sine_positions
 from flap_fast.interchange.tensors import Tensors
-from flap_fast.model.patches import sine_positions
 
 _IGNORED = re.compile(r"head\..*|decoder_.*|mask_token")
 _RENAMED = {
@@ -84,7 +84,7 @@ def audiomae_settings(theirs: Tensors, ours: Tensors, overrides: list[str]) -> l
     heads = next((h for w, d, h in SIZES.values() if (w, d) == (width, depth)), None)
     given = any(override.startswith("audio.heads=") for override in overrides)
     rule = f"be given: {width} x {depth} is no size of a ViT known here"
-    need(heads is not None or given, "audio.heads", rule, heads, "add audio.heads=N")
+    require(heads is not None or given, "audio.heads", rule, heads, "add audio.heads=N")
     settings = [
         "audio.encoder=vit",
         *(f"audio.width={width}", f"audio.depth={depth}", f"audio.heads={heads or 1}"),

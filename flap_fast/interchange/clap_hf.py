@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from transformers import ClapConfig, ClapFeatureExtractor, ClapTextConfig, RobertaConfig
 
-from flap_fast.checks import ConfigError, need
+from flap_fast.checks import ConfigError, require
 from flap_fast.config import Config
 from flap_fast.interchange.htsat_names import htsat_from_hf, htsat_to_hf
 from flap_fast.interchange.tensors import Tensors, read_tensors
@@ -114,12 +114,12 @@ def _head(name: str, source: int, target: int) -> str:
 
 def read_json(file: Path) -> dict[str, Any]:
     """A settings file of a folder."""
-    need(file.is_file(), str(file.parent), f"hold {file.name}", "none")
+    require(file.is_file(), str(file.parent), f"hold {file.name}", "none")
     try:
         found = json.loads(file.read_text())
     except ValueError as error:
         raise ConfigError(f"{file} must be JSON: {error}") from None
-    need(isinstance(found, dict), str(file), "hold an object", type(found).__name__)
+    require(isinstance(found, dict), str(file), "hold an object", type(found).__name__)
     return found
 
 
@@ -128,7 +128,7 @@ def _heard(folder: Path) -> dict[str, Any]:
     processor = folder / "processor_config.json"
     if processor.is_file() and not (folder / "preprocessor_config.json").is_file():
         inside = read_json(processor).get("feature_extractor")
-        need(isinstance(inside, dict), str(processor), "hold feature_extractor", inside)
+        require(isinstance(inside, dict), str(processor), "hold feature_extractor", inside)
         return inside  # type: ignore[return-value] - checked above
     return read_json(folder / "preprocessor_config.json")
 
@@ -138,7 +138,7 @@ def check_spec_size(folder: Path, config: Config) -> None:
     theirs: Any = ClapConfig.from_dict(read_json(folder / "config.json"))
     side, size = config.audio.image_side, theirs.audio_config.spec_size
     rule = f"be {side}, the side of {config.audio.frames} frames of {config.audio.mel_bins} bins"
-    need(size == side, "audio_config.spec_size", rule, size)
+    require(size == side, "audio_config.spec_size", rule, size)
 
 
 def read_clap(folder: Path) -> tuple[Tensors, list[str], RobertaConfig]:
@@ -148,7 +148,7 @@ def read_clap(folder: Path) -> tuple[Tensors, list[str], RobertaConfig]:
     file = next(
         (f for f in ("model.safetensors", "pytorch_model.bin") if (folder / f).is_file()), None
     )
-    need(file is not None, str(folder), "hold model.safetensors or pytorch_model.bin", "neither")
+    require(file is not None, str(folder), "hold model.safetensors or pytorch_model.bin", "neither")
     text: Any = theirs.text_config
     config = RobertaConfig(**{name: getattr(text, name) for name in _TEXT})
     settings = [*_encoder_settings(theirs), *_front_end_settings(heard)]
@@ -160,16 +160,16 @@ def _encoder_settings(theirs: ClapConfig) -> list[str]:
     audio: Any = theirs.audio_config
     for name, value in _FIXED.items():
         found = getattr(audio, name)
-        need(found == value, f"audio_config.{name}", f"be {value}", found)
+        require(found == value, f"audio_config.{name}", f"be {value}", found)
     fusion = audio.fusion_type if audio.enable_fusion else "none"
-    need(fusion in _FUSIONS, "audio_config.fusion_type", f"be one of {_FUSIONS}", fusion)
+    require(fusion in _FUSIONS, "audio_config.fusion_type", f"be one of {_FUSIONS}", fusion)
     stride = audio.patch_stride
     stride = (stride, stride) if isinstance(stride, int) else tuple(stride)
     rule = f"be the patch_size {audio.patch_size} twice"
-    need(stride == (audio.patch_size,) * 2, "audio_config.patch_stride", rule, stride)
+    require(stride == (audio.patch_size,) * 2, "audio_config.patch_stride", rule, stride)
     heads = [audio.num_attention_heads[0] << n for n in range(len(audio.depths))]
     found = list(audio.num_attention_heads)
-    need(found == heads, "audio_config.num_attention_heads", f"be {heads}, doubled", found)
+    require(found == heads, "audio_config.num_attention_heads", f"be {heads}, doubled", found)
     return [
         "audio.encoder=htsat",
         f"audio.width={audio.patch_embeds_hidden_size}",
@@ -189,10 +189,12 @@ def _front_end_settings(heard: dict[str, Any]) -> list[str]:
         *("frequency_min", "frequency_max", "truncation", "padding"),
     )
     missing = [name for name in names if name not in heard]
-    need(not missing, "preprocessor_config.json", f"say {', '.join(names)}", f"no {missing}")
+    require(not missing, "preprocessor_config.json", f"say {', '.join(names)}", f"no {missing}")
     rate = heard["sampling_rate"]
     for name, value in (("fft_window_size", 1024), ("hop_length", rate // 100)):
-        need(heard[name] == value, f"preprocessor_config.json: {name}", f"be {value}", heard[name])
+        require(
+            heard[name] == value, f"preprocessor_config.json: {name}", f"be {value}", heard[name]
+        )
     variant = "htk_none" if heard["truncation"] == "fusion" else "slaney_norm"
     return [
         f"audio.sample_rate_hz={rate}",

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flap_fast.checks import ConfigError, need
+from flap_fast.checks import ConfigError, require
 from flap_fast.config import Config
-from flap_fast.data.captions import CLIP_TOKENS, tokenizer
+from flap_fast.data.tokenize import CLIP_TOKENS, tokenizer
 from flap_fast.interchange.tensors import Saved, Tensors
 
 ORIGIN = "origin.json"
@@ -111,7 +111,7 @@ def openai_settings(theirs: Mapping[str, Tensor]) -> list[str]:
 def _shape(theirs: Mapping[str, Tensor], name: str, axes: int) -> tuple[int, ...]:
     shape = tuple(theirs[name].shape) if name in theirs else None
     rule = f"be a CLIP's with a ResNet (RN50, RN101, ...), with {name} of {axes} axes"
-    need(shape is not None and len(shape) == axes, "the checkpoint", rule, shape)
+    require(shape is not None and len(shape) == axes, "the checkpoint", rule, shape)
     assert shape is not None
     return shape
 
@@ -127,7 +127,7 @@ def check_tokenizer(theirs: Mapping[str, Tensor], config: Config) -> None:
     rule = f"have the {wanted} tokens of {_TABLE}"
     remedy = "give text.tokenizer=FOLDER of the one it was trained with"
     got = f"{found} of {config.text.tokenizer}"
-    need(found == wanted, "text.tokenizer", rule, got, remedy)
+    require(found == wanted, "text.tokenizer", rule, got, remedy)
 
 
 def keep_origin(folder: Path, saved: Saved, prefix: str) -> None:

@@ -20,10 +20,10 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import nn
 
-from flap_fast.checks import need
+from flap_fast.checks import require
 from flap_fast.config import Config
-from flap_fast.configfile import dump_config, load_config
-from flap_fast.data.captions import tokenizer
+from flap_fast.config.file import dump_config, load_config
+from flap_fast.data.tokenize import tokenizer
 from flap_fast.interchange import audiomae, clap_hf, clip_openai, flap_hf, laion
 from flap_fast.interchange.tensors import (
     Tensors,
@@ -34,8 +34,7 @@ from flap_fast.interchange.tensors import (
 )
 from flap_fast.model import AUDIO_ENCODERS
 from flap_fast.model.decoder import Decoder
-from flap_fast.model.flap import Flap
-from flap_fast.model.interop import (
+from flap_fast.model.model_folder import (
     TOWER,
     load_model,
     model_folder,
@@ -43,6 +42,7 @@ from flap_fast.model.interop import (
     save_tensors,
     with_text,
 )
+from flap_fast.model.two_towers import TwoTowers
 
 UNUSED = "unused.safetensors"
 # What DistributedDataParallel puts before names, of LAION's and CyCLIP's files.
@@ -73,7 +73,7 @@ def import_checkpoint(
     Raises:
         ConfigError: another layout, or tensors that do not fit, each of them named.
     """
-    need(path.exists(), "the checkpoint", "exist", path)
+    require(path.exists(), "the checkpoint", "exist", path)
     with _appearing(out) as folder:
         if path.is_dir():
             return _import_folder(path, folder, out, overrides, strip, partial)
@@ -102,7 +102,7 @@ def import_checkpoint(
         )
         first = ", ".join(list(tensors)[:3])
         remedy = "--strip PREFIX shortens names"
-        need(audiomae.is_audiomae(tensors), str(path), f"have {known} names", first, remedy)
+        require(audiomae.is_audiomae(tensors), str(path), f"have {known} names", first, remedy)
         found = audiomae.from_audiomae(tensors, decoder=decoder)
         config = _audiomae_config(tensors, found, list(overrides))
         return _write_tower(path, folder, out, config, found, partial, decoder)
@@ -117,17 +117,17 @@ def _import_folder(
     partial: bool,
 ) -> str:
     rule = "be another project's folder: this one's opens as it is, or with train.init_from"
-    need(not (path / "config.yaml").is_file(), "the checkpoint", rule, path)
+    require(not (path / "config.yaml").is_file(), "the checkpoint", rule, path)
     kind = clap_hf.read_json(path / "config.json").get("model_type")
     if kind == flap_hf.MODEL_TYPE:
         found, config = flap_hf.read_flap(path)
-        need(not overrides, "NAME=VALUE", "be left out for a FLAP's folder", " ".join(overrides))
+        require(not overrides, "NAME=VALUE", "be left out for a FLAP's folder", " ".join(overrides))
         return _write_model(path, folder, out, config, found, {}, partial)
-    need(kind == "clap", f"{path}/config.json: model_type", "be clap or flap", kind)
+    require(kind == "clap", f"{path}/config.json: model_type", "be clap or flap", kind)
     tensors, settings, text = clap_hf.read_clap(path)
     found, unused = clap_hf.from_clap(strip_prefixes(tensors, strip))
     files = [path / name for name in _TOKENIZER if (path / name).is_file()]
-    need(bool(files), str(path), f"hold a tokenizer's files ({', '.join(_TOKENIZER)})", "none")
+    require(bool(files), str(path), f"hold a tokenizer's files ({', '.join(_TOKENIZER)})", "none")
     with TemporaryDirectory() as words:
         text.save_pretrained(words)
         for file in files:
@@ -141,7 +141,7 @@ def _laion_config(tensors: Tensors, overrides: Sequence[str]) -> Config:
     config = load_config(None, [*laion.laion_settings(tensors), *overrides])
     rule = "name a RoBERTa's folder, for its tokenizer and its settings"
     remedy = "hf download FacebookAI/roberta-base --local-dir models/roberta-base"
-    need(config.text.folder is not None, "text.folder", rule, config.text.folder, remedy)
+    require(config.text.folder is not None, "text.folder", rule, config.text.folder, remedy)
     laion.check_mel(tensors, config)
     return config
 
@@ -156,7 +156,7 @@ def _write_model(
     partial: bool,
 ) -> str:
     torch.manual_seed(config.run.seed)
-    model = Flap(config, weights=False)
+    model = TwoTowers(config, weights=False)
     save_model(
         folder, config, model, fitted_tensors(found, model.state_dict(), path, partial=partial)
     )
@@ -212,7 +212,7 @@ def export_checkpoint(path: Path, out: Path) -> str:
         else:
             file = clip_openai.laid_out(folder, clip_openai.to_openai(weights) | unused)
             whose = "OpenAI"
-        need(not out.exists(), "OUT", "be new", out)
+        require(not out.exists(), "OUT", "be new", out)
         out.parent.mkdir(parents=True, exist_ok=True)
         torch.save(file, out)
         return f"{whose}'s layout"
@@ -235,7 +235,7 @@ def _laion_file(
 ) -> dict[str, Tensors]:
     rule = f"be a folder where {folder} was not imported from a .pt, whose unused layers that holds"
     remedy = "export to a folder, for transformers"
-    need(any("tscam_conv" in name for name in unused), "OUT", rule, out, remedy)
+    require(any("tscam_conv" in name for name in unused), "OUT", rule, out, remedy)
     theirs = laion.to_laion(weights, unused)
     return {"state_dict": {prefix + name: value for name, value in theirs.items()}}
 
@@ -256,7 +256,7 @@ def _prefix(tensors: Tensors) -> str:
 @contextmanager
 def _appearing(out: Path) -> Iterator[Path]:
     """A folder to write into, which becomes `out` if nothing is raised inside."""
-    need(not out.exists() or (out.is_dir() and not any(out.iterdir())), "OUT", "be new", out)
+    require(not out.exists() or (out.is_dir() and not any(out.iterdir())), "OUT", "be new", out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as place:
         inside = Path(place) / "whole"

@@ -13,9 +13,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from flap_fast.checks import ConfigError, need
+from flap_fast.checks import ConfigError, require
 from flap_fast.config import Config
-from flap_fast.configfile import parse_config
+from flap_fast.config.file import parse_config
+from flap_fast.encoders.roberta.model import save_text_files
 from flap_fast.interchange.clap_hf import (
     clap_text_config,
     read_json,
@@ -23,14 +24,13 @@ from flap_fast.interchange.clap_hf import (
     why_no_clap_text,
 )
 from flap_fast.interchange.tensors import Tensors, read_tensors
-from flap_fast.model.flap import Flap
-from flap_fast.model.interop import save_tensors, with_text
-from flap_fast.model.text_encoder import save_text_files
+from flap_fast.model.model_folder import save_tensors, with_text
+from flap_fast.model.two_towers import TwoTowers
 
 MODEL_TYPE = "flap"
 
 
-def write_flap(folder: Path, config: Config, model: Flap, weights: Tensors) -> str:
+def write_flap(folder: Path, config: Config, model: TwoTowers, weights: Tensors) -> str:
     """Write the folder; gives why it has no clap_text/, empty if it has."""
     tree = {"model_type": MODEL_TYPE, "architectures": ["Flap"]}
     tree["config"] = config.model_dump(mode="json")
@@ -56,5 +56,5 @@ def read_flap(folder: Path) -> tuple[Tensors, Config]:
     if not isinstance(tree, dict):
         raise ConfigError(f"{file} must hold the model's config, got {tree!r}")
     weights = folder / "model.safetensors"
-    need(weights.is_file(), str(folder), f"hold {weights.name}", "none")
+    require(weights.is_file(), str(folder), f"hold {weights.name}", "none")
     return read_tensors(weights), with_text(parse_config(tree), folder / "text")

@@ -16,9 +16,9 @@ import re
 
 import torch
 
-from flap_fast.checks import need
+from flap_fast.checks import require
 from flap_fast.config import Config
-from flap_fast.data.mel_clap import mel_matrix
+from flap_fast.data.preprocess.mel_clap import mel_matrix
 from flap_fast.interchange.tensors import Tensors
 
 # This project's begin of a name, and LAION's.
@@ -90,14 +90,16 @@ def _renamed(name: str, source: int, target: int) -> str:
 def laion_settings(tensors: Tensors) -> list[str]:
     """The settings that the shapes tell, as overrides of the defaults."""
     settings = htsat_settings(tensors)
-    need(_HEAD in tensors, "the checkpoint", f"hold {_HEAD} of a LAION-CLAP with HTSAT", "none")
+    require(_HEAD in tensors, "the checkpoint", f"hold {_HEAD} of a LAION-CLAP with HTSAT", "none")
     return [*settings, f"joint.width={tensors[_HEAD].shape[0]}", "text.pool=pooler"]
 
 
 def htsat_settings(tensors: Tensors) -> list[str]:
     """The same of its audio tower."""
     for name in (_PATCHES, _TABLE, _FIRST_NORM):
-        need(name in tensors, "the checkpoint", f"hold {name} of a LAION-CLAP with HTSAT", "none")
+        require(
+            name in tensors, "the checkpoint", f"hold {name} of a LAION-CLAP with HTSAT", "none"
+        )
     patches, table = tensors[_PATCHES], tensors[_TABLE]
     blocks = re.compile(r"audio_branch\.layers\.(\d+)\.blocks\.(\d+)\.").match
     places = {tuple(map(int, found.groups())) for found in map(blocks, tensors) if found}
@@ -135,4 +137,4 @@ def check_mel(tensors: Tensors, config: Config) -> None:
     same = theirs.shape == ours.shape and torch.allclose(theirs.double(), ours, atol=1e-6)
     rule = f"give the mel matrix in {_MEL}"
     remedy = "set audio.sample_rate_hz, low_hz and high_hz to what it was trained with"
-    need(same, "audio.mel_variant", rule, config.audio.mel_variant, remedy)
+    require(same, "audio.mel_variant", rule, config.audio.mel_variant, remedy)

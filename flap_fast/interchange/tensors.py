@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flap_fast.checks import ConfigError, need
+from flap_fast.checks import ConfigError, require
 
 Tensors = dict[str, Tensor]
 # Where checkpoints keep their state dict, beside an optimizer's and an epoch.
@@ -62,7 +62,7 @@ def read_saved(path: Path) -> Saved:
             inside, found = name, found[name]
     rule = "hold a state dict, itself or as its 'state_dict' or 'model'"
     plain = isinstance(found, Mapping) and all(isinstance(v, Tensor) for v in found.values())
-    need(plain and len(found) > 0, str(path), rule, type(found).__name__)
+    require(plain and len(found) > 0, str(path), rule, type(found).__name__)
     return Saved(dict(found), inside, beside)
 
 
@@ -79,7 +79,7 @@ def _no_program(path: Path) -> None:
             f"'{path}', map_location='cpu').state_dict(), '{path.stem}_weights.pt')"
         )
         rule = "hold a state dict"
-        need(not program, str(path), rule, "a TorchScript archive, which is a program", remedy)
+        require(not program, str(path), rule, "a TorchScript archive, which is a program", remedy)
 
 
 def strip_prefixes(tensors: Tensors, prefixes: Sequence[str]) -> Tensors:
@@ -93,7 +93,7 @@ def strip_prefixes(tensors: Tensors, prefixes: Sequence[str]) -> Tensors:
         short = name
         while prefix := next((p for p in prefixes if p and short.startswith(p)), ""):
             short = short.removeprefix(prefix)
-        need(short not in stripped, "--strip", "leave names apart", short)
+        require(short not in stripped, "--strip", "leave names apart", short)
         stripped[short] = value
     return stripped
 
@@ -117,7 +117,9 @@ def fitted_tensors(found: Tensors, wanted: Tensors, source: Path, *, partial: bo
             "names"
         )
     fits = {n for n, v in found.items() if n in wanted and v.shape == wanted[n].shape}
-    need(bool(fits), str(source), "hold a tensor of this model", "none", "--strip shortens names")
+    require(
+        bool(fits), str(source), "hold a tensor of this model", "none", "--strip shortens names"
+    )
     if lines:
         count = f"took {len(fits)} of {len(wanted)} tensors"
         print(f"{count}; the missing and mis-shaped begin at random:\n{listed}", file=sys.stderr)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flap_fast.config import Config
-from flap_fast.model.patches import sine_positions
-from flap_fast.model.transformer import LAYER_NORM_EPS, Blocks, initialise
+from flap_fast.encoders.blocks import LAYER_NORM_EPS, Blocks, initialise
+from flap_fast.encoders.vit.patches import sine_positions
 from flap_kernels import keep_tokens, masked_mse, restore_tokens
 from flap_kernels.draw_plan import MaskPlan
 

@@ -16,7 +16,7 @@ import math
 from torch import Tensor
 
 from flap_fast.config import Mask
-from flap_fast.data.draws import Stream
+from flap_fast.data.random_streams import Stream
 from flap_kernels import draw_plan
 from flap_kernels.draw_plan import MaskPlan
 
@@ -46,12 +46,14 @@ def kept_patches(mask: Mask, grid: tuple[int, int]) -> int:
     return kept(times * freqs, mask.ratio, mask.rounding)
 
 
-def mask_plan(mask: Mask, grid: tuple[int, int], seed: int, visits: Tensor) -> MaskPlan | None:
+def patch_mask(
+    mask: Mask, grid: tuple[int, int], seed: int, sample_index: Tensor
+) -> MaskPlan | None:
     """The plan of a batch, or None without masking.
 
     Args:
         grid: patches along time and along frequency.
-        visits: (B,) int64, on the device that the plan is to be on.
+        sample_index: (B,) int64, on the device that the plan is to be on.
     """
     times, freqs = grid
     rows = None
@@ -66,4 +68,4 @@ def mask_plan(mask: Mask, grid: tuple[int, int], seed: int, visits: Tensor) -> M
         grid = (times * freqs, 1)
         columns = kept(times * freqs, mask.ratio, mask.rounding)
     streams = (Stream.MASK, Stream.MASK_INNER)
-    return draw_plan(visits, seed, streams, grid, columns, rows, mask.shared_inner)
+    return draw_plan(sample_index, seed, streams, grid, columns, rows, mask.shared_inner)

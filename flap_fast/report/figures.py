@@ -14,7 +14,7 @@ import numpy as np
 
 from flap_fast.checks import ConfigError
 from flap_fast.evaluate.flops import encoder_flops
-from flap_fast.report.heard import Heard
+from flap_fast.report.examples import RetrievalExamples
 from flap_fast.report.run import RunFacts
 
 # Colors that nothing else draws with, and the page's variables that they become.
@@ -96,7 +96,7 @@ def _lines(
     return _svg("-".join(names), draw)
 
 
-def similarity(heard: Heard) -> str:
+def similarity(heard: RetrievalExamples) -> str:
     """Cosines of sounds (rows) with captions (columns), each clip's own on the diagonal."""
 
     def draw(axis: Any) -> None:
@@ -109,7 +109,7 @@ def similarity(heard: Heard) -> str:
     return _svg(f"similarity-{heard.name}", draw, size=(5.2, 4.4))
 
 
-def alignment_over_uniformity(heard: Heard) -> str:
+def alignment_over_uniformity(heard: RetrievalExamples) -> str:
     """One point a side and kept checkpoint; the last is filled."""
 
     def draw(axis: Any) -> None:

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flap_fast.checks import ConfigError, need
+from flap_fast.checks import ConfigError, require
 from flap_fast.config import Config
-from flap_fast.data.frontend import log_mel
+from flap_fast.data.preprocess.front_end import log_mel
+from flap_fast.data.preprocess.waveform import crop, fill, read_sound
 from flap_fast.data.shards import open_shards
-from flap_fast.data.sound import crop, fill, read_sound
-from flap_fast.model.masking import mask_plan
+from flap_fast.model.masking import patch_mask
 
 
 def masking_figure(config: Config, out: Path, *, sound: Path | None = None, clip: int = 0) -> Path:
@@ -29,7 +29,7 @@ def masking_figure(config: Config, out: Path, *, sound: Path | None = None, clip
         from matplotlib.figure import Figure
     except ImportError:
         raise ConfigError("figures must have matplotlib; pip install 'flap_fast[report]'") from None
-    need(config.image is None, "image", "be left out to show a log-mel", "one")
+    require(config.image is None, "image", "be left out to show a log-mel", "one")
     audio = config.audio
     name, caption, source = _source(config, sound, clip)
     wave = fill(
@@ -38,7 +38,7 @@ def masking_figure(config: Config, out: Path, *, sound: Path | None = None, clip
         audio.filling,
     )
     mel = log_mel(audio, torch.device("cpu"))(torch.from_numpy(wave)[None])[0]
-    plan = mask_plan(config.mask, audio.grid, config.run.seed, torch.tensor([clip]))
+    plan = patch_mask(config.mask, audio.grid, config.run.seed, torch.tensor([clip]))
     keep = torch.arange(audio.grid[0] * audio.grid[1]) if plan is None else plan.keep[0]
     shown = _only_kept(mel, keep, audio.patch, audio.grid)
 

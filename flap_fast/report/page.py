@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from flap_fast.checks import ConfigError
-from flap_fast.configfile import dump_config
-from flap_fast.data.shards import write_atomically
+from flap_fast.config.file import dump_config
 from flap_fast.evaluate.tables import Sheet, sheets
+from flap_fast.files import write_atomically
 from flap_fast.report import figures
-from flap_fast.report.heard import listen
+from flap_fast.report.examples import listen
 from flap_fast.report.run import RunFacts, read_run
 
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from flap_fast.checks import need
+from flap_fast.checks import require
 from flap_fast.config import Config
-from flap_fast.configfile import load_config
-from flap_fast.model.interop import step_folders, step_of
+from flap_fast.config.file import load_config
+from flap_fast.model.model_folder import step_folders, step_of
 
 Row = dict[str, Any]
 
@@ -64,11 +64,11 @@ def read_run(folder: Path) -> RunFacts:
     """
     config = folder / "config.yaml"
     remedy = "name the folder that flap train printed, such as runs/demo"
-    need(config.is_file(), "the run", "be a folder with config.yaml", folder, remedy)
+    require(config.is_file(), "the run", "be a folder with config.yaml", folder, remedy)
     rows = _rows(folder / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
     rule = "have reached its first row in metrics.jsonl"
-    need(bool(steps), "the run", rule, folder, "wait for log.every_steps steps")
+    require(bool(steps), "the run", rule, folder, "wait for log.every_steps steps")
     return RunFacts(
         folder=folder,
         config=load_config(config),
@@ -88,7 +88,7 @@ def _rows(file: Path) -> list[Row]:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
-            need(number == len(lines), f"{file}, line {number},", "be JSON", line[:60])
+            require(number == len(lines), f"{file}, line {number},", "be JSON", line[:60])
     return rows
 
 

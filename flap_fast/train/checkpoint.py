@@ -18,10 +18,11 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from flap_fast.checks import ConfigError, need
+from flap_fast.checks import ConfigError, require
 from flap_fast.config import Config
-from flap_fast.data.shards import Shards, write_atomically
-from flap_fast.model.interop import save_model, step_folders
+from flap_fast.data.shards import Shards
+from flap_fast.files import write_atomically
+from flap_fast.model.model_folder import save_model, step_folders
 from flap_fast.ranks import Ranks
 from flap_fast.train.engine import Engine
 
@@ -70,7 +71,7 @@ class Checkpoints:
         if state.shards not in (None, self._shards):
             rule = f"hold the {state.clips} clips that the run began with"
             got = f"{self._clips} others" if state.clips == self._clips else self._clips
-            need(False, "data.train", rule, got, "put them back, or set run.name=ANOTHER")
+            require(False, "data.train", rule, got, "put them back, or set run.name=ANOTHER")
         return state
 
     def save(

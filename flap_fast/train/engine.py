@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from flap_fast.checks import need
+from flap_fast.checks import require
 from flap_fast.config import Config
-from flap_fast.model.flap import Flap
-from flap_fast.model.transformer import Blocks
+from flap_fast.encoders.blocks import Blocks
+from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks
 from flap_fast.train.optimizer_state import OptimizerState, Part, whole_parts
 
@@ -37,7 +37,7 @@ class Engine(Protocol):
     name: str
 
     @property
-    def module(self) -> Flap:
+    def module(self) -> TwoTowers:
         """The model itself, for evaluation; parameters may be sharded."""
         ...
 
@@ -69,7 +69,7 @@ class PlainEngine:
 
     name = "plain"
 
-    def __init__(self, config: Config, model: Flap, ranks: Ranks):
+    def __init__(self, config: Config, model: TwoTowers, ranks: Ranks):
         self.module = model.to(ranks.device)
         self.model = self.module
         self._ranks = ranks
@@ -110,7 +110,7 @@ class DeepSpeedEngine:
 
     name = "deepspeed"
 
-    def __init__(self, config: Config, model: Flap, ranks: Ranks):
+    def __init__(self, config: Config, model: TwoTowers, ranks: Ranks):
         import deepspeed
 
         # On a CPU DeepSpeed would compile a shared-memory all-reduce that only inference calls:
@@ -198,16 +198,16 @@ def check_engine(config: Config, world: int) -> str:
         kind = "deepspeed" if launched and (there or world > 1) else "plain"
     remedy = "launch with deepspeed or torchrun" if there else "pip install deepspeed"
     rule = "be 'plain' without DeepSpeed and a launcher"
-    need(kind == "plain" or (there and launched), "train.engine", rule, kind, remedy)
+    require(kind == "plain" or (there and launched), "train.engine", rule, kind, remedy)
     rule = f"be 'auto' or 'deepspeed' on {world} ranks"
-    need(kind == "deepspeed" or world == 1, "train.engine", rule, kind)
+    require(kind == "deepspeed" or world == 1, "train.engine", rule, kind)
     offload = config.train.offload
     rule = "be 'none' in plain PyTorch"
-    need(kind == "deepspeed" or offload == "none", "train.offload", rule, offload, remedy)
+    require(kind == "deepspeed" or offload == "none", "train.offload", rule, offload, remedy)
     return kind
 
 
-def make_engine(config: Config, model: Flap, ranks: Ranks) -> Engine:
+def make_engine(config: Config, model: TwoTowers, ranks: Ranks) -> Engine:
     """The engine in force, with the model in it."""
     kind = check_engine(config, ranks.world)
     share_norms(model, ranks)

@@ -7,22 +7,22 @@ from pathlib import Path
 
 import torch
 
-from flap_fast.checks import ConfigError, need
+from flap_fast.checks import ConfigError, require
 from flap_fast.config import Config, check_before_loading
-from flap_fast.data.captions import Tokenizer, tokenizer
 from flap_fast.data.loader import TrainingLoader
-from flap_fast.data.shards import ShardError, kept_as, open_shards
+from flap_fast.data.shards import ShardError, open_shards, shard_kinds
+from flap_fast.data.tokenize import Tokenizer, tokenizer
 from flap_fast.evaluate.embed import read_texts
 from flap_fast.evaluate.run import Scores, evaluate, flat_scores, selection_score, write_scores
-from flap_fast.model.flap import Flap
-from flap_fast.model.interop import put_first_weights, put_weights
+from flap_fast.model.model_folder import put_first_weights, put_weights
+from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks, join_ranks, leave_ranks, world_size
 from flap_fast.train.checkpoint import Checkpoints
 from flap_fast.train.engine import Engine, check_engine, make_engine
-from flap_fast.train.microbatch import Gradients
 from flap_fast.train.observers import Watch, check_wandb, observers, report_bad_clips
 from flap_fast.train.run_folder import begin, write_config
 from flap_fast.train.schedules import warmup_cosine
+from flap_fast.train.step import Gradients
 from flap_fast.train.stop import Stop
 
 
@@ -51,10 +51,10 @@ def train(config: Config, *, resume: bool = False) -> Scores | None:
     check_wandb(config)
     start = begin(config, resume=resume)
     for folder in config.data.val:
-        texts = read_texts(open_shards([folder], kept_as(config)))
-        mute = len(texts.labels) - len(set(texts.owner))
+        texts = read_texts(open_shards([folder], shard_kinds(config)))
+        mute = len(texts.labels) - len(set(texts.clip_of_caption))
         rule, remedy = "hold no clip without a caption", "prepare it without them"
-        need(not mute, f"data.val, {folder},", rule, mute, remedy)
+        require(not mute, f"data.val, {folder},", rule, mute, remedy)
     ranks = join_ranks()
     try:
         with ExitStack() as open_files:
@@ -67,14 +67,14 @@ def _train(
     config: Config, ranks: Ranks, start: Path | None, open_files: ExitStack
 ) -> Scores | None:
     tokens = tokenizer(config.text)
-    shards = open_shards(config.data.train, kept_as(config))
+    shards = open_shards(config.data.train, shard_kinds(config))
     checkpoints = Checkpoints(config, ranks, shards)
     state = checkpoints.state(start) if start else None
     first = state.step if state else 0
     loader = TrainingLoader(config, shards, tokens, ranks)
     steps = config.train.steps or (config.train.epochs or 0) * loader.order.steps_per_epoch
     torch.manual_seed(config.run.seed)
-    model = Flap(config, weights=start is None and config.train.init_from is None)
+    model = TwoTowers(config, weights=start is None and config.train.init_from is None)
     if start:
         put_weights(model, start)
     else:

@@ -22,11 +22,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from flap_fast.checks import need
+from flap_fast.checks import require
 from flap_fast.config import Config
 from flap_fast.data.batch import BadClip
-from flap_fast.model.flap import Outputs
-from flap_fast.model.interop import step_folders
+from flap_fast.model.model_folder import step_folders
+from flap_fast.model.two_towers import Outputs
 from flap_fast.ranks import Ranks
 from flap_fast.train.run_folder import cut_after
 
@@ -118,7 +118,7 @@ class Watch:
 @torch.no_grad()
 def in_batch_recall(outputs: Outputs) -> float:
     """Share of this rank's sounds whose own caption is the nearest of this rank's captions."""
-    nearest = torch.cat([(a @ outputs["text"].T).argmax(1) for a in outputs["audio"].split(1024)])
+    nearest = torch.cat([(a @ outputs["text"].T).argmax(1) for a in outputs["media"].split(1024)])
     return (nearest == torch.arange(len(nearest), device=nearest.device)).float().mean().item()
 
 
@@ -210,7 +210,7 @@ def weights_and_biases(config: Config, open_files: ExitStack) -> Observer:
 
 def check_wandb(config: Config) -> None:
     """Raise `ConfigError` if Weights & Biases is asked for and not installed."""
-    need(
+    require(
         not config.log.wandb or importlib.util.find_spec("wandb") is not None,
         "log.wandb",
         "be off where Weights & Biases is not installed",

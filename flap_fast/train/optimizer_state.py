@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from flap_fast.checks import ConfigError
-from flap_fast.model.interop import save_tensors
+from flap_fast.model.model_folder import save_tensors
 from flap_fast.ranks import Ranks
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -10,10 +10,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flap_fast.checks import ConfigError, need
+from flap_fast.checks import ConfigError, require
 from flap_fast.config import Config
-from flap_fast.configfile import dump_config, load_config
-from flap_fast.data.shards import write_atomically
+from flap_fast.config.file import dump_config, load_config
+from flap_fast.files import write_atomically
 from flap_fast.ranks import Ranks
 from flap_fast.train.checkpoint import latest
 from flap_fast.train.environment import environment
@@ -37,7 +37,7 @@ def begin(config: Config, *, resume: bool) -> Path | None:
     last = latest(folder / "checkpoints")
     if not (folder / "config.yaml").is_file():
         rule, remedy = "hold the config.yaml of its checkpoints", f"copy the one in {last} there"
-        need(last is None, str(folder), rule, "none", f"{remedy}, or set run.name=ANOTHER")
+        require(last is None, str(folder), rule, "none", f"{remedy}, or set run.name=ANOTHER")
         return None
     if not resume:
         raise ConfigError(

@@ -12,11 +12,11 @@ import torch
 
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config, Data, check_before_loading
-from flap_fast.data.captions import Tokenizer, tokenizer
-from flap_fast.data.draws import Stream, uniforms
 from flap_fast.data.enriched import CaptionChoice, caption_key, clip_id
 from flap_fast.data.loader import TrainingLoader
+from flap_fast.data.random_streams import Stream, uniforms
 from flap_fast.data.shards import ShardError, Shards, open_shards
+from flap_fast.data.tokenize import Tokenizer, tokenizer
 from flap_fast.evaluate.embed import read_texts
 from flap_fast.ranks import Ranks
 from tests.tiny import tiny

@@ -14,12 +14,13 @@ from PIL import Image as pillow
 
 from flap_fast.config import Config
 from flap_fast.data.batch import Batch
-from flap_fast.data.captions import tokenizer
-from flap_fast.data.image import normalise_image, read_image
 from flap_fast.data.loader import TrainingLoader, evaluation_mels
-from flap_fast.data.manifest import ManifestError, read_manifest
-from flap_fast.data.prepare import prepare
+from flap_fast.data.preprocess.image import normalise_image, read_image
 from flap_fast.data.shards import ShardError, open_shards, pack
+from flap_fast.data.tokenize import tokenizer
+from flap_fast.files import ManifestError
+from flap_fast.preparation.manifest import read_manifest
+from flap_fast.preparation.prepare import prepare
 from flap_fast.ranks import Ranks
 from tests.pictures import draw, encoded, write_pictures
 from tests.tiny import tiny_clip
@@ -165,13 +166,13 @@ def test_a_batch_is_what_its_visits_say(shards):
     config = config_of(shards, "frontend.backend=torch")
     (batch,) = batches(config, 2, 3)
     found = open_shards([shards], ("images",))
-    assert (batch.mel.shape, batch.mel.dtype) == ((8, 3, 32, 32), torch.float32)
+    assert (batch.media.shape, batch.media.dtype) == ((8, 3, 32, 32), torch.float32)
     assert config.image is not None
     squares = torch.tensor(
         np.stack([read_image(found.sound(clip), 32) for clip in batch.clips.tolist()])
     )
     statistics = (torch.tensor(of) for of in (config.image.mean, config.image.std))
-    torch.testing.assert_close(batch.mel, normalise_image(squares, *statistics))
+    torch.testing.assert_close(batch.media, normalise_image(squares, *statistics))
     for ids, mask, clip in zip(batch.ids, batch.attention_mask, batch.clips.tolist(), strict=True):
         (text,) = found.record(clip)["text"]
         assert ids[mask == 1].tolist() == tokenizer(config.text).inner(text)["input_ids"]
@@ -181,18 +182,18 @@ def test_a_batch_is_what_its_visits_say(shards):
 def test_ranks_and_restarts_see_the_same_batches(shards, backend):
     config = config_of(shards, f"frontend.backend={backend}", "train.micro_batch=2")
     whole = batches(config, 1, 4)
-    assert torch.equal(torch.cat([b.mel for b in whole[4:]]), torch.cat(mels(config, 2, 4)))
+    assert torch.equal(torch.cat([b.media for b in whole[4:]]), torch.cat(mels(config, 2, 4)))
     parts = [batches(config, 1, 4, rank, 2) for rank in (0, 1)]
     for step in range(3):
         of_step = [b for part in parts for b in part[2 * step : 2 * step + 2]]
         alone = whole[4 * step : 4 * step + 4]
         for ranked, single in zip(of_step, alone, strict=True):
             assert ranked.clips.tolist() == single.clips.tolist()
-            assert torch.equal(ranked.mel, single.mel)
+            assert torch.equal(ranked.media, single.media)
 
 
 def mels(config: Config, first: int, last: int) -> list[torch.Tensor]:
-    return [batch.mel for batch in batches(config, first, last)]
+    return [batch.media for batch in batches(config, first, last)]
 
 
 @ANY_BACK_END
@@ -207,7 +208,7 @@ def test_a_bad_picture_is_replaced_by_the_next_and_reported(tmp_path, backend):
     loading = loader(config)
     (batch,) = loading.batches(0, 1)
     assert sorted(batch.clips.tolist()) == [0, 1, 2, 4, 4, 5, 6, 7]
-    first, second = (batch.mel[n] for n in np.flatnonzero(batch.clips == 4))
+    first, second = (batch.media[n] for n in np.flatnonzero(batch.clips == 4))
     assert torch.equal(first, second)
     (bad,) = loading.bad
     assert "truncated" in bad.reason
@@ -221,8 +222,8 @@ def test_a_bad_picture_is_replaced_by_the_next_and_reported(tmp_path, backend):
 def test_evaluation_sees_the_pictures_named_in_their_order(shards, backend):
     config = config_of(shards, f"frontend.backend={backend}", "eval.batch=2")
     found = open_shards([shards], ("images",))
-    seen = [part.mel for part in evaluation_mels(config, found, np.array([5, 0, 9]), Ranks())]
+    seen = [part.media for part in evaluation_mels(config, found, np.array([5, 0, 9]), Ranks())]
     assert [len(part) for part in seen] == [2, 1]
     for clip, picture in zip((5, 0, 9), torch.cat(seen), strict=True):
-        alone = next(evaluation_mels(config, found, np.array([clip]), Ranks())).mel[0]
+        alone = next(evaluation_mels(config, found, np.array([clip]), Ranks())).media[0]
         assert torch.equal(picture, alone)

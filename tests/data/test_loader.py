@@ -11,13 +11,13 @@ import torch
 
 from flap_fast.config import Config
 from flap_fast.data.batch import Batch
-from flap_fast.data.captions import tokenizer
-from flap_fast.data.draws import Stream, uniforms
 from flap_fast.data.enriched import text_key
 from flap_fast.data.loader import TrainingLoader, evaluation_mels
-from flap_fast.data.mel import kaldi_log_mel, normalise
+from flap_fast.data.preprocess.mel import kaldi_log_mel, normalise
+from flap_fast.data.preprocess.waveform import crop, fill, read_sound
+from flap_fast.data.random_streams import Stream, uniforms
 from flap_fast.data.shards import ShardError, open_shards, pack
-from flap_fast.data.sound import crop, fill, read_sound
+from flap_fast.data.tokenize import tokenizer
 from flap_fast.ranks import Ranks
 from tests.sounds import encode, noise
 from tests.tiny import tiny
@@ -43,7 +43,7 @@ def captions(batch: Batch) -> list[list[int]]:
 
 
 def assert_same(a: Batch, b: Batch) -> None:
-    for name in ("mel", "ids", "attention_mask", "visits"):
+    for name in ("media", "ids", "attention_mask", "sample_index"):
         assert torch.equal(getattr(a, name), getattr(b, name)), name
     assert (a.clips.tolist(), a.epoch) == (b.clips.tolist(), b.epoch)
 
@@ -61,11 +61,11 @@ def with_(config: Config, section: str, **settings: object) -> Config:
 
 def test_a_batch_has_the_shapes_it_promises(config):
     (batch,) = batches(config, 4, 5)
-    assert (batch.mel.shape, batch.mel.dtype) == ((8, 1, 112, 128), torch.float32)
+    assert (batch.media.shape, batch.media.dtype) == ((8, 1, 112, 128), torch.float32)
     assert batch.ids.shape == batch.attention_mask.shape
     assert batch.ids.shape[1] % 8 == 0
     assert batch.ids.dtype == batch.attention_mask.dtype == torch.int64
-    assert batch.visits.tolist() == list(range(32, 40))
+    assert batch.sample_index.tolist() == list(range(32, 40))
     assert (batch.clips.shape, batch.epoch) == ((8,), 1)
 
 
@@ -73,8 +73,8 @@ def test_a_batch_is_what_its_visits_say(config):
     """By hand from the shards: clip, crop, filling, caption, mel, statistics."""
     shards, seed = open_shards(config.data.train), config.run.seed
     for batch in batches(config, 2, 5):
-        where = uniforms(seed, Stream.CROP, batch.visits, 1)[:, 0].tolist()
-        which = uniforms(seed, Stream.CAPTION, batch.visits, 1)[:, 0].tolist()
+        where = uniforms(seed, Stream.CROP, batch.sample_index, 1)[:, 0].tolist()
+        which = uniforms(seed, Stream.CAPTION, batch.sample_index, 1)[:, 0].tolist()
         waves, texts = [], []
         for clip, w, c in zip(batch.clips.tolist(), where, which, strict=True):
             wave = crop(read_sound(shards.sound(clip), RATE), RATE, w)
@@ -82,7 +82,7 @@ def test_a_batch_is_what_its_visits_say(config):
             several = shards.record(clip)["text"]
             texts.append(several[int(c * len(several))])
         mel = kaldi_log_mel(config.audio)(torch.from_numpy(np.stack(waves)))
-        assert torch.equal(batch.mel[:, 0], normalise(mel, config.audio))
+        assert torch.equal(batch.media[:, 0], normalise(mel, config.audio))
         ids, mask = tokenizer(config.text)(texts)
         assert torch.equal(batch.ids, ids)
         assert torch.equal(batch.attention_mask, mask)
@@ -96,11 +96,11 @@ def test_any_number_of_ranks_sees_the_same_batches(config, backend, world):
     shares = [batches(config, 0, 4, rank, world) for rank in range(world)]
     for step, batch in enumerate(whole):
         parts = [share[step] for share in shares]
-        assert torch.cat([part.visits for part in parts]).equal(batch.visits)
+        assert torch.cat([part.sample_index for part in parts]).equal(batch.sample_index)
         assert np.concatenate([part.clips for part in parts]).tolist() == batch.clips.tolist()
         assert [*chain.from_iterable(map(captions, parts))] == captions(batch)
         # Another number of rows may sum a product in another order: not more than a rounding.
-        assert (torch.cat([part.mel for part in parts]) - batch.mel).abs().max() < 1e-4
+        assert (torch.cat([part.media for part in parts]) - batch.media).abs().max() < 1e-4
 
 
 @ANY_BACK_END
@@ -120,10 +120,10 @@ def test_micro_batches_are_a_step_cut_in_order_and_may_come_again(config):
         assert len(stream) == 2 * 2 * count
         for step, batch in enumerate(batches(config, 1, 3, rank, world)):
             first, second = (stream[(2 * step + time) * count :][:count] for time in (0, 1))
-            assert torch.cat([part.visits for part in first]).equal(batch.visits)
+            assert torch.cat([part.sample_index for part in first]).equal(batch.sample_index)
             assert np.concatenate([part.clips for part in first]).tolist() == batch.clips.tolist()
             assert [*chain.from_iterable(map(captions, first))] == captions(batch)
-            assert (torch.cat([part.mel for part in first]) - batch.mel).abs().max() < 1e-4
+            assert (torch.cat([part.media for part in first]) - batch.media).abs().max() < 1e-4
             for once, again in zip(first, second, strict=True):
                 assert_same(once, again)
 
@@ -218,14 +218,14 @@ def test_a_corrupt_clip_is_replaced_reported_and_the_run_goes_on(good, tmp_path,
     for step, (a, b) in enumerate(zip(found, wanted, strict=True)):
         same = b.clips != 5
         assert (a.clips[same] == b.clips[same]).all()
-        assert torch.equal(a.mel[same], b.mel[same])
+        assert torch.equal(a.media[same], b.media[same])
         for row in np.flatnonzero(~same):
             assert (step, row) in at
             assert a.clips[row] == 6
             assert captions(a)[row] == tokenizer(good.text)(["noise 6"])[0][0, :8].tolist()
             # The clip that took its place has its own sound, cropped and masked as this visit is.
-            assert a.mel[row].isfinite().all()
-            assert not torch.equal(a.mel[row], b.mel[row])
+            assert a.media[row].isfinite().all()
+            assert not torch.equal(a.media[row], b.media[row])
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -239,8 +239,8 @@ def test_a_corrupt_clip_is_replaced_alike_on_any_number_of_ranks(good, tmp_path,
         clips = np.concatenate([share[step].clips for share in shares])
         assert clips.tolist() == batch.clips.tolist()
         assert not {5, 6, 11} & set(clips.tolist())
-        mel = torch.cat([share[step].mel for share in shares])
-        assert (mel - batch.mel).abs().max() < 1e-4
+        mel = torch.cat([share[step].media for share in shares])
+        assert (mel - batch.media).abs().max() < 1e-4
 
 
 def test_the_last_clip_is_replaced_by_the_first(good, tmp_path):
@@ -309,7 +309,7 @@ CLIPS = np.array([3, 0, 5, 1, 4])
 def test_evaluation_gives_the_clips_named_in_their_order(prepared, backend):
     config = tiny("eval.batch=2", f"frontend.backend={backend}")
     shards = open_shards([prepared / "train"])
-    found = [heard.mel for heard in evaluation_mels(config, shards, CLIPS, Ranks())]
+    found = [heard.media for heard in evaluation_mels(config, shards, CLIPS, Ranks())]
     assert [len(mel) for mel in found] == [2, 2, 1]
     keys = torch.tensor([text_key(shards.record(clip)["id"]) for clip in CLIPS])
     where = uniforms(0, Stream.EVAL_CROP, keys, 1)[:, 0].tolist()
@@ -329,7 +329,7 @@ def test_an_evaluations_random_crop_is_the_clips_and_not_the_runs(prepared):
     other = with_(with_(first, "run", seed=1), "eval", batch=2)
     centre = with_(first, "eval", crop="center")
     a, b, c = (
-        torch.cat([heard.mel for heard in evaluation_mels(config, shards, clips, Ranks())])
+        torch.cat([heard.media for heard in evaluation_mels(config, shards, clips, Ranks())])
         for config, clips in ((first, long), (other, long[::-1].copy()), (centre, long))
     )
     assert (a - b.flip(0)).abs().max() < 1e-4
@@ -348,7 +348,7 @@ def test_an_evaluations_random_crop_is_the_same_with_a_clip_more_or_less(tmp_pat
         )
         for shards in (open_shards([tmp_path / name]) for name in ("all", "few"))
     )
-    assert (whole.mel[1:] - few.mel).abs().max() < 1e-4
+    assert (whole.media[1:] - few.media).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize(("rate", "said"), [(RATE // 2, 1), (RATE, 0), (2 * RATE, 0)])
@@ -371,7 +371,7 @@ def test_evaluation_leaves_no_clip_out(tmp_path, backend):
     shards = open_shards([shards_of(tmp_path / "bad", {5: BAD["cut"], 4: BAD["nan"]})])
     config = tiny("eval.batch=3", f"frontend.backend={backend}")
     mels = evaluation_mels(config, shards, np.arange(12), Ranks())
-    assert len(next(mels).mel) == 3
+    assert len(next(mels).media) == 3
     with pytest.raises(ShardError) as error:
         next(mels)
     assert str(error.value).count(str(tmp_path)) == 2

@@ -10,12 +10,12 @@ import pytest
 
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
-from flap_fast.data.captions import tokenizer
 from flap_fast.data.loader import TrainingLoader
-from flap_fast.data.manifest import ManifestError
-from flap_fast.data.order import Order
+from flap_fast.data.sampler import Sampler
 from flap_fast.data.sentences import Sentences, read_triples
 from flap_fast.data.shards import open_shards
+from flap_fast.data.tokenize import tokenizer
+from flap_fast.files import ManifestError
 from flap_fast.ranks import Ranks
 from tests.tiny import tiny
 from tests.triples import write_triples
@@ -109,7 +109,7 @@ def test_triples_cycle_in_an_order_that_the_seed_and_the_step_decide(tmp_path: P
     again = Sentences(settings(tmp_path))
     assert [premises(again, step) for step in (5, 2, 7)] == [steps[5], steps[2], steps[7]]
     assert premises(Sentences(settings(tmp_path, "run.seed=1")), 0) != steps[0]
-    as_clips = Order(np.zeros(20, np.int64), 8, settings(tmp_path).run.seed).clips(0)
+    as_clips = Sampler(np.zeros(20, np.int64), 8, settings(tmp_path).run.seed).clips(0)
     assert [int(premise.split()[-1]) for premise in steps[0]] != as_clips.tolist()
 
 

@@ -15,8 +15,9 @@ import pytest
 from webdataset.compat import WebDataset
 from webdataset.writer import TarWriter
 
-from flap_fast.data.shards import ShardError, open_shards, pack, write_atomically
-from flap_fast.data.sound import BadSound, read_sound
+from flap_fast.data.preprocess.waveform import BadSound, read_sound
+from flap_fast.data.shards import ShardError, open_shards, pack
+from flap_fast.files import write_atomically
 from tests.sounds import encode, noise, tone
 
 SAMPLES = [
@@ -328,7 +329,7 @@ def test_a_full_disk_leaves_the_old_file_and_says_which(tmp_path, monkeypatch):
         (tmp_path / "0.tar.x.part").symlink_to("/dev/full")
         return "x"
 
-    monkeypatch.setattr("flap_fast.data.shards.secrets.token_hex", linked)
+    monkeypatch.setattr("flap_fast.files.secrets.token_hex", linked)
     with pytest.raises(
         OSError, match=r"No space left .*; make room .* again: '.*/0\.tar'"
     ) as error:

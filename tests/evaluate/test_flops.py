@@ -8,9 +8,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from flap_fast.config import Audio, Mask
+from flap_fast.encoders.vit.model import ViT
 from flap_fast.evaluate.flops import encoder_flops
-from flap_fast.model.audio_vit import AudioViT
-from flap_fast.model.masking import mask_plan
+from flap_fast.model.masking import patch_mask
 
 BASE = Audio(size="base")
 
@@ -53,8 +53,8 @@ def embedding_flops(mel, keep, weight, *_, out_shape, **__) -> int:
 def test_products_are_as_many_as_pytorch_counts_in_the_model(kind: str):
     audio = Audio(size="tiny", width=64, depth=3, heads=2)
     mask = Mask(kind=kind)  # type: ignore[arg-type]
-    plan = mask_plan(mask, audio.grid, 0, torch.arange(2))
-    model, mel = AudioViT(audio), torch.randn(2, 1, audio.frames, audio.mel_bins)
+    plan = patch_mask(mask, audio.grid, 0, torch.arange(2))
+    model, mel = ViT(audio), torch.randn(2, 1, audio.frames, audio.mel_bins)
     # Attention as plain products: the counter does not know the CPU's fused one.
     ours = {torch.ops.flap_kernels.patch_embed: embedding_flops}
     counter = FlopCounterMode(display=False, custom_mapping=ours)

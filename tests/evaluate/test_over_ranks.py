@@ -38,15 +38,15 @@ class Lengths:
 
 def scores(folder: Path, ranks: Ranks) -> dict[str, Any]:
     logistic._MOST_EPOCHS = 8
-    audio, text, owner = many_ties()
+    audio, text, clip_of_caption = many_ties()
     near, far = (functional.normalize(rows + 0.1, dim=1) for rows in (audio, text))
     lengths = Lengths()
     texts = text_embedder(lengths.encode, lengths, ranks, batch=3)  # type: ignore[arg-type]
     return {
         "texts": texts(["a" * (7 * n % 11) for n in range(10)]).tolist(),
-        "retrieval": retrieval(audio, text, owner, ranks),
+        "retrieval": retrieval(audio, text, clip_of_caption, ranks),
         "zero_shot": zero_shot(audio, LABELS, (), ("{label}", "a {label}"), texts, ranks),
-        "geometry": geometry(near, far, owner, ranks),
+        "geometry": geometry(near, far, clip_of_caption, ranks),
         "transfer": transfer(feeling, folder, ranks),
     }
 

@@ -26,8 +26,8 @@ COSINES = torch.tensor([[0.9, 0.5, 0.7, 0.8, 0.1], [0.2, 0.6, 0.3, 0.6, 0.4]])
 OWNER = torch.tensor([0, 0, 0, 1, 1])
 
 
-def by_hand(ranks: list[int], owner: list[int], sounds: int) -> dict[str, float]:
-    return audio_to_text(torch.tensor(ranks), torch.tensor(owner), sounds)
+def by_hand(ranks: list[int], clip_of_caption: list[int], sounds: int) -> dict[str, float]:
+    return audio_to_text(torch.tensor(ranks), torch.tensor(clip_of_caption), sounds)
 
 
 def as_embeddings(cosines: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,13 +58,16 @@ def many_ties() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def test_chunks_do_not_change_places(monkeypatch: pytest.MonkeyPatch):
-    audio, text, owner = many_ties()
-    whole = sound_places(audio, text, owner, Ranks()), caption_places(audio, text, owner, Ranks())
+    audio, text, clip_of_caption = many_ties()
+    whole = (
+        sound_places(audio, text, clip_of_caption, Ranks()),
+        caption_places(audio, text, clip_of_caption, Ranks()),
+    )
     order = (text @ audio.T).argsort(dim=1, descending=True, stable=True)
-    assert torch.equal((order == owner[:, None]).int().argmax(1), whole[0])
+    assert torch.equal((order == clip_of_caption[:, None]).int().argmax(1), whole[0])
     monkeypatch.setattr("flap_fast.evaluate.retrieval._COSINES", 7 * 97)
-    assert torch.equal(sound_places(audio, text, owner, Ranks()), whole[0])
-    assert torch.equal(caption_places(audio, text, owner, Ranks()), whole[1])
+    assert torch.equal(sound_places(audio, text, clip_of_caption, Ranks()), whole[0])
+    assert torch.equal(caption_places(audio, text, clip_of_caption, Ranks()), whole[1])
 
 
 class Largest(TorchDispatchMode):
@@ -118,11 +121,11 @@ def test_average_precision_sorts_a_sounds_ranks():
 
 def test_scores_do_not_depend_on_the_order_of_captions():
     torch.manual_seed(0)
-    ranks, owner = torch.randperm(60), torch.arange(60) % 13
+    ranks, clip_of_caption = torch.randperm(60), torch.arange(60) % 13
     shuffled = torch.randperm(60)
     one, other = (
-        audio_to_text(ranks, owner, 13),
-        audio_to_text(ranks[shuffled], owner[shuffled], 13),
+        audio_to_text(ranks, clip_of_caption, 13),
+        audio_to_text(ranks[shuffled], clip_of_caption[shuffled], 13),
     )
     for name in one.keys() - {"mAP@10_laion"}:
         assert one[name] == pytest.approx(other[name], abs=1e-12), name
@@ -147,9 +150,9 @@ def test_what_cannot_be_compared_is_not_found():
 
 def test_chance_is_what_random_orders_score():
     torch.manual_seed(0)
-    owner = torch.tensor([0] * 5 + [1] * 2 + list(range(2, 20)))
-    expected = chance(owner, 20)
-    drawn = [audio_to_text(torch.randperm(25), owner, 20)["R@5"] for _ in range(400)]
+    clip_of_caption = torch.tensor([0] * 5 + [1] * 2 + list(range(2, 20)))
+    expected = chance(clip_of_caption, 20)
+    drawn = [audio_to_text(torch.randperm(25), clip_of_caption, 20)["R@5"] for _ in range(400)]
     mean = sum(drawn) / len(drawn)
     assert expected["audio_to_text"]["R@5"] == pytest.approx(mean, abs=0.01)
     assert expected["audio_to_text"]["R@1"] == pytest.approx(
@@ -168,10 +171,10 @@ def test_scores_are_those_of_scikit_learn():
     """Ragged captions, 10 in all, so that the first ten are all of them."""
     metrics = pytest.importorskip("sklearn.metrics")
     draws = torch.Generator().manual_seed(1)
-    owner = torch.tensor([0, 1, 1, 2, 3, 5, 6, 4, 2, 1])
+    clip_of_caption = torch.tensor([0, 1, 1, 2, 3, 5, 6, 4, 2, 1])
     audio, text = (torch.randn(n, 6, generator=draws) for n in (7, 10))
-    found = retrieval(audio, text, owner)
-    right = (owner[None] == torch.arange(7)[:, None]).int().numpy()
+    found = retrieval(audio, text, clip_of_caption)
+    right = (clip_of_caption[None] == torch.arange(7)[:, None]).int().numpy()
     cosines = (audio @ text.T).numpy()
     a2t, t2a = found["audio_to_text"], found["text_to_audio"]
     assert isinstance(a2t, dict)
@@ -180,7 +183,7 @@ def test_scores_are_those_of_scikit_learn():
     assert a2t["mAP@10"] == pytest.approx(ranking(right, cosines))
     assert t2a["mAP@10"] == pytest.approx(ranking(right.T, cosines.T))
     for k in (1, 5):
-        top_k = metrics.top_k_accuracy_score(owner, cosines.T, k=k, labels=range(7))
+        top_k = metrics.top_k_accuracy_score(clip_of_caption, cosines.T, k=k, labels=range(7))
         assert t2a[f"R@{k}"] == pytest.approx(top_k)
 
 

@@ -15,12 +15,12 @@ from rich.console import Console
 
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
-from flap_fast.data.captions import tokenizer
-from flap_fast.data.mel import kaldi_log_mel, normalise
-from flap_fast.data.prepare import prepare
+from flap_fast.data.preprocess.mel import kaldi_log_mel, normalise
+from flap_fast.data.preprocess.waveform import read_sound
 from flap_fast.data.shards import ShardError, open_shards
-from flap_fast.data.sound import read_sound
+from flap_fast.data.tokenize import tokenizer
 from flap_fast.evaluate.embed import embed
+from flap_fast.evaluate.evaluated_model import EvaluatedModel, whole_model
 from flap_fast.evaluate.run import (
     evaluate,
     merged,
@@ -30,8 +30,8 @@ from flap_fast.evaluate.run import (
     table,
     write_scores,
 )
-from flap_fast.evaluate.subject import Subject, whole_model
-from flap_fast.model.flap import Flap
+from flap_fast.model.two_towers import TwoTowers
+from flap_fast.preparation.prepare import prepare
 from flap_fast.ranks import Ranks
 from tests.ranks import on_ranks
 from tests.sounds import encode, tone, write_manifest
@@ -40,9 +40,9 @@ from tests.tiny import tiny, tiny_clip
 CONFIG = tiny("eval.batch=4", "frontend.backend=torch")
 
 
-def model() -> Flap:
+def model() -> TwoTowers:
     torch.manual_seed(0)
-    return Flap(CONFIG)
+    return TwoTowers(CONFIG)
 
 
 def embeddings(folder: Path, world: int = 1, rank: int = 0):
@@ -54,34 +54,34 @@ def embeddings_of_a_rank(folder: Path):
     import torch.distributed as dist
 
     e = embeddings(folder, dist.get_world_size(), dist.get_rank())
-    return e.audio, e.text, e.owner
+    return e.media, e.text, e.clip_of_caption
 
 
 def test_every_clip_and_every_caption_is_embedded_once(prepared: Path):
     shards = open_shards([prepared / "train"])
     e = embeddings(prepared / "train")
     captions = [len(shards.record(clip)["text"]) for clip in range(len(shards))]
-    assert len(e.audio) == len(shards)
+    assert len(e.media) == len(shards)
     assert len(e.text) == sum(captions)
-    assert e.owner.bincount().tolist() == captions
-    assert torch.allclose(e.audio.norm(dim=1), torch.ones(len(shards)))
+    assert e.clip_of_caption.bincount().tolist() == captions
+    assert torch.allclose(e.media.norm(dim=1), torch.ones(len(shards)))
 
 
 def test_five_ranks_embed_what_one_embeds(prepared: Path):
     """24 clips and an uneven number of captions on 5 ranks: the last shares repeat some."""
     whole = embeddings(prepared / "train")
-    for audio, text, owner in on_ranks(5, embeddings_of_a_rank, prepared / "train"):
-        torch.testing.assert_close(audio, whole.audio, rtol=0, atol=1e-5)
+    for audio, text, clip_of_caption in on_ranks(5, embeddings_of_a_rank, prepared / "train"):
+        torch.testing.assert_close(audio, whole.media, rtol=0, atol=1e-5)
         torch.testing.assert_close(text, whole.text, rtol=0, atol=1e-5)
-        assert torch.equal(owner, whole.owner)
+        assert torch.equal(clip_of_caption, whole.clip_of_caption)
 
 
 def test_evaluation_leaves_dropout_off_and_training_as_it_was(prepared: Path):
     trained = model().train()
     evaluate(trained, CONFIG, tokenizer(CONFIG.text), [prepared / "val"])
     assert trained.training
-    a = embeddings(prepared / "val").audio
-    assert torch.equal(a, embeddings(prepared / "val").audio)
+    a = embeddings(prepared / "val").media
+    assert torch.equal(a, embeddings(prepared / "val").media)
 
 
 def test_scores_are_named_after_their_folders(prepared: Path, tmp_path: Path):
@@ -111,7 +111,7 @@ def spoilt(encode: Callable, row: int) -> Callable:
 def test_an_embedding_that_is_not_finite_is_named(prepared: Path, monkeypatch):
     shards, flap = open_shards([prepared / "val"]), model()
     with monkeypatch.context() as patch:
-        patch.setattr(flap, "embed_audio", spoilt(flap.embed_audio, 2))
+        patch.setattr(flap, "embed_media", spoilt(flap.embed_media, 2))
         with pytest.raises(ArithmeticError, match=rf"for 1 of 6, the first of {shards.name(2)};"):
             embed(flap, CONFIG, tokenizer(CONFIG.text), shards, Ranks())
     monkeypatch.setattr(flap, "embed_text", spoilt(flap.embed_text, 0))
@@ -206,7 +206,7 @@ def test_all_ranks_stop_at_a_clip_that_one_cannot_decode(prepared: Path, tmp_pat
     assert "cannot be decoded" in second
 
 
-def subject(config: Config = CONFIG) -> Subject:
+def subject(config: Config = CONFIG) -> EvaluatedModel:
     return whole_model(model().eval(), config, tokenizer(config.text), Ranks())
 
 
@@ -270,13 +270,13 @@ def test_several_crops_are_the_mean_of_their_embeddings(labelled: Path, backend:
     """Three crops of 1 s from 3 s: the begin, the middle and the end."""
     several = tiny("eval.crop=multi:3", "eval.batch=4", f"frontend.backend={backend}")
     shards = open_shards([labelled])
-    found = embed(model(), several, tokenizer(several.text), shards, Ranks()).audio
+    found = embed(model(), several, tokenizer(several.text), shards, Ranks()).media
     flap, mel = model().eval(), kaldi_log_mel(several.audio)
     for clip in (0, 7):
         wave = read_sound(shards.sound(clip), 16_000)
         cut = torch.from_numpy(np.stack([wave[at : at + 16_000] for at in (0, 16_000, 32_000)]))
         with torch.no_grad():
-            rows = flap.embed_audio(normalise(mel(cut), several.audio)[:, None])
+            rows = flap.embed_media(normalise(mel(cut), several.audio)[:, None])
         mean = torch.nn.functional.normalize(rows.mean(0), dim=0)
         assert (found[clip] - mean).abs().max() < 1e-5
         assert (found[clip] - rows[1]).abs().max() > 1e-3

@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from flap_fast.checks import ConfigError
-from flap_fast.configfile import load_config
-from flap_fast.embedder import load
+from flap_fast.config.file import load_config
+from flap_fast.encoders.vit.model import ViT
+from flap_fast.encoders.vit.patches import sine_positions
 from flap_fast.interchange.convert import import_checkpoint
 from flap_fast.interchange.tensors import read_tensors
-from flap_fast.model.audio_vit import AudioViT
-from flap_fast.model.flap import Flap
-from flap_fast.model.interop import TOWER, load_weights, model_folder, put_first_weights
-from flap_fast.model.patches import sine_positions
+from flap_fast.model.model_folder import TOWER, load_weights, model_folder, put_first_weights
+from flap_fast.model.two_towers import TwoTowers
+from flap_fast.tools.embedder import load
 from flap_fast.train.loop import train
 from tests.tiny import tiny
 
@@ -120,7 +120,7 @@ def test_an_imported_tower_answers_as_audiomae(tmp_path, final):
     assert not torch.equal(
         weights["audio.pos_embed"], sine_positions(WIDTH, GRID, "audiomae_legacy")
     )
-    tower = AudioViT(config.audio).eval()
+    tower = ViT(config.audio).eval()
     tower.load_state_dict({name.removeprefix("audio."): v for name, v in weights.items()})
     mel = torch.randn(3, 1, 112, 128)
     with torch.no_grad():
@@ -143,7 +143,7 @@ def test_the_decoder_comes_along_when_asked_for(tmp_path):
         assert torch.equal(weights[f"decoder.{ours}"], state[theirs])
     assert torch.equal(weights["decoder.pos_embed"], state["decoder_pos_embed"][0])
     config = load_config(tmp_path / "tower/config.yaml")
-    model = Flap(config.model_copy(update={"text": tiny().text}))
+    model = TwoTowers(config.model_copy(update={"text": tiny().text}))
     put_first_weights(model, config)
     assert model.decoder is not None
     assert torch.equal(model.decoder.mask_token, state["mask_token"])

@@ -14,22 +14,22 @@ from transformers import AutoTokenizer, ClapFeatureExtractor, ClapModel
 
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
-from flap_fast.configfile import load_config
-from flap_fast.data.mel_clap import mel_matrix
-from flap_fast.embedder import load
+from flap_fast.config.file import load_config
+from flap_fast.data.preprocess.mel_clap import mel_matrix
 from flap_fast.interchange.clap_hf import why_not_clap
 from flap_fast.interchange.convert import export_checkpoint, import_checkpoint
 from flap_fast.interchange.tensors import read_tensors
-from flap_fast.model.flap import Flap
-from flap_fast.model.interop import (
+from flap_fast.model.model_folder import (
     load_model,
     load_weights,
     model_folder,
     put_first_weights,
     save_model,
 )
+from flap_fast.model.two_towers import TwoTowers
+from flap_fast.tools.embedder import load
 from flap_fast.train.loop import train
-from tests.model.test_htsat import decibels
+from tests.encoders.test_htsat import decibels
 from tests.tiny import HTSAT, tiny
 
 # What a .pt does not tell of a front end that is not LAION-CLAP's own.
@@ -42,12 +42,12 @@ LONGER = torch.tensor([True, False, True])
 
 
 @pytest.fixture(scope="module", params=FUSIONS)
-def trained(request, roberta_folder: Path, tmp_path_factory) -> tuple[Path, Config, Flap]:
+def trained(request, roberta_folder: Path, tmp_path_factory) -> tuple[Path, Config, TwoTowers]:
     """A model folder whose weights and statistics are none of those a model begins with."""
     folder = tmp_path_factory.mktemp("trained")
     config = tiny(*HTSAT, f"text.folder={roberta_folder}", *FUSIONS[request.param])
     torch.manual_seed(0)
-    model = Flap(config).eval()
+    model = TwoTowers(config).eval()
     with torch.no_grad():
         for name, value in model.state_dict().items():
             if name.endswith("running_var"):
@@ -60,10 +60,10 @@ def trained(request, roberta_folder: Path, tmp_path_factory) -> tuple[Path, Conf
     return folder, config, model
 
 
-def embedded(model: Flap, config: Config, folder: Path) -> tuple[Tensor, Tensor]:
+def embedded(model: TwoTowers, config: Config, folder: Path) -> tuple[Tensor, Tensor]:
     mel, ids, mask = heard(config, folder)
     with torch.no_grad():
-        audio = model.embed_audio(mel, longer=LONGER if config.fusion.on else None)
+        audio = model.embed_media(mel, longer=LONGER if config.fusion.on else None)
         return audio, model.embed_text(ids, mask)
 
 
@@ -206,7 +206,7 @@ def test_htsats_own_weights_come_in_as_a_tower_to_begin_with(trained, prepared, 
     other = tiny(
         *HTSAT, f"fusion.type={config.fusion.type}", f"train.init_audio_from={tmp_path / 'tower'}"
     )
-    begun = Flap(other)
+    begun = TwoTowers(other)
     put_first_weights(begun, other)
     audio, wanted = begun.get_submodule("audio"), model.get_submodule("audio").state_dict()
     assert all(torch.equal(value, wanted[name]) for name, value in audio.state_dict().items())

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from flap_fast.checks import ConfigError
-from flap_fast.configfile import load_config
-from flap_fast.data.prepare import prepare
-from flap_fast.embedder import load
+from flap_fast.config.file import load_config
 from flap_fast.interchange.clip_openai import from_openai, openai_settings, to_openai
 from flap_fast.interchange.convert import export_checkpoint, import_checkpoint
-from flap_fast.model.flap import Flap
-from flap_fast.model.interop import load_model, load_weights, model_folder, save_model
+from flap_fast.model.model_folder import load_model, load_weights, model_folder, save_model
+from flap_fast.model.two_towers import TwoTowers
+from flap_fast.preparation.prepare import prepare
+from flap_fast.tools.embedder import load
 from flap_fast.train.loop import train
 from tests.pictures import draw, write_pictures
 from tests.test_cli import flap
@@ -27,9 +27,9 @@ SIZES = ("text.width=128", "text.heads=2", "text.max_tokens=24")
 SCALARS = {"input_resolution": 32, "context_length": 24, "vocab_size": 384}
 
 
-def random_flap() -> Flap:
+def random_flap() -> TwoTowers:
     torch.manual_seed(0)
-    model = Flap(tiny_clip(*SIZES)).eval()
+    model = TwoTowers(tiny_clip(*SIZES)).eval()
     for name, value in model.state_dict().items():
         if value.is_floating_point():
             value.add_(0.1 * torch.rand(value.shape))  # biases and BatchNorm's averages too
@@ -39,12 +39,12 @@ def random_flap() -> Flap:
 
 
 @pytest.fixture(scope="module")
-def model() -> Flap:
+def model() -> TwoTowers:
     return random_flap()
 
 
 @pytest.fixture(scope="module")
-def theirs(model: Flap) -> dict[str, Tensor]:
+def theirs(model: TwoTowers) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in to_openai(model.state_dict()).items()}
 
 
@@ -107,7 +107,7 @@ def test_other_models_are_refused(theirs):
     with pytest.raises(ConfigError, match=r"text_projection of 2 axes, got '\(8,\)'"):
         openai_settings(theirs | {"text_projection": torch.zeros(8)})
     with pytest.raises(ConfigError, match="CLIP's towers"):
-        to_openai(Flap(tiny()).state_dict())
+        to_openai(TwoTowers(tiny()).state_dict())
 
 
 def laid_out(theirs: dict[str, Tensor], form: str) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def test_a_file_comes_in_opens_and_goes_out_unchanged(model, theirs, tmp_path, f
 
     opened, picture = load(ours, "cpu"), draw("red", "square", 0)
     assert opened.config.text.dropout == 0
-    own = Flap(tiny_clip(*SIZES)).eval()
+    own = TwoTowers(tiny_clip(*SIZES)).eval()
     own.load_state_dict(wanted)
     save_model(tmp_path / "own", tiny_clip(*SIZES), own, wanted)
     expected = load(tmp_path / "own", "cpu")
@@ -198,7 +198,7 @@ def test_refusals_of_clip_say_what_to_do(theirs, tmp_path):
     with pytest.raises(ConfigError, match="OUT must be new"):
         export_checkpoint(tmp_path / "ours", file)
     config = tiny_clip("text.encoder=roberta")
-    mixed = Flap(config)
+    mixed = TwoTowers(config)
     save_model(tmp_path / "mixed", config, mixed, mixed.state_dict())
     with pytest.raises(ConfigError, match=r"have CLIP's towers .* got 'text_head\.0"):
         export_checkpoint(tmp_path / "mixed", tmp_path / "b.pt")

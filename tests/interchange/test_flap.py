@@ -12,10 +12,10 @@ from torch.nn import functional
 from transformers import AutoTokenizer, ClapTextModelWithProjection
 
 from flap_fast.checks import ConfigError
-from flap_fast.embedder import load
 from flap_fast.interchange.convert import export_checkpoint, import_checkpoint
-from flap_fast.model.flap import Flap
-from flap_fast.model.interop import load_weights, model_folder, put_first_weights, save_model
+from flap_fast.model.model_folder import load_weights, model_folder, put_first_weights, save_model
+from flap_fast.model.two_towers import TwoTowers
+from flap_fast.tools.embedder import load
 from flap_fast.train.loop import train
 from tests.test_cli import flap
 from tests.tiny import HTSAT, tiny
@@ -28,7 +28,7 @@ def trained(roberta_folder: Path, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     config = tiny(f"text.folder={roberta_folder}", *DECODER)
     torch.manual_seed(0)
-    model = Flap(config)
+    model = TwoTowers(config)
     with torch.no_grad():
         for value in model.parameters():
             value.add_(0.05 * torch.randn_like(value))
@@ -80,7 +80,7 @@ def test_a_flaps_folder_that_lacks_a_file_is_named(trained, tmp_path):
 
 def test_a_text_tower_that_clap_has_not_is_said_to_be_left_out(tmp_path):
     config = tiny("text.pool=mean")
-    model = Flap(config)
+    model = TwoTowers(config)
     save_model(tmp_path / "ours", config, model, model.state_dict())
     said = export_checkpoint(tmp_path / "ours", tmp_path / "hf")
     assert said.endswith("no clap_text/: its text tower is no RoBERTa with a pooler")
@@ -123,12 +123,12 @@ def test_weights_begin_a_run_only_where_they_mean_the_same(begin: str, tmp_path)
 
     def put(folder: Path, *overrides: str) -> None:
         config = tiny(*overrides, f"train.{begin}={folder}")
-        put_first_weights(Flap(config), config)
+        put_first_weights(TwoTowers(config), config)
 
     vit, htsat = tmp_path / "vit", tmp_path / "htsat"
     for folder, overrides in ((vit, DECODER), (htsat, HTSAT)):
         config = tiny(*overrides)
-        model = Flap(config)
+        model = TwoTowers(config)
         save_model(folder, config, model, model.state_dict())
     others = ["heads=4", "norm_position=pooled", "pool=cls", "mean=-4.5", "std=3.5"]
     others += ["sample_rate_hz=8000", "int16_roundtrip=true"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flap_fast.model.patches import patchify
+from flap_fast.encoders.vit.patches import patchify
 from flap_kernels import patch_embed
 from flap_kernels.launch import runs_triton
 from flap_kernels.patch_embed import patch_embed_reference

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from flap_fast.config import Mask
-from flap_fast.data.draws import Stream, uniforms
-from flap_fast.model.masking import kept, mask_plan
-from flap_kernels import draw_patch_mask
-from flap_kernels.patch_mask import PatchMask
+from flap_fast.data.random_streams import Stream, uniforms
+from flap_fast.model.masking import kept, patch_mask
+from flap_kernels import PatchMask, draw_patch_mask
 from flap_kernels.philox import philox_words
 
 STREAMS = (int(Stream.MASK), int(Stream.MASK_INNER))
@@ -50,18 +49,18 @@ def wanted(mask: Mask, grid: tuple[int, int], seed: int, sample_index: torch.Ten
 
 
 def planned(mask: Mask, grid: tuple[int, int], seed: int, sample_index: torch.Tensor) -> PatchMask:
-    """The plan, held to what is wanted."""
-    plan = mask_plan(mask, grid, seed, sample_index)
-    assert plan is not None
+    """The mask that the settings give, held to what is wanted."""
+    found = patch_mask(mask, grid, seed, sample_index)
+    assert found is not None
     assert mask.rounding == "floor"
     for stay, ids_keep, ids_drop, ids_restore in zip(
-        wanted(mask, grid, seed, sample_index), *plan, strict=True
+        wanted(mask, grid, seed, sample_index), *found, strict=True
     ):
         assert ids_keep.tolist() == np.flatnonzero(stay).tolist()
         assert ids_drop.tolist() == np.flatnonzero(~stay).tolist()
         order = torch.cat([ids_keep, ids_drop])
         assert torch.equal(order[ids_restore], torch.arange(len(stay), device=order.device))
-    return plan
+    return found
 
 
 def test_words_are_the_published_ones():

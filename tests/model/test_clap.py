@@ -11,9 +11,9 @@ from transformers.models.clap.modeling_clap import ClapOutput
 
 from flap_fast.config import Config
 from flap_fast.interchange.htsat_names import htsat_from_hf
-from flap_fast.loss.contrastive import contrastive
-from flap_fast.model.flap import Flap, Outputs
-from tests.model.test_htsat import decibels
+from flap_fast.losses.contrastive import contrastive
+from flap_fast.model.two_towers import Outputs, TwoTowers
+from tests.encoders.test_htsat import decibels
 from tests.tiny import HTSAT as SMALLEST
 from tests.tiny import tiny
 
@@ -60,8 +60,8 @@ def clap(config: Config) -> ClapModel:
     return theirs.eval()
 
 
-def ours(config: Config, theirs: ClapModel) -> Flap:
-    model = Flap(config).eval()
+def ours(config: Config, theirs: ClapModel) -> TwoTowers:
+    model = TwoTowers(config).eval()
     encoder = theirs.audio_model.audio_encoder.state_dict()
     model.get_submodule("audio").load_state_dict(htsat_from_hf(encoder))
     head = theirs.audio_projection.state_dict()
@@ -81,7 +81,7 @@ def both(*overrides: str) -> tuple[Config, ClapOutput, Tensor]:
     ids = torch.randint(3, 50, (CLIPS, 7))
     with torch.no_grad():
         wanted = theirs(ids, mel, is_longer=LONGER.long(), return_loss=True)
-        found = model.embed_audio(mel, longer=LONGER if config.fusion.on else None)
+        found = model.embed_media(mel, longer=LONGER if config.fusion.on else None)
     return config, wanted, found
 
 
@@ -100,7 +100,7 @@ def test_claps_loss_is_one_direction_twice_and_ours_both():
     """
     config, theirs, audio = both()
     text, scale = there(theirs.text_embeds), torch.tensor(1 / 0.07)
-    outputs: Outputs = {"audio": audio, "text": text, "scale": scale, "recon": torch.zeros(())}
+    outputs: Outputs = {"media": audio, "text": text, "scale": scale, "recon": torch.zeros(())}
 
     def loss(direction: str) -> float:
         settings = config.loss.contrastive.model_copy(update={"direction": direction})

@@ -9,11 +9,11 @@ from torch.nn import functional
 
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
-from flap_fast.loss import total_loss
+from flap_fast.encoders.vit.patches import patchify, sine_positions
+from flap_fast.losses import total_loss
 from flap_fast.model.decoder import Decoder
-from flap_fast.model.flap import Flap
-from flap_fast.model.masking import mask_plan
-from flap_fast.model.patches import patchify, sine_positions
+from flap_fast.model.masking import patch_mask
+from flap_fast.model.two_towers import TwoTowers
 from flap_kernels.draw_plan import MaskPlan
 from tests.tiny import tiny
 
@@ -29,7 +29,7 @@ def made(config: Config) -> tuple[Decoder, Tensor, MaskPlan, Tensor]:
     """A decoder, tokens of the patches kept, the plan, and the log-mel to rebuild."""
     torch.manual_seed(0)
     decoder = Decoder(config, WIDTH)
-    plan = mask_plan(config.mask, config.audio.grid, 0, torch.arange(B))
+    plan = patch_mask(config.mask, config.audio.grid, 0, torch.arange(B))
     assert plan is not None
     tokens = torch.randn(B, config.audio.use_cls + plan.keep.shape[1], WIDTH)
     return decoder, tokens, plan, torch.randn(B, 1, 112, 128) * 3 + 1
@@ -105,9 +105,9 @@ def test_where_nothing_is_dropped_the_error_is_0_and_so_are_all_gradients(plan: 
 
 def forward(config: Config, *, target: bool):
     torch.manual_seed(0)
-    model = Flap(config)
+    model = TwoTowers(config)
     torch.manual_seed(1)
-    plan = mask_plan(config.mask, config.audio.grid, 0, torch.arange(B))
+    plan = patch_mask(config.mask, config.audio.grid, 0, torch.arange(B))
     mel = torch.randn(B, 1, 112, 128)
     ids = torch.randint(3, 200, (B, 8))
     return model, model(mel, ids, torch.ones_like(ids), plan, mel if target else None)
@@ -120,7 +120,7 @@ def test_the_towers_start_and_embed_alike_with_a_decoder_and_without():
     names = set(model.state_dict()) - set(bare.state_dict())
     assert names == {name for name in model.state_dict() if name.startswith("decoder.")}
     assert all(torch.equal(model.state_dict()[k], v) for k, v in bare.state_dict().items())
-    assert torch.equal(outputs["audio"], without["audio"])
+    assert torch.equal(outputs["media"], without["media"])
     assert without["recon"] == 0
 
 

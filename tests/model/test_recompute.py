@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flap_fast.loss import total_loss
-from flap_fast.model.flap import Flap
+from flap_fast.losses import total_loss
+from flap_fast.model.two_towers import TwoTowers
 from tests.tiny import tiny
 
 
@@ -17,7 +17,7 @@ def step(towers: str) -> tuple[dict[str, int], dict[str, Tensor]]:
     """How often a block of each tower ran in a forward and backward pass, and the gradients."""
     config = tiny(f"train.checkpoint_activations={towers}", "audio.drop_path=0.5")
     torch.manual_seed(0)
-    model = Flap(config)
+    model = TwoTowers(config)
     runs = {"audio": 0, "text": 0}
     parts = {"audio": "audio.blocks.1.mlp", "text": "text.inner.encoder.layer.1.intermediate"}
     for tower, part in parts.items():
@@ -48,7 +48,7 @@ def test_the_named_towers_are_computed_again_and_gradients_stay(towers, expected
 def test_a_text_tower_from_a_folder_begins_in_training(weights: bool, roberta_folder: Path):
     """With dropout and recomputation, as the same tower has them when a run goes on."""
     text = f"text.folder={roberta_folder}"
-    assert all(m.training for m in Flap(tiny(text), weights=weights).modules())
-    frozen = Flap(tiny(text, "text.freeze=true"), weights=weights)
+    assert all(m.training for m in TwoTowers(tiny(text), weights=weights).modules())
+    frozen = TwoTowers(tiny(text, "text.freeze=true"), weights=weights)
     assert not any(m.training for m in frozen.text.modules())
     assert frozen.training

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from flap_fast.config import Config
-from flap_fast.data.captions import tokenizer
-from flap_fast.loss import total_loss
-from flap_fast.model.flap import Flap, Outputs
+from flap_fast.data.tokenize import tokenizer
+from flap_fast.losses import total_loss
+from flap_fast.model.two_towers import Outputs, TwoTowers
 from tests.tiny import tiny
 
 CAPTIONS = ["a dog barks", "rain", "a tone that rises and falls", "wind in the leaves"]
@@ -29,9 +29,9 @@ def inputs(config: Config) -> tuple[Tensor, Tensor, Tensor]:
     return mel, ids, attention_mask
 
 
-def model_of(config: Config) -> Flap:
+def model_of(config: Config) -> TwoTowers:
     torch.manual_seed(0)
-    return Flap(config)
+    return TwoTowers(config)
 
 
 @pytest.mark.parametrize("packing", ["packed", "padded"])
@@ -42,7 +42,7 @@ def test_two_views_of_a_caption_differ_by_dropout_alone(packing: str):
         outputs = model(*inputs(config))
         still = model.eval()(*inputs(config))
     for found in (outputs, still):
-        assert list(found) == ["audio", "scale", "recon", "text", "text_again"]
+        assert list(found) == ["media", "scale", "recon", "text", "text_again"]
         assert found["text"].shape == found["text_again"].shape == (4, 16)
         torch.testing.assert_close(found["text_again"].norm(dim=1), torch.ones(4))
     assert torch.equal(still["text"], still["text_again"])
@@ -59,7 +59,7 @@ def test_the_captions_embedding_is_that_of_a_model_without_other_sentences():
     with torch.no_grad():
         found = model_of(config).eval()(*inputs(config))
         alone = model_of(plain).eval()(*inputs(plain))
-    assert list(alone) == ["audio", "scale", "recon", "text"]
+    assert list(alone) == ["media", "scale", "recon", "text"]
     for name, value in alone.items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
 

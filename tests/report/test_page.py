@@ -17,10 +17,10 @@ import torch
 import yaml
 from PIL import Image
 
-from flap_fast.configfile import dump_config
-from flap_fast.data.prepare import prepare
+from flap_fast.config.file import dump_config
+from flap_fast.preparation.prepare import prepare
+from flap_fast.report.examples import RetrievalExamples, _extremes
 from flap_fast.report.figures import alignment_over_uniformity
-from flap_fast.report.heard import Heard, _extremes
 from flap_fast.report.page import report
 from flap_fast.report.run import read_run
 from flap_fast.train.loop import train
@@ -106,13 +106,16 @@ def test_six_clips_give_three_best_and_three_worst_to_listen_to(page: str):
 
 def test_best_are_first_by_place_and_then_by_cosine():
     own = torch.tensor([3, 0, 0, 9])
-    cosines, owner = torch.tensor([0.9, 0.1, 0.2, 0.5, 0.0]), torch.tensor([0, 1, 1, 2, 3])
-    assert _extremes(own, cosines, owner) == ([2, 1], [3, 0])
+    cosines, clip_of_caption = (
+        torch.tensor([0.9, 0.1, 0.2, 0.5, 0.0]),
+        torch.tensor([0, 1, 1, 2, 3]),
+    )
+    assert _extremes(own, cosines, clip_of_caption) == ([2, 1], [3, 0])
 
 
 def test_a_single_clip_has_no_uniformity_to_draw():
     geometry = {2: {"alignment": 1.0, "uniformity_audio": None, "uniformity_text": -1.0}}
-    heard = Heard("val", 1, np.ones((1, 1)), [], [], geometry)
+    heard = RetrievalExamples("val", 1, np.ones((1, 1)), [], [], geometry)
     assert alignment_over_uniformity(heard).count("step 2") == 1
 
 

@@ -11,7 +11,7 @@ import pytest
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
 from flap_fast.data.shards import open_shards
-from flap_fast.model.interop import model_folder
+from flap_fast.model.model_folder import model_folder
 from flap_fast.report.run import read_run
 from flap_fast.train.checkpoint import latest
 from flap_fast.train.loop import train

@@ -23,9 +23,9 @@ from torch.nn import functional
 
 from flap_fast.config import Config
 from flap_fast.data.shards import Shards
-from flap_fast.loss import total_loss
-from flap_fast.model.flap import Flap
-from flap_fast.model.interop import put_weights
+from flap_fast.losses import total_loss
+from flap_fast.model.model_folder import put_weights
+from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks
 from flap_fast.train import engine as engine_file
 from flap_fast.train.checkpoint import Checkpoints
@@ -68,7 +68,7 @@ def outputs_of(engine: Engine, ranks: Ranks, step: int) -> Any:
 def trained(config: Config, ranks: Ranks, folder: Path) -> dict[str, Any]:
     """Some steps of a loss that always wants a larger scale, and what they leave."""
     torch.manual_seed(0)
-    engine = make_engine(config, Flap(config), ranks)
+    engine = make_engine(config, TwoTowers(config), ranks)
     scales, norms = [], []
     for step in range(STEPS):
         outputs = outputs_of(engine, ranks, step)
@@ -92,19 +92,19 @@ def trained(config: Config, ranks: Ranks, folder: Path) -> dict[str, Any]:
 def in_bf16(config: Config, ranks: Ranks) -> dict[str, Any]:
     """Which types a bf16 run has, and the exact loss of its embeddings."""
     torch.manual_seed(0)
-    engine = make_engine(config, Flap(config), ranks)
+    engine = make_engine(config, TwoTowers(config), ranks)
     outputs = outputs_of(engine, ranks, 0)
     loss = total_loss(outputs, config)["total"]
     engine.backward(loss)
     engine.step(LR)
-    audio, text = (ranks.gather(outputs[name].detach()).double() for name in ("audio", "text"))
+    audio, text = (ranks.gather(outputs[name].detach()).double() for name in ("media", "text"))
     logits = outputs["scale"].detach().double() * audio @ text.T
     target = torch.arange(8)
     exact = functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)
     return {
         "outputs": {value.dtype for value in outputs.values()} | {loss.dtype},
         "parameters": {p.dtype for p in engine.module.parameters()},
-        "rounded": bool((outputs["audio"] != _in_fp32(engine, ranks)).any()),
+        "rounded": bool((outputs["media"] != _in_fp32(engine, ranks)).any()),
         "loss": dist_mean(loss.detach()),
         "exact": exact.item() / 2,
     }
@@ -112,7 +112,7 @@ def in_bf16(config: Config, ranks: Ranks) -> dict[str, Any]:
 
 def _in_fp32(engine: Engine, ranks: Ranks) -> Tensor:
     engine.module.precision = "fp32"
-    return outputs_of(engine, ranks, 0)["audio"]
+    return outputs_of(engine, ranks, 0)["media"]
 
 
 def dist_mean(value: Tensor) -> float:
@@ -255,7 +255,7 @@ def test_1_gradient_clipping_is_written_out_even_when_off(found):
 
 
 def test_2_no_parameter_is_without_dimensions(found):
-    assert all(p.ndim for p in Flap(settings()).parameters())
+    assert all(p.ndim for p in TwoTowers(settings()).parameters())
     assert found["theirs"]["no dimensions"] is not None
 
 
@@ -282,15 +282,15 @@ def test_4_buffers_come_back(found, tmp_path: Path):
     assert not statistics
 
 
-def with_batch_norm(config: Config) -> Flap:
-    model = Flap(config)
+def with_batch_norm(config: Config) -> TwoTowers:
+    model = TwoTowers(config)
     model.add_module("norm", nn.BatchNorm1d(4))
     return model
 
 
 def test_5_a_checkpoint_knows_no_number_of_ranks(folder: Path, found, tmp_path: Path):
     config = settings(f"run.folder={tmp_path}")
-    engine = PlainEngine(config, Flap(config), Ranks())
+    engine = PlainEngine(config, TwoTowers(config), Ranks())
     saved = Checkpoints(config, Ranks(), NO_DATA).save(engine, 1, None)
     names = {file.name for file in saved.iterdir()}
     assert names == {
@@ -323,9 +323,9 @@ def test_7_weights_stay_float32_under_bf16_autocast(stage: int, found):
 def test_8_adam_has_no_decoupled_decay(found):
     for name, kind in (("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)):
         config = settings(f"optim.name={name}")
-        assert type(optimizer(config, Flap(config), torch.device("cpu"))) is kind
+        assert type(optimizer(config, TwoTowers(config), torch.device("cpu"))) is kind
     torch.manual_seed(0)
-    before = Flap(settings()).get_parameter(EMBEDDINGS)
+    before = TwoTowers(settings()).get_parameter(EMBEDDINGS)
     for stage in STAGES:
         after = found["ours"][stage]["weights"][EMBEDDINGS]
         assert torch.equal(after[UNUSED], before[UNUSED])  # no gradient, no step

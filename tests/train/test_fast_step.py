@@ -12,13 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
-from flap_fast.data.frontend import to_device
-from flap_fast.data.mel import spec_augment
-from flap_fast.loss import total_loss
-from flap_fast.model.flap import Flap
-from flap_fast.model.masking import mask_plan
-from flap_fast.profile.traffic import CountTraffic
+from flap_fast.data.preprocess.front_end import to_device
+from flap_fast.data.preprocess.mel import spec_augment
+from flap_fast.losses import total_loss
+from flap_fast.model.masking import patch_mask
+from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks
+from flap_fast.tools.profile.traffic import CountTraffic
 from flap_fast.train.engine import Engine, make_engine
 from tests.ranks import on_ranks
 from tests.tiny import tiny
@@ -59,11 +59,11 @@ def one_step(engine: Engine, config: Config, device: torch.device) -> torch.Tens
     mel = torch.randn(clips, audio.frames, audio.mel_bins, generator=generator)
     ids = torch.randint(3, 90, (clips, 16), generator=generator)
     attention_mask = (torch.arange(16) < torch.arange(9, 9 + clips)[:, None]).long()
-    mel, ids, visits = (to_device(x, device) for x in (mel, ids, torch.arange(clips)))
+    mel, ids, sample_index = (to_device(x, device) for x in (mel, ids, torch.arange(clips)))
     attention_mask = attention_mask.pin_memory() if device.type == "cuda" else attention_mask
-    mel = spec_augment(mel[:, None], config.specaug, audio, config.run.seed, visits)
+    mel = spec_augment(mel[:, None], config.specaug, audio, config.run.seed, sample_index)
     torch.manual_seed(1)
-    plan = mask_plan(config.mask, audio.grid, config.run.seed, visits)
+    plan = patch_mask(config.mask, audio.grid, config.run.seed, sample_index)
     outputs = engine.model(mel, ids, attention_mask, plan)
     total = total_loss(outputs, config)["total"]
     engine.backward(total)
@@ -73,7 +73,7 @@ def one_step(engine: Engine, config: Config, device: torch.device) -> torch.Tens
 
 def engine_of(config: Config, device: torch.device) -> Engine:
     torch.manual_seed(0)
-    return make_engine(config, Flap(config), Ranks(device=device))
+    return make_engine(config, TwoTowers(config), Ranks(device=device))
 
 
 def test_reads_are_found_where_they_are():
@@ -122,7 +122,7 @@ def calls_of_the_loss():
     found = {}
     for scheme in ("replicated", "sharded"):
         audio, text = (torch.nn.functional.normalize(torch.randn(3, 16)) for _ in range(2))
-        outputs = {"audio": audio, "text": text, "scale": torch.tensor(5.0)}
+        outputs = {"media": audio, "text": text, "scale": torch.tensor(5.0)}
         with CountTraffic() as counted:
             total_loss(outputs, tiny(f"loss.contrastive.scheme={scheme}"))  # type: ignore[arg-type]
         found[scheme] = dict(counted.calls)
@@ -181,7 +181,7 @@ def test_evaluation_does_not_compile(traced: list[int]):
     engine = engine_of(config, CPU)
     engine.module.eval()
     with torch.no_grad():
-        engine.module.embed_audio(torch.randn(3, 1, config.audio.frames, config.audio.mel_bins))
+        engine.module.embed_media(torch.randn(3, 1, config.audio.frames, config.audio.mel_bins))
     assert traced == []
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from flap_fast.configfile import dump_config, load_config
+from flap_fast.config.file import dump_config, load_config
 from flap_fast.train.loop import train
 from tests.tiny import tiny
 

@@ -15,12 +15,13 @@ from safetensors import SafetensorError
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
 from flap_fast.data.batch import Batch
-from flap_fast.data.prepare import prepare
 from flap_fast.data.shards import ShardError, open_shards
-from flap_fast.embedder import load
-from flap_fast.loss import total_loss
-from flap_fast.model import interop
-from flap_fast.train import loop, microbatch
+from flap_fast.losses import total_loss
+from flap_fast.model import model_folder as interop
+from flap_fast.preparation.prepare import prepare
+from flap_fast.tools.embedder import load
+from flap_fast.train import loop
+from flap_fast.train import step as microbatch
 from flap_fast.train.checkpoint import latest
 from flap_fast.train.loop import Stopped, train
 from flap_fast.train.observers import NotFinite
@@ -304,14 +305,14 @@ def test_masking_and_reconstruction_end_with_the_unmasked_tail(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     kept: list[int | None] = []
-    real = microbatch.mask_plan_of
+    real = microbatch.patch_mask_of
 
     def watched(*arguments):
         plan = real(*arguments)
         kept.append(None if plan is None else plan.keep.shape[1])
         return plan
 
-    monkeypatch.setattr(microbatch, "mask_plan_of", watched)
+    monkeypatch.setattr(microbatch, "patch_mask_of", watched)
     rebuilding = ("loss.recon.weight=1", "decoder.width=16", "decoder.depth=1", "decoder.heads=2")
     tail = ("mask.unmasked_tail_epochs=1", "eval.every_steps=0", "data.val=[]")
     train(settings(prepared, tmp_path, *rebuilding, *tail))
@@ -326,10 +327,10 @@ def test_the_decoder_rebuilds_the_sound_before_specaug_or_after(target: str):
     config = tiny(f"loss.recon.target={target}", "loss.recon.weight=1", "specaug.freq_bins=99")
     ids = torch.zeros(4, 8, dtype=torch.int64)
     clean = torch.ones(4, 1, 112, 128)
-    batch = Batch(clean, ids, ids, visits=torch.arange(4), clips=np.arange(4), epoch=0)
-    mel, *_, rebuilt, _, _ = microbatch.model_inputs(batch, None, config)
-    assert not torch.equal(mel, clean)
-    assert rebuilt is (clean if target == "clean" else mel)
+    batch = Batch(clean, ids, ids, sample_index=torch.arange(4), clips=np.arange(4), epoch=0)
+    inputs = microbatch.model_inputs(batch, None, config)
+    assert not torch.equal(inputs["media"], clean)
+    assert inputs["target"] is (clean if target == "clean" else inputs["media"])
 
 
 def test_a_broken_clip_is_replaced_and_noted(prepared: Path, tmp_path: Path):

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 
 from flap_fast.data.batch import Batch
-from flap_fast.embedder import load
-from flap_fast.model.flap import Flap
+from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks
-from flap_fast.train import microbatch
+from flap_fast.tools.embedder import load
+from flap_fast.train import step as microbatch
 from flap_fast.train.engine import DeepSpeedEngine
 from flap_fast.train.loop import train
 from tests.ranks import on_ranks
@@ -26,19 +26,19 @@ ENCODERS = {"vit": ("loss.recon.weight=1", "decoder.depth=1"), "htsat": HTSAT}
 @pytest.mark.parametrize("name", ENCODERS)
 def test_a_fused_run_trains_scores_and_hears_whole_clips(name, prepared, tmp_path, monkeypatch):
     """Also what differs outside any one crop; the loop passes on what the batch says."""
-    seen: list[tuple[Batch, tuple]] = []
-    real, forward = microbatch.model_inputs, Flap.forward
+    seen: list[tuple[Batch, dict]] = []
+    real, forward = microbatch.model_inputs, TwoTowers.forward
     monkeypatch.setattr(
         microbatch,
         "model_inputs",
-        lambda batch, *rest: seen.append((batch, ())) or real(batch, *rest),
+        lambda batch, *rest: seen.append((batch, {})) or real(batch, *rest),
     )
 
-    def watched(self, *given):
+    def watched(self, **given):
         seen[-1] = (seen[-1][0], given)
-        return forward(self, *given)
+        return forward(self, **given)
 
-    monkeypatch.setattr(Flap, "forward", watched)
+    monkeypatch.setattr(TwoTowers, "forward", watched)
     config = tiny(
         *ENCODERS[name],
         *(f"run.folder={tmp_path}", f"data.train={prepared}/train", f"data.val={prepared}/val"),
@@ -49,12 +49,12 @@ def test_a_fused_run_trains_scores_and_hears_whole_clips(name, prepared, tmp_pat
     rows = [json.loads(line) for line in (tmp_path / "flap/metrics.jsonl").read_text().splitlines()]
     assert all(np.isfinite(row["loss"]) for row in rows if "loss" in row)
     assert len(seen) == 2
-    for batch, (mel, *_, target, erase, longer) in seen:
-        assert mel.shape[1] == 4
-        assert (target is None) == (name == "htsat")
-        assert (erase is None) == (name == "vit")
-        assert longer is batch.longer
-        assert longer.any()
+    for batch, given in seen:
+        assert given["media"].shape[1] == 4
+        assert (given["target"] is None) == (name == "htsat")
+        assert (given["erase"] is None) == (name == "vit")
+        assert given["longer"] is batch.longer
+        assert given["longer"].any()
     model = load(tmp_path / "flap", "cpu")
     long = noise(0, 1.6, 16_000)
     other = long.copy()
@@ -70,12 +70,12 @@ def one_rank_of_short_clips():
     ranks = Ranks(rank=dist.get_rank(), world=dist.get_world_size(), launched=True)
     config = tiny("fusion.type=aff_2d", "train.zero_stage=3", "audio.depth=1")
     torch.manual_seed(0)
-    engine = DeepSpeedEngine(config, Flap(config), ranks)
+    engine = DeepSpeedEngine(config, TwoTowers(config), ranks)
     mel = torch.randn(2, 4, 112, 128, generator=torch.Generator().manual_seed(0))
     longer = torch.tensor([ranks.first, False])
     engine.module.eval()
     with torch.no_grad():
-        return engine.module.embed_audio(mel, longer=longer)
+        return engine.module.embed_media(mel, longer=longer)
 
 
 def test_under_zero_3_a_rank_may_have_no_longer_clip():

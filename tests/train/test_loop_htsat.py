@@ -9,18 +9,18 @@ import pytest
 import torch
 
 from flap_fast.config import Config
-from flap_fast.data.captions import tokenizer
 from flap_fast.data.loader import TrainingLoader
-from flap_fast.data.mel import stripes
+from flap_fast.data.preprocess.mel import stripes
 from flap_fast.data.shards import open_shards
-from flap_fast.embedder import load
-from flap_fast.model.flap import Flap
-from flap_fast.model.interop import load_weights, model_folder
+from flap_fast.data.tokenize import tokenizer
+from flap_fast.model.model_folder import load_weights, model_folder
+from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks
+from flap_fast.tools.embedder import load
 from flap_fast.train import loop
 from flap_fast.train.engine import parameter_groups, share_norms
 from flap_fast.train.loop import Stopped, train
-from flap_fast.train.microbatch import model_inputs
+from flap_fast.train.step import model_inputs
 from tests.tiny import HTSAT, tiny
 
 
@@ -86,12 +86,14 @@ def test_specaug_is_left_to_the_encoder(prepared, tmp_path):
     config = settings(prepared, tmp_path)
     shards, tokens = open_shards(config.data.train), tokenizer(config.text)
     (batch,) = TrainingLoader(config, shards, tokens, Ranks()).batches(0, 1)
-    assert batch.mel.shape == (8, 1, 101, 16)
-    assert -100 <= batch.mel.min() < -20
-    mel, _, _, plan, target, erase, longer = model_inputs(batch, None, config)
-    assert mel is batch.mel
-    assert plan is target is longer is None
-    wanted = stripes(config.specaug, config.run.seed, batch.visits, (101, 16), whole=True)
+    assert batch.media.shape == (8, 1, 101, 16)
+    assert -100 <= batch.media.min() < -20
+    inputs = model_inputs(batch, None, config)
+    assert inputs["media"] is batch.media
+    assert inputs["mask"] is inputs["target"] is inputs["longer"] is None
+    erase = inputs["erase"]
+    assert erase is not None
+    wanted = stripes(config.specaug, config.run.seed, batch.sample_index, (101, 16), whole=True)
     assert torch.equal(erase, wanted)
     assert 0.05 < wanted.float().mean() < 0.5
 
@@ -111,7 +113,7 @@ def test_norms_are_shared_between_gpus_under_the_same_names():
         (Ranks(0, 1, 1, cuda), False),
         (Ranks(0, 2, 2, cuda), True),
     ):
-        model = Flap(tiny(*HTSAT, "fusion.type=aff_2d"))
+        model = TwoTowers(tiny(*HTSAT, "fusion.type=aff_2d"))
         before = model.state_dict()
         share_norms(model, ranks)
         assert {*model.state_dict()} == {*before}
@@ -125,7 +127,7 @@ def test_norms_are_shared_between_gpus_under_the_same_names():
 
 def test_tables_of_position_biases_are_not_decayed():
     config = tiny(*HTSAT, "optim.name=adamw", "optim.weight_decay=0.1")
-    model = Flap(config)
+    model = TwoTowers(config)
     decayed, others = (set(map(id, some)) for some in parameter_groups(model))
     tables = {id(p) for name, p in model.named_parameters() if name.endswith("_bias_table")}
     assert len(tables) == 4

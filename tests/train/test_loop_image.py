@@ -16,15 +16,15 @@ import flap_fast
 from flap_fast.__main__ import app
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
-from flap_fast.data.captions import tokenizer
-from flap_fast.data.prepare import prepare
 from flap_fast.data.shards import open_shards
+from flap_fast.data.tokenize import tokenizer
 from flap_fast.evaluate.embed import read_texts
+from flap_fast.evaluate.evaluated_model import whole_model
 from flap_fast.evaluate.run import score, table
-from flap_fast.evaluate.subject import whole_model
 from flap_fast.evaluate.tables import markdown
-from flap_fast.model.flap import Flap
-from flap_fast.model.interop import load_model
+from flap_fast.model.model_folder import load_model
+from flap_fast.model.two_towers import TwoTowers
+from flap_fast.preparation.prepare import prepare
 from flap_fast.ranks import Ranks
 from flap_fast.train.checkpoint import latest
 from flap_fast.train.engine import parameter_groups
@@ -107,7 +107,7 @@ def test_the_embedder_sees_as_evaluation_does(trained, tmp_path):
         files[-1].write_bytes(shards.sound(clip))
     model, config = load_model(trained.run_folder)
     subject = whole_model(model, config, tokenizer(config.text), Ranks())
-    expected = subject.clips(shards, read_texts(shards)).audio
+    expected = subject.clips(shards, read_texts(shards)).media
     torch.testing.assert_close(embedder.embed_image(files, batch=7), expected)
     assert embedder.embed_image([]).shape == (0, 16)
     picture = draw("red", "square", 200)
@@ -156,7 +156,7 @@ def test_micro_batches_train_a_clip_too(shards, tmp_path):
 
 
 def test_weight_decay_leaves_positions_alone():
-    model = Flap(tiny_clip())
+    model = TwoTowers(tiny_clip())
     names = {id(p): name for name, p in model.named_parameters()}
     decayed, others = ({names[id(p)] for p in group} for group in parameter_groups(model))
     assert {"image.attnpool.positional_embedding", "text.positional_embedding"} <= others

@@ -28,7 +28,7 @@ from flap_fast.train.observers import (
 from flap_fast.train.run_folder import cut_after
 from tests.tiny import tiny
 
-OUTPUTS: Any = {"audio": torch.eye(4), "text": torch.eye(4)[[0, 1, 3, 2]], "scale": torch.ones(())}
+OUTPUTS: Any = {"media": torch.eye(4), "text": torch.eye(4)[[0, 1, 3, 2]], "scale": torch.ones(())}
 
 
 def terms(total: float = 2.0, norm: float = 1.0) -> dict[str, torch.Tensor]:

@@ -8,14 +8,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from flap_fast.data.captions import tokenizer
 from flap_fast.data.loader import TrainingLoader
 from flap_fast.data.shards import open_shards
-from flap_fast.loss import total_loss
-from flap_fast.model.flap import Flap
+from flap_fast.data.tokenize import tokenizer
+from flap_fast.losses import total_loss
+from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks
 from flap_fast.train.engine import DeepSpeedEngine
-from flap_fast.train.microbatch import mask_plan_of, model_inputs
+from flap_fast.train.step import model_inputs, patch_mask_of
 from tests.ranks import on_ranks
 from tests.tiny import tiny
 
@@ -28,11 +28,11 @@ def first_step(folder: Path, ranks: Ranks, *overrides: str, engine: type | None 
     config = tiny(f"data.train={folder}", "frontend.backend=torch", *REBUILDING, *overrides)
     loader = TrainingLoader(config, open_shards(config.data.train), tokenizer(config.text), ranks)
     torch.manual_seed(0)
-    model = Flap(config)
+    model = TwoTowers(config)
     batch = next(loader.batches(0, 1))
-    plan = mask_plan_of(batch, config, STEPS, loader.order.steps_per_epoch)
+    plan = patch_mask_of(batch, config, STEPS, loader.order.steps_per_epoch)
     running = None if engine is None else engine(config, model, ranks)
-    outputs = (running.model if running else model)(*model_inputs(batch, plan, config))
+    outputs = (running.model if running else model)(**model_inputs(batch, plan, config))
     total = total_loss(outputs, config)["total"]
     if running is None:
         total.backward()
@@ -79,10 +79,10 @@ def resting_after_a_step(folder: Path):
     for stage in (0, 1, 2, 3):
         config = tiny(f"data.train={folder}", f"train.zero_stage={stage}", *REBUILDING)
         read = TrainingLoader(config, open_shards(config.data.train), tokenizer(config.text), ranks)
-        engine = DeepSpeedEngine(config, Flap(config), ranks)
+        engine = DeepSpeedEngine(config, TwoTowers(config), ranks)
         for batch, plan in zip(read.batches(0, 2), (True, False), strict=True):
-            masked = mask_plan_of(batch, config, STEPS, STEPS) if plan else None
-            outputs = engine.model(*model_inputs(batch, masked, config))
+            masked = patch_mask_of(batch, config, STEPS, STEPS) if plan else None
+            outputs = engine.model(**model_inputs(batch, masked, config))
             engine.backward(total_loss(outputs, config)["total"])
             named = engine.module.named_parameters()
             decoder = [p for name, p in named if name.startswith("decoder.")]

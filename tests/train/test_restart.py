@@ -15,8 +15,8 @@ from torch import Tensor
 
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
-from flap_fast.model.flap import Flap, Outputs
-from flap_fast.model.interop import load_weights, put_weights
+from flap_fast.model.model_folder import load_weights, put_weights
+from flap_fast.model.two_towers import Outputs, TwoTowers
 from flap_fast.ranks import Ranks
 from flap_fast.train import loop
 from flap_fast.train.engine import PlainEngine, make_engine
@@ -35,8 +35,8 @@ ON_TWO = (
 ON_FOUR = {1: 2, 2: 3, 3: 1}
 
 
-class Remembering(Flap):
-    """Flap with buffers that training changes: one that the loss sees, one as BatchNorm's."""
+class Remembering(TwoTowers):
+    """TwoTowers with buffers that training changes: one that the loss sees, one as BatchNorm's."""
 
     def __init__(self, config: Config, *, weights: bool = True):
         super().__init__(config, weights=weights)
@@ -48,8 +48,8 @@ class Remembering(Flap):
 
     last: Remembering
 
-    def forward(self, mel, ids, attention_mask, *rest, **named) -> Outputs:
-        outputs = super().forward(mel, ids, attention_mask, *rest, **named)
+    def forward(self, media, ids, attention_mask, *rest, **named) -> Outputs:
+        outputs = super().forward(media, ids, attention_mask, *rest, **named)
         self.steps_seen += 1
         self.running_mean.lerp_(mel.mean(), 0.1)
         outputs["scale"] = outputs["scale"] * (1 + 0.05 * self.steps_seen)
@@ -70,12 +70,12 @@ def settings(data: Path, runs: Path, *overrides: str) -> Config:
 
 def run(config: Config, ranks: Ranks) -> None:
     """The loop itself, to its end, from the last checkpoint that there is."""
-    loop.Flap = Remembering
+    loop.TwoTowers = Remembering
     try:
         with ExitStack() as open_files:
             loop._train(config, ranks, begin(config, resume=True), open_files)
     finally:
-        loop.Flap = Flap
+        loop.TwoTowers = TwoTowers
 
 
 def go_on(data: Path, source: Path, step: int, runs: Path, *overrides: str) -> Path:
@@ -225,7 +225,7 @@ def test_a_checkpoint_of_another_model_is_refused(alone: Path, prepared: Path, t
     model.register_buffer("extra", torch.zeros(1))
     with pytest.raises(ConfigError, match=r"got nothing for extra, which is \(1,\) here"):
         put_weights(model, last(alone))
-    state = PlainEngine(other, Flap(other), Ranks()).optimizer_state
+    state = PlainEngine(other, TwoTowers(other), Ranks()).optimizer_state
     with pytest.raises(ConfigError, match=r"must hold the state of this model's parameters, got"):
         state.load(last(alone) / "optimizer.safetensors")
     with pytest.raises(ConfigError, match=r"nowhere cannot be read"):

@@ -1,0 +1,158 @@
+"""A `Config` from a YAML file and overrides, and back; errors that say what to write instead."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args
+
+import yaml
+from pydantic import ValidationError
+
+from flap_fast.checks import ConfigError, require
+from flap_fast.config import Config
+
+
+def load_config(file: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply overrides such as `mask.kind=1d`.
+
+    `base: OTHER.yaml` in a file takes the settings of the file beside it that this one leaves out.
+
+    Raises:
+        ConfigError: an unreadable file, an unknown name, a value against its rule.
+    """
+    tree = _read_yaml(Path(file)) if file is not None else {}
+    given: dict[str, Any] = {}
+    for override in overrides:
+        name, equals, value = override.partition("=")
+        require(bool(equals and name), "an override", "have the form section.name=value", override)
+        given[name] = _parse(value, f"the value of {name}")
+    _drop_other_length(tree, {"train": {n.removeprefix("train."): v for n, v in given.items()}})
+    for name, value in given.items():
+        _set(tree, name, value)
+    return parse_config(tree)
+
+
+def parse_config(tree: Mapping[str, Any]) -> Config:
+    """Check a nested mapping; raises `ConfigError` with one line per fault."""
+    try:
+        return Config.model_validate(dict(tree))
+    except ValidationError as error:
+        lines = [_line(dict(fault)) for fault in error.errors(include_url=False)]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def dump_config(config: Config) -> str:
+    """The whole config as YAML; reading it back gives an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _read_yaml(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A file's settings over those of its base, and that one's."""
+    what = f"the base of {above[-1]}" if above else "the config"
+    require(file.is_file(), what, "be an existing YAML file", file)
+    require(file.resolve() not in above, what, "not lead back to itself", file)
+    tree = _parse(file.read_bytes(), str(file))
+    require(tree is None or isinstance(tree, dict), str(file), "hold sections", type(tree).__name__)
+    tree = tree or {}
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    require(isinstance(base, str), f"base in {file}", "name a YAML file beside it", base)
+    below = _read_yaml(file.parent / base, (*above, file.resolve()))
+    _drop_other_length(below, tree)
+    return _over(below, tree)
+
+
+def _over(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
+    """Section by section, setting by setting; `section: null` and lists replace."""
+    both = {
+        name: _over(base[name], value)
+        for name, value in tree.items()
+        if isinstance(value, dict) and isinstance(base.get(name), dict)
+    }
+    return {**base, **tree, **both}
+
+
+def _drop_other_length(below: dict[str, Any], above: dict[str, Any]) -> None:
+    """`train.steps` above takes the place of `train.epochs` below, and the other way round."""
+    mine, theirs = above.get("train"), below.get("train")
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        for one, other in (("steps", "epochs"), ("epochs", "steps")):
+            if mine.get(one) is not None and other not in mine:
+                theirs.pop(other, None)
+
+
+def _parse(text: str | bytes, what: str) -> Any:
+    try:
+        return yaml.load(text, _OnceLoader)
+    except (yaml.YAMLError, UnicodeError) as error:
+        raise ConfigError(f"{what} must be YAML: {error}") from None
+
+
+class _OnceLoader(yaml.SafeLoader):
+    """Refuses a name that stands twice in a section; PyYAML drops the first one silently.
+
+    And reads `on` as the name that it is, where YAML 1.1 has it for `true`.
+    """
+
+    def construct_mapping(self, node, deep=False):
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"'{key.value}' must stand once", key.start_mark
+                )
+            seen.add(str(key.value))
+            if key.tag == "tag:yaml.org,2002:bool":
+                key.tag = "tag:yaml.org,2002:str"
+        return super().construct_mapping(node, deep)
+
+
+def _set(tree: dict[str, Any], name: str, value: Any) -> None:
+    *sections, last = name.split(".")
+    for section in sections:
+        tree[section] = {} if tree.get(section) is None else tree[section]
+        tree = tree[section]
+        require(isinstance(tree, dict), name, "name a setting inside a section", section)
+    tree[last] = value
+
+
+def _line(fault: dict[str, Any]) -> str:
+    """One of pydantic's faults as "NAME must RULE, got VALUE"."""
+    path = [str(part) for part in fault["loc"]]
+    name = ".".join(path)
+    if fault["type"] == "extra_forbidden":
+        known = _known_names(path[:-1])
+        close = difflib.get_close_matches(path[-1], known, n=1)
+        hint = f": did you mean {'.'.join([*path[:-1], close[0]])}" if close else ""
+        return f"{name} is not a setting{hint}. Known here: {', '.join(known)}"
+    cause = fault.get("ctx", {}).get("error")
+    if isinstance(cause, ConfigError):
+        return str(cause)
+    rule = fault["msg"]
+    for theirs, ours in _WORDS.items():
+        rule = rule.replace(theirs, ours)
+    value = fault["input"]
+    return f"{name} {rule}, got {value if isinstance(value, (int, float)) else repr(value)}"
+
+
+# How pydantic's sentences begin, and how ours do.
+_WORDS = {
+    "Input should be": "must be",
+    "String should": "must",
+    "Keys should": "must",
+    "Field required": "must be given",
+    "Input is not a valid path for <class 'pathlib.Path'>": "must be a path",
+}
+
+
+def _known_names(path: Sequence[str]) -> list[str]:
+    section: Any = Config
+    for part in path:
+        section = section.model_fields[part].annotation
+        # `Image | None`: the section that may be left out.
+        section = next((one for one in get_args(section) if one is not NoneType), section)
+    return list(section.model_fields)

@@ -1,0 +1,1 @@
+"""Encoded clips -> what an encoder is given: decoding, cropping, front ends."""

@@ -1,0 +1,181 @@
+"""The exact Kaldi log-mel as one linear map, on any device, and SpecAug.
+
+    frames = wave[160 m : 160 m + 400]                     m < 998 for 10 s
+    power  = (frames Re^T)^2 + (frames Im^T)^2             Re, Im (257, 400)
+    logmel = log(max(power M^T, 2**-23))                   M (128, 257)
+
+Removing each frame's mean, pre-emphasis, the symmetric Hann window and the transform are linear,
+so they are one (514, 400) matrix, computed in float64. True float32 throughout: TF32 would lift
+the noise floor of quiet bins.
+
+Source: torchaudio.compliance.kaldi.fbank and AudioMAE's front end, as SPEC 3.1 pins them down.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flap_fast.config import Audio, SpecAug
+from flap_fast.data.random_streams import Stream, uniforms
+
+FLOOR = 2.0**-23
+PREEMPHASIS = 0.97
+LOW_HZ = 20.0
+
+
+@dataclass(frozen=True)
+class LogMel:
+    """The two matrices of a front end and its sizes; `kaldi_log_mel(audio, device)` makes one."""
+
+    audio: Audio
+    spectrum: Tensor  # (2 * bins, window) float32
+    mel: Tensor  # (F, bins) float32
+
+    def __call__(self, wave: Tensor) -> Tensor:
+        """(B, samples) in [-1, 1] -> (B, T, F) log-mel, padded with zero rows, not normalised."""
+        wave = to_16_bits(wave) if self.audio.int16_roundtrip else wave
+        logmel = self._log_mel(wave - wave.mean(1, keepdim=True))
+        return pad_frames(logmel, self.audio.frames)
+
+    def whole(self, wave: Tensor, lengths: Tensor) -> Tensor:
+        """(B, longest), zeros behind each clip's length -> (B, M, F), valid up to its frames."""
+        wave = to_16_bits(wave) if self.audio.int16_roundtrip else wave
+        return self._log_mel(wave - wave.sum(1, keepdim=True) / lengths[:, None])
+
+    def _log_mel(self, wave: Tensor) -> Tensor:
+        frames = wave.unfold(1, self.audio.window, self.audio.hop)
+        with torch.autocast(wave.device.type, enabled=False), true_float32():
+            parts = frames @ self.spectrum.T
+            real, imaginary = parts.chunk(2, -1)
+            power = real.square_().add_(imaginary.square_())
+            return (power @ self.mel.T).clamp_(min=FLOOR).log_()
+
+
+def pad_frames(logmel: Tensor, frames: int) -> Tensor:
+    """(..., t, F) -> (..., frames, F): zeros below, in the log-mel domain."""
+    return torch.nn.functional.pad(logmel, (0, 0, 0, frames - logmel.shape[-2]))
+
+
+def to_16_bits(wave: Tensor) -> Tensor:
+    """What a 16-bit file would hold, cut towards zero (LAION-CLAP's training data)."""
+    return wave.clamp(-1, 1).mul(32767.0).trunc_().div_(32767.0)
+
+
+def normalise(logmel: Tensor, audio: Audio) -> Tensor:
+    """AudioSet's statistics: `(v - mean) / (2 std)`; a padded row becomes 0.467."""
+    return (logmel - audio.mean) / (2 * audio.std)
+
+
+def kaldi_log_mel(audio: Audio, device: torch.device | str = "cpu") -> LogMel:
+    """The front end's matrices, computed in float64 and stored in float32."""
+    spectrum = torch.from_numpy(_spectrum(audio.window)).float().to(device)
+    mel = torch.from_numpy(mel_matrix(audio.mel_bins, audio.window, audio.sample_rate_hz))
+    return LogMel(audio, spectrum, mel.float().to(device))
+
+
+def fft_size(window: int) -> int:
+    """The window's length, rounded up to a power of two."""
+    return 1 << (window - 1).bit_length()
+
+
+def hann(window: int) -> np.ndarray:
+    """The symmetric Hann window, float64."""
+    return 0.5 - 0.5 * np.cos(2 * math.pi * np.arange(window) / (window - 1))
+
+
+def mel_matrix(
+    bins: int, window: int, sample_rate_hz: int, low_hz: float = LOW_HZ, high_hz: float = 0.0
+) -> np.ndarray:
+    """(F, fft/2 + 1) float64: triangles in mel, none at Nyquist.
+
+    Args:
+        high_hz: where the last one ends; half the rate when 0.
+    """
+    size = fft_size(window)
+
+    def mel(hz):
+        return 1127.0 * np.log1p(hz / 700.0)
+
+    low, high = mel(low_hz), mel(high_hz or sample_rate_hz / 2)
+    step = (high - low) / (bins + 1)
+    left = low + step * np.arange(bins)[:, None]
+    at = mel(np.arange(size // 2) * sample_rate_hz / size)[None, :]
+    rising, falling = (at - left) / step, (left + 2 * step - at) / step
+    matrix = np.maximum(0.0, np.minimum(rising, falling))
+    return np.pad(matrix, ((0, 0), (0, 1)))
+
+
+def spec_augment(
+    mel: Tensor, settings: SpecAug, audio: Audio, seed: int, sample_index: Tensor
+) -> Tensor:
+    """Frequency masks and time masks of each clip, over all of its channels.
+
+    What they cover becomes what `normalise` makes of 0 (as AudioMAE, which masks first), or 0.
+
+    Args:
+        mel: (B, C, T, F), normalised.
+        sample_index: (B,) int64, keys the draws.
+
+    Source: torchaudio's masking semantics: width U[0, P), start U[0, size - width), both floored.
+    """
+    covered = stripes(settings, seed, sample_index, (mel.shape[-2], mel.shape[-1]))
+    zero = mel.new_zeros(())
+    zero = zero if settings.domain == "post_norm" else normalise(zero, audio)
+    return mel.masked_fill(covered[:, None], zero)
+
+
+def stripes(
+    settings: SpecAug,
+    seed: int,
+    sample_index: Tensor,
+    shape: tuple[int, int],
+    *,
+    whole: bool = False,
+) -> Tensor:
+    """(B, T, F) bool: what SpecAug covers of each clip.
+
+    Args:
+        whole: draw a whole width, then a whole start (torchlibrosa), not their floors (torchaudio).
+    """
+    u = uniforms(seed, Stream.SPECAUG, sample_index, 4 * settings.stripes)
+    T, F = shape
+    time = freq = torch.zeros(1, 1, dtype=torch.bool, device=sample_index.device)
+    for n in range(0, 4 * settings.stripes, 4):
+        time = time | _stripe(u[:, n], u[:, n + 1], settings.time_frames, T, whole)
+        freq = freq | _stripe(u[:, n + 2], u[:, n + 3], settings.freq_bins, F, whole)
+    return time[:, :, None] | freq[:, None, :]
+
+
+def _stripe(width: Tensor, start: Tensor, widest: int, size: int, whole: bool) -> Tensor:
+    """(B, size) bool: the cells that a mask of each clip covers."""
+    width = width * min(widest, size)
+    width = width.floor() if whole else width
+    first = (start * (size - width)).floor()
+    cells = torch.arange(size, device=width.device)
+    return (cells >= first[:, None]) & (cells < (first + width.floor())[:, None])
+
+
+def _spectrum(window: int) -> np.ndarray:
+    """(2 * (fft/2 + 1), window) float64: mean removal, pre-emphasis, window, transform."""
+    remove_mean = np.eye(window) - 1.0 / window
+    emphasis = np.eye(window) - PREEMPHASIS * np.eye(window, k=-1)
+    emphasis[0, 0] = 1 - PREEMPHASIS
+    linear = hann(window)[:, None] * (emphasis @ remove_mean)
+    transformed = np.fft.rfft(linear, fft_size(window), axis=0)
+    return np.concatenate([transformed.real, transformed.imag])
+
+
+class true_float32:
+    """No TF32 inside, whatever the run allows outside."""
+
+    def __enter__(self):
+        self.before = torch.backends.cuda.matmul.fp32_precision
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+    def __exit__(self, *_):
+        torch.backends.cuda.matmul.fp32_precision = self.before

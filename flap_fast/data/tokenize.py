@@ -1,0 +1,104 @@
+"""Captions -> token ids, padded to the batch's own longest, never to 77; towers may pack them."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import Tensor
+from transformers import AutoTokenizer, ByT5Tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from flap_fast.checks import ConfigError, require
+from flap_fast.config import Text
+
+_MULTIPLE = 8  # tensor cores' tiles, and fewer shapes to compile for
+_REMEDY = "for example: hf download FacebookAI/roberta-base --local-dir models/roberta-base"
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Cuts captions to `max_tokens` and pads a batch of them."""
+
+    inner: Any
+    max_tokens: int
+
+    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """(B, L) int64 ids and (B, L) int64 mask, 1 on tokens; L is a multiple of 8."""
+        # Cut first, pad after: transformers refuses both at once for 77, no multiple of 8.
+        cut = self.inner(list(captions), truncation=True, max_length=self.max_tokens)
+        encoded = self.inner.pad(cut, pad_to_multiple_of=_MULTIPLE, return_tensors="pt")
+        return encoded["input_ids"], encoded["attention_mask"]
+
+
+def tokenizer(text: Text) -> Tokenizer:
+    """The tokenizer of a text tower, from its folder; nothing is fetched from a hub.
+
+    Raises:
+        ConfigError: no such folder, or no tokenizer in it.
+    """
+    if text.folder is None and text.tokenizer == "bytes":
+        return Tokenizer(ByT5Tokenizer(), text.max_tokens)
+    name = "text.folder" if text.folder is not None else "text.tokenizer"
+    folder = local_folder(name, text.folder or text.tokenizer)
+    if (folder / _CLIP_MERGES).is_file():
+        return Tokenizer(_clip_tokenizer(folder / _CLIP_MERGES), text.max_tokens)
+    try:
+        inner = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{name} must hold a tokenizer, got '{folder}': {error}") from None
+    return Tokenizer(inner, text.max_tokens)
+
+
+# What OpenAI's `clip` and `open_clip` ship: a line of no use, then the pairs to merge, best first.
+_CLIP_MERGES = "bpe_simple_vocab_16e6.txt.gz"
+_CLIP_MARKS = ("<|startoftext|>", "<|endoftext|>")
+CLIP_TOKENS = 49_408
+# Packages that the index has under another name.
+_ON_THE_INDEX = {"open_clip": "--no-deps open_clip_torch"}
+
+
+def _clip_tokenizer(file: Path) -> Any:
+    """CLIP's byte pairs: 256 bytes, these as ends of words, the merges, and two marks.
+
+    The file has more merges than CLIP uses. Unlike OpenAI's code, which mends HTML's entities and
+    broken encodings in a text first, this one takes it as it is.
+    """
+    most = CLIP_TOKENS - 2 * 256 - len(_CLIP_MARKS)
+    lines = gzip.decompress(file.read_bytes()).decode().splitlines()
+    merges = lines[1 : most + 1]
+    pieces = list(bytes_to_unicode().values())
+    pieces += [f"{piece}</w>" for piece in pieces]
+    pieces += [merge.replace(" ", "") for merge in merges]
+    ids = {piece: n for n, piece in enumerate([*pieces, *_CLIP_MARKS])}
+    with TemporaryDirectory() as folder:
+        Path(folder, "vocab.json").write_text(json.dumps(ids))
+        Path(folder, "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+        kind = {"tokenizer_class": "CLIPTokenizer"}
+        Path(folder, "tokenizer_config.json").write_text(json.dumps(kind))
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def local_folder(name: str, value: str, remedy: str = _REMEDY) -> Path:
+    """A setting's folder: a path, or `package:NAME/sub/folder` inside an installed package."""
+    if not value.startswith("package:"):
+        require(Path(value).is_dir(), name, "be an existing folder", value, remedy)
+        return Path(value)
+    package, _, inside = value.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    require(
+        spec is not None and bool(spec.submodule_search_locations),
+        name,
+        "name an installed package",
+        value,
+        f"pip install {_ON_THE_INDEX.get(package, package.replace('_', '-'))}",
+    )
+    folder = Path(spec.submodule_search_locations[0]) / inside  # type: ignore[index,union-attr]
+    require(folder.is_dir(), name, "be a folder inside the package", value)
+    return folder

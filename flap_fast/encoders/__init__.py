@@ -1,0 +1,1 @@
+"""The encoders of sounds, images and captions, a folder each."""

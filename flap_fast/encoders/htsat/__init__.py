@@ -1,0 +1,1 @@
+"""HTSAT, LAION-CLAP's audio encoder."""

@@ -1,0 +1,1 @@
+"""A transformers text encoder: RoBERTa, BERT and others."""

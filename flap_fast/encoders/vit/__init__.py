@@ -1,0 +1,1 @@
+"""FLAP's ViT over the patches of a log-mel."""

@@ -1,0 +1,101 @@
+"""Files and text: atomic writes, rows of CSV and JSON lines, characters that UTF-8 can say."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import errno
+import glob
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+# Strict: a quote that is never closed would swallow the rows after it.
+_CELLS: dict[str, dict[str, Any]] = {
+    ".csv": {"strict": True},
+    ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
+}
+
+
+class ManifestError(ValueError):
+    """A manifest or table that cannot be read: the line, the rule, the value, the remedy."""
+
+
+def read_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a .csv, a .tsv (without quotes) or else JSON-lines file, and their lines.
+
+    Raises:
+        ManifestError: no UTF-8, a line that is not a row.
+    """
+    try:
+        yield from _rows(file)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ManifestError(f"{file} must be UTF-8 text, JSON lines or CSV: {error}") from None
+
+
+def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with file.open(newline="", encoding="utf-8-sig") as lines:
+        kind = file.suffix.lower()
+        if kind in _CELLS:
+            reader = csv.DictReader(lines, **_CELLS[kind])
+            for row in reader:
+                if None in row:
+                    remedy = "; put quotes around a text with commas" if kind == ".csv" else ""
+                    raise ManifestError(
+                        f"{file}:{reader.line_num} must have {len(reader.fieldnames or ())} cells, "
+                        f"got {row[None]} beyond them{remedy}"
+                    )
+                yield reader.line_num, row
+            return
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ManifestError(f"{file}:{number} is not JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise ManifestError(f"{file}:{number} must be an object, got {line.strip()[:60]}")
+            yield number, row
+
+
+def whole_characters(text: str) -> str:
+    """The text with U+FFFD for half of an emoji, which JSON's escapes can say and UTF-8 cannot."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def as_utf8(json_text: str) -> bytes:
+    """Its bytes; what UTF-8 cannot say (as in a path of other bytes) becomes JSON's escape."""
+    return json_text.encode(errors="backslashreplace")
+
+
+def write_atomically(file: Path, data: bytes | Callable[[], Iterable[bytes]]) -> None:
+    """Write all of `data` or nothing: a crash or a full disk leaves no half file.
+
+    Nor do two that write at once: the file is the one's or the other's.
+
+    Args:
+        data: the bytes, or what gives them piece by piece, where they are many.
+    """
+    for left in file.parent.glob(f"{glob.escape(file.name)}.*.part"):
+        left.unlink(missing_ok=True)  # by a process that was killed
+    part = file.with_name(f"{file.name}.{secrets.token_hex(4)}.part")
+    try:
+        with part.open("wb") as out:
+            out.writelines([data] if isinstance(data, bytes) else data())
+            out.flush()
+            os.fsync(out.fileno())
+        with contextlib.suppress(FileNotFoundError):
+            part.replace(file)
+            return
+    except OSError as error:
+        # A failed write does not say of which file.
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "; make room and run the same command again" if full else ""
+        raise OSError(error.errno, f"{error.strerror}{remedy}", str(file)) from None
+    finally:
+        part.unlink(missing_ok=True)
+    write_atomically(file, data)  # another writer took the part for a dead one's

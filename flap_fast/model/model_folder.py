@@ -1,0 +1,207 @@
+"""A trained model as a folder, and back.
+
+    FOLDER/model.safetensors   fp32 weights, this project's names
+    FOLDER/config.yaml         the config it was trained with
+    FOLDER/text/               the text tower's config and tokenizer
+
+The folder needs nothing but itself; weights are safetensors, never a pickle. An audio tower alone
+(`flap import` makes one of AudioMAE's) is a folder with audio.safetensors instead.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from flap_fast.checks import ConfigError, require
+from flap_fast.config import Config
+from flap_fast.config.file import dump_config, load_config
+from flap_fast.encoders.roberta.model import save_text_files
+from flap_fast.model.two_towers import TwoTowers
+
+# The weights of an audio tower alone, and of AudioMAE's decoder, if it was asked for.
+TOWER = "audio.safetensors"
+# Parts that a run may add to the weights it begins with: they begin at random.
+_DECODER = "decoder."
+_FUSION = ("mel_conv1d.", "mel_conv2d.", "fusion_model.")
+# What weights mean and no shape tells: settings of `audio`, and the encoder or mel that has them.
+_MEANING = {
+    "": ("encoder", "mel", "sample_rate_hz", "mean", "std", "int16_roundtrip"),
+    "vit": ("norm_position", "pool"),
+    "htsat": ("window_patches",),
+    "clap": ("mel_variant", "low_hz", "high_hz"),
+}
+
+
+def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file, as transformers also reads it.
+
+    Raises:
+        OSError: it cannot be written; on a full disk, most often.
+    """
+    whole = {name: value.contiguous() for name, value in tensors.items()}
+    file.touch()
+    mode = file.stat().st_mode  # safetensors would keep the file for its owner, whatever the umask
+    try:
+        save_file(whole, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{file} cannot be written: {error}") from None
+    file.chmod(mode)
+
+
+def save_model(folder: Path, config: Config, model: TwoTowers, weights: dict[str, Tensor]) -> None:
+    """Write a model folder; `weights` is the whole state dict, on the CPU."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(folder / "model.safetensors", weights)
+    (folder / "config.yaml").write_text(dump_config(config))
+    save_text_files(config.text, model.text, folder / "text")
+
+
+def model_folder(path: Path) -> Path:
+    """The model folder that a path means: itself, or the last checkpoint of a run.
+
+    Raises:
+        ConfigError: neither.
+    """
+    if (path / "model.safetensors").is_file():
+        return path
+    if (path / TOWER).is_file():
+        raise ConfigError(
+            f"the checkpoint must be a whole model, got '{path}', an audio tower; train from it "
+            f"with train.init_audio_from={path}"
+        )
+    steps = step_folders(path / "checkpoints")
+    if not steps:
+        raise ConfigError(
+            "the checkpoint must be a run's folder or a folder with model.safetensors, "
+            f"got '{path}'"
+        )
+    return steps[-1]
+
+
+def step_folders(checkpoints: Path) -> list[Path]:
+    """The complete checkpoints of a run, by their steps; a copy under another name is none."""
+    found = (file.parent for file in checkpoints.glob("step-*/state.json"))
+    whole = (folder for folder in found if re.fullmatch(r"step-\d+", folder.name))
+    return sorted(whole, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The steps of a checkpoint, by its name."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def read_config(folder: Path) -> Config:
+    """The config of a model folder, its text tower taken from the folder itself."""
+    return with_text(load_config(folder / "config.yaml"), folder / "text")
+
+
+def with_text(config: Config, folder: Path) -> Config:
+    """A config whose text tower's files are those of a model's text/."""
+    clip = config.text.encoder == "clip"
+    own = {"tokenizer": str(folder)} if clip else {"folder": str(folder), "tokenizer": "bytes"}
+    return config.model_copy(update={"text": config.text.model_copy(update=own)})
+
+
+def load_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of a model folder, on the CPU."""
+    return _read(folder / "model.safetensors")
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from None
+
+
+def put_weights(model: TwoTowers, folder: Path) -> None:
+    """Put the weights of a model folder into a model.
+
+    Raises:
+        ConfigError: they are another model's.
+    """
+    _put(model, folder / "model.safetensors", load_weights(folder), model.state_dict())
+
+
+def put_first_weights(model: TwoTowers, config: Config) -> None:
+    """What train.init_from or train.init_audio_from name into a new model.
+
+    A decoder, and for an audio tower what fuses, begin at random where the folder has none.
+
+    Raises:
+        ConfigError: they are another model's, or would compute something else in this one.
+    """
+    if config.train.init_from:
+        folder = model_folder(config.train.init_from)
+        _same_meaning(config, folder, ("audio.", "text.", "decoder."))
+        _put_parts(model, folder / "model.safetensors", ("",), new=(_DECODER,))
+    if config.train.init_audio_from:
+        path = config.train.init_audio_from
+        alone = (path / TOWER).is_file()
+        folder = path if alone else model_folder(path)
+        file = folder / (TOWER if alone else "model.safetensors")
+        _same_meaning(config, folder, ("audio.", "decoder."))
+        _put_parts(model, file, ("audio.", _DECODER), new=(_DECODER, *_FUSION))
+
+
+def _same_meaning(config: Config, folder: Path, parts: tuple[str, ...]) -> None:
+    """Refuse settings of these parts that differ from the folder's, where no shape does."""
+    file = folder / "config.yaml"
+    theirs, ours = _meaning(load_config(file)), _meaning(config)
+    for name, value in theirs.items():
+        if name.startswith(parts) and name in ours:
+            remedy = f"set {name}={value}, or change it in {file} if another is meant"
+            require(ours[name] == value, name, f"be {value}, as in {folder}", ours[name], remedy)
+
+
+def _meaning(config: Config) -> dict[str, object]:
+    """Of a config, what its weights mean and no shape tells, by the settings' names."""
+    audio, text, decoder = config.audio, config.text, config.decoder
+    kinds = ("", audio.encoder, audio.mel)
+    found = {f"audio.{n}": getattr(audio, n) for kind in kinds for n in _MEANING.get(kind, ())}
+    found["audio.heads"] = (audio.shape if audio.encoder == "vit" else audio.stages[0])[2]
+    found["text.pool"] = text.pool
+    if text.folder is None:
+        found["text.heads"] = text.heads
+    if config.loss.recon.weight:
+        found["decoder.heads"] = decoder.heads
+    return found
+
+
+def _put_parts(
+    model: TwoTowers, file: Path, parts: tuple[str, ...], *, new: tuple[str, ...]
+) -> None:
+    """Names that begin with one of `parts`; whole groups with one of `new` in them may be new."""
+    saved = {name: value for name, value in _read(file).items() if name.startswith(parts)}
+    if model.decoder is None:
+        saved = {name: value for name, value in saved.items() if not name.startswith(_DECODER)}
+    absent = tuple(group for group in new if not any(group in name for name in saved))
+    own = {name: value for name, value in model.state_dict().items() if name.startswith(parts)}
+    _put(model, file, saved, {n: v for n, v in own.items() if not any(g in n for g in absent)})
+
+
+def _put(model: TwoTowers, file: Path, saved: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    for name in sorted(saved.keys() | own.keys()):
+        there, here = (tuple(w[name].shape) if name in w else "nothing" for w in (saved, own))
+        if there != here:
+            raise ConfigError(
+                f"{file} must hold the weights of this config's model, got "
+                f"{there} for {name}, which is {here} here; use the config.yaml beside it"
+            )
+    model.load_state_dict(saved, strict=False)
+
+
+def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[TwoTowers, Config]:
+    """Open a model folder, or a run's last checkpoint, for evaluation."""
+    folder = model_folder(path)
+    config = read_config(folder)
+    model = TwoTowers(config, weights=False)
+    put_weights(model, folder)
+    return model.to(device).eval(), config

@@ -1,0 +1,1 @@
+"""Manifests and published data sets -> WebDataset shards."""

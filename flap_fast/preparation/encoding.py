@@ -1,0 +1,128 @@
+"""What a clip becomes in a shard: FLAC at the front end's rate, or a cached log-mel.
+
+Pictures stay the bytes that they are where they are JPEG or PNG in RGB or grey, 8 bits deep; others
+become PNG in RGB. So every reader of the shards sees the same pixels.
+
+A form's `identity` enters the fingerprint of every shard, and its `beside` are files that each
+split's folder gets. Its clips are encoded, on any threads, inside of `at_work()`.
+"""
+
+from __future__ import annotations
+
+import io
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import soundfile
+
+from flap_fast.data.preprocess.waveform import BadSound, read_sound
+from flap_fast.preparation.manifest import Entry
+
+# Quieter than -80 dB of full scale at its loudest: nothing to hear, and a constant log-mel.
+_SILENT = 1e-4
+_SHORTEST_S = 0.025
+
+
+class Form(Protocol):
+    """How the clips of a shard are kept."""
+
+    @property
+    def identity(self) -> Any: ...
+    @property
+    def beside(self) -> dict[str, bytes]: ...
+    def at_work(self) -> AbstractContextManager: ...
+    def encode(self, entry: Entry) -> tuple[str, bytes]:
+        """A clip's ending and bytes; raises `Unusable` with the reason for rejecting it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Flac:
+    """16-bit mono FLAC at a rate."""
+
+    sample_rate_hz: int
+
+    @property
+    def identity(self) -> int:
+        return self.sample_rate_hz
+
+    @property
+    def beside(self) -> dict[str, bytes]:
+        return {}
+
+    def at_work(self) -> AbstractContextManager:
+        return nullcontext()
+
+    def encode(self, entry: Entry) -> tuple[str, bytes]:
+        """A sound as FLAC; a picture as its own file, or PNG."""
+        source = read_source(entry)
+        if isinstance(source, Picture):
+            return source
+        wave = checked_wave(entry, source, self.sample_rate_hz)
+        buffer = io.BytesIO()
+        soundfile.write(buffer, wave, self.sample_rate_hz, format="FLAC", subtype="PCM_16")
+        return "flac", buffer.getvalue()
+
+
+class Picture(NamedTuple):
+    """A picture's ending and its file."""
+
+    ending: str
+    data: bytes
+
+
+def read_source(entry: Entry) -> Path | bytes | Picture:
+    """The sound's file, its bytes where it lies in a tar, or a picture.
+
+    Raises:
+        Unusable: the row has neither captions nor labels, or the picture is none.
+    """
+    if not entry.captions and not entry.labels:  # a clip with labels alone can be classified
+        raise BadSound("captionless")
+    if entry.inside is None:
+        return _picture(entry.audio) if entry.image else entry.audio
+    if not entry.audio.is_file():
+        raise BadSound("missing: no such file")
+    with entry.audio.open("rb") as file:
+        file.seek(entry.inside[0])
+        data = file.read(entry.inside[1])
+    return _picture(data) if data.startswith(_PICTURES) and data[8:12] != b"WAVE" else data
+
+
+# How JPEG, PNG and WebP begin; WAVE begins as the last.
+_PICTURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF")
+_AS_IT_IS = {
+    (kind, mode): ending
+    for kind, ending in (("JPEG", "jpg"), ("PNG", "png"))
+    for mode in ("RGB", "L")
+}
+
+
+def _picture(source: Path | bytes) -> Picture:
+    """The picture's file, or a PNG of it; raises `BadImage` with the reason for rejecting it."""
+    # Pillow and PyTorch take time to import, which sounds alone need not pay.
+    from flap_fast.data.preprocess.image import decoded, rgb, square
+
+    picture = decoded(source)
+    colours = rgb(picture)
+    square(colours, 1)  # a strip is rejected here, not in training
+    # RGBA, palettes, CMYK, 16 bits: each decoder has its own way with them.
+    ending = _AS_IT_IS.get((str(picture.format), picture.mode))
+    if ending is not None and "transparency" not in picture.info:
+        return Picture(ending, source if isinstance(source, bytes) else source.read_bytes())
+    buffer = io.BytesIO()
+    colours.save(buffer, "PNG")
+    return Picture("png", buffer.getvalue())
+
+
+def checked_wave(entry: Entry, source: Path | bytes, sample_rate_hz: int) -> np.ndarray:
+    """(samples,) float32 of a clip that can be used; raises `BadSound` for any other."""
+    wave = read_sound(source, sample_rate_hz, start_s=entry.start_s, duration_s=entry.duration_s)
+    if len(wave) < _SHORTEST_S * sample_rate_hz:
+        raise BadSound(f"empty: {len(wave) / sample_rate_hz * 1000:.1f} ms, shorter than a window")
+    if np.abs(wave).max() < _SILENT:
+        raise BadSound("silent: below -80 dB of full scale throughout")
+    return wave

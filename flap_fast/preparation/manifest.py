@@ -1,0 +1,179 @@
+"""A list of sounds and captions, as JSON lines or CSV.
+
+    audio     path, relative to the manifest's folder (required); or `image`, in every row
+    caption   one text, or `captions`: several (a list; in CSV separated by `|`)
+    id        a name for the clip; its file's stem without one
+    split     train, val, ...: names a folder; `train` without one
+    labels    class names (a list; in CSV separated by `|`)
+    start_s   where the clip starts in its file, in seconds
+    duration_s   how long it lasts
+
+Rows of the same piece of the same file are one clip with the captions and labels of all. Other
+columns, the first row's, travel along as `original_data`. An image and its captions are such a row
+too, with the image as `audio`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flap_fast.files import ManifestError, read_rows, whole_characters
+
+_KNOWN = ("audio", "image", "caption", "captions", "id", "split", "labels", "start_s", "duration_s")
+Row = tuple[Path, int, dict[str, Any]]
+"""The file that a row is from, its line there, and its cells."""
+
+# Endings of files that are pictures.
+PICTURES = ("jpg", "jpeg", "png", "webp")
+_FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(slots=True)
+class Entry:
+    """One clip of a manifest, and the line that it was first named on."""
+
+    line: int
+    audio: Path
+    captions: list[str]
+    id: str
+    split: str = "train"
+    labels: list[str] = field(default_factory=list)
+    start_s: float = 0.0
+    duration_s: float | None = None
+    original: dict[str, Any] = field(default_factory=dict)
+    image: bool = False
+    """`audio` is a picture."""
+    inside: tuple[int, int] | None = None
+    """Where the sound lies in `audio`, a tar: offset and size."""
+    more: dict[str, Any] = field(default_factory=dict)
+    """What else its JSON record is to say."""
+    under: str = ""
+    """The folder of `audio` in its manifest's folder, where there is a manifest."""
+
+
+def read_manifest(file: Path) -> list[Entry]:
+    """All clips, in the order of their first lines.
+
+    Raises:
+        ManifestError: no such file, a line that is not a row, a row without audio, a value that
+            cannot be, one id for two clips. A missing sound or caption is no fault of the manifest:
+            `prepare` rejects those.
+    """
+    if not file.is_file():
+        raise ManifestError(f"the manifest must be an existing .jsonl or .csv file, got '{file}'")
+    clips = collect(((file, line, row) for line, row in read_rows(file)), file.parent, str(file))
+    for clip in clips:
+        if clip.audio.is_relative_to(file.parent):
+            clip.under = "/".join(clip.audio.relative_to(file.parent).parts[:-1])
+    return clips
+
+
+def collect(rows: Iterable[Row], folder: Path, called: str) -> list[Entry]:
+    """The clips of rows with a manifest's columns, in the order of their first lines.
+
+    Args:
+        folder: what `audio` is relative to.
+        called: where the rows are from, for the message that there are none.
+
+    Raises:
+        ManifestError: as `read_manifest`.
+    """
+    clips: dict[tuple, Entry] = {}
+    owners: dict[tuple[str, str], tuple] = {}
+    for file, line, row in rows:
+        entry = _entry(file, line, row, folder)
+        other = next(iter(clips.values()), entry)
+        if entry.image != other.image:
+            raise ManifestError(
+                f"{file}:{line}: a manifest must name sounds or pictures throughout, got both; "
+                "split it in two"
+            )
+        piece = (entry.split, entry.audio, entry.start_s, entry.duration_s)
+        if piece in clips:
+            first = clips[piece]
+            first.captions.extend(entry.captions)
+            first.labels = list(dict.fromkeys([*first.labels, *entry.labels]))
+            continue
+        if not _given(row, "id") and (entry.split, entry.id) in owners:
+            entry.id = f"{entry.id}@{entry.start_s:g}-{line}"
+        named = owners.setdefault((entry.split, entry.id), piece)
+        if named != piece:
+            raise ManifestError(
+                f"{file}:{line}: id must name one clip of a split, got '{entry.id}' again "
+                f"(first on line {clips[named].line}); rename one of them"
+            )
+        clips[piece] = entry
+    if not clips:
+        raise ManifestError(f"{called} must hold at least one row, got none")
+    return list(clips.values())
+
+
+def _entry(file: Path, line: int, row: dict[str, Any], folder: Path) -> Entry:
+    image = _given(row, "image")
+    audio = row.get("image" if image else "audio")
+    if image and _given(row, "audio"):
+        raise ManifestError(f"{file}:{line}: a row must have audio or image, got both")
+    if not isinstance(audio, str) or not audio:
+        what = "image must name a picture" if image else "audio must name a sound file"
+        raise ManifestError(f"{file}:{line}: {what}, got {audio!r}")
+    path = folder / audio
+    image = image or path.suffix.lower().lstrip(".") in PICTURES
+    try:
+        start_s = float(row["start_s"]) if _given(row, "start_s") else 0.0
+        duration_s = float(row["duration_s"]) if _given(row, "duration_s") else None
+    except (TypeError, ValueError) as error:
+        raise ManifestError(
+            f"{file}:{line}: start_s and duration_s must be seconds: {error}"
+        ) from None
+    if not (0 <= start_s < math.inf and (duration_s is None or 0 < duration_s < math.inf)):
+        raise ManifestError(
+            f"{file}:{line}: start_s must be at least 0 and duration_s above 0, both finite, "
+            f"got {start_s:g} and {duration_s}"
+        )
+    if image and (start_s or duration_s is not None):
+        raise ManifestError(f"{file}:{line}: start_s and duration_s are of sounds, not of pictures")
+    split = str(row["split"]) if _given(row, "split") else "train"
+    if not _FOLDER.fullmatch(split):
+        raise ManifestError(
+            f"{file}:{line}: split must be letters, digits, '.', '_' or '-' (it names a folder), "
+            f"got {split!r}"
+        )
+    try:
+        captions = [*_texts(row, "captions"), *_texts(row, "caption", several=False)]
+        labels = _texts(row, "labels")
+    except TypeError as error:
+        raise ManifestError(f"{file}:{line}: {error}") from None
+    return Entry(
+        line=line,
+        audio=path,
+        captions=captions,
+        id=str(row["id"]) if _given(row, "id") else path.stem,
+        split=split,
+        labels=labels,
+        start_s=start_s,
+        duration_s=duration_s,
+        original={k: v for k, v in row.items() if k not in _KNOWN and _given(row, k)},
+        image=image,
+    )
+
+
+def _given(row: dict[str, Any], name: str) -> bool:
+    """Whether a row has something in a column; an empty cell has nothing."""
+    return row.get(name) not in (None, "")
+
+
+def _texts(row: dict[str, Any], name: str, *, several: bool = True) -> list[str]:
+    """The non-blank texts of a cell: a list, or one string (of several, by `|`)."""
+    value = row.get(name)
+    if value is None:
+        return []
+    if isinstance(value, str):
+        value = value.split("|") if several else [value]
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise TypeError(f"{name} must be a text or a list of texts, got {value!r}")
+    return [whole_characters(text.strip()) for text in value if text.strip()]

@@ -1,0 +1,24 @@
+"""Flickr30K: 31,014 images, five captions each, in Karpathy's splits (test: 1,000).
+
+    FOLDER/dataset_flickr30k.json
+    FOLDER/flickr30k-images/*.jpg
+
+Source: Young et al., "From image descriptions to visual denotations", TACL 2014.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flap_fast.preparation.manifest import Entry, collect
+from flap_fast.preparation.sources.karpathy import karpathy
+from flap_fast.preparation.sources.layout import first_file
+
+
+def flickr30k(folder: Path) -> list[Entry]:
+    """All images; raises `ManifestError` without the JSON."""
+    names = ("dataset_flickr30k.json", "karpathy/dataset_flickr30k.json")
+    file = first_file(folder, names, "Flickr30K")
+    places = ("flickr30k-images", "flickr30k_images", "images")
+    images = next((place for place in places if (folder / place).is_dir()), places[0])
+    return collect(karpathy(file, images), folder, str(file))

@@ -1,0 +1,76 @@
+"""Shards that others wrote: tars of a sound (or an image) and a JSON for each clip.
+
+    FOLDER/SPLIT/*.tar    LAION's layout: KEY.flac, KEY.json with text, tag, original_data, ...
+    FOLDER/*.tar          one split, called as the folder
+
+Training reads such shards as they are; to prepare them brings them to another rate, or caches their
+log-mels. All that a JSON says besides is kept. img2dataset's `caption` is taken for `text`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from flap_fast.data.preprocess.waveform import BadSound
+from flap_fast.data.shards import KINDS, Shards, open_shards
+from flap_fast.files import ManifestError, whole_characters
+from flap_fast.preparation.manifest import Entry
+
+_OURS = ("text", "tag", "id", "original_data")
+
+
+def tars(folder: Path) -> list[Entry]:
+    """The clips of all shards, split by split.
+
+    Raises:
+        ManifestError: no shards, or shards of log-mels.
+        ShardError: a shard that is not whole.
+    """
+    entries: list[Entry] = []
+    for split in _splits(folder):
+        shards = open_shards([split], tuple(KINDS))
+        if shards.kind == "mels":
+            raise ManifestError(
+                f"shards to prepare must hold sounds or images, got log-mels in '{split}'"
+            )
+        first = len(entries) + 1
+        entries += (
+            _entry(shards, clip, split.resolve().name, first + clip) for clip in range(len(shards))
+        )
+    return entries
+
+
+def _splits(folder: Path) -> list[Path]:
+    if any(folder.glob("*.tar")):
+        return [folder]
+    splits = sorted({file.parent for file in folder.glob("*/*.tar")})
+    if not splits:
+        raise ManifestError(f"shards must be '{folder}/SPLIT/*.tar' or '{folder}/*.tar', got none")
+    return splits
+
+
+def _entry(shards: Shards, clip: int, split: str, line: int) -> Entry:
+    file, at, size, _, _ = shards.place[clip].tolist()
+    try:
+        record = shards.record(clip, captionless=True)
+    except BadSound:
+        record = {"text": []}  # no captions: `prepare` rejects it
+    captions = record["text"] or _texts(record.pop("caption", record.pop("captions", None)))
+    original = record.get("original_data")
+    return Entry(
+        line=line,
+        audio=shards.files[file],
+        captions=captions,
+        id=str(record.get("id") or f"{shards.files[file].stem}@{at}"),
+        split=split,
+        labels=_texts(record.get("tag")),
+        original=original if isinstance(original, dict) else {},
+        inside=(at, size),
+        more={name: value for name, value in record.items() if name not in _OURS},
+    )
+
+
+def _texts(value: Any) -> list[str]:
+    texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+    return [whole_characters(t.strip()) for t in texts if isinstance(t, str) and t.strip()]

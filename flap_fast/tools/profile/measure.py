@@ -1,0 +1,305 @@
+"""`flap profile`: where the time and the memory of a training step go.
+
+    runs/NAME/profile/profile.json      clips/s, the step by part, memory, FLOP/s, the ceiling
+                      trace.json.gz     two steps, for ui.perfetto.dev or chrome://tracing
+                      memory.pickle     a GPU's allocations in a step, for pytorch.org/memory_viz
+                      profile.png       the same in a picture (`flap_fast.report.profile`)
+
+Steps are the trainer's, on the run's own loader or on random batches; what watches and saves a run
+is left out. Parts are those of the first rank. FLOP are the counted ones of `flop`, of
+the captions' own tokens; the ceiling is a matrix product in the run's precision, measured here.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterator
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, fields
+from itertools import accumulate
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flap_fast.checks import ConfigError, require
+from flap_fast.config import Config, check_before_loading, check_micro_batch
+from flap_fast.data.batch import Batch
+from flap_fast.data.loader import TrainingLoader
+from flap_fast.data.shards import open_shards
+from flap_fast.data.tokenize import tokenizer
+from flap_fast.files import write_atomically
+from flap_fast.model.masking import kept_patches
+from flap_fast.model.two_towers import TwoTowers, takes_bf16
+from flap_fast.ranks import Ranks, join_ranks, leave_ranks, world_size
+from flap_fast.tools.profile.device import Memory, measure_ceiling
+from flap_fast.tools.profile.fits import check_that_it_fits
+from flap_fast.tools.profile.flop import Flop, TextShape, step_flop, two_passes
+from flap_fast.tools.profile.known import check_formulas
+from flap_fast.tools.profile.search import search as search_micro_batch
+from flap_fast.tools.profile.synthetic import SyntheticLoader, without_files
+from flap_fast.tools.profile.timeline import (
+    PARTS,
+    Timeline,
+    waited_for,
+    watched,
+    watched_collectives,
+)
+from flap_fast.tools.profile.traffic import CountTraffic, sent_bytes
+from flap_fast.train.engine import Engine, check_engine, make_engine
+from flap_fast.train.environment import device_name
+from flap_fast.train.schedules import warmup_cosine
+from flap_fast.train.step import Gradients
+
+WARM_UP, TRACED = 3, 2
+_SEARCH_S = 30.0
+
+Profile = dict[str, Any]
+
+
+def profile(
+    config: Config,
+    *,
+    steps: int = 10,
+    synthetic: bool = False,
+    search: bool = True,
+    out: Path | None = None,
+) -> Profile | None:
+    """Profile some steps and write the files; gives what profile.json holds, on the first rank.
+
+    Args:
+        synthetic: random batches; needs neither shards nor the text tower's folder.
+        search: look for the largest micro-batch that fits; in a run of one process only.
+
+    Raises:
+        ConfigError: a config that cannot be trained, or a batch that does not fit.
+    """
+    require(steps >= 1, "--steps", "be at least 1", steps)
+    _check(config, synthetic)
+    found = search_micro_batch(config, seconds=_SEARCH_S) if search and world_size() == 1 else None
+    ranks = join_ranks()
+    out = out or config.run_folder / "profile"
+    try:
+        with without_files(config) if synthetic else nullcontext(config) as complete:
+            result = _Session(complete, ranks, steps, synthetic, out).run()
+    finally:
+        leave_ranks()
+    if not ranks.first:
+        return None
+    result["micro_batch"] = found or {"skipped": _why_no_search(search)}
+    write_atomically(out / "profile.json", (json.dumps(result, indent=1) + "\n").encode())
+    return result
+
+
+def _check(config: Config, synthetic: bool) -> None:
+    check_formulas(config)
+    if synthetic:
+        world, batch = world_size(), config.train.global_batch
+        require(batch % world == 0, "train.global_batch", f"be a multiple of {world} ranks", batch)
+        check_micro_batch(config, world)
+    else:
+        try:
+            check_before_loading(config, world_size())
+        except ConfigError as error:
+            raise ConfigError(f"{error}. Without data: --synthetic") from None
+    check_engine(config, world_size())
+
+
+def _why_no_search(search: bool) -> str:
+    return "of one process only, without a launcher" if search else "--no-search"
+
+
+class _Session:
+    """One model, its engine and its loader."""
+
+    def __init__(self, config: Config, ranks: Ranks, steps: int, synthetic: bool, out: Path):
+        self.config, self.ranks, self.steps, self.out = config, ranks, steps, out
+        self.half = takes_bf16(config.train.precision, ranks.device)
+        self.memory = Memory(ranks.device)
+        self.timeline: Timeline | None = None
+        self.synthetic = synthetic
+        torch.manual_seed(config.run.seed)
+        self.model = TwoTowers(config, weights=not synthetic)
+        self.text = TextShape.of(self.model.text.inner.config)
+        check_that_it_fits(config, self.model, ranks)
+        if ranks.first:
+            out.mkdir(parents=True, exist_ok=True)
+
+    def run(self) -> Profile:
+        """All that is measured, in turn."""
+        extra = TRACED + 2
+        with ExitStack() as watching:
+            watching.enter_context(watched_collectives(lambda: self.timeline))
+            engine = make_engine(self.config, self.model, self.ranks)
+            engine = watching.enter_context(watched(engine, lambda: self.timeline))
+            self._begin(engine, WARM_UP + self.steps + extra)
+            try:
+                for _ in range(WARM_UP):
+                    self._step()
+                timed = self._timed()
+                sent = self._count()
+                files = self._trace() | self._snapshot()
+            except torch.OutOfMemoryError as error:
+                raise ConfigError(
+                    f"train.global_batch must fit in memory, got {self.config.train.global_batch} "
+                    f"over {self.ranks.world} ranks ({str(error).splitlines()[0]}); try half of "
+                    "it, a smaller train.micro_batch or train.checkpoint_activations=true"
+                ) from error
+        ceiling = measure_ceiling(self.ranks.device, half=self.half)
+        return self._result(*timed, sent, files, ceiling)
+
+    def _begin(self, engine: Engine, steps: int) -> None:
+        """What the trainer's loop has before its first step."""
+        config, ranks = self.config, self.ranks
+        if self.synthetic:
+            loader = SyntheticLoader(config, self.model.text.inner.config, ranks)
+            per_epoch = loader.steps_per_epoch
+        else:
+            loader = TrainingLoader(
+                config, open_shards(config.data.train), tokenizer(config.text), ranks
+            )
+            per_epoch = loader.order.steps_per_epoch
+        # Far from the end of a run, and from an unmasked tail.
+        self.run_steps = 1000 * per_epoch
+        self.engine = engine
+        self.gradients = Gradients(config, ranks, engine, self.run_steps, per_epoch)
+        batches = waited_for(
+            loader.batches(0, steps, times=self.gradients.reads), lambda: self.timeline
+        )
+        self.masks: list[Tensor] = []
+        self.batches = self._noting_masks(batches)
+
+    def _noting_masks(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            self.masks.append(batch.attention_mask)
+            yield batch
+
+    def _step(self) -> list[Tensor]:
+        """A step of the trainer's loop, its batches included; gives its captions' masks."""
+        if self.timeline:
+            self.timeline.begin_step()
+        self.masks.clear()
+        self.gradients(1, self.batches)
+        lr = warmup_cosine(0, base=self.config.optim.lr, warmup=1000, steps=self.run_steps)
+        self.engine.step(lr)
+        # What is read for a second pass has been read before.
+        return self.masks[: self.config.train.micro_batches(self.ranks.world)]
+
+    def _timed(
+        self,
+    ) -> tuple[list[dict[str, float]], dict[str, int], dict[str, Flop], float]:
+        """Seconds by part and step, memory, FLOP of a step, and real tokens of those computed."""
+        self.memory.begin()
+        self.timeline = Timeline(self.ranks.device)
+        seen = [self._step() for _ in range(self.steps)]
+        self.timeline.end()
+        seconds = self.timeline.steps()
+        memory = {"peak": self.memory.peak(), "steady": self.memory.steady()}
+        self.timeline = None
+        lengths = [[n for mask in masks for n in mask.sum(1).tolist()] for masks in seen]
+        kept, world = kept_patches(self.config.mask, self.config.audio.grid), self.ranks.world
+        by_step = [
+            step_flop(self.config, self.text, some, kept=kept, world=world) for some in lengths
+        ]
+        flop = {part: _mean([step[part] for step in by_step]) for part in by_step[0]}
+        computed = sum(mask.numel() for masks in seen for mask in masks)
+        return seconds, memory, flop, sum(map(sum, lengths)) / computed
+
+    def _count(self) -> float:
+        """Bytes that this rank sends in a step."""
+        with CountTraffic() as counted:
+            self._step()
+        return sent_bytes(counted.traffic, self.ranks.world)
+
+    def _trace(self) -> dict[str, str]:
+        """Two steps under PyTorch's profiler."""
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if self.ranks.device.type == "cuda":
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        with torch.profiler.profile(activities=activities, profile_memory=True) as traced:
+            self.timeline = Timeline(self.ranks.device, ranges=True)
+            for _ in range(TRACED):
+                self._step()
+            self.timeline.end()
+            self.timeline = None
+        self.allocated_in_a_step = _most_allocated(traced)
+        if self.ranks.first:
+            traced.export_chrome_trace(str(self.out / "trace.json.gz"))
+        return {"trace": "trace.json.gz"}
+
+    def _snapshot(self) -> dict[str, str]:
+        """A GPU's allocations over a step, with the lines of code that made them."""
+        if self.ranks.device.type != "cuda":
+            return {"memory_snapshot": "not available on a CPU; the trace has its [memory] events"}
+        torch.cuda.memory._record_memory_history(max_entries=1_000_000)
+        self._step()
+        if self.ranks.first:
+            torch.cuda.memory._dump_snapshot(str(self.out / "memory.pickle"))
+        torch.cuda.memory._record_memory_history(enabled=None)
+        return {"memory_snapshot": "memory.pickle"}
+
+    def _step_bytes(self, memory: dict[str, int]) -> int:
+        """What a step allocates above the steady state: a CPU's resident set does not shrink."""
+        if self.ranks.device.type == "cuda":
+            return memory["peak"] - memory["steady"]
+        return self.allocated_in_a_step
+
+    def _result(
+        self,
+        seconds: list[dict[str, float]],
+        memory: dict[str, int],
+        flop: dict[str, Flop],
+        real_tokens: float,
+        sent: float,
+        files: dict[str, str],
+        ceiling: float,
+    ) -> Profile:
+        each = sorted(sum(step.values()) for step in seconds)
+        step_s = sum(each) / len(each)
+        parts = {name: sum(step[name] for step in seconds) / len(seconds) for name in PARTS}
+        total = sum(f.total for f in flop.values())
+        return {
+            "config": self.config.run.name,
+            "device": device_name(self.ranks.device),
+            "world": self.ranks.world,
+            "precision": "bf16" if self.half else "fp32",
+            "versions": {"torch": torch.__version__, "python": platform.python_version()},
+            "batches": "synthetic" if self.synthetic else "data.train",
+            "global_batch": self.config.train.global_batch,
+            "micro_batches": self.config.train.micro_batches(self.ranks.world),
+            "passes": 2 if two_passes(self.config, self.ranks.world) else 1,
+            "steps": len(seconds),
+            "clips_per_s": self.config.train.global_batch / step_s,
+            "step_ms": 1000 * step_s,
+            "step_ms_least_median_most": [1000 * s for s in (each[0], median(each), each[-1])],
+            "parts_ms": {name: 1000 * s for name, s in parts.items()},
+            "steps_ms": [{name: 1000 * s for name, s in step.items()} for step in seconds],
+            "flop": {name: asdict(f) | {"total": f.total} for name, f in flop.items()},
+            "flop_counted": "matrix products of real tokens, two FLOP a multiply-add",
+            "real_tokens": real_tokens,
+            "flop_per_s": total / step_s,
+            "ceiling_flop_per_s": ceiling,
+            "share_of_ceiling": total / step_s / ceiling,
+            "memory_mib": {name: n / 2**20 for name, n in memory.items()},
+            "memory_is": self.memory.what,
+            "allocated_in_a_step_mib": self._step_bytes(memory) / 2**20,
+            "sent_mib_per_step": sent / 2**20,
+            "files": files,
+        }
+
+
+def _mean(flops: list[Flop]) -> Flop:
+    names = (field.name for field in fields(Flop))
+    return Flop(**{name: sum(getattr(f, name) for f in flops) // len(flops) for name in names})
+
+
+def _most_allocated(traced: torch.profiler.profile) -> int:
+    """The most bytes of a CPU that PyTorch had allocated above what there was at the beginning."""
+    assert traced.profiler is not None
+    events = traced.profiler.kineto_results.events()  # type: ignore[union-attr]
+    memory = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    sizes = (e.nbytes() for e in memory)  # type: ignore[attr-defined]
+    return max(accumulate(sizes, initial=0))

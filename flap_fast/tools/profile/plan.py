@@ -1,0 +1,293 @@
+"""`flap plan`: memory, communication and time of a step on ranks that are not here.
+
+    step = FLOP / (ceiling x share) + optimizer + exposed communication
+
+Parameters are counted on the model itself, FLOP, bytes and memory follow from the formulas of
+`flop`, `traffic` and `footprint`; tests hold those against PyTorch's counts. What a
+device and a link can do is assumed, printed, and settable. Latencies, loading and evaluation are
+left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from flap_fast.checks import require
+from flap_fast.config import Config, check_micro_batch
+from flap_fast.model.masking import kept_patches
+from flap_fast.model.two_towers import takes_bf16
+from flap_fast.tools.profile.flop import Flop, scheme_in_force, step_flop, two_passes
+from flap_fast.tools.profile.footprint import Footprint, Sizes, divisors, footprint
+from flap_fast.tools.profile.known import check_formulas
+from flap_fast.tools.profile.states import Parameters
+from flap_fast.tools.profile.synthetic import LONGEST
+from flap_fast.tools.profile.traffic import engine_traffic, loss_traffic, sent_bytes
+from flap_fast.train.engine import BUCKET_NUMBERS
+
+# Fused Adam reads weight, gradient and both moments, and writes all but the gradient, in float32.
+_ADAM_BYTES = 7 * 4
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is assumed of the ranks: none of it is measured here."""
+
+    gpus: int = 8
+    nodes: int = 1
+    tflops: float = 790.0
+    """What a rank does at most, in the run's precision: an H100's dense bf16 products."""
+    share: float = 0.5
+    """Of that, over a whole step."""
+    link_bytes_per_s: float = 50e9
+    """What a rank sends between nodes: a 400 Gb/s adapter for each GPU."""
+    local_bytes_per_s: float = 400e9
+    """What a rank sends inside of a node."""
+    memory_gib: float = 80.0
+    """Of a GPU."""
+    memory_bytes_per_s: float = 3e12
+    """Read and written, for the optimizer."""
+    host_bytes_per_s: float = 25e9
+    """The same of a CPU's memory, for each rank, where train.offload has the optimizer there."""
+    host_link_bytes_per_s: float = 50e9
+    """Between a GPU and its CPU's memory, one way."""
+    caption_tokens: int = LONGEST
+    """Tokens computed for a caption, padding included."""
+
+    def check(self) -> None:
+        """Raise `ConfigError` for a machine that cannot be."""
+        require(self.gpus >= 1, "--gpus", "be at least 1", self.gpus)
+        require(self.nodes >= 1, "--nodes", "be at least 1", self.nodes)
+        rule = f"be a multiple of the {self.nodes} nodes"
+        each = self.nodes * max(1, self.gpus // self.nodes)
+        require(self.gpus % self.nodes == 0, "--gpus", rule, self.gpus, f"for example {each}")
+        require(0 < self.share <= 1, "--share", "be in (0, 1]", self.share)
+        require(self.tflops > 0, "--tflops", "be above 0", self.tflops)
+        require(self.memory_gib > 0, "--memory-gib", "be above 0", self.memory_gib)
+        require(self.caption_tokens > 0, "--caption-tokens", "be above 0", self.caption_tokens)
+
+    @property
+    def bytes_per_s(self) -> float:
+        """What a rank sends in a ring over all ranks: as fast as its slowest hop."""
+        return self.local_bytes_per_s if self.nodes == 1 else self.link_bytes_per_s
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One kind of communication in a step."""
+
+    sent_bytes: float
+    seconds: float
+    exposed_s: float
+    """What nothing else hides."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A step on a machine."""
+
+    machine: Machine
+    engine: str
+    stage: int
+    scheme: str
+    precision: str
+    clips: int
+    """Of a rank."""
+    parameters: Parameters
+    memory: Footprint
+    largest_clips: int
+    """The most a rank can take in micro-batches as they are set, by the same formulas."""
+    largest_micro_batch: int
+    """The most of its clips that a rank can take at a time; 0 if not even one fits."""
+    micro_batches: int
+    """Of a rank's step."""
+    flop: dict[str, Flop]
+    compute_s: float
+    optimizer_s: float
+    exchanges: dict[str, Exchange]
+
+    @property
+    def step_s(self) -> float:
+        """Of a whole step."""
+        exposed = sum(e.exposed_s for e in self.exchanges.values())
+        return self.compute_s + self.optimizer_s + exposed
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak stays below a GPU's memory."""
+        return self.memory.peak <= self.machine.memory_gib * 2**30
+
+    @property
+    def clips_per_s(self) -> float:
+        """Over all ranks."""
+        return self.clips * self.machine.gpus / self.step_s
+
+    def remedy(self) -> str:
+        """What to set where it does not fit, in a sentence."""
+        some = self.largest_micro_batch
+        most = self.largest_clips * self.machine.gpus
+        first = f"set train.global_batch={most}, " if most else ""
+        if some:  # the same gradients, for a forward more
+            first = f"set train.micro_batch={some}, "
+        return (
+            f"error: a rank's step must fit in {self.machine.memory_gib:g} GiB, got "
+            f"{self.memory.peak / 2**30:.1f} by these formulas; {first}"
+            "train.checkpoint_activations=true, a higher train.zero_stage or more --gpus"
+        )
+
+
+def plan(config: Config, machine: Machine) -> Plan:
+    """Predict a step.
+
+    Raises:
+        ConfigError: ranks that cannot share the batch or the nodes, or what no formula counts.
+    """
+    machine.check()
+    batch, world = config.train.global_batch, machine.gpus
+    rule = f"be a multiple of the {world} ranks"
+    nearest = max(world, round(batch / world) * world)
+    remedy = f"for example train.global_batch={nearest}"
+    require(batch % world == 0, "train.global_batch", rule, batch, remedy)
+    check_micro_batch(config, world)
+    engine = config.train.engine
+    if engine == "auto":
+        engine = "plain" if world == 1 else "deepspeed"
+    require(engine == "deepspeed" or world == 1, "train.engine", "be deepspeed over ranks", engine)
+    offload = config.train.offload
+    rule = "be 'none' in plain PyTorch"
+    remedy = "set train.engine=deepspeed"
+    require(engine == "deepspeed" or offload == "none", "train.offload", rule, offload, remedy)
+    return _plan(config, machine, Sizes.of(check_formulas(config)), engine)
+
+
+def _plan(config: Config, machine: Machine, sizes: Sizes, engine: str) -> Plan:
+    world = machine.gpus
+    clips = config.train.global_batch // world
+    half = takes_bf16(config.train.precision, torch.device("cuda"))
+    lengths = [min(machine.caption_tokens, config.text.max_tokens)] * clips
+    kept = kept_patches(config.mask, config.audio.grid)
+    flop = step_flop(config, sizes.text, lengths, kept=kept, world=world)
+    rate = machine.tflops * 1e12 * machine.share
+    stage = config.train.zero_stage if engine == "deepspeed" else 0
+
+    def memory(clips: int, **train: Any) -> Footprint:
+        setting = config.model_copy(update={"train": config.train.model_copy(update=train)})
+        some = lengths[:1] * clips
+        return footprint(setting, sizes, some, world, engine=engine, kept=kept, half=half)
+
+    limit = machine.memory_gib * 2**30
+    at_once = config.train.micro_batch or 1
+    fitting = (m for m in divisors(clips) if memory(clips, micro_batch=m).peak <= limit)
+    return Plan(
+        machine=machine,
+        engine=engine,
+        stage=stage,
+        scheme=scheme_in_force(config, clips, world),
+        precision="bf16" if half else "fp32",
+        clips=clips,
+        parameters=sizes.parameters,
+        memory=memory(clips),
+        largest_clips=at_once * _largest(lambda n: memory(n * at_once).peak, limit),
+        largest_micro_batch=max(fitting, default=0),
+        micro_batches=config.train.micro_batches(world),
+        flop=flop,
+        compute_s=sum(f.total for f in flop.values()) / rate,
+        optimizer_s=_optimizer_s(config, machine, sizes.parameters, stage),
+        exchanges=_exchanges(config, machine, sizes, clips, stage, flop, rate),
+    )
+
+
+def _optimizer_s(config: Config, machine: Machine, parameters: Parameters, stage: int) -> float:
+    """Adam over a rank's share; on a CPU, with gradients going down and weights coming up."""
+    numbers = parameters.trained / (machine.gpus if stage else 1)
+    if config.train.offload == "none":
+        return _ADAM_BYTES * numbers / machine.memory_bytes_per_s
+    moved = 4 * numbers / machine.host_link_bytes_per_s
+    return _ADAM_BYTES * numbers / machine.host_bytes_per_s + 2 * moved
+
+
+def _exchanges(
+    config: Config,
+    machine: Machine,
+    sizes: Sizes,
+    clips: int,
+    stage: int,
+    flop: dict[str, Flop],
+    rate: float,
+) -> dict[str, Exchange]:
+    world, parts = machine.gpus, config.train.micro_batches(machine.gpus)
+    engine = engine_traffic(
+        stage,
+        sizes.groups,
+        world,
+        micro_batches=parts,
+        passes=2 if two_passes(config, world) else 1,
+        offload=config.train.offload != "none",
+    )
+    phases = loss_traffic(config, clips, world) | {
+        "gradients": engine["backward"],
+        "weights": engine.get("forward", Counter()) + engine["step"],
+    }
+    sent = {name: sent_bytes(traffic, world) for name, traffic in phases.items()}
+    seconds = {name: n / machine.bytes_per_s for name, n in sent.items()}
+    exposed = dict(seconds)
+    if stage:
+        # Buckets go out as the backward goes on; nothing hides the last one of a reduction.
+        # ZeRO 1 reduces in the last micro-batch's backward alone, 2 and 3 in each.
+        buckets = -(-sizes.parameters.trained // BUCKET_NUMBERS)
+        hidden = sum(f.backward + f.recomputed for f in flop.values()) / rate
+        hidden /= parts if stage == 1 else 1
+        reduced = seconds["gradients"]
+        exposed["gradients"] = max(reduced / buckets, reduced - hidden)
+    if stage == 3 and not two_passes(config, world):  # gathered ahead of the forward that uses them
+        ahead = sum(f.forward for f in flop.values()) / rate
+        exposed["weights"] = max(0.0, seconds["weights"] - ahead)
+    names = {
+        "forward": "embeddings, forward",
+        "backward": "embeddings, backward",
+        "gradients": "gradients, backward",
+        "weights": "weights, after the step" if stage < 3 else "weights, before their use",
+    }
+    return {
+        label: Exchange(sent[name], seconds[name], exposed[name]) for name, label in names.items()
+    }
+
+
+def _largest(peak: Any, limit: float) -> int:
+    """The most clips whose peak stays within the limit; 0 if not even one's does."""
+    low, high = 0, 1
+    while peak(high) <= limit and high < 2**24:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if peak(middle) <= limit else (low, middle)
+    return low
+
+
+_UNITS = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "": 1.0}
+
+
+def parse_rate(name: str, value: str) -> float:
+    """Bytes a second from `50GB/s` or, in bits, `400Gb/s`.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    match = re.fullmatch(r"\s*([\d.]+)\s*([kKMGT]?)(B|b|bit)/s\s*", value)
+    number = float(match[1]) if match and re.fullmatch(r"\d+(\.\d+)?", match[1]) else 0.0
+    rule = "be a rate above 0, as in 50GB/s or, in bits, 400Gb/s"
+    require(match is not None and number > 0, name, rule, value)
+    assert match is not None
+    return number * _UNITS[match[2].lower()] / (1 if match[3] == "B" else 8)
+
+
+def as_json(planned: Plan) -> dict[str, Any]:
+    """The plan as plain numbers."""
+    found = asdict(replace(planned, flop={}))
+    found["flop"] = {name: asdict(f) | {"total": f.total} for name, f in planned.flop.items()}
+    more = ("step_s", "clips_per_s", "fits")
+    return found | {name: getattr(planned, name) for name in more}

@@ -1,0 +1,475 @@
+"""What `flap plan` predicts is what ranks here do: counted, not timed."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed._tools.mem_tracker import MemTracker
+from typer.testing import CliRunner
+
+from flap_fast.__main__ import app
+from flap_fast.checks import ConfigError
+from flap_fast.config import Config
+from flap_fast.config.file import load_config
+from flap_fast.losses import total_loss
+from flap_fast.model.masking import kept_patches, patch_mask
+from flap_fast.model.two_towers import TwoTowers
+from flap_fast.ranks import Ranks
+from flap_fast.tools.profile import known
+from flap_fast.tools.profile.flop import two_passes
+from flap_fast.tools.profile.footprint import Sizes, footprint
+from flap_fast.tools.profile.measure import profile
+from flap_fast.tools.profile.plan import Machine, parse_rate, plan
+from flap_fast.tools.profile.states import Parameters, States, state_bytes
+from flap_fast.tools.profile.synthetic import SyntheticLoader, caption_lengths
+from flap_fast.tools.profile.traffic import (
+    CountTraffic,
+    Traffic,
+    engine_traffic,
+    loss_traffic,
+    sent_bytes,
+)
+from flap_fast.train.engine import BUCKET_NUMBERS, DeepSpeedEngine, Engine, PlainEngine
+from flap_fast.train.step import Gradients
+from tests.ranks import on_ranks
+from tests.tiny import tiny
+from tests.tools.profile.live import Live, tensors_of
+
+DIRECTIONS = ("symmetric", "a2t", "t2a")
+SCHEMES = ("replicated", "sharded")
+RECON = ("loss.recon.weight=1", "decoder.width=64", "decoder.depth=4", "decoder.heads=2")
+CYCLIC = ("loss.cyclic.cross_weight=0.25", "loss.cyclic.in_weight=0.25")
+
+
+def embeddings(rows: int, width: int) -> torch.Tensor:
+    return torch.nn.functional.normalize(torch.randn(rows, width), dim=1).requires_grad_()
+
+
+LOSSES = [
+    *(
+        (f"loss.contrastive.scheme={scheme}", f"loss.contrastive.direction={direction}")
+        for scheme, direction in itertools.product(SCHEMES, DIRECTIONS)
+    ),
+    *(
+        ("loss.contrastive.weight=0", "loss.cyclic.in_weight=1", f"loss.cyclic.form={form}")
+        for form in ("tiled", "gram")
+    ),
+    *(("loss.contrastive.precision=bf16", f"loss.contrastive.scheme={s}") for s in SCHEMES),
+    ("joint.width=2", "loss.cyclic.cross_weight=1"),  # more clips than twice the width: gram
+    ("loss.contrastive.scheme=sharded", "loss.cyclic.cross_weight=1", "loss.cyclic.in_weight=1"),
+]
+
+
+def counted_in_the_loss(clips: int):
+    """On one rank: by loss, what each phase sent, and what it should have."""
+    found = []
+    for overrides in LOSSES:
+        config = tiny(*overrides)
+        audio, text = (embeddings(clips, config.joint.width) for _ in range(2))
+        outputs = {"media": audio, "text": text, "scale": torch.tensor(5.0)}
+        with CountTraffic() as forward:
+            total = total_loss(outputs, config)["total"]  # type: ignore[arg-type]
+        with CountTraffic() as backward:
+            total.backward()
+        counted = {"forward": forward.traffic, "backward": backward.traffic}
+        found.append((counted, loss_traffic(config, clips, dist.get_world_size())))
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_bytes_sent_for_the_losses_equal_the_formula_for_both_schemes_and_forms(world: int):
+    for found in on_ranks(world, counted_in_the_loss, 3):
+        assert len(found) == len(LOSSES)
+        for counted, expected in found:
+            assert counted == expected
+
+
+def test_sent_bytes_by_hand():
+    """Of 4 ranks with 3 clips each, in a space of 16 numbers."""
+    config = tiny("loss.contrastive.scheme=replicated")
+    forward = loss_traffic(config, 3, 4)["forward"]
+    # Each rank sends its 3 rows of 32 + 3 numbers of 4 bytes to three others.
+    assert sent_bytes(forward, 4) == 3 * (3 * 35 * 4)
+    sharded = loss_traffic(tiny("loss.contrastive.scheme=sharded"), 3, 4)
+    # Text out and its gradients back, 3 x 16 numbers to three others; 25 and 12 numbers summed up.
+    assert sent_bytes(sharded["backward"], 4) == 3 * (3 * 16 * 4)
+    assert sent_bytes(sharded["forward"], 4) == 3 * (3 * 16 * 4) + 2 * 3 / 4 * (24 + 13) * 4
+
+
+STAGES = [f"train.zero_stage={stage}" for stage in (0, 1, 2, 3)]
+TWO = "train.micro_batch=2"
+ENGINES = [
+    (STAGES[0], TWO),
+    (STAGES[1], TWO),
+    (STAGES[2],),
+    (STAGES[3],),
+    (STAGES[3], TWO),
+    (STAGES[1], "train.offload=optimizer"),
+    (STAGES[2], TWO, "train.offload=optimizer", "train.accumulation=local", *CYCLIC),
+    (STAGES[3], TWO, "train.offload=all"),
+]
+
+
+def counted_in_the_engine():
+    """On one rank: what a step that is not the first sent, and the bytes held after it; by formula.
+
+    Wide enough that stage 3 shards some parameters and keeps the others whole.
+    """
+    ranks = Ranks(rank=dist.get_rank(), world=dist.get_world_size(), launched=True)
+    found = []
+    for overrides in ENGINES:
+        config = tiny("text.width=256", "text.heads=4", "text.depth=1", *overrides)
+        with Live() as live:
+            model = TwoTowers(config)
+            sizes, buffers = Sizes.of(model), sum(b.nbytes for b in model.buffers())
+            engine = DeepSpeedEngine(config, model, ranks)
+            counted, expected = step_often(config, ranks, engine, sizes)
+        gc.collect()
+        states = state_bytes(
+            "deepspeed",
+            config.train.zero_stage,
+            sizes.parameters,
+            ranks.world,
+            overlap=False,
+            offload=config.train.offload,
+            micro_batches=config.train.micro_batches(ranks.world),
+        )
+        held = live.now - buffers - (4 * BUCKET_NUMBERS if states.gradients == "stay" else 0)
+        found.append((counted, expected, held, between_steps(states, sizes)))
+        del engine, model
+        gc.collect()
+    return found
+
+
+def step_often(
+    config: Config, ranks: Ranks, engine: Engine, sizes: Sizes
+) -> tuple[Traffic, Traffic]:
+    gradients = Gradients(config, ranks, engine, 1000, 1000)
+    loader = SyntheticLoader(config, engine.module.text.inner.config, ranks)
+    # Stage 3 finds its order in the first, and checks it in the second.
+    steps = 3 if config.train.zero_stage == 3 else 2
+    batches = loader.batches(0, steps, times=gradients.reads)
+    counted = CountTraffic()
+    for step in range(1, 1 + steps):
+        counted = CountTraffic()
+        with counted:
+            gradients(step, batches)
+            engine.step(1e-4)
+    clips = config.train.global_batch // ranks.world
+    expected: Traffic = Counter()
+    for traffic in loss_traffic(config, clips, ranks.world).values():
+        expected += traffic
+    for traffic in engine_traffic(
+        config.train.zero_stage,
+        sizes.groups,
+        ranks.world,
+        micro_batches=config.train.micro_batches(ranks.world),
+        passes=2 if two_passes(config, ranks.world) else 1,
+        offload=config.train.offload != "none",
+    ).values():
+        expected += traffic
+    return counted.traffic, expected
+
+
+def between_steps(states: States, sizes: Sizes) -> int:
+    """Of the states, what is there when no bucket is, no gradients and nothing large gathered."""
+    device = states.on_device
+    found = device["weights"] + device["optimizer"] + sum(states.on_cpu.values())
+    if states.gradients == "stay":
+        large = sum(n for group in sizes.groups for n in group if n > 100_000)
+        return found + device["gradients"] - 4 * large
+    return found + (4 * sizes.parameters.largest if states.on_cpu else 0)  # a buffer for it
+
+
+def test_bytes_sent_and_held_under_deepspeed_are_the_formulas_in_each_zero_stage():
+    """Sent: equal. Held after a step, by the rank that holds most: to 1 %."""
+    pytest.importorskip("deepspeed")
+    ranks = on_ranks(2, counted_in_the_engine)
+    for overrides, *found in zip(ENGINES, *ranks, strict=True):
+        for sent, expected, _, _ in found:
+            assert sent == expected, overrides
+        # A parameter that both have a part of may be whole on one of them.
+        most = max(held for _, _, held, _ in found)
+        assert most == pytest.approx(found[0][3], rel=0.01), overrides
+
+
+CASES = [
+    (),
+    ("train.precision=bf16",),
+    ("train.checkpoint_activations=true",),
+    ("train.checkpoint_activations=audio",),
+    ("train.checkpoint_activations=text",),
+    ("text.dropout=0.1", "mask.kind=none"),
+]
+
+
+@pytest.mark.parametrize("overrides", CASES)
+def test_the_predicted_peak_is_what_pytorch_tracks_within_a_tenth(overrides: tuple[str, ...]):
+    """Of weights, gradients, moments, activations and temporaries, in a step on a CPU."""
+    wide = ("audio.width=64", "audio.depth=6", "text.width=64", "text.depth=6")
+    config = tiny(*wide, "train.global_batch=16", *overrides)
+    model = TwoTowers(config).train()
+    engine = PlainEngine(config, model, Ranks())
+    plan = patch_mask(config.mask, config.audio.grid, 0, torch.arange(16))
+    mel = torch.randn(16, 1, config.audio.frames, config.audio.mel_bins)
+    ids = torch.randint(3, 50, (16, 16))
+    attention_mask = torch.ones_like(ids)
+    inputs = (mel, ids, attention_mask, plan)
+
+    def step() -> None:
+        engine.backward(total_loss(engine.model(*inputs), config)["total"])
+        engine.step(1e-4)
+
+    step()  # makes the moments
+    tracker = MemTracker()
+    given = [mel, ids, attention_mask, *((plan.keep, plan.drop) if plan else ())]
+    tracker.track_external(model, engine._optimizer, *given)
+    with tracker:
+        step()
+    (peak,) = tracker.get_tracker_snapshot("peak").values()
+    predicted = footprint(
+        config,
+        Sizes.of(model),
+        [16] * 16,
+        1,
+        engine="plain",
+        kept=kept_patches(config.mask, config.audio.grid),
+        half=config.train.precision == "bf16",
+    )
+    assert predicted.peak == pytest.approx(peak["Total"], rel=0.1)
+
+
+STEPS = [
+    (),
+    ("train.micro_batch=8",),
+    ("train.micro_batch=8", "train.replay=keep"),
+    ("train.micro_batch=4", "train.replay=keep", "train.checkpoint_activations=true", *RECON),
+    ("train.micro_batch=8", "train.accumulation=local", *CYCLIC),
+    (*RECON,),
+    (*RECON, "train.precision=bf16", "train.checkpoint_activations=[audio,text]"),
+    ("train.micro_batch=8", *RECON, "specaug.time_frames=0", "specaug.freq_bins=0"),
+    ("joint.width=512", *CYCLIC, "loss.cyclic.form=gram", "train.micro_batch=2"),
+    ("joint.width=512", *CYCLIC, "loss.cyclic.form=tiled", "train.micro_batch=2"),
+]
+
+
+@pytest.mark.parametrize("overrides", STEPS)
+def test_the_predicted_peak_is_that_of_the_trainers_step_within_a_tenth(overrides: tuple):
+    """Of all tensors through both passes, with log-mels kept and decoded again."""
+    wide = ("audio.width=64", "audio.depth=6", "text.width=64", "text.depth=6")
+    config = tiny(*wide, "train.global_batch=32", *overrides)
+    ranks = Ranks()
+    engine = PlainEngine(config, TwoTowers(config).train(), ranks)
+    loader = SyntheticLoader(config, engine.module.text.inner.config, ranks)
+    gradients = Gradients(config, ranks, engine, 1000, 1000)
+    batches = loader.batches(0, 2, times=gradients.reads)
+    gradients(1, batches)
+    engine.step(1e-4)  # makes the moments
+    with Live(tensors_of(engine.module, engine._optimizer)) as live:
+        gradients(2, batches)
+        engine.step(1e-4)
+    predicted = footprint(
+        config,
+        Sizes.of(engine.module),
+        caption_lengths(32, config.text.max_tokens),
+        1,
+        engine="plain",
+        kept=kept_patches(config.mask, config.audio.grid),
+        half=config.train.precision == "bf16",
+        on_gpu=False,
+    )
+    assert predicted.peak == pytest.approx(live.most, rel=0.1)
+
+
+def test_states_by_hand():
+    """Of 1000 trained and 10 frozen numbers: 4 bytes each, moments twice, ZeRO over 8 ranks."""
+    p = Parameters(1000, 10, 100)
+    assert state_bytes("plain", 0, p, 1).on_device == {
+        "weights": 4040,
+        "gradients": 4000,
+        "optimizer": 8000,
+        "engine": 0,
+    }
+    sharded = state_bytes("deepspeed", 1, p, 8, overlap=False).on_device
+    assert (sharded["weights"], sharded["gradients"]) == (4040, 500)
+    assert sharded["optimizer"] == 3 * 500  # a copy of its share of the weights, and two moments
+    assert sharded["engine"] == 4 * BUCKET_NUMBERS
+    assert state_bytes("deepspeed", 3, p, 8).on_device["weights"] == 4 * (127 + 1010)
+
+
+def test_stage_one_keeps_all_gradients_between_micro_batches_and_stage_two_its_share():
+    p = Parameters(1000)
+    for stage, gradients in ((1, 4000), (2, 500), (3, 500)):
+        states = state_bytes("deepspeed", stage, p, 8, micro_batches=2)
+        assert states.on_device["gradients"] == gradients
+
+
+def test_offload_moves_states_to_the_cpu_and_loses_none():
+    p = Parameters(1000, 10, 100)
+    kept, moved = (state_bytes("deepspeed", 2, p, 8, offload=o) for o in ("none", "optimizer"))
+    assert moved.on_device["optimizer"] == moved.on_device["gradients"] == 0
+    assert moved.on_cpu["optimizer"] == kept.on_device["optimizer"]
+    assert moved.on_cpu["gradients"] == kept.on_device["gradients"]
+    gathered = state_bytes("deepspeed", 3, p, 8, offload="all")
+    assert gathered.on_cpu["weights"] == 4 * 127
+    assert gathered.on_device["weights"] == 4 * 1010
+
+
+def test_what_is_there_when_decides_the_peak():
+    """By hand: 100 bytes of states, 40 of them gradients; 70 early, 10 late, 90 before them all."""
+    states = {"weights": 60, "gradients": 40}
+    for gradients, peak, with_losses in (
+        ("come", 130, 150),
+        ("add up", 170, 170),
+        ("stay", 170, 190),
+    ):
+        found = States(states, {}, gradients)  # type: ignore[arg-type]
+        assert found.peak(70, 10) == peak
+        assert found.peak(70, 10, apart=90) == with_losses
+
+
+BASE = ("audio.size=base", "text.folder=models/nowhere", "train.global_batch=2304")
+
+
+def test_a_plan_of_the_papers_batch_on_64_gpus():
+    """What can be known without a GPU: the model's size, its FLOP, the bytes, and the sum."""
+    config = load_config(None, BASE)
+    planned = plan(config, Machine(gpus=64, nodes=8, tflops=400, share=1.0))
+    assert planned.clips == 36
+    # ViT-B with its heads, RoBERTa-base as released (124.6 M), and the scale.
+    assert planned.parameters.trained == pytest.approx(211.2e6, rel=1e-3)
+    assert planned.scheme == "replicated"
+    # SPEC 14's 223.5 G multiply-adds for 8 clips, embedding but the kept patches.
+    forward = planned.flop["audio tower"].forward / 36 * 8 / 2 / 1e9
+    assert forward == pytest.approx(223.5, rel=0.005)
+    gradients = planned.exchanges["gradients, backward"]
+    assert gradients.sent_bytes == 2 * 63 / 64 * 4 * planned.parameters.trained
+    assert gradients.seconds == pytest.approx(gradients.sent_bytes / 50e9)
+    assert 0 < gradients.exposed_s < gradients.seconds
+    exposed = sum(e.exposed_s for e in planned.exchanges.values())
+    assert planned.step_s == planned.compute_s + planned.optimizer_s + exposed
+    assert planned.fits
+    assert planned.largest_clips > 36
+
+
+def test_a_larger_batch_than_fits_is_said_to():
+    less = (*BASE, "train.checkpoint_activations=true")
+    machine = Machine(gpus=1, memory_gib=4)
+    small = plan(load_config(None, [*less, "train.global_batch=64"]), machine)
+    assert not small.fits
+    assert f"set train.micro_batch={small.largest_micro_batch}, " in small.remedy()
+    best = load_config(None, [*less, f"train.global_batch={small.largest_clips}"])
+    assert plan(best, machine).fits
+    more = load_config(None, [*less, f"train.global_batch={small.largest_clips + 1}"])
+    assert not plan(more, machine).fits
+
+
+@pytest.mark.parametrize(
+    ("machine", "message"),
+    [
+        (Machine(gpus=60, nodes=8), r"--gpus must be a multiple of the 8 nodes, got 60; .* 56"),
+        (Machine(gpus=7), r"train\.global_batch must be a multiple of the 7 ranks, .*=2303"),
+        (Machine(nodes=0), r"--nodes must be at least 1, got 0"),
+        (Machine(gpus=0), r"--gpus must be at least 1, got 0"),
+        (Machine(share=1.5), r"--share must be in \(0, 1\], got 1\.5"),
+    ],
+)
+def test_splits_that_cannot_be_are_refused_with_what_can(machine: Machine, message: str):
+    with pytest.raises(ConfigError, match=message):
+        plan(load_config(None, BASE), machine)
+
+
+def test_rates_are_read_in_bytes_and_in_bits():
+    assert parse_rate("--link", "50GB/s") == parse_rate("--link", "400Gb/s") == 50e9
+    for wrong in ("50", "50GB", "fast", "0GB/s", "1.2.3GB/s"):
+        with pytest.raises(ConfigError, match=r"--link must be a rate above 0, as in 50GB/s"):
+            parse_rate("--link", wrong)
+
+
+def test_the_command_prints_a_plan_and_its_assumptions(tmp_path: Path):
+    out = tmp_path / "plan.json"
+    command = ["plan", "configs/tiny.yaml", "--gpus", "64", "--nodes", "8", "--link", "50GB/s"]
+    result = CliRunner().invoke(app, [*command, "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert "1 on each of 64 GPU(s), 8 node(s)" in result.output
+    assert "--link 50GB/s" in result.output
+    assert max(map(len, result.output.splitlines())) <= 100
+    assert json.loads(out.read_text())["clips"] == 1
+
+
+def test_micro_batches_of_a_share_that_does_not_fit_are_named_and_fit():
+    config = load_config(None, [*BASE, "loss.recon.weight=1"])
+    planned = plan(config, Machine(gpus=1, memory_gib=32))
+    assert not planned.fits
+    assert f"set train.micro_batch={planned.largest_micro_batch}, " in planned.remedy()
+    parts = [*BASE, "loss.recon.weight=1", f"train.micro_batch={planned.largest_micro_batch}"]
+    taken = plan(load_config(None, parts), Machine(gpus=1, memory_gib=32))
+    assert taken.fits
+    assert taken.step_s > planned.step_s
+    assert taken.memory.held["log-mels"] == 4 * 2304 * 1024 * 128
+
+
+def test_offloaded_adam_takes_the_cpus_time_and_its_memory():
+    config = load_config(None, [*BASE, "train.zero_stage=2", "train.offload=optimizer"])
+    planned = plan(config, Machine(gpus=8, host_bytes_per_s=28e9, host_link_bytes_per_s=8e9))
+    numbers = planned.parameters.trained / 8
+    assert planned.optimizer_s == pytest.approx(numbers * 1e-9 + 2 * numbers * 0.5e-9)
+    assert planned.memory.on_cpu["optimizer"] == 3 * 4 * -(-planned.parameters.trained // 8)
+    assert planned.memory.states["optimizer"] == 0
+
+
+class Other(torch.nn.Module):
+    """Stands for a part of a model that is new."""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("audio", r"the model's audio must be a ViT here: .*, got 'Other'"),
+        ("audio.blocks", r"the model's audio\.blocks must be a Blocks here"),
+        ("audio.fusion", r"the model's audio\.fusion must not be there: the formulas of FLOP"),
+        ("text.pooling", r"the model's text\.pooling must not be there"),
+        ("image", r"the model's image must not be there"),
+    ],
+)
+def test_a_model_with_a_part_that_no_formula_knows_is_refused_by_plan_and_profile(
+    name: str, message: str, monkeypatch: pytest.MonkeyPatch
+):
+    class Changed(TwoTowers):
+        def __init__(self, *arguments: Any, **options: Any):
+            super().__init__(*arguments, **options)
+            outer, _, inner = name.rpartition(".")
+            setattr(self.get_submodule(outer), inner, Other())
+            if name == "audio":
+                self.audio = Other()
+
+    monkeypatch.setattr(known, "TwoTowers", Changed)
+    config = tiny()
+    for predict in (lambda: plan(config, Machine()), lambda: profile(config, synthetic=True)):
+        with pytest.raises(ConfigError, match=message):
+            predict()
+
+
+def test_a_loss_that_no_formula_knows_is_refused_once_it_has_a_weight(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(known, "_LOSSES", {"contrastive", "recon"})
+    plan(tiny(), Machine())
+    with pytest.raises(ConfigError, match=r"loss\.cyclic\.in_weight must be 0 here: the formulas"):
+        plan(tiny("loss.cyclic.in_weight=1"), Machine())
+
+
+def test_steps_that_leave_towers_or_the_decoder_idle_are_refused():
+    with pytest.raises(ConfigError, match=r"loss\.contrastive\.weight must be above 0 here"):
+        plan(tiny("loss.contrastive.weight=0", *RECON), Machine())
+    nothing = ("mask.time_ratio=0", "mask.freq_ratio=0")
+    with pytest.raises(ConfigError, match=r"loss\.recon\.weight must be 0 here where masking"):
+        plan(tiny(*nothing, *RECON), Machine())

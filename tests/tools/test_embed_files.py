@@ -1,0 +1,213 @@
+"""Many sounds to one array: the same bytes whoever does it, however often it was stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flap_fast.data.preprocess.waveform import Unread, read_sound
+from flap_fast.model.model_folder import save_model
+from flap_fast.model.two_towers import TwoTowers
+from flap_fast.preparation.shard_tasks import Part
+from flap_fast.tools.embed_files import Embedded, embed_files
+from flap_fast.tools.embedder import load
+from flap_fast.tools.search import find_sounds
+from tests.sounds import encode, tone
+from tests.tiny import tiny
+
+RATE = 16_000
+SOUNDS = 12
+
+
+def model(folder: Path, seed: int) -> Path:
+    config = tiny("frontend.threads=2")
+    torch.manual_seed(seed)
+    flap = TwoTowers(config)
+    save_model(folder, config, flap, flap.state_dict())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model(tmp_path_factory.mktemp("model"), 0)
+
+
+@pytest.fixture
+def sounds(tmp_path: Path) -> Path:
+    """Tones, of which every fourth is none; one has a name that is no UTF-8."""
+    folder = tmp_path / "sounds"
+    folder.mkdir()
+    for n in range(SOUNDS):
+        data = encode(tone(200 + 50 * n, 1.0, RATE), RATE, "WAV")
+        (folder / f"{n:02d}.wav").write_bytes(data if n % 4 else b"no sound")
+    (folder / "01.wav").rename(os.fsdecode(os.fsencode(folder) + b"/01-\xe9t\xe9.wav"))
+    return folder
+
+
+class Watch:
+    """How many sounds a call was to embed and has embedded; stops it at the `stop`-th."""
+
+    def __init__(self, stop: int | None = None):
+        self.total, self.seen, self.stop = 0, 0, stop
+
+    @contextmanager
+    def __call__(self, total: int) -> Iterator:
+        self.total = total
+        yield self.advance
+
+    def advance(self, sounds: int) -> None:
+        self.seen += sounds
+        if self.seen == self.stop:
+            raise KeyboardInterrupt
+
+
+def run(checkpoint: Path, sounds: Path, out: Path, **kwargs) -> Embedded:
+    """Pieces of three sounds or so, in batches of two."""
+    settings: dict[str, Any] = {"batch": 2, "piece_sounds": 3} | kwargs
+    return embed_files(checkpoint, find_sounds([sounds]), out, **settings)
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(out)): f.read_bytes() for f in out.rglob("*") if f.is_file()}
+
+
+def pieces(out: Path) -> set[str]:
+    return {file.name for file in (out / ".embed").iterdir()}
+
+
+def names(file: Path) -> list[str]:
+    return [json.loads(line)["audio"] for line in file.read_text().splitlines()]
+
+
+def test_rows_are_the_sounds_that_can_be_read_in_their_order(checkpoint, sounds, tmp_path):
+    out = tmp_path / "out"
+    assert run(checkpoint, sounds, out) == Embedded(9, 3)
+    good = names(out / "sounds.jsonl")
+    assert good == [str(f) for f in find_sounds([sounds]) if f.stat().st_size > 100]
+    assert [Path(name).name for name in names(out / "rejected.jsonl")] == [
+        "00.wav",
+        "04.wav",
+        "08.wav",
+    ]
+    rows = np.load(out / "embeddings.npy")
+    assert rows.dtype == np.float32
+    assert np.abs(rows - load(checkpoint).embed_audio(good).numpy()).max() < 1e-5
+    assert 2 < len(pieces(out)) < SOUNDS
+
+
+@pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2)])
+def test_parts_of_several_machines_are_the_bytes_of_one(checkpoint, sounds, tmp_path, order):
+    run(checkpoint, sounds, tmp_path / "one")
+    out = tmp_path / "parts"
+    done = []
+    for number in order:
+        assert not (out / "embeddings.npy").exists()
+        done.append(run(checkpoint, sounds, out, part=Part(number, 3)))
+    assert done[0].unfinished > done[1].unfinished > 0
+    assert done[2] == Embedded(9, 3)
+    assert contents(out) == contents(tmp_path / "one")
+
+
+def test_a_call_that_was_stopped_is_gone_on_with_to_the_same_bytes(checkpoint, sounds, tmp_path):
+    run(checkpoint, sounds, tmp_path / "one")
+    out = tmp_path / "stopped"
+    first, second, third = Watch(stop=8), Watch(), Watch()
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoint, sounds, out, watch=first)
+    assert 0 < len(pieces(out)) < len(pieces(tmp_path / "one"))
+    run(checkpoint, sounds, out, watch=second)
+    assert first.total == SOUNDS
+    assert second.seen == second.total < SOUNDS
+    assert contents(out) == contents(tmp_path / "one")
+    run(checkpoint, sounds, out, watch=third)
+    assert third.total == 0
+
+
+def test_sounds_that_come_go_or_change_touch_their_pieces_alone(checkpoint, sounds, tmp_path):
+    run(checkpoint, sounds, tmp_path / "out")
+    (sounds / "03.wav").write_bytes(encode(tone(5000, 0.5, RATE), RATE, "WAV"))
+    (sounds / "06.wav").unlink()
+    (sounds / "00.wav").write_bytes(encode(tone(900, 1.0, RATE), RATE, "WAV"))
+    watch = Watch()
+    assert run(checkpoint, sounds, tmp_path / "out", watch=watch) == Embedded(9, 2)
+    assert 0 < watch.total < SOUNDS - 1
+    run(checkpoint, sounds, tmp_path / "anew")
+    assert contents(tmp_path / "out") == contents(tmp_path / "anew")
+
+
+def test_another_model_crop_or_batch_embeds_all_anew(checkpoint, sounds, tmp_path):
+    out = tmp_path / "out"
+    run(checkpoint, sounds, out)
+    was = pieces(out)
+    other = model(tmp_path / "other", 1)
+    for path, kwargs in ((checkpoint, {"crop": "whole"}), (checkpoint, {"batch": 3}), (other, {})):
+        watch = Watch()
+        run(path, sounds, out, watch=watch, **kwargs)
+        assert watch.total == SOUNDS
+        assert not pieces(out) & was
+        was = pieces(out)
+
+
+def test_no_piece_is_finished_with_a_sound_that_the_system_does_not_let_us_read(
+    checkpoint, sounds, tmp_path, monkeypatch
+):
+    def refusing(file: Path, rate: int):
+        if file.name == "06.wav":
+            raise Unread("unreadable: System error.")
+        return read_sound(file, rate)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("flap_fast.tools.embedder.read_sound", refusing)
+        assert run(checkpoint, sounds, out) == Embedded(8, 4)
+    assert "06.wav" in {Path(name).name for name in names(out / "rejected.jsonl")}
+    watch = Watch()
+    assert run(checkpoint, sounds, out, watch=watch) == Embedded(9, 3)
+    assert 0 < watch.total < SOUNDS
+    run(checkpoint, sounds, tmp_path / "one")
+    assert contents(out) == contents(tmp_path / "one")
+
+
+def test_weights_that_changed_under_their_path_are_seen(checkpoint, sounds, tmp_path):
+    changing = model(tmp_path / "model", 0)
+    run(changing, sounds, tmp_path / "out")
+    watch = Watch()
+    run(model(changing, 1), sounds, tmp_path / "out", watch=watch)
+    assert watch.total == SOUNDS
+
+
+def test_no_sound_that_can_be_read_is_an_array_of_no_rows(checkpoint, tmp_path):
+    (tmp_path / "bad.wav").write_bytes(b"")
+    assert run(checkpoint, tmp_path / "bad.wav", tmp_path / "out") == Embedded(0, 1)
+    width = load(checkpoint).config.joint.width
+    assert np.load(tmp_path / "out/embeddings.npy").shape == (0, width)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_cluster_writes_the_bytes_of_one_machine(checkpoint, sounds, tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
+    run(checkpoint, sounds, tmp_path / "one")
+    paths = {"env_vars": {"PYTHONPATH": ":".join(path for path in sys.path if path)}}
+    ray.init(num_cpus=2, include_dashboard=False, runtime_env=paths, log_to_driver=False)
+    try:
+        monkeypatch.chdir(tmp_path)
+        watch = Watch()
+        out = tmp_path / "ray"
+        relative = checkpoint, sounds.relative_to(tmp_path)
+        assert run(*relative, Path("ray"), distributor="ray", watch=watch) == Embedded(9, 3)
+        assert watch.seen == watch.total == SOUNDS
+        assert pieces(out) == pieces(tmp_path / "one")
+        array = (tmp_path / "one/embeddings.npy").read_bytes()
+        assert (out / "embeddings.npy").read_bytes() == array
+    finally:
+        ray.shutdown()
