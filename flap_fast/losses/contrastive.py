@@ -13,7 +13,7 @@ from __future__ import annotations
 from flap_fast.config import Config
 from flap_fast.losses.terms import Terms
 from flap_fast.model.two_towers import Outputs
-from flap_kernels import infonce_ranks
+from flap_kernels import distributed_infonce
 
 
 def contrastive(outputs: Outputs, config: Config) -> Terms:
@@ -21,13 +21,13 @@ def contrastive(outputs: Outputs, config: Config) -> Terms:
     settings = config.loss.contrastive
     if not settings.weight:
         return {}
-    loss = infonce_ranks(
+    loss = distributed_infonce(
         outputs["media"],
         outputs["text"],
         outputs["scale"],
         direction=settings.direction,
         scheme=settings.scheme,
-        equal_shares=True,  # the loader's are; asking would wait for the device
+        equal_sizes=True,  # the loader's are; asking would wait for the device
         precision=settings.precision,
     )
     return {"contrastive": (settings.weight, loss)}

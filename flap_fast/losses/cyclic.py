@@ -27,7 +27,7 @@ def cyclic(outputs: Outputs, config: Config) -> Terms:
         outputs["media"],
         outputs["text"],
         form=settings.form,
-        equal_shares=True,  # the loader's are; asking would wait for the device
+        equal_sizes=True,  # the loader's are; asking would wait for the device
     )
     pairs = zip(weights.items(), values, strict=True)
     return {name: (weight, value) for (name, weight), value in pairs if weight}

@@ -18,7 +18,7 @@ from torch import Tensor
 from flap_fast.config import Config
 from flap_fast.losses.terms import Terms
 from flap_fast.model.two_towers import Outputs
-from flap_kernels import infonce_ranks
+from flap_kernels import distributed_infonce
 
 
 def nli(outputs: Outputs, config: Config) -> Terms:
@@ -27,11 +27,11 @@ def nli(outputs: Outputs, config: Config) -> Terms:
     if not settings.weight:
         return {}
     sentences = cast(dict[str, Tensor], outputs)  # those that a weight above 0 asks the model for
-    loss = infonce_ranks(
+    loss = distributed_infonce(
         sentences["premise"],
         torch.cat([sentences["entailment"], sentences["contradiction"]]),
         1 / settings.temperature,
         direction="a2t",
-        equal_shares=True,
+        equal_sizes=True,
     )
     return {"nli": (settings.weight, loss)}

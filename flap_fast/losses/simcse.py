@@ -15,7 +15,7 @@ from __future__ import annotations
 from flap_fast.config import Config
 from flap_fast.losses.terms import Terms
 from flap_fast.model.two_towers import Outputs
-from flap_kernels import infonce_ranks
+from flap_kernels import distributed_infonce
 
 
 def simcse(outputs: Outputs, config: Config) -> Terms:
@@ -24,11 +24,11 @@ def simcse(outputs: Outputs, config: Config) -> Terms:
     if not settings.weight:
         return {}
     first, again = (outputs[name] for name in settings.views)
-    loss = infonce_ranks(
+    loss = distributed_infonce(
         first,
         again,
         1 / settings.temperature,
         direction="a2t",
-        equal_shares=True,
+        equal_sizes=True,
     )
     return {"simcse": (settings.weight, loss)}

@@ -27,7 +27,7 @@ from flap_fast.encoders.fusion import (
     piece_patches,
 )
 from flap_fast.encoders.vit.patches import sine_positions
-from flap_kernels import keep_tokens, patch_embed
+from flap_kernels import gather_tokens, patch_embed
 
 
 class Encoded(NamedTuple):
@@ -135,7 +135,7 @@ class ViT(nn.Module):
         else:
             return self.patch_embed(mel[:, 0], keep, self.pos_embed)
         x = x.flatten(2).transpose(1, 2) + self.pos_embed
-        return x if keep is None else keep_tokens(x, keep)
+        return x if keep is None else gather_tokens(x, keep)
 
     def _pool(self, x: Tensor) -> Tensor:
         if self.audio.pool == "cls":
