@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -61,15 +61,17 @@ def cyclic(
     audio: Tensor,
     text: Tensor,
     *,
-    group: Any = None,
+    group: dist.ProcessGroup | None = None,
     form: Form = "auto",
     equal_sizes: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The cross-modal and the in-modal cyclic loss over the clips of all ranks, () float32 each.
 
     `audio` and `text` are this rank's unit rows (b, D); computed in float32, under autocast too.
-    Without torch.distributed, or alone, B = b. `equal_sizes` promises that all ranks hold as many;
-    without it, they are asked. A loss that does not enter the total costs nothing in the backward.
+    On one rank, or without torch.distributed, B = b. `equal_sizes` promises that all ranks hold as
+    many rows; without it, they are asked. A loss that does not enter the total costs nothing in the
+    backward.
+
     Raises ValueError and TypeError on shapes, devices and types that do not fit.
     """
     check_choice("form", form, get_args(Form))
@@ -85,7 +87,8 @@ def cyclic(
         raise ValueError("audio must hold at least one row, got 0")
     run = {"tiled": _Tiled, "gram": _Gram}[form_in_force(form, B, D)]
     with _float32(audio):
-        return run.apply(audio, text, sizes, B)
+        losses: tuple[Tensor, Tensor] = run.apply(audio, text, sizes, B)
+        return losses
 
 
 @contextmanager
@@ -150,8 +153,9 @@ class _Gram(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.sizes, ctx.B, ctx.dtype = sizes, B, dtype
         p, q, k = grams.double()
+        # cross_modal = (<P, Q> - tr K^2) / 2B, in_modal = (<P, Q> + tr K^2) / 2B
         product, trace = (p * q).sum(), (k * k.T).sum()
-        return tuple(((product + way * trace) / (2 * B)).to(dtype) for way in (-1, 1))
+        return tuple(((product + sign * trace) / (2 * B)).to(dtype) for sign in (-1, 1))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -164,6 +168,7 @@ class _Gram(torch.autograd.Function):
         same, other = inner + cross, inner - cross
         factor = _world(ctx.sizes) / ctx.B
         with _float32(audio):
+            # dU = (same U Q + other V K) W / B, dV = (same V P + other U K^T) W / B
             u_grad = add_product(u @ (q * (same * factor)), v, k * (other * factor))
             v_grad = add_product(v @ (p * (same * factor)), u, k.T * (other * factor))
         return (u_grad + v_grad).to(audio.dtype), (u_grad - v_grad).to(text.dtype), None, None

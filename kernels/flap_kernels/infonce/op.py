@@ -6,7 +6,7 @@
 
     B clips and their captions   D width of an embedding
 
-No B x B matrix is stored: the forward keeps 5 B sums, the backward recomputes S.
+No B x B matrix is stored: the forward keeps 4 B sums, the backward recomputes S.
 
 Least arithmetic: 2 B B D forward, 8 B B D forward and backward (one recompute, two products).
 Source: Fast Language-Audio Pre-training, arXiv 2311.01615, Eq. 1 (a2t); CLIP, arXiv 2103.00020,
