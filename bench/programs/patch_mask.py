@@ -12,7 +12,7 @@ def _programs(arch: Arch) -> tuple[Program, ...]:
             ("sample_index_ptr", "ids_keep_ptr", "ids_drop_ptr", "ids_restore_ptr"), "*i64"
         ),
         **dict.fromkeys(("outer_key", "inner_key"), "i64"),
-        "stride_v": 1,
+        "stride_s": 1,
     }
     return tuple(
         Program(

@@ -136,7 +136,7 @@ FAULTS = [
         "masked_mse",
         "masked_mse_tiles.masked_mse_kernel",
         "tl.where(mask, e - x, 0.0)",
-        "tl.where(pixel[None, :], e - x, 0.0)",
+        "tl.where(mask_p[None, :], e - x, 0.0)",
     ),
     fault(
         "the rest of the width is left out",
