@@ -8,7 +8,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import BeforeValidator, Field, model_validator
 
 from flap_fast.checks import require
-from flap_fast.config.section import Count, CountOrZero, Positive, Ratio, Section
+from flap_fast.section import FREE_ON_RESUME, Count, CountOrZero, Positive, Ratio, Section
 
 Recomputed = Literal["audio", "text", "decoder"]
 
@@ -56,7 +56,7 @@ class Train(Section):
     accumulation: Literal["exact", "local"] = "exact"
     """Of micro-batches: contrast the whole global batch (two passes, the gradients of one), or each
     micro-batch within itself (one pass, fewer negatives, another loss)."""
-    replay: Literal["auto", "keep", "decode"] = "auto"
+    replay: Annotated[Literal["auto", "keep", "decode"], FREE_ON_RESUME] = "auto"
     """Where the second of two passes takes a step's log-mels from: kept on the device (0.5 MB for
     10 s of sound), or decoded again. `auto` keeps them on a GPU; on a CPU it decodes, where that is
     little beside the towers."""
@@ -70,17 +70,19 @@ class Train(Section):
     init_audio_from: Path | None = None
     """The same of the audio tower alone: an imported AudioMAE, a model folder or a run; feature
     fusion that it lacks begins at random."""
-    engine: Literal["auto", "plain", "deepspeed"] = "auto"
+    engine: Annotated[Literal["auto", "plain", "deepspeed"], FREE_ON_RESUME] = "auto"
     """`auto`: DeepSpeed under a launcher, plain PyTorch for a process of its own."""
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    zero_stage: Annotated[Literal[0, 1, 2, 3], FREE_ON_RESUME] = 1
     """What DeepSpeed shards: nothing, optimizer states, gradients too, parameters too."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of the towers: bf16 autocast on a GPU and fp32 on a CPU (`auto`), or one of them anywhere.
     Parameters, embeddings and losses stay in fp32."""
-    offload: Literal["none", "optimizer", "all"] = "none"
+    offload: Annotated[Literal["none", "optimizer", "all"], FREE_ON_RESUME] = "none"
     """What DeepSpeed keeps in the CPU's memory: Adam's states and gradients (ZeRO 1 to 3), or the
     parameters too (ZeRO 3). PyTorch's fused Adam then updates them on the CPU."""
-    checkpoint_activations: Annotated[tuple[Recomputed, ...], BeforeValidator(_named)] = ()
+    checkpoint_activations: Annotated[
+        tuple[Recomputed, ...], BeforeValidator(_named), FREE_ON_RESUME
+    ] = ()
     """Whose transformer blocks are computed again in the backward pass instead of being kept: some
     of `audio`, `text` and `decoder`, or `true` for all of them."""
     compile: bool = False

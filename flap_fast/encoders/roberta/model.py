@@ -5,7 +5,7 @@
 
 The same numbers within rounding. The folder must be local: nothing is fetched from a hub.
 
-Source: LAION-CLAP's text branch (RoBERTa and its pooler), SPEC 5.1.
+Source: LAION-CLAP's text branch (RoBERTa and its pooler).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from transformers import AutoConfig, AutoModel, RobertaConfig
 from transformers.utils.logging import disable_progress_bar
 
 from flap_fast.checks import ConfigError, require
-from flap_fast.config import Text
 from flap_fast.data.tokenize import local_folder, tokenizer
 from flap_fast.encoders.blocks import xformers_ops
 from flap_fast.encoders.packing import pack, varlen_serves
 from flap_fast.encoders.roberta.packed import FAMILIES, is_bert, packed_states
+from flap_fast.encoders.roberta.settings import RobertaSettings
 
 # What transformers' configs call the dropouts that text.dropout sets: BERT's, DistilBERT's and
 # ModernBERT's names.
@@ -44,7 +44,7 @@ class TransformersText(nn.Module):
             text.attention cannot be here.
     """
 
-    def __init__(self, text: Text, *, recompute: bool = False, weights: bool = True):
+    def __init__(self, text: RobertaSettings, *, recompute: bool = False, weights: bool = True):
         super().__init__()
         self.pool, self.frozen, self.recompute = text.pool, text.freeze, recompute
         self.packing, self.attention = text.packing, text.attention
@@ -76,6 +76,20 @@ class TransformersText(nn.Module):
         if text.freeze:
             self.requires_grad_(False)
         self.train()  # from_pretrained leaves evaluation on: no dropout, nothing recomputed
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens of its table."""
+        return self.inner.config.vocab_size
+
+    @property
+    def pad_token_id(self) -> int:
+        """The token of padding."""
+        return self.inner.config.pad_token_id or 0
+
+    def save_config(self, folder: Path) -> None:
+        """Write its config.json, so that a checkpoint opens without the first folder."""
+        self.inner.config.save_pretrained(folder)
 
     def train(self, mode: bool = True) -> TransformersText:
         """A frozen tower never trains: its dropout stays off."""
@@ -138,7 +152,7 @@ class TransformersText(nn.Module):
         return attention_mask
 
 
-def _from_folder(text: Text, weights: bool):
+def _from_folder(text: RobertaSettings, weights: bool):
     assert text.folder is not None
     folder = local_folder("text.folder", text.folder)
     try:
@@ -154,7 +168,7 @@ def _from_folder(text: Text, weights: bool):
         raise ConfigError(f"text.folder must hold an encoder, got '{folder}': {error}") from None
 
 
-def _random(text: Text):
+def _random(text: RobertaSettings):
     """RoBERTa's shape with the tokenizer's vocabulary; LayerNorm's epsilon is the released one."""
     inner = tokenizer(text).inner
     config = RobertaConfig(
@@ -187,13 +201,3 @@ def _positions(inner: Any) -> int | None:
     if not isinstance(table, nn.Embedding):
         return None
     return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
-
-
-def save_text_files(text: Text, encoder: nn.Module, folder: Path) -> None:
-    """The tower's config and tokenizer, so that a checkpoint opens without the first folder.
-
-    CLIP's tower has no config but ours.
-    """
-    if isinstance(encoder, TransformersText):
-        encoder.inner.config.save_pretrained(folder)
-    tokenizer(text).inner.save_pretrained(folder)
