@@ -1,4 +1,4 @@
-"""Which patches training keeps: how many; `draw_plan` draws which, as indices.
+"""Which patches training keeps: how many; `draw_patch_mask` draws which, as indices.
 
     1-D   K of the N patches (or whole time columns of them)
     2-D   k_time of the time columns and, in each, k_freq of the frequency rows: K = k_time * k_freq
@@ -47,7 +47,7 @@ def kept_patches(mask: Mask, grid: tuple[int, int]) -> int:
 
 def patch_mask(
     mask: Mask, grid: tuple[int, int], seed: int, sample_index: Tensor
-) -> MaskPlan | None:
+) -> PatchMask | None:
     """The mask of a batch, or None without masking.
 
     Args:

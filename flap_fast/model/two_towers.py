@@ -94,7 +94,7 @@ class TwoTowers(nn.Module):
     ) -> Outputs:
         """Embed both sides of B pairs; the arguments are those of `ModelInputs`."""
         scale = _Clamp.apply(self.logit_scale, self.max_logit_scale).exp().squeeze(0)
-        ids_keep = None if mask is None else mask.keep
+        ids_keep = None if mask is None else mask.ids_keep
         media_rows, tokens = self._encode(media, ids_keep, erase, longer)
         # All sentences in one pass: one dropout of their own for each row, one use of each weight.
         sentences = self.embed_text(ids, attention_mask).chunk(len(self.sentences))
