@@ -23,7 +23,8 @@ from flap_fast.config.masking import Fusion, Mask, SpecAug
 from flap_fast.config.rules import check_before_loading, check_micro_batch
 from flap_fast.config.train import Ckpt, Eval, Log, Optim, Sched, Train
 from flap_fast.encoders import AUDIO_ENCODERS, IMAGE_ENCODERS, TEXT_ENCODERS
-from flap_fast.encoders.settings import Audio, Encoder, MediaEncoder
+from flap_fast.encoders.audio_settings import Audio
+from flap_fast.encoders.settings import Encoder, MediaEncoder
 from flap_fast.losses import Losses
 from flap_fast.section import FREE_ON_RESUME, Count, CountOrZero, Folders, Section
 
@@ -105,7 +106,8 @@ def _told_apart(arms: tuple[type[Encoder], ...]) -> Any:
 
 if TYPE_CHECKING:
     # A reader of `config.audio` wants the settings of the encoder that it names.
-    from flap_fast.encoders import AudioEncoder, ImageEncoder, TextEncoder
+    from flap_fast.encoders.audio_settings import AudioEncoder
+    from flap_fast.encoders.settings import ImageEncoder, TextEncoder
 else:
     AudioEncoder = _told_apart(AUDIO_ENCODERS)
     ImageEncoder = _told_apart(IMAGE_ENCODERS)

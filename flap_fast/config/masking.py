@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from flap_fast.encoders.settings import Audio
+from flap_fast.encoders.audio_settings import Audio
 from flap_fast.section import Count, CountOrZero, Positive, Ratio, Section
 
 

@@ -6,11 +6,12 @@ module is imported when it is built, so that settings are checked before PyTorch
 
 from __future__ import annotations
 
+from flap_fast.encoders.audio_settings import AudioEncoder
 from flap_fast.encoders.clip_resnet.settings import ClipResNetSettings
 from flap_fast.encoders.clip_text.settings import ClipTextSettings
 from flap_fast.encoders.htsat.settings import HTSATSettings
 from flap_fast.encoders.roberta.settings import RobertaSettings
-from flap_fast.encoders.settings import AudioEncoder, Encoder, ImageEncoder, TextEncoder
+from flap_fast.encoders.settings import Encoder, ImageEncoder, TextEncoder
 from flap_fast.encoders.vit.settings import ViTSettings
 
 # The arms of each section; the first is the default.

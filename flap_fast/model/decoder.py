@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flap_fast.config import Config
+from flap_fast.encoders.audio_settings import PatchEncoder
 from flap_fast.encoders.blocks import LAYER_NORM_EPS, Blocks, initialise
-from flap_fast.encoders.settings import PatchEncoder
-from flap_kernels import PatchMask, gather_tokens, masked_mse, unshuffle_tokens
+from flap_kernels import keep_tokens, masked_mse, restore_tokens
+from flap_kernels.draw_plan import MaskPlan
 
 
 class PatchError(nn.Linear):

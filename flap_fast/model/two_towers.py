@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flap_fast.config import Config
-from flap_fast.encoders.settings import PatchEncoder
+from flap_fast.encoders.audio_settings import PatchEncoder
 from flap_fast.losses.base import Outputs
 from flap_fast.model.decoder import Decoder
 from flap_kernels import PatchMask

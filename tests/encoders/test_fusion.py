@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from flap_fast.config import Config, Fusion
+from flap_fast.encoders.audio_settings import AudioEncoder
 from flap_fast.encoders.fusion import AFF, DAF, IAFF, fuse_rows, fusion_model
 from flap_fast.encoders.htsat.model import HTSAT, SwinBlock
-from flap_fast.encoders.settings import AudioEncoder
 from flap_fast.encoders.vit.model import ViT
 from flap_fast.encoders.vit.settings import ViTSettings
 from flap_fast.interchange.htsat_names import htsat_from_hf, htsat_to_hf

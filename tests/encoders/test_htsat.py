@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import ClapAudioConfig
 from transformers.models.clap.modeling_clap import ClapAudioEncoder
 
+from flap_fast.encoders.audio_settings import AudioEncoder
 from flap_fast.encoders.htsat.model import HTSAT, SwinBlock, fold
 from flap_fast.encoders.htsat.settings import HTSATSettings
-from flap_fast.encoders.settings import AudioEncoder
 from flap_fast.interchange.htsat_names import htsat_from_hf, htsat_to_hf
 from tests.tiny import HTSAT as SMALLEST
 from tests.tiny import tiny

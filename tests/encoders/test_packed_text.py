@@ -154,11 +154,11 @@ def test_other_words_in_its_neighbours_change_no_bit_of_a_caption(folders: Path,
 def test_a_pack_by_hand():
     mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0], [0, 0, 0, 1]])
     packed = pack(mask, CPU)
-    assert packed.places.tolist() == [4, 15, 0, 1, 8, 9, 10]
-    assert packed.order.tolist() == [2, 0, 3, 1]
+    assert packed.flat_index.tolist() == [4, 15, 0, 1, 8, 9, 10]
+    assert packed.caption_index.tolist() == [2, 0, 3, 1]
     assert packed.starts.tolist() == [0, 1, 2, 4, 7]
     assert packed.starts.dtype == torch.int32
-    assert packed.runs == ((2, 1), (1, 2), (1, 3))
+    assert packed.groups == ((2, 1), (1, 2), (1, 3))
     assert (packed.lengths, packed.longest) == ([1, 1, 2, 3], 3)
     rows = torch.arange(7.0)[:, None]  # the pack's own rows: captions of 0, 1, 2 3 and 4 5 6
     assert packed.first(rows).flatten().tolist() == [2, 0, 4, 1]
@@ -231,7 +231,7 @@ def test_variable_length_attention_gets_the_captions_bounds(
     model = tower(folders / "roberta", pool="mean")
     expected = outcome(model, "padded", batch)
     monkeypatch.setattr(packing, "varlen_serves", lambda *_: True)
-    monkeypatch.setattr(packing, "varlen_attn", by_bounds)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", by_bounds)
     assert_same(outcome(model, "packed", batch), expected)
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
-from flap_fast.encoders.settings import PatchEncoder
+from flap_fast.encoders.audio_settings import PatchEncoder
 from flap_fast.encoders.vit.patches import patchify, sine_positions
 from flap_fast.losses import total_loss
 from flap_fast.model.decoder import Decoder

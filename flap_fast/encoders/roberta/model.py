@@ -25,8 +25,7 @@ from flap_fast.encoders.packing import pack, varlen_serves
 from flap_fast.encoders.roberta.packed import FAMILIES, is_bert, packed_states
 from flap_fast.encoders.roberta.settings import RobertaSettings
 
-# What transformers' configs call the dropouts that text.dropout sets: BERT's, DistilBERT's and
-# ModernBERT's names.
+# Names of dropouts in transformers' configs: BERT's, DistilBERT's and ModernBERT's.
 _DROPOUTS = (
     *("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"),
     *("embedding_dropout", "mlp_dropout"),
@@ -37,11 +36,11 @@ class TransformersText(nn.Module):
     """(B, L) token ids and mask -> (B, D) float32.
 
     Args:
-        weights: load the folder's weights; without, only its shape (a checkpoint has the rest).
+        weights: load the folder's weights; without, only its shape (for a checkpoint).
 
     Raises:
-        ConfigError: what text.folder, text.pool, text.dropout, text.max_tokens, text.packing or
-            text.attention cannot be here.
+        ConfigError: text.folder, text.pool, text.dropout, text.max_tokens, text.packing or
+            text.attention does not suit the encoder.
     """
 
     def __init__(self, text: RobertaSettings, *, recompute: bool = False, weights: bool = True):
@@ -58,11 +57,11 @@ class TransformersText(nn.Module):
             self.inner.pooler = None  # no weights without a gradient
         family, self.positions = self.inner.config.model_type, _positions(self.inner)
         known = any(hasattr(self.inner.config, name) for name in _DROPOUTS)
-        rule = f"be 0 for '{family}', whose dropouts have names unknown here"
+        rule = f"be 0 for '{family}', whose dropouts have unknown names"
         require(
             text.dropout == 0 or known, "text.dropout", rule, text.dropout, "set text.dropout=0"
         )
-        rule = f"be at most {self.positions}, the positions of '{family}' here"
+        rule = f"be at most {self.positions}, the positions of this '{family}'"
         fits = self.positions is None or text.max_tokens <= self.positions
         remedy = f"set text.max_tokens={self.positions}"
         require(fits, "text.max_tokens", rule, text.max_tokens, remedy)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import model_validator
 
 from flap_fast.checks import require
-from flap_fast.encoders.settings import PatchEncoder
+from flap_fast.encoders.audio_settings import PatchEncoder
 from flap_fast.section import MEANS_WEIGHTS, Count, Ratio
 
 if TYPE_CHECKING:
