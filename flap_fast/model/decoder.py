@@ -20,8 +20,7 @@ from torch.nn import functional
 from flap_fast.config import Config
 from flap_fast.encoders.audio_settings import PatchEncoder
 from flap_fast.encoders.blocks import LAYER_NORM_EPS, Blocks, initialise
-from flap_kernels import keep_tokens, masked_mse, restore_tokens
-from flap_kernels.draw_plan import MaskPlan
+from flap_kernels import PatchMask, gather_tokens, masked_mse, unshuffle_tokens
 
 
 class PatchError(nn.Linear):
