@@ -39,7 +39,7 @@ def masking_figure(config: Config, out: Path, *, sound: Path | None = None, clip
     )
     mel = log_mel(audio, torch.device("cpu"))(torch.from_numpy(wave)[None])[0]
     plan = patch_mask(config.mask, audio.grid, config.run.seed, torch.tensor([clip]))
-    keep = torch.arange(audio.grid[0] * audio.grid[1]) if plan is None else plan.keep[0]
+    keep = torch.arange(audio.grid[0] * audio.grid[1]) if plan is None else plan.ids_keep[0]
     shown = _only_kept(mel, keep, audio.patch, audio.grid)
 
     figure = Figure(figsize=(10, 5.2), layout="constrained")

@@ -36,7 +36,7 @@ from flap_fast.model.masking import patch_mask
 from flap_fast.model.two_towers import ModelInputs, Outputs
 from flap_fast.ranks import Ranks
 from flap_fast.train.engine import Engine
-from flap_kernels.draw_plan import MaskPlan
+from flap_kernels import PatchMask
 
 
 class Gradients:
@@ -116,7 +116,7 @@ class Gradients:
         return self._engine.model(**inputs)
 
 
-def patch_mask_of(batch: Batch, config: Config, steps: int, per_epoch: int) -> MaskPlan | None:
+def patch_mask_of(batch: Batch, config: Config, steps: int, per_epoch: int) -> PatchMask | None:
     """The patches that masking leaves and drops; None without masking, and in the unmasked tail."""
     tail = config.mask.unmasked_tail_epochs
     epochs = -(-steps // per_epoch)
@@ -126,7 +126,7 @@ def patch_mask_of(batch: Batch, config: Config, steps: int, per_epoch: int) -> M
     return patch_mask(mask, config.encoder.grid, config.run.seed, batch.sample_index)
 
 
-def model_inputs(batch: Batch, mask: MaskPlan | None, config: Config) -> ModelInputs:
+def model_inputs(batch: Batch, mask: PatchMask | None, config: Config) -> ModelInputs:
     """What the model is called with: media augmented, and what the decoder is to reconstruct."""
     specaug, seed, media, erase = config.specaug, config.run.seed, batch.media, None
     if config.encoder.specaug == "inside":

@@ -59,8 +59,8 @@ def test_products_are_as_many_as_pytorch_counts_in_the_model(kind: str):
     ours = {torch.ops.flap_kernels.patch_embed: embedding_flops}
     counter = FlopCounterMode(display=False, custom_mapping=ours)
     with sdpa_kernel(SDPBackend.MATH), counter:
-        model(mel, None if plan is None else plan.keep)
-    kept = audio.grid[0] * audio.grid[1] if plan is None else plan.keep.shape[1]
+        model(mel, None if plan is None else plan.ids_keep)
+    kept = audio.grid[0] * audio.grid[1] if plan is None else plan.ids_keep.shape[1]
     norms = 2 * (2 * 3 + 1) * 5 * (kept + 1) * 64  # PyTorch counts products alone
     products = encoder_flops(audio, mask, clips=2, fused=True) - norms
     assert counter.get_total_flops() == 2 * products  # it counts a multiply-add as two

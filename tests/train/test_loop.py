@@ -309,7 +309,7 @@ def test_masking_and_reconstruction_end_with_the_unmasked_tail(
 
     def watched(*arguments):
         plan = real(*arguments)
-        kept.append(None if plan is None else plan.keep.shape[1])
+        kept.append(None if plan is None else plan.ids_keep.shape[1])
         return plan
 
     monkeypatch.setattr(microbatch, "patch_mask_of", watched)

@@ -17,7 +17,7 @@ from typing import Any
 from flap_fast.config import Config
 from flap_fast.evaluate.flops import block_products, htsat_products
 from flap_kernels.cyclic import form_in_force
-from flap_kernels.infonce_ranks import REPLICATED_ROWS
+from flap_kernels.infonce.distributed import REPLICATED_ROWS
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def cyclic_form(config: Config, clips: int, world: int) -> str:
 
 
 def scheme_in_force(config: Config, clips: int, world: int) -> str:
-    """How `infonce_ranks` shares the work: `alone`, `replicated` or `sharded`."""
+    """How `distributed_infonce` shares the work: `alone`, `replicated` or `sharded`."""
     scheme = config.loss.contrastive.scheme
     if world == 1:
         return "alone"

@@ -16,7 +16,8 @@ from flap_fast.tools.profile.flop import TextShape, contrastive_flop, decoder_fl
 from flap_fast.tools.profile.synthetic import SyntheticLoader
 from flap_fast.train.engine import PlainEngine
 from flap_fast.train.step import Gradients
-from flap_kernels import infonce_chunks
+from flap_kernels.infonce.backend import Targets, losses_and_sums
+from flap_kernels.infonce.torch_tiled import TorchTiled
 from flap_kernels.masked_mse import _masked_mse, _masked_mse_backward
 from tests.tiny import tiny
 
@@ -146,18 +147,19 @@ def test_the_losss_products_are_as_many_as_pytorch_counts(world: int, scheme: st
     d = config.joint.width
     mine, others = torch.randn(6, d), torch.randn(6 * world, d)
     scale = torch.tensor(5.0)
+    backend, targets = TorchTiled(), Targets()
     with counter() as counted:
         # Replicated: its audio against all text, and its text against all audio.
         for _ in range(2 if scheme == "replicated" else 1):
-            found = infonce_chunks.negatives(mine, others, scale, offset=0)
-            assert found.rows is not None
-            assert found.columns is not None
+            found = backend.sums(mine, others, scale, targets)
+            assert found.row_lse_negatives is not None
+            assert found.column_lse_negatives is not None
             row, column = (
-                infonce_chunks.losses_and_side(side, torch.zeros(()))[1]
-                for side in (found.rows, found.columns)
+                losses_and_sums(lse, torch.zeros(()))[1]
+                for lse in (found.row_lse_negatives, found.column_lse_negatives)
             )
             one, both = torch.ones(()), scheme != "replicated"
-            infonce_chunks.gradients(mine, others, scale, row, column, one, offset=0, columns=both)
+            backend.gradients(mine, others, scale, row, column, one, targets, y_wanted=both)
     assert counted.get_total_flops() == contrastive_flop(config, 6, world).total
     least = 8 * 6 * 6 * world * d
     assert counted.get_total_flops() == (1.5 * least if scheme == "replicated" else least)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from flap_kernels import infonce_ranks
+from flap_kernels import distributed_infonce
 from flap_kernels.infonce import infonce_reference
 from flap_kernels.launch import HAS_TRITON
 from tests.closeness import assert_as_exact
@@ -20,7 +20,7 @@ SCHEMES = ["replicated", "sharded", "auto"]
 
 
 def compared(audio, text, ids, cuts, runs):
-    """On one rank: by run, the rank's part of loss and gradients, and the whole's in two types."""
+    """On one rank: by run, the rank's loss and gradients, and the whole's in two types."""
     rank, world = dist.get_rank(), dist.get_world_size()
     mine = slice(cuts[rank], cuts[rank + 1])
     scale = torch.tensor(20.0, dtype=audio.dtype)
@@ -30,7 +30,7 @@ def compared(audio, text, ids, cuts, runs):
         own = dict(options)
         if own.pop("ids", False):
             own["ids"], kept["ids"] = ids[mine], ids
-        found = loss_and_gradients(infonce_ranks, audio[mine], text[mine], scale, **own)
+        found = loss_and_gradients(distributed_infonce, audio[mine], text[mine], scale, **own)
         # The average over ranks is the gradient of the whole: what DDP and DeepSpeed take.
         average = found[3].clone()
         dist.all_reduce(average)
@@ -53,7 +53,7 @@ def runs_of_all_kinds():
     ]
 
 
-# Ranks with unequal shares, one with none at all, and equal ones.
+# Ranks with unequal sizes, one of them 0, and equal ones.
 CUTS = [(0, 5, 13), (0, 4, 4, 13), (0, 3, 6, 9, 12)]
 
 
@@ -106,7 +106,7 @@ def hard_negatives_match_whole(audio, text, audio_cuts, text_cuts, order):
     mine = slice(audio_cuts[rank], audio_cuts[rank + 1])
     own = text[text_cuts[rank] : text_cuts[rank + 1]]
     scale = torch.tensor(20.0, dtype=torch.float64)
-    found = loss_and_gradients(infonce_ranks, audio[mine], own, scale, direction="a2t")
+    found = loss_and_gradients(distributed_infonce, audio[mine], own, scale, direction="a2t")
     exact = loss_and_gradients(infonce_reference, audio, text[order], scale, direction="a2t")
     text_grad = torch.empty_like(text)
     text_grad[order] = exact[2]
@@ -124,23 +124,23 @@ def test_extra_captions_of_all_ranks_are_negatives():
 
 
 def promise_matches_question(audio, text):
-    """On one rank: shares that are promised to be equal give the same bits as shares asked for."""
+    """On one rank: sizes that are promised to be equal give the same bits as sizes asked for."""
     mine = slice(3 * dist.get_rank(), 3 * dist.get_rank() + 3)
-    asked = infonce_ranks(audio[mine], text[mine], 20.0)
-    promised = infonce_ranks(audio[mine], text[mine], 20.0, equal_shares=True)
+    asked = distributed_infonce(audio[mine], text[mine], 20.0)
+    promised = distributed_infonce(audio[mine], text[mine], 20.0, equal_sizes=True)
     assert torch.equal(asked, promised)
     audio, text = audio[mine].float(), text[mine].float()
-    bf16 = infonce_ranks(audio, text, 20.0, equal_shares=True, precision="bf16")
-    narrow = infonce_ranks(audio.bfloat16(), text.bfloat16(), 20.0, equal_shares=True)
+    bf16 = distributed_infonce(audio, text, 20.0, equal_sizes=True, precision="bf16")
+    narrow = distributed_infonce(audio.bfloat16(), text.bfloat16(), 20.0, equal_sizes=True)
     assert torch.equal(bf16, narrow)
-    assert not torch.equal(bf16, infonce_ranks(audio, text, 20.0, equal_shares=True))
+    assert not torch.equal(bf16, distributed_infonce(audio, text, 20.0, equal_sizes=True))
 
 
-def test_equal_shares_need_no_question_and_bf16_is_rounded_before_it_is_sent():
+def test_equal_sizes_need_no_question_and_bf16_is_rounded_before_it_is_sent():
     on_ranks(2, promise_matches_question, *pairs(6, 4))
 
 
 def test_alone_it_is_the_loss_of_one_process():
     audio, text = pairs(6, 4)
     exact = infonce_reference(audio, text, torch.tensor(20.0))
-    torch.testing.assert_close(infonce_ranks(audio, text, 20.0), exact, rtol=1e-12, atol=0)
+    torch.testing.assert_close(distributed_infonce(audio, text, 20.0), exact, rtol=1e-12, atol=0)

@@ -24,7 +24,7 @@ _OURS = ("flap_fast", "flap_kernels", "tests", "bench")
 def run(device: str, *, quick: bool, limit_s: float) -> dict[str, Any]:
     """What the tests came to: status `passed`, `failed`, `not finished` or `not run`, and counts.
 
-    `quick` runs the contract of every kernel alone.
+    `quick` runs test_every_kernel.py alone.
     """
     if device != "cuda":
         return {"status": "not run", "reason": "no GPU; `make test` interprets the kernels"}
@@ -85,20 +85,20 @@ def _missing(text: str) -> str:
     return found[-1] if found and found[-1] not in _OURS else ""
 
 
-def is_red(contract: dict[str, Any]) -> bool:
+def is_red(found: dict[str, Any]) -> bool:
     """Whether the times must not be believed."""
-    return contract["status"] in ("failed", "not finished")
+    return found["status"] in ("failed", "not finished")
 
 
-def sentence(contract: dict[str, Any]) -> str:
+def sentence(found: dict[str, Any]) -> str:
     """What the tests came to, in one sentence."""
-    if "passed" not in contract:
-        return f"Contract tests, compiled: {contract['status']} ({contract['reason']})."
+    if "passed" not in found:
+        return f"GPU tests, compiled: {found['status']} ({found['reason']})."
     text = (
-        f"Contract tests, compiled: {contract['status']}; {contract['passed']} passed, "
-        f"{contract['failed']} failed, {contract['skipped']} skipped"
+        f"GPU tests, compiled: {found['status']}; {found['passed']} passed, "
+        f"{found['failed']} failed, {found['skipped']} skipped"
     )
-    if contract["red"]:
-        text += f", the first red one {contract['red'][0]}"
-    files = [f"{name} (needs {missing})" for name, missing in contract["left_out"].items()]
+    if found["red"]:
+        text += f", the first red one {found['red'][0]}"
+    files = [f"{name} (needs {missing})" for name, missing in found["left_out"].items()]
     return text + (f"; left out: {', '.join(files)}." if files else ".")

@@ -1,12 +1,12 @@
-"""restore_tokens: kept tokens back in their places, the mask token in the others, positions added.
+"""unshuffle_tokens: kept tokens in the order of patches, mask tokens between, positions added.
 
-    y'[b, n, :] = (y[b, restore[b, n], :] if restore[b, n] < K else mask_token) + position[n, :]
+    y'[b, n, :] = (y[b, i, :] if i < K else mask_token) + position[n, :],  i = ids_restore[b, n]
 
     B clips   N patches of a clip   K of them kept   D width
 
-`restore` is a permutation, so the backward scatters without atomics: each token of `y` is written
-by the one program that holds its gradient. The mask token's gradient is summed within programs,
-then over them in a second pass.
+`ids_restore` is a permutation, so the backward scatters without atomics: each token of `y` is
+written by the one program that holds its gradient. The mask token's gradient is summed within
+programs, then over them in a second pass.
 
 Least traffic, forward: B*K*D read, B*N*D written; backward: B*N*D read, B*K*D written.
 Source: Masked Autoencoders that Listen, arXiv 2207.06405, section 3; FLAP, arXiv 2311.01615.
@@ -19,16 +19,17 @@ from torch import Tensor
 
 from flap_kernels.checks import check_floats, check_integers, check_shape, check_together
 from flap_kernels.launch import ceil_div, jit, runs_triton, tl, triton
-from flap_kernels.patches import clips, shaped, strides
-from flap_kernels.spec import Arch, Inputs, Kernel, Program, Size
+from flap_kernels.patches import clips, strides
+from flap_kernels.precision import accumulator_dtype
+from flap_kernels.spec import Inputs, Kernel, Size
 
 
-def restore_tokens_reference(
-    y: Tensor, restore: Tensor, mask_token: Tensor, position: Tensor
+def unshuffle_tokens_reference(
+    y: Tensor, ids_restore: Tensor, mask_token: Tensor, position: Tensor
 ) -> Tensor:
-    """Say what `restore_tokens` means, by appending one mask token to each clip."""
+    """The decoder's input, by appending one mask token to each clip: what the op means."""
     full = torch.cat([y, mask_token.expand(len(y), 1, -1)], 1)
-    slot = restore.long().clamp(max=y.shape[1])
+    slot = ids_restore.long().clamp(max=y.shape[1])
     return full.gather(1, slot[..., None].expand(-1, -1, y.shape[2])) + position
 
 
@@ -42,9 +43,9 @@ def clip_rows(count, BLOCK_ROWS: tl.constexpr):
 
 
 @jit
-def restore_tokens_kernel(
+def unshuffle_tokens_kernel(
     y_ptr,
-    restore_ptr,
+    ids_restore_ptr,
     token_ptr,
     position_ptr,
     out_ptr,
@@ -66,17 +67,21 @@ def restore_tokens_kernel(
 ):
     b, n = clip_rows(N, BLOCK_ROWS)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    live, wide = n < N, offs_d < D
-    mask = live[:, None] & wide[None, :]
+    mask_n, mask_d = n < N, offs_d < D
+    mask = mask_n[:, None] & mask_d[None, :]
 
-    slot = tl.load(restore_ptr + b * stride_rb + n * stride_rn, mask=live, other=K).to(tl.int64)
+    slot = tl.load(ids_restore_ptr + b * stride_rb + n * stride_rn, mask=mask_n, other=K).to(
+        tl.int64
+    )
     kept = (slot >= 0) & (slot < K)
+    # x = y[b, slot, :] if slot < K else mask_token
     at = (b * stride_yb + slot * stride_yk)[:, None] + (offs_d * stride_yd)[None, :]
     x = tl.load(y_ptr + at, mask=mask & kept[:, None], other=0.0).to(tl.float32)
     if HAS_TOKEN:
-        token = tl.load(token_ptr + offs_d * stride_td, mask=wide, other=0.0).to(tl.float32)
+        token = tl.load(token_ptr + offs_d * stride_td, mask=mask_d, other=0.0).to(tl.float32)
         x = tl.where(kept[:, None], x, token[None, :])
     if HAS_POSITION:
+        # y'[b, n, :] = x + position[n, :]
         at = (n * stride_pn)[:, None] + (offs_d * stride_pd)[None, :]
         x += tl.load(position_ptr + at, mask=mask, other=0.0).to(tl.float32)
     at = ((b * N + n) * D)[:, None] + offs_d[None, :]
@@ -84,9 +89,9 @@ def restore_tokens_kernel(
 
 
 @jit
-def restore_tokens_backward_kernel(
+def unshuffle_tokens_backward_kernel(
     grad_ptr,
-    restore_ptr,
+    ids_restore_ptr,
     y_grad_ptr,
     partial_ptr,
     N,
@@ -102,55 +107,59 @@ def restore_tokens_backward_kernel(
 ):
     b, n = clip_rows(N, BLOCK_ROWS)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    live, wide = n < N, offs_d < D
-    mask = live[:, None] & wide[None, :]
+    mask_n, mask_d = n < N, offs_d < D
+    mask = mask_n[:, None] & mask_d[None, :]
 
-    slot = tl.load(restore_ptr + b * stride_rb + n * stride_rn, mask=live, other=0).to(tl.int64)
+    slot = tl.load(ids_restore_ptr + b * stride_rb + n * stride_rn, mask=mask_n, other=0).to(
+        tl.int64
+    )
     kept = (slot >= 0) & (slot < K)
     at = (b * stride_gb + n * stride_gn)[:, None] + (offs_d * stride_gd)[None, :]
     grad = tl.load(grad_ptr + at, mask=mask, other=0.0)
+    # dy[b, slot, :] = dy'[b, n, :] where slot < K
     at = ((b * K + slot) * D)[:, None] + offs_d[None, :]
     tl.store(y_grad_ptr + at, grad.to(y_grad_ptr.dtype.element_ty), mask=mask & kept[:, None])
+    # dmask_token = sum of dy'[b, n, :] where slot >= K, here over this program's rows
     dropped = tl.sum(tl.where(kept[:, None], 0.0, grad.to(tl.float32)), axis=0)
-    tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * D + offs_d, dropped, mask=wide)
+    tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * D + offs_d, dropped, mask=mask_d)
 
 
 def blocks(D: int) -> dict[str, int]:
     """The tile that moves rows of this width: 4,096 numbers, in whole lines of memory."""
-    wide = min(512, triton.next_power_of_2(D))
-    return {"BLOCK_ROWS": 4096 // wide, "BLOCK_D": wide}
+    block_d = min(512, triton.next_power_of_2(D))
+    return {"BLOCK_ROWS": 4096 // block_d, "BLOCK_D": block_d}
 
 
 def spread(
     y: Tensor,
-    restore: Tensor,
+    ids_restore: Tensor,
     mask_token: Tensor | None,
     position: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Launch the forward; without a mask token, places of dropped tokens become zeros."""
-    (B, K, D), N = y.shape, restore.shape[1]
+    """Launch the forward; without a mask token, rows of dropped tokens become zeros."""
+    (B, K, D), N = y.shape, ids_restore.shape[1]
     out = y.new_empty((B, N, D), dtype=dtype)
     if out.numel() == 0:
         return out
-    # What is absent is passed as something, and not read.
+    # Absent pointers get a dummy tensor; the kernel never reads it.
     token = y.new_empty(1) if mask_token is None else mask_token
-    place = y.new_empty(1, 1) if position is None else position
+    added = y.new_empty(1, 1) if position is None else position
     tile = blocks(D)
     grid = (B * ceil_div(N, tile["BLOCK_ROWS"]), ceil_div(D, tile["BLOCK_D"]))
-    restore_tokens_kernel[grid](
+    unshuffle_tokens_kernel[grid](
         y,
-        restore,
+        ids_restore,
         token,
-        place,
+        added,
         out,
         N,
         K,
         D,
         **strides("y", "bkd", y),
-        **strides("r", "bn", restore),
+        **strides("r", "bn", ids_restore),
         **strides("t", "d", token),
-        **strides("p", "nd", place),
+        **strides("p", "nd", added),
         HAS_TOKEN=mask_token is not None,
         HAS_POSITION=position is not None,
         **tile,
@@ -158,33 +167,33 @@ def spread(
     return out
 
 
-@torch.library.custom_op("flap_kernels::restore_tokens", mutates_args=())
-def _restore_tokens(
-    y: Tensor, restore: Tensor, mask_token: Tensor, position: Tensor | None, dtype: torch.dtype
+@torch.library.custom_op("flap_kernels::unshuffle_tokens", mutates_args=())
+def _unshuffle_tokens(
+    y: Tensor, ids_restore: Tensor, mask_token: Tensor, position: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     if runs_triton(y, mask_token):
-        return spread(y, restore, mask_token, position, dtype)
-    wide = _promoted(y, mask_token, position)
-    out = y.new_empty((*restore.shape, y.shape[2]), dtype=wide).copy_(mask_token)
-    out[clips(restore), places(restore)[:, : y.shape[1]]] = y.to(wide)
+        return spread(y, ids_restore, mask_token, position, dtype)
+    total_dtype = _promoted(y, mask_token, position)
+    out = y.new_empty((*ids_restore.shape, y.shape[2]), dtype=total_dtype).copy_(mask_token)
+    out[clips(ids_restore), inverse(ids_restore)[:, : y.shape[1]]] = y.to(total_dtype)
     if position is not None:
         out += position
     return out.to(dtype)
 
 
-@_restore_tokens.register_fake
-def _(y, restore, mask_token, position, dtype):
-    return y.new_empty((*restore.shape, y.shape[2]), dtype=dtype)
+@_unshuffle_tokens.register_fake
+def _(y, ids_restore, mask_token, position, dtype):
+    return y.new_empty((*ids_restore.shape, y.shape[2]), dtype=dtype)
 
 
-@torch.library.custom_op("flap_kernels::restore_tokens_backward", mutates_args=())
-def _restore_tokens_backward(
-    grad: Tensor, restore: Tensor, K: int, dtype: torch.dtype
+@torch.library.custom_op("flap_kernels::unshuffle_tokens_backward", mutates_args=())
+def _unshuffle_tokens_backward(
+    grad: Tensor, ids_restore: Tensor, K: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """The gradients of `y`, in its type, and of the mask token, not narrower than float32."""
-    y_grad, token_grad = _empty_gradients(grad, restore, K, dtype)
+    y_grad, token_grad = _empty_gradients(grad, ids_restore, K, dtype)
     if not runs_triton(grad):
-        order, b = places(restore), clips(restore)
+        order, b = inverse(ids_restore), clips(ids_restore)
         y_grad.copy_(grad[b, order[:, :K]])
         return y_grad, grad[b, order[:, K:]].sum((0, 1), dtype=token_grad.dtype)
     if grad.numel() == 0:
@@ -193,57 +202,57 @@ def _restore_tokens_backward(
     tile = blocks(D)
     programs = B * ceil_div(N, tile["BLOCK_ROWS"])
     partial = grad.new_empty((programs, D), dtype=torch.float32)
-    restore_tokens_backward_kernel[(programs, ceil_div(D, tile["BLOCK_D"]))](
+    unshuffle_tokens_backward_kernel[(programs, ceil_div(D, tile["BLOCK_D"]))](
         grad,
-        restore,
+        ids_restore,
         y_grad,
         partial,
         N,
         K,
         D,
         **strides("g", "bnd", grad),
-        **strides("r", "bn", restore),
+        **strides("r", "bn", ids_restore),
         **tile,
     )
     return y_grad, partial.sum(0)
 
 
-@_restore_tokens_backward.register_fake
-def _empty_gradients(grad, restore, K, dtype):
+@_unshuffle_tokens_backward.register_fake
+def _empty_gradients(grad, ids_restore, K, dtype):
     B, _, D = grad.shape
-    wide = torch.promote_types(grad.dtype, torch.float32)
-    return grad.new_empty((B, K, D), dtype=dtype), grad.new_empty(D, dtype=wide)
+    total_dtype = accumulator_dtype(grad.dtype)
+    return grad.new_empty((B, K, D), dtype=dtype), grad.new_empty(D, dtype=total_dtype)
 
 
-def places(restore: Tensor) -> Tensor:
+def inverse(ids_restore: Tensor) -> Tensor:
     """(B, N) int64, the inverse permutation: the kept patches, then the dropped ones."""
-    n = torch.arange(restore.shape[1], device=restore.device).expand(restore.shape)
-    return torch.empty_like(n).scatter_(1, restore.long(), n)
+    n = torch.arange(ids_restore.shape[1], device=ids_restore.device).expand(ids_restore.shape)
+    return torch.empty_like(n).scatter_(1, ids_restore.long(), n)
 
 
 def _setup(ctx, inputs, output):
-    y, restore, mask_token, position, _ = inputs
-    ctx.save_for_backward(restore)
+    y, ids_restore, mask_token, position, _ = inputs
+    ctx.save_for_backward(ids_restore)
     ctx.K, ctx.y, ctx.token = y.shape[1], y.dtype, mask_token.dtype
     ctx.position = None if position is None else position.dtype
 
 
 def _backward(ctx, grad):
-    (restore,) = ctx.saved_tensors
-    y_grad, token_grad = _restore_tokens_backward(grad, restore, ctx.K, ctx.y)
+    (ids_restore,) = ctx.saved_tensors
+    y_grad, token_grad = _unshuffle_tokens_backward(grad, ids_restore, ctx.K, ctx.y)
     position_grad = None
     if ctx.needs_input_grad[3]:
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        position_grad = grad.sum(0, dtype=wide).to(ctx.position)
+        total_dtype = accumulator_dtype(grad.dtype)
+        position_grad = grad.sum(0, dtype=total_dtype).to(ctx.position)
     return y_grad, None, token_grad.to(ctx.token), position_grad, None
 
 
-_restore_tokens.register_autograd(_backward, setup_context=_setup)
+_unshuffle_tokens.register_autograd(_backward, setup_context=_setup)
 
 
-def restore_tokens(
+def unshuffle_tokens(
     y: Tensor,
-    restore: Tensor,
+    ids_restore: Tensor,
     mask_token: Tensor,
     position: Tensor | None = None,
     *,
@@ -251,14 +260,13 @@ def restore_tokens(
 ) -> Tensor:
     """A decoder's input, (B, N, D): its kept tokens, mask tokens elsewhere, positions added.
 
-    To carry a [CLS] token along, count it as a patch: `y` with it in front, `restore` one longer
-    and one higher behind a leading 0, a first row of zeros in `position`.
+    To carry a [CLS] token along, count it as a patch: `y` with it in front, `ids_restore` one
+    longer and one higher behind a leading 0, a first row of zeros in `position`.
 
     Args:
         y: (B, K, D).
-        restore: (B, N) int32 or int64, a permutation of each row, which is not checked: the place
-            of each patch in
-            `cat(kept, dropped)`. On a GPU this is not checked.
+        ids_restore: (B, N) int32 or int64, a permutation of [0, N) in each row, which is not
+            checked: the index of each patch in `cat(kept, dropped)`.
         mask_token: (D,).
         position: (N, D), or None to add nothing.
         dtype: of the result; None promotes the inputs' types as PyTorch does. Sums are float32.
@@ -266,21 +274,22 @@ def restore_tokens(
     Raises ValueError and TypeError on shapes, devices and types that do not fit.
     """
     check_shape("y", y, (None, None, None), "(B, K, D)")
-    check_shape("restore", restore, (len(y), None), "(B, N)")
+    check_shape("ids_restore", ids_restore, (len(y), None), "(B, N)")
     check_shape("mask_token", mask_token, (y.shape[2],), "(D,)")
-    check_integers(restore=restore)
+    check_integers(ids_restore=ids_restore)
     check_floats(y=y, mask_token=mask_token)
-    check_together(y=y, restore=restore, mask_token=mask_token)
-    if restore.shape[1] < y.shape[1]:
+    check_together(y=y, ids_restore=ids_restore, mask_token=mask_token)
+    if ids_restore.shape[1] < y.shape[1]:
         raise ValueError(
-            f"restore must be (B, N) with N of at least K = {y.shape[1]}, got {restore.shape[1]}"
+            f"ids_restore must be (B, N) with N of at least K = {y.shape[1]}, "
+            f"got {ids_restore.shape[1]}"
         )
     if position is not None:
-        check_shape("position", position, (restore.shape[1], y.shape[2]), "(N, D)")
+        check_shape("position", position, (ids_restore.shape[1], y.shape[2]), "(N, D)")
         check_floats(position=position)
         check_together(y=y, position=position)
     dtype = dtype or _promoted(y, mask_token, position)
-    return _restore_tokens(y, restore, mask_token, position, dtype)
+    return _unshuffle_tokens(y, ids_restore, mask_token, position, dtype)
 
 
 def _promoted(y: Tensor, mask_token: Tensor, position: Tensor | None) -> torch.dtype:
@@ -294,54 +303,16 @@ def _inputs(size: Size, generator: torch.Generator) -> Inputs:
     real = {**draw, "dtype": torch.float64}
     arguments = {
         "y": torch.randn(B, K, D, **real),
-        "restore": torch.rand(B, N, **draw).argsort(1),
+        "ids_restore": torch.rand(B, N, **draw).argsort(1),
         "mask_token": torch.randn(D, **real),
         "position": torch.randn(N, D, **real),
     }
     return Inputs(arguments, differentiable=("y", "mask_token", "position"))
 
 
-def _programs(arch: Arch) -> tuple[Program, ...]:
-    B, N, K, D = 288, 512, 306, 512
-    sizes = {"N": N, "K": K, "D": D}
-    return (
-        Program(
-            name="restore_tokens",
-            kernel=restore_tokens_kernel,
-            signature={
-                **dict.fromkeys(("y_ptr", "token_ptr", "position_ptr", "out_ptr"), "*bf16"),
-                "restore_ptr": "*i64",
-                **sizes,
-                **strides("y", "bkd", shaped(B, K, D)),
-                **strides("r", "bn", shaped(B, N)),
-                **strides("t", "d", shaped(D)),
-                **strides("p", "nd", shaped(N, D)),
-            },
-            constants={"HAS_TOKEN": True, "HAS_POSITION": True, **blocks(D)},
-            bytes_moved=2 * B * D * (K + N) + 8 * B * N,
-        ),
-        Program(
-            name="restore_tokens_backward",
-            kernel=restore_tokens_backward_kernel,
-            signature={
-                **dict.fromkeys(("grad_ptr", "y_grad_ptr"), "*bf16"),
-                "restore_ptr": "*i64",
-                "partial_ptr": "*fp32",
-                **sizes,
-                **strides("g", "bnd", shaped(B, N, D)),
-                **strides("r", "bn", shaped(B, N)),
-            },
-            constants=blocks(D),
-            bytes_moved=2 * B * D * (K + N) + 8 * B * N,
-        ),
-    )
-
-
 KERNEL = Kernel(
-    name="restore_tokens",
-    op=restore_tokens,
-    reference=restore_tokens_reference,
+    name="unshuffle_tokens",
+    op=unshuffle_tokens,
+    reference=unshuffle_tokens_reference,
     inputs=_inputs,
-    programs=_programs,
-    bytes_moved=4 * 288 * 512 * (306 + 512),
 )

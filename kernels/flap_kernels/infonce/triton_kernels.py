@@ -1,13 +1,17 @@
-"""InfoNCE's sums and weights, tile by tile: the Triton kernels.
+"""InfoNCE's sums and dlogits, tile by tile: the Triton kernels.
 
     S[i, j] = scale * log2(e) * x[i] . y[j]            positive of row i: column i + offset
+    lse[i]        = log2 sum_j 2^S[i, j], j not the positive       the same by column
+    dlogits[i, j] = (1 - p)[i] 2^(S - lse[i]) + (1 - p)[j] 2^(S - lse[j])
+                    and at the positive -(1 - p)[i] - (1 - p)[j]
 
     M rows x   N columns y   D width   logits and logarithms to base 2, sums in float32
 
-S stays in registers. What follows the product needs several numbers for each logit: it takes a wide
-tile part by part, so that those fit in registers, too. Sums are written per tile and added up in a
-second pass: no atomics, the same bits on every run. The order of the tiles is Triton's tutorial's:
-down a group of rows first, so that what the group reads stays in the L2 cache.
+S stays in registers. What follows the product needs several numbers for each logit: it takes a
+large tile slab by slab, so that those fit in registers, too. Sums are written per tile and added up
+in a second pass: no atomics, the same bits on every run. The order of the tiles is that of Triton's
+matrix product tutorial: down a group of rows first, so that what the group reads stays in the L2
+cache.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from flap_kernels.launch import jit, tl
 
 @jit
 def _tile_of(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """The tile of a program: down a group of rows first, then across."""
+    """The tile of a program: down a group of rows first, then to the next columns."""
     group_size = GROUP_M * tiles_n
     first_m = (pid // group_size) * GROUP_M
     rows = min(tiles_m - first_m, GROUP_M)
@@ -29,8 +33,8 @@ def _tile_of(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 def _products(
     x_ptr,
     y_ptr,
-    rows,
-    columns,
+    rows_left,
+    columns_left,
     D,
     stride_xm,
     stride_xd,
@@ -40,26 +44,27 @@ def _products(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
-    """x y^T of one tile in float32; the pointers are the tile's, `rows` and `columns` what is left.
+    """x y^T of one tile in float32; the pointers are the tile's.
 
-    Rows and columns past the end are zero.
+    Rows and columns from `rows_left` and `columns_left` on are zero.
     """
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_d[None, :] * stride_xd
     y_ptrs = y_ptr + offs_n[None, :] * stride_yn + offs_d[:, None] * stride_yd
-    mask_m = offs_m[:, None] < rows
-    mask_n = offs_n[None, :] < columns
+    mask_m = offs_m[:, None] < rows_left
+    mask_n = offs_n[None, :] < columns_left
     product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for d in range(0, D, BLOCK_D):
         x = tl.load(x_ptrs, mask=mask_m & (offs_d[None, :] < D - d), other=0.0)
         y = tl.load(y_ptrs, mask=mask_n & (offs_d[:, None] < D - d), other=0.0)
-        if WIDEN:  # the interpreter's product of bfloat16 is wrong
+        if UPCAST:  # the interpreter's product of bfloat16 is wrong
             x = x.to(tl.float32)
             y = y.to(tl.float32)
+        # x y^T += x[:, d:d+BLOCK_D] y[:, d:d+BLOCK_D]^T
         product = tl.dot(x, y, product, input_precision=PRECISION)
         x_ptrs += BLOCK_D * stride_xd
         y_ptrs += BLOCK_D * stride_yd
@@ -74,27 +79,27 @@ def _halves(tile):
 
 
 @jit
-def _column_parts(tile, PARTS: tl.constexpr):
+def _column_slabs(tile, SLABS: tl.constexpr):
     """A tile's columns as 1 or 4 tiles, left to right."""
-    tl.static_assert(PARTS == 1 or PARTS == 4)
-    if PARTS == 1:
-        parts = (tile,)
+    tl.static_assert(SLABS == 1 or SLABS == 4)
+    if SLABS == 1:
+        slabs = (tile,)
     else:
         left, right = _halves(tile)
-        parts = _halves(left) + _halves(right)
-    return parts
+        slabs = _halves(left) + _halves(right)
+    return slabs
 
 
 @jit
-def negatives_kernel(
+def lse_negatives_kernel(
     x_ptr,
     y_ptr,
     scale_ptr,
     x_ids_ptr,
     y_ids_ptr,
-    row_part_ptr,
-    column_part_ptr,
-    positive_ptr,
+    row_partial_ptr,
+    column_partial_ptr,
+    positive_logit_ptr,
     M,
     N,
     D,
@@ -109,10 +114,10 @@ def negatives_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    PARTS: tl.constexpr,
+    SLABS: tl.constexpr,
     GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
+    UPCAST: tl.constexpr,
     FAINT: tl.constexpr = 2.0**-90,
 ):
     """Log-sum-exp of each row and each column within one tile, without the positives."""
@@ -135,7 +140,7 @@ def negatives_kernel(
         BLOCK_N,
         BLOCK_D,
         PRECISION,
-        WIDEN,
+        UPCAST,
     )
     factor = tl.load(scale_ptr).to(tl.float32) * 1.4426950408889634
     offs_m = start_m + tl.arange(0, BLOCK_M)
@@ -145,11 +150,12 @@ def negatives_kernel(
         x_ids = tl.load(x_ids_ptr + offs_m, mask=mask_m, other=0)
     tops = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     sums = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    parts = _column_parts(product, PARTS)
-    WIDTH: tl.constexpr = BLOCK_N // PARTS
-    for part in tl.static_range(PARTS):  # pyright: ignore[reportGeneralTypeIssues]
-        first = start_n + part * WIDTH
-        logits = parts[part] * factor
+    slabs = _column_slabs(product, SLABS)
+    WIDTH: tl.constexpr = BLOCK_N // SLABS
+    for slab in tl.static_range(SLABS):  # pyright: ignore[reportGeneralTypeIssues]
+        first = start_n + slab * WIDTH
+        # S = scale * log2(e) * x . y
+        logits = slabs[slab] * factor
         offs_n = first + tl.arange(0, WIDTH)
         mask_n = offs_n < N
         # Most tiles lie inside and off the diagonal: they skip this.
@@ -157,19 +163,22 @@ def negatives_kernel(
         ahead = first - start_m - offset
         if IDS or past_end or (ahead < BLOCK_M and ahead > -WIDTH):
             is_positive = offs_n[None, :] == (offs_m + offset)[:, None]
+            # positive_logit[i] = S[i, i + offset]
             positive = tl.sum(tl.where(is_positive, logits, 0.0), 1)
             holds = (offs_m + offset >= first) & (offs_m + offset < min(first + WIDTH, N))
-            tl.store(positive_ptr + offs_m, positive, mask=mask_m & holds)
+            tl.store(positive_logit_ptr + offs_m, positive, mask=mask_m & holds)
+            # 2^S = 0 at the positive, past the end, and where the ids are the same
             out = is_positive | ~(mask_m[:, None] & mask_n[None, :])
             if IDS:
                 y_ids = tl.load(y_ids_ptr + offs_n, mask=mask_n, other=0)
                 out = out | (x_ids[:, None] == y_ids[None, :])
             logits = tl.where(out, float("-inf"), logits)
-        # One exponential serves both sums, unless a row or a column lies so far below the part's
+        # One exponential serves both sums, unless a row or a column lies so far below the slab's
         # maximum (2^-90: its terms down to 2^-36 of its own largest are then still normal numbers)
         # that it needs a reference point of its own. A fixed one would lose rows at scale 100.
         top = tl.max(logits)
         top = tl.where(top == float("-inf"), 0.0, top)
+        # sums of 2^(S - top), by row and by column
         terms = tl.exp2(logits - top)
         row_sums = tl.sum(terms, 1)
         column_sums = tl.sum(terms, 0)
@@ -190,64 +199,69 @@ def negatives_kernel(
                 column_tops = tl.where(column_tops == float("-inf"), 0.0, column_tops)
                 column_sums = tl.sum(tl.exp2(logits - column_tops[None, :]), 0)
         if ROWS:
-            # A part without a negative has no say in which reference point the row keeps.
+            # A slab without a negative has no say in which reference point the row keeps.
             row_tops = tl.where(row_sums == 0.0, float("-inf"), row_tops)
             higher = tl.maximum(tops, row_tops)
             base = tl.where(higher == float("-inf"), 0.0, higher)
+            # sums 2^base = sums 2^tops + row_sums 2^row_tops
             sums = sums * tl.exp2(tops - base) + row_sums * tl.exp2(row_tops - base)
             tops = higher
         if COLUMNS:
-            column_part_ptrs = column_part_ptr + pid_m.to(tl.int64) * N + offs_n
-            tl.store(column_part_ptrs, column_tops + tl.log2(column_sums), mask=mask_n)
+            # lse[j] within the tile = top + log2 sum
+            column_partial_ptrs = column_partial_ptr + pid_m.to(tl.int64) * N + offs_n
+            tl.store(column_partial_ptrs, column_tops + tl.log2(column_sums), mask=mask_n)
     if ROWS:
-        row_part_ptrs = row_part_ptr + pid_n.to(tl.int64) * M + offs_m
-        tl.store(row_part_ptrs, tops + tl.log2(sums), mask=mask_m)
+        # lse[i] within the tile = top + log2 sum
+        row_partial_ptrs = row_partial_ptr + pid_n.to(tl.int64) * M + offs_m
+        tl.store(row_partial_ptrs, tops + tl.log2(sums), mask=mask_m)
 
 
 @jit
-def add_parts_kernel(
-    part_ptr,
+def add_partial_lse_kernel(
+    partial_ptr,
     total_ptr,
-    parts,
+    partials,
     size,
     ONTO: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Add up logarithms (parts, size) over their parts, ONTO what is there or afresh."""
+    """Log-sum-exp of logarithms, (partials, size) -> (size,); with ONTO, of `total` too."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < size
     top = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
     if ONTO:
         top = tl.load(total_ptr + offs, mask=mask, other=float("-inf"))
     total = tl.where(top == float("-inf"), 0.0, 1.0)
-    for p in range(0, parts, BLOCK_P):
+    for p in range(0, partials, BLOCK_P):
         offs_p = p + tl.arange(0, BLOCK_P)
-        part = tl.load(
-            part_ptr + offs_p[:, None].to(tl.int64) * size + offs[None, :],
-            mask=(offs_p[:, None] < parts) & mask[None, :],
+        partial = tl.load(
+            partial_ptr + offs_p[:, None].to(tl.int64) * size + offs[None, :],
+            mask=(offs_p[:, None] < partials) & mask[None, :],
             other=float("-inf"),
         )
-        higher = tl.maximum(top, tl.max(part, 0))
+        higher = tl.maximum(top, tl.max(partial, 0))
         base = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp2(top - base) + tl.sum(tl.exp2(part - base[None, :]), 0)
+        # total 2^base = total 2^top + sum 2^partial
+        total = total * tl.exp2(top - base) + tl.sum(tl.exp2(partial - base[None, :]), 0)
         top = higher
+    # lse = top + log2 total
     tl.store(total_ptr + offs, top + tl.log2(total), mask=mask)
 
 
 @jit
-def weights_kernel(
+def dlogits_kernel(
     x_ptr,
     y_ptr,
     scale_ptr,
     x_ids_ptr,
     y_ids_ptr,
-    row_negative_ptr,
-    row_miss_ptr,
-    column_negative_ptr,
-    column_miss_ptr,
-    weight_ptr,
-    scale_part_ptr,
+    row_lse_ptr,
+    row_one_minus_p_ptr,
+    column_lse_ptr,
+    column_one_minus_p_ptr,
+    dlogits_ptr,
+    scale_partial_ptr,
     M,
     N,
     D,
@@ -256,19 +270,19 @@ def weights_kernel(
     stride_xd,
     stride_yn,
     stride_yd,
-    stride_wm,
+    stride_gm,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     IDS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    PARTS: tl.constexpr,
+    SLABS: tl.constexpr,
     GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
-    """The weights G of one tile, and its sum of G * (x . y)."""
+    """dlogits of one tile, and the sum of dlogits * (x y^T)."""
     pid = tl.program_id(0)
     pid_m, pid_n = _tile_of(pid, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     start_m = pid_m * BLOCK_M
@@ -287,37 +301,39 @@ def weights_kernel(
         BLOCK_N,
         BLOCK_D,
         PRECISION,
-        WIDEN,
+        UPCAST,
     )
     factor = tl.load(scale_ptr).to(tl.float32) * 1.4426950408889634
     offs_m = start_m + tl.arange(0, BLOCK_M)
     mask_m = offs_m < M
-    row_negatives = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    row_misses = row_negatives
+    row_lse = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    row_one_minus_p = row_lse
     if ROWS:
-        row_negatives = tl.load(row_negative_ptr + offs_m, mask=mask_m, other=0.0)
-        row_misses = tl.load(row_miss_ptr + offs_m, mask=mask_m, other=0.0)
+        row_lse = tl.load(row_lse_ptr + offs_m, mask=mask_m, other=0.0)
+        row_one_minus_p = tl.load(row_one_minus_p_ptr + offs_m, mask=mask_m, other=0.0)
     x_ids = offs_m
     if IDS:
         x_ids = tl.load(x_ids_ptr + offs_m, mask=mask_m, other=0)
     scale_sum = tl.full((), 0.0, dtype=tl.float32)
-    parts = _column_parts(product, PARTS)
-    WIDTH: tl.constexpr = BLOCK_N // PARTS
-    for part in tl.static_range(PARTS):  # pyright: ignore[reportGeneralTypeIssues]
-        first = start_n + part * WIDTH
-        product = parts[part]
+    slabs = _column_slabs(product, SLABS)
+    WIDTH: tl.constexpr = BLOCK_N // SLABS
+    for slab in tl.static_range(SLABS):  # pyright: ignore[reportGeneralTypeIssues]
+        first = start_n + slab * WIDTH
+        product = slabs[slab]
         offs_n = first + tl.arange(0, WIDTH)
         mask_n = offs_n < N
-        weight = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float32)
-        at_positive = weight
+        dlogits = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float32)
+        at_positive = dlogits
         if ROWS:
-            weight += tl.exp2(product * factor - row_negatives[:, None]) * row_misses[:, None]
-            at_positive -= row_misses[:, None]
+            # dlogits = (1 - p)[i] 2^(S - lse[i])
+            dlogits += tl.exp2(product * factor - row_lse[:, None]) * row_one_minus_p[:, None]
+            at_positive -= row_one_minus_p[:, None]
         if COLUMNS:
-            negatives = tl.load(column_negative_ptr + offs_n, mask=mask_n, other=0.0)
-            misses = tl.load(column_miss_ptr + offs_n, mask=mask_n, other=0.0)
-            weight += tl.exp2(product * factor - negatives[None, :]) * misses[None, :]
-            at_positive -= misses[None, :]
+            lse = tl.load(column_lse_ptr + offs_n, mask=mask_n, other=0.0)
+            one_minus_p = tl.load(column_one_minus_p_ptr + offs_n, mask=mask_n, other=0.0)
+            # dlogits += (1 - p)[j] 2^(S - lse[j])
+            dlogits += tl.exp2(product * factor - lse[None, :]) * one_minus_p[None, :]
+            at_positive -= one_minus_p[None, :]
         past_end = (start_m + BLOCK_M > M) | (first + WIDTH > N)
         ahead = first - start_m - offset
         if IDS or past_end or (ahead < BLOCK_M and ahead > -WIDTH):
@@ -325,16 +341,18 @@ def weights_kernel(
             if IDS:
                 y_ids = tl.load(y_ids_ptr + offs_n, mask=mask_n, other=0)
                 out = out | (x_ids[:, None] == y_ids[None, :])
-            weight = tl.where(out, 0.0, weight)
+            dlogits = tl.where(out, 0.0, dlogits)
+            # dlogits[i, i + offset] = -(1 - p)[i] - (1 - p)[j]
             is_positive = offs_n[None, :] == (offs_m + offset)[:, None]
-            weight = tl.where(is_positive & mask_n[None, :], at_positive, weight)
-        scale_sum += tl.sum(weight * product)
+            dlogits = tl.where(is_positive & mask_n[None, :], at_positive, dlogits)
+        # dscale = sum(dlogits * (x y^T))
+        scale_sum += tl.sum(dlogits * product)
         if PRECISION == "tf32":  # to the nearest: the product that follows cuts these bits off
-            bits = (weight.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+            bits = (dlogits.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
             # A NaN stays: its bits would carry into the sign.
-            weight = tl.where(weight == weight, bits.to(tl.float32, bitcast=True), weight)
-        weight_ptrs = weight_ptr + start_m.to(tl.int64) * stride_wm + first
-        weight_ptrs += tl.arange(0, BLOCK_M)[:, None] * stride_wm + tl.arange(0, WIDTH)[None, :]
+            dlogits = tl.where(dlogits == dlogits, bits.to(tl.float32, bitcast=True), dlogits)
+        dlogits_ptrs = dlogits_ptr + start_m.to(tl.int64) * stride_gm + first
+        dlogits_ptrs += tl.arange(0, BLOCK_M)[:, None] * stride_gm + tl.arange(0, WIDTH)[None, :]
         mask = mask_m[:, None] & mask_n[None, :]
-        tl.store(weight_ptrs, weight.to(weight_ptr.dtype.element_ty), mask=mask)
-    tl.store(scale_part_ptr + pid, scale_sum)
+        tl.store(dlogits_ptrs, dlogits.to(dlogits_ptr.dtype.element_ty), mask=mask)
+    tl.store(scale_partial_ptr + pid, scale_sum)

@@ -6,7 +6,7 @@
 
     B clips and their captions   D width of an embedding
 
-No B x B matrix is stored: the forward keeps 3 B sums, the backward recomputes S.
+No B x B matrix is stored: the forward keeps 4 B sums, the backward recomputes S.
 
 Least arithmetic: 2 B B D forward, 8 B B D forward and backward (one recompute, two products).
 Source: Fast Language-Audio Pre-training, arXiv 2311.01615, Eq. 1 (a2t); CLIP, arXiv 2103.00020,
@@ -15,14 +15,13 @@ figure 3 (symmetric).
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from flap_kernels import infonce_chunks as chunks
-from flap_kernels import infonce_launch as launches
 from flap_kernels.checks import (
     check_above,
     check_choice,
@@ -31,31 +30,27 @@ from flap_kernels.checks import (
     check_shape,
     check_together,
 )
-from flap_kernels.infonce_chunks import Side
-from flap_kernels.infonce_programs import programs
+from flap_kernels.infonce.backend import (
+    Backend,
+    Direction,
+    DirectionSums,
+    Precision,
+    Targets,
+    losses_and_sums,
+)
+from flap_kernels.infonce.reference import infonce_reference
+from flap_kernels.infonce.torch_tiled import TorchTiled
+from flap_kernels.infonce.triton_launch import TritonTiled
 from flap_kernels.launch import runs_triton
+from flap_kernels.precision import accumulator_dtype
 from flap_kernels.spec import Inputs, Kernel, Size
 
-Direction = Literal["symmetric", "a2t", "t2a"]
-Precision = Literal["ieee", "tf32", "bf16"]
 
-
-def infonce_reference(
-    audio: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    *,
-    direction: Direction = "symmetric",
-    ids: Tensor | None = None,
-) -> Tensor:
-    """Say what `infonce` means, with the whole matrix."""
-    logits = scale * (audio @ text.T).to(chunks.accumulator(audio.dtype))
-    if ids is not None:
-        same = (ids[:, None] == ids[None, :]).fill_diagonal_(False)
-        logits = logits.masked_fill(same, -torch.inf)
-    target = torch.arange(len(audio), device=audio.device)
-    sides = {"symmetric": (logits, logits.T), "a2t": (logits,), "t2a": (logits.T,)}[direction]
-    return torch.stack([F.cross_entropy(side, target) for side in sides]).mean()
+def choose_backend(x: Tensor, precision: str, workspace_mib: float | None) -> Backend:
+    """The backend that serves this tensor; `precision` and `workspace_mib` are for kernels."""
+    if len(x) and runs_triton(x):
+        return TritonTiled("tf32" if precision == "tf32" else "ieee", workspace_mib)
+    return TorchTiled()
 
 
 @torch.library.custom_op("flap_kernels::infonce", mutates_args=())
@@ -68,35 +63,38 @@ def _forward(
     precision: str,
     workspace_mib: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss (), and both sides' negatives and misses (B,), of a side that is not used (0,)."""
-    found = path(audio).negatives(
+    """The loss () and, by row and by column, lse_negatives and 1 - p (B,); (0,) if not used."""
+    sums = choose_backend(audio, precision, workspace_mib).sums(
         audio,
         text,
         scale,
-        offset=0,
+        Targets(0, ids, ids),
         rows=direction != "t2a",
         columns=direction != "a2t",
-        x_ids=ids,
-        y_ids=ids,
-        **launch_options(audio, precision, workspace_mib),
     )
-    losses, saved = [], []
-    for negatives in (found.rows, found.columns):
-        if negatives is None:
-            saved += [scale.new_empty(0, dtype=found.positives.dtype) for _ in range(2)]
+    losses: list[Tensor] = []
+    saved: list[Tensor] = []
+    for lse_negatives in (sums.row_lse_negatives, sums.column_lse_negatives):
+        if lse_negatives is None:
+            saved += [sums.positive_logits.new_empty(0) for _ in range(2)]
             continue
-        terms, side = chunks.losses_and_side(negatives, found.positives)
+        terms, of_direction = losses_and_sums(lse_negatives, sums.positive_logits)
         losses.append(terms)
-        saved += [side.negatives, side.misses]
-    return torch.stack(losses).mean(), *saved
+        saved += [of_direction.lse_negatives, of_direction.one_minus_p]
+    return torch.stack(losses).mean(), saved[0], saved[1], saved[2], saved[3]
 
 
 @_forward.register_fake
 def _(audio, text, scale, ids, direction, precision, workspace_mib):
-    wide = chunks.accumulator(audio.dtype)
-    rows, columns = (len(audio) if direction != way else 0 for way in ("t2a", "a2t"))
+    dtype = accumulator_dtype(audio.dtype)
+    rows, columns = (len(audio) if direction != other else 0 for other in ("t2a", "a2t"))
     sizes = (), (rows,), (rows,), (columns,), (columns,)
-    return tuple(audio.new_empty(size, dtype=wide) for size in sizes)
+    return tuple(audio.new_empty(size, dtype=dtype) for size in sizes)
+
+
+@register_flop_formula(torch.ops.flap_kernels.infonce)
+def _forward_flop(audio, text, *_, **__) -> int:
+    return 2 * audio[0] * text[0] * audio[1]
 
 
 @torch.library.custom_op("flap_kernels::infonce_backward", mutates_args=())
@@ -105,10 +103,10 @@ def _backward(
     text: Tensor,
     scale: Tensor,
     ids: Tensor | None,
-    row_negatives: Tensor,
-    row_misses: Tensor,
-    column_negatives: Tensor,
-    column_misses: Tensor,
+    row_lse_negatives: Tensor,
+    row_one_minus_p: Tensor,
+    column_lse_negatives: Tensor,
+    column_one_minus_p: Tensor,
     factor: Tensor,
     audio_wanted: bool,
     text_wanted: bool,
@@ -116,24 +114,22 @@ def _backward(
     workspace_mib: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of audio, text (empty where not wanted) and scale."""
-    a_grad, t_grad, scale_grad = path(audio).gradients(
+    rows, columns = len(row_one_minus_p) > 0, len(column_one_minus_p) > 0
+    found = choose_backend(audio, precision, workspace_mib).gradients(
         audio,
         text,
         scale,
-        Side(row_negatives, row_misses) if len(row_misses) else None,
-        Side(column_negatives, column_misses) if len(column_misses) else None,
+        DirectionSums(row_lse_negatives, row_one_minus_p) if rows else None,
+        DirectionSums(column_lse_negatives, column_one_minus_p) if columns else None,
         factor,
-        offset=0,
-        rows=audio_wanted,
-        columns=text_wanted,
-        x_ids=ids,
-        y_ids=ids,
-        **launch_options(audio, precision, workspace_mib),
+        Targets(0, ids, ids),
+        x_wanted=audio_wanted,
+        y_wanted=text_wanted,
     )
     return (
-        audio.new_empty(0) if a_grad is None else a_grad,
-        text.new_empty(0) if t_grad is None else t_grad.to(text.dtype),
-        scale_grad.to(scale.dtype),
+        audio.new_empty(0) if found.x is None else found.x,
+        text.new_empty(0) if found.y is None else found.y.to(text.dtype),
+        found.scale.to(scale.dtype),
     )
 
 
@@ -151,18 +147,25 @@ def _(audio, text, scale, *rest):
     )
 
 
+@register_flop_formula(torch.ops.flap_kernels.infonce_backward)
+def _backward_flop(audio, text, *rest, **__) -> int:
+    # S once more, and a product for each gradient.
+    audio_wanted, text_wanted = rest[7:9]
+    return (1 + audio_wanted + text_wanted) * _forward_flop(audio, text)
+
+
 def _save(ctx, inputs, output):
     audio, text, scale, ids, direction, precision, workspace_mib = inputs
     ctx.save_for_backward(audio, text, scale, ids, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
-    ctx.weight = (0.5 if direction == "symmetric" else 1.0) / len(audio)
+    ctx.factor = (0.5 if direction == "symmetric" else 1.0) / len(audio)
     ctx.options = precision, workspace_mib
 
 
 def _gradients(ctx, grad, *_):
     audio_wanted, text_wanted, scale_wanted = ctx.needs_input_grad[:3]
     a_grad, t_grad, scale_grad = _backward(
-        *ctx.saved_tensors, grad * ctx.weight, audio_wanted, text_wanted, *ctx.options
+        *ctx.saved_tensors, grad * ctx.factor, audio_wanted, text_wanted, *ctx.options
     )
     return (
         a_grad if audio_wanted else None,
@@ -173,18 +176,6 @@ def _gradients(ctx, grad, *_):
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
-
-
-def path(x: Tensor) -> Any:
-    """The module that serves this tensor: both have `negatives` and `gradients`."""
-    return launches if len(x) and runs_triton(x) else chunks
-
-
-def launch_options(x: Tensor, precision: str, workspace_mib: float | None) -> dict[str, Any]:
-    """What the kernels can be told, and the plain path has no use for."""
-    if path(x) is chunks:
-        return {}
-    return {"precision": precision, "workspace_mib": workspace_mib}
 
 
 def infonce(
@@ -218,7 +209,8 @@ def infonce(
     if len(audio) == 0:
         raise ValueError("audio must hold at least one row, got 0")
     audio, text, products = operands(audio, text, precision)
-    return _forward(audio, text, scale, ids, direction, products, workspace_mib)[0]
+    loss: Tensor = _forward(audio, text, scale, ids, direction, products, workspace_mib)[0]
+    return loss
 
 
 def operands(audio: Tensor, text: Tensor, precision: Precision) -> tuple[Tensor, Tensor, str]:
@@ -250,7 +242,7 @@ def check_arguments(
     if audio.dtype != text.dtype:
         raise TypeError(f"audio and text must be of one type, got {audio.dtype} and {text.dtype}")
     if not isinstance(scale, Tensor):
-        scale = audio.new_full((), scale, dtype=chunks.accumulator(audio.dtype))
+        scale = audio.new_full((), scale, dtype=accumulator_dtype(audio.dtype))
     check_shape("scale", scale, (), "()")
     check_together(audio=audio, text=text, scale=scale)
     if ids is not None:
@@ -269,7 +261,7 @@ def _inputs(size: Size, generator: torch.Generator) -> Inputs:
     text = F.normalize(audio + torch.randn(B, D, **draw) / D**0.5, dim=1)
     scale = torch.full((), 14.3, device=generator.device, dtype=torch.float64)
     arguments = {"audio": audio, "text": text, "scale": scale}
-    return Inputs(arguments, differentiable=("audio", "text", "scale"), wide=("scale",))
+    return Inputs(arguments, differentiable=("audio", "text", "scale"), float32=("scale",))
 
 
 KERNEL = Kernel(
@@ -277,6 +269,5 @@ KERNEL = Kernel(
     op=infonce,
     reference=infonce_reference,
     inputs=_inputs,
-    programs=programs,
     slack=3.0,  # two logits, a power and two products: each is rounded where the reference's is
 )
