@@ -231,7 +231,7 @@ _COLUMNS = (*(f"R@{k}" for k in TOP), "mAP@10")
 
 
 def _terminal(sets: dict[str, Any]) -> Table:
-    """A row a direction, chance beside it."""
+    """One table with a row for each direction, and chance."""
     sizes = [f"{n}: {s['clips']} clips, {s['captions']} captions" for n, s in sets.items()]
     caption = Text("\n".join(sizes))
     out = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")

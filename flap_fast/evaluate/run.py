@@ -51,15 +51,15 @@ def score(model: EvaluatedModel, data: Sequence[Path], tasks: Sequence[str] = ()
         ConfigError: an unknown task, data that no task is for, a task without data.
     """
     kinds: dict[Path, Data] = {p: "sentences" if holds_sentences(p) else "clips" for p in data}
-    usual = {"retrieval": "clips", "sts": "sentences"}
+    defaults = {"retrieval": "clips", "sts": "sentences"}
     tasks = tuple(dict.fromkeys(tasks)) or [
-        t for t, kind in usual.items() if kind in kinds.values()
+        t for t, kind in defaults.items() if kind in kinds.values()
     ]
     _check(tasks, kinds)
     if model.text_only and _of("clips", tasks):
         raise ConfigError(TEXT_ONLY)
 
-    # What is missing is said before anything is embedded.
+    # Checks come before anything is embedded.
     for own in _of("settings", tasks):
         own.check(model, None)
     opened: dict[str, tuple[Shards, Texts]] = {}
@@ -112,7 +112,7 @@ def holds_sentences(path: Path) -> bool:
 
 
 def names(folders: Sequence[Path]) -> dict[str, Path]:
-    """Each folder under its own name, with its parents' where two are called alike."""
+    """Each folder under its own name, with its parents' names where two are the same."""
     resolved = [folder.resolve() for folder in folders]
     out: dict[str, Path] = {}
     for folder, whole in zip(folders, resolved, strict=True):

@@ -40,7 +40,7 @@ def upgraded(scores: Scores) -> Scores:
     """Scores under the names that are written today.
 
     Older versions called an image encoder's scores `audio_to_text`, `text_to_audio` and
-    `uniformity_audio`, with "sense": "image" beside the first two and in zero-shot's.
+    `uniformity_audio`, and marked retrieval and zero-shot with "sense": "image".
     """
     marked = [*scores.get("retrieval", {}).values(), *scores.get("zero_shot", {}).values()]
     if not any(isinstance(found, dict) and found.get("sense") == "image" for found in marked):
@@ -70,7 +70,7 @@ def upgraded(scores: Scores) -> Scores:
 
 
 def merged(before: Scores, scores: Scores) -> Scores:
-    """Earlier scores with new ones in their places; what was of other data under a name goes."""
+    """Earlier scores updated by new ones; those of a name that means other data now are dropped."""
     data = scores["data"]
     moved = {name for name, path in before.get("data", {}).items() if data.get(name, path) != path}
     found: Scores = {}

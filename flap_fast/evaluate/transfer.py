@@ -186,12 +186,12 @@ def _questions(file: Path) -> Examples:
     """`DESC:manner How did serfdom develop ?`: the class before the colon."""
     rows = []
     for number, line in enumerate(_lines(file, "latin-1"), 1):
-        kind, _, rest = line.strip().partition(":")
-        if kind not in _QUESTIONS or " " not in rest:
+        label, _, rest = line.strip().partition(":")
+        if label not in _QUESTIONS or " " not in rest:
             raise ConfigError(
                 f"{file}:{number} must be CLASS:kind and a question, got '{line[:60]}'"
             )
-        rows.append(((_spaced(rest.partition(" ")[2]),), _QUESTIONS.index(kind)))
+        rows.append(((_spaced(rest.partition(" ")[2]),), _QUESTIONS.index(label)))
     return Examples.of(rows)
 
 
@@ -204,11 +204,11 @@ def _sentiments(file: Path) -> Examples:
 
 
 def _cells(
-    file: Path, number: int, line: str, kind: int, sentences: tuple[int, ...]
+    file: Path, number: int, line: str, label: int, sentences: tuple[int, ...]
 ) -> tuple[tuple[str, ...], int]:
     cells = line.strip().split("\t")
     try:
-        return tuple(_spaced(cells[n]) for n in sentences), int(cells[kind])
+        return tuple(_spaced(cells[n]) for n in sentences), int(cells[label])
     except (IndexError, ValueError) as error:
         raise ConfigError(
             f"{file}:{number} must be as SentEval has it, tab-separated: {error}"

@@ -85,7 +85,7 @@ def _tables(run: RunFacts) -> list[Sheet]:
 
 
 def _over_gflops(run: RunFacts, others: list[RunFacts]) -> tuple[dict[str, str], list[str]]:
-    """SVG by validation set; also why another run is not drawn there."""
+    """A figure (SVG) for each validation set, and why another run is not in it."""
     found, missing = {}, []
     for name in run.scores.get("retrieval", {}):
         drawn = [run]

@@ -33,6 +33,16 @@ def test_every_file_holds_its_record(name: str):
     assert load_evaluation(name).name == name
 
 
+def test_a_file_without_its_record_is_refused():
+    with pytest.raises(TypeError, match=r"papers\.py must hold EVALUATION = Evaluation\(name='pap"):
+        load_evaluation("papers")
+
+
+def test_the_registry_loads_no_pytorch():
+    code = "import sys, flap_fast.evaluate; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 @pytest.mark.parametrize("missing", PARTS)
 def test_no_part_may_be_left_out(missing: str):
     with pytest.raises(TypeError, match=missing):

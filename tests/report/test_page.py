@@ -207,6 +207,16 @@ def test_a_run_on_pictures_shows_them(tmp_path: Path):
     assert "Similarity of 8 images and captions" in text
     assert ">image to text</text>" in text
     assert "<th>T-I R@1</th>" in text
+    # As older versions wrote it.
+    file = tmp_path / "flap/eval.json"
+    old = json.loads(
+        file.read_text().replace("image_to", "audio_to").replace("to_image", "to_audio")
+    )
+    old["retrieval"]["train"]["sense"] = "image"
+    file.write_text(json.dumps(old))
+    again = report(tmp_path / "flap").read_text()
+    for part in ('<h2 id="scores">', '<h2 id="gflops">'):
+        assert again.split(part)[1].split("<h2")[0] == text.split(part)[1].split("<h2")[0]
 
 
 @pytest.mark.parametrize(
