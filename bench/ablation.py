@@ -115,7 +115,7 @@ def _score(
 def _gflops(overrides: tuple[str, ...]) -> float:
     """Of the audio encoder's forward pass over one clip, as it trains."""
     config = load_config(ROOT / "configs/demo.yaml", [*_SMALL, *overrides])
-    return encoder_flops(config.audio, config.mask, fused=True) / 1e9
+    return encoder_flops(config, fused=True) / 1e9
 
 
 def _throughput(name: str, overrides: tuple[str, ...]) -> float:

@@ -13,7 +13,8 @@ from flap_fast.data.loader import TrainingLoader
 from flap_fast.data.shards import ShardError, open_shards, shard_kinds
 from flap_fast.data.tokenize import Tokenizer, tokenizer
 from flap_fast.evaluate.embed import read_texts
-from flap_fast.evaluate.run import Scores, evaluate, flat_scores, selection_score, write_scores
+from flap_fast.evaluate.run import evaluate, flat_scores, selection_score
+from flap_fast.evaluate.scores_file import Scores, write_scores
 from flap_fast.model.model_folder import put_first_weights, put_weights
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks, join_ranks, leave_ranks, world_size

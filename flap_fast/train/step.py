@@ -123,6 +123,7 @@ def patch_mask_of(batch: Batch, config: Config, steps: int, per_epoch: int) -> P
     mask = Mask(kind="none") if batch.epoch >= epochs - tail else config.mask
     if mask.kind == "none":
         return None
+    assert config.encoder.grid is not None  # the config lets no other encoder be masked
     return patch_mask(mask, config.encoder.grid, config.run.seed, batch.sample_index)
 
 

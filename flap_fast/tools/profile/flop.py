@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from flap_fast.config import Config
-from flap_fast.evaluate.flops import block_products, htsat_products
+from flap_fast.tools.profile.products import block_products, htsat_products
 from flap_kernels.cyclic import form_in_force
 from flap_kernels.infonce.distributed import REPLICATED_ROWS
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flap_fast.checks import ConfigError
-from flap_fast.evaluate.sentence import SINGLE, YEARS, similarity, spearman
+from flap_fast.evaluate.sts import SINGLE, YEARS, similarity, spearman
 
 
 def at_angle(sentences: Sequence[str]) -> Tensor:

@@ -1,4 +1,4 @@
-"""How alike two sentences are: cosines against people's judgements (STS12 to 16, STS-B, SICK-R).
+"""Semantic textual similarity: cosines against human judgements (STS12 to 16, STS-B, SICK-R).
 
     score = Spearman(cosine of a pair, its judgement), over all pairs of a year's subsets together
 
@@ -7,7 +7,7 @@ Nothing is trained: SimCSE's "all" protocol. Files as SentEval publishes them, o
     FOLDER/STS/STS12-en-test/STS.input.MSRpar.txt, STS.gs.MSRpar.txt, ...
     FOLDER/STS/STSBenchmark/sts-test.csv      FOLDER/SICK/SICK_test_annotated.txt
 
-Source: SimCSE; SPEC 13.4.
+Source: Gao et al., SimCSE, arXiv 2104.08821.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ import numpy as np
 from torch.nn import functional
 
 from flap_fast.checks import ConfigError, require
+from flap_fast.evaluate import papers
 from flap_fast.evaluate.embed import EmbedTexts
+from flap_fast.evaluate.evaluated_model import EvaluatedModel
+from flap_fast.evaluate.evaluation import Evaluation
+from flap_fast.evaluate.sheet import Sheet, averaged
 
 YEARS = {
     "STS12": ("MSRpar", "MSRvid", "SMTeuroparl", "surprise.OnWN", "surprise.SMTnews"),
@@ -39,17 +43,15 @@ SINGLE = {
 
 @dataclass
 class Pairs:
-    """Sentence pairs and how alike people find them."""
+    """Sentence pairs and their human judgements."""
 
     first: list[str]
     second: list[str]
     judged: list[float]
 
 
-def similarity(texts: EmbedTexts, path: Path) -> dict[str, Any]:
-    """Spearman's correlation of each set found at `path`; their average if all seven are.
-
-    Every rank must ask.
+def read_sets(path: Path) -> dict[str, Pairs]:
+    """The sets at `path` by their names.
 
     Raises:
         ConfigError: no such set there, a subset missing, a line that is not a pair.
@@ -60,10 +62,18 @@ def similarity(texts: EmbedTexts, path: Path) -> dict[str, Any]:
             "STS data must be a file such as sts-test.csv or SICK_test_annotated.txt, or "
             f"SentEval's folder with STS/ and SICK/, got '{path}'"
         )
-    scores: dict[str, Any] = {}
     for name, pairs in found.items():
         judged = len(set(pairs.judged))
         require(judged > 1, f"{path}, {name},", "hold pairs of two judgements at least", judged)
+    return found
+
+
+def similarity(texts: EmbedTexts, path: Path) -> dict[str, Any]:
+    """Spearman's correlation of each set at `path`; their average if all seven are there.
+
+    Collective: call on every rank. Raises `ConfigError` as `read_sets` does.
+    """
+    found, scores = read_sets(path), {}
     for name, pairs in found.items():
         rows = functional.normalize(texts(pairs.first + pairs.second).double(), dim=-1)
         first, second = rows.chunk(2)
@@ -78,19 +88,19 @@ def similarity(texts: EmbedTexts, path: Path) -> dict[str, Any]:
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Correlation of the places of (n,) values, equal ones sharing their mean place.
+    """Spearman's correlation of (n,) values: that of their ranks, equal values sharing the mean.
 
     Raises:
-        ArithmeticError: values without an order: some are not finite, or all are equal.
+        ArithmeticError: some values are not finite, or all are equal.
     """
     for values in (a, b):
         if not 0 < np.ptp(values) < np.inf:
             got = f"{values.min()} to {values.max()}"
             raise ArithmeticError(f"values to correlate must be finite and differ, got {got}")
-    return float(np.corrcoef(_mean_places(a), _mean_places(b))[0, 1])
+    return float(np.corrcoef(_mean_ranks(a), _mean_ranks(b))[0, 1])
 
 
-def _mean_places(x: np.ndarray) -> np.ndarray:
+def _mean_ranks(x: np.ndarray) -> np.ndarray:
     _, which, count = np.unique(x, return_inverse=True, return_counts=True)
     return (count.cumsum() - (count - 1) / 2)[which]
 
@@ -146,7 +156,7 @@ def _sick(file: Path) -> Pairs:
 def _add(
     pairs: Pairs, file: Path, number: int, line: str, at: tuple[int, int], judged: int | str
 ) -> None:
-    """Put one line's pair to the others; a column of the judgement, or the judgement itself."""
+    """Append the pair of one line; `judged` is the judgement's column, or the judgement itself."""
     cells = line.split("\t")
     try:
         score = float(cells[judged] if isinstance(judged, int) else judged)
@@ -163,9 +173,27 @@ def _add(
 
 
 def _lines(file: Path) -> list[str]:
-    """Lines as SentEval's files have them: quotes mean nothing, and only a newline ends one."""
+    """The lines of a SentEval file: quotes mean nothing, and only a newline ends a line."""
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} must be a UTF-8 text file: {error}") from None
     return text.removesuffix("\n").split("\n") if text else []
+
+
+def _check(model: EvaluatedModel, path: Path) -> None:
+    read_sets(path)
+
+
+def _score(model: EvaluatedModel, path: Path) -> dict[str, Any]:
+    return similarity(model.sentences, path)
+
+
+def _sheet(name: str, found: dict[str, Any], path: str) -> Sheet:
+    reported = [(papers.cited(row), row.sts) for row in papers.SENTEVAL]
+    return averaged(f"STS, {name}: spearman x 100", found, "spearman", reported)
+
+
+EVALUATION = Evaluation(
+    name="sts", data="sentences", check=_check, score=_score, sheet=_sheet, metrics=None
+)
