@@ -34,8 +34,8 @@ from flap_fast.train.engine import (
     PlainEngine,
     deepspeed_config,
     make_engine,
-    optimizer,
 )
+from flap_fast.train.optimizers import optimizer
 from tests.ranks import on_ranks
 from tests.tiny import tiny
 

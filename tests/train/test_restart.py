@@ -18,8 +18,9 @@ from flap_fast.config import Config
 from flap_fast.model.model_folder import load_weights, put_weights
 from flap_fast.model.two_towers import Outputs, TwoTowers
 from flap_fast.ranks import Ranks
-from flap_fast.train import loop
+from flap_fast.train import setup
 from flap_fast.train.engine import PlainEngine, make_engine
+from flap_fast.train.loop import train_from
 from flap_fast.train.run_folder import begin
 from tests.ranks import on_ranks
 from tests.tiny import tiny
@@ -70,12 +71,12 @@ def settings(data: Path, runs: Path, *overrides: str) -> Config:
 
 def run(config: Config, ranks: Ranks) -> None:
     """The loop itself, to its end, from the last checkpoint that there is."""
-    loop.TwoTowers = Remembering
+    setup.TwoTowers = Remembering
     try:
         with ExitStack() as open_files:
-            loop._train(config, ranks, begin(config, resume=True), open_files)
+            train_from(config, ranks, begin(config, resume=True), open_files)
     finally:
-        loop.TwoTowers = TwoTowers
+        setup.TwoTowers = TwoTowers
 
 
 def go_on(data: Path, source: Path, step: int, runs: Path, *overrides: str) -> Path:
