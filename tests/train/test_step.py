@@ -1,4 +1,4 @@
-"""Two passes over micro-batches: the gradients of one pass, and the memory of a micro-batch."""
+"""Cached gradients: the gradients of one pass, with the memory of a micro-batch."""
 
 from __future__ import annotations
 
@@ -126,25 +126,28 @@ def test_two_passes_give_the_gradients_and_losses_of_one(micro_batch: int, whole
         torch.testing.assert_close(found[2][name], value, rtol=1e-5, atol=1e-6)
 
 
-def at_every_stage(micro_batch: int):
+def at_every_stage(micro_batch: int, steps: int):
     ranks = Ranks(rank=dist.get_rank(), world=dist.get_world_size(), launched=True)
     stages = (f"train.zero_stage={stage}" for stage in (0, 1, 2, 3))
     configs = [settings(f"train.micro_batch={micro_batch}", stage) for stage in stages]
-    return [run(config, ranks, DeepSpeedEngine)[:2] for config in configs]
+    return [run(config, ranks, DeepSpeedEngine, steps)[:2] for config in configs]
 
 
 SLOW = [
-    pytest.param(world, micro_batch, marks=pytest.mark.slow)
+    pytest.param(world, micro_batch, STEPS, marks=pytest.mark.slow)
     for world, micro_batch in ((1, 64), (1, 32), (1, 8), (2, 32), (4, 16), (4, 8))
 ]
 
 
-@pytest.mark.parametrize(("world", "micro_batch"), [(2, 8), *SLOW])
-def test_micro_batches_over_ranks_agree_at_every_stage(world: int, micro_batch: int, whole):
+@pytest.mark.parametrize(("world", "micro_batch", "steps"), [(2, 8, 3), *SLOW])
+def test_micro_batches_over_ranks_agree_at_every_stage(
+    world: int, micro_batch: int, steps: int, whole
+):
     pytest.importorskip("deepspeed")
-    for found in on_ranks(world, at_every_stage, micro_batch, timeout_s=280):
+    for found in on_ranks(world, at_every_stage, micro_batch, steps, timeout_s=280):
         assert len(found) == 4
         for stage in found:
+            assert len(stage[0]) == steps
             assert_same(stage, whole)
 
 
