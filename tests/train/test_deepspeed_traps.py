@@ -58,11 +58,11 @@ def ranks_now() -> Ranks:
 
 
 def outputs_of(engine: Engine, ranks: Ranks, step: int) -> Any:
-    """The model's outputs for a rank's share of 8 random pairs."""
+    """The model's outputs for a rank's slice of 8 random pairs."""
     torch.manual_seed(step)
     mel, ids = torch.randn(8, 1, 112, 128), torch.randint(5, 200, (8, 16))
-    share = slice(8 // ranks.world * ranks.rank, 8 // ranks.world * (ranks.rank + 1))
-    return engine.model(mel[share], ids[share], torch.ones_like(ids[share]))
+    rows = slice(8 // ranks.world * ranks.rank, 8 // ranks.world * (ranks.rank + 1))
+    return engine.model(mel[rows], ids[rows], torch.ones_like(ids[rows]))
 
 
 def trained(config: Config, ranks: Ranks, folder: Path) -> dict[str, Any]:
@@ -222,9 +222,9 @@ def came_back(saved: Theirs, folder: Path) -> tuple[bool, ...]:
     dist.barrier()
     engine = started(1, checkpoint={"load_universal": True})
     engine.load_checkpoint(str(folder), tag="universal")
-    there, here = saved.state_dict(), engine.module.state_dict()
+    before, after = saved.state_dict(), engine.module.state_dict()
     return tuple(
-        torch.equal(there[name], here[name]) for name in ("linear.weight", "norm.running_mean")
+        torch.equal(before[name], after[name]) for name in ("linear.weight", "norm.running_mean")
     )
 
 

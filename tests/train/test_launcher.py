@@ -34,9 +34,9 @@ def hosts(folder: Path, node: int) -> tuple[str, ...]:
     """DeepSpeed's launcher on one of two nodes of a hostfile, reached without ssh."""
     file = folder / "hosts"
     file.write_text("node1 slots=1\nnode2 slots=1\n")
-    place = ("--no_ssh", "--node_rank", str(node), "--master_addr", "127.0.0.1")
+    node_and_host = ("--no_ssh", "--node_rank", str(node), "--master_addr", "127.0.0.1")
     file_and_port = ("--hostfile", str(file), "--master_port", PORT)
-    return (program("deepspeed"), *file_and_port, *place, *MODULE)
+    return (program("deepspeed"), *file_and_port, *node_and_host, *MODULE)
 
 
 def torchrun(*_: object) -> tuple[str, ...]:
@@ -77,10 +77,10 @@ def start(command: tuple[str, ...], *arguments: str | Path) -> subprocess.Popen[
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    """What a process said; all of its processes are gone after."""
+    """A process's output; all of its processes have ended after."""
     try:
-        said, _ = process.communicate(timeout=200)
-        return said
+        printed, _ = process.communicate(timeout=200)
+        return printed
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -109,13 +109,13 @@ def losses(config: Path, run: str) -> list[float]:
 
 def test_ctrl_c_saves_says_how_to_go_on_and_the_run_goes_on(config: Path):
     process = start(ALONE, config)
-    said = interrupt(process, config, "flap")
-    assert process.returncode == 130, said
+    printed = interrupt(process, config, "flap")
+    assert process.returncode == 130, printed
     done = len(rows(config, "flap"))
     assert 3 <= done < STEPS
-    assert f"stopped after step {done}, saved in" in said
-    assert "Go on with the same command and --resume" in said
-    assert "Traceback" not in said
+    assert f"stopped after step {done}, saved in" in printed
+    assert "Go on with the same command and --resume" in printed
+    assert "Traceback" not in printed
     train(load_config(config), resume=True)
     assert len(losses(config, "flap")) == STEPS
 
@@ -136,9 +136,9 @@ def test_a_run_resumes_under_other_launchers_with_the_losses_of_one_process(
 
     one = (program("deepspeed"), "--num_accelerators", "2", "--master_port", PORT, *MODULE)
     process = start(one, config, "train.zero_stage=3")
-    said = interrupt(process, config, "flap")
-    assert process.returncode != 0, said
-    assert "Go on with the same command and --resume" in said
+    printed = interrupt(process, config, "flap")
+    assert process.returncode != 0, printed
+    assert "Go on with the same command and --resume" in printed
     assert 3 <= len(rows(config, "flap")) < STEPS
 
     for launcher, stage in on_two_nodes:
@@ -146,9 +146,9 @@ def test_a_run_resumes_under_other_launchers_with_the_losses_of_one_process(
             start(launcher(tmp_path, node), config, f"train.zero_stage={stage}", "--resume")
             for node in (0, 1)
         ]
-        # On one node: the other must hear of it.
-        said = interrupt(nodes[1], config, "flap") + finish(nodes[0])
-        assert "stopped after step" in said, said
+        # On one node: the other must stop too.
+        printed = interrupt(nodes[1], config, "flap") + finish(nodes[0])
+        assert "stopped after step" in printed, printed
         assert len(rows(config, "flap")) < STEPS
 
     scores = train(load_config(config), resume=True)

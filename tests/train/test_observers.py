@@ -1,4 +1,4 @@
-"""What a run tells about itself."""
+"""Metrics and observers of a run."""
 
 from __future__ import annotations
 

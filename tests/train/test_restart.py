@@ -153,10 +153,10 @@ def rows(run: Path) -> list[dict[str, float]]:
 
 def assert_goes_on_as(alone: Path, run: Path, after: int) -> None:
     """The losses that followed, and what the last checkpoint holds."""
-    there, here = rows(alone), rows(run)
+    expected, found = rows(alone), rows(run)
     for step in range(after, 6):
-        assert here[step]["loss"] == pytest.approx(there[step]["loss"], abs=1e-6, rel=0)
-        assert here[step]["grad_norm"] == pytest.approx(there[step]["grad_norm"], rel=1e-5)
+        assert found[step]["loss"] == pytest.approx(expected[step]["loss"], abs=1e-6, rel=0)
+        assert found[step]["grad_norm"] == pytest.approx(expected[step]["grad_norm"], rel=1e-5)
     weights = load_weights(last(run))
     assert weights["steps_seen"] == 6
     state = load_file(last(run) / "optimizer.safetensors")
@@ -202,12 +202,12 @@ def test_one_process_goes_on_where_two_ranks_stopped(
 @pytest.mark.parametrize("number", ON_FOUR)
 def test_what_other_ranks_opened_they_write_with_the_same_bits(number: int, runs: Path):
     source, again = last(runs / f"two-{number}/flap"), runs / f"bits-{number}"
-    for there, here in (
+    for before, after in (
         (load_weights(source), torch.load(again / "weights.pt")),
         (load_file(source / "optimizer.safetensors"), load_file(again / "optimizer.safetensors")),
     ):
-        assert there.keys() == here.keys()
-        assert all(torch.equal(there[name], here[name]) for name in there)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_saving_leaves_the_first_ranks_buffers_on_every_rank(runs: Path):

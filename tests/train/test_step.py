@@ -54,8 +54,8 @@ def batches(config: Config, ranks: Ranks, steps: int, times: int = 1) -> Iterato
     size = clips // ranks.world // micro_batches
     for step in range(steps):
         mel = torch.randn(clips, 1, 112, 128, generator=torch.Generator().manual_seed(step))
-        for part in [*range(micro_batches)] * times:
-            first = (ranks.rank * micro_batches + part) * size
+        for micro in [*range(micro_batches)] * times:
+            first = (ranks.rank * micro_batches + micro) * size
             rows = slice(first, first + size)
             yield Batch(
                 media=mel[rows],
@@ -118,7 +118,7 @@ def whole():
 
 
 @pytest.mark.parametrize("micro_batch", [pytest.param(32, marks=pytest.mark.slow), 8])
-def test_two_passes_give_the_gradients_and_losses_of_one(micro_batch: int, whole):
+def test_cached_gradients_are_those_of_one_pass_with_the_same_losses(micro_batch: int, whole):
     found = run(settings(f"train.micro_batch={micro_batch}"), Ranks())
     assert_same(found, whole)
     assert found[2] is not None
@@ -157,13 +157,13 @@ def test_the_second_pass_draws_what_the_first_drew():
     totals, gradients, _ = run(config, Ranks(), steps=1)
     torch.manual_seed(0)
     model = TwoTowers(config)
-    parts = []
+    each = []
     for micro, batch in enumerate(batches(config, Ranks(), 1)):
         torch.manual_seed(dropout_seed(config.run.seed, 1, 0, micro))
-        parts.append(model(**model_inputs(batch, patch_mask_of(batch, config, 1, 1), config)))
+        each.append(model(**model_inputs(batch, patch_mask_of(batch, config, 1, 1), config)))
     names = ("media", *config.loss.sentences)
-    outputs = {name: torch.cat([p[name] for p in parts]) for name in names}
-    outputs |= {name: torch.stack([p[name] for p in parts]).mean() for name in ("scale", "recon")}
+    outputs = {name: torch.cat([m[name] for m in each]) for name in names}
+    outputs |= {name: torch.stack([m[name] for m in each]).mean() for name in ("scale", "recon")}
     total = total_loss(cast(Any, outputs), config)["total"]
     total.backward()
     graph = {name: gradient_of(p) for name, p in model.named_parameters()}
@@ -190,16 +190,16 @@ def test_a_frozen_text_tower_gets_no_gradient_and_its_head_the_whole():
 def test_local_accumulation_averages_what_micro_batches_lose_and_says_so_once(capsys):
     config = settings("train.micro_batch=8", "train.accumulation=local", clips=16)
     totals, gradients, outputs = run(config, Ranks(), steps=2)
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     warning = "train.accumulation=local contrasts a clip with the 8 of its micro-batch"
-    assert said.count(warning) == 1
-    assert "not with the 16 of train.global_batch" in said
+    assert printed.count(warning) == 1
+    assert "not with the 16 of train.global_batch" in printed
     torch.manual_seed(0)
     model = TwoTowers(config)
     losses = []
     for batch in batches(config, Ranks(), 1):
-        plan = patch_mask_of(batch, config, 2, 1)
-        losses.append(total_loss(model(**model_inputs(batch, plan, config)), config)["total"])
+        mask = patch_mask_of(batch, config, 2, 1)
+        losses.append(total_loss(model(**model_inputs(batch, mask, config)), config)["total"])
     mean = torch.stack(losses).mean()
     mean.backward()
     graph = {name: gradient_of(p) for name, p in model.named_parameters()}
@@ -214,7 +214,7 @@ def test_without_micro_batches_local_is_exact_and_needs_no_warning(capsys):
 
 
 class Live:
-    """How many bytes graphs hold, now and at most."""
+    """The bytes that graphs hold, now and at most."""
 
     def __init__(self):
         self.now = self.most = 0
@@ -231,7 +231,7 @@ class Live:
 
 
 class Held:
-    """What a graph keeps in place of a tensor; it dies with the graph."""
+    """A graph's reference to a tensor; freed with the graph."""
 
     def __init__(self, tensor: Tensor):
         self.tensor = tensor
@@ -254,7 +254,7 @@ def test_graphs_hold_one_micro_batch_however_large_the_batch():
     assert most_held(64, 64) > 7 * small
 
 
-def test_a_run_in_micro_batches_resumes_bit_for_bit_and_watches_what_one_pass_watches(
+def test_a_run_in_micro_batches_resumes_bit_for_bit_and_logs_what_one_pass_logs(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def config(name: str, *overrides: str) -> Config:
@@ -303,7 +303,7 @@ def test_a_clip_that_is_another_when_it_is_read_again_stops_the_run():
         (16, 64, "32 clips of train.global_batch that a rank of 16 has, got 64; for example 32"),
     ],
 )
-def test_micro_batches_that_do_not_fill_a_share_are_refused_before_anything_is_loaded(
+def test_micro_batches_that_do_not_divide_a_ranks_clips_are_refused_before_anything_is_loaded(
     world: int, micro_batch: int, message: str, tmp_path: Path
 ):
     config = Config(
