@@ -24,13 +24,13 @@ Source: Gao et al., GradCache, arXiv 2101.06983, section 3.2.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from flap_fast.config import Config, Mask
+from flap_fast.config import Config
 from flap_fast.data.batch import Batch
 from flap_fast.data.preprocess.mel import spec_augment, stripes
 from flap_fast.data.shards import ShardError
@@ -127,18 +127,18 @@ def patch_mask_of(batch: Batch, config: Config, steps: int, per_epoch: int) -> M
     """The batch's patch mask; None without masking, and in the unmasked epochs at the end."""
     tail = config.mask.unmasked_tail_epochs
     epochs = -(-steps // per_epoch)
-    mask = Mask(kind="none") if batch.epoch >= epochs - tail else config.mask
-    return patch_mask(mask, config.audio.grid, config.run.seed, batch.sample_index)
+    if config.mask.kind == "none" or batch.epoch >= epochs - tail:
+        return None
+    return patch_mask(config.mask, config.encoder.grid, config.run.seed, batch.sample_index)
 
 
 def model_inputs(batch: Batch, mask: MaskPlan | None, config: Config) -> ModelInputs:
     """The model's arguments: augmented media, and what the decoder is to reconstruct."""
     specaug, seed, media, erase = config.specaug, config.run.seed, batch.media, None
-    where = _specaug_place(config)
-    if where == "inside":
+    if config.encoder.specaug == "inside":
         shape = (media.shape[2], media.shape[3])
         erase = stripes(specaug, seed, batch.sample_index, shape, whole=True)
-    elif where == "before":
+    elif config.encoder.specaug == "before":
         media = spec_augment(media, specaug, config.audio, seed, batch.sample_index)
     else:
         media = media.contiguous()  # images come channels-last, which convolves to other bits
@@ -158,14 +158,6 @@ def dropout_seed(seed: int, step: int, rank: int, micro: int = 0) -> int:
     """Reseeds dropout for each micro-batch: the same in a resumed run and in a second pass."""
     # The odd multiplier spreads micro-batches over the 32 bits that a CPU's generator takes.
     return ((seed * 1_000_003 + step) * 65_537 + rank + micro * 0x9E3779B1) % 2**63
-
-
-def _specaug_place(config: Config) -> Literal["before", "inside", "none"]:
-    """Whether SpecAug erases cells before the encoder, inside it, or nowhere."""
-    # Stand-in for `config.encoder.specaug`.
-    if config.image is not None:
-        return "none"
-    return "inside" if config.audio.encoder == "htsat" else "before"
 
 
 def _surrogate_loss(
