@@ -28,8 +28,8 @@ from flap_fast.model.two_towers import TwoTowers
 from flap_fast.preparation.prepare import prepare
 from flap_fast.ranks import Ranks
 from flap_fast.train.checkpoint import latest
-from flap_fast.train.engine import parameter_groups
 from flap_fast.train.loop import train
+from flap_fast.train.optimizers import parameter_groups
 from flap_fast.train.run_folder import differences
 from tests.pictures import COLOURS, SHAPES, draw, write_pictures
 from tests.tiny import tiny, tiny_clip

@@ -25,7 +25,7 @@ from flap_fast.config import Config
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.tools.profile.flop import TextShape, cyclic_form, scheme_in_force
 from flap_fast.tools.profile.states import Parameters, state_bytes
-from flap_fast.train.engine import parameter_groups
+from flap_fast.train.optimizers import parameter_groups
 
 _FLOAT, _INT64 = 4, 8
 # Rows and columns of the logits that the cyclic terms take at a time.
