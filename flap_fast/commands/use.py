@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flap_fast.checks import require
-from flap_fast.commands.share import Distributors, ShardRange, shares
+from flap_fast.commands.shard_range import DistributorOption, ShardRangeOption, work_division
 
 if TYPE_CHECKING:
     from flap_fast.tools.embedder import Embedder
@@ -39,28 +39,28 @@ def embed(
     model: Model = None,
     crop: Crop = "center",
     batch: Batch = 64,
-    shard_range: ShardRange = None,
-    distributor: Distributors = "threads",
+    shard_range: ShardRangeOption = None,
+    distributor: DistributorOption = "threads",
 ) -> None:
     """Embed sound files into a NumPy array; goes on where it was stopped."""
     from flap_fast.tools.embed_files import embed_files
     from flap_fast.tools.search import find_sounds
 
     require(batch >= 1, "--batch", "be at least 1", batch)
-    share, kind = shares(shard_range, distributor)
+    wanted, distribution = work_division(shard_range, distributor)
     done = embed_files(
         _named(model),
         find_sounds(sounds),
         out,
         crop=crop,
         batch=batch,
-        part=share,
-        distributor=kind,
+        part=wanted,
+        distributor=distribution,
         watch=partial(progress, "embed"),
     )
     if done.unfinished:
         print(
-            f"{out}: part {share} is done, {done.unfinished} pieces of other parts are not: the "
+            f"{out}: part {wanted} is done, {done.unfinished} pieces of other parts are not: the "
             "last part to finish writes embeddings.npy"
         )
         return

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flap_fast.config import Config
-from flap_fast.data.loader import evaluation_mels
-from flap_fast.data.preprocess.front_end import MediaInput
+from flap_fast.data.batch import MediaInput
+from flap_fast.data.evaluation import evaluation_batches
 from flap_fast.data.preprocess.waveform import BadSound
 from flap_fast.data.shards import ShardError, Shards
 from flap_fast.data.tokenize import Tokenizer
@@ -71,7 +71,7 @@ def embed(
     texts = texts or read_texts(shards)
     with evaluating(model):
         mine = share(len(shards), ranks)
-        mels = _in_step(evaluation_mels(config, shards, mine, ranks), ranks)
+        mels = _in_step(evaluation_batches(config, shards, mine, ranks), ranks)
         audio = torch.cat([model.embed_media(mel, longer=longer) for mel, longer in mels])
         if config.eval.crops > 1:
             crops = audio.unflatten(0, (-1, config.eval.crops))

@@ -18,7 +18,7 @@ import torch
 
 from flap_fast.checks import require
 from flap_fast.config import Config
-from flap_fast.data.preprocess.mel_clap import mel_matrix
+from flap_fast.data.preprocess.clap_mel import mel_matrix
 from flap_fast.interchange.tensors import Tensors
 
 # This project's begin of a name, and LAION's.

@@ -1,10 +1,7 @@
-"""What a clip becomes in a shard: FLAC at the front end's rate, or a cached log-mel.
+"""Clip encoders: a clip's file -> its bytes in a shard. FLAC, or the image's own file.
 
-Pictures stay the bytes that they are where they are JPEG or PNG in RGB or grey, 8 bits deep; others
-become PNG in RGB. So every reader of the shards sees the same pixels.
-
-A form's `identity` enters the fingerprint of every shard, and its `beside` are files that each
-split's folder gets. Its clips are encoded, on any threads, inside of `at_work()`.
+JPEG and PNG images in RGB or grey, 8 bits deep, keep their bytes; others become PNG in RGB, so that
+every reader of the shards sees the same pixels. The encoder of cached log-mels is in cached_mel.py.
 """
 
 from __future__ import annotations
@@ -26,21 +23,30 @@ _SILENT = 1e-4
 _SHORTEST_S = 0.025
 
 
-class Form(Protocol):
-    """How the clips of a shard are kept."""
+class ClipEncoder(Protocol):
+    """Encodes clips for a shard."""
 
     @property
-    def identity(self) -> Any: ...
+    def identity(self) -> Any:
+        """What the bytes depend on, for JSON; part of every shard's fingerprint."""
+        ...
+
     @property
-    def beside(self) -> dict[str, bytes]: ...
-    def at_work(self) -> AbstractContextManager: ...
+    def metadata_files(self) -> dict[str, bytes]:
+        """Files that the folder of each split gets, by name."""
+        ...
+
+    def encoding(self) -> AbstractContextManager:
+        """The context in which `encode` is called, on any threads."""
+        ...
+
     def encode(self, entry: Entry) -> tuple[str, bytes]:
         """A clip's ending and bytes; raises `Unusable` with the reason for rejecting it."""
         ...
 
 
 @dataclass(frozen=True)
-class Flac:
+class FlacEncoder:
     """16-bit mono FLAC at a rate."""
 
     sample_rate_hz: int
@@ -50,14 +56,14 @@ class Flac:
         return self.sample_rate_hz
 
     @property
-    def beside(self) -> dict[str, bytes]:
+    def metadata_files(self) -> dict[str, bytes]:
         return {}
 
-    def at_work(self) -> AbstractContextManager:
+    def encoding(self) -> AbstractContextManager:
         return nullcontext()
 
     def encode(self, entry: Entry) -> tuple[str, bytes]:
-        """A sound as FLAC; a picture as its own file, or PNG."""
+        """A sound as FLAC; an image as its own file, or PNG."""
         source = read_source(entry)
         if isinstance(source, Picture):
             return source

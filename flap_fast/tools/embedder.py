@@ -21,11 +21,11 @@ from torch.nn import functional
 
 from flap_fast.checks import ConfigError, require
 from flap_fast.config import Config
-from flap_fast.data.preprocess.front_end import MediaInput, MelFrontEnd, fitted, together
+from flap_fast.data.batch import stack_clips
+from flap_fast.data.preprocess import waveform
 from flap_fast.data.preprocess.fusion import PIECES
 from flap_fast.data.preprocess.image import Picture, any_square
-from flap_fast.data.preprocess.mel import normalise
-from flap_fast.data.preprocess.preprocessors import ImagePreprocessor
+from flap_fast.data.preprocess.preprocessor import make_preprocessor
 from flap_fast.data.preprocess.waveform import BadSound, crop_positions, mono_at, read_sound
 from flap_fast.data.tokenize import Tokenizer, tokenizer
 from flap_fast.evaluate.embed import text_embedder
@@ -55,7 +55,7 @@ class Embedder:
         self, model: TwoTowers, config: Config, tokenizer: Tokenizer, device: torch.device
     ):
         self.model, self.config, self.device = model.to(device).eval(), config, device
-        self._mel = MelFrontEnd(config.audio, config.fusion, device)
+        self._preprocessor = make_preprocessor(config, Ranks(device=device))
         self._tokenizer = tokenizer
 
     def embed_audio(
@@ -162,7 +162,6 @@ class Embedder:
             raise ConfigError(f"the model must {rule}, got an audio tower; call embed_audio")
         if isinstance(images, (str, Path)):
             raise TypeError(f"images must be a list of them, got one: ['{images}']")
-        eyes = ImagePreprocessor(self.config, image, Ranks(device=self.device))
 
         def decode(numbered: tuple[int, Picture]) -> np.ndarray:
             return any_square(numbered[1], numbered[0], image.resolution)
@@ -174,9 +173,8 @@ class Embedder:
             torch.no_grad(),
         ):
             for part in rows.split(batch) if len(rows) else ():
-                pixels = torch.from_numpy(np.stack([next(squares) for _ in part]))
-                seen = eyes.finish(MediaInput(pixels.to(self.device), None))
-                part.copy_(self.model.embed_media(seen.media))
+                clips = stack_clips([next(squares) for _ in part], np.zeros(len(part)))
+                part.copy_(self.model.embed_media(self._preprocessor.finish(clips).media))
         return rows
 
     def embed_text(self, captions: Sequence[str], batch: int = 256) -> Tensor:
@@ -248,16 +246,17 @@ class Embedder:
     @torch.no_grad()
     def _embed_waves(self, waves: Crops, batch: int) -> Tensor:
         """N crops -> (N, d), on the CPU; the pieces of a fused one come from the middles."""
-        rows = []
+        rows, positions = [], np.full((len(waves), 1 + PIECES), 0.5)
         for first in range(0, len(waves), batch):
-            some = waves[first : first + batch]
-            mel, longer = self._mel(together(some, np.full((len(some), 1 + PIECES), 0.5)))
-            rows.append(self.model.embed_media(normalise(mel, self.config.audio), longer=longer))
+            some = slice(first, first + batch)
+            found = self._preprocessor.finish(stack_clips(waves[some], positions[some]))
+            rows.append(self.model.embed_media(found.media, longer=found.longer))
         return torch.cat(rows).cpu()
 
     def _crops(self, sound: Sound, number: int, rate: float, policy: str) -> Crops:
         """What the model is to see of a sound."""
-        audio, longest = self.config.audio, self.config.fusion.longest(self.config.audio)
+        audio, fusion = self.config.audio, self.config.fusion
+        longest = fusion.longest(audio)
         try:
             wave = _wave(sound, rate, audio.sample_rate_hz)
         except BadSound as why:
@@ -266,7 +265,7 @@ class Embedder:
         crops = -(-len(wave) // longest) if policy == "whole" else _multi(policy)
         starts = crop_positions(crops if len(wave) > longest else 1)
         # Copies: a view of a crop would keep the whole recording.
-        return [fitted(wave, float(at), audio, self.config.fusion).copy() for at in starts]
+        return [waveform.crop_and_fill(wave, float(at), audio, fusion).copy() for at in starts]
 
 
 def _multi(policy: str) -> int:

@@ -72,7 +72,7 @@ def _train(
     state = checkpoints.state(start) if start else None
     first = state.step if state else 0
     loader = TrainingLoader(config, shards, tokens, ranks)
-    steps = config.train.steps or (config.train.epochs or 0) * loader.order.steps_per_epoch
+    steps = config.train.steps or (config.train.epochs or 0) * loader.sampler.steps_per_epoch
     torch.manual_seed(config.run.seed)
     model = TwoTowers(config, weights=start is None and config.train.init_from is None)
     if start:
@@ -93,7 +93,7 @@ def _train(
         improved = score(first)
         checkpoints.mark_scored(first, score.best, is_best=improved)
 
-    gradients = Gradients(config, ranks, engine, steps, loader.order.steps_per_epoch)
+    gradients = Gradients(config, ranks, engine, steps, loader.sampler.steps_per_epoch)
     batches = watch.waiting(loader.batches(first, steps, times=gradients.reads))
     for step in range(first + 1, steps + 1):
         outputs, terms = gradients(step, batches)
@@ -103,7 +103,7 @@ def _train(
         )
         terms["grad_norm"] = engine.step(lr)
         # Still on the device: an observer that wants a number pays for its own sync.
-        watch.step(step, loader.order.epoch(step - 1), lr, outputs, terms)
+        watch.step(step, loader.sampler.epoch(step - 1), lr, outputs, terms)
 
         stopped = stop.agreed() and step < steps
         to_score = bool(config.data.val) and due(step, steps, config.eval.every_steps)

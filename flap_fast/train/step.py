@@ -29,7 +29,7 @@ from torch import Tensor
 
 from flap_fast.config import Config, Mask
 from flap_fast.data.batch import Batch
-from flap_fast.data.preprocess.mel import spec_augment, stripes
+from flap_fast.data.preprocess.spec_augment import spec_augment, stripes
 from flap_fast.data.shards import ShardError
 from flap_fast.losses import total_loss
 from flap_fast.model.masking import patch_mask

@@ -99,7 +99,7 @@ def test_mixing_none_or_all(rich, ratio, mode):
 def test_concatenating_shows_each_clip_with_either_once_an_epoch(rich, shuffle):
     config = settings(rich, "concat", f"data.shuffle_shards={shuffle}")
     texts, clips, loader = read(config, 0, 6)
-    assert loader.order.steps_per_epoch == 6  # twice 24 clips in batches of 8
+    assert loader.sampler.steps_per_epoch == 6  # twice 24 clips in batches of 8
     seen = [
         (clip, text.startswith("*"))
         for batch in zip(clips, texts, strict=True)
@@ -125,7 +125,7 @@ def test_a_folder_without_the_file_keeps_its_captions(two_folders):
         drawn = np.arange(len(choice.files))
         clips, richer = choice.clips(drawn, [0.0] * len(drawn))
         texts = [
-            choice.texts(int(clip), shards.record(int(clip)), richer=bool(r))
+            choice.texts(int(clip), shards.record(int(clip)), enriched=bool(r))
             for clip, r in zip(clips, richer, strict=True)
         ]
         starred = [all(text.startswith("*") for text in several) for several in texts]

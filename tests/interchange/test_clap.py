@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, ClapFeatureExtractor, ClapModel
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
 from flap_fast.config.file import load_config
-from flap_fast.data.preprocess.mel_clap import mel_matrix
+from flap_fast.data.preprocess.clap_mel import mel_matrix
 from flap_fast.interchange.clap_hf import why_not_clap
 from flap_fast.interchange.convert import export_checkpoint, import_checkpoint
 from flap_fast.interchange.tensors import read_tensors

@@ -10,7 +10,9 @@ import torch
 from torchaudio.compliance import kaldi
 
 from flap_fast.config import Audio, SpecAug
-from flap_fast.data.preprocess.mel import FLOOR, kaldi_log_mel, mel_matrix, normalise, spec_augment
+from flap_fast.data.preprocess.kaldi_mel import FLOOR, kaldi_log_mel, mel_matrix
+from flap_fast.data.preprocess.log_mel import normalise
+from flap_fast.data.preprocess.spec_augment import spec_augment
 from flap_fast.data.preprocess.waveform import fill, read_sound
 from flap_fast.data.random_streams import Stream, uniforms
 from tests.sounds import chirp, noise, tone

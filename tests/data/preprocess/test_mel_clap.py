@@ -11,12 +11,14 @@ import torchaudio
 from transformers import ClapFeatureExtractor
 
 from flap_fast.config import Audio, SpecAug
-from flap_fast.data.preprocess.dali import DaliDecoder
-from flap_fast.data.preprocess.decode import decode_one
+from flap_fast.data.batch import EncodedBatch
+from flap_fast.data.preprocess.clap_mel import ClapLogMel, mel_matrix
+from flap_fast.data.preprocess.dali import DaliDecoder, audio_graph
 from flap_fast.data.preprocess.front_end import log_mel
-from flap_fast.data.preprocess.mel import LogMel, stripes, to_16_bits
-from flap_fast.data.preprocess.mel_clap import ClapLogMel, mel_matrix
-from flap_fast.data.preprocess.waveform import fill, read_sound
+from flap_fast.data.preprocess.kaldi_mel import KaldiLogMel
+from flap_fast.data.preprocess.log_mel import to_16_bits
+from flap_fast.data.preprocess.spec_augment import stripes
+from flap_fast.data.preprocess.waveform import BadSound, decode_clip, fill, read_sound
 from flap_fast.data.random_streams import Stream, uniforms
 from tests.sounds import chirp, encode, noise, tone
 
@@ -120,14 +122,14 @@ def test_the_two_matrices_are_not_each_others():
         assert held.max() < 14_000
 
 
-def test_another_band_is_the_settings_own():
+def test_another_band_is_the_aheadown():
     extractor = ClapFeatureExtractor(frequency_min=0, frequency_max=12_000)
     matrix = mel_matrix(settings(low_hz=0, high_hz=12_000))
     assert np.allclose(matrix.T, extractor.mel_filters_slaney, atol=1e-12)
 
 
 def test_the_front_end_follows_audio_mel():
-    assert isinstance(log_mel(Audio()), LogMel)
+    assert isinstance(log_mel(Audio()), KaldiLogMel)
     assert isinstance(log_mel(Audio(mel="clap", frames=1008)), ClapLogMel)
     padded = log_mel(Audio(mel="clap", frames=1008))(torch.zeros(1, SAMPLES))
     assert padded.shape == (1, 1008, 64)
@@ -154,11 +156,11 @@ def test_dalis_own_mel_is_ours(variant, roundtrip):
     waves = (NOISES["white"], noise(5, 3, RATE), noise(6, 12, RATE, slope=1))
     sounds, where = [encode(wave, RATE, "WAV", "FLOAT") for wave in waves], np.array([0, 0.3, 0.7])
     cpu = torch.device("cpu")
-    decoder = DaliDecoder(
-        iter([(sounds, where)]), audio, batch=3, threads=2, prefetch=1, device=cpu, mel=True
-    )
-    theirs = next(decoder).sound
-    filled = [decode_one(sound, float(w), audio) for sound, w in zip(sounds, where, strict=True)]
+    ahead = {"batch": 3, "threads": 2, "prefetch": 1, "device": cpu}
+    batches = iter([EncodedBatch(sounds, where)])
+    decoder = DaliDecoder(batches, audio_graph(audio, mel=True), error=BadSound, **ahead)
+    theirs = next(decoder).media
+    filled = [decode_clip(sound, float(w), audio) for sound, w in zip(sounds, where, strict=True)]
     ours = log_mel(audio)(torch.from_numpy(np.stack(filled)))
     assert theirs.shape == ours.shape == (3, 1001, 64)
     heard = ours > -80  # zeros behind the repeats of a short clip: nothing but rounding
