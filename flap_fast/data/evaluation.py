@@ -57,7 +57,7 @@ def evaluation_batches(
 
 
 def _crop_key(shards: Shards, clip: int) -> int:
-    """By the id, so that a clip has the same crop whichever others are evaluated with it."""
+    """The key of a clip's random crop: its id, the same whichever others are evaluated with it."""
     return text_key(clip_id(shards, clip, shards.record(clip, captionless=True)))
 
 

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from flap_fast.config import Config
-from flap_fast.data.preprocess.waveform import BadSound
+from flap_fast.data.preprocess.waveform import Unusable
 from flap_fast.files import as_utf8, whole_characters
 
 SOUNDS = ("flac", "wav", "ogg", "mp3", "opus")
@@ -75,7 +75,7 @@ class Shards:
             captionless: take a clip without captions too.
 
         Raises:
-            BadSound: no JSON object, or no caption in it.
+            Unusable: no JSON object, or no caption in it.
         """
         file, _, _, offset, size = self.locations[clip].tolist()
         data = _read(self.files[file], offset, size)
@@ -84,11 +84,11 @@ class Shards:
             record = {"text": data.decode()} if plain else json.loads(data)
             text = record.get("text", record.get("caption"))
         except (ValueError, AttributeError) as error:
-            raise BadSound(f"its JSON cannot be read: {error}") from None
+            raise Unusable(f"its JSON cannot be read: {error}") from None
         texts = [text] if isinstance(text, str) else text if isinstance(text, list) else []
         texts = [whole_characters(t.strip()) for t in texts if isinstance(t, str) and t.strip()]
         if not texts and not captionless:
-            raise BadSound("captionless: its JSON holds no text")
+            raise Unusable("captionless: its JSON holds no text")
         return {**record, "text": texts}
 
     def name(self, clip: int) -> str:

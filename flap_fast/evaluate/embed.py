@@ -14,7 +14,7 @@ from torch.nn import functional
 from flap_fast.config import Config
 from flap_fast.data.batch import MediaInput
 from flap_fast.data.evaluation import evaluation_batches
-from flap_fast.data.preprocess.waveform import BadSound
+from flap_fast.data.preprocess.waveform import Unusable
 from flap_fast.data.shards import ShardError, Shards
 from flap_fast.data.tokenize import Tokenizer
 from flap_fast.model.two_towers import TwoTowers
@@ -162,7 +162,7 @@ def read_texts(shards: Shards) -> Texts:
     for clip in range(len(shards)):
         try:
             record = shards.record(clip, captionless=True)
-        except BadSound as why:
+        except Unusable as why:
             raise ShardError(
                 f"{shards.name(clip)}: {why}; delete the tar and run the same flap prepare again"
             ) from None

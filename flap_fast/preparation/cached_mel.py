@@ -21,7 +21,7 @@ from flap_fast.config import Audio
 from flap_fast.data.preprocess.cached_mel import SETTINGS_FILE, front_end_settings
 from flap_fast.data.preprocess.kaldi_mel import KaldiLogMel, kaldi_log_mel
 from flap_fast.data.preprocess.waveform import BadSound, fill, read_sound
-from flap_fast.preparation.encoding import FlacEncoder, Picture, checked_wave, read_source
+from flap_fast.preparation.encoding import EncodedImage, FlacEncoder, checked_wave, read_source
 from flap_fast.preparation.manifest import Entry
 
 
@@ -60,7 +60,7 @@ class CachedMelEncoder:
     def encode(self, entry: Entry) -> tuple[str, bytes]:
         """The log-mel of the sound that training would read; raises `BadSound`."""
         source = read_source(entry)
-        if isinstance(source, Picture):
+        if isinstance(source, EncodedImage):
             raise BadSound("a picture: it has no log-mel")
         rate = self.audio.sample_rate_hz
         if isinstance(source, bytes):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import soundfile
 
-from flap_fast.data.preprocess.waveform import BadSound, read_sound
+from flap_fast.data.preprocess.waveform import BadSound, Unusable, read_sound
 from flap_fast.preparation.manifest import Entry
 
 # Quieter than -80 dB of full scale at its loudest: nothing to hear, and a constant log-mel.
@@ -65,7 +65,7 @@ class FlacEncoder:
     def encode(self, entry: Entry) -> tuple[str, bytes]:
         """A sound as FLAC; an image as its own file, or PNG."""
         source = read_source(entry)
-        if isinstance(source, Picture):
+        if isinstance(source, EncodedImage):
             return source
         wave = checked_wave(entry, source, self.sample_rate_hz)
         buffer = io.BytesIO()
@@ -73,25 +73,25 @@ class FlacEncoder:
         return "flac", buffer.getvalue()
 
 
-class Picture(NamedTuple):
-    """A picture's ending and its file."""
+class EncodedImage(NamedTuple):
+    """An image's ending and its file."""
 
     ending: str
     data: bytes
 
 
-def read_source(entry: Entry) -> Path | bytes | Picture:
-    """The sound's file, its bytes where it lies in a tar, or a picture.
+def read_source(entry: Entry) -> Path | bytes | EncodedImage:
+    """A clip's sound, as a file or as the bytes in a tar, or its image.
 
     Raises:
         Unusable: the row has neither captions nor labels, or the picture is none.
     """
     if not entry.captions and not entry.labels:  # a clip with labels alone can be classified
-        raise BadSound("captionless")
+        raise Unusable("captionless")
     if entry.inside is None:
         return _picture(entry.audio) if entry.image else entry.audio
     if not entry.audio.is_file():
-        raise BadSound("missing: no such file")
+        raise Unusable("missing: no such file")
     with entry.audio.open("rb") as file:
         file.seek(entry.inside[0])
         data = file.read(entry.inside[1])
@@ -107,7 +107,7 @@ _AS_IT_IS = {
 }
 
 
-def _picture(source: Path | bytes) -> Picture:
+def _picture(source: Path | bytes) -> EncodedImage:
     """The picture's file, or a PNG of it; raises `BadImage` with the reason for rejecting it."""
     # Pillow and PyTorch take time to import, which sounds alone need not pay.
     from flap_fast.data.preprocess.image import decoded, rgb, square
@@ -118,10 +118,10 @@ def _picture(source: Path | bytes) -> Picture:
     # RGBA, palettes, CMYK, 16 bits: each decoder has its own way with them.
     ending = _AS_IT_IS.get((str(picture.format), picture.mode))
     if ending is not None and "transparency" not in picture.info:
-        return Picture(ending, source if isinstance(source, bytes) else source.read_bytes())
+        return EncodedImage(ending, source if isinstance(source, bytes) else source.read_bytes())
     buffer = io.BytesIO()
     colours.save(buffer, "PNG")
-    return Picture("png", buffer.getvalue())
+    return EncodedImage("png", buffer.getvalue())
 
 
 def checked_wave(entry: Entry, source: Path | bytes, sample_rate_hz: int) -> np.ndarray:

@@ -163,7 +163,7 @@ def test_shards_of_the_other_sense_are_refused(tmp_path, shards):
         open_shards([tmp_path], ("images",))
 
 
-def test_a_batch_is_what_its_visits_say(shards):
+def test_a_batch_is_what_its_sample_indices_say(shards):
     config = config_of(shards, "frontend.backend=torch")
     (batch,) = batches(config, 2, 3)
     found = open_shards([shards], ("images",))

@@ -71,7 +71,7 @@ def test_a_batch_has_the_shapes_it_promises(config):
     assert (batch.clips.shape, batch.epoch) == ((8,), 1)
 
 
-def test_a_batch_is_what_its_visits_say(config):
+def test_a_batch_is_what_its_sample_indices_say(config):
     """By hand from the shards: clip, crop, filling, caption, mel, statistics."""
     shards, seed = open_shards(config.data.train), config.run.seed
     for batch in batches(config, 2, 5):
@@ -143,7 +143,7 @@ def test_threads_and_prefetch_do_not_change_a_batch(config):
         assert_same(a, b)
 
 
-def test_dali_and_its_twin_load_the_same(config):
+def test_dali_and_its_reference_load_the_same(config):
     for a, b in zip(
         batches(config, 0, 3),
         batches(with_(config, "frontend", backend="dali_wave"), 0, 3),
@@ -152,7 +152,7 @@ def test_dali_and_its_twin_load_the_same(config):
         assert_same(a, b)
 
 
-def test_an_epoch_visits_every_clip_and_the_next_in_another_order(config):
+def test_an_epoch_has_every_clip_and_the_next_in_another_order(config):
     steps = batches(config, 0, 6)
     epochs = [np.concatenate([b.clips for b in steps[a : a + 3]]).tolist() for a in (0, 3)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(24))] * 2
@@ -225,7 +225,7 @@ def test_a_corrupt_clip_is_replaced_reported_and_the_run_goes_on(good, tmp_path,
             assert (step, row) in at
             assert a.clips[row] == 6
             assert captions(a)[row] == tokenizer(good.text)(["noise 6"])[0][0, :8].tolist()
-            # The clip that took its place has its own sound, cropped and masked as this visit is.
+            # The clip that took its place has its own sound, cropped as its row says.
             assert a.media[row].isfinite().all()
             assert not torch.equal(a.media[row], b.media[row])
 
@@ -280,7 +280,7 @@ def test_data_without_any_good_clip_stops_the_run(good, tmp_path):
         batches(spoilt, 0, 1)
 
 
-def test_what_only_the_twin_can_decode_is_said_with_the_remedy(good, tmp_path):
+def test_what_only_the_reference_can_decode_is_said_with_the_remedy(good, tmp_path):
     """DALI reads no MP3: not a bad clip, and not a reason to train on the others."""
     config = with_(
         good,
@@ -311,7 +311,7 @@ CLIPS = np.array([3, 0, 5, 1, 4])
 def test_evaluation_gives_the_clips_named_in_their_order(prepared, backend):
     config = tiny("eval.batch=2", f"frontend.backend={backend}")
     shards = open_shards([prepared / "train"])
-    found = [heard.media for heard in evaluation_batches(config, shards, CLIPS, Ranks())]
+    found = [batch.media for batch in evaluation_batches(config, shards, CLIPS, Ranks())]
     assert [len(mel) for mel in found] == [2, 2, 1]
     keys = torch.tensor([text_key(shards.record(clip)["id"]) for clip in CLIPS])
     where = uniforms(0, Stream.EVAL_CROP, keys, 1)[:, 0].tolist()
@@ -333,7 +333,7 @@ def test_an_evaluations_random_crop_is_the_clips_and_not_the_runs(prepared):
     other = with_(with_(first, "run", seed=1), "eval", batch=2)
     centre = with_(first, "eval", crop="center")
     a, b, c = (
-        torch.cat([heard.media for heard in evaluation_batches(config, shards, clips, Ranks())])
+        torch.cat([batch.media for batch in evaluation_batches(config, shards, clips, Ranks())])
         for config, clips in ((first, long), (other, long[::-1].copy()), (centre, long))
     )
     assert (a - b.flip(0)).abs().max() < 1e-4

@@ -15,7 +15,7 @@ import pytest
 from webdataset.compat import WebDataset
 from webdataset.writer import TarWriter
 
-from flap_fast.data.preprocess.waveform import BadSound, read_sound
+from flap_fast.data.preprocess.waveform import Unusable, read_sound
 from flap_fast.data.shards import ShardError, open_shards, pack
 from flap_fast.files import write_atomically
 from tests.sounds import encode, noise, tone
@@ -297,7 +297,7 @@ def test_a_folder_without_shards_is_refused_with_the_command_that_writes_them(tm
 )
 def test_a_clip_without_a_caption_says_so(tmp_path, text, reason):
     (tmp_path / "0.tar").write_bytes(tar_of({"a.flac": b"x", "a.json": text.encode()}))
-    with pytest.raises(BadSound, match=f"^{reason}"):
+    with pytest.raises(Unusable, match=f"^{reason}"):
         open_shards([tmp_path]).record(0)
 
 

@@ -1,4 +1,4 @@
-"""What the log-mels of every front end have in common."""
+"""The interface of log-mels, and the steps that all of them share."""
 
 from __future__ import annotations
 

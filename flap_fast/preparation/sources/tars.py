@@ -55,12 +55,12 @@ def _splits(folder: Path) -> list[Path]:
 
 
 def _entry(shards: Shards, clip: int, split: str, line: int) -> Entry:
-    from flap_fast.data.preprocess.waveform import BadSound
+    from flap_fast.data.preprocess.waveform import Unusable
 
     file, at, size, _, _ = shards.locations[clip].tolist()
     try:
         record = shards.record(clip, captionless=True)
-    except BadSound:
+    except Unusable:
         record = {"text": []}  # no captions: `prepare` rejects it
     captions = record["text"] or _texts(record.pop("caption", record.pop("captions", None)))
     original = record.get("original_data")

@@ -61,15 +61,15 @@ def test_a_run_on_cached_log_mels_sees_the_batches_of_the_sounds(both, tmp_path,
         prepare(both / "m.jsonl", mels, shard_clips=5, cache=audio, show=False)
     config = tiny(f"data.train={both}/shards/train", f"audio.filling={filling}", "specaug={}")
     cached = with_(config, "data", train=(mels / "train",))
-    for heard, read in zip(batches(config, 0, 3), batches(cached, 0, 3), strict=True):
-        assert (heard.clips == read.clips).all()
-        assert torch.equal(heard.ids, read.ids)
-        assert (read.media.shape, read.media.dtype) == (heard.media.shape, torch.float32)
+    for sounds, read in zip(batches(config, 0, 3), batches(cached, 0, 3), strict=True):
+        assert (sounds.clips == read.clips).all()
+        assert torch.equal(sounds.ids, read.ids)
+        assert (read.media.shape, read.media.dtype) == (sounds.media.shape, torch.float32)
         # Clips of 1.005 s may be cropped half a frame off: all others within fp16's rounding.
-        exact = torch.from_numpy(heard.clips % 3 != 2)
-        error = (heard.media - read.media)[exact].abs().max()
+        exact = torch.from_numpy(sounds.clips % 3 != 2)
+        error = (sounds.media - read.media)[exact].abs().max()
         assert 0 < error <= ROUNDING / (2 * AUDIO.std) * 1.02
-        assert torch.equal(heard.media[:, :, 98:], read.media[:, :, 98:])  # the rows of zeros
+        assert torch.equal(sounds.media[:, :, 98:], read.media[:, :, 98:])  # the rows of zeros
 
 
 def test_a_long_clip_is_cropped_at_frames_that_are_those_of_its_sound():
@@ -97,12 +97,12 @@ def test_a_short_clip_is_filled_before_its_log_mel_is_taken(seconds):
 def test_evaluation_scores_cached_log_mels_as_sounds(both):
     clips, ranks = np.array([3, 0, 7, 1, 6]), Ranks()
     config = tiny("eval.batch=2", "eval.crop=center")
-    heard, read = (
+    sounds, read = (
         torch.cat([found.media for found in evaluation_batches(config, shards, clips, ranks)])
         for shards in (open_shards([both / kind / "train"]) for kind in ("shards", "mels"))
     )
-    assert heard.shape == read.shape == (5, 1, 112, 128)
-    assert (heard - read).abs().max() <= ROUNDING / (2 * AUDIO.std) * 1.02
+    assert sounds.shape == read.shape == (5, 1, 112, 128)
+    assert (sounds - read).abs().max() <= ROUNDING / (2 * AUDIO.std) * 1.02
 
 
 def test_a_cache_of_shards_is_the_cache_of_their_manifest(both, tmp_path):
@@ -154,10 +154,10 @@ def test_a_cache_of_another_front_end_is_refused_by_the_settings_name(both, name
 def test_what_comes_after_the_log_mel_may_be_changed(both):
     overrides = ("audio.mean=-5", "audio.std=3", "audio.frames=128", "audio.width=64")
     (batch,) = batches(tiny(f"data.train={both}/mels/train", *overrides), 0, 1)
-    (heard,) = batches(tiny(f"data.train={both}/shards/train", *overrides), 0, 1)
-    exact = torch.from_numpy(heard.clips % 3 != 2)
+    (sounds,) = batches(tiny(f"data.train={both}/shards/train", *overrides), 0, 1)
+    exact = torch.from_numpy(sounds.clips % 3 != 2)
     assert batch.media.shape == (8, 1, 128, 128)
-    assert (batch.media - heard.media)[exact].abs().max() <= ROUNDING / 6 * 1.02
+    assert (batch.media - sounds.media)[exact].abs().max() <= ROUNDING / 6 * 1.02
 
 
 def test_every_setting_of_audio_is_the_front_ends_or_known_to_come_after():

@@ -91,7 +91,7 @@ def test_resamplers_agree_on_what_the_new_rate_can_hold(rate):
 
 
 def test_dalis_own_mel_is_near_kaldis():
-    """SPEC 3.4: white noise of 0.05 rms, bins from 6 on, normalised units."""
+    """White noise of 0.05 rms, bins from 6 on, normalised units."""
     audio = Audio()
     sounds = [encode(noise(n, 10, RATE), RATE, "WAV", "FLOAT") for n in range(3)]
     batches = [(sounds, WHERE[:3])]
