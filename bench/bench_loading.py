@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("nvidia.dali", reason="DALI is not installed here")
 pytest.importorskip("torchaudio", reason="torchaudio is a part of the dev extra")
 
-from bench.loaders import BATCH, CORES, TIMED, WAYS, Way, drain, write_shards
+from bench.loaders import BATCH, CORES, LOADER_CASES, TIMED, LoaderCase, drain, write_shards
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,9 @@ def shards(tmp_path_factory):
     return write_shards(tmp_path_factory.mktemp("shards"), clips=64)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: f"{way.name}, {way.stored_hz // 1000} kHz")
-def test_waveforms(benchmark, shards, way: Way):
-    benchmark.group = f"{BATCH * TIMED} clips, {way.stored_hz // 1000} kHz FLAC, {CORES} cores"
-    benchmark.pedantic(drain, setup=lambda: ((way.filled(shards),), {}), rounds=3)
+@pytest.mark.parametrize(
+    "case", LOADER_CASES, ids=lambda case: f"{case.name}, {case.stored_hz // 1000} kHz"
+)
+def test_waveforms(benchmark, shards, case: LoaderCase):
+    benchmark.group = f"{BATCH * TIMED} clips, {case.stored_hz // 1000} kHz FLAC, {CORES} cores"
+    benchmark.pedantic(drain, setup=lambda: ((case.filled(shards),), {}), rounds=3)

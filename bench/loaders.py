@@ -1,4 +1,4 @@
-"""Clips of 10 s from FLAC shards to waveforms at 16 kHz, in batches: DALI, its twin, and others.
+"""Clips of 10 s from FLAC shards to waveforms at 16 kHz, in batches: DALI, threads, and peers.
 
 The clips are the demo's sounds, repeated, in shards of 16 kHz (as `flap prepare` writes them) and
 of 48 kHz (as data sets come). A loader gives FILLING batches, in which its queues fill, and TIMED
@@ -25,8 +25,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from bench.machine import ROOT
 from flap_fast.config import Audio
-from flap_fast.data.preprocess.decode import TorchDecoder, reader
-from flap_fast.data.preprocess.waveform import fill, read_sound
+from flap_fast.data.batch import EncodedBatch
+from flap_fast.data.preprocess.decoders import ThreadedDecoder
+from flap_fast.data.preprocess.waveform import BadSound, decode_clip, fill, read_sound
 from flap_fast.data.shards import Shards, open_shards, pack
 from flap_fast.files import write_atomically
 from flap_fast.preparation.prepare import ahead
@@ -58,42 +59,44 @@ def write_shards(folder: Path, clips: int) -> dict[int, Shards]:
             encoded = pool.map(encode, files)
             rows = [(f"{i:09d}", flac, {"text": ["a sound"]}) for i, flac in enumerate(encoded)]
             tar, index, _ = pack(rows)
-            part = folder / str(rate)
-            part.mkdir()
-            write_atomically(part / "0.idx", index.encode())
-            write_atomically(part / "0.tar", tar)
-            found[rate] = open_shards([part])
+            shards = folder / str(rate)
+            shards.mkdir()
+            write_atomically(shards / "0.idx", index.encode())
+            write_atomically(shards / "0.tar", tar)
+            found[rate] = open_shards([shards])
     return found
 
 
-def _encoded(shards: Shards) -> Iterator[tuple[list[bytes], np.ndarray]]:
+def _encoded(shards: Shards) -> Iterator[EncodedBatch]:
     for first in range(0, (FILLING + TIMED) * BATCH, BATCH):
         clips = range(first, first + BATCH)
-        yield [shards.sound(i % len(shards)) for i in clips], np.zeros(BATCH)
+        yield EncodedBatch([shards.encoded(i % len(shards)) for i in clips], np.zeros(BATCH))
 
 
 def dali(shards: Shards) -> Batches:
     """`frontend.backend: dali_wave`."""
-    from flap_fast.data.preprocess.dali import DaliDecoder  # Linux only
+    from flap_fast.data.preprocess.dali import DaliDecoder, audio_graph  # Linux only
 
     decoder = DaliDecoder(
         _encoded(shards),
-        AUDIO,
+        audio_graph(AUDIO, mel=False),
+        error=BadSound,
         batch=BATCH,
         threads=CORES,
         prefetch=PREFETCH,
         device=torch.device("cpu"),
-        mel=False,
     )
-    return (clips.sound for clips in decoder)
+    return (clips.media for clips in decoder)
 
 
-def twin(shards: Shards) -> Batches:
+def threaded(shards: Shards) -> Batches:
     """`frontend.backend: torch`."""
-    decoder = TorchDecoder(
-        _encoded(shards), reader("sounds", AUDIO), threads=CORES, prefetch=PREFETCH
-    )
-    return (clips.sound for clips in decoder)
+
+    def decode(clip: bytes, position: float) -> np.ndarray:
+        return decode_clip(clip, position, AUDIO)
+
+    decoder = ThreadedDecoder(_encoded(shards), decode, threads=CORES, prefetch=PREFETCH)
+    return (clips.media for clips in decoder)
 
 
 def usual(sound: bytes) -> Tensor:
@@ -111,7 +114,7 @@ class _Clips(Dataset):
         return (FILLING + TIMED) * BATCH
 
     def __getitem__(self, i: int) -> Tensor:
-        return usual(self._shards.sound(i % len(self._shards)))
+        return usual(self._shards.encoded(i % len(self._shards)))
 
 
 def in_one_process(shards: Shards) -> Batches:
@@ -156,15 +159,15 @@ def in_threads(shards: Shards) -> Batches:
 
 
 @dataclass(frozen=True)
-class Way:
-    """Who loads which shards."""
+class LoaderCase:
+    """A loader and the sample rate of its shards."""
 
     loader: Callable[[Shards], Batches]
     stored_hz: int
     name: str
 
     def filled(self, shards: dict[int, Shards]) -> Batches:
-        """A loader whose queues are full."""
+        """The batches of a loader whose queues are full."""
         batches = self.loader(shards[self.stored_hz])
         for _ in range(FILLING):
             next(batches)
@@ -177,15 +180,15 @@ def drain(batches: Batches) -> None:
         assert next(batches).shape == (BATCH, RATE_HZ * SECONDS)
 
 
-DALI, TWIN = "DALI (dali_wave)", "soundfile + soxr (torch)"
-ALONE = "soundfile + torchaudio, one core"
+DALI, THREADED = "DALI (dali_wave)", "soundfile + soxr (torch)"
+ONE_CORE = "soundfile + torchaudio, one core"
 PEERS = {
-    ALONE: in_one_process,
+    ONE_CORE: in_one_process,
     "soundfile + torchaudio, DataLoader": in_processes,
     "soundfile + torchaudio, threads": in_threads,
 }
-WAYS = [
-    Way(loader, rate, name)
+LOADER_CASES = [
+    LoaderCase(loader, rate, name)
     for rate in STORED_HZ
-    for name, loader in ({DALI: dali, TWIN: twin} | PEERS).items()
+    for name, loader in ({DALI: dali, THREADED: threaded} | PEERS).items()
 ]

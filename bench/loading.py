@@ -17,16 +17,16 @@ from typing import Any
 
 from bench import report
 from bench.loaders import (
-    ALONE,
     BATCH,
     CORES,
     DALI,
+    LOADER_CASES,
+    ONE_CORE,
     PEERS,
     RATE_HZ,
     STORED_HZ,
     TIMED,
-    WAYS,
-    Way,
+    LoaderCase,
     drain,
     write_shards,
 )
@@ -35,30 +35,30 @@ from bench.measure import Timing
 
 
 def measure(clips: int, rounds: int) -> dict[str, Any]:
-    """The rate of each way, and the figures that the goals are about."""
+    """Clips per second of each loader, and the figures of the targets."""
     with tempfile.TemporaryDirectory() as folder:
         shards = write_shards(Path(folder), clips)
-        times: dict[Way, list[float]] = {way: [] for way in WAYS}
+        times: dict[LoaderCase, list[float]] = {case: [] for case in LOADER_CASES}
         for _ in range(rounds):
-            for way, found in times.items():
-                batches = way.filled(shards)
+            for case, found in times.items():
+                batches = case.filled(shards)
                 start = time.perf_counter()
                 drain(batches)
                 found.append(1000 * (time.perf_counter() - start))
                 del batches  # its workers and threads end here, not in the next one's time
     rows, rates = [], {}
-    for way, found in times.items():
+    for case, found in times.items():
         timing, total = Timing.of(found), 1000 * BATCH * TIMED
-        rates[way.name, way.stored_hz] = total / timing.median_ms
-        row = {"shards": f"{way.stored_hz // 1000} kHz FLAC", "way": way.name}
+        rates[case.name, case.stored_hz] = total / timing.median_ms
+        row = {"shards": f"{case.stored_hz // 1000} kHz FLAC", "way": case.name}
         row |= {"clips_per_s": total / timing.median_ms, "low": total / timing.high_ms}
         rows.append({**row, "high": total / timing.low_ms, "rounds": rounds})
     mine = rates[DALI, RATE_HZ]
     figures = {
         "same_shards": mine / max(rates[name, RATE_HZ] for name in PEERS),
-        "same_shards_one_core": mine / rates[ALONE, RATE_HZ],
+        "same_shards_one_core": mine / rates[ONE_CORE, RATE_HZ],
         "usual_path": mine / max(rates[name, STORED_HZ[-1]] for name in PEERS),
-        "usual_path_one_core": mine / rates[ALONE, STORED_HZ[-1]],
+        "usual_path_one_core": mine / rates[ONE_CORE, STORED_HZ[-1]],
     }
     if CORES == 16:
         figures["clips_per_s_16_cores"] = mine

@@ -147,7 +147,7 @@ def take_steps(folder: Path, clips: int, replay: str) -> float:
     shards = open_shards(config.data.train)
     loader = TrainingLoader(config, shards, tokenizer(config.text), ranks)
     engine = make_engine(config, TwoTowers(config), ranks)
-    gradients = Gradients(config, ranks, engine, STEPS, loader.order.steps_per_epoch)
+    gradients = Gradients(config, ranks, engine, STEPS, loader.sampler.steps_per_epoch)
     loaded = resident_mib("VmRSS")
     batches = loader.batches(0, STEPS, times=gradients.reads)
     for step in range(1, STEPS + 1):

@@ -35,6 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from flap_fast.config.file import load_config
 from flap_fast.data.tokenize import tokenizer
 from flap_fast.encoders.roberta.model import TransformersText
+from flap_fast.encoders.roberta.settings import RobertaSettings
 
 WAYS = ("packed", "padded", "padded_77")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -53,6 +54,7 @@ def main() -> None:
         for i in range(max(args.counted, args.timed))
     ]
     torch.manual_seed(0)
+    assert isinstance(text, RobertaSettings)
     model = TransformersText(text).train().to(device)
     pad = model.inner.config.pad_token_id
     clock = CLOCKS[args.clock]

@@ -1,4 +1,4 @@
-"""Files and text: atomic writes, rows of CSV and JSON lines, characters that UTF-8 can say."""
+"""Files and text: atomic writes, rows of CSV and JSON lines, valid UTF-8."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class ManifestError(ValueError):
 
 
 def read_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of a .csv, a .tsv (without quotes) or else JSON-lines file, and their lines.
+    """Line number and cells of each row of a .csv, a .tsv (without quotes) or JSON-lines file.
 
     Raises:
-        ManifestError: no UTF-8, a line that is not a row.
+        ManifestError: text that is not UTF-8, a line that is not a row.
     """
     try:
         yield from _rows(file)
@@ -63,25 +63,23 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def whole_characters(text: str) -> str:
-    """The text with U+FFFD for half of an emoji, which JSON's escapes can say and UTF-8 cannot."""
+    """The text with U+FFFD for lone surrogates, which JSON's escapes allow and UTF-8 does not."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def as_utf8(json_text: str) -> bytes:
-    """Its bytes; what UTF-8 cannot say (as in a path of other bytes) becomes JSON's escape."""
+    """JSON text as UTF-8; lone surrogates (as in a path of other bytes) become JSON's escapes."""
     return json_text.encode(errors="backslashreplace")
 
 
 def write_atomically(file: Path, data: bytes | Callable[[], Iterable[bytes]]) -> None:
-    """Write all of `data` or nothing: a crash or a full disk leaves no half file.
-
-    Nor do two that write at once: the file is the one's or the other's.
+    """Write all of `data` or nothing: neither a crash, a full disk nor a second writer mixes in.
 
     Args:
-        data: the bytes, or what gives them piece by piece, where they are many.
+        data: the bytes, or a function that gives them piece by piece, where they are many.
     """
     for left in file.parent.glob(f"{glob.escape(file.name)}.*.part"):
-        left.unlink(missing_ok=True)  # by a process that was killed
+        left.unlink(missing_ok=True)  # of a process that was killed
     part = file.with_name(f"{file.name}.{secrets.token_hex(4)}.part")
     try:
         with part.open("wb") as out:
@@ -92,10 +90,10 @@ def write_atomically(file: Path, data: bytes | Callable[[], Iterable[bytes]]) ->
             part.replace(file)
             return
     except OSError as error:
-        # A failed write does not say of which file.
+        # A failed write does not name the file.
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         remedy = "; make room and run the same command again" if full else ""
         raise OSError(error.errno, f"{error.strerror}{remedy}", str(file)) from None
     finally:
         part.unlink(missing_ok=True)
-    write_atomically(file, data)  # another writer took the part for a dead one's
+    write_atomically(file, data)  # another writer deleted the part as a dead writer's

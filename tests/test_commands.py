@@ -15,11 +15,11 @@ import torch
 
 from flap_fast.checks import ConfigError
 from flap_fast.commands.score import print_scores, read_classes
-from flap_fast.commands.share import shares
+from flap_fast.commands.shard_range import work_division
 from flap_fast.commands.use import _open
 from flap_fast.model.model_folder import save_model
 from flap_fast.model.two_towers import TwoTowers
-from flap_fast.preparation.shard_tasks import Part
+from flap_fast.preparation.shard_tasks import ShardRange
 from flap_fast.tools.embedder import load
 from tests.sounds import encode, tone
 from tests.test_cli import flap
@@ -99,7 +99,7 @@ def test_eval_makes_the_folders_that_it_writes_into(
 def test_what_eval_could_not_write_is_told_before_anything_is_embedded(
     option: str, own_checkpoint: Path, prepared: Path, tmp_path: Path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("flap_fast.evaluate.embed.evaluation_mels", None)
+    monkeypatch.setattr("flap_fast.evaluate.embed.evaluation_batches", None)
     call = ("eval", own_checkpoint, prepared / "val")
     if option == "eval.json":
         (own_checkpoint / "eval.json").write_text('{"geometry": NaN}')
@@ -211,8 +211,8 @@ def test_ranks_of_a_launcher_share_what_shard_range_names(
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert shares(None, "threads") == (Part(2, 2), "threads")
-    assert shares("2/3", "threads") == (Part(4, 6), "threads")
+    assert work_division(None, "threads") == (ShardRange(2, 2), "threads")
+    assert work_division("2/3", "threads") == (ShardRange(4, 6), "threads")
     out = ("--out", tmp_path / "out", "--model", checkpoint)
     assert flap("embed", sounds, *out, monkeypatch=monkeypatch) == 0
     said = capsys.readouterr().out

@@ -15,6 +15,7 @@ from flap_fast.config.file import dump_config, load_config, parse_config
 from flap_fast.encoders.clip_resnet.settings import ClipResNetSettings
 from flap_fast.encoders.htsat.settings import HTSATSettings
 from flap_fast.encoders.vit.settings import ViTSettings
+from tests.tiny import htsat_of
 
 
 @pytest.fixture
@@ -223,7 +224,7 @@ def test_overrides_win_over_the_file_and_later_ones_over_earlier(yaml_file):
     )
     assert (config.mask.kind, config.mask.ratio) == ("1d", 0.6)
     assert config.data.train == (Path("b"), Path("c"))
-    assert config.text.folder == "x=y"
+    assert config.text.tokenizer_files == ("text.folder", "x=y")
 
 
 @pytest.mark.parametrize(
@@ -337,7 +338,7 @@ def test_sizes_follow_the_papers():
 
 def test_htsat_brings_its_front_end_its_specaug_and_no_mask():
     config = load_config(None, ["audio.encoder=htsat"])
-    audio, specaug = config.audio, config.specaug
+    audio, specaug = htsat_of(config), config.specaug
     assert (audio.mel, audio.sample_rate_hz, audio.samples) == ("clap", 48_000, 480_000)
     assert (audio.window, audio.hop, audio.mel_bins, audio.frames) == (1024, 480, 64, 1001)
     assert (audio.low_hz, audio.high_hz, audio.int16_roundtrip) == (50, 14_000, True)
@@ -351,7 +352,7 @@ def test_htsat_brings_its_front_end_its_specaug_and_no_mask():
 def test_what_follows_the_encoder_can_be_set_and_a_ViT_has_none_of_it():
     tree = {"audio": {"encoder": "htsat", "drop_path": 0.0}, "specaug": {"freq_bins": 3}}
     config = parse_config(tree)
-    assert (config.audio.drop_path, config.audio.patch) == (0, 4)
+    assert (htsat_of(config).drop_path, htsat_of(config).patch) == (0, 4)
     assert (config.specaug.freq_bins, config.specaug.time_frames) == (3, 64)
     assert Config(audio=HTSATSettings()).mask.kind == "none"
     plain = Config()
@@ -436,6 +437,7 @@ def test_need_says_name_rule_value_and_remedy():
 def test_an_image_tower_replaces_the_audio_tower_and_nothing_of_it_is_masked():
     config = load_config(None, ["image.width=8", "eval.batch=3"])
     assert config.image is not None
+    assert isinstance(config.image, ClipResNetSettings)
     assert (config.image.heads, config.image.resolution) == (4, 224)
     assert (config.mask.kind, config.specaug.time_frames, config.specaug.freq_bins) == (
         "none",

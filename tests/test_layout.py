@@ -26,7 +26,7 @@ LAST = {"__main__", "__init__"}
 DOORS = {
     "triton": {"kernels/flap_kernels/launch.py"},
     "deepspeed": {"flap_fast/train/engine.py"},
-    "nvidia": {"flap_fast/data/preprocess/dali.py", "flap_fast/data/preprocess/dali_image.py"},
+    "nvidia": {"flap_fast/data/preprocess/dali.py"},
     "xformers": {"flap_fast/encoders/blocks.py"},
     "transformers": {
         "flap_fast/encoders/roberta/model.py",

@@ -15,7 +15,7 @@ PAGE = Path(__file__).parents[1] / "docs/settings.md"
 def sections() -> list[type[Section]]:
     arms = [arm for arms in ENCODERS.values() for arm in arms.values()]
     found: list[type[Section]] = [*arms]
-    todo = [Config]
+    todo: list[type[Section]] = [Config]
     while todo:
         for name, field in todo.pop().model_fields.items():
             if isinstance(field.default, Section) and name not in ENCODERS:

@@ -17,6 +17,7 @@ from flap_fast.config.file import load_config
 from flap_fast.data.loader import TrainingLoader
 from flap_fast.data.shards import open_shards, shard_kinds
 from flap_fast.data.tokenize import tokenizer
+from flap_fast.encoders.vit.settings import ViTSettings
 from flap_fast.evaluate.embed import evaluating
 from flap_fast.evaluate.flops import encoder_flops
 from flap_fast.evaluate.retrieval import (
@@ -31,7 +32,7 @@ from flap_fast.ranks import Ranks
 from flap_fast.train.engine import PlainEngine
 from flap_fast.train.step import Gradients
 from tests.sounds import encode, tone, write_manifest
-from tests.tiny import HTSAT
+from tests.tiny import HTSAT, vit_of
 from tests.triples import write_triples
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -74,8 +75,9 @@ def roberta_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def fusion_numbers(config: Config) -> int:
     """The second convolution, and the two attentions of AFF with their BatchNorms."""
-    width = config.audio.shape[0] if config.audio.encoder == "vit" else 96
-    patch = config.audio.patch
+    vit = isinstance(config.audio, ViTSettings)
+    width = vit_of(config).shape[0] if vit else 96
+    patch = vit_of(config).patch if vit else 4
     conv = 3 * patch * patch * width + width
     inner = width // 4
     attention = width * inner + inner + 2 * inner + inner * width + width + 2 * width

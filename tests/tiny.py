@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from flap_fast.config import Config
 from flap_fast.config.file import load_config
+from flap_fast.encoders.htsat.settings import HTSATSettings
+from flap_fast.encoders.vit.settings import ViTSettings
 
 _SMALL = (
     *("audio.size=tiny", "audio.width=32", "audio.depth=2", "audio.heads=2"),
@@ -18,6 +20,18 @@ HTSAT = (
     *("audio.frames=101", "audio.mel_bins=16", "audio.depth=null", "audio.depths=[2, 2]"),
     *("audio.width=16", "specaug.time_frames=16", "specaug.freq_bins=4"),
 )
+
+
+def vit_of(config: Config) -> ViTSettings:
+    """The audio encoder's settings, where they are a ViT's."""
+    assert isinstance(config.audio, ViTSettings)
+    return config.audio
+
+
+def htsat_of(config: Config) -> HTSATSettings:
+    """The audio encoder's settings, where they are HTSAT's."""
+    assert isinstance(config.audio, HTSATSettings)
+    return config.audio
 
 
 def tiny(*overrides: str) -> Config:

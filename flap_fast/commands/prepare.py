@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flap_fast.checks import require
-from flap_fast.commands.share import Distributors, ShardRange, shares
+from flap_fast.commands.shard_range import DistributorOption, ShardRangeOption, work_division
+from flap_fast.preparation.sources import SOURCES
 
 if TYPE_CHECKING:
     from flap_fast.config import Audio
-    from flap_fast.preparation.shard_tasks import Part, Prepared
+    from flap_fast.preparation.shard_tasks import Prepared, ShardRange
 
 
 def prepare(
@@ -23,7 +24,7 @@ def prepare(
     ],
     out: Annotated[Path, typer.Argument(help="Gets OUT/SPLIT/*.tar and OUT/rejected.jsonl.")],
     source: Annotated[
-        str | None, typer.Option(help="A published layout: audiocaps, clotho, ...; see README.")
+        str | None, typer.Option(help=f"A published layout: {', '.join(SOURCES)}; see README.")
     ] = None,
     cache: Annotated[
         str | None, typer.Option(help="mel: write log-mels in fp16, with --config's front end.")
@@ -39,46 +40,45 @@ def prepare(
     retry: Annotated[
         bool, typer.Option("--retry", help="Prepare shards with rejected clips anew.")
     ] = False,
-    shard_range: ShardRange = None,
-    distributor: Distributors = "threads",
+    shard_range: ShardRangeOption = None,
+    distributor: DistributorOption = "threads",
 ) -> None:
     """Decode every clip once and write WebDataset shards; goes on where it was stopped."""
     from flap_fast.preparation.prepare import prepare as write_shards
-    from flap_fast.preparation.sources import SENTENCES, SOURCES
 
-    known = (*SOURCES, *SENTENCES)
-    require(source is None or source in known, "--source", f"be one of {', '.join(known)}", source)
+    known = ", ".join(SOURCES)
+    require(source is None or source in SOURCES, "--source", f"be one of {known}", source)
     require(cache in (None, "mel"), "--cache", "be mel", cache)
     require(shard_clips >= 1, "--shard-clips", "be at least 1", shard_clips)
     require(threads >= 0, "--threads", "be at least 0", threads)
-    share, kind = shares(shard_range, distributor)
+    wanted, distribution = work_division(shard_range, distributor)
     audio = _front_end(config, sample_rate_hz)
     if source is None and data.is_dir():
         shards = any(data.glob("*.tar")) or any(data.glob("*/*.tar"))
-        require(shards, "--source", f"be given for a folder, one of {', '.join(known)}", "nothing")
+        require(shards, "--source", f"be given for a folder, one of {known}", "nothing")
         source = "shards"
-    if source is not None:
+    found = None if source is None else SOURCES[source]
+    if found is not None:
         require(data.is_dir(), f"the data of --source {source}", "be an existing folder", data)
-    if source in SENTENCES:
+    if found is not None and found.kind == "sentences":
         options = {"--cache": cache, "--shard-range": shard_range, "--retry": retry or None}
         for name, value in options.items():
-            require(
-                value is None, name, f"be left out with --source {source}, which is text", value
-            )
-        _write_sentences(SENTENCES[source](data), out)
+            rule = f"be left out with --source {source}, which is text"
+            require(value is None, name, rule, value)
+        _write_sentences(found.read(data), out)
         return
     done = write_shards(
-        data if source is None else SOURCES[source](data),
+        data if found is None else found.read(data),
         out,
         sample_rate_hz=audio.sample_rate_hz,
         shard_clips=shard_clips,
         threads=threads,
         cache=audio if cache else None,
-        part=share,
+        shard_range=wanted,
         retry=retry,
-        distributor=kind,
+        distributor=distribution,
     )
-    print(_said(out, done, share))
+    print(_summary(out, done, wanted))
 
 
 def _front_end(config: Path | None, sample_rate_hz: int | None) -> Audio:
@@ -99,14 +99,14 @@ def _write_sentences(splits: dict[str, list[Any]], out: Path) -> None:
     print(f"{out}: " + ", ".join(f"{len(rows)} in {split}.jsonl" for split, rows in splits.items()))
 
 
-def _said(out: Path, done: Prepared, share: Part | None) -> str:
-    """What there is now, in a sentence."""
+def _summary(out: Path, done: Prepared, shard_range: ShardRange | None) -> str:
+    """The contents of OUT, in a sentence."""
     text = f"{out}: {done.kept} clips in {done.shards} shards"
     text += f", {done.rejected} of {done.clips} rejected"
     if done.unfinished:
         return (
-            f"{text}; part {share} is done, {done.unfinished} shards of other parts are not: the "
-            "last part to finish completes the folder"
+            f"{text}; part {shard_range} is done, {done.unfinished} shards of other parts are not: "
+            "the last part to finish completes the folder"
         )
     if not done.rejected:
         return text

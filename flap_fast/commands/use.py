@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flap_fast.checks import require
-from flap_fast.commands.share import Distributors, ShardRange, shares
+from flap_fast.commands.shard_range import DistributorOption, ShardRangeOption, work_division
 
 if TYPE_CHECKING:
     from flap_fast.tools.embedder import Embedder
@@ -39,15 +39,15 @@ def embed(
     model: Model = None,
     crop: Crop = "center",
     batch: Batch = 64,
-    shard_range: ShardRange = None,
-    distributor: Distributors = "threads",
+    shard_range: ShardRangeOption = None,
+    distributor: DistributorOption = "threads",
 ) -> None:
     """Embed sound files into a NumPy array; a second call resumes."""
     from flap_fast.tools.embed_files import embed_files
     from flap_fast.tools.search import find_sounds
 
     require(batch >= 1, "--batch", "be at least 1", batch)
-    part, kind = shares(shard_range, distributor)
+    part, distribution = work_division(shard_range, distributor)
     done = embed_files(
         _named(model),
         find_sounds(sounds),
@@ -55,7 +55,7 @@ def embed(
         crop=crop,
         batch=batch,
         part=part,
-        distributor=kind,
+        distributor=distribution,
         progress=partial(progress, "embed"),
     )
     if done.unfinished:

@@ -1,1 +1,1 @@
-"""Audio files and captions -> batches: manifest, shards, decoding, log-mels, tokens."""
+"""Shards -> batches: random reads, sampling, decoding, front ends, tokens."""

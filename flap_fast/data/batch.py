@@ -1,42 +1,98 @@
-"""What the model is fed with."""
+"""The stages of a batch on its way to the model.
+
+EncodedBatch  ->  DecodedBatch  ->  MediaInput  ->  Batch
+files' bytes      decode, crop      front end       captions as tokens
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
+
+
+class EncodedBatch(NamedTuple):
+    """The bytes of B clips, and where each is to be cropped."""
+
+    clips: list[bytes]
+    positions: np.ndarray
+    """(B,) or (B, draws) in [0, 1): the crop position, then those of fusion's pieces."""
+
+
+class DecodedBatch(NamedTuple):
+    """B decoded clips, as every decoder gives them."""
+
+    media: Tensor
+    """(B, samples) waveforms or (B, frames, F) log-mels (float16 from a cache), zeros behind the
+    shorter ones; images: (B, R, R, 3) uint8."""
+    lengths: Tensor
+    """(B,) int64 on the CPU: samples, frames or rows of each clip."""
+    positions: Tensor
+    """(B, draws) float64 on the CPU: the positions that came with each clip, in [0, 1)."""
+
+
+class MediaInput(NamedTuple):
+    """The encoder's input of B clips, float32; normalised once the preprocessor is done."""
+
+    media: Tensor
+    """(B, 1, T, F), or (B, 4, T, F) with fusion; images: (B, 3, R, R)."""
+    longer: Tensor | None
+    """With fusion, (B,) bool on the CPU: clips longer than a channel shows."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's share of a training step, or a micro-batch of it: B clips.
-
-    Each with the caption drawn for this visit.
-    """
+    """A rank's micro-batch of a training step: B clips, each with one of its captions."""
 
     media: Tensor
-    """(B, 1, T, F) float32, normalised, SpecAug yet to come; (B, 4, T, F) with fusion; pictures:
+    """(B, 1, T, F) float32, normalised, SpecAug yet to come; (B, 4, T, F) with fusion; images:
     (B, 3, R, R)."""
     ids: Tensor
     """(S B, L) int64 tokens: of the B captions, then of the other S - 1 of `Loss.sentences`."""
     attention_mask: Tensor
-    """(S B, L) int64, 1 on tokens and 0 on padding; on the CPU, for the host decides by it."""
+    """(S B, L) int64, 1 on tokens and 0 on padding; on the CPU, since the host decides by it."""
     sample_index: Tensor
-    """(B,) int64: `step * global_batch + row`, keys the draws of masks and SpecAug."""
+    """(B,) int64: `step * global_batch + row`, the key of masks' and SpecAug's random numbers."""
     clips: np.ndarray
     """(B,) int64: which clips of the shards these are."""
     epoch: int
-    """How often the data was gone through before."""
+    """Epochs completed before this step."""
     longer: Tensor | None = None
     """With fusion, (B,) bool on the CPU: clips whose pieces are fused with the whole of them."""
 
 
 @dataclass(frozen=True)
 class BadClip:
-    """A clip that could not be used in training, and what took its place."""
+    """A clip that could not be used in training, and the clip that replaced it."""
 
     step: int
     clip: str
     reason: str
     replaced_by: str
+
+
+def stack_clips(clips: list[np.ndarray], positions: np.ndarray) -> DecodedBatch:
+    """Decoded clips of any lengths as one tensor, zeros behind the shorter ones.
+
+    Args:
+        positions: (B,) or (B, draws), see `EncodedBatch`.
+    """
+    lengths = [len(clip) for clip in clips]
+    if min(lengths) == max(lengths):
+        media = np.stack(clips)
+    else:
+        media = np.zeros((len(clips), max(lengths)), np.float32)
+        for row, clip in zip(media, clips, strict=True):
+            row[: len(clip)] = clip
+    draws = torch.from_numpy(np.asarray(positions, np.float64).reshape(len(clips), -1))
+    return DecodedBatch(torch.from_numpy(media), torch.tensor(lengths), draws)
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device that the host does not wait for: to a GPU through pinned memory."""
+    if device.type == "cuda" and not x.is_cuda:
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)

@@ -1,9 +1,9 @@
-"""captions.jsonl beside the shards: the captions that `flap enrich` wrote, and which are drawn.
+"""Enriched captions: captions.jsonl, written by `flap enrich`, and the choice of captions.
 
-    FOLDER/captions.jsonl     {"id": ..., "original": ..., "caption": ..., ...}, one a caption
+    FOLDER/captions.jsonl     {"id": ..., "original": ..., "caption": ..., ...}, a line each
 
-A caption's `caption` is what to train with: the richer one, or the original where that was kept.
-Evaluation never opens the file.
+`caption` is the text to train on: the enriched one, or the original where that was kept. Evaluation
+never opens the file.
 """
 
 from __future__ import annotations
@@ -25,72 +25,72 @@ FILE = "captions.jsonl"
 
 
 def caption_key(clip: str, original: str) -> int:
-    """63 bits that stand for one caption of one clip."""
+    """A 63-bit key of one caption of one clip."""
     return text_key(f"{clip}\0{original}")
 
 
 def text_key(text: str) -> int:
-    """63 bits that stand for a text."""
+    """A 63-bit key of a text."""
     digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def clip_id(shards: Shards, clip: int, record: dict[str, Any]) -> str:
-    """A clip's `id`; where its record has none, its place: `0.tar@512`."""
-    file, at, *_ = shards.place[clip].tolist()
-    return str(record.get("id") or f"{shards.files[file].name}@{at}")
+    """A clip's `id`; where its record has none, its file and offset: `0.tar@512`."""
+    file, offset, *_ = shards.locations[clip].tolist()
+    return str(record.get("id") or f"{shards.files[file].name}@{offset}")
 
 
 class CaptionChoice:
-    """What a visit to a clip may read: its own captions, or the richer ones.
+    """Chooses between a clip's own captions and its enriched ones.
 
-    Under `concat` a clip of a folder with richer captions stands twice in an epoch. Clips of a
-    folder without a file of them keep their own; `check_before_loading` refuses a run without any.
+    Under `concat` a clip of a folder with enriched captions is two samples of an epoch. Clips of a
+    folder without captions.jsonl keep their own; `check_before_loading` refuses a run without any.
 
     Raises:
-        ConfigError: a line of such a file that is no caption.
+        ConfigError: a line of captions.jsonl that is no caption.
     """
 
     def __init__(self, settings: Data, shards: Shards):
         self._settings, self._shards = settings, shards
         self._captions: dict[Path, dict[int, str]] = {}
-        files = shards.place[:, 0]
+        files = shards.locations[:, 0]
         self._clips = np.arange(len(shards))
         self.files = files
-        """(V,): the shard of each of an epoch's V samples, ascending; copies have their own."""
+        """(V,) int64: shard of each of an epoch's V samples, ascending; copies have their own."""
         if settings.captions == "original":
             return
         folders = {file.parent for file in shards.files}
         self._captions = {f: _read(f / FILE) for f in folders if (f / FILE).is_file()}
         if settings.captions == "concat":
-            rich = np.array([file.parent in self._captions for file in shards.files])
-            copies = np.flatnonzero(rich[files])
+            enriched = np.array([file.parent in self._captions for file in shards.files])
+            copies = np.flatnonzero(enriched[files])
             self._clips = np.concatenate([self._clips, copies])
             self.files = np.concatenate([files, files[copies] + len(shards.files)])
 
-    def clips(self, drawn: np.ndarray, u: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-        """The (B,) clips of the (B,) samples drawn, and (B,) whether each reads richer captions.
+    def clips(self, samples: np.ndarray, u: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+        """The (B,) clips of (B,) samples, and (B,) whether each takes enriched captions.
 
         Args:
             u: a number in [0, 1) for each, for data.captions = mix.
         """
         mode = self._settings.captions
-        richer = {
-            "original": np.zeros(len(drawn), bool),
-            "replace": np.ones(len(drawn), bool),
+        enriched = {
+            "original": np.zeros(len(samples), bool),
+            "replace": np.ones(len(samples), bool),
             "mix": np.asarray(u) < self._settings.enriched_ratio,
-            "concat": drawn >= len(self._shards),
+            "concat": samples >= len(self._shards),
         }[mode]
-        return self._clips[drawn], richer
+        return self._clips[samples], enriched
 
-    def texts(self, clip: int, record: dict[str, Any], *, richer: bool) -> list[str]:
-        """The captions of a clip, in the record's order; its own in a folder without a file.
+    def texts(self, clip: int, record: dict[str, Any], *, enriched: bool) -> list[str]:
+        """The captions of a clip, in the record's order; its own without captions.jsonl.
 
         Raises:
-            ShardError: the folder's file lacks one of them.
+            ShardError: captions.jsonl lacks one of them.
         """
-        folder = self._shards.files[self._shards.place[clip, 0]].parent
-        if not richer or folder not in self._captions:
+        folder = self._shards.folder(clip)
+        if not enriched or folder not in self._captions:
             return record["text"]
         captions, name = self._captions[folder], clip_id(self._shards, clip, record)
         try:

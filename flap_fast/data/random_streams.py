@@ -1,10 +1,10 @@
-"""Random numbers that are a function of what they are for, not of who asked before.
+"""Counter-based random numbers: a function of the seed, the stream and the sample index alone.
 
-    words = Philox4x32-10(key = (seed, stream), counter = (visit_lo, visit_hi, block, 0))
+    words = Philox4x32-10(key = (seed, stream), counter = (index_lo, index_hi, block, 0))
     u     = (word >> 8) * 2**-24                     in [0, 1), exact in float32
 
-A visit is one use of one clip: `step * global_batch + row`. So crops, captions, masks and
-augmentation are the same for any number of ranks, workers and restarts, on a CPU and on a GPU.
+A sample index is `step * global_batch + row`. So crops, captions, masks and augmentation are the
+same for any number of ranks, workers and restarts, on a CPU and on a GPU.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
@@ -23,7 +23,7 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 class Stream(IntEnum):
-    """What a draw is for; two streams never share a number."""
+    """The use of a random number; two streams never share one."""
 
     ORDER = 0
     CROP = 1
@@ -37,10 +37,10 @@ class Stream(IntEnum):
 
 
 def uniforms(seed: int, stream: Stream, sample_index: Tensor, count: int) -> Tensor:
-    """`count` numbers in [0, 1) for each visit.
+    """`count` numbers in [0, 1) for each sample.
 
     Args:
-        sample_index: (B,) int64, at least 0, on the device that is to draw.
+        sample_index: (B,) int64, at least 0, on the device that computes them.
 
     Returns:
         (B, count) float32, the same bits on every device.
@@ -59,7 +59,7 @@ def uniforms(seed: int, stream: Stream, sample_index: Tensor, count: int) -> Ten
 def permutation(
     seed: int, epoch: int, count: int, salt: int = 0, stream: Stream = Stream.ORDER
 ) -> np.ndarray:
-    """A shuffled (count,) int64 `arange`, a function of its arguments alone."""
+    """A random permutation, (count,) int64, a function of its arguments alone."""
     key = np.random.SeedSequence([seed, int(stream), epoch, salt])
     return np.random.Generator(np.random.Philox(key)).permutation(count)
 

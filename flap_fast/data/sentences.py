@@ -1,10 +1,10 @@
-"""What the text tower reads beside a step's captions: the same again, and triples of sentences.
+"""The texts of a step besides its captions: the captions a second time, and triples of sentences.
 
     FILE.jsonl     {"premise": "A man sings.", "entailment": "Someone sings.", "contradiction": ...}
     FILE.tsv .csv  the same columns, or SimCSE's: sent0, sent1, hard_neg
 
-Triples have an order of their own, which starts anew where it ends; like the clips', it is a
-function of the seed and the step alone.
+Triples have a sampler of their own, a function of the seed and the step alone, with epochs of
+their own.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Sentences:
         self._triples: list[Triple] = []
         if "premise" in self._names:
             self._triples = read_triples(config.data.nli)
-            self._order = Sampler(
+            self._sampler = Sampler(
                 np.zeros(len(self._triples), np.int64),
                 config.train.global_batch,
                 config.run.seed,
@@ -49,14 +49,14 @@ class Sentences:
             )
 
     def __call__(self, step: int, rows: np.ndarray, captions: Sequence[str]) -> list[str]:
-        """As many sentences of each name as there are captions, `text` first.
+        """A sentence of each name for each caption, `text` first.
 
         Args:
             rows: (B,) which of the step's global batch these are.
         """
         texts: dict[str, Sequence[str]] = {"text": captions}
         if self._triples:
-            triples = (self._triples[row] for row in self._order.clips(step)[rows])
+            triples = (self._triples[row] for row in self._sampler.samples(step)[rows])
             texts |= zip(_COLUMNS, zip(*triples, strict=True), strict=True)
         return [text for name in self._names for text in texts[name.removesuffix("_again")]]
 

@@ -1,4 +1,4 @@
-"""Captions -> token ids, padded to the batch's own longest, never to 77; towers may pack them."""
+"""Captions -> token ids, padded to the longest caption of the batch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Tokenizer:
 
 
 def tokenizer(text: TextEncoder) -> Tokenizer:
-    """The tokenizer of a text tower, from its folder; nothing is fetched from a hub.
+    """The tokenizer of a text encoder, from its folder; nothing is fetched from a hub.
 
     Raises:
         ConfigError: no such folder, or no tokenizer in it.
@@ -65,7 +65,7 @@ _ON_THE_INDEX = {"open_clip": "--no-deps open_clip_torch"}
 
 
 def _clip_tokenizer(file: Path) -> Any:
-    """CLIP's byte pairs: 256 bytes, these as ends of words, the merges, and two marks.
+    """CLIP's byte-pair encoding: 256 bytes, these as ends of words, the merges, and two marks.
 
     The file has more merges than CLIP uses. Unlike OpenAI's code, which mends HTML's entities and
     broken encodings in a text first, this one takes it as it is.

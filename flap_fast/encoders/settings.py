@@ -37,8 +37,8 @@ recompute: its blocks' activations can be computed again in the backward pass.""
 class Encoder(Section):
     """The settings of an encoder."""
 
-    encoder: Annotated[str, MEANS_WEIGHTS]
-    """The encoder's name."""
+    encoder: Annotated[Any, MEANS_WEIGHTS] = None
+    """The encoder's name: a `Literal` of each arm."""
 
     moved: ClassVar[dict[str, tuple[object, ...]]] = {}
     """Settings that are another encoder's today and stood beside this one's in older files, with
@@ -88,9 +88,9 @@ class MediaEncoder(Encoder):
         return f"{self.modality}.encoder = {self.encoder}"
 
     @property
-    def grid(self) -> tuple[int, int] | None:
-        """Patches along time and along frequency; None of an encoder without such patches."""
-        return None
+    def grid(self) -> tuple[int, int]:
+        """Patches along time and along frequency; (0, 0) of an encoder without such patches."""
+        return 0, 0
 
     def input_shape(self, fusion: Fusion) -> tuple[int, ...]:
         """The shape of one clip as the encoder takes it."""

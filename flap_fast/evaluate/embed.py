@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flap_fast.config import Config
-from flap_fast.data.loader import evaluation_mels
-from flap_fast.data.preprocess.front_end import MediaInput
-from flap_fast.data.preprocess.waveform import BadSound
+from flap_fast.data.batch import MediaInput
+from flap_fast.data.evaluation import evaluation_batches
+from flap_fast.data.preprocess.waveform import Unusable
 from flap_fast.data.shards import ShardError, Shards
 from flap_fast.data.tokenize import Tokenizer
 from flap_fast.model.two_towers import TwoTowers
@@ -71,7 +71,7 @@ def embed(
     texts = texts or read_texts(shards)
     with evaluating(model):
         mine = rank_slice(len(shards), ranks)
-        batches = _in_step(evaluation_mels(config, shards, mine, ranks), ranks)
+        batches = _in_step(evaluation_batches(config, shards, mine, ranks), ranks)
         rows = [model.embed_media(batch, longer=longer) for batch, longer in batches]
         media = torch.cat(rows)
         if config.eval.crops > 1:
@@ -163,7 +163,7 @@ def read_texts(shards: Shards) -> Texts:
     for clip in range(len(shards)):
         try:
             record = shards.record(clip, captionless=True)
-        except BadSound as why:
+        except Unusable as why:
             raise ShardError(
                 f"{shards.name(clip)}: {why}; delete the tar and run the same flap prepare again"
             ) from None

@@ -40,9 +40,7 @@ _SCHEMES = (
 def encoder_flops(config: Config, *, clips: int = 1, fused: bool = False) -> int:
     """Multiply-adds of the encoder's forward pass over `clips` clips, masked as in training."""
     encoder = config.encoder
-    kept = None
-    if "mask" in encoder.can and encoder.grid is not None:
-        kept = kept_patches(config.mask, encoder.grid)
+    kept = kept_patches(config.mask, encoder.grid) if "mask" in encoder.can else None
     return clips * _counter(config)(kept)[fused]
 
 
@@ -60,7 +58,7 @@ def masking_flops(config: Config, clips: int = CLIPS) -> list[dict[str, Any]]:
         for ratio in (n / 10 for n in tenths):
             ratios = {"ratio": ratio, "time_ratio": ratio, "freq_ratio": ratio}
             mask = config.mask.model_copy(update={"kind": kind, "unit": unit, **ratios})
-            kept = None if encoder.grid is None else kept_patches(mask, encoder.grid)
+            kept = kept_patches(mask, encoder.grid) or None
             whole, fused = (clips * flops / 1e9 for flops in count(kept if maskable else None))
             row = {"kind": kind, "unit": unit, "ratio": ratio, "clips": clips, "kept": kept}
             rows.append({**row, "gflops": whole, "gflops_fused": fused, **modality})

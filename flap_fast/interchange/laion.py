@@ -20,7 +20,7 @@ import torch
 from flap_fast.checks import require
 from flap_fast.config import Config
 from flap_fast.config.file import load_config
-from flap_fast.data.preprocess.mel_clap import mel_matrix
+from flap_fast.data.preprocess.clap_mel import mel_matrix
 from flap_fast.encoders.roberta.settings import RobertaSettings
 from flap_fast.interchange.layout import Export, Imported, Layout, Source
 from flap_fast.interchange.tensors import Tensors, module_prefix, save_pickle

@@ -1,10 +1,7 @@
-"""What a clip becomes in a shard: FLAC at the front end's rate, or a cached log-mel.
+"""Clip encoders: a clip's file -> its bytes in a shard. FLAC, or the image's own file.
 
-Pictures stay the bytes that they are where they are JPEG or PNG in RGB or grey, 8 bits deep; others
-become PNG in RGB. So every reader of the shards sees the same pixels.
-
-A form's `identity` enters the fingerprint of every shard, and its `beside` are files that each
-split's folder gets. Its clips are encoded, on any threads, inside of `at_work()`.
+JPEG and PNG images in RGB or grey, 8 bits deep, keep their bytes; others become PNG in RGB, so that
+every reader of the shards sees the same pixels. The encoder of cached log-mels is in cached_mel.py.
 """
 
 from __future__ import annotations
@@ -18,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import soundfile
 
-from flap_fast.data.preprocess.waveform import BadSound, read_sound
+from flap_fast.data.preprocess.waveform import BadSound, Unusable, read_sound
 from flap_fast.preparation.manifest import Entry
 
 # Quieter than -80 dB of full scale at its loudest: nothing to hear, and a constant log-mel.
@@ -26,21 +23,30 @@ _SILENT = 1e-4
 _SHORTEST_S = 0.025
 
 
-class Form(Protocol):
-    """How the clips of a shard are kept."""
+class ClipEncoder(Protocol):
+    """Encodes clips for a shard."""
 
     @property
-    def identity(self) -> Any: ...
+    def identity(self) -> Any:
+        """What the bytes depend on, for JSON; part of every shard's fingerprint."""
+        ...
+
     @property
-    def beside(self) -> dict[str, bytes]: ...
-    def at_work(self) -> AbstractContextManager: ...
+    def metadata_files(self) -> dict[str, bytes]:
+        """Files that the folder of each split gets, by name."""
+        ...
+
+    def encoding(self) -> AbstractContextManager:
+        """The context in which `encode` is called, on any threads."""
+        ...
+
     def encode(self, entry: Entry) -> tuple[str, bytes]:
         """A clip's ending and bytes; raises `Unusable` with the reason for rejecting it."""
         ...
 
 
 @dataclass(frozen=True)
-class Flac:
+class FlacEncoder:
     """16-bit mono FLAC at a rate."""
 
     sample_rate_hz: int
@@ -50,16 +56,16 @@ class Flac:
         return self.sample_rate_hz
 
     @property
-    def beside(self) -> dict[str, bytes]:
+    def metadata_files(self) -> dict[str, bytes]:
         return {}
 
-    def at_work(self) -> AbstractContextManager:
+    def encoding(self) -> AbstractContextManager:
         return nullcontext()
 
     def encode(self, entry: Entry) -> tuple[str, bytes]:
-        """A sound as FLAC; a picture as its own file, or PNG."""
+        """A sound as FLAC; an image as its own file, or PNG."""
         source = read_source(entry)
-        if isinstance(source, Picture):
+        if isinstance(source, EncodedImage):
             return source
         wave = checked_wave(entry, source, self.sample_rate_hz)
         buffer = io.BytesIO()
@@ -67,25 +73,25 @@ class Flac:
         return "flac", buffer.getvalue()
 
 
-class Picture(NamedTuple):
-    """A picture's ending and its file."""
+class EncodedImage(NamedTuple):
+    """An image's ending and its file."""
 
     ending: str
     data: bytes
 
 
-def read_source(entry: Entry) -> Path | bytes | Picture:
-    """The sound's file, its bytes where it lies in a tar, or a picture.
+def read_source(entry: Entry) -> Path | bytes | EncodedImage:
+    """A clip's sound, as a file or as the bytes in a tar, or its image.
 
     Raises:
         Unusable: the row has neither captions nor labels, or the picture is none.
     """
     if not entry.captions and not entry.labels:  # a clip with labels alone can be classified
-        raise BadSound("captionless")
+        raise Unusable("captionless")
     if entry.inside is None:
         return _picture(entry.audio) if entry.image else entry.audio
     if not entry.audio.is_file():
-        raise BadSound("missing: no such file")
+        raise Unusable("missing: no such file")
     with entry.audio.open("rb") as file:
         file.seek(entry.inside[0])
         data = file.read(entry.inside[1])
@@ -101,7 +107,7 @@ _AS_IT_IS = {
 }
 
 
-def _picture(source: Path | bytes) -> Picture:
+def _picture(source: Path | bytes) -> EncodedImage:
     """The picture's file, or a PNG of it; raises `BadImage` with the reason for rejecting it."""
     # Pillow and PyTorch take time to import, which sounds alone need not pay.
     from flap_fast.data.preprocess.image import decoded, rgb, square
@@ -112,10 +118,10 @@ def _picture(source: Path | bytes) -> Picture:
     # RGBA, palettes, CMYK, 16 bits: each decoder has its own way with them.
     ending = _AS_IT_IS.get((str(picture.format), picture.mode))
     if ending is not None and "transparency" not in picture.info:
-        return Picture(ending, source if isinstance(source, bytes) else source.read_bytes())
+        return EncodedImage(ending, source if isinstance(source, bytes) else source.read_bytes())
     buffer = io.BytesIO()
     colours.save(buffer, "PNG")
-    return Picture("png", buffer.getvalue())
+    return EncodedImage("png", buffer.getvalue())
 
 
 def checked_wave(entry: Entry, source: Path | bytes, sample_rate_hz: int) -> np.ndarray:

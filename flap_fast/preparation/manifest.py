@@ -26,7 +26,7 @@ from flap_fast.files import ManifestError, read_rows, whole_characters
 
 _KNOWN = ("audio", "image", "caption", "captions", "id", "split", "labels", "start_s", "duration_s")
 Row = tuple[Path, int, dict[str, Any]]
-"""The file that a row is from, its line there, and its cells."""
+"""A row's file, its line and its cells."""
 
 # Endings of files that are pictures.
 PICTURES = ("jpg", "jpeg", "png", "webp")
@@ -49,11 +49,11 @@ class Entry:
     image: bool = False
     """`audio` is a picture."""
     inside: tuple[int, int] | None = None
-    """Where the sound lies in `audio`, a tar: offset and size."""
+    """Offset and size of the media in `audio`, a tar."""
     more: dict[str, Any] = field(default_factory=dict)
-    """What else its JSON record is to say."""
+    """Further fields of its JSON record."""
     under: str = ""
-    """The folder of `audio` in its manifest's folder, where there is a manifest."""
+    """The folder of `audio`, relative to its manifest's; empty without a manifest."""
 
 
 def read_manifest(file: Path) -> list[Entry]:
@@ -78,7 +78,7 @@ def collect(rows: Iterable[Row], folder: Path, called: str) -> list[Entry]:
 
     Args:
         folder: what `audio` is relative to.
-        called: where the rows are from, for the message that there are none.
+        called: the name of the rows' origin, for the message that there are none.
 
     Raises:
         ManifestError: as `read_manifest`.
@@ -163,7 +163,7 @@ def _entry(file: Path, line: int, row: dict[str, Any], folder: Path) -> Entry:
 
 
 def _given(row: dict[str, Any], name: str) -> bool:
-    """Whether a row has something in a column; an empty cell has nothing."""
+    """Whether a row's cell in a column is not empty."""
     return row.get(name) not in (None, "")
 
 

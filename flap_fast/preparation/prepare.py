@@ -5,8 +5,8 @@
     OUT/.prepare/                          which shards are finished, for going on after a stop
 
 Shard K of a split holds rows K*n .. K*n+n-1 of that split: what it contains depends on the
-manifest alone, so stopping anywhere and going on gives the same bytes, and so does sharing the
-work among machines.
+manifest alone, so stopping anywhere and going on gives the same bytes, and so does any division of
+the work among machines.
 """
 
 from __future__ import annotations
@@ -24,10 +24,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from flap_fast.config import Audio
 from flap_fast.data.preprocess.waveform import Unusable
-from flap_fast.preparation.encoding import Flac, Form
+from flap_fast.preparation.encoding import ClipEncoder, FlacEncoder
 from flap_fast.preparation.manifest import Entry, read_manifest
 from flap_fast.preparation.ray_cluster import run_on_cluster
-from flap_fast.preparation.shard_tasks import Job, Part, Place, Prepared, jobs_of
+from flap_fast.preparation.shard_tasks import (
+    Prepared,
+    ShardRange,
+    ShardTask,
+    ShardWriter,
+    shard_tasks,
+)
 
 Distributor = Literal["threads", "ray"]
 
@@ -43,7 +49,7 @@ def prepare(
     shard_clips: int = 512,
     threads: int = 0,
     cache: Audio | None = None,
-    part: Part | None = None,
+    shard_range: ShardRange | None = None,
     retry: bool = False,
     distributor: Distributor = "threads",
     show: bool = True,
@@ -54,66 +60,70 @@ def prepare(
         manifest: its file, or clips that a reader of `sources` found.
         threads: decoding threads; 0 takes all cores.
         cache: write the log-mels of this front end instead of sounds.
-        part: write these shards alone; whichever call finds all finished writes the rest.
+        shard_range: write these shards alone; the call that finds all finished writes the rest.
         retry: prepare shards with rejected clips anew.
-        distributor: threads of this process, or the Ray cluster that is there.
+        distributor: threads of this process, or the running Ray cluster.
 
     Raises:
         ManifestError: see `read_manifest`; also when OUT holds shards of another manifest or rate,
             or by another hand.
     """
     entries = read_manifest(Path(manifest)) if isinstance(manifest, (str, Path)) else manifest
-    jobs = list(jobs_of(entries, shard_clips))
-    place = Place(Path(out).absolute(), _form(sample_rate_hz, cache))
-    place.begin(jobs)
-    mine = jobs[part.number - 1 :: part.of] if part else jobs
+    tasks = list(shard_tasks(entries, shard_clips))
+    writer = ShardWriter(Path(out).absolute(), _clip_encoder(sample_rate_hz, cache))
+    writer.begin(tasks)
+    mine = tasks[shard_range.number - 1 :: shard_range.of] if shard_range else tasks
     if retry:
-        for job in mine:
-            place.retry(job)
-    todo = [job for job in mine if place.finished(job) is None]
+        for task in mine:
+            writer.retry(task)
+    todo = [task for task in mine if writer.finished(task) is None]
     columns = (TextColumn("prepare"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not show) as bar:
-        task = bar.add_task("", total=sum(len(job.entries) for job in todo))
+        row = bar.add_task("", total=sum(len(task.entries) for task in todo))
 
         def advance(clips: int) -> None:
-            bar.advance(task, clips)
+            bar.advance(row, clips)
 
         if distributor == "ray":
-            tasks = [(partial(_write_there, place, job), len(job.entries)) for job in todo]
-            run_on_cluster(tasks, advance)
+            calls = [(partial(_write_one, writer, task), len(task.entries)) for task in todo]
+            run_on_cluster(calls, advance)
         else:
-            write_shards(place, todo, advance, threads=threads or os.cpu_count() or 1)
-    return place.finish(jobs)
+            write_shards(writer, todo, advance, threads=threads or os.cpu_count() or 1)
+    return writer.finish(tasks)
 
 
 def write_shards(
-    place: Place, jobs: Sequence[Job], advance: Callable[[int], None], *, threads: int
+    writer: ShardWriter,
+    tasks: Sequence[ShardTask],
+    advance: Callable[[int], None],
+    *,
+    threads: int,
 ) -> None:
-    """Write these shards, clips decoded on threads, across the shards' borders."""
+    """Write these shards, clips encoded on threads, across the shards' borders."""
 
     def encode(entry: Entry) -> tuple[str, bytes] | str:
         try:
-            return place.form.encode(entry)
+            return writer.encoder.encode(entry)
         except Unusable as why:
             return str(why)
         finally:
             advance(1)
 
-    clips = (entry for job in jobs for entry in job.entries)
-    limit = 4 * max((len(job.entries) for job in jobs), default=1)
+    clips = (entry for task in tasks for entry in task.entries)
+    limit = 4 * max((len(task.entries) for task in tasks), default=1)
     with (
-        place.form.at_work(),
+        writer.encoder.encoding(),
         ThreadPoolExecutor(threads) as pool,
         # Closed: a full disk or Ctrl-C does not wait for what was begun ahead.
         closing(ahead(pool, encode, clips, limit=limit)) as encoded,
     ):
-        for job in jobs:
-            place.write(job, [next(encoded) for _ in job.entries])
+        for task in tasks:
+            writer.write(task, [next(encoded) for _ in task.entries])
 
 
-def _write_there(place: Place, job: Job) -> None:
-    """A task of a cluster."""
-    write_shards(place, [job], lambda _: None, threads=1)
+def _write_one(writer: ShardWriter, task: ShardTask) -> None:
+    """Write one shard, as a task of a cluster."""
+    write_shards(writer, [task], lambda _: None, threads=1)
 
 
 def ahead(
@@ -133,11 +143,10 @@ def ahead(
             future.cancel()
 
 
-def _form(sample_rate_hz: int, cache: Audio | None) -> Form:
+def _clip_encoder(sample_rate_hz: int, cache: Audio | None) -> ClipEncoder:
     if cache is None:
-        return Flac(sample_rate_hz)
-    from flap_fast.data.preprocess.cached_mel import (
-        CachedMel,
-    )  # brings PyTorch, which takes seconds
+        return FlacEncoder(sample_rate_hz)
+    # Imports PyTorch, which takes seconds.
+    from flap_fast.preparation.cached_mel import CachedMelEncoder
 
-    return CachedMel(cache)
+    return CachedMelEncoder(cache)

@@ -1,4 +1,4 @@
-"""Work shared among the workers of a Ray cluster. The only file that imports ray.
+"""Tasks on a Ray cluster. The only file that imports ray.
 
 All machines must see the files and the working folder under the same paths, and have what this
 package needs installed.
@@ -32,7 +32,7 @@ def run_on_cluster(
         gpu: a task takes a GPU, where the cluster has any.
 
     Raises:
-        ConfigError: Ray is not installed, or no cluster is there.
+        ConfigError: Ray is not installed, or no cluster is running.
     """
     try:
         import ray  # pyright: ignore[reportMissingImports] - an extra

@@ -1,11 +1,11 @@
-"""The shards that a call of `prepare` is to write, which of them are there, and who writes which.
+"""The shards of a call of `prepare`: listing them, writing them, knowing which are finished.
 
     OUT/.prepare/SPLIT-K.json    shard K of a split is finished: its clips, and what was rejected
 
-A shard's job is known by its fingerprint: of its rows, and of the form that clips are brought to.
-Any number of processes, on any number of machines, may work on one OUT: each writes the shards of
-its part, and whoever finds all of them finished writes what is said of the whole. That is the same
-bytes whoever it is, so that it does no harm when two do it.
+A shard task has a fingerprint: of its rows, and of the clip encoder. Any number of processes, on
+any number of machines, may work on one OUT: each writes the shards of its shard range, and the one
+that finds all of them finished writes the files about the whole. These are the same bytes from any
+process, so that it does no harm when two of them write.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from typing import Any
 from flap_fast.checks import require
 from flap_fast.data.shards import pack
 from flap_fast.files import ManifestError, as_utf8, write_atomically
-from flap_fast.preparation.encoding import Form
+from flap_fast.preparation.encoding import ClipEncoder
 from flap_fast.preparation.manifest import Entry
 
 
 @dataclass(frozen=True)
-class Part:
-    """One of several equal shares of the shards: every `of`-th, beginning with number `number`."""
+class ShardRange:
+    """Every `of`-th shard, beginning with number `number`: one of `of` equal ranges."""
 
     number: int = 1
     of: int = 1
@@ -36,8 +36,8 @@ class Part:
         return f"{self.number}/{self.of}"
 
 
-def part(text: str) -> Part:
-    """`3/8`, the third of eight shares; raises `ConfigError`."""
+def shard_range(text: str) -> ShardRange:
+    """The shard range that `3/8` names, the third of eight; raises `ConfigError`."""
     numbers = re.fullmatch(r"(\d+)/(\d+)", text)
     number, of = (int(n) for n in numbers.groups()) if numbers else (0, 0)
     require(
@@ -47,12 +47,12 @@ def part(text: str) -> Part:
         text,
         "for example 1/8; of a Slurm array: sbatch --array=1-8, $SLURM_ARRAY_TASK_ID/8",
     )
-    return Part(number, of)
+    return ShardRange(number, of)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What OUT holds after a call of `prepare`."""
+    """The contents of OUT after a call of `prepare`."""
 
     clips: int
     shards: int
@@ -63,8 +63,8 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class Job:
-    """One shard: the rows of it."""
+class ShardTask:
+    """A shard to write: its split, number and rows."""
 
     split: str
     number: int
@@ -74,63 +74,63 @@ class Job:
     def name(self) -> str:
         return f"{self.split}-{self.number}"
 
-    def fingerprint(self, form: Form) -> str:
-        """Changes with anything that the shard's bytes depend on but the sounds themselves."""
-        text = json.dumps([form.identity, [_row(e) for e in self.entries]], sort_keys=True)
+    def fingerprint(self, encoder: ClipEncoder) -> str:
+        """Hash of all that the shard's bytes depend on but the media themselves."""
+        text = json.dumps([encoder.identity, [_row(e) for e in self.entries]], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def jobs_of(entries: Sequence[Entry], shard_clips: int) -> Iterator[Job]:
-    """Shard K of a split has its rows K*n .. K*n+n-1."""
+def shard_tasks(entries: Sequence[Entry], shard_clips: int) -> Iterator[ShardTask]:
+    """The shards of all splits; shard K of a split has its rows K*n .. K*n+n-1."""
     splits: dict[str, list[Entry]] = {}
     for entry in entries:
         splits.setdefault(entry.split, []).append(entry)
     for split, rows in sorted(splits.items()):
         for number, first in enumerate(range(0, len(rows), shard_clips)):
-            yield Job(split, number, rows[first : first + shard_clips])
+            yield ShardTask(split, number, rows[first : first + shard_clips])
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where shards go, and in which form."""
+class ShardWriter:
+    """Writes shards and their records into a folder, and knows which are finished."""
 
     out: Path
-    form: Form
+    encoder: ClipEncoder
 
     @property
-    def _done(self) -> Path:
+    def _records(self) -> Path:
         return self.out / ".prepare"
 
-    def _record(self, job: Job) -> Path:
-        return self._done / f"{job.name}.json"
+    def _record(self, task: ShardTask) -> Path:
+        return self._records / f"{task.name}.json"
 
-    def _shard(self, job: Job) -> Path:
-        return self.out / job.split / f"{job.number}.tar"
+    def _shard(self, task: ShardTask) -> Path:
+        return self.out / task.split / f"{task.number}.tar"
 
-    def begin(self, jobs: Sequence[Job]) -> None:
-        """Make the folders; raise `ManifestError` where other shards are in them."""
-        stale = {f.stem for f in self._done.glob("*.json")} - {job.name for job in jobs}
+    def begin(self, tasks: Sequence[ShardTask]) -> None:
+        """Make folders and metadata files; raises `ManifestError` for foreign shards in them."""
+        stale = {f.stem for f in self._records.glob("*.json")} - {task.name for task in tasks}
         if stale:
             raise self._other(f"{len(stale)} shards that the manifest does not have")
-        self._refuse_others(jobs)
-        self._done.mkdir(parents=True, exist_ok=True)
-        for split in {job.split for job in jobs}:
+        self._refuse_others(tasks)
+        self._records.mkdir(parents=True, exist_ok=True)
+        for split in {task.split for task in tasks}:
             folder = self.out / split
             folder.mkdir(exist_ok=True)
-            for name, data in self.form.beside.items():
-                there = folder / name
-                if there.is_file() and there.read_bytes() != data:
+            for name, data in self.encoder.metadata_files.items():
+                file = folder / name
+                if file.is_file() and file.read_bytes() != data:
                     raise self._other(f"another {split}/{name}")
-                write_atomically(there, data)
+                write_atomically(file, data)
 
-    def _refuse_others(self, jobs: Sequence[Job]) -> None:
+    def _refuse_others(self, tasks: Sequence[ShardTask]) -> None:
         """Raise `ManifestError` where shards that we did not write would be overwritten."""
-        sources = {entry.audio for job in jobs for entry in job.entries if entry.inside}
+        sources = {entry.audio for task in tasks for entry in task.entries if entry.inside}
         read = {audio.resolve().parent for audio in sources}
-        shards = {self._shard(job): self._record(job) for job in jobs}
+        shards = {self._shard(task): self._record(task) for task in tasks}
         folders = sorted({shard.parent for shard in shards})
         tars = [tar for folder in folders for tar in sorted(folder.glob("*.tar"))]
-        begun = self._done.is_dir()  # asked after the tars: another part may be writing
+        begun = self._records.is_dir()  # asked after the tars: another range may be written now
         for tar in tars:
             # A call that was killed may have left no record; the index is written before the tar.
             marks = (shards[tar], tar.with_suffix(".idx")) if begun and tar in shards else ()
@@ -140,33 +140,33 @@ class Place:
                     "one of them and might be lost; name another folder"
                 )
 
-    def finished(self, job: Job) -> dict[str, Any] | None:
+    def finished(self, task: ShardTask) -> dict[str, Any] | None:
         """The record of a finished shard, or None; raises where it is another manifest's."""
         try:
-            record = json.loads(self._record(job).read_text())
+            record = json.loads(self._record(task).read_text())
         except FileNotFoundError:
             return None
-        if record["fingerprint"] != job.fingerprint(self.form):
-            raise self._other(f"another {job.name}")
-        shard = self._shard(job)
-        there = shard.is_file() and shard.with_suffix(".idx").is_file()
-        return record if there or not record["clips"] else None
+        if record["fingerprint"] != task.fingerprint(self.encoder):
+            raise self._other(f"another {task.name}")
+        shard = self._shard(task)
+        written = shard.is_file() and shard.with_suffix(".idx").is_file()
+        return record if written or not record["clips"] else None
 
-    def retry(self, job: Job) -> None:
-        """Take a shard for unfinished, and its split with it, if clips of it were rejected."""
-        record = self.finished(job)
+    def retry(self, task: ShardTask) -> None:
+        """Mark a shard with rejected clips, and its split, as unfinished."""
+        record = self.finished(task)
         if record and record["rejected"]:
-            (self.out / job.split / "sizes.json").unlink(missing_ok=True)
-            self._record(job).unlink(missing_ok=True)
+            (self.out / task.split / "sizes.json").unlink(missing_ok=True)
+            self._record(task).unlink(missing_ok=True)
 
-    def write(self, job: Job, results: Sequence[tuple[str, bytes] | str]) -> None:
+    def write(self, task: ShardTask, results: Sequence[tuple[str, bytes] | str]) -> None:
         """Write one shard, then the record that it is finished.
 
         Args:
-            results: of each of the job's rows its ending and bytes, or why it is rejected.
+            results: ending and bytes of each of the task's rows, or why it is rejected.
         """
         samples, rejected = [], []
-        for entry, result in zip(job.entries, results, strict=True):
+        for entry, result in zip(task.entries, results, strict=True):
             if isinstance(result, str):
                 rejected.append(
                     {
@@ -181,34 +181,34 @@ class Place:
                 ending, data = result
                 samples.append((f"{entry.line:09d}.{ending}", data, _record(entry)))
         tar, index, clips = pack(samples)
-        shard = self._shard(job)
+        shard = self._shard(task)
         if clips:
             write_atomically(shard.with_suffix(".idx"), index.encode())
             write_atomically(shard, tar)
         else:
             shard.unlink(missing_ok=True)  # of a call before, when some could be used
         record = {
-            "fingerprint": job.fingerprint(self.form),
+            "fingerprint": task.fingerprint(self.encoder),
             "clips": clips,
             "rejected": rejected,
         }
-        write_atomically(self._record(job), json.dumps(record).encode())
+        write_atomically(self._record(task), json.dumps(record).encode())
 
-    def finish(self, jobs: Sequence[Job]) -> Prepared:
+    def finish(self, tasks: Sequence[ShardTask]) -> Prepared:
         """The counts; where no shard is missing, sizes.json of each split and rejected.jsonl."""
-        records = {job.name: self.finished(job) for job in jobs}
-        there = [record for record in records.values() if record]
-        rejected = [row for record in there for row in record["rejected"]]
-        kept = sum(record["clips"] for record in there)
-        shards = sum(record["clips"] > 0 for record in there)
-        unfinished = len(jobs) - len(there)
+        records = {task.name: self.finished(task) for task in tasks}
+        found = [record for record in records.values() if record]
+        rejected = [row for record in found for row in record["rejected"]]
+        kept = sum(record["clips"] for record in found)
+        shards = sum(record["clips"] > 0 for record in found)
+        unfinished = len(tasks) - len(found)
         if not unfinished:
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rejected)
             write_atomically(self.out / "rejected.jsonl", as_utf8(lines))
-            sizes: dict[str, dict[str, int]] = {job.split: {} for job in jobs}
-            for job, record in zip(jobs, there, strict=True):
+            sizes: dict[str, dict[str, int]] = {task.split: {} for task in tasks}
+            for task, record in zip(tasks, found, strict=True):
                 if record["clips"]:
-                    sizes[job.split][f"{job.number}.tar"] = record["clips"]
+                    sizes[task.split][f"{task.number}.tar"] = record["clips"]
             for split, counts in sizes.items():
                 data = (json.dumps(counts, indent=1) + "\n").encode()
                 write_atomically(self.out / split / "sizes.json", data)
@@ -223,9 +223,12 @@ class Place:
 
 
 def _row(entry: Entry) -> dict[str, Any]:
-    """What a fingerprint takes of a row: of the sound's path what stays when folders move."""
+    """A row in a fingerprint; of its path the part that stays when folders move.
+
+    By the names of `Entry`'s fields: another name makes all shards that exist foreign.
+    """
     row = {name: getattr(entry, name) for name in _FIELDS} | {"audio": entry.audio.name}
-    # Absent where they are empty: shards that were written before there were such are still known.
+    # Left out where empty: shards written before these fields existed keep their fingerprints.
     optional = {name: getattr(entry, name) for name in _OPTIONAL}
     return row | {name: value for name, value in optional.items() if value}
 

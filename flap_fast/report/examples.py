@@ -155,8 +155,8 @@ def _example(clip: int, own: Tensor, e: Embeddings, shards: Shards) -> Example:
         answers=[
             (captions(i), float(cosines[i]), int(e.clip_of_caption[i]) == clip) for i in first
         ],
-        sound="" if shards.kind == "images" else _playable(shards.sound(clip)),
-        image=_thumbnail(shards.sound(clip)) if shards.kind == "images" else "",
+        sound="" if shards.kind == "images" else _playable(shards.encoded(clip)),
+        image=_thumbnail(shards.encoded(clip)) if shards.kind == "images" else "",
     )
 
 

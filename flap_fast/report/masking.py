@@ -80,7 +80,7 @@ def _source(config: Config, sound: Path | None, clip: int) -> tuple[str, str, by
     if not 0 <= clip < len(shards):
         raise ConfigError(f"--clip must be in [0, {len(shards)}), got {clip}")
     record = shards.record(clip)
-    return str(record.get("id", clip)), record["text"][0], shards.sound(clip)
+    return str(record.get("id", clip)), record["text"][0], shards.encoded(clip)
 
 
 def _only_kept(mel: Tensor, keep: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:

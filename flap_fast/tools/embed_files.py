@@ -35,7 +35,7 @@ from flap_fast.data.preprocess.waveform import BadSound, Unread
 from flap_fast.files import as_utf8, write_atomically
 from flap_fast.preparation.prepare import Distributor
 from flap_fast.preparation.ray_cluster import run_on_cluster
-from flap_fast.preparation.shard_tasks import Part
+from flap_fast.preparation.shard_tasks import ShardRange
 from flap_fast.tools.embedder import Embedder, load
 from flap_fast.tools.search import stat_sound
 
@@ -83,7 +83,7 @@ def embed_files(
     *,
     crop: str = "center",
     batch: int = 64,
-    part: Part | None = None,
+    part: ShardRange | None = None,
     distributor: Distributor = "threads",
     chunk_sounds: int = 512,
     progress: Callable[[int], AbstractContextManager[Advance]] = lambda _: nullcontext(_ignore),

@@ -19,11 +19,10 @@ from torch.nn import functional
 
 from flap_fast.checks import ConfigError, require
 from flap_fast.config import Config
-from flap_fast.data.preprocess.front_end import MediaInput, MelFrontEnd, together
+from flap_fast.data.batch import stack_clips
 from flap_fast.data.preprocess.fusion import PIECES
 from flap_fast.data.preprocess.image import Picture, any_square
-from flap_fast.data.preprocess.mel import normalise
-from flap_fast.data.preprocess.preprocessors import ImagePreprocessor
+from flap_fast.data.preprocess.preprocessor import make_preprocessor
 from flap_fast.data.preprocess.waveform import BadSound
 from flap_fast.data.tokenize import Tokenizer, tokenizer
 from flap_fast.encoders.settings import ImageEncoder
@@ -50,7 +49,7 @@ class Embedder:
         self, model: TwoTowers, config: Config, tokenizer: Tokenizer, device: torch.device
     ):
         self.model, self.config, self.device = model.to(device).eval(), config, device
-        self._mel = MelFrontEnd(config.audio, config.fusion, device)
+        self._preprocessor = make_preprocessor(config, Ranks(device=device))
         self._tokenizer = tokenizer
 
     def embed_audio(
@@ -157,7 +156,6 @@ class Embedder:
             raise ConfigError(f"the model must {rule}, got an {encoder.modality} encoder; {remedy}")
         if isinstance(images, (str, Path)):
             raise TypeError(f"images must be a list, got one: ['{images}']")
-        preprocessor = ImagePreprocessor(self.config, encoder, Ranks(device=self.device))
 
         def decode(numbered: tuple[int, Picture]) -> np.ndarray:
             return any_square(numbered[1], numbered[0], encoder.resolution)
@@ -169,9 +167,8 @@ class Embedder:
             torch.no_grad(),
         ):
             for part in rows.split(batch) if len(rows) else ():
-                pixels = torch.from_numpy(np.stack([next(squares) for _ in part]))
-                inputs = preprocessor.finish(MediaInput(pixels.to(self.device), None))
-                part.copy_(self.model.embed_media(inputs.media))
+                clips = stack_clips([next(squares) for _ in part], np.zeros(len(part)))
+                part.copy_(self.model.embed_media(self._preprocessor.finish(clips).media))
         return rows
 
     def embed_text(self, captions: Sequence[str], batch: int = 256) -> Tensor:
@@ -242,11 +239,11 @@ class Embedder:
     @torch.no_grad()
     def _embed_waves(self, waves: Crops, batch: int) -> Tensor:
         """Embed crops: (N, d), on the CPU; fusion takes its crops from the middle of each third."""
-        rows = []
+        rows, positions = [], np.full((len(waves), 1 + PIECES), 0.5)
         for first in range(0, len(waves), batch):
-            some = waves[first : first + batch]
-            mel, longer = self._mel(together(some, np.full((len(some), 1 + PIECES), 0.5)))
-            rows.append(self.model.embed_media(normalise(mel, self.config.audio), longer=longer))
+            some = slice(first, first + batch)
+            found = self._preprocessor.finish(stack_clips(waves[some], positions[some]))
+            rows.append(self.model.embed_media(found.media, longer=found.longer))
         return torch.cat(rows).cpu()
 
 

@@ -14,8 +14,13 @@ from torch import Tensor
 
 from flap_fast.checks import require
 from flap_fast.config import Config
-from flap_fast.data.preprocess.front_end import fitted
-from flap_fast.data.preprocess.waveform import BadSound, crop_positions, mono_at, read_sound
+from flap_fast.data.preprocess.waveform import (
+    BadSound,
+    crop_and_fill,
+    crop_positions,
+    mono_at,
+    read_sound,
+)
 
 Array = np.ndarray | Tensor
 Sound = str | Path | Array | tuple[Array, float] | Mapping[str, Any]
@@ -63,7 +68,7 @@ def crops_of(sound: Sound, number: int, rate_hz: float, policy: str, config: Con
     crops = -(-len(wave) // longest) if policy == "whole" else crop_count(policy)
     positions = crop_positions(crops if len(wave) > longest else 1)
     # Copies: a view of a crop would keep the whole recording in memory.
-    return [fitted(wave, float(at), audio, config.fusion).copy() for at in positions]
+    return [crop_and_fill(wave, float(at), audio, config.fusion).copy() for at in positions]
 
 
 def _waveform(sound: Sound, rate_hz: float, sample_rate_hz: int) -> np.ndarray:

@@ -171,5 +171,5 @@ def _fsync(path: Path) -> None:
 
 def _hash(data: Shards) -> str:
     found = hashlib.sha256(os.fsencode("/".join(file.name for file in data.files)))
-    found.update(data.place.tobytes())
+    found.update(data.locations.tobytes())
     return found.hexdigest()

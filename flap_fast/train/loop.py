@@ -61,7 +61,7 @@ def train_from(
         improved = run.scorer.score(run.first)
         run.checkpoints.mark_scored(run.first, run.scorer.best, is_best=improved)
 
-    gradients = Gradients(config, ranks, engine, steps, loader.order.steps_per_epoch)
+    gradients = Gradients(config, ranks, engine, steps, loader.sampler.steps_per_epoch)
     batches = run.metrics.timed(loader.batches(run.first, steps, times=gradients.reads))
     for step in range(run.first + 1, steps + 1):
         outputs, terms = gradients(step, batches)
@@ -71,7 +71,7 @@ def train_from(
         )
         terms["grad_norm"] = engine.step(lr)
         # Still on the device: an observer that wants a number pays for its own sync.
-        run.metrics.step(step, loader.order.epoch(step - 1), lr, outputs, terms)
+        run.metrics.step(step, loader.sampler.epoch(step - 1), lr, outputs, terms)
         save_and_score(run, step, stopped=run.stop.agreed() and step < steps)
     return run.scorer.final_scores()
 

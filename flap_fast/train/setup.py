@@ -74,7 +74,7 @@ def set_up(config: Config, ranks: Ranks, start: Path | None, open_files: ExitSta
     state = checkpoints.state(start) if start else None
     first = state.step if state else 0
     loader = TrainingLoader(config, shards, tokens, ranks)
-    steps = config.train.steps or (config.train.epochs or 0) * loader.order.steps_per_epoch
+    steps = config.train.steps or (config.train.epochs or 0) * loader.sampler.steps_per_epoch
     engine = make_engine(config, _model(config, start), ranks)
     if start:
         engine.optimizer_state.load(start / "optimizer.safetensors")

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from flap_fast.config import Config
 from flap_fast.data.batch import Batch
-from flap_fast.data.preprocess.mel import spec_augment, stripes
+from flap_fast.data.preprocess.spec_augment import spec_augment, stripes
 from flap_fast.data.shards import ShardError
 from flap_fast.losses import total_loss
 from flap_fast.model.masking import patch_mask
@@ -129,7 +129,6 @@ def patch_mask_of(batch: Batch, config: Config, steps: int, per_epoch: int) -> P
     epochs = -(-steps // per_epoch)
     if config.mask.kind == "none" or batch.epoch >= epochs - tail:
         return None
-    assert config.encoder.grid is not None  # the config lets no other encoder be masked
     return patch_mask(config.mask, config.encoder.grid, config.run.seed, batch.sample_index)
 
 

@@ -106,19 +106,19 @@ def test_the_memory_of_micro_batches_is_shown_with_its_ratios(tmp_path):
     assert "512 clips on 4 ranks over 1: 1.028" in text
 
 
-def test_every_way_of_loading_gives_the_same_sounds(tmp_path, monkeypatch):
+def test_every_loader_gives_the_same_sounds(tmp_path, monkeypatch):
     pytest.importorskip("nvidia.dali")
     for name, value in {"BATCH": 2, "FILLING": 1, "TIMED": 1}.items():
         monkeypatch.setattr(loaders, name, value)
     shards = loaders.write_shards(tmp_path, clips=2)
     found = {}
-    for way in loaders.WAYS:
+    for case in loaders.LOADER_CASES:
         # Worker processes take seconds to start, and read a clip as the threads do.
-        if way.stored_hz == loaders.RATE_HZ and way.loader is not loaders.in_processes:
-            batches = way.filled(shards)
-            found[way.name] = next(batches).clone()
+        if case.stored_hz == loaders.RATE_HZ and case.loader is not loaders.in_processes:
+            batches = case.filled(shards)
+            found[case.name] = next(batches).clone()
     assert set(loaders.PEERS) - set(found) == {"soundfile + torchaudio, DataLoader"}
-    assert {loaders.DALI, loaders.TWIN} <= set(found)
+    assert {loaders.DALI, loaders.THREADED} <= set(found)
     first = found[loaders.DALI]
     assert first.shape == (2, 160_000)
     assert first.abs().max() > 0.01

@@ -23,7 +23,7 @@ from tests.tiny import tiny
 
 
 def write_captions(folder: Path) -> Path:
-    """A richer caption for each of a folder's: the same between stars."""
+    """A enriched caption for each of a folder's: the same between stars."""
     shards, lines = open_shards([folder]), []
     for clip in range(len(shards)):
         record = shards.record(clip)
@@ -64,25 +64,25 @@ def settings(folder: Path, captions: str, *more: str) -> Config:
     return tiny(f"data.train={folder}", "frontend.backend=torch", name, *more)
 
 
-def test_replacing_reads_the_richer_form_of_the_caption_that_was_drawn(rich):
+def test_replacing_reads_the_enriched_form_of_the_caption_that_was_drawn(rich):
     own, clips, _ = read(settings(rich, "original"), 0, 4)
-    richer, same, _ = read(settings(rich, "replace"), 0, 4)
+    enriched, same, _ = read(settings(rich, "replace"), 0, 4)
     assert same == clips
-    assert richer == [[f"*{text}*" for text in batch] for batch in own]
+    assert enriched == [[f"*{text}*" for text in batch] for batch in own]
     assert not any(text.startswith("*") for batch in own for text in batch)
 
 
-def test_mixing_reads_either_by_the_visit(rich):
+def test_mixing_reads_either_by_the_sample(rich):
     """Which caption of a clip is drawn stays as it was; the same over ranks, and from any step."""
     own, clips, _ = read(settings(rich, "original"), 0, 6)
     mixed, same, _ = read(settings(rich, "mix"), 0, 6)
     assert same == clips
     assert [[text.strip("*") for text in batch] for batch in mixed] == own
-    richer = np.array([[text.startswith("*") for text in batch] for batch in mixed])
+    enriched = np.array([[text.startswith("*") for text in batch] for batch in mixed])
     second = uniforms(3407, Stream.CAPTION, torch.arange(48), 2)[:, 1]
-    assert richer.flatten().tolist() == (second < 0.5).tolist()
-    assert 14 <= richer.sum() <= 34  # of 48, a half is expected; three deviations
-    assert 0 < richer[:2].sum() < 16
+    assert enriched.flatten().tolist() == (second < 0.5).tolist()
+    assert 14 <= enriched.sum() <= 34  # of 48, a half is expected; three deviations
+    assert 0 < enriched[:2].sum() < 16
     assert read(settings(rich, "mix"), 4, 6)[0] == mixed[4:]
     halves = [read(settings(rich, "mix"), 0, 3, rank, 2)[0] for rank in range(2)]
     assert [a + b for a, b in zip(*halves, strict=True)] == mixed[:3]
@@ -99,19 +99,19 @@ def test_mixing_none_or_all(rich, ratio, mode):
 def test_concatenating_shows_each_clip_with_either_once_an_epoch(rich, shuffle):
     config = settings(rich, "concat", f"data.shuffle_shards={shuffle}")
     texts, clips, loader = read(config, 0, 6)
-    assert loader.order.steps_per_epoch == 6  # twice 24 clips in batches of 8
+    assert loader.sampler.steps_per_epoch == 6  # twice 24 clips in batches of 8
     seen = [
         (clip, text.startswith("*"))
         for batch in zip(clips, texts, strict=True)
         for clip, text in zip(*batch, strict=True)
     ]
-    assert sorted(seen) == [(clip, richer) for clip in range(24) for richer in (False, True)]
-    assert {richer for _, richer in seen[:16]} == {False, True}
+    assert sorted(seen) == [(clip, enriched) for clip in range(24) for enriched in (False, True)]
+    assert {enriched for _, enriched in seen[:16]} == {False, True}
 
 
 @pytest.fixture
 def two_folders(prepared: Path, rich: Path, tmp_path: Path) -> tuple[Path, Path]:
-    """Of the corpus' 6 other clips, without richer captions; and the 24 with them."""
+    """Of the corpus' 6 other clips, without enriched captions; and the 24 with them."""
     shutil.copytree(prepared / "val", tmp_path / "plain")
     return tmp_path / "plain", rich
 
@@ -123,10 +123,10 @@ def test_a_folder_without_the_file_keeps_its_captions(two_folders):
         assert len(choice.files) == (54 if mode == "concat" else 30)
         assert (np.diff(choice.files) >= 0).all()
         drawn = np.arange(len(choice.files))
-        clips, richer = choice.clips(drawn, [0.0] * len(drawn))
+        clips, enriched = choice.clips(drawn, [0.0] * len(drawn))
         texts = [
-            choice.texts(int(clip), shards.record(int(clip)), richer=bool(r))
-            for clip, r in zip(clips, richer, strict=True)
+            choice.texts(int(clip), shards.record(int(clip)), enriched=bool(r))
+            for clip, r in zip(clips, enriched, strict=True)
         ]
         starred = [all(text.startswith("*") for text in several) for several in texts]
         own = [False] * 6 + [mode != "concat"] * 24 + [True] * (24 * (mode == "concat"))
@@ -134,7 +134,7 @@ def test_a_folder_without_the_file_keeps_its_captions(two_folders):
         assert clips.tolist() == [*range(30), *range(6, len(drawn) - 24)]
 
 
-def test_half_an_emoji_in_a_richer_caption_is_a_mark_in_its_place(rich, tmp_path):
+def test_half_an_emoji_in_a_enriched_caption_is_a_mark_in_its_place(rich, tmp_path):
     shutil.copytree(rich, tmp_path / "train")
     file = tmp_path / "train/captions.jsonl"
     file.write_text(file.read_text().replace('*"}', '\\ud83d"}'))
@@ -155,7 +155,7 @@ def test_a_caption_without_a_line_is_an_error_and_not_left_out(rich, tmp_path):
         read(settings(tmp_path / "train", "replace"), 0, 1)
 
 
-def test_a_run_is_refused_where_no_folder_has_richer_captions(prepared, rich, two_folders):
+def test_a_run_is_refused_where_no_folder_has_enriched_captions(prepared, rich, two_folders):
     check_before_loading(settings(rich, "mix"), 1)
     check_before_loading(tiny(f"data.train=[{two_folders[0]},{rich}]", "data.captions=concat"), 1)
     with pytest.raises(ConfigError) as error:

@@ -14,7 +14,8 @@ from PIL import Image as pillow
 
 from flap_fast.config import Config
 from flap_fast.data.batch import Batch
-from flap_fast.data.loader import TrainingLoader, evaluation_mels
+from flap_fast.data.evaluation import evaluation_batches
+from flap_fast.data.loader import TrainingLoader
 from flap_fast.data.preprocess.image import normalise_image, read_image
 from flap_fast.data.shards import ShardError, open_shards, pack
 from flap_fast.data.tokenize import tokenizer
@@ -88,11 +89,11 @@ def test_shards_keep_the_bytes_of_pictures_that_every_decoder_reads_alike(tmp_pa
         assert found.record(clip)["id"] == name
         assert found.record(clip)["original_data"] == {"file": name}
         if name in kept:
-            assert found.sound(clip) == data
+            assert found.encoded(clip) == data
         else:
-            picture = pillow.open(io.BytesIO(found.sound(clip)))
+            picture = pillow.open(io.BytesIO(found.encoded(clip)))
             assert (picture.format, picture.mode) == ("PNG", "RGB")
-            assert (read_image(found.sound(clip), 32) == read_image(data, 32)).all()
+            assert (read_image(found.encoded(clip), 32) == read_image(data, 32)).all()
     with tarfile.open(tmp_path / "out" / "train" / "0.tar") as members:
         endings = {name.partition(".")[2] for name in members.getnames()}
     assert endings == {"jpg", "png", "json"}
@@ -151,7 +152,7 @@ def test_shards_as_img2dataset_writes_them_are_read_as_they_are(tmp_path):
         ["from the JSON"],
         ['{"text": "as it is"}'],
     ]
-    assert found.sound(1) == encoded(DRAWN)
+    assert found.encoded(1) == encoded(DRAWN)
 
 
 def test_shards_of_the_other_sense_are_refused(tmp_path, shards):
@@ -162,14 +163,14 @@ def test_shards_of_the_other_sense_are_refused(tmp_path, shards):
         open_shards([tmp_path], ("images",))
 
 
-def test_a_batch_is_what_its_visits_say(shards):
+def test_a_batch_is_what_its_sample_indices_say(shards):
     config = config_of(shards, "frontend.backend=torch")
     (batch,) = batches(config, 2, 3)
     found = open_shards([shards], ("images",))
     assert (batch.media.shape, batch.media.dtype) == ((8, 3, 32, 32), torch.float32)
     assert config.image is not None
     squares = torch.tensor(
-        np.stack([read_image(found.sound(clip), 32) for clip in batch.clips.tolist()])
+        np.stack([read_image(found.encoded(clip), 32) for clip in batch.clips.tolist()])
     )
     statistics = (torch.tensor(of) for of in (config.image.mean, config.image.std))
     torch.testing.assert_close(batch.media, normalise_image(squares, *statistics))
@@ -215,15 +216,15 @@ def test_a_bad_picture_is_replaced_by_the_next_and_reported(tmp_path, backend):
     found = open_shards([tmp_path], ("images",))
     assert (bad.clip, bad.replaced_by) == (found.name(3), found.name(4))
     with pytest.raises(ShardError, match=r"cannot be decoded: .*0.tar at byte \d+ \(unreadable"):
-        list(evaluation_mels(config, found, np.arange(8), Ranks()))
+        list(evaluation_batches(config, found, np.arange(8), Ranks()))
 
 
 @ANY_BACK_END
 def test_evaluation_sees_the_pictures_named_in_their_order(shards, backend):
     config = config_of(shards, f"frontend.backend={backend}", "eval.batch=2")
     found = open_shards([shards], ("images",))
-    seen = [part.media for part in evaluation_mels(config, found, np.array([5, 0, 9]), Ranks())]
+    seen = [part.media for part in evaluation_batches(config, found, np.array([5, 0, 9]), Ranks())]
     assert [len(part) for part in seen] == [2, 1]
     for clip, picture in zip((5, 0, 9), torch.cat(seen), strict=True):
-        alone = next(evaluation_mels(config, found, np.array([clip]), Ranks())).media[0]
+        alone = next(evaluation_batches(config, found, np.array([clip]), Ranks())).media[0]
         assert torch.equal(picture, alone)

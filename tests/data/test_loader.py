@@ -12,8 +12,10 @@ import torch
 from flap_fast.config import Config
 from flap_fast.data.batch import Batch
 from flap_fast.data.enriched import text_key
-from flap_fast.data.loader import TrainingLoader, evaluation_mels
-from flap_fast.data.preprocess.mel import kaldi_log_mel, normalise
+from flap_fast.data.evaluation import evaluation_batches
+from flap_fast.data.loader import TrainingLoader
+from flap_fast.data.preprocess.kaldi_mel import kaldi_log_mel
+from flap_fast.data.preprocess.log_mel import normalise
 from flap_fast.data.preprocess.waveform import crop, fill, read_sound
 from flap_fast.data.random_streams import Stream, uniforms
 from flap_fast.data.shards import ShardError, open_shards, pack
@@ -69,7 +71,7 @@ def test_a_batch_has_the_shapes_it_promises(config):
     assert (batch.clips.shape, batch.epoch) == ((8,), 1)
 
 
-def test_a_batch_is_what_its_visits_say(config):
+def test_a_batch_is_what_its_sample_indices_say(config):
     """By hand from the shards: clip, crop, filling, caption, mel, statistics."""
     shards, seed = open_shards(config.data.train), config.run.seed
     for batch in batches(config, 2, 5):
@@ -77,7 +79,7 @@ def test_a_batch_is_what_its_visits_say(config):
         which = uniforms(seed, Stream.CAPTION, batch.sample_index, 1)[:, 0].tolist()
         waves, texts = [], []
         for clip, w, c in zip(batch.clips.tolist(), where, which, strict=True):
-            wave = crop(read_sound(shards.sound(clip), RATE), RATE, w)
+            wave = crop(read_sound(shards.encoded(clip), RATE), RATE, w)
             waves.append(fill(wave, RATE, "repeatpad"))
             several = shards.record(clip)["text"]
             texts.append(several[int(c * len(several))])
@@ -141,7 +143,7 @@ def test_threads_and_prefetch_do_not_change_a_batch(config):
         assert_same(a, b)
 
 
-def test_dali_and_its_twin_load_the_same(config):
+def test_dali_and_its_reference_load_the_same(config):
     for a, b in zip(
         batches(config, 0, 3),
         batches(with_(config, "frontend", backend="dali_wave"), 0, 3),
@@ -150,7 +152,7 @@ def test_dali_and_its_twin_load_the_same(config):
         assert_same(a, b)
 
 
-def test_an_epoch_visits_every_clip_and_the_next_in_another_order(config):
+def test_an_epoch_has_every_clip_and_the_next_in_another_order(config):
     steps = batches(config, 0, 6)
     epochs = [np.concatenate([b.clips for b in steps[a : a + 3]]).tolist() for a in (0, 3)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(24))] * 2
@@ -223,7 +225,7 @@ def test_a_corrupt_clip_is_replaced_reported_and_the_run_goes_on(good, tmp_path,
             assert (step, row) in at
             assert a.clips[row] == 6
             assert captions(a)[row] == tokenizer(good.text)(["noise 6"])[0][0, :8].tolist()
-            # The clip that took its place has its own sound, cropped and masked as this visit is.
+            # The clip that took its place has its own sound, cropped as its row says.
             assert a.media[row].isfinite().all()
             assert not torch.equal(a.media[row], b.media[row])
 
@@ -278,7 +280,7 @@ def test_data_without_any_good_clip_stops_the_run(good, tmp_path):
         batches(spoilt, 0, 1)
 
 
-def test_what_only_the_twin_can_decode_is_said_with_the_remedy(good, tmp_path):
+def test_what_only_the_reference_can_decode_is_said_with_the_remedy(good, tmp_path):
     """DALI reads no MP3: not a bad clip, and not a reason to train on the others."""
     config = with_(
         good,
@@ -309,12 +311,12 @@ CLIPS = np.array([3, 0, 5, 1, 4])
 def test_evaluation_gives_the_clips_named_in_their_order(prepared, backend):
     config = tiny("eval.batch=2", f"frontend.backend={backend}")
     shards = open_shards([prepared / "train"])
-    found = [heard.media for heard in evaluation_mels(config, shards, CLIPS, Ranks())]
+    found = [batch.media for batch in evaluation_batches(config, shards, CLIPS, Ranks())]
     assert [len(mel) for mel in found] == [2, 2, 1]
     keys = torch.tensor([text_key(shards.record(clip)["id"]) for clip in CLIPS])
     where = uniforms(0, Stream.EVAL_CROP, keys, 1)[:, 0].tolist()
     waves = [
-        fill(crop(read_sound(shards.sound(clip), RATE), RATE, w), RATE, "repeatpad")
+        fill(crop(read_sound(shards.encoded(clip), RATE), RATE, w), RATE, "repeatpad")
         for clip, w in zip(CLIPS, where, strict=True)
     ]
     wanted = normalise(kaldi_log_mel(config.audio)(torch.from_numpy(np.stack(waves))), config.audio)
@@ -324,12 +326,14 @@ def test_evaluation_gives_the_clips_named_in_their_order(prepared, backend):
 
 def test_an_evaluations_random_crop_is_the_clips_and_not_the_runs(prepared):
     shards = open_shards([prepared / "train"])
-    long = np.flatnonzero([len(read_sound(shards.sound(n), RATE)) > 1.3 * RATE for n in range(24)])
+    long = np.flatnonzero(
+        [len(read_sound(shards.encoded(n), RATE)) > 1.3 * RATE for n in range(24)]
+    )
     first = tiny("eval.batch=3", "frontend.backend=torch")
     other = with_(with_(first, "run", seed=1), "eval", batch=2)
     centre = with_(first, "eval", crop="center")
     a, b, c = (
-        torch.cat([heard.media for heard in evaluation_mels(config, shards, clips, Ranks())])
+        torch.cat([batch.media for batch in evaluation_batches(config, shards, clips, Ranks())])
         for config, clips in ((first, long), (other, long[::-1].copy()), (centre, long))
     )
     assert (a - b.flip(0)).abs().max() < 1e-4
@@ -344,7 +348,9 @@ def test_an_evaluations_random_crop_is_the_same_with_a_clip_more_or_less(tmp_pat
     (tmp_path / "few/0.tar").write_bytes(pack(samples[1:])[0])
     whole, few = (
         next(
-            evaluation_mels(tiny("frontend.backend=torch"), shards, np.arange(len(shards)), Ranks())
+            evaluation_batches(
+                tiny("frontend.backend=torch"), shards, np.arange(len(shards)), Ranks()
+            )
         )
         for shards in (open_shards([tmp_path / name]) for name in ("all", "few"))
     )
@@ -358,7 +364,7 @@ def test_sounds_at_a_lower_rate_than_the_front_ends_are_told_of_once(tmp_path, c
     )
     shards, config = open_shards([tmp_path]), tiny("frontend.backend=torch")
     for rank in (1, 0, 0):
-        list(evaluation_mels(config, shards, np.arange(1), Ranks(rank)))
+        list(evaluation_batches(config, shards, np.arange(1), Ranks(rank)))
     err = capsys.readouterr().err
     assert (
         err.count("holds sounds at 8000 Hz and audio.sample_rate_hz is 16000: above 4000") == said
@@ -370,7 +376,7 @@ def test_sounds_at_a_lower_rate_than_the_front_ends_are_told_of_once(tmp_path, c
 def test_evaluation_leaves_no_clip_out(tmp_path, backend):
     shards = open_shards([shards_of(tmp_path / "bad", {5: BAD["cut"], 4: BAD["nan"]})])
     config = tiny("eval.batch=3", f"frontend.backend={backend}")
-    mels = evaluation_mels(config, shards, np.arange(12), Ranks())
+    mels = evaluation_batches(config, shards, np.arange(12), Ranks())
     assert len(next(mels).media) == 3
     with pytest.raises(ShardError) as error:
         next(mels)

@@ -38,23 +38,23 @@ def test_uniforms_are_the_upper_24_bits_of_the_words():
     assert given[0].double().tolist() == ((words >> 8) / 2**24).tolist()
 
 
-def test_the_counter_holds_the_whole_visit_and_the_block():
-    """A visit beyond 32 bits, and numbers beyond the first four."""
-    visit = 5 + (7 << 32)
-    given = uniforms(11, Stream.MASK, torch.tensor([visit]), 8)[0, 4:]
+def test_the_counter_holds_the_whole_sample_index_and_the_block():
+    """A sample index beyond 32 bits, and numbers beyond the first four."""
+    index = 5 + (7 << 32)
+    given = uniforms(11, Stream.MASK, torch.tensor([index]), 8)[0, 4:]
     words = _philox([torch.tensor([word]) for word in (5, 7, 1, 0)], 11, int(Stream.MASK))
     assert given.tolist() == [(int(word.item()) >> 8) / 2**24 for word in words]
 
 
-def test_a_visit_draws_the_same_alone_and_among_others():
+def test_a_sample_draws_the_same_alone_and_among_others():
     sample_index = torch.tensor([3, 2**40, 0, 9])
     together = uniforms(1, Stream.CROP, sample_index, 7)
-    alone = torch.cat([uniforms(1, Stream.CROP, visit[None], 7) for visit in sample_index])
+    alone = torch.cat([uniforms(1, Stream.CROP, index[None], 7) for index in sample_index])
     assert torch.equal(together, alone)
     assert torch.equal(uniforms(1, Stream.CROP, sample_index, 3), together[:, :3])
 
 
-def test_seeds_streams_and_visits_never_share_numbers():
+def test_seeds_streams_and_samples_never_share_numbers():
     draws = [
         uniforms(seed, stream, torch.arange(50), 4)
         for seed in (0, 1, 2**32 - 1)

@@ -1,4 +1,4 @@
-"""Which clip when: every clip once an epoch, whatever came before."""
+"""The order of samples: each once an epoch, whatever came before."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from flap_fast.checks import ConfigError
-from flap_fast.data.sampler import Sampler
+from flap_fast.config import Train
+from flap_fast.data.sampler import Sampler, micro_batch_rows
+from flap_fast.ranks import Ranks
 
 # Seven shards of 1 to 7 clips, one of them empty.
 FILES = np.repeat([0, 1, 2, 4, 5, 6, 7], range(1, 8))
@@ -15,7 +17,7 @@ FILES = np.repeat([0, 1, 2, 4, 5, 6, 7], range(1, 8))
 def epoch_of(order: Sampler, epoch: int) -> np.ndarray:
     """(steps, global_batch) clips."""
     steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
-    return np.stack([order.clips(step) for step in steps])
+    return np.stack([order.samples(step) for step in steps])
 
 
 @pytest.mark.parametrize("window", [0, 1, 3, 100])
@@ -45,10 +47,10 @@ def test_epochs_are_counted_from_the_first_step():
 @pytest.mark.parametrize("window", [0, 2])
 def test_a_step_has_the_same_clips_for_whoever_comes_at_once(window):
     through = Sampler(FILES, 5, 3407, window)
-    wanted = [through.clips(step).tolist() for step in range(20)]
+    wanted = [through.samples(step).tolist() for step in range(20)]
     for step in (19, 3, 11, 0):
-        assert Sampler(FILES, 5, 3407, window).clips(step).tolist() == wanted[step]
-    assert Sampler(FILES, 5, 3408, window).clips(0).tolist() != wanted[0]
+        assert Sampler(FILES, 5, 3407, window).samples(step).tolist() == wanted[step]
+    assert Sampler(FILES, 5, 3408, window).samples(0).tolist() != wanted[0]
 
 
 def test_shards_come_in_a_random_order_each_shuffled_in_a_way_of_its_own():
@@ -73,3 +75,15 @@ def test_a_window_mixes_so_many_shards_and_finishes_them_first(window):
 def test_a_batch_larger_than_the_data_is_refused():
     with pytest.raises(ConfigError, match=r"train.global_batch must be at most the 28 clips .* 29"):
         Sampler(FILES, 29, 0)
+
+
+@pytest.mark.parametrize(("world", "micro"), [(1, None), (1, 2), (2, 3), (3, 2)])
+def test_the_micro_batches_of_all_ranks_are_the_rows_of_the_global_batch(world, micro):
+    train = Train(global_batch=12, micro_batch=micro)
+    rows = [
+        micro_batch_rows(train, Ranks(rank, world), n)
+        for rank in range(world)
+        for n in range(train.micro_batches(world))
+    ]
+    assert {len(some) for some in rows} == {micro or 12}
+    assert np.concatenate(rows).tolist() == list(range(12))

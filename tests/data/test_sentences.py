@@ -109,7 +109,7 @@ def test_triples_cycle_in_an_order_that_the_seed_and_the_step_decide(tmp_path: P
     again = Sentences(settings(tmp_path))
     assert [premises(again, step) for step in (5, 2, 7)] == [steps[5], steps[2], steps[7]]
     assert premises(Sentences(settings(tmp_path, "run.seed=1")), 0) != steps[0]
-    as_clips = Sampler(np.zeros(20, np.int64), 8, settings(tmp_path).run.seed).clips(0)
+    as_clips = Sampler(np.zeros(20, np.int64), 8, settings(tmp_path).run.seed).samples(0)
     assert [int(premise.split()[-1]) for premise in steps[0]] != as_clips.tolist()
 
 

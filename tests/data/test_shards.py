@@ -15,7 +15,7 @@ import pytest
 from webdataset.compat import WebDataset
 from webdataset.writer import TarWriter
 
-from flap_fast.data.preprocess.waveform import BadSound, read_sound
+from flap_fast.data.preprocess.waveform import Unusable, read_sound
 from flap_fast.data.shards import ShardError, open_shards, pack
 from flap_fast.files import write_atomically
 from tests.sounds import encode, noise, tone
@@ -51,7 +51,7 @@ def test_every_clip_is_read_back_with_and_without_an_index(shard, indexed):
     shards = open_shards([shard.parent])
     assert len(shards) == 5
     for clip in (3, 0, 4, 1, 2):
-        assert shards.sound(clip) == SAMPLES[clip][1]
+        assert shards.encoded(clip) == SAMPLES[clip][1]
         assert shards.record(clip) == SAMPLES[clip][2]
     assert shards.name(0) == f"{shard} at byte 512"
 
@@ -62,9 +62,9 @@ def test_a_tar_is_the_same_bytes_each_time_and_its_index_agrees_with_a_scan(shar
     assert (
         tar == pack([(key, sound, dict(reversed(row.items()))) for key, sound, row in SAMPLES])[0]
     )
-    scanned = open_shards([shard.parent]).place
+    scanned = open_shards([shard.parent]).locations
     shard.with_suffix(".idx").write_text(index)
-    assert (open_shards([shard.parent]).place == scanned).all()
+    assert (open_shards([shard.parent]).locations == scanned).all()
 
 
 def test_folders_and_files_follow_one_another_in_their_natural_order(tmp_path):
@@ -73,7 +73,7 @@ def test_folders_and_files_follow_one_another_in_their_natural_order(tmp_path):
         (tmp_path / name).write_bytes(pack([(key, b"fLaC", {"text": key})])[0])
     shards = open_shards([tmp_path / "b", tmp_path / "a"])
     assert [shards.record(clip)["text"] for clip in range(4)] == [["b"], ["0"], ["2"], ["10"]]
-    assert shards.place[:, 0].tolist() == [0, 1, 2, 3]
+    assert shards.locations[:, 0].tolist() == [0, 1, 2, 3]
 
 
 def test_webdataset_reads_what_prepare_writes(prepared):
@@ -82,7 +82,7 @@ def test_webdataset_reads_what_prepare_writes(prepared):
     theirs = list(WebDataset(urls, shardshuffle=False, empty_check=False))
     assert len(theirs) == len(shards)
     for clip, sample in enumerate(theirs):
-        assert sample["flac"] == shards.sound(clip)
+        assert sample["flac"] == shards.encoded(clip)
         assert json.loads(sample["json"]) == shards.record(clip)
 
 
@@ -101,7 +101,7 @@ def test_dali_reads_our_index(prepared):
 
     sounds, records = graph().run()
     for clip in range(7):
-        assert bytes(np.asarray(sounds[clip])) == shards.sound(clip)
+        assert bytes(np.asarray(sounds[clip])) == shards.encoded(clip)
         assert json.loads(bytes(np.asarray(records[clip]))) == shards.record(clip)
 
 
@@ -122,7 +122,7 @@ def test_shards_in_laions_layout_are_read_as_they_are(tmp_path):
     shards = open_shards([tmp_path])
     assert [shards.record(clip)["text"] for clip in range(2)] == [["a tone"], ["a noise", "a hiss"]]
     assert shards.record(1)["tag"] == ["x"]
-    assert [len(read_sound(shards.sound(clip), 16_000)) for clip in range(2)] == [8000, 24_000]
+    assert [len(read_sound(shards.encoded(clip), 16_000)) for clip in range(2)] == [8000, 24_000]
 
 
 @pytest.mark.parametrize("indexed", [True, False])
@@ -175,7 +175,7 @@ def test_other_formats_and_members_are_seen(tmp_path):
     }
     (tmp_path / "0.tar").write_bytes(tar_of(files))
     shards = open_shards([tmp_path])
-    assert [shards.sound(clip) for clip in range(2)] == [b"OggS", b""]
+    assert [shards.encoded(clip) for clip in range(2)] == [b"OggS", b""]
 
 
 @pytest.mark.parametrize("indexed", [True, False])
@@ -297,7 +297,7 @@ def test_a_folder_without_shards_is_refused_with_the_command_that_writes_them(tm
 )
 def test_a_clip_without_a_caption_says_so(tmp_path, text, reason):
     (tmp_path / "0.tar").write_bytes(tar_of({"a.flac": b"x", "a.json": text.encode()}))
-    with pytest.raises(BadSound, match=f"^{reason}"):
+    with pytest.raises(Unusable, match=f"^{reason}"):
         open_shards([tmp_path]).record(0)
 
 
@@ -306,7 +306,7 @@ def test_a_shard_that_shrinks_while_it_is_read_is_no_clips_fault(shard):
     shards = open_shards([shard.parent])
     with shard.open("r+b") as file:
         file.truncate(600)
-    for read, clip in ((shards.sound, 0), (shards.record, 0), (shards.record, 3)):
+    for read, clip in ((shards.encoded, 0), (shards.record, 0), (shards.record, 3)):
         with pytest.raises(ShardError, match=r"0\.tar ends before byte \d+, inside a clip"):
             read(clip)
 
@@ -316,7 +316,7 @@ def test_many_more_shards_than_may_be_open_at_once_are_read(tmp_path):
         (tmp_path / f"{n}.tar").write_bytes(tar_of({"a.flac": b"%d" % n, "a.json": b"{}"}))
     shards, before = open_shards([tmp_path]), len(os.listdir("/proc/self/fd"))
     for _ in range(2):
-        assert [int(shards.sound(clip)) for clip in range(300)] == list(range(300))
+        assert [int(shards.encoded(clip)) for clip in range(300)] == list(range(300))
     assert len(os.listdir("/proc/self/fd")) <= before + 256
 
 

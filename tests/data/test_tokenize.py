@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from flap_fast.checks import ConfigError
-from flap_fast.config import Text
 from flap_fast.config.file import load_config
 from flap_fast.data.tokenize import local_folder, tokenizer
+from flap_fast.encoders.roberta.settings import RobertaSettings
 
 
 def test_bytes_need_no_file_and_end_with_a_mark():
     """ByT5: byte + 3, then 1; 0 is padding."""
-    ids, mask = tokenizer(Text())(["ab", "é"])
+    ids, mask = tokenizer(RobertaSettings())(["ab", "é"])
     assert ids.dtype == mask.dtype == torch.int64
     assert ids.tolist() == [[100, 101, 1, 0, 0, 0, 0, 0], [198, 172, 1, 0, 0, 0, 0, 0]]
     assert mask.tolist() == [[1, 1, 1, 0, 0, 0, 0, 0]] * 2
@@ -29,7 +29,7 @@ def test_bytes_need_no_file_and_end_with_a_mark():
 @pytest.mark.parametrize("kind", ["bytes", "roberta"])
 def test_a_batch_is_as_long_as_its_longest_caption_in_eights(roberta_folder, kind, longest, length):
     """77 tokens at most; padding goes to 80 then, which no tokenizer asked for both may refuse."""
-    text = Text(tokenizer=kind if kind == "bytes" else str(roberta_folder))
+    text = RobertaSettings(tokenizer=kind if kind == "bytes" else str(roberta_folder))
     ids, mask = tokenizer(text)(["", "q" * longest])
     end = 1 if kind == "bytes" else 2
     extra = 0 if kind == "bytes" else 1  # <s>
@@ -43,14 +43,14 @@ def test_a_batch_is_as_long_as_its_longest_caption_in_eights(roberta_folder, kin
 
 
 def test_robertas_tokens_begin_and_end_with_its_marks(roberta_folder):
-    ids, mask = tokenizer(Text(tokenizer=str(roberta_folder)))(["a dog barks", "a"])
+    ids, mask = tokenizer(RobertaSettings(tokenizer=str(roberta_folder)))(["a dog barks", "a"])
     assert ids[:, 0].tolist() == [0, 0]
     assert (ids[mask == 0] == 1).all()
     assert (mask.diff(dim=1) <= 0).all()
 
 
 def test_a_caption_has_the_same_tokens_in_any_company(roberta_folder):
-    tokens = tokenizer(Text(tokenizer=str(roberta_folder)))
+    tokens = tokenizer(RobertaSettings(tokenizer=str(roberta_folder)))
     captions = ["a dog barks", "rain falls on a roof while a dog barks", "a"]
     ids, mask = tokens(captions)
     for caption, row, keep in zip(captions, ids, mask, strict=True):
@@ -59,26 +59,28 @@ def test_a_caption_has_the_same_tokens_in_any_company(roberta_folder):
 
 
 def test_a_limit_of_ones_own(roberta_folder):
-    ids, mask = tokenizer(Text(tokenizer=str(roberta_folder), max_tokens=5))(["dog " * 50])
+    ids, mask = tokenizer(RobertaSettings(tokenizer=str(roberta_folder), max_tokens=5))(
+        ["dog " * 50]
+    )
     assert (ids.shape, mask.sum().item()) == ((1, 8), 5)
 
 
 def test_a_missing_folder_is_named_with_the_command_that_fetches_it():
     with pytest.raises(ConfigError) as error:
-        tokenizer(Text(folder="models/none"))
+        tokenizer(RobertaSettings(folder="models/none"))
     assert str(error.value) == (
         "text.folder must be an existing folder, got 'models/none'; for example: "
         "hf download FacebookAI/roberta-base --local-dir models/roberta-base"
     )
     with pytest.raises(ConfigError, match=r"^text.tokenizer must be an existing folder, got 'x'"):
-        tokenizer(Text(tokenizer="x"))
+        tokenizer(RobertaSettings(tokenizer="x"))
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(
         ConfigError, match=f"^text.tokenizer must hold a tokenizer, got '{tmp_path}'"
     ):
-        tokenizer(Text(tokenizer=str(tmp_path)))
+        tokenizer(RobertaSettings(tokenizer=str(tmp_path)))
 
 
 @pytest.fixture

@@ -8,12 +8,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
+from flap_fast.config import Config
 from flap_fast.encoders.clip_text.model import Block, ClipText
 from flap_fast.model.two_towers import TwoTowers, linear_head
 from tests.tiny import tiny_clip
 
 MAX_TOKENS = 21
 END = 383  # the highest of the byte tokenizer's ids
+
+
+def built(config: Config, *, recompute: bool = False) -> ClipText:
+    tower = config.text.build(recompute=recompute)
+    assert isinstance(tower, ClipText)
+    return tower
 
 
 def captions(*lengths: int) -> tuple[Tensor, Tensor]:
@@ -26,7 +33,7 @@ def captions(*lengths: int) -> tuple[Tensor, Tensor]:
 
 def tower(*overrides: str) -> ClipText:
     torch.manual_seed(0)
-    return ClipText(tiny_clip(f"text.max_tokens={MAX_TOKENS}", *overrides).text)
+    return built(tiny_clip(f"text.max_tokens={MAX_TOKENS}", *overrides))
 
 
 def transformers_clip(flap: TwoTowers) -> CLIPTextModelWithProjection:
@@ -151,7 +158,7 @@ def test_blocks_computed_again_give_the_same_gradients():
     gradients = []
     for recompute in (False, True):
         torch.manual_seed(0)
-        text = ClipText(tiny_clip("text.dropout=0.5").text, recompute=recompute)
+        text = built(tiny_clip("text.dropout=0.5"), recompute=recompute)
         runs: list[int] = []
         first = text.get_submodule("transformer.resblocks.0.mlp")
         first.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))

@@ -16,10 +16,10 @@ from flap_fast.encoders.vit.model import ViT
 from flap_fast.encoders.vit.settings import ViTSettings
 from flap_fast.interchange.htsat_names import htsat_from_hf, htsat_to_hf
 from tests.encoders.test_htsat import NARROW, SMALL, checked, decibels, theirs
-from tests.tiny import tiny
+from tests.tiny import tiny, vit_of
 
 TYPES = ("aff_2d", "iaff_2d", "daf_2d", "channel_map", "aff_1d", "iaff_1d", "daf_1d")
-VIT = tiny().audio  # 7 x 8 patches of 112 frames
+VIT = vit_of(tiny())  # 7 x 8 patches of 112 frames
 SOME = torch.tensor([True, False, True, False])
 NONE = torch.zeros(4, dtype=torch.bool)
 AUDIO = {"vit": VIT, "htsat": SMALL}

@@ -10,19 +10,18 @@ from torch import Tensor
 from transformers import ClapAudioConfig
 from transformers.models.clap.modeling_clap import ClapAudioEncoder
 
-from flap_fast.encoders.audio_settings import AudioEncoder
 from flap_fast.encoders.htsat.model import HTSAT, SwinBlock, fold
 from flap_fast.encoders.htsat.settings import HTSATSettings
 from flap_fast.interchange.htsat_names import htsat_from_hf, htsat_to_hf
 from tests.tiny import HTSAT as SMALLEST
-from tests.tiny import tiny
+from tests.tiny import htsat_of, tiny
 
 # All of the real one's geometry (1001 x 64, four stages of 64 to 8 patches a side), narrow.
 NARROW = HTSATSettings(width=16, heads=2, depths=(2, 2, 2, 2))
-SMALL = tiny(*SMALLEST).audio
+SMALL = htsat_of(tiny(*SMALLEST))
 
 
-def theirs(audio: AudioEncoder, **settings: object) -> ClapAudioEncoder:
+def theirs(audio: HTSATSettings, **settings: object) -> ClapAudioEncoder:
     """Transformers' encoder of the same sizes, every weight and statistic of it random."""
     torch.manual_seed(0)
     config = ClapAudioConfig(
@@ -46,7 +45,7 @@ def theirs(audio: AudioEncoder, **settings: object) -> ClapAudioEncoder:
     return encoder
 
 
-def decibels(audio: AudioEncoder, clips: int, channels: int = 1) -> Tensor:
+def decibels(audio: HTSATSettings, clips: int, channels: int = 1) -> Tensor:
     torch.manual_seed(1)
     return torch.randn(clips, channels, audio.frames, audio.mel_bins) * 15 - 30
 

@@ -283,7 +283,7 @@ def test_xformers_gets_the_captions_lengths(monkeypatch: pytest.MonkeyPatch):
 def test_xformers_that_is_not_there_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "xformers", None)
     with pytest.raises(ConfigError, match=r"text\.attention must be 'sdpa' where xformers"):
-        TransformersText(tiny("text.attention=xformers").text)
+        tiny("text.attention=xformers").text.build()
 
 
 def test_another_architecture_is_padded_and_packing_it_refused(tmp_path: Path, batch):

@@ -13,7 +13,7 @@ from flap_fast.encoders.vit.patches import sine_positions
 from flap_fast.encoders.vit.settings import ViTSettings
 from flap_fast.model.decoder import Decoder
 from flap_fast.model.masking import kept
-from tests.tiny import tiny
+from tests.tiny import tiny, vit_of
 
 
 @pytest.mark.parametrize("layout", ["correct", "audiomae_legacy"])
@@ -42,7 +42,7 @@ def test_a_count_that_is_whole_but_for_rounding_is_whole():
 
 def encoded(*overrides: str) -> Encoded:
     torch.manual_seed(0)
-    model = ViT(tiny(*overrides).audio).eval()
+    model = ViT(vit_of(tiny(*overrides))).eval()
     with torch.no_grad():
         return model(torch.randn(3, 1, 112, 128))
 
@@ -69,8 +69,8 @@ def test_first_weights_are_xavier_uniform():
     """Within the square root of 6 over inputs and outputs, and all of it; biases are 0."""
     torch.manual_seed(0)
     config = tiny("loss.recon.weight=1")
-    vit = ViT(config.audio)
-    for part in (vit, Decoder(config, config.audio, vit.width)):
+    vit = ViT(vit_of(config))
+    for part in (vit, Decoder(config, vit_of(config), vit.width)):
         for name, layer in part.named_modules():
             if isinstance(layer, nn.Linear):
                 bound = math.sqrt(6 / sum(layer.weight.shape))

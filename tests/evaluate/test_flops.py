@@ -102,7 +102,7 @@ class Linear(nn.Module):
 class New:
     """Settings of that encoder, as `config.encoder` has them."""
 
-    encoder, modality, can, grid = "new", "audio", frozenset(), None
+    encoder, modality, can, grid = "new", "audio", frozenset(), (0, 0)
 
     def input_shape(self, fusion: Fusion) -> tuple[int, ...]:
         return 1, 3, 2

@@ -15,7 +15,8 @@ from rich.table import Table
 
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
-from flap_fast.data.preprocess.mel import kaldi_log_mel, normalise
+from flap_fast.data.preprocess.kaldi_mel import kaldi_log_mel
+from flap_fast.data.preprocess.log_mel import normalise
 from flap_fast.data.preprocess.waveform import read_sound
 from flap_fast.data.shards import ShardError, open_shards
 from flap_fast.data.tokenize import tokenizer
@@ -175,7 +176,7 @@ def with_a_broken_clip(prepared: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "broken"
     folder.mkdir()
     tar = bytearray((prepared / "val/0.tar").read_bytes())
-    at = open_shards([prepared / "val"]).place[3, 1]
+    at = open_shards([prepared / "val"]).locations[3, 1]
     tar[at : at + 16] = bytes(16)
     (folder / "0.tar").write_bytes(tar)
     return folder
@@ -185,7 +186,7 @@ def test_a_clip_that_cannot_be_decoded_is_named_and_nothing_is_left_out(
     prepared: Path, tmp_path: Path
 ):
     folder = with_a_broken_clip(prepared, tmp_path)
-    at = open_shards([folder]).place[3, 1]
+    at = open_shards([folder]).locations[3, 1]
     with pytest.raises(ShardError, match=rf"0\.tar at byte {at}"):
         evaluate(model(), CONFIG, tokenizer(CONFIG.text), [folder])
 
@@ -287,7 +288,7 @@ def test_several_crops_are_the_mean_of_their_embeddings(labelled: Path, backend:
     found = embed(model(), several, tokenizer(several.text), shards, Ranks()).media
     flap, mel = model().eval(), kaldi_log_mel(several.audio)
     for clip in (0, 7):
-        wave = read_sound(shards.sound(clip), 16_000)
+        wave = read_sound(shards.encoded(clip), 16_000)
         cut = torch.from_numpy(np.stack([wave[at : at + 16_000] for at in (0, 16_000, 32_000)]))
         with torch.no_grad():
             rows = flap.embed_media(normalise(mel(cut), several.audio)[:, None])

@@ -20,7 +20,7 @@ from flap_fast.model.model_folder import TOWER, load_weights, model_folder, put_
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.tools.embedder import load
 from flap_fast.train.loop import train
-from tests.tiny import tiny
+from tests.tiny import tiny, vit_of
 
 # Settings that no shape tells: clips of 1 s make 7 x 8 patches.
 GIVEN = ["audio.heads=2", "audio.duration_s=1.0", "audio.frames=112"]
@@ -111,8 +111,8 @@ def test_an_imported_tower_answers_as_audiomae(tmp_path, final):
         state["pos_embed"][:, 0] = torch.randn(WIDTH)  # a position of [CLS] is its own
     import_checkpoint(saved(tmp_path / "a.pth", state), tmp_path / "tower", GIVEN)
     config = load_config(tmp_path / "tower/config.yaml")
-    assert config.audio.norm_position == ("tokens" if final == "norm" else "pooled")
-    assert config.audio.pos_grid == "audiomae_legacy"
+    assert vit_of(config).norm_position == ("tokens" if final == "norm" else "pooled")
+    assert vit_of(config).pos_grid == "audiomae_legacy"
     assert config.train.init_audio_from == tmp_path / "tower"
     weights = read_tensors(tmp_path / "tower" / TOWER)
     assert all(name.startswith("audio.") for name in weights)
@@ -120,7 +120,7 @@ def test_an_imported_tower_answers_as_audiomae(tmp_path, final):
     assert not torch.equal(
         weights["audio.pos_embed"], sine_positions(WIDTH, GRID, "audiomae_legacy")
     )
-    tower = ViT(config.audio).eval()
+    tower = ViT(vit_of(config)).eval()
     tower.load_state_dict({name.removeprefix("audio."): v for name, v in weights.items()})
     mel = torch.randn(3, 1, 112, 128)
     with torch.no_grad():

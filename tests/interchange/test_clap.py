@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, ClapFeatureExtractor, ClapModel
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
 from flap_fast.config.file import load_config
-from flap_fast.data.preprocess.mel_clap import mel_matrix
+from flap_fast.data.preprocess.clap_mel import mel_matrix
 from flap_fast.interchange.clap_hf import CLAP
 from flap_fast.interchange.convert import export_checkpoint, import_checkpoint
 from flap_fast.interchange.layout import Export
@@ -32,7 +32,7 @@ from flap_fast.model.two_towers import TwoTowers
 from flap_fast.tools.embedder import load
 from flap_fast.train.loop import train
 from tests.encoders.test_htsat import decibels
-from tests.tiny import HTSAT, tiny
+from tests.tiny import HTSAT, htsat_of, tiny
 
 # What a .pt does not tell of a front end that is not LAION-CLAP's own.
 FRONT_END = (
@@ -73,7 +73,7 @@ def inputs(config: Config, folder: Path) -> tuple[Tensor, Tensor, Tensor]:
     words = AutoTokenizer.from_pretrained(folder)(
         ["a dog barks", "rain", "a tone that rises"], return_tensors="pt", padding=True
     )
-    mel = decibels(config.audio, 3, channels=4 if config.fusion.on else 1)
+    mel = decibels(htsat_of(config), 3, channels=4 if config.fusion.on else 1)
     return mel, words["input_ids"], words["attention_mask"]
 
 
@@ -113,7 +113,7 @@ def test_out_to_transformers_and_in_again_is_the_same_to_the_bit(trained, tmp_pa
     import_checkpoint(tmp_path / "hf", tmp_path / "back", ["specaug.time_frames=16"])
     assert same_weights(folder, tmp_path / "back")
     _, back = load_model(tmp_path / "back")
-    assert back.audio == config.audio.model_copy(update={"size": back.audio.size})
+    assert back.audio == config.audio.model_copy(update={"size": htsat_of(back).size})
     assert back.fusion == config.fusion
     assert back.joint.width == config.joint.width
     # And transformers' own folder, saved by it: short files, which leave out class defaults.
@@ -181,7 +181,7 @@ def test_laions_file_comes_in_and_goes_out_unchanged(trained, roberta_folder, tm
     assert same_weights(folder, tmp_path / "ours")
     _, found = load_model(tmp_path / "ours")
     assert found.fusion.type == config.fusion.type
-    assert found.audio.stages == config.audio.stages
+    assert htsat_of(found).stages == htsat_of(config).stages
     assert found.audio.mel_variant == config.audio.mel_variant
     export_checkpoint(tmp_path / "ours", tmp_path / "b.pt")
     out = torch.load(tmp_path / "b.pt", weights_only=True)["state_dict"]
@@ -289,7 +289,7 @@ def test_settings_are_read_from_a_processor_without_a_feature_extractor(trained,
     own.unlink()
     import_checkpoint(tmp_path / "hf", tmp_path / "back")
     _, back = load_model(tmp_path / "back")
-    assert back.audio == config.audio.model_copy(update={"size": back.audio.size})
+    assert back.audio == config.audio.model_copy(update={"size": htsat_of(back).size})
     (tmp_path / "hf/processor_config.json").unlink()
     with pytest.raises(ConfigError, match=r"hf must hold preprocessor_config.json"):
         import_checkpoint(tmp_path / "hf", tmp_path / "x")

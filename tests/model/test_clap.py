@@ -15,7 +15,7 @@ from flap_fast.losses import total_loss
 from flap_fast.model.two_towers import Outputs, TwoTowers
 from tests.encoders.test_htsat import decibels
 from tests.tiny import HTSAT as SMALLEST
-from tests.tiny import tiny
+from tests.tiny import htsat_of, tiny
 
 CLIPS = 6
 LONGER = torch.tensor([1, 0, 0, 1, 1, 0], dtype=torch.bool)
@@ -30,7 +30,7 @@ def there(value: Tensor | None) -> Tensor:
 def clap(config: Config) -> ClapModel:
     """Of the same sizes, every weight and statistic of its audio side random."""
     torch.manual_seed(0)
-    audio = config.audio
+    audio = htsat_of(config)
     small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     theirs = ClapModel(
         ClapConfig(
@@ -77,7 +77,7 @@ def both(*overrides: str) -> tuple[Config, ClapOutput, Tensor]:
     config = tiny(*SMALLEST, *overrides)
     theirs = clap(config)
     model = ours(config, theirs)
-    mel = decibels(config.audio, CLIPS, channels=4 if config.fusion.on else 1)
+    mel = decibels(htsat_of(config), CLIPS, channels=4 if config.fusion.on else 1)
     ids = torch.randint(3, 50, (CLIPS, 7))
     with torch.no_grad():
         wanted = theirs(ids, mel, is_longer=LONGER.long(), return_loss=True)

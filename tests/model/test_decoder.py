@@ -16,7 +16,7 @@ from flap_fast.model.decoder import Decoder
 from flap_fast.model.masking import patch_mask
 from flap_fast.model.two_towers import TwoTowers
 from flap_kernels import PatchMask
-from tests.tiny import tiny
+from tests.tiny import tiny, vit_of
 
 B, N, WIDTH = 3, 56, 32
 
@@ -33,7 +33,7 @@ def made(config: Config) -> tuple[Decoder, Tensor, PatchMask, Tensor]:
     decoder = Decoder(config, config.encoder, WIDTH)
     plan = patch_mask(config.mask, config.audio.grid, 0, torch.arange(B))
     assert plan is not None
-    tokens = torch.randn(B, config.audio.use_cls + plan.ids_keep.shape[1], WIDTH)
+    tokens = torch.randn(B, vit_of(config).use_cls + plan.ids_keep.shape[1], WIDTH)
     return decoder, tokens, plan, torch.randn(B, 1, 112, 128) * 3 + 1
 
 
@@ -41,7 +41,7 @@ def audiomae(
     decoder: Decoder, config: Config, tokens: Tensor, plan: PatchMask, mel: Tensor
 ) -> Tensor:
     """As published: every patch predicted, all targets made, the mask picks."""
-    cls = config.audio.use_cls
+    cls = vit_of(config).use_cls
     y = decoder.embed(tokens)
     gaps = decoder.mask_token.expand(B, N - plan.ids_keep.shape[1], -1)
     restore = torch.cat([plan.ids_keep, plan.ids_drop], 1).argsort(1)

@@ -45,7 +45,7 @@ def test_shards_hold_what_the_manifest_names_at_the_front_ends_rate(corpus, prep
             record = shards.record(clip)
             assert (record["text"], record["id"]) == (row["captions"], row["id"])
             assert record["original_data"] == {"file": row["audio"], "start_s": 0.0}
-            stored = read_sound(shards.sound(clip), RATE)
+            stored = read_sound(shards.encoded(clip), RATE)
             original = read_sound(corpus.parent / row["audio"], RATE).clip(-1, 1)
             assert np.abs(stored - original).max() <= 2**-15
     assert (prepared / "rejected.jsonl").read_text() == ""
@@ -99,7 +99,7 @@ def test_what_cannot_be_used_is_rejected_with_line_and_reason(spoilt):
     shards = open_shards([out / "train"])
     assert [shards.record(clip)["id"] for clip in range(len(shards))] == ["good", "quiet", "loud"]
     # Louder than full scale is cut off there; it does not wrap around.
-    loud = read_sound(shards.sound(2), RATE)
+    loud = read_sound(shards.encoded(2), RATE)
     assert np.abs(loud - tone(300, 0.5, RATE, level=3.0).clip(-1, 1)).max() < 1e-4
     # The shard in which nothing was left is not written.
     assert sorted(f.name for f in (out / "train").glob("*.tar")) == ["0.tar", "2.tar"]
@@ -238,7 +238,7 @@ def laion(folder: Path, shards: int) -> Path:
 def test_shards_are_not_overwritten_by_what_is_read_from_them(tmp_path, begun):
     """Nor where a record or an index makes them look like ours."""
     folder = laion(tmp_path / "l", 3)
-    clips = SOURCES["shards"](folder)
+    clips = SOURCES["shards"].read(folder)
     if begun:
         (folder / ".prepare").mkdir()
         for n in range(3):

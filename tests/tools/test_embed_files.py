@@ -17,7 +17,7 @@ import torch
 from flap_fast.data.preprocess.waveform import Unread, read_sound
 from flap_fast.model.model_folder import save_model
 from flap_fast.model.two_towers import TwoTowers
-from flap_fast.preparation.shard_tasks import Part
+from flap_fast.preparation.shard_tasks import ShardRange
 from flap_fast.tools.embed_files import Embedded, embed_files
 from flap_fast.tools.embedder import load
 from flap_fast.tools.search import find_sounds
@@ -111,7 +111,7 @@ def test_parts_of_several_machines_are_the_bytes_of_one(checkpoint, sounds, tmp_
     done = []
     for number in order:
         assert not (out / "embeddings.npy").exists()
-        done.append(run(checkpoint, sounds, out, part=Part(number, 3)))
+        done.append(run(checkpoint, sounds, out, part=ShardRange(number, 3)))
     assert done[0].unfinished > done[1].unfinished > 0
     assert done[2] == Embedded(9, 3)
     assert contents(out) == contents(tmp_path / "one")

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
-from flap_fast.data.preprocess.front_end import to_device
-from flap_fast.data.preprocess.mel import spec_augment
+from flap_fast.data.batch import to_device
+from flap_fast.data.preprocess.spec_augment import spec_augment
 from flap_fast.losses import total_loss
 from flap_fast.model.masking import patch_mask
 from flap_fast.model.two_towers import TwoTowers

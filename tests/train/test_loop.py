@@ -246,7 +246,7 @@ def test_validation_clips_without_a_caption_are_refused_before_a_run_begins(
 def test_what_was_trained_outlives_validation_that_cannot_be_read(prepared: Path, tmp_path: Path):
     """With eval.every_steps=0 the first scoring is at the last step."""
     val = shutil.copytree(prepared / "val", tmp_path / "val")
-    at = open_shards([val]).place[3, 1]
+    at = open_shards([val]).locations[3, 1]
     with (val / "0.tar").open("r+b") as tar:
         tar.seek(at)
         tar.write(bytes(16))
@@ -337,7 +337,7 @@ def test_the_decoder_rebuilds_the_sound_before_specaug_or_after(target: str):
 
 def test_a_broken_clip_is_replaced_and_noted(prepared: Path, tmp_path: Path):
     data = shutil.copytree(prepared, tmp_path / "data")
-    at = open_shards([data / "train"]).place[0, 1]
+    at = open_shards([data / "train"]).locations[0, 1]
     with (data / "train/0.tar").open("r+b") as tar:
         tar.seek(at)
         tar.write(bytes(64))

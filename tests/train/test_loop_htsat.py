@@ -10,7 +10,7 @@ import torch
 
 from flap_fast.config import Config
 from flap_fast.data.loader import TrainingLoader
-from flap_fast.data.preprocess.mel import stripes
+from flap_fast.data.preprocess.spec_augment import stripes
 from flap_fast.data.shards import open_shards
 from flap_fast.data.tokenize import tokenizer
 from flap_fast.model.model_folder import load_weights, model_folder

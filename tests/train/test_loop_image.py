@@ -107,7 +107,7 @@ def test_the_embedder_embeds_as_evaluation_does(trained, tmp_path):
     files = []
     for clip in range(len(shards)):
         files.append(tmp_path / f"{clip}.png")
-        files[-1].write_bytes(shards.sound(clip))
+        files[-1].write_bytes(shards.encoded(clip))
     model, config = load_model(trained.run_folder)
     evaluated = whole_model(model, config, tokenizer(config.text), Ranks())
     expected = evaluated.clips(shards, read_texts(shards)).media

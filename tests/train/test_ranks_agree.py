@@ -30,7 +30,7 @@ def first_step(folder: Path, ranks: Ranks, *overrides: str, engine: type | None 
     torch.manual_seed(0)
     model = TwoTowers(config)
     batch = next(loader.batches(0, 1))
-    mask = patch_mask_of(batch, config, STEPS, loader.order.steps_per_epoch)
+    mask = patch_mask_of(batch, config, STEPS, loader.sampler.steps_per_epoch)
     running = None if engine is None else engine(config, model, ranks)
     outputs = (running.model if running else model)(**model_inputs(batch, mask, config))
     total = total_loss(outputs, config)["total"]

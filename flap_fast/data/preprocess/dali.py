@@ -1,15 +1,19 @@
-"""Encoded clips -> waveforms or log-mels in NVIDIA DALI: CPU operators, the same graph with a GPU.
+"""NVIDIA DALI's decoder, and its graphs for sounds and for images. The only file that imports DALI.
 
-    bytes, where -> decode, downmix, resample -> crop -> fill -> wave (B, samples)      `dali_wave`
-                                                           ... -> log-mel (B, T, F)    `dali_mel`
+    bytes -> decode, downmix, resample -> crop -> fill -> wave (B, samples)      `dali_wave`
+                                               ... -> log-mel (B, T, F)          `dali_mel`
+    bytes -> decode -> shorter side R, bicubic -> the middle -> (B, R, R, 3)     images
+
+CPU operators, the same graph with a GPU. Clips come in through an external source, not a reader of
+DALI's, so that the order of clips is the sampler's for any number of ranks and any restart.
 
 With fusion clips are whole, of lengths of their own, with zeros behind the shorter ones of a batch.
+`dali_mel` is exact for CLAP's mel and approximates Kaldi's: DALI does not remove a frame's mean,
+and its triangles are linear in Hz.
 
-`dali_mel` is exact for CLAP's mel and approximates Kaldi's: DALI has no removal of a frame's mean
-and its triangles are linear in Hz (SPEC 3.3). The order of clips is ours, not a DALI reader's:
-bytes come in through an external source, so that any number of ranks and any restart see the same.
-
-The only file that imports nvidia.dali.
+Images are decoded to the same bits as by the reference implementation, `image.read_image`. Resized
+pixels differ by a rounding, since Pillow rounds (and clips) between the two axes and DALI does not;
+by more along the edges, beyond which DALI repeats them and Pillow sees nothing.
 """
 
 # DALI's stubs know neither its types nor that an operator gives one node unless asked for more.
@@ -19,7 +23,8 @@ The only file that imports nvidia.dali.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,56 +32,56 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali import math as dali_math
 
 from flap_fast.config import Audio, Fusion
-from flap_fast.data.preprocess import mel_clap
-from flap_fast.data.preprocess.front_end import Decoded
-from flap_fast.data.preprocess.mel import FLOOR, LOW_HZ, PREEMPHASIS, hann
-from flap_fast.data.preprocess.waveform import BadSound
+from flap_fast.data.batch import DecodedBatch, EncodedBatch
+from flap_fast.data.preprocess import clap_mel
+from flap_fast.data.preprocess.kaldi_mel import FLOOR, LOW_HZ, PREEMPHASIS, hann
+from flap_fast.data.preprocess.waveform import Unusable
 
-Encoded = tuple[list[bytes], np.ndarray]
+Graph = Callable[[Any, Any, bool], tuple[Any, ...]]
+"""Encoded clips, their positions, whether to give the result on a GPU -> media, their lengths, and,
+where it can be infinite, a mean to check."""
 
 
 class DaliDecoder:
     """Decodes batches in order, several ahead of the one taken by `next`.
 
     Args:
-        batches: gives (encoded clips, draws of each in [0, 1), the first of them where to crop it);
-            drawn from ahead of time.
+        batches: read from ahead of time.
+        graph: `audio_graph(...)` or `image_graph(...)`.
+        error: raised for a batch with a clip that cannot be decoded.
         batch: the most clips of a batch.
-        mel: give log-mels, not waveforms.
         device: a CUDA device moves what follows the decoding there.
     """
 
     def __init__(
         self,
-        batches: Iterator[Encoded],
-        audio: Audio,
+        batches: Iterator[EncodedBatch],
+        graph: Graph,
         *,
+        error: type[Unusable],
         batch: int,
         threads: int,
         prefetch: int,
         device: torch.device,
-        mel: bool,
-        fusion: Fusion | None = None,
     ):
-        self._no_more: Exception | None = None
+        self._error = error
+        self._source_error: Exception | None = None
 
         def source() -> tuple[list[np.ndarray], list[np.ndarray]]:
             try:
-                sounds, where = next(batches)
-            except Exception as error:  # StopIteration too; DALI hands it on as it is
-                self._no_more = error
+                clips, positions = next(batches)
+            except Exception as raised:  # StopIteration too; DALI hands it on as it is
+                self._source_error = raised
                 raise
             return (
-                [np.frombuffer(sound, np.uint8) for sound in sounds],
-                [np.asarray(draws, np.float64).reshape(-1) for draws in where],
+                [np.frombuffer(clip, np.uint8) for clip in clips],
+                [np.asarray(draws, np.float64).reshape(-1) for draws in positions],
             )
 
         on_gpu = device.type == "cuda"
-        self._pipe = _graph(
+        self._pipe = _pipeline(
             source,
-            audio,
-            fusion or Fusion(),
-            mel,
+            graph,
             on_gpu,
             batch_size=batch,
             num_threads=threads,
@@ -89,60 +94,94 @@ class DaliDecoder:
     def __iter__(self) -> DaliDecoder:
         return self
 
-    def __next__(self) -> Decoded:
-        """The next batch: waveforms, or log-mels.
+    def __next__(self) -> DecodedBatch:
+        """The next batch.
 
         Raises:
-            BadSound: a clip of this batch cannot be decoded; the batches after it are not hurt.
+            Unusable: a clip of this batch cannot be decoded; the batches after it are not hurt.
             StopIteration: `batches` has ended.
         """
         try:
-            out, mean, lengths, where = self._pipe.run()
-        except (RuntimeError, ValueError) as error:
-            if error is self._no_more:
+            positions, media, lengths, *means = self._pipe.run()
+        except (RuntimeError, ValueError) as raised:
+            if raised is self._source_error:
                 raise
-            raise BadSound(f"DALI: {reason(error)}") from error
-        if not np.isfinite(np.asarray(mean.as_tensor())).all():
-            raise BadSound("DALI: no samples, or samples that are not finite")
-        batch = torch.from_dlpack(out.as_tensor())
+            raise self._error(f"DALI: {_reason(raised)}") from raised
+        if not all(np.isfinite(np.asarray(mean.as_tensor())).all() for mean in means):
+            raise self._error("DALI: no samples, or samples that are not finite")
+        batch = torch.from_dlpack(media.as_tensor())
         # On the CPU it owns its memory; on a GPU DALI's stream might use that again too early.
         batch = batch.clone() if batch.is_cuda else batch
         lengths = torch.from_dlpack(lengths.as_tensor()).flatten()
-        return Decoded(batch, lengths, torch.from_dlpack(where.as_tensor()))
+        return DecodedBatch(batch, lengths, torch.from_dlpack(positions.as_tensor()))
 
 
-def reason(error: Exception) -> str:
-    """What DALI's message says between the operator's traceback and the place in its sources."""
+def _reason(error: Exception) -> str:
+    """DALI's message between the operator's traceback and the line in its sources."""
     text = str(error)
     return (text.partition("encountered:")[2].partition("C++ context")[0] or text).strip()
 
 
 @pipeline_def
-def _graph(source, audio: Audio, fusion: Fusion, mel: bool, on_gpu: bool):
-    sound, where = fn.external_source(
+def _pipeline(source, graph: Graph, on_gpu: bool):
+    encoded, positions = fn.external_source(
         source=source, num_outputs=2, dtype=[types.UINT8, types.FLOAT64], ndim=1
     )
-    wave, _ = fn.decoders.audio(sound, downmix=True, sample_rate=float(audio.sample_rate_hz))
-    mean = fn.reductions.mean(wave, axes=[0])
-    wave = _crop(wave, where[0:1], fusion.longest(audio))
-    wave = _fill(wave, audio.samples, audio.filling)
-    out = wave.gpu() if on_gpu else wave
-    if mel:
-        out = _log_mel(out, audio)
-    length = _length(out)[0:1]
-    if fusion.on:
-        out = fn.pad(out, axes=[0], fill_value=0.0)
-    elif mel:
-        out = fn.pad(out, axes=[0], shape=[audio.frames], fill_value=0.0)
-    return out, mean, length, where
+    return positions, *graph(encoded, positions, on_gpu)
 
 
-def _crop(wave, where, samples: int):
+def image_graph(resolution: int) -> Graph:
+    """Encoded images -> (B, R, R, 3) uint8."""
+
+    def graph(encoded, _, on_gpu: bool):
+        image = fn.decoders.image(encoded, output_type=types.RGB, adjust_orientation=False)
+        sides = fn.cast(image.shape(), dtype=types.INT64)[0:2]
+        sides = resolution * sides // fn.reductions.min(sides)
+        image = fn.resize(
+            image,
+            size=fn.cast(sides, dtype=types.FLOAT),
+            interp_type=types.INTERP_CUBIC,
+            antialias=True,
+            dtype=types.UINT8,
+        )
+        spare = sides - resolution
+        # Halves to even: 1 -> 0, 3 -> 2. DALI has no remainder.
+        start = spare // 2 + fn.cast(spare - 4 * (spare // 4) == 3, dtype=types.INT64)
+        start, size = fn.cast(start, dtype=types.INT32), [resolution, resolution]
+        middle = fn.slice(image, start, size, axes=[0, 1], **_ABSOLUTE)
+        return middle.gpu() if on_gpu else middle, _length(middle)[0:1]
+
+    return graph
+
+
+def audio_graph(audio: Audio, fusion: Fusion | None = None, *, mel: bool) -> Graph:
+    """Encoded sounds -> waveforms, or with `mel` log-mels."""
+    fused = fusion or Fusion()
+
+    def graph(encoded, positions, on_gpu: bool):
+        wave, _ = fn.decoders.audio(encoded, downmix=True, sample_rate=float(audio.sample_rate_hz))
+        mean = fn.reductions.mean(wave, axes=[0])
+        wave = _crop(wave, positions[0:1], fused.longest(audio))
+        wave = _fill(wave, audio.samples, audio.filling)
+        out = wave.gpu() if on_gpu else wave
+        if mel:
+            out = _log_mel(out, audio)
+        length = _length(out)[0:1]
+        if fused.on:
+            out = fn.pad(out, axes=[0], fill_value=0.0)
+        elif mel:
+            out = fn.pad(out, axes=[0], shape=[audio.frames], fill_value=0.0)
+        return out, length, mean
+
+    return graph
+
+
+def _crop(wave, position, samples: int):
     length = _length(wave)
     spare = dali_math.max(length - samples, 0)
-    start = dali_math.floor(where * (spare + 1))
+    start = dali_math.floor(position * (spare + 1))
     start = dali_math.min(fn.cast(start, dtype=types.INT64), spare)
-    return fn.slice(wave, start, dali_math.min(length, samples), axes=[0], **_WHOLE)
+    return fn.slice(wave, start, dali_math.min(length, samples), axes=[0], **_ABSOLUTE)
 
 
 def _fill(wave, samples: int, filling: str):
@@ -155,7 +194,7 @@ def _fill(wave, samples: int, filling: str):
         wave = fn.reshape(ones * fn.expand_dims(wave, axes=[0]), shape=[-1])
     first = types.Constant([0], dtype=types.INT64)
     return fn.slice(
-        wave, first, whole, axes=[0], out_of_bounds_policy="pad", fill_values=0.0, **_WHOLE
+        wave, first, whole, axes=[0], out_of_bounds_policy="pad", fill_values=0.0, **_ABSOLUTE
     )
 
 
@@ -178,7 +217,7 @@ def _clap(wave, audio: Audio):
         nfft=audio.window,
         window_length=audio.window,
         window_step=audio.hop,
-        window_fn=mel_clap.hann(audio.window).astype(np.float32).tolist(),
+        window_fn=clap_mel.hann(audio.window).astype(np.float32).tolist(),
         layout="ft",
     )
     slaney = audio.mel_variant == "slaney_norm"
@@ -191,7 +230,7 @@ def _clap(wave, audio: Audio):
         mel_formula="slaney" if slaney else "htk",
         normalize=slaney,
     )
-    cutoff = 10 * math.log10(mel_clap.FLOOR)
+    cutoff = 10 * math.log10(clap_mel.FLOOR)
     return fn.to_decibels(mel, multiplier=10.0, reference=1.0, cutoff_db=cutoff)
 
 
@@ -220,4 +259,4 @@ def _kaldi(wave, audio: Audio):
     return fn.to_decibels(mel, multiplier=math.log(10), reference=1.0, cutoff_db=math.log(FLOOR))
 
 
-_WHOLE = {"normalized_anchor": False, "normalized_shape": False}
+_ABSOLUTE = {"normalized_anchor": False, "normalized_shape": False}

@@ -8,7 +8,7 @@ The whole is resized along time, bilinear between the two nearest frames, withou
 begin anywhere in the first, second and last third of where they can. With M = C all four are the
 same.
 
-Source: LAION-CLAP's data pipeline and transformers' extractor; SPEC 4.7.
+Source: LAION-CLAP's published data pipeline, transformers' ClapFeatureExtractor.
 """
 
 from __future__ import annotations
@@ -17,35 +17,35 @@ import torch
 from torch import Tensor
 
 CHANNELS = 4
-# Draws of a clip: where the three pieces begin.
+# Random numbers of a clip: the positions of the three pieces.
 PIECES = 3
 
 
-def piece_starts(frames: Tensor, chunk: int, where: Tensor) -> Tensor:
+def piece_starts(frames: Tensor, chunk: int, positions: Tensor) -> Tensor:
     """(B, 3) int64: the first frames of the front, middle and back piece.
 
-    The `M - C + 1` starts are split as equally as can be, earlier parts taking what is over; a
-    part that is left empty is {0}.
+    The `M - C + 1` starts are split as equally as can be, earlier thirds taking the rest; a third
+    that is left empty is {0}.
 
     Args:
         frames: (B,) int64, M of each clip.
         chunk: C.
-        where: (B, 3) float64 in [0, 1), which start of each part.
+        positions: (B, 3) float64 in [0, 1), which start of each third.
     """
-    starts, part = (frames - chunk + 1)[:, None], torch.arange(PIECES, device=frames.device)
-    sizes = starts // PIECES + (part < starts % PIECES)
+    starts, third = (frames - chunk + 1)[:, None], torch.arange(PIECES, device=frames.device)
+    sizes = starts // PIECES + (third < starts % PIECES)
     first = (sizes.cumsum(1) - sizes).masked_fill(sizes == 0, 0)
-    return first + (where * sizes).floor().long()
+    return first + (positions * sizes).floor().long()
 
 
-def four_channels(mel: Tensor, frames: Tensor, chunk: int, where: Tensor) -> Tensor:
+def four_channels(mel: Tensor, frames: Tensor, chunk: int, positions: Tensor) -> Tensor:
     """(B, longest M, F) log-mels, valid up to each clip's own M -> (B, 4, C, F).
 
     Args:
-        frames, chunk, where: as `piece_starts`, on the log-mels' device.
+        frames, chunk, positions: as `piece_starts`, on the log-mels' device.
     """
     at = torch.arange(chunk, device=mel.device)
-    pieces = piece_starts(frames, chunk, where)[:, :, None] + at
+    pieces = piece_starts(frames, chunk, positions)[:, :, None] + at
     source = (at + 0.5) * (frames[:, None].double() / chunk) - 0.5
     source = source.clamp(min=0)
     low = source.floor().long()

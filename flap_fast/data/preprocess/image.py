@@ -1,22 +1,21 @@
-"""One picture's bytes -> the square that the model sees (CPU, Pillow).
+"""Images -> the image encoder's input.
 
     bytes -> RGB (h, w, 3) -> shorter side R, bicubic -> the middle (R, R, 3) -> floats (3, R, R)
 
-This is the twin that says what DALI's decoding means. It is CLIP's own preprocessing, for training
-and evaluation alike: Pillow's bicubic filter, as wide as the image shrinks; sides cut off as
-torchvision's CenterCrop does; tags that ask for a rotation are not looked at.
+The reference implementation of what DALI decodes (CPU, Pillow). It is CLIP's own preprocessing, for
+training and evaluation alike: Pillow's bicubic filter, as wide as the image shrinks; sides cut off
+as torchvision's CenterCrop does; tags that ask for a rotation are ignored.
 
-Source: CLIP's published code; SPEC 5.3.
+Source: CLIP's published code, `_transform`.
 """
 
 from __future__ import annotations
 
 import io
 import os
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,12 +23,15 @@ from PIL import Image as pillow
 from PIL import UnidentifiedImageError
 from torch import Tensor
 
+from flap_fast.config import Config
+from flap_fast.data.batch import DecodedBatch, EncodedBatch, MediaInput, stack_clips, to_device
+from flap_fast.data.preprocess.decoders import make_decoder
 from flap_fast.data.preprocess.waveform import Unusable
 from flap_fast.encoders.settings import ImageEncoder
+from flap_fast.ranks import Ranks
 
-# A side 50 times as long as the other: a strip, whose middle says nothing, and gigabytes enlarged.
+# A side 50 times as long as the other is a strip: gigabytes once its shorter side is enlarged.
 _LONGEST = 50
-
 
 Picture = str | Path | pillow.Image | np.ndarray
 """A file, one of Pillow's images, or an (h, w, 3) uint8 array."""
@@ -49,7 +51,7 @@ def read_image(source: Path | bytes, resolution: int) -> np.ndarray:
 
 
 def any_square(picture: Picture, number: int, resolution: int) -> np.ndarray:
-    """The middle square of a picture in any form, (R, R, 3) uint8; `BadImage` says which it is."""
+    """The middle square of any picture, (R, R, 3) uint8; raises `BadImage` with its name."""
     named = isinstance(picture, (str, Path))
     try:
         if isinstance(picture, (str, Path)):
@@ -78,7 +80,7 @@ def square(picture: pillow.Image, resolution: int) -> np.ndarray:
 
 
 def decoded(source: Path | bytes) -> pillow.Image:
-    """The whole picture in the colours that its file has; raises `BadImage`."""
+    """The whole picture in its file's own colours; raises `BadImage`."""
     if isinstance(source, Path) and not os.path.isfile(source):  # a name may be too long to ask
         raise BadImage("missing: no such file")
     try:
@@ -107,31 +109,53 @@ def _margin(spare: int) -> int:
     return spare // 2 + (spare % 4 == 3)
 
 
-class PillowDecoder:
-    """The twin of `DaliImageDecoder`: Pillow on threads; the same interface."""
+class ImagePreprocessor:
+    """A `Preprocessor` of images: (B, 3, R, R)."""
 
-    def __init__(
-        self, batches: Iterator[list[bytes]], image: ImageEncoder, *, threads: int, prefetch: int
-    ):
-        self._pool, self._resolution = ThreadPoolExecutor(threads), image.resolution
-        self._batches, self._prefetch = batches, prefetch
-        self._waiting: deque[list[Future[np.ndarray]]] = deque()
+    def __init__(self, config: Config, ranks: Ranks, shards: object = None):
+        image = config.encoder
+        assert isinstance(image, ImageEncoder)  # chosen by its modality
+        self._image, self._frontend, self._ranks = image, config.frontend, ranks
+        # Made once: a copy to a GPU in each step would have the host wait.
+        self._mean, self._std = (
+            torch.tensor(of, device=ranks.device) for of in (image.mean, image.std)
+        )
 
-    def __iter__(self) -> PillowDecoder:
-        return self
+    def stream(self, batches: Iterator[EncodedBatch], batch: int) -> Iterator[MediaInput]:
+        """Preprocess batches in order; raises `BadImage` at the turn of one with a bad image."""
+        decoder = make_decoder(
+            batches,
+            batch,
+            self._frontend,
+            self._ranks,
+            decode=self._decode,
+            graph=self._dali_graph,
+            error=BadImage,
+        )
+        # Unlike a generator, `map` goes on after it has raised.
+        return map(self.finish, decoder)
 
-    def __next__(self) -> Tensor:
-        """(B, R, R, 3) uint8; raises `BadImage` for a batch with one that cannot be read."""
-        while len(self._waiting) < self._prefetch:
-            images = next(self._batches, None)
-            if images is None:
-                break
-            self._waiting.append(
-                [self._pool.submit(read_image, image, self._resolution) for image in images]
-            )
-        if not self._waiting:
-            raise StopIteration
-        return torch.from_numpy(np.stack([image.result() for image in self._waiting.popleft()]))
+    def check(self, clip: bytes) -> None:
+        """Raise `BadImage` if an image cannot be decoded."""
+        self._decode(clip)
+
+    def decode(self, clips: Sequence[bytes], positions: np.ndarray) -> MediaInput:
+        """Preprocess one batch at once, on this thread; raises `BadImage`."""
+        return self.finish(stack_clips([self._decode(clip) for clip in clips], positions))
+
+    def finish(self, decoded: DecodedBatch) -> MediaInput:
+        """The normalised pixels of squares."""
+        pixels = to_device(decoded.media, self._ranks.device)
+        return MediaInput(normalise_image(pixels, self._mean, self._std), None)
+
+    def _decode(self, clip: bytes, position: float = 0.0) -> np.ndarray:
+        """The middle square, wherever other clips are cropped."""
+        return read_image(clip, self._image.resolution)
+
+    def _dali_graph(self, backend: str) -> Any:
+        from flap_fast.data.preprocess.dali import image_graph
+
+        return image_graph(self._image.resolution)
 
 
 def normalise_image(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:

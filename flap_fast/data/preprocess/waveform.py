@@ -1,7 +1,7 @@
 """One sound file or its bytes -> one mono waveform at the rate asked for (CPU, NumPy).
 
-This is the twin that says what DALI's decoding means; `prepare` and evaluation of plain files use
-it as well. Files: whatever libsndfile reads (WAV, FLAC, OGG, MP3).
+The reference implementation of what DALI decodes; `prepare` and evaluation of plain files use it as
+well. Files: whatever libsndfile reads (WAV, FLAC, OGG, MP3).
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import numpy as np
 import soundfile
 import soxr
 
+from flap_fast.config import Audio, Fusion
+
 # Frames read at a time: a header may promise any number of them, memory is for those that come.
 _BLOCK = 2**20
 
 
 class Unusable(ValueError):
-    """A clip's sound or picture that cannot be used, and why."""
+    """A clip that cannot be used, and why."""
 
 
 class BadSound(Unusable):
@@ -27,11 +29,26 @@ class BadSound(Unusable):
 
 
 class Unread(BadSound):
-    """A sound that the system did not let us read: another time it may."""
+    """A sound that the system refused to read; another time it may not."""
 
 
 # libsndfile's code for it.
 _SYSTEM = 2
+
+
+def decode_clip(
+    encoded: bytes, position: float, audio: Audio, fusion: Fusion | None = None
+) -> np.ndarray:
+    """A clip decoded, cropped and filled, (samples,) float32; raises `BadSound`."""
+    return crop_and_fill(read_sound(encoded, audio.sample_rate_hz), position, audio, fusion)
+
+
+def crop_and_fill(
+    wave: np.ndarray, position: float, audio: Audio, fusion: Fusion | None = None
+) -> np.ndarray:
+    """audio.duration_s of a waveform; with fusion as much of it or more, up to its longest."""
+    wave = crop(wave, (fusion or Fusion()).longest(audio), position)
+    return fill(wave, max(audio.samples, len(wave)), audio.filling)
 
 
 def read_sound(
@@ -66,9 +83,9 @@ def read_sound(
 
 
 class _Forward(soundfile.SoundFile):
-    """A file whose reads begin where the last one ended.
+    """A file that is only read forward.
 
-    soundfile seeks to that place after each, if it can: MP3 then loses what it kept of the frame
+    soundfile seeks to the end of each read, if it can: MP3 then loses what it kept of the frame
     before, and FLAC with a wrong length fails.
     """
 
@@ -108,22 +125,22 @@ def crop_positions(crops: int) -> np.ndarray:
     return np.minimum(np.linspace(0, 1, crops), np.nextafter(1, 0))
 
 
-def crop(wave: np.ndarray, samples: int, where: float) -> np.ndarray:
-    """At most `samples` of the wave, from `floor(where * (len - samples + 1))`.
+def crop(wave: np.ndarray, samples: int, position: float) -> np.ndarray:
+    """At most `samples` of the wave, from `floor(position * (len - samples + 1))`.
 
-    `where` is in [0, 1): every start is as likely as any other. Float64, as in DALI's graph.
+    `position` is in [0, 1): every start is as likely as any other. Float64, as in DALI's graph.
     """
     spare = len(wave) - samples
     if spare <= 0:
         return wave
-    start = int(np.floor(np.float64(where) * (spare + 1)))
+    start = int(np.floor(np.float64(position) * (spare + 1)))
     return wave[start : start + samples]
 
 
 def fill(wave: np.ndarray, samples: int, filling: str) -> np.ndarray:
     """Exactly `samples`: whole repeats then zeros (`repeatpad`), zeros (`pad`), cut repeats.
 
-    Source: LAION-CLAP, the modes of its data pipeline; SPEC 2.4.
+    Source: LAION-CLAP's published data pipeline, data_filling.
     """
     if len(wave) == samples:
         return wave

@@ -1,40 +1,28 @@
-"""Published data sets -> clips, one reader a layout: `SOURCES[name](folder)`.
+"""The registry of sources: published data sets that `flap prepare --source NAME` reads.
 
-A reader gives the clips that the data set lists, in its order and under its own split names,
-whether their files are there or not: `prepare` counts and lists those that are missing.
+One line here adds the `Source` of a file, in the order in which messages and the README list them.
 """
 
-from __future__ import annotations
+# ruff: noqa: F401 - SOURCES finds the records by their type
+# isort: off
+from flap_fast.preparation.sources.layout import Source
+from flap_fast.preparation.sources.audiocaps import AUDIOCAPS
+from flap_fast.preparation.sources.clotho import CLOTHO
+from flap_fast.preparation.sources.musiccaps import MUSICCAPS, MUSICCAPS_BY_NAME
+from flap_fast.preparation.sources.esc50 import ESC50
+from flap_fast.preparation.sources.urbansound8k import URBANSOUND8K
+from flap_fast.preparation.sources.folder import FOLDER
+from flap_fast.preparation.sources.tars import SHARDS
+from flap_fast.preparation.sources.cc3m import CC3M
+from flap_fast.preparation.sources.coco import COCO
+from flap_fast.preparation.sources.flickr30k import FLICKR30K
+from flap_fast.preparation.sources.nli import NLI
 
-from collections.abc import Callable
-from pathlib import Path
+SOURCES = {source.name: source for source in list(globals().values()) if isinstance(source, Source)}
 
-from flap_fast.preparation.manifest import Entry
-from flap_fast.preparation.sources.audiocaps import audiocaps
-from flap_fast.preparation.sources.cc3m import cc3m
-from flap_fast.preparation.sources.clotho import clotho
-from flap_fast.preparation.sources.coco import coco
-from flap_fast.preparation.sources.esc50 import esc50
-from flap_fast.preparation.sources.flickr30k import flickr30k
-from flap_fast.preparation.sources.folder import folder
-from flap_fast.preparation.sources.musiccaps import musiccaps, musiccaps_by_name
-from flap_fast.preparation.sources.nli import Triples, nli
-from flap_fast.preparation.sources.tars import tars
-from flap_fast.preparation.sources.urbansound8k import urbansound8k
 
-SOURCES: dict[str, Callable[[Path], list[Entry]]] = {
-    "audiocaps": audiocaps,
-    "clotho": clotho,
-    "musiccaps": musiccaps,
-    "musiccaps-by-name": musiccaps_by_name,
-    "esc50": esc50,
-    "urbansound8k": urbansound8k,
-    "folder": folder,
-    "shards": tars,
-    "cc3m": cc3m,
-    "coco": coco,
-    "flickr30k": flickr30k,
-}
-
-# Of sentences alone; `flap prepare` writes them as OUT/SPLIT.jsonl.
-SENTENCES: dict[str, Callable[[Path], Triples]] = {"nli": nli}
+def sources_table() -> str:
+    """The README's table of sources."""
+    rows = ["| source | what FOLDER holds | splits |", "|---|---|---|"]
+    rows += [f"| `{s.name}` | {s.folder} | {s.splits} |" for s in SOURCES.values()]
+    return "\n".join(rows)

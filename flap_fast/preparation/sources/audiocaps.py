@@ -13,15 +13,15 @@ from typing import Any
 
 from flap_fast.files import ManifestError
 from flap_fast.preparation.manifest import Entry, Row, collect
-from flap_fast.preparation.sources.layout import Clips, table
+from flap_fast.preparation.sources.layout import Clips, Source, table
 
 _SPLITS = ("train", "val", "test")
 _COLUMNS = ("audiocap_id", "youtube_id", "start_time", "caption")
 _SECONDS = 10
 
 
-def audiocaps(folder: Path) -> list[Entry]:
-    """The clips of all splits whose CSV is there; raises `ManifestError` without any."""
+def read(folder: Path) -> list[Entry]:
+    """The clips of all splits whose CSV exists; raises `ManifestError` without any."""
     tables = {split: folder / f"{split}.csv" for split in _SPLITS}
     tables = {split: file for split, file in tables.items() if file.is_file()}
     if not tables:
@@ -55,3 +55,13 @@ def _split(split: str, file: Path, clips: Clips) -> list[Row]:
         }
         out.append((file, line, clip))
     return out
+
+
+AUDIOCAPS = Source(
+    name="audiocaps",
+    kind="sounds",
+    folder="train.csv, val.csv, test.csv; sounds anywhere, called by either id, with or "
+    "without the start",
+    splits="train, val, test (5 captions a clip in the last two)",
+    read=read,
+)

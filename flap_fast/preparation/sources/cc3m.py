@@ -17,10 +17,10 @@ from pathlib import Path
 
 from flap_fast.files import ManifestError
 from flap_fast.preparation.manifest import Entry, Row, collect
-from flap_fast.preparation.sources.layout import table
+from flap_fast.preparation.sources.layout import Source, table
 
 
-def cc3m(folder: Path) -> list[Entry]:
+def read(folder: Path) -> list[Entry]:
     """The images of all CSVs, in the order of their names; raises `ManifestError` without any."""
     tables = sorted(folder.glob("*.csv"))
     if not tables:
@@ -48,3 +48,12 @@ def _rows(tables: list[Path]) -> Iterator[Row]:
 
 
 _COLUMNS = (("image", "filepath"), ("caption", "title"))
+
+
+CC3M = Source(
+    name="cc3m",
+    kind="images",
+    folder="train*.csv, val*.csv: image,caption",
+    splits="train, val",
+    read=read,
+)

@@ -1,4 +1,4 @@
-"""COCO captions: Karpathy's splits (test: 5,000 images) if their JSON is there, or the official.
+"""COCO captions: Karpathy's splits (test: 5,000 images) where their JSON exists, else the official.
 
     FOLDER/dataset_coco.json                       Karpathy's; images in FOLDER/{train,val}2014/
     FOLDER/annotations/captions_{train,val}YEAR.json    official; images in FOLDER/{train,val}YEAR/
@@ -15,9 +15,10 @@ from pathlib import Path
 from flap_fast.files import ManifestError
 from flap_fast.preparation.manifest import Entry, Row, collect
 from flap_fast.preparation.sources.karpathy import karpathy, read_json
+from flap_fast.preparation.sources.layout import Source
 
 
-def coco(folder: Path) -> list[Entry]:
+def read(folder: Path) -> list[Entry]:
     """All images, five captions or more each; raises `ManifestError` without a JSON."""
     names = ("dataset_coco.json", "karpathy/dataset_coco.json")
     splits = next((folder / name for name in names if (folder / name).is_file()), None)
@@ -35,19 +36,28 @@ def coco(folder: Path) -> list[Entry]:
 def _official(files: list[Path]) -> Iterator[Row]:
     numbers = count(1)
     for file in files:
-        place = file.stem.removeprefix("captions_")  # train2017
+        images = file.stem.removeprefix("captions_")  # train2017
         data = read_json(file, "images", "annotations")
         captions: dict[int, list[str]] = {}
         try:
-            for said in data["annotations"]:
-                captions.setdefault(said["image_id"], []).append(said["caption"])
+            for caption in data["annotations"]:
+                captions.setdefault(caption["image_id"], []).append(caption["caption"])
             for image in data["images"]:
                 clip = {
-                    "audio": f"{place}/{image['file_name']}",
+                    "audio": f"{images}/{image['file_name']}",
                     "captions": captions.get(image["id"], []),
                     "id": Path(image["file_name"]).stem,
-                    "split": place.rstrip("0123456789"),
+                    "split": images.rstrip("0123456789"),
                 }
                 yield file, next(numbers), clip
         except (KeyError, TypeError) as error:
             raise ManifestError(f"{file}: an image or a caption lacks {error}") from None
+
+
+COCO = Source(
+    name="coco",
+    kind="images",
+    folder="dataset_coco.json (Karpathy's), or COCO's annotations/",
+    splits="Karpathy's train, val, test; or train, val",
+    read=read,
+)

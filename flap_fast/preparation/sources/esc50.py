@@ -4,35 +4,41 @@
     FOLDER/audio/*.wav
 
 The class is a label, not a caption: for zero-shot classification. Folds are of one size, so that
-the mean over them is the accuracy over all; the language-encoder paper takes fold 1 (SPEC 2.2).
+the mean over them is the accuracy over all; the language-encoder paper takes fold 1.
 
 Source: Piczak, "ESC: Dataset for Environmental Sound Classification", ACM MM 2015.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from flap_fast.preparation.manifest import Entry, Row, collect
-from flap_fast.preparation.sources.layout import first_file, spoken, table
+from flap_fast.preparation.manifest import Entry
+from flap_fast.preparation.sources.layout import Source, labelled_clips
 
 _COLUMNS = ("filename", "fold", "target", "category")
 
 
-def esc50(folder: Path) -> list[Entry]:
+def read(folder: Path) -> list[Entry]:
     """All clips; raises `ManifestError` without the CSV."""
-    file = first_file(folder, ("meta/esc50.csv", "esc50.csv"), "ESC-50")
-    return collect(_rows(file), folder, str(file))
+    return labelled_clips(folder, ("meta/esc50.csv", "esc50.csv"), "ESC-50", _COLUMNS, _clip)
 
 
-def _rows(file: Path) -> Iterator[Row]:
-    for line, row in table(file, _COLUMNS):
-        clip = {
-            "audio": f"audio/{row['filename']}",
-            "labels": [spoken(row["category"])],
-            "id": Path(row["filename"]).stem,
-            "split": f"fold{row['fold']}",
-            "target": row["target"],
-        }
-        yield file, line, clip
+def _clip(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "audio": f"audio/{row['filename']}",
+        "label": row["category"],
+        "id": Path(row["filename"]).stem,
+        "split": f"fold{row['fold']}",
+        "target": row["target"],
+    }
+
+
+ESC50 = Source(
+    name="esc50",
+    kind="sounds",
+    folder="meta/esc50.csv, audio/",
+    splits="fold1 to fold5, labels",
+    read=read,
+)

@@ -16,18 +16,19 @@ from typing import Any
 
 from flap_fast.files import ManifestError, read_rows
 from flap_fast.preparation.manifest import Entry, Row, collect
+from flap_fast.preparation.sources.layout import Source
 
 _PATHS = ("audio", "image", "path", "file_name", "filename", "file")
 _ENDINGS = (".csv", ".jsonl")
 
 
-def folder(folder: Path) -> list[Entry]:
+def read(folder: Path) -> list[Entry]:
     """The clips of the folder's table, or of its subfolders' tables; `ManifestError` without."""
     file = _only_table(folder)
     tables = {None: file} if file else {}
     if not tables:
-        inner = sorted(place for place in folder.iterdir() if place.is_dir())
-        found = {place.name: _only_table(place) for place in inner}
+        inner = sorted(path for path in folder.iterdir() if path.is_dir())
+        found = {path.name: _only_table(path) for path in inner}
         tables = {split: file for split, file in found.items() if file}
     if not tables:
         raise ManifestError(
@@ -73,3 +74,12 @@ def _rows(file: Path, split: str | None) -> Iterator[Row]:
         if split is not None:
             clip["split"] = split
         yield file, line, clip
+
+
+FOLDER = Source(
+    name="folder",
+    kind="sounds or images",
+    folder="metadata.csv or .jsonl (file_name, caption), one or one a split's folder",
+    splits="its split, or the folders' names",
+    read=read,
+)

@@ -32,15 +32,15 @@ def karpathy(file: Path, images: str) -> Iterator[Row]:
     """The rows of such a JSON, numbered from 1; paths begin with `images`."""
     for number, image in enumerate(read_json(file, "images")["images"], 1):
         try:
-            place = Path(images, image.get("filepath", ""), image["filename"])
+            path = Path(images, image.get("filepath", ""), image["filename"])
             split = {"restval": "train"}.get(image["split"], image["split"])
             captions = [sentence["raw"] for sentence in image["sentences"]]
         except (KeyError, TypeError, AttributeError) as error:
             raise ManifestError(f"{file}: image {number} lacks {error}") from None
         clip = {
-            "audio": str(place),
+            "audio": str(path),
             "captions": captions,
-            "id": place.stem,
+            "id": path.stem,
             "split": split,
         }
         yield file, number, clip

@@ -1,20 +1,38 @@
-"""What the readers share: tables with the columns they need, and where a clip's file lies."""
+"""Parts of the readers: a source's record, tables with known columns, files of YouTube clips."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import soundfile
-
-from flap_fast.data.shards import SOUNDS
 from flap_fast.files import ManifestError, read_rows
+from flap_fast.preparation.manifest import Entry, Row, collect
+
+
+@dataclass(frozen=True)
+class Source:
+    """A published data set, and the reader of the layout that it is published in.
+
+    A reader gives the clips that the data set lists, in its order and under its own split names,
+    whether their files exist or not: `prepare` counts and lists those that are missing.
+    """
+
+    name: str
+    """The name for `--source`."""
+    kind: Literal["sounds", "images", "sounds or images", "sentences"]
+    folder: str
+    """What its folder holds, for the README's table."""
+    splits: str
+    read: Callable[[Path], Any]
+    """The folder -> a list of `Entry`; of sentences the rows of each split. Raises `ManifestError`
+    for a folder of another layout."""
 
 
 def first_file(folder: Path, names: Sequence[str], what: str) -> Path:
-    """The first of some files that is there; raises `ManifestError` naming them all."""
+    """The first of some files that exists; raises `ManifestError` naming them all."""
     for name in names:
         if (folder / name).is_file():
             return folder / name
@@ -33,15 +51,39 @@ def table(file: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, A
         yield line, row
 
 
-def spoken(label: str) -> str:
-    """A class name as one says it: without underscores."""
-    return " ".join(label.replace("_", " ").split())
+def labelled_clips(
+    folder: Path,
+    names: Sequence[str],
+    what: str,
+    columns: Sequence[str],
+    clip: Callable[[dict[str, Any]], dict[str, Any]],
+) -> list[Entry]:
+    """The clips of a table of one label each.
+
+    Args:
+        names: files that may be the table; the first that exists is.
+        what: the data set's name, for the message that none was found.
+        columns: that it must have.
+        clip: turns a row into a manifest's; underscores in its `label` become spaces.
+    """
+    file = first_file(folder, names, what)
+
+    def rows() -> Iterator[Row]:
+        for line, row in table(file, columns):
+            cells = clip(row)
+            label = " ".join(cells.pop("label").replace("_", " ").split())
+            yield file, line, {**cells, "labels": [label]}
+
+    return collect(rows(), folder, str(file))
 
 
 class Clips:
     """Clips of YouTube under a folder, as any of the usual downloaders names their files."""
 
     def __init__(self, folder: Path):
+        # Here: the names of sources are listed without waiting for NumPy.
+        from flap_fast.data.shards import SOUNDS
+
         self._folder = folder
         self._files: dict[str, Path] = {}
         endings = {f".{ending}" for ending in SOUNDS}
@@ -53,7 +95,7 @@ class Clips:
         """`audio` of a clip, and where it starts in a file that is a whole recording.
 
         A file of the clip's own length, within a second, is the clip: it was cut when it was
-        fetched. One that is not there gets the name that it should have.
+        fetched. A missing one gets the name that it should have.
         """
         start, end = f"{start_s:g}", f"{end_s:g}"
         names = [
@@ -75,7 +117,9 @@ class Clips:
 
 
 def _seconds(file: Path) -> float:
-    """How long a file lasts; 0 for one that cannot be read, which `prepare` will tell of."""
+    """A file's duration; 0 for one that cannot be read, which `prepare` rejects."""
+    import soundfile
+
     try:
         return soundfile.info(os.fsencode(file)).duration  # type: ignore[arg-type]
     except soundfile.LibsndfileError:

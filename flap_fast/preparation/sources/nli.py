@@ -16,22 +16,22 @@ import re
 from pathlib import Path
 
 from flap_fast.files import ManifestError
-from flap_fast.preparation.sources.layout import table
+from flap_fast.preparation.sources.layout import Source, table
 
 Triples = dict[str, list[dict[str, str]]]
 """Of each split: premise, entailment, contradiction."""
 
 _FILE = re.compile(r"(?:snli|multinli)_1\.0_(\w+)\.jsonl")
-_KINDS = ("entailment", "contradiction")
+_RELATIONS = ("entailment", "contradiction")
 
 
-def nli(folder: Path) -> Triples:
+def read(folder: Path) -> Triples:
     """The triples of each split; raises `ManifestError` without any file of these names."""
     ready = folder / "nli_for_simcse.csv"
     if ready.is_file():
         names = ("sent0", "sent1", "hard_neg")
         rows = (tuple(row[name].strip() for name in names) for _, row in table(ready, names))
-        keys = ("premise", *_KINDS)
+        keys = ("premise", *_RELATIONS)
         return {"train": [dict(zip(keys, row, strict=True)) for row in rows if all(row)]}
     files = sorted(folder.rglob("*.jsonl"), key=lambda file: (file.name[0] != "s", file))
     found = {file: match.group(1) for file in files if (match := _FILE.fullmatch(file.name))}
@@ -45,9 +45,9 @@ def nli(folder: Path) -> Triples:
         _read(file, splits.setdefault(split, {}))
     return {
         split: [
-            {"premise": premise, **{kind: said[kind] for kind in _KINDS}}
-            for premise, said in premises.items()
-            if len(said) == len(_KINDS)
+            {"premise": premise, **{relation: found[relation] for relation in _RELATIONS}}
+            for premise, found in premises.items()
+            if len(found) == len(_RELATIONS)
         ]
         for split, premises in splits.items()
     }
@@ -55,10 +55,20 @@ def nli(folder: Path) -> Triples:
 
 def _read(file: Path, premises: dict[str, dict[str, str]]) -> None:
     """Add a file's first entailment and first contradiction of each premise."""
-    for line, row in table(file, ("gold_label", "sentence1", "sentence2")):
-        kind, premise, said = (row[name] for name in ("gold_label", "sentence1", "sentence2"))
-        if not isinstance(premise, str) or not isinstance(said, str):
+    columns = ("gold_label", "sentence1", "sentence2")
+    for line, row in table(file, columns):
+        relation, premise, sentence = (row[name] for name in columns)
+        if not isinstance(premise, str) or not isinstance(sentence, str):
             raise ManifestError(f"{file}:{line}: sentence1 and sentence2 must be texts")
-        if kind in _KINDS and premise.strip() and said.strip():
-            both = premises.setdefault(premise.strip(), {})
-            both.setdefault(kind, said.strip())
+        if relation in _RELATIONS and premise.strip() and sentence.strip():
+            found = premises.setdefault(premise.strip(), {})
+            found.setdefault(relation, sentence.strip())
+
+
+NLI = Source(
+    name="nli",
+    kind="sentences",
+    folder="snli_1.0_*.jsonl, multinli_1.0_*.jsonl, or nli_for_simcse.csv",
+    splits="theirs, both corpora's train as one",
+    read=read,
+)

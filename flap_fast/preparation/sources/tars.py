@@ -1,4 +1,4 @@
-"""Shards that others wrote: tars of a sound (or an image) and a JSON for each clip.
+"""Shards of others: tars of a sound or an image and a JSON for each clip.
 
     FOLDER/SPLIT/*.tar    LAION's layout: KEY.flac, KEY.json with text, tag, original_data, ...
     FOLDER/*.tar          one split, called as the folder
@@ -10,23 +10,27 @@ log-mels. All that a JSON says besides is kept. img2dataset's `caption` is taken
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flap_fast.data.preprocess.waveform import BadSound
-from flap_fast.data.shards import KINDS, Shards, open_shards
 from flap_fast.files import ManifestError, whole_characters
 from flap_fast.preparation.manifest import Entry
+from flap_fast.preparation.sources.layout import Source
+
+if TYPE_CHECKING:
+    from flap_fast.data.shards import Shards
 
 _OURS = ("text", "tag", "id", "original_data")
 
 
-def tars(folder: Path) -> list[Entry]:
+def read(folder: Path) -> list[Entry]:
     """The clips of all shards, split by split.
 
     Raises:
         ManifestError: no shards, or shards of log-mels.
         ShardError: a shard that is not whole.
     """
+    from flap_fast.data.shards import KINDS, open_shards
+
     entries: list[Entry] = []
     for split in _splits(folder):
         shards = open_shards([split], tuple(KINDS))
@@ -51,10 +55,12 @@ def _splits(folder: Path) -> list[Path]:
 
 
 def _entry(shards: Shards, clip: int, split: str, line: int) -> Entry:
-    file, at, size, _, _ = shards.place[clip].tolist()
+    from flap_fast.data.preprocess.waveform import Unusable
+
+    file, at, size, _, _ = shards.locations[clip].tolist()
     try:
         record = shards.record(clip, captionless=True)
-    except BadSound:
+    except Unusable:
         record = {"text": []}  # no captions: `prepare` rejects it
     captions = record["text"] or _texts(record.pop("caption", record.pop("captions", None)))
     original = record.get("original_data")
@@ -74,3 +80,12 @@ def _entry(shards: Shards, clip: int, split: str, line: int) -> Entry:
 def _texts(value: Any) -> list[str]:
     texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
     return [whole_characters(t.strip()) for t in texts if isinstance(t, str) and t.strip()]
+
+
+SHARDS = Source(
+    name="shards",
+    kind="sounds or images",
+    folder="SPLIT/*.tar: LAION's, img2dataset's or ours, to another rate or into a cache",
+    splits="the folders' names",
+    read=read,
+)

@@ -10,30 +10,36 @@ Source: Salamon et al., "A Dataset and Taxonomy for Urban Sound Research", ACM M
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from flap_fast.preparation.manifest import Entry, Row, collect
-from flap_fast.preparation.sources.layout import first_file, spoken, table
+from flap_fast.preparation.manifest import Entry
+from flap_fast.preparation.sources.layout import Source, labelled_clips
 
 _COLUMNS = ("slice_file_name", "fold", "classID", "class")
 
 
-def urbansound8k(folder: Path) -> list[Entry]:
+def read(folder: Path) -> list[Entry]:
     """All clips; raises `ManifestError` without the CSV."""
     names = ("metadata/UrbanSound8K.csv", "UrbanSound8K.csv")
-    file = first_file(folder, names, "UrbanSound8K")
-    return collect(_rows(file), folder, str(file))
+    return labelled_clips(folder, names, "UrbanSound8K", _COLUMNS, _clip)
 
 
-def _rows(file: Path) -> Iterator[Row]:
-    for line, row in table(file, _COLUMNS):
-        clip = {
-            "audio": f"audio/fold{row['fold']}/{row['slice_file_name']}",
-            "labels": [spoken(row["class"])],
-            "id": Path(row["slice_file_name"]).stem,
-            "split": "all",
-            "fold": int(row["fold"]),
-            "target": row["classID"],
-        }
-        yield file, line, clip
+def _clip(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "audio": f"audio/fold{row['fold']}/{row['slice_file_name']}",
+        "label": row["class"],
+        "id": Path(row["slice_file_name"]).stem,
+        "split": "all",
+        "fold": int(row["fold"]),
+        "target": row["classID"],
+    }
+
+
+URBANSOUND8K = Source(
+    name="urbansound8k",
+    kind="sounds",
+    folder="metadata/UrbanSound8K.csv, audio/fold1/ to audio/fold10/",
+    splits="all, labels",
+    read=read,
+)

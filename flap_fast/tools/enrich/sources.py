@@ -104,7 +104,7 @@ def _of_shards(folder: Path) -> Iterator[Clip]:
         seen.add(name)
 
         def read(rate: int, clip: int = clip) -> np.ndarray:
-            return read_sound(shards.sound(clip), rate)
+            return read_sound(shards.encoded(clip), rate)
 
         yield Clip(name, record["text"], read)
 

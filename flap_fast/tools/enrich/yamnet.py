@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from flap_fast.checks import ConfigError, require
-from flap_fast.data.preprocess.mel import mel_matrix
+from flap_fast.data.preprocess.kaldi_mel import mel_matrix
 
 SAMPLE_RATE_HZ = 16_000
 _WINDOW, _HOP, _FFT = 400, 160, 512

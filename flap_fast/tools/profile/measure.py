@@ -161,7 +161,7 @@ class _Session:
             loader = TrainingLoader(
                 config, open_shards(config.data.train), tokenizer(config.text), ranks
             )
-            per_epoch = loader.order.steps_per_epoch
+            per_epoch = loader.sampler.steps_per_epoch
         # Far from the end of a run, and from an unmasked tail.
         self.run_steps = 1000 * per_epoch
         self.engine = engine

@@ -12,20 +12,15 @@ import torch
 
 from flap_fast.checks import ConfigError
 from flap_fast.config import Audio
-from flap_fast.data.loader import evaluation_mels
-from flap_fast.data.preprocess.cached_mel import (
-    AFTERWARDS,
-    CachedMel,
-    crop_cached,
-    front_end,
-    log_mel_of,
-)
-from flap_fast.data.preprocess.mel import kaldi_log_mel
+from flap_fast.data.evaluation import evaluation_batches
+from flap_fast.data.preprocess.cached_mel import crop_cached, front_end_settings
+from flap_fast.data.preprocess.kaldi_mel import kaldi_log_mel
 from flap_fast.data.preprocess.waveform import BadSound, fill
 from flap_fast.data.shards import ShardError, open_shards
 from flap_fast.files import ManifestError
+from flap_fast.preparation.cached_mel import CachedMelEncoder, log_mel_of
 from flap_fast.preparation.prepare import prepare
-from flap_fast.preparation.shard_tasks import Part, Prepared
+from flap_fast.preparation.shard_tasks import Prepared, ShardRange
 from flap_fast.preparation.sources import SOURCES
 from flap_fast.ranks import Ranks
 from tests.data.test_loader import batches, loader, with_
@@ -66,15 +61,15 @@ def test_a_run_on_cached_log_mels_sees_the_batches_of_the_sounds(both, tmp_path,
         prepare(both / "m.jsonl", mels, shard_clips=5, cache=audio, show=False)
     config = tiny(f"data.train={both}/shards/train", f"audio.filling={filling}", "specaug={}")
     cached = with_(config, "data", train=(mels / "train",))
-    for heard, read in zip(batches(config, 0, 3), batches(cached, 0, 3), strict=True):
-        assert (heard.clips == read.clips).all()
-        assert torch.equal(heard.ids, read.ids)
-        assert (read.media.shape, read.media.dtype) == (heard.media.shape, torch.float32)
+    for sounds, read in zip(batches(config, 0, 3), batches(cached, 0, 3), strict=True):
+        assert (sounds.clips == read.clips).all()
+        assert torch.equal(sounds.ids, read.ids)
+        assert (read.media.shape, read.media.dtype) == (sounds.media.shape, torch.float32)
         # Clips of 1.005 s may be cropped half a frame off: all others within fp16's rounding.
-        exact = torch.from_numpy(heard.clips % 3 != 2)
-        error = (heard.media - read.media)[exact].abs().max()
+        exact = torch.from_numpy(sounds.clips % 3 != 2)
+        error = (sounds.media - read.media)[exact].abs().max()
         assert 0 < error <= ROUNDING / (2 * AUDIO.std) * 1.02
-        assert torch.equal(heard.media[:, :, 98:], read.media[:, :, 98:])  # the rows of zeros
+        assert torch.equal(sounds.media[:, :, 98:], read.media[:, :, 98:])  # the rows of zeros
 
 
 def test_a_long_clip_is_cropped_at_frames_that_are_those_of_its_sound():
@@ -102,28 +97,28 @@ def test_a_short_clip_is_filled_before_its_log_mel_is_taken(seconds):
 def test_evaluation_scores_cached_log_mels_as_sounds(both):
     clips, ranks = np.array([3, 0, 7, 1, 6]), Ranks()
     config = tiny("eval.batch=2", "eval.crop=center")
-    heard, read = (
-        torch.cat([found.media for found in evaluation_mels(config, shards, clips, ranks)])
+    sounds, read = (
+        torch.cat([found.media for found in evaluation_batches(config, shards, clips, ranks)])
         for shards in (open_shards([both / kind / "train"]) for kind in ("shards", "mels"))
     )
-    assert heard.shape == read.shape == (5, 1, 112, 128)
-    assert (heard - read).abs().max() <= ROUNDING / (2 * AUDIO.std) * 1.02
+    assert sounds.shape == read.shape == (5, 1, 112, 128)
+    assert (sounds - read).abs().max() <= ROUNDING / (2 * AUDIO.std) * 1.02
 
 
 def test_a_cache_of_shards_is_the_cache_of_their_manifest(both, tmp_path):
-    shards = SOURCES["shards"](both / "shards")
+    shards = SOURCES["shards"].read(both / "shards")
     prepare(shards, tmp_path, shard_clips=5, cache=AUDIO, show=False)
     ours, theirs = (open_shards([place / "train"]) for place in (both / "mels", tmp_path))
     assert ours.kind == theirs.kind == "mels"
     for clip in range(12):
-        assert ours.sound(clip) == theirs.sound(clip)
+        assert ours.encoded(clip) == theirs.encoded(clip)
         assert ours.record(clip) == theirs.record(clip)
 
 
 def test_neither_threads_nor_parts_change_a_byte_of_a_cache(both, tmp_path):
     settings = {"shard_clips": 5, "cache": AUDIO, "show": False}
-    prepare(both / "m.jsonl", tmp_path, threads=1, part=Part(2, 2), **settings)
-    prepare(both / "m.jsonl", tmp_path, threads=3, part=Part(1, 2), **settings)
+    prepare(both / "m.jsonl", tmp_path, threads=1, shard_range=ShardRange(2, 2), **settings)
+    prepare(both / "m.jsonl", tmp_path, threads=3, shard_range=ShardRange(1, 2), **settings)
     assert contents(tmp_path) == contents(both / "mels")
 
 
@@ -153,25 +148,24 @@ def test_a_cache_of_another_front_end_is_refused_by_the_settings_name(both, name
         loader(config)
     shards = open_shards([both / "mels/train"])
     with pytest.raises(ConfigError, match=wanted):
-        next(evaluation_mels(config, shards, np.arange(2), Ranks()))
+        next(evaluation_batches(config, shards, np.arange(2), Ranks()))
 
 
 def test_what_comes_after_the_log_mel_may_be_changed(both):
     overrides = ("audio.mean=-5", "audio.std=3", "audio.frames=128", "audio.width=64")
     (batch,) = batches(tiny(f"data.train={both}/mels/train", *overrides), 0, 1)
-    (heard,) = batches(tiny(f"data.train={both}/shards/train", *overrides), 0, 1)
-    exact = torch.from_numpy(heard.clips % 3 != 2)
+    (sounds,) = batches(tiny(f"data.train={both}/shards/train", *overrides), 0, 1)
+    exact = torch.from_numpy(sounds.clips % 3 != 2)
     assert batch.media.shape == (8, 1, 128, 128)
-    assert (batch.media - heard.media)[exact].abs().max() <= ROUNDING / 6 * 1.02
+    assert (batch.media - sounds.media)[exact].abs().max() <= ROUNDING / 6 * 1.02
 
 
 def test_every_setting_of_audio_is_the_front_ends_or_known_to_come_after():
     """A new one must be put on either side by hand: a cache that ignores it would be wrong."""
-    assert set(front_end(Audio())) == {
+    assert set(front_end_settings(Audio())) == {
         *("sample_rate_hz", "mel_bins", "duration_s", "filling", "int16_roundtrip"),
         *("mel", "mel_variant", "low_hz", "high_hz"),
     }
-    assert set(Audio.model_fields) >= AFTERWARDS
 
 
 def test_a_cache_that_does_not_say_how_it_was_made_is_refused(both, tmp_path):
@@ -237,7 +231,7 @@ def test_a_bad_clip_of_a_cache_is_replaced_and_reported(both, tmp_path):
     for name, data in contents(both / "mels/train").items():
         (folder / name).write_bytes(data)
     shards = open_shards([folder])
-    file, at, *_ = shards.place[4].tolist()
+    file, at, *_ = shards.locations[4].tolist()
     with shards.files[file].open("r+b") as tar:
         tar.seek(at)
         tar.write(b"spoilt")
@@ -250,12 +244,12 @@ def test_a_bad_clip_of_a_cache_is_replaced_and_reported(both, tmp_path):
 
 def test_frontend_json_stands_beside_the_shards(both):
     said = json.loads((both / "mels/train/frontend.json").read_text())
-    assert said == front_end(AUDIO)
+    assert said == front_end_settings(AUDIO)
 
 
 def test_neither_claps_log_mels_nor_fusion_are_cached(both):
     with pytest.raises(ConfigError, match=r"audio\.mel must be kaldi to be cached"):
-        CachedMel(Audio(mel="clap", sample_rate_hz=48_000, mel_bins=64, frames=1001, patch=1))
+        CachedMelEncoder(Audio(mel="clap", sample_rate_hz=48_000, mel_bins=64, frames=1001))
     config = tiny("fusion.type=aff_2d", f"data.train={both}/mels/train")
     with pytest.raises(ConfigError, match=r"fusion\.type must be none with cached log-mels"):
         batches(config, 0, 1)

@@ -11,16 +11,21 @@ import torch
 from torch import Tensor
 from transformers import ClapFeatureExtractor
 
-from flap_fast.config import Audio, Config, Frontend, Fusion
-from flap_fast.data.batch import Batch
-from flap_fast.data.loader import TrainingLoader, evaluation_mels
-from flap_fast.data.preprocess.decode import TorchDecoder, decode_one, log_mels, reader
-from flap_fast.data.preprocess.front_end import MelFrontEnd, _alike, together
+from flap_fast.config import Config, Frontend, Fusion
+from flap_fast.data.batch import Batch, EncodedBatch, stack_clips
+from flap_fast.data.evaluation import evaluation_batches
+from flap_fast.data.loader import TrainingLoader
+from flap_fast.data.preprocess.audio import AudioPreprocessor
+from flap_fast.data.preprocess.decoders import ThreadedDecoder
+from flap_fast.data.preprocess.front_end import MelFrontEnd, _groups_by_length
 from flap_fast.data.preprocess.fusion import four_channels, piece_starts
-from flap_fast.data.preprocess.mel import normalise, spec_augment
+from flap_fast.data.preprocess.log_mel import normalise
+from flap_fast.data.preprocess.spec_augment import spec_augment
+from flap_fast.data.preprocess.waveform import BadSound, decode_clip
 from flap_fast.data.random_streams import Stream, uniforms
 from flap_fast.data.shards import open_shards
 from flap_fast.data.tokenize import tokenizer
+from flap_fast.encoders.vit.settings import ViTSettings
 from flap_fast.ranks import Ranks
 from tests.sounds import encode, noise
 from tests.tiny import tiny
@@ -28,9 +33,9 @@ from tests.tiny import tiny
 RATE = 16_000
 CPU = torch.device("cpu")
 FUSED = Fusion(type="aff_2d", max_duration_s=3.0)
-KALDI = Audio(duration_s=1.0, frames=112)
+KALDI = ViTSettings(duration_s=1.0, frames=112)
 # 101 frames a second, as transformers' extractor makes them of a second at 16 kHz.
-CLAP = Audio(
+CLAP = ViTSettings(
     mel="clap",
     sample_rate_hz=RATE,
     duration_s=1.0,
@@ -119,16 +124,16 @@ def test_four_channels_are_those_of_transformers_extractor(monkeypatch):
     theirs = extractor(waves, sampling_rate=RATE, return_tensors="pt")
     assert next(draws, None) is None
     ours = MelFrontEnd(CLAP, FUSED, CPU)(
-        together(
-            [decode_one(encode(w, RATE, "WAV", "FLOAT"), 0.0, CLAP, FUSED) for w in waves], WHERE
+        stack_clips(
+            [decode_clip(encode(w, RATE, "WAV", "FLOAT"), 0.0, CLAP, FUSED) for w in waves], WHERE
         )
     )
     assert ours.longer is not None
     assert ours.longer.tolist() == theirs["is_longer"][:, 0].tolist() == [False] * 3 + [True] * 4
     assert ours.media.shape == theirs["input_features"].shape == (7, 4, 101, 64)
-    heard = theirs["input_features"] > -80
-    assert (ours.media - theirs["input_features"])[heard].abs().max() < 5e-4
-    assert (ours.media[~heard] < -79).all()
+    valid = theirs["input_features"] > -80
+    assert (ours.media - theirs["input_features"])[valid].abs().max() < 5e-4
+    assert (ours.media[~valid] < -79).all()
 
 
 @pytest.mark.parametrize("audio", [KALDI, CLAP], ids=["kaldi", "clap"])
@@ -136,12 +141,12 @@ def test_a_clip_is_the_same_in_any_company(audio):
     """However far it is padded, and whichever clips it is computed with; short ones as without."""
     front, waves = MelFrontEnd(audio, FUSED, CPU), [wave[: 3 * RATE] for wave in sounds()]
     waves[0] = np.tile(waves[0], 4)[:RATE]
-    mel, longer = front(together(waves, WHERE))
+    mel, longer = front(stack_clips(waves, WHERE))
     assert longer is not None
     assert mel.shape == (7, 4, audio.frames, audio.mel_bins)
-    alone = [front(together([wave], row[None])) for wave, row in zip(waves, WHERE, strict=True)]
+    alone = [front(stack_clips([wave], row[None])) for wave, row in zip(waves, WHERE, strict=True)]
     assert (mel - torch.cat([one.media for one in alone])).abs().max() < 2e-3
-    plain = MelFrontEnd(audio, Fusion(), CPU)(together(waves[:2], WHERE[:2]))
+    plain = MelFrontEnd(audio, Fusion(), CPU)(stack_clips(waves[:2], WHERE[:2]))
     assert plain.longer is None
     assert plain.media.shape == (2, 1, audio.frames, audio.mel_bins)
     assert (mel[:2] - plain.media).abs().max() < 2e-3
@@ -151,7 +156,7 @@ def test_a_clip_is_the_same_in_any_company(audio):
 def test_one_long_clip_does_not_make_the_others_long():
     """Rows go together as far as they cost no more than the batch at one piece each."""
     frames = torch.tensor([10, 95, 10, 30, 10, 12, 10, 10])
-    groups = [rows.tolist() for rows in _alike(frames, 10)]
+    groups = [rows.tolist() for rows in _groups_by_length(frames, 10)]
     assert groups[0] == [1]
     assert groups[1] == [3, 5]
     assert sorted(itertools.chain(*groups)) == list(range(8))
@@ -161,23 +166,27 @@ def test_one_long_clip_does_not_make_the_others_long():
 
 @pytest.mark.parametrize("filling", ["repeatpad", "repeat", "pad"])
 def test_both_back_ends_decode_whole_clips_alike(filling):
-    from flap_fast.data.preprocess.dali import DaliDecoder
+    from flap_fast.data.preprocess.dali import DaliDecoder, audio_graph
 
     audio = KALDI.model_copy(update={"filling": filling})
     ahead = {"threads": 2, "prefetch": 1}
-    batch = (encoded(), WHERE)
-    ours = next(TorchDecoder(iter([batch]), reader("sounds", audio, FUSED), **ahead))
-    theirs = next(
-        DaliDecoder(iter([batch]), audio, batch=7, device=CPU, mel=False, fusion=FUSED, **ahead)  # type: ignore[arg-type]
-    )
+    batch = EncodedBatch(encoded(), WHERE)
+
+    def decode(clip: bytes, position: float) -> np.ndarray:
+        return decode_clip(clip, position, audio, FUSED)
+
+    ours = next(ThreadedDecoder(iter([batch]), decode, **ahead))
+    graph = audio_graph(audio, FUSED, mel=False)
+    dali = DaliDecoder(iter([batch]), graph, error=BadSound, batch=7, device=CPU, **ahead)
+    theirs = next(dali)
     assert ours.lengths.tolist() == [16_000, 16_000, 16_080, 16_160, 27_200, 48_000, 48_000]
     assert torch.equal(theirs.lengths, ours.lengths)
-    assert torch.equal(theirs.sound, ours.sound)
-    assert torch.equal(theirs.where, ours.where)
-    # The last is cropped to what is decoded at most, where its draw says.
+    assert torch.equal(theirs.media, ours.media)
+    assert torch.equal(theirs.positions, ours.positions)
+    # The last is cropped to what is decoded at most, where its position says.
     first = int(np.float64(WHERE[6, 0]) * (len(sounds()[6]) - 48_000 + 1))
-    assert np.array_equal(ours.sound[6].numpy(), sounds()[6][first : first + 48_000])
-    assert (ours.sound[2, 16_080:] == 0).all()
+    assert np.array_equal(ours.media[6].numpy(), sounds()[6][first : first + 48_000])
+    assert (ours.media[2, 16_080:] == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -185,18 +194,24 @@ def test_both_back_ends_decode_whole_clips_alike(filling):
     [(KALDI, "dali_wave", 1e-5), (CLAP, "dali_wave", 1e-5), (CLAP, "dali_mel", 5e-4)],
 )
 def test_every_back_end_gives_the_same_channels(audio, backend, most):
-    batches = [(encoded(), WHERE), (encoded()[:2], WHERE[:2]), (encoded()[3:], WHERE[3:])]
-    front = MelFrontEnd(audio, FUSED, CPU)
+    batches = [
+        EncodedBatch(encoded()[rows], WHERE[rows]) for rows in (slice(7), slice(2), slice(3, 7))
+    ]
+    audio = audio.model_copy(update={"mean": 0.0, "std": 0.5})  # which normalise by nothing
     ours, theirs = (
-        list(log_mels(iter(batches), mel=front, frontend=Frontend(backend=kind), batch=7))
+        list(
+            AudioPreprocessor(
+                Config(audio=audio, fusion=FUSED, frontend=Frontend(backend=kind)), Ranks()
+            ).stream(iter(batches), 7)
+        )
         for kind in ("torch", backend)
     )
     for a, b in zip(ours, theirs, strict=True):
         assert a.longer is not None
         assert b.longer is not None
         assert a.media.shape == (len(a.longer), 4, audio.frames, audio.mel_bins)
-        heard = a.media > -80
-        assert (a.media - b.media)[heard].abs().max() <= most
+        valid = a.media > -80
+        assert (a.media - b.media)[valid].abs().max() <= most
         assert torch.equal(a.longer, b.longer)
 
 
@@ -219,18 +234,18 @@ def flags(batch: Batch) -> Tensor:
     return batch.longer
 
 
-def test_a_batch_is_what_its_visits_say(prepared):
+def test_a_batch_is_what_its_sample_indices_say(prepared):
     """By hand from the shards: decoded, cropped to what is seen at most, four channels."""
     config = settings(prepared)
     shards, seed = open_shards(config.data.train), config.run.seed
     seen = []
     for batch in loaded(config, 0, 3):
-        where = uniforms(seed, Stream.CROP, batch.sample_index, 4).numpy()
+        positions = uniforms(seed, Stream.CROP, batch.sample_index, 4).numpy()
         waves = [
-            decode_one(shards.sound(clip), float(row[0]), config.audio, config.fusion)
-            for clip, row in zip(batch.clips.tolist(), where, strict=True)
+            decode_clip(shards.encoded(clip), float(row[0]), config.audio, config.fusion)
+            for clip, row in zip(batch.clips.tolist(), positions, strict=True)
         ]
-        mel, longer = MelFrontEnd(config.audio, config.fusion, CPU)(together(waves, where))
+        mel, longer = MelFrontEnd(config.audio, config.fusion, CPU)(stack_clips(waves, positions))
         mel = normalise(mel, config.audio)
         assert torch.equal(batch.media, mel)
         assert longer is not None
@@ -244,7 +259,7 @@ def test_a_batch_is_what_its_visits_say(prepared):
     assert 4 < sum(seen) < 20
 
 
-def test_dali_and_its_twin_load_the_same(prepared):
+def test_dali_and_its_reference_load_the_same(prepared):
     ours = loaded(settings(prepared), 0, 2)
     theirs = loaded(settings(prepared, "frontend.backend=dali_wave"), 0, 2)
     for a, b in zip(ours, theirs, strict=True):
@@ -265,18 +280,18 @@ def test_one_clip_is_taken_for_a_longer_one_where_none_is(prepared):
 def test_evaluation_takes_no_clip_for_longer_and_its_pieces_are_the_clips_own(prepared):
     shards, clips = open_shards([prepared / "train"]), np.arange(12)
     config = settings(prepared, "eval.batch=4")
-    together_, other = (
+    parts, other = (
         list(
-            evaluation_mels(
+            evaluation_batches(
                 settings(prepared, f"eval.batch={size}", f"run.seed={size}"), shards, clips, Ranks()
             )
         )
         for size in (4, 12)
     )
-    mel = torch.cat([heard.media for heard in together_])
+    mel = torch.cat([valid.media for valid in parts])
     assert (mel - other[0].media).abs().max() < 1e-3
     wanted = [
-        len(decode_one(shards.sound(n), 0.0, config.audio, config.fusion)) >= RATE + 160
+        len(decode_clip(shards.encoded(n), 0.0, config.audio, config.fusion)) >= RATE + 160
         for n in clips.tolist()
     ]
     longer = other[0].longer
@@ -285,6 +300,6 @@ def test_evaluation_takes_no_clip_for_longer_and_its_pieces_are_the_clips_own(pr
     long = settings(
         prepared, "audio.duration_s=2.0", "audio.frames=208", "fusion.max_duration_s=2.0"
     )
-    for heard in evaluation_mels(long, shards, clips, Ranks()):
-        assert heard.longer is not None
-        assert not heard.longer.any()
+    for valid in evaluation_batches(long, shards, clips, Ranks()):
+        assert valid.longer is not None
+        assert not valid.longer.any()

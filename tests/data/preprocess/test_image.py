@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,11 @@ import pytest
 import torch
 from PIL import Image as pillow
 
-from flap_fast.config import Image
-from flap_fast.data.preprocess.dali_image import DaliImageDecoder
+from flap_fast.data.batch import DecodedBatch, EncodedBatch
+from flap_fast.data.preprocess.dali import DaliDecoder, image_graph
+from flap_fast.data.preprocess.decoders import ThreadedDecoder
 from flap_fast.data.preprocess.image import (
     BadImage,
-    PillowDecoder,
     any_square,
     normalise_image,
     read_image,
@@ -29,16 +30,29 @@ def smooth(width: int, height: int, seed: int = 0) -> pillow.Image:
     return pillow.fromarray(few.astype(np.uint8)).resize((width, height), pillow.Resampling.BICUBIC)
 
 
-def dali(batches, resolution: int = 32, batch: int = 4) -> DaliImageDecoder:
-    image = Image(resolution=resolution)
-    return DaliImageDecoder(batches, image, batch=batch, threads=1, prefetch=2, device=CPU)
+def dali(files: list[list[bytes]]) -> Iterator[torch.Tensor]:
+    settings = {"batch": 4, "threads": 1, "prefetch": 2}
+    decoder = DaliDecoder(batches(files), image_graph(32), error=BadImage, device=CPU, **settings)
+    return map(media, decoder)
 
 
-def twin(batches, resolution: int = 32) -> PillowDecoder:
-    return PillowDecoder(batches, Image(resolution=resolution), threads=1, prefetch=2)
+def threaded(files: list[list[bytes]]) -> Iterator[torch.Tensor]:
+    def decode(clip: bytes, _: float) -> np.ndarray:
+        return read_image(clip, 32)
+
+    return map(media, ThreadedDecoder(batches(files), decode, threads=1, prefetch=2))
 
 
-BOTH = pytest.mark.parametrize("decoder", [dali, twin])
+def batches(files: list[list[bytes]]) -> Iterator[EncodedBatch]:
+    return (EncodedBatch(some, np.zeros(len(some))) for some in files)
+
+
+def media(decoded: DecodedBatch) -> torch.Tensor:
+    assert (decoded.lengths == 32).all()
+    return decoded.media
+
+
+BOTH = pytest.mark.parametrize("decoder", [dali, threaded])
 
 
 @pytest.mark.parametrize(
@@ -51,7 +65,7 @@ def test_a_picture_of_the_right_height_is_cut_as_torchvision_cuts(size, first):
     left, top = first
     expected = np.asarray(picture)[top : top + 32, left : left + 32]
     assert (read_image(encoded(picture), 32) == expected).all()
-    assert (next(dali(iter([[encoded(picture)]])))[0].numpy() == expected).all()
+    assert (next(dali([[encoded(picture)]]))[0].numpy() == expected).all()
 
 
 def test_the_shorter_side_is_brought_to_the_resolution_and_the_longer_one_cut_down():
@@ -63,16 +77,16 @@ def test_the_shorter_side_is_brought_to_the_resolution_and_the_longer_one_cut_do
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 @pytest.mark.parametrize("size", [(67, 100), (300, 200), (20, 25), (32, 32), (47, 150)])
-def test_dali_sees_what_the_twin_sees(kind, size):
+def test_dali_sees_what_the_reference_sees(kind, size):
     data = encoded(smooth(*size), kind)
-    ours, theirs = read_image(data, 32).astype(int), next(dali(iter([[data]])))[0].numpy()
+    ours, theirs = read_image(data, 32).astype(int), next(dali([[data]]))[0].numpy()
     assert np.abs(ours - theirs).max() <= 2  # of 255: Pillow rounds once more, between the axes
     assert np.abs(ours - theirs).mean() < 0.4
 
 
-def test_dali_sees_grey_as_the_twin_does():
+def test_dali_sees_grey_as_the_reference_does():
     data = encoded(smooth(40, 50).convert("L"), "JPEG")
-    ours, theirs = read_image(data, 32).astype(int), next(dali(iter([[data]])))[0].numpy()
+    ours, theirs = read_image(data, 32).astype(int), next(dali([[data]]))[0].numpy()
     assert np.abs(ours - theirs).max() <= 2
     assert (ours[..., 0] == ours[..., 2]).all()
 
@@ -88,7 +102,7 @@ def test_pixels_are_normalised_by_channel():
 @BOTH
 def test_batches_come_in_order_and_end(decoder):
     files = [encoded(smooth(40, 40, seed)) for seed in range(5)]
-    found = list(decoder(iter([files[:2], files[2:4], files[4:]])))
+    found = list(decoder([files[:2], files[2:4], files[4:]]))
     assert [len(batch) for batch in found] == [2, 2, 1]
     for seen, file in zip(torch.cat(found), files, strict=True):
         assert (seen.int() - torch.tensor(read_image(file, 32)).int()).abs().max() <= 2
@@ -103,13 +117,13 @@ DDS = encoded(smooth(8, 8), "DDS")
 @pytest.mark.parametrize("bad", [b"", b"no picture", CUT[: len(CUT) // 2]])
 def test_a_bad_picture_costs_its_batch_and_no_other(decoder, bad):
     good = encoded(smooth(40, 40))
-    batches = decoder(iter([[good, good], [good, bad], [good]]))
-    assert len(next(batches)) == 2
+    decoded = decoder([[good, good], [good, bad], [good]])
+    assert len(next(decoded)) == 2
     with pytest.raises(BadImage):
-        next(batches)
-    assert len(next(batches)) == 1
+        next(decoded)
+    assert len(next(decoded)) == 1
     with pytest.raises(StopIteration):
-        next(batches)
+        next(decoded)
 
 
 @BOTH

@@ -43,13 +43,13 @@ def test_coco_is_in_karpathys_splits_and_rests_are_trained_on(tmp_path):
     ]
     files = {f"{folder}/{name}": JPEG + name.encode() for folder, name, *_ in images}
     folder = write(tmp_path / "coco", {"dataset_coco.json": karpathy(*images), **files})
-    done = prepare(SOURCES["coco"](folder), tmp_path / "out", show=False)
+    done = prepare(SOURCES["coco"].read(folder), tmp_path / "out", show=False)
     assert done == Prepared(3, 2, 3, 0)
     train, test = (open_shards([tmp_path / "out" / split], IMAGES) for split in ("train", "test"))
     assert train.kind == test.kind == "images"
     assert [len(train.record(clip)["text"]) for clip in range(2)] == [6, 5]
     assert test.record(0)["text"] == [f"{images[0][1]} {n}" for n in range(5)]
-    assert test.sound(0) == JPEG + images[0][1].encode()
+    assert test.encoded(0) == JPEG + images[0][1].encode()
 
 
 def test_cocos_official_splits_serve_where_karpathys_are_not(tmp_path):
@@ -64,7 +64,7 @@ def test_cocos_official_splits_serve_where_karpathys_are_not(tmp_path):
         )
         for split in ("train", "val")
     }
-    clips = SOURCES["coco"](write(tmp_path, files))
+    clips = SOURCES["coco"].read(write(tmp_path, files))
     assert [(c.split, str(c.audio.relative_to(tmp_path)), c.captions) for c in clips] == [
         ("train", "train2017/007.jpg", ["train 0", "train 2"]),
         ("train", "train2017/008.jpg", ["train 1", "train 3"]),
@@ -79,7 +79,7 @@ def test_flickr30k_is_in_karpathys_splits(tmp_path):
         tmp_path,
         {"dataset_flickr30k.json": karpathy(*images), "flickr30k_images/1007129816.jpg": JPEG},
     )
-    clips = SOURCES["flickr30k"](folder)
+    clips = SOURCES["flickr30k"].read(folder)
     assert [(c.split, c.audio.name, c.audio.is_file(), len(c.captions)) for c in clips] == [
         ("test", "1007129816.jpg", True, 5),
         ("train", "1009434119.jpg", False, 5),
@@ -89,7 +89,7 @@ def test_flickr30k_is_in_karpathys_splits(tmp_path):
 @pytest.mark.parametrize("text", ["[]", "{}", '{"images": 1}', "no JSON", '{"images": [{}]}'])
 def test_a_json_of_another_kind_is_refused(text, tmp_path):
     with pytest.raises(ManifestError, match=r"dataset_coco\.json"):
-        SOURCES["coco"](write(tmp_path, {"dataset_coco.json": text}))
+        SOURCES["coco"].read(write(tmp_path, {"dataset_coco.json": text}))
 
 
 def test_cc3m_takes_what_was_fetched_and_lists_the_rest(tmp_path):
@@ -115,7 +115,7 @@ def test_cc3m_takes_what_was_fetched_and_lists_the_rest(tmp_path):
     }
     folder = write(tmp_path / "cc3m", files)
     out = tmp_path / "out"
-    assert prepare(SOURCES["cc3m"](folder), out, show=False) == Prepared(8, 2, 5, 3)
+    assert prepare(SOURCES["cc3m"].read(folder), out, show=False) == Prepared(8, 2, 5, 3)
     rows = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
     assert [(row["id"], row["reason"]) for row in rows] == [
         ("images/3.jpg", "unreadable: no kind of picture that is known"),
@@ -126,11 +126,11 @@ def test_cc3m_takes_what_was_fetched_and_lists_the_rest(tmp_path):
         names = [name.split(".")[1] for name in tar.getnames()]
     assert names == ["jpg", "json", "png", "json", "png", "json", "jpg", "json"]
     shards = open_shards([out / "train"], IMAGES)
-    jpeg, png, made_anew, last = (shards.sound(clip) for clip in range(4))
+    jpeg, png, made_anew, last = (shards.encoded(clip) for clip in range(4))
     assert (jpeg, png, last) == (JPEG, PNG, JPEG)
     assert (read_image(made_anew, 8) == read_image(WEBP, 8)).all()
     (out / "train/0.idx").unlink()  # and the same without an index
-    assert (open_shards([out / "train"], IMAGES).place == shards.place).all()
+    assert (open_shards([out / "train"], IMAGES).locations == shards.locations).all()
 
 
 def test_shards_of_images_that_img2dataset_wrote_are_read(tmp_path):
@@ -142,10 +142,10 @@ def test_shards_of_images_that_img2dataset_wrote_are_read(tmp_path):
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     folder = write(tmp_path / "cc3m", {"00000.tar": buffer.getvalue()})
-    prepare(SOURCES["shards"](folder), tmp_path / "out", show=False)
+    prepare(SOURCES["shards"].read(folder), tmp_path / "out", show=False)
     shards = open_shards([tmp_path / "out/cc3m"], IMAGES)
     assert shards.kind == "images"
-    assert shards.sound(0) == JPEG
+    assert shards.encoded(0) == JPEG
     record = shards.record(0)
     assert (record["text"], record["url"]) == (["a house"], "x")
 
@@ -154,7 +154,7 @@ def test_a_manifest_may_name_images_as_it_names_sounds(tmp_path):
     write(tmp_path, {"a.PNG": PNG, "b.wav": sound(300)})
     rows = [{"audio": "a.PNG", "captions": ["a stamp"]}]
     prepare(write_manifest(tmp_path / "m.jsonl", rows), tmp_path / "out", show=False)
-    assert open_shards([tmp_path / "out/train"], IMAGES).sound(0) == PNG
+    assert open_shards([tmp_path / "out/train"], IMAGES).encoded(0) == PNG
     rows.append({"audio": "b.wav", "captions": ["a tone"]})
     with pytest.raises(ManifestError, match="must name sounds or pictures throughout, got both"):
         prepare(write_manifest(tmp_path / "n.jsonl", rows), tmp_path / "both", show=False)

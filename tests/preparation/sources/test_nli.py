@@ -7,7 +7,7 @@ import json
 import pytest
 
 from flap_fast.files import ManifestError
-from flap_fast.preparation.sources import SENTENCES
+from flap_fast.preparation.sources import SOURCES
 from tests.preparation.sources.layouts import table, write
 
 
@@ -39,7 +39,7 @@ def test_a_premise_gives_one_triple_if_it_has_both_kinds(tmp_path):
         ),
         "snli_1.0/README.jsonl": "not one of theirs",
     }
-    triples = SENTENCES["nli"](write(tmp_path, files))
+    triples = SOURCES["nli"].read(write(tmp_path, files))
     assert triples == {
         "train": [
             {
@@ -64,7 +64,7 @@ def test_a_premise_gives_one_triple_if_it_has_both_kinds(tmp_path):
 def test_simcses_own_file_is_taken_as_it_is(tmp_path):
     rows = [("a, b", "c", "d"), ("", "e", "f"), ("g", "h", "i")]
     write(tmp_path, {"nli_for_simcse.csv": table("sent0,sent1,hard_neg", *rows)})
-    assert SENTENCES["nli"](tmp_path) == {
+    assert SOURCES["nli"].read(tmp_path) == {
         "train": [
             {"premise": "a, b", "entailment": "c", "contradiction": "d"},
             {"premise": "g", "entailment": "h", "contradiction": "i"},
@@ -76,4 +76,4 @@ def test_a_sentence_that_is_no_text_is_refused_with_its_line(tmp_path):
     row = {"gold_label": "neutral", "sentence1": "a", "sentence2": 3}
     write(tmp_path, {"snli_1.0_train.jsonl": json.dumps(row)})
     with pytest.raises(ManifestError, match=r"snli_1\.0_train\.jsonl:1: sentence1 and sentence2"):
-        SENTENCES["nli"](tmp_path)
+        SOURCES["nli"].read(tmp_path)

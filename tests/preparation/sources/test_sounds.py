@@ -14,7 +14,7 @@ from flap_fast.files import ManifestError
 from flap_fast.preparation.manifest import Entry
 from flap_fast.preparation.prepare import prepare
 from flap_fast.preparation.shard_tasks import Prepared
-from flap_fast.preparation.sources import SENTENCES, SOURCES
+from flap_fast.preparation.sources import SOURCES
 from tests.preparation.sources.layouts import RATE, sound, table, write
 from tests.sounds import encode, noise, tone
 
@@ -49,7 +49,7 @@ def audiocaps(tmp_path: Path) -> Path:
 
 
 def test_audiocaps_has_one_caption_in_train_and_five_in_val(audiocaps):
-    clips = SOURCES["audiocaps"](audiocaps)
+    clips = SOURCES["audiocaps"].read(audiocaps)
     assert brief(clips, audiocaps) == [
         ("train", "audio/train/91139.wav", ["A woman talks nearby, as water pours"], []),
         ("train", "audio/train/YUDGBjjwyaqE_20.flac", ["Clanking"], []),
@@ -68,12 +68,12 @@ def test_audiocaps_has_one_caption_in_train_and_five_in_val(audiocaps):
 
 def test_missing_clips_are_counted_and_listed_and_the_others_prepared(audiocaps, tmp_path):
     out = tmp_path / "out"
-    assert prepare(SOURCES["audiocaps"](audiocaps), out, show=False) == Prepared(7, 2, 6, 1)
+    assert prepare(SOURCES["audiocaps"].read(audiocaps), out, show=False) == Prepared(7, 2, 6, 1)
     (line,) = (out / "rejected.jsonl").read_text().splitlines()
     row = json.loads(line)
     assert (row["id"], row["reason"], row["line"]) == ("gone_0", "missing: no such file", 6)
     train = open_shards([out / "train"])
-    assert len(read_sound(train.sound(3), RATE)) == 10 * RATE
+    assert len(read_sound(train.encoded(3), RATE)) == 10 * RATE
     assert len(open_shards([out / "val"]).record(0)["text"]) == 5
 
 
@@ -87,13 +87,13 @@ def test_clotho_keeps_its_official_split_names_and_five_captions(tmp_path):
     files |= {f"{split}/{split} (1).wav": sound(300) for split in ("validation", "evaluation")}
     files["clotho_audio_development/development/development (1).wav"] = sound(300)
     folder = write(tmp_path, files)
-    assert brief(SOURCES["clotho"](folder), folder) == [
+    assert brief(SOURCES["clotho"].read(folder), folder) == [
         ("development", "clotho_audio_development/development/development (1).wav", said, []),
         ("validation", "validation/validation (1).wav", said, []),
         ("evaluation", "evaluation/evaluation (1).wav", said, []),
     ]
     out = tmp_path / "out"
-    assert prepare(SOURCES["clotho"](folder), out, show=False) == Prepared(3, 3, 3, 0)
+    assert prepare(SOURCES["clotho"].read(folder), out, show=False) == Prepared(3, 3, 3, 0)
     assert open_shards([out / "evaluation"]).record(0)["text"] == said
 
 
@@ -105,7 +105,7 @@ def test_esc50_is_five_folds_of_labels_without_underscores(tmp_path):
     ]
     files = {f"audio/{row[0]}": sound(300) for row in rows}
     folder = write(tmp_path, {"meta/esc50.csv": table(header, *rows), **files})
-    clips = SOURCES["esc50"](folder)
+    clips = SOURCES["esc50"].read(folder)
     assert brief(clips, folder) == [
         ("fold1", "audio/1-100032-A-0.wav", [], ["dog"]),
         ("fold5", "audio/5-9032-A-42.wav", [], ["crackling fire"]),
@@ -124,7 +124,7 @@ def test_urbansound8k_is_one_split_over_its_fold_folders(tmp_path):
         ("99812-1-0-1.wav", 99812, 30.2, 34.2, 1, 10, 1, "car_horn"),
     ]
     folder = write(tmp_path, {"metadata/UrbanSound8K.csv": table(header, *rows)})
-    clips = SOURCES["urbansound8k"](folder)
+    clips = SOURCES["urbansound8k"].read(folder)
     # A slice is a file of its own: its `start` is where it was in the recording.
     assert brief(clips, folder) == [
         ("all", "audio/fold5/100032-3-0-0.wav", [], ["dog bark"]),
@@ -149,12 +149,12 @@ def test_musiccaps_is_split_by_count_or_by_name(tmp_path):
         "wav/0-vB1q4-0Gj.wav": sound(300),
     }
     folder = write(tmp_path, files)
-    by_count = brief(SOURCES["musiccaps"](folder), folder)
+    by_count = brief(SOURCES["musiccaps"].read(folder), folder)
     assert by_count == [
         ("train", "wav/[-0Gj8-vB1q4]-[30-40].wav", ["A ballad."], []),
         ("val", "wav/0-vB1q4-0Gj.wav", ["Hiss, noise."], []),
     ]
-    by_name = brief(SOURCES["musiccaps-by-name"](folder), folder)
+    by_name = brief(SOURCES["musiccaps-by-name"].read(folder), folder)
     assert [clip[0] for clip in by_name] == ["val", "train"]
     assert [clip[1:] for clip in by_name] == [clip[1:] for clip in by_count]
 
@@ -171,15 +171,15 @@ def test_others_shards_are_brought_to_the_rate_and_keep_all_that_they_say(tmp_pa
         write(tmp_path, {f"bbc/{split}/{key}.tar": pack(samples)[0]})
     # Without an index and with empty folders beside them, as LAION has them.
     (tmp_path / "bbc/valid").mkdir()
-    assert prepare(SOURCES["shards"](tmp_path / "bbc"), tmp_path / "out", show=False) == Prepared(
-        4, 2, 4, 0
-    )
+    assert prepare(
+        SOURCES["shards"].read(tmp_path / "bbc"), tmp_path / "out", show=False
+    ) == Prepared(4, 2, 4, 0)
     shards = open_shards([tmp_path / "out/train"])
     assert shards.record(0) == {**rows[0], "text": ["one"], "id": "a@512"}
     assert shards.record(1) == {**rows[1], "tag": [], "original_data": {}}
     # What is at the rate and has 16 bits keeps its samples, loud ones too.
-    assert (read_sound(shards.sound(0), RATE) == read_sound(at_rate, RATE)).all()
-    assert len(read_sound(shards.sound(1), RATE)) == 0.2 * RATE
+    assert (read_sound(shards.encoded(0), RATE) == read_sound(at_rate, RATE)).all()
+    assert len(read_sound(shards.encoded(1), RATE)) == 0.2 * RATE
     assert sorted(f.name for f in (tmp_path / "out").iterdir() if f.is_dir()) == [
         ".prepare",
         "test",
@@ -188,7 +188,7 @@ def test_others_shards_are_brought_to_the_rate_and_keep_all_that_they_say(tmp_pa
 
 
 def test_clips_of_all_splits_are_numbered_through(prepared):
-    clips = SOURCES["shards"](prepared)
+    clips = SOURCES["shards"].read(prepared)
     assert [clip.line for clip in clips] == list(range(1, 31))
     assert [clip.split for clip in clips] == ["train"] * 24 + ["val"] * 6
 
@@ -196,16 +196,16 @@ def test_clips_of_all_splits_are_numbered_through(prepared):
 def test_half_an_emoji_in_others_shards_is_a_mark_in_its_place(tmp_path):
     record = {"text": [], "captions": ["a dog \ud83d"], "tag": ["\ude00"]}
     write(tmp_path, {"train/0.tar": pack([("0", b"x", record)])[0]})
-    (clip,) = SOURCES["shards"](tmp_path)
+    (clip,) = SOURCES["shards"].read(tmp_path)
     assert (clip.captions, clip.labels) == (["a dog \ufffd"], ["\ufffd"])
 
 
 def test_preparing_our_own_shards_again_changes_no_sound(prepared, tmp_path):
-    prepare(SOURCES["shards"](prepared), tmp_path / "out", show=False)
+    prepare(SOURCES["shards"].read(prepared), tmp_path / "out", show=False)
     ours, again = open_shards([prepared / "train"]), open_shards([tmp_path / "out/train"])
     assert len(ours) == len(again) == 24
     for clip in range(len(ours)):
-        assert again.sound(clip) == ours.sound(clip)
+        assert again.encoded(clip) == ours.encoded(clip)
         assert again.record(clip) == ours.record(clip)
 
 
@@ -214,7 +214,9 @@ def test_a_folder_of_sounds_and_a_table_is_read_in_either_form(tmp_path):
         tmp_path / "flat",
         {"metadata.csv": table("file_name,text,split", ("a/x.wav", "A dog, barking.", "val"))},
     )
-    assert brief(SOURCES["folder"](flat), flat) == [("val", "a/x.wav", ["A dog, barking."], [])]
+    assert brief(SOURCES["folder"].read(flat), flat) == [
+        ("val", "a/x.wav", ["A dog, barking."], [])
+    ]
     split = write(
         tmp_path / "split",
         {
@@ -225,7 +227,7 @@ def test_a_folder_of_sounds_and_a_table_is_read_in_either_form(tmp_path):
             "rest/readme.txt": "nothing to read",
         },
     )
-    assert brief(SOURCES["folder"](split), split) == [
+    assert brief(SOURCES["folder"].read(split), split) == [
         ("test", "test/y.wav", ["y"], []),
         ("train", "train/x.wav", ["first", "second", "last"], []),
     ]
@@ -234,31 +236,31 @@ def test_a_folder_of_sounds_and_a_table_is_read_in_either_form(tmp_path):
         {"file_name": "b.wav", "captions": "one|two", "caption_0": "three", "text": ""},
     ]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
-    both = SOURCES["folder"](write(tmp_path / "both", {"metadata.jsonl": lines}))
+    both = SOURCES["folder"].read(write(tmp_path / "both", {"metadata.jsonl": lines}))
     assert [clip.captions for clip in both] == [["one", "two", "three"]] * 2
     wrong = json.dumps({**rows[0], "captions": 5})
     with pytest.raises(
         ManifestError, match=r"metadata\.jsonl:1: captions must be a text or a list"
     ):
-        SOURCES["folder"](write(tmp_path / "wrong", {"metadata.jsonl": wrong}))
+        SOURCES["folder"].read(write(tmp_path / "wrong", {"metadata.jsonl": wrong}))
     write(flat, {"manifest.csv": "", "other.csv": ""})
     with pytest.raises(ManifestError, match=r"one table of captions, got manifest\.csv, metadata"):
-        SOURCES["folder"](flat)
+        SOURCES["folder"].read(flat)
 
 
 def test_a_file_that_is_renamed_on_the_way_is_the_same_clip(audiocaps, tmp_path):
     """Where the folder lies does not matter: other machines may mount it elsewhere."""
-    prepare(SOURCES["audiocaps"](audiocaps), tmp_path / "out", show=False)
+    prepare(SOURCES["audiocaps"].read(audiocaps), tmp_path / "out", show=False)
     moved = tmp_path / "moved"
     shutil.copytree(audiocaps, moved)
-    done = prepare(SOURCES["audiocaps"](moved), tmp_path / "out", show=False)
+    done = prepare(SOURCES["audiocaps"].read(moved), tmp_path / "out", show=False)
     assert done == Prepared(7, 2, 6, 1)
 
 
-@pytest.mark.parametrize("name", [*SOURCES, *SENTENCES])
+@pytest.mark.parametrize("name", list(SOURCES))
 def test_a_folder_that_holds_something_else_is_refused_with_what_it_lacks(name, tmp_path):
     write(tmp_path, {"readme.txt": "something else"})
-    read = SOURCES.get(name) or SENTENCES[name]
+    read = SOURCES[name].read
     with pytest.raises(ManifestError, match=rf"must .*{tmp_path}"):
         read(tmp_path)
 
@@ -266,7 +268,7 @@ def test_a_folder_that_holds_something_else_is_refused_with_what_it_lacks(name, 
 def test_a_table_without_a_column_is_refused_by_its_name(tmp_path):
     write(tmp_path, {"train.csv": table("youtube_id,start,caption", ("a", 0, "b"))})
     with pytest.raises(ManifestError, match=r"train\.csv:2 must .* called audiocap_id, start_time"):
-        SOURCES["audiocaps"](tmp_path)
+        SOURCES["audiocaps"].read(tmp_path)
     write(tmp_path, {"train.csv": table("audiocap_id,youtube_id,start_time,caption", "abcd")})
     with pytest.raises(ManifestError, match=r"train\.csv:2: start_time must be seconds, got 'c'"):
-        SOURCES["audiocaps"](tmp_path)
+        SOURCES["audiocaps"].read(tmp_path)

@@ -51,7 +51,7 @@ def test_captions_are_enriched_beside_their_shards_for_training(
     shards = open_shards([train])
     config = tiny(f"data.train={train}", "data.captions=replace")
     record = shards.record(3)
-    texts = CaptionChoice(config.data, shards).texts(3, record, richer=True)
+    texts = CaptionChoice(config.data, shards).texts(3, record, enriched=True)
     wanted = {row["original"]: row["caption"] for row in rows if row["id"] == record["id"]}
     assert texts == [wanted[text] for text in record["text"]]
 

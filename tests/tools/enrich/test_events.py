@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flap_fast.checks import ConfigError
-from flap_fast.data.preprocess.mel import mel_matrix
+from flap_fast.data.preprocess.kaldi_mel import mel_matrix
 from flap_fast.tools.enrich.classifier import Classifier
 from flap_fast.tools.enrich.events import open_tagger, strongest
 from flap_fast.tools.enrich.yamnet import Scale, log_mel_patches

@@ -75,7 +75,7 @@ def test_clips_without_a_name_are_known_by_their_place(tmp_path: Path):
     tar, index, _ = pack([(f"{n}", sound, {"text": text}) for n, text in enumerate(("a", [], "b"))])
     folder = shard(tmp_path / "mine", tar, index)
     source = open_source(folder)
-    first, last = open_shards([folder]).place[[0, 2], 1].tolist()
+    first, last = open_shards([folder]).locations[[0, 2], 1].tolist()
     assert [clip.id for clip in source.clips] == [f"0.tar@{first}", f"0.tar@{last}"]
     assert [clip.captions for clip in source.clips] == [["a"], ["b"]]
 

@@ -1,4 +1,4 @@
-"""The exact Kaldi log-mel as one linear map, on any device, and SpecAug.
+"""Kaldi's log-mel as one linear map, on any device; exact.
 
     frames = wave[160 m : 160 m + 400]                     m < 998 for 10 s
     power  = (frames Re^T)^2 + (frames Im^T)^2             Re, Im (257, 400)
@@ -8,7 +8,7 @@ Removing each frame's mean, pre-emphasis, the symmetric Hann window and the tran
 so they are one (514, 400) matrix, computed in float64. True float32 throughout: TF32 would lift
 the noise floor of quiet bins.
 
-Source: torchaudio.compliance.kaldi.fbank and AudioMAE's front end, as SPEC 3.1 pins them down.
+Source: torchaudio.compliance.kaldi.fbank, as AudioMAE's published code calls it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flap_fast.config import Audio, SpecAug
-from flap_fast.data.random_streams import Stream, uniforms
+from flap_fast.config import Audio
+from flap_fast.data.preprocess.log_mel import pad_frames, to_16_bits, true_float32
 
 FLOOR = 2.0**-23
 PREEMPHASIS = 0.97
@@ -29,8 +29,8 @@ LOW_HZ = 20.0
 
 
 @dataclass(frozen=True)
-class LogMel:
-    """The two matrices of a front end and its sizes; `kaldi_log_mel(audio, device)` makes one."""
+class KaldiLogMel:
+    """The `LogMel` of Kaldi: its two matrices; `kaldi_log_mel(audio, device)` makes one."""
 
     audio: Audio
     spectrum: Tensor  # (2 * bins, window) float32
@@ -56,26 +56,11 @@ class LogMel:
             return (power @ self.mel.T).clamp_(min=FLOOR).log_()
 
 
-def pad_frames(logmel: Tensor, frames: int) -> Tensor:
-    """(..., t, F) -> (..., frames, F): zeros below, in the log-mel domain."""
-    return torch.nn.functional.pad(logmel, (0, 0, 0, frames - logmel.shape[-2]))
-
-
-def to_16_bits(wave: Tensor) -> Tensor:
-    """What a 16-bit file would hold, cut towards zero (LAION-CLAP's training data)."""
-    return wave.clamp(-1, 1).mul(32767.0).trunc_().div_(32767.0)
-
-
-def normalise(logmel: Tensor, audio: Audio) -> Tensor:
-    """AudioSet's statistics: `(v - mean) / (2 std)`; a padded row becomes 0.467."""
-    return (logmel - audio.mean) / (2 * audio.std)
-
-
-def kaldi_log_mel(audio: Audio, device: torch.device | str = "cpu") -> LogMel:
+def kaldi_log_mel(audio: Audio, device: torch.device | str = "cpu") -> KaldiLogMel:
     """The front end's matrices, computed in float64 and stored in float32."""
     spectrum = torch.from_numpy(_spectrum(audio.window)).float().to(device)
     mel = torch.from_numpy(mel_matrix(audio.mel_bins, audio.window, audio.sample_rate_hz))
-    return LogMel(audio, spectrum, mel.float().to(device))
+    return KaldiLogMel(audio, spectrum, mel.float().to(device))
 
 
 def fft_size(window: int) -> int:
@@ -110,56 +95,6 @@ def mel_matrix(
     return np.pad(matrix, ((0, 0), (0, 1)))
 
 
-def spec_augment(
-    mel: Tensor, settings: SpecAug, audio: Audio, seed: int, sample_index: Tensor
-) -> Tensor:
-    """Frequency masks and time masks of each clip, over all of its channels.
-
-    What they cover becomes what `normalise` makes of 0 (as AudioMAE, which masks first), or 0.
-
-    Args:
-        mel: (B, C, T, F), normalised.
-        sample_index: (B,) int64, keys the draws.
-
-    Source: torchaudio's masking semantics: width U[0, P), start U[0, size - width), both floored.
-    """
-    covered = stripes(settings, seed, sample_index, (mel.shape[-2], mel.shape[-1]))
-    zero = mel.new_zeros(())
-    zero = zero if settings.domain == "post_norm" else normalise(zero, audio)
-    return mel.masked_fill(covered[:, None], zero)
-
-
-def stripes(
-    settings: SpecAug,
-    seed: int,
-    sample_index: Tensor,
-    shape: tuple[int, int],
-    *,
-    whole: bool = False,
-) -> Tensor:
-    """(B, T, F) bool: what SpecAug covers of each clip.
-
-    Args:
-        whole: draw a whole width, then a whole start (torchlibrosa), not their floors (torchaudio).
-    """
-    u = uniforms(seed, Stream.SPECAUG, sample_index, 4 * settings.stripes)
-    T, F = shape
-    time = freq = torch.zeros(1, 1, dtype=torch.bool, device=sample_index.device)
-    for n in range(0, 4 * settings.stripes, 4):
-        time = time | _stripe(u[:, n], u[:, n + 1], settings.time_frames, T, whole)
-        freq = freq | _stripe(u[:, n + 2], u[:, n + 3], settings.freq_bins, F, whole)
-    return time[:, :, None] | freq[:, None, :]
-
-
-def _stripe(width: Tensor, start: Tensor, widest: int, size: int, whole: bool) -> Tensor:
-    """(B, size) bool: the cells that a mask of each clip covers."""
-    width = width * min(widest, size)
-    width = width.floor() if whole else width
-    first = (start * (size - width)).floor()
-    cells = torch.arange(size, device=width.device)
-    return (cells >= first[:, None]) & (cells < (first + width.floor())[:, None])
-
-
 def _spectrum(window: int) -> np.ndarray:
     """(2 * (fft/2 + 1), window) float64: mean removal, pre-emphasis, window, transform."""
     remove_mean = np.eye(window) - 1.0 / window
@@ -168,14 +103,3 @@ def _spectrum(window: int) -> np.ndarray:
     linear = hann(window)[:, None] * (emphasis @ remove_mean)
     transformed = np.fft.rfft(linear, fft_size(window), axis=0)
     return np.concatenate([transformed.real, transformed.imag])
-
-
-class true_float32:
-    """No TF32 inside, whatever the run allows outside."""
-
-    def __enter__(self):
-        self.before = torch.backends.cuda.matmul.fp32_precision
-        torch.backends.cuda.matmul.fp32_precision = "ieee"
-
-    def __exit__(self, *_):
-        torch.backends.cuda.matmul.fp32_precision = self.before

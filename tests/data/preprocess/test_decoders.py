@@ -1,4 +1,4 @@
-"""Decoding: DALI and its twin give the same, and a clip that cannot be decoded costs one batch."""
+"""Decoding: DALI and its reference give the same; a bad clip costs one batch."""
 
 from __future__ import annotations
 
@@ -11,52 +11,67 @@ import pytest
 import torch
 
 from flap_fast.checks import ConfigError
-from flap_fast.config import Audio, Frontend, Fusion
-from flap_fast.data.preprocess.dali import DaliDecoder
-from flap_fast.data.preprocess.decode import TorchDecoder, backend, decode_one, log_mels, reader
-from flap_fast.data.preprocess.front_end import MelFrontEnd
-from flap_fast.data.preprocess.mel import kaldi_log_mel, normalise
-from flap_fast.data.preprocess.waveform import BadSound
+from flap_fast.config import Audio, Config, Frontend
+from flap_fast.data.batch import EncodedBatch
+from flap_fast.data.preprocess.audio import AudioPreprocessor
+from flap_fast.data.preprocess.dali import DaliDecoder, audio_graph
+from flap_fast.data.preprocess.decoders import ThreadedDecoder, decoding_backend
+from flap_fast.data.preprocess.kaldi_mel import kaldi_log_mel
+from flap_fast.data.preprocess.log_mel import normalise
+from flap_fast.data.preprocess.waveform import BadSound, decode_clip
+from flap_fast.encoders.audio_settings import AudioEncoder
+from flap_fast.encoders.vit.settings import ViTSettings
+from flap_fast.ranks import Ranks
 from tests.sounds import chirp, encode, noise, tone
 
 RATE = 16_000
-ONE_SECOND = Audio(duration_s=1.0, frames=112)
+ONE_SECOND = ViTSettings(duration_s=1.0, frames=112)
 CPU = torch.device("cpu")
 WHERE = np.array([0.0, 0.25, 0.999, 0.5], np.float32)
 
 
 class Sounds:
-    """What a decoder gives, without lengths and draws."""
+    """The media of a decoder's batches."""
 
-    def __init__(self, decoder: DaliDecoder | TorchDecoder):
+    def __init__(self, decoder: DaliDecoder | ThreadedDecoder):
         self._decoder = decoder
 
     def __iter__(self) -> Sounds:
         return self
 
     def __next__(self) -> torch.Tensor:
-        return next(self._decoder).sound
+        return next(self._decoder).media
 
 
 def dali(batches, audio: Audio = ONE_SECOND, *, mel: bool = False, prefetch: int = 2) -> Sounds:
-    return Sounds(
-        DaliDecoder(batches, audio, batch=8, threads=2, prefetch=prefetch, device=CPU, mel=mel)
-    )
+    ahead = {"batch": 8, "threads": 2, "prefetch": prefetch}
+    graph = audio_graph(audio, mel=mel)
+    return Sounds(DaliDecoder(batches, graph, error=BadSound, device=CPU, **ahead))
 
 
-def twin(batches, audio: Audio = ONE_SECOND, *, prefetch: int = 2) -> Sounds:
-    return Sounds(TorchDecoder(batches, reader("sounds", audio), threads=2, prefetch=prefetch))
+def threaded(batches, audio: Audio = ONE_SECOND, *, prefetch: int = 2) -> Sounds:
+    def decode(clip: bytes, position: float) -> np.ndarray:
+        return decode_clip(clip, position, audio)
+
+    return Sounds(ThreadedDecoder(batches, decode, threads=2, prefetch=prefetch))
+
+
+def preprocessor(audio: AudioEncoder, backend: str) -> AudioPreprocessor:
+    """Of log-mels that are normalised by nothing."""
+    audio = audio.model_copy(update={"mean": 0.0, "std": 0.5})
+    frontend = Frontend.model_validate({"backend": backend, "threads": 2})
+    return AudioPreprocessor(Config(audio=audio, frontend=frontend), Ranks())
 
 
 @pytest.mark.parametrize("filling", ["repeatpad", "repeat", "pad"])
 @pytest.mark.parametrize(("format", "limit"), [("WAV", 0), ("FLAC", 0), ("OGG", 1e-6)])
-def test_dali_decodes_crops_and_fills_as_the_twin_does(format, limit, filling):
+def test_dali_decodes_crops_and_fills_as_the_reference_does(format, limit, filling):
     """At the front end's rate, where nothing is resampled: the same bits from WAV and FLAC."""
     audio = ONE_SECOND.model_copy(update={"filling": filling})
     for length in (1.7, 1.0001, 1.0, 0.9999, 0.6, 0.5, 0.33, 0.01, 1 / RATE):
         sounds = [encode(noise(n, length, RATE), RATE, format) for n in range(4)]
         batches = [(sounds, WHERE)]
-        (theirs,), (ours,) = dali(iter(batches), audio), twin(iter(batches), audio)
+        (theirs,), (ours,) = dali(iter(batches), audio), threaded(iter(batches), audio)
         assert theirs.shape == ours.shape == (4, RATE)
         assert theirs.dtype == ours.dtype == torch.float32
         assert (theirs - ours).abs().max() <= limit, length
@@ -65,7 +80,7 @@ def test_dali_decodes_crops_and_fills_as_the_twin_does(format, limit, filling):
 def test_dali_averages_channels():
     wave = np.stack([tone(300, 1.0, RATE), noise(0, 1.0, RATE)], 1)
     batches = [([encode(wave, RATE, "WAV", "FLOAT")], WHERE[:1])]
-    (theirs,), (ours,) = dali(iter(batches)), twin(iter(batches))
+    (theirs,), (ours,) = dali(iter(batches)), threaded(iter(batches))
     assert (theirs - ours).abs().max() < 1e-7
 
 
@@ -73,17 +88,17 @@ def test_dali_averages_channels():
 def test_resamplers_agree_on_what_the_new_rate_can_hold(rate):
     """Two band-limited resamplers differ in their transition band and at a clip's ends only."""
     batches = [([encode(chirp(200, 3000, 1.2, rate), rate, "WAV", "FLOAT")], WHERE[:1])]
-    (theirs,), (ours,) = dali(iter(batches)), twin(iter(batches))
+    (theirs,), (ours,) = dali(iter(batches)), threaded(iter(batches))
     assert (theirs - ours)[:, 200:-200].abs().max() < 2e-3
 
 
 def test_dalis_own_mel_is_near_kaldis():
-    """SPEC 3.4: white noise of 0.05 rms, bins from 6 on, normalised units."""
-    audio = Audio()
+    """White noise of 0.05 rms, bins from 6 on, normalised units."""
+    audio = ViTSettings()
     sounds = [encode(noise(n, 10, RATE), RATE, "WAV", "FLOAT") for n in range(3)]
     batches = [(sounds, WHERE[:3])]
     (theirs,) = dali(iter(batches), audio, mel=True)
-    (wave,) = twin(iter(batches), audio)
+    (wave,) = threaded(iter(batches), audio)
     ours = kaldi_log_mel(audio)(wave)
     assert theirs.shape == ours.shape == (3, 1024, 128)
     assert (theirs[:, 998:] == 0).all()
@@ -95,19 +110,15 @@ def test_dalis_own_mel_is_near_kaldis():
 @pytest.mark.parametrize("kind", ["dali_wave", "dali_mel", "torch"])
 def test_each_back_end_gives_log_mels_in_order(kind):
     """Batches of different sizes, the last of them smaller, more of them than are prefetched."""
-    audio = Audio(duration_s=0.5, frames=48)
+    audio = ViTSettings(duration_s=0.5, frames=48)
     sounds = [encode(noise(n, 0.5, RATE), RATE) for n in range(9)]
     batches = [
-        (sounds[a:b], np.zeros(b - a, np.float32)) for a, b in ((0, 3), (3, 6), (6, 8), (8, 9))
+        EncodedBatch(sounds[a:b], np.zeros(b - a, np.float32))
+        for a, b in ((0, 3), (3, 6), (6, 8), (8, 9))
     ]
     mel = kaldi_log_mel(audio)
-    given = log_mels(
-        iter(batches),
-        mel=MelFrontEnd(audio, Fusion(), CPU),
-        frontend=Frontend(backend=kind, threads=2),
-        batch=3,
-    )
-    waves = [np.stack([decode_one(sound, 0.0, audio) for sound in some]) for some, _ in batches]
+    given = preprocessor(audio, kind).stream(iter(batches), 3)
+    waves = [np.stack([decode_clip(sound, 0.0, audio) for sound in some]) for some, _ in batches]
     for out, wave in itertools.zip_longest(given, waves):
         wanted = mel(torch.from_numpy(wave))[:, None]
         assert out.longer is None
@@ -118,7 +129,7 @@ def test_each_back_end_gives_log_mels_in_order(kind):
 def test_where_a_crop_lies_is_the_clips_own():
     ramp = np.linspace(-1, 1, 2 * RATE).astype("f4")
     batches = [([encode(ramp, RATE, "WAV", "FLOAT")] * 4, WHERE)]
-    for (out,) in (dali(iter(batches)), twin(iter(batches))):
+    for (out,) in (dali(iter(batches)), threaded(iter(batches))):
         first = np.floor(WHERE.astype(np.float64) * (RATE + 1)).astype(int)
         assert out[:, 0].tolist() == ramp[first].tolist()
         assert out[:, -1].tolist() == ramp[first + RATE - 1].tolist()
@@ -138,7 +149,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("decoder", [dali, twin])
+@pytest.mark.parametrize("decoder", [dali, threaded])
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("filling", ["repeatpad", "pad"])
 def test_a_bad_clip_costs_its_batch_and_no_other(decoder, bad, filling):
@@ -168,7 +179,7 @@ class Lost(ValueError):
     """Of a kind that DALI's own errors have too."""
 
 
-@pytest.mark.parametrize("decoder", [dali, twin])
+@pytest.mark.parametrize("decoder", [dali, threaded])
 def test_an_error_of_the_source_is_not_a_bad_clip(decoder):
     """A shard that is gone must stop the run, not cost a batch."""
 
@@ -181,7 +192,7 @@ def test_an_error_of_the_source_is_not_a_bad_clip(decoder):
         list(decoded)
 
 
-@pytest.mark.parametrize("decoder", [dali, twin])
+@pytest.mark.parametrize("decoder", [dali, threaded])
 @pytest.mark.parametrize("prefetch", [1, 2, 4])
 def test_only_as_many_batches_as_asked_for_are_drawn_ahead(decoder, prefetch):
     drawn: list[int] = []
@@ -197,7 +208,7 @@ def test_only_as_many_batches_as_asked_for_are_drawn_ahead(decoder, prefetch):
         assert len(drawn) == taken - 1 + prefetch
 
 
-@pytest.mark.parametrize("decoder", [dali, twin])
+@pytest.mark.parametrize("decoder", [dali, threaded])
 def test_a_batch_is_not_overwritten_by_later_ones(decoder):
     sounds = [encode(noise(n, 1, RATE), RATE) for n in range(6)]
     decoded = decoder(iter([([sound], WHERE[:1]) for sound in sounds]), prefetch=1)
@@ -207,26 +218,26 @@ def test_a_batch_is_not_overwritten_by_later_ones(decoder):
     assert torch.equal(first, copy)
 
 
-def test_the_twin_decodes_one_clip_as_a_batch():
-    (batch,) = twin(iter([([GOOD] * 4, WHERE)]))
+def test_the_reference_decodes_one_clip_as_a_batch():
+    (batch,) = threaded(iter([([GOOD] * 4, WHERE)]))
     for row, where in zip(batch, WHERE, strict=True):
-        assert (decode_one(GOOD, float(where), ONE_SECOND) == row.numpy()).all()
+        assert (decode_clip(GOOD, float(where), ONE_SECOND) == row.numpy()).all()
 
 
-def test_auto_is_dali_where_it_is_installed_and_the_twin_elsewhere(monkeypatch):
-    assert backend(Frontend()) == "dali_wave"
-    assert backend(Frontend(backend="torch")) == "torch"
+def test_auto_is_dali_where_it_is_installed_and_the_reference_elsewhere(monkeypatch):
+    assert decoding_backend(Frontend()) == "dali_wave"
+    assert decoding_backend(Frontend(backend="torch")) == "torch"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert backend(Frontend()) == "torch"
-    assert backend(Frontend(backend="torch")) == "torch"
+    assert decoding_backend(Frontend()) == "torch"
+    assert decoding_backend(Frontend(backend="torch")) == "torch"
     with pytest.raises(ConfigError, match=r"frontend.backend must be 'torch' where DALI is not"):
-        backend(Frontend(backend="dali_mel"))
+        decoding_backend(Frontend(backend="dali_mel"))
 
 
-def test_the_twin_works_where_dali_cannot_be_imported(monkeypatch):
+def test_the_reference_works_where_dali_cannot_be_imported(monkeypatch):
     monkeypatch.setitem(sys.modules, "flap_fast.data.preprocess.dali", None)
-    mel, batches = MelFrontEnd(ONE_SECOND, Fusion(), CPU), [([GOOD], WHERE[:1])]
-    (out,) = log_mels(iter(batches), mel=mel, frontend=Frontend(backend="torch"), batch=1)
+    batches = [EncodedBatch([GOOD], WHERE[:1])]
+    (out,) = preprocessor(ONE_SECOND, "torch").stream(iter(batches), 1)
     assert out.media.shape == (1, 1, 112, 128)
     with pytest.raises(ImportError):
-        log_mels(iter(batches), mel=mel, frontend=Frontend(backend="dali_wave"), batch=1)
+        preprocessor(ONE_SECOND, "dali_wave").stream(iter(batches), 1)

@@ -6,7 +6,7 @@
 Of M there are two. LAION's models without fusion were trained with librosa's (`slaney_norm`), those
 with fusion with torchaudio's (`htk_none`); the wrong one costs accuracy without an error.
 
-Source: LAION-CLAP's HTSAT and data pipeline, librosa.filters.media, as SPEC 3.2 pins them down.
+Source: LAION-CLAP's published code (HTSAT and data pipeline), librosa.filters.mel.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from flap_fast.config import Audio
-from flap_fast.data.preprocess.mel import pad_frames, to_16_bits, true_float32
+from flap_fast.data.preprocess.log_mel import pad_frames, to_16_bits, true_float32
 
 FLOOR = 1e-10
 # Slaney's scale: linear below 1 kHz, then 27 steps to each factor of 6.4.
@@ -28,7 +28,7 @@ _LINEAR_HZ, _BREAK_HZ, _STEP = 200 / 3, 1000.0, math.log(6.4) / 27
 
 @dataclass(frozen=True)
 class ClapLogMel:
-    """The window and the mel matrix; `clap_log_mel(audio, device)` makes one."""
+    """The `LogMel` of CLAP: window and mel matrix; `clap_log_mel(audio, device)` makes one."""
 
     audio: Audio
     window: Tensor  # (1024,) float32

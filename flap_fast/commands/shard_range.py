@@ -1,4 +1,4 @@
-"""Which part of the work a process does, and who else does it: of `flap prepare`, `flap embed`."""
+"""Options that divide work among machines: of `flap prepare` and `flap embed`."""
 
 from __future__ import annotations
 
@@ -11,25 +11,27 @@ from flap_fast.checks import require
 
 if TYPE_CHECKING:
     from flap_fast.preparation.prepare import Distributor
-    from flap_fast.preparation.shard_tasks import Part
+    from flap_fast.preparation.shard_tasks import ShardRange
 
-ShardRange = Annotated[str | None, typer.Option(help="A/B: do the A-th of B parts; one a machine.")]
-Distributors = Annotated[
+ShardRangeOption = Annotated[
+    str | None, typer.Option(help="A/B: do the A-th of B parts; one a machine.")
+]
+DistributorOption = Annotated[
     str, typer.Option(help="threads of this process, or ray: the cluster that is running.")
 ]
 
 
-def shares(shard_range: str | None, distributor: str) -> tuple[Part | None, Distributor]:
-    """This process' part, None for all, and where it is done.
+def work_division(text: str | None, distributor: str) -> tuple[ShardRange | None, Distributor]:
+    """This process' shard range, None for all shards, and its distributor.
 
-    Under a launcher such as torchrun its ranks share the part that --shard-range names.
+    Under a launcher such as torchrun the ranks divide the range that --shard-range names.
     """
     from flap_fast.preparation.prepare import Distributor
-    from flap_fast.preparation.shard_tasks import Part, part
+    from flap_fast.preparation.shard_tasks import ShardRange, shard_range
 
     kinds = get_args(Distributor)
     require(distributor in kinds, "--distributor", f"be one of {', '.join(kinds)}", distributor)
-    named = part(shard_range) if shard_range is not None else None
+    named = shard_range(text) if text is not None else None
     with_ray = distributor == "ray"
     require(not (named and with_ray), "--shard-range", "be left out with ray", named)
     rank, ranks = (int(os.environ.get(*name)) for name in (("RANK", "0"), ("WORLD_SIZE", "1")))
@@ -37,6 +39,6 @@ def shares(shard_range: str | None, distributor: str) -> tuple[Part | None, Dist
         not (ranks > 1 and with_ray), "--distributor ray", "run in one process", f"{ranks} ranks"
     )
     if ranks > 1:
-        whole = named or Part()
-        named = Part((whole.number - 1) * ranks + rank + 1, whole.of * ranks)
+        whole = named or ShardRange()
+        named = ShardRange((whole.number - 1) * ranks + rank + 1, whole.of * ranks)
     return named, distributor  # type: ignore[return-value] - checked above

@@ -10,7 +10,9 @@ import torch
 from torchaudio.compliance import kaldi
 
 from flap_fast.config import Audio, SpecAug
-from flap_fast.data.preprocess.mel import FLOOR, kaldi_log_mel, mel_matrix, normalise, spec_augment
+from flap_fast.data.preprocess.kaldi_mel import FLOOR, kaldi_log_mel, mel_matrix
+from flap_fast.data.preprocess.log_mel import normalise
+from flap_fast.data.preprocess.spec_augment import spec_augment
 from flap_fast.data.preprocess.waveform import fill, read_sound
 from flap_fast.data.random_streams import Stream, uniforms
 from tests.sounds import chirp, noise, tone
@@ -53,7 +55,7 @@ SIGNALS = {
 
 @pytest.mark.parametrize("name", SIGNALS)
 def test_the_log_mel_is_kaldis(name):
-    """SPEC 3.4: at most 5e-3 anywhere, 2e-5 on average.
+    """At most 5e-3 anywhere, 2e-5 on average.
 
     Between the harmonics of a tone both round more than that, so there the measure is Kaldi itself
     in float64: we are as near to it as Kaldi in float32 is.
@@ -204,7 +206,7 @@ def test_specaug_zeros_come_before_or_after_the_statistics():
     assert torch.equal(after, normalise(logmel, Audio()).masked_fill(cover, 0))
 
 
-def test_specaug_is_the_visits_own():
+def test_specaug_is_the_samples_own():
     settings = SpecAug(time_frames=30, freq_bins=12)
     together = masked(settings)
     assert torch.equal(together[17:18], masked(settings, torch.tensor([17])))
@@ -212,7 +214,7 @@ def test_specaug_is_the_visits_own():
 
 
 def test_a_mask_follows_torchaudios_formula():
-    """value = u P, start = floor(u' (size - value)), end = start + floor(value); SPEC 3.5."""
+    """value = u P, start = floor(u' (size - value)), end = start + floor(value)."""
     u = uniforms(3407, Stream.SPECAUG, VISITS, 4).double()
     cover = masked(SpecAug(time_frames=20, freq_bins=0)).any(2)
     for row, (width, start, *_) in zip(cover, u.tolist(), strict=True):

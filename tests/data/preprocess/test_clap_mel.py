@@ -11,13 +11,16 @@ import torchaudio
 from transformers import ClapFeatureExtractor
 
 from flap_fast.config import Audio, SpecAug
-from flap_fast.data.preprocess.dali import DaliDecoder
-from flap_fast.data.preprocess.decode import decode_one
+from flap_fast.data.batch import EncodedBatch
+from flap_fast.data.preprocess.clap_mel import ClapLogMel, mel_matrix
+from flap_fast.data.preprocess.dali import DaliDecoder, audio_graph
 from flap_fast.data.preprocess.front_end import log_mel
-from flap_fast.data.preprocess.mel import LogMel, stripes, to_16_bits
-from flap_fast.data.preprocess.mel_clap import ClapLogMel, mel_matrix
-from flap_fast.data.preprocess.waveform import fill, read_sound
+from flap_fast.data.preprocess.kaldi_mel import KaldiLogMel
+from flap_fast.data.preprocess.log_mel import to_16_bits
+from flap_fast.data.preprocess.spec_augment import stripes
+from flap_fast.data.preprocess.waveform import BadSound, decode_clip, fill, read_sound
 from flap_fast.data.random_streams import Stream, uniforms
+from flap_fast.encoders.htsat.settings import HTSATSettings
 from tests.sounds import chirp, encode, noise, tone
 
 RATE, SAMPLES = 48_000, 480_000
@@ -45,7 +48,7 @@ SIGNALS = {
 
 def settings(variant: str = "slaney_norm", **others: object) -> Audio:
     """The real ones, but for the rounding to 16 bits, which the references do not do."""
-    return Audio(encoder="htsat", mel_variant=variant, **{"int16_roundtrip": False, **others})  # type: ignore[arg-type]
+    return HTSATSettings(mel_variant=variant, **{"int16_roundtrip": False, **others})  # type: ignore[arg-type]
 
 
 def matrix(variant: str) -> np.ndarray:
@@ -73,7 +76,7 @@ def decibels_in_float32(wave: np.ndarray, variant: str) -> np.ndarray:
 @ANY_VARIANT
 @pytest.mark.parametrize("name", SIGNALS)
 def test_the_log_mel_is_claps(name, variant):
-    """SPEC 3.4: at most 5e-4 dB anywhere.
+    """At most 5e-4 dB anywhere.
 
     Where a bin is far below its frame's loudest, a transform in float32 rounds more than that;
     there the measure is the truth: we are as near to it as torchaudio is.
@@ -120,14 +123,14 @@ def test_the_two_matrices_are_not_each_others():
         assert held.max() < 14_000
 
 
-def test_another_band_is_the_settings_own():
+def test_another_band_is_the_aheadown():
     extractor = ClapFeatureExtractor(frequency_min=0, frequency_max=12_000)
     matrix = mel_matrix(settings(low_hz=0, high_hz=12_000))
     assert np.allclose(matrix.T, extractor.mel_filters_slaney, atol=1e-12)
 
 
 def test_the_front_end_follows_audio_mel():
-    assert isinstance(log_mel(Audio()), LogMel)
+    assert isinstance(log_mel(Audio()), KaldiLogMel)
     assert isinstance(log_mel(Audio(mel="clap", frames=1008)), ClapLogMel)
     padded = log_mel(Audio(mel="clap", frames=1008))(torch.zeros(1, SAMPLES))
     assert padded.shape == (1, 1008, 64)
@@ -149,25 +152,25 @@ def test_samples_are_cut_to_16_bits_towards_zero():
 @ANY_VARIANT
 @pytest.mark.parametrize("roundtrip", [False, True])
 def test_dalis_own_mel_is_ours(variant, roundtrip):
-    """SPEC 3.4: 5e-4 dB, of a short clip that is filled and of a long one that is cropped too."""
+    """Within 5e-4 dB, of a short clip that is filled and of a long one that is cropped too."""
     audio = settings(variant, int16_roundtrip=roundtrip)
     waves = (NOISES["white"], noise(5, 3, RATE), noise(6, 12, RATE, slope=1))
     sounds, where = [encode(wave, RATE, "WAV", "FLOAT") for wave in waves], np.array([0, 0.3, 0.7])
     cpu = torch.device("cpu")
-    decoder = DaliDecoder(
-        iter([(sounds, where)]), audio, batch=3, threads=2, prefetch=1, device=cpu, mel=True
-    )
-    theirs = next(decoder).sound
-    filled = [decode_one(sound, float(w), audio) for sound, w in zip(sounds, where, strict=True)]
+    ahead = {"batch": 3, "threads": 2, "prefetch": 1, "device": cpu}
+    batches = iter([EncodedBatch(sounds, where)])
+    decoder = DaliDecoder(batches, audio_graph(audio, mel=True), error=BadSound, **ahead)
+    theirs = next(decoder).media
+    filled = [decode_clip(sound, float(w), audio) for sound, w in zip(sounds, where, strict=True)]
     ours = log_mel(audio)(torch.from_numpy(np.stack(filled)))
     assert theirs.shape == ours.shape == (3, 1001, 64)
-    heard = ours > -80  # zeros behind the repeats of a short clip: nothing but rounding
-    assert (theirs - ours)[heard].abs().max() <= 5e-4
-    assert (theirs[~heard] < -79).all()
+    valid = ours > -80  # zeros behind the repeats of a short clip: nothing but rounding
+    assert (theirs - ours)[valid].abs().max() <= 5e-4
+    assert (theirs[~valid] < -79).all()
 
 
 def test_htsats_specaug_is_torchlibrosas_two_stripes_of_each_kind():
-    """Whole widths U{0..63} and U{0..7}, starts U{0..size - width - 1}; SPEC 3.5."""
+    """Whole widths U{0..63} and U{0..7}, starts U{0..size - width - 1}, as torchlibrosa."""
     sample_index = torch.arange(3000)
     drawn = SpecAug(time_frames=64, freq_bins=0, stripes=1)
     rows = stripes(drawn, 3407, sample_index, (1001, 1), whole=True).all(2)

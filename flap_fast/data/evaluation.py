@@ -1,0 +1,70 @@
+"""Shards -> the encoder's input of evaluation's clips, in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from flap_fast.config import Config
+from flap_fast.data.batch import EncodedBatch, MediaInput
+from flap_fast.data.enriched import clip_id, text_key
+from flap_fast.data.preprocess.fusion import PIECES
+from flap_fast.data.preprocess.preprocessor import Preprocessor, make_preprocessor
+from flap_fast.data.preprocess.waveform import Unusable, crop_positions
+from flap_fast.data.random_streams import Stream, uniforms
+from flap_fast.data.shards import ShardError, Shards
+from flap_fast.ranks import Ranks
+
+
+def evaluation_batches(
+    config: Config, shards: Shards, clips: np.ndarray, ranks: Ranks
+) -> Iterator[MediaInput]:
+    """The encoder's input of these clips in their order, at most eval.batch at a time.
+
+    Under eval.crop = multi:K each clip gives K crops in a row.
+
+    Raises:
+        ShardError: a clip that cannot be decoded; evaluation leaves nothing out.
+    """
+    size, crops = config.eval.batch, config.eval.crops
+    crop_of_clip = np.tile(crop_positions(crops), len(clips))
+    clips = np.repeat(clips, crops)
+    starts = range(0, len(clips), size)
+
+    def encoded() -> Iterator[EncodedBatch]:
+        for start in starts:
+            some = clips[start : start + size]
+            positions = np.full((len(some), 1 + PIECES), 0.5)
+            positions[:, 0] = crop_of_clip[start : start + size]
+            if config.eval.crop == "random":
+                keys = torch.tensor([_crop_key(shards, clip) for clip in some])
+                positions = uniforms(0, Stream.EVAL_CROP, keys, 1 + PIECES).numpy()
+            yield EncodedBatch([shards.encoded(clip) for clip in some], positions)
+
+    preprocessor = make_preprocessor(config, ranks, shards)
+    inputs = preprocessor.stream(encoded(), size)
+    for start in starts:
+        try:
+            media = next(inputs)
+        except Unusable as error:
+            some = np.unique(clips[start : start + size])
+            names = ", ".join(_undecodable(shards, some, preprocessor))
+            remedy = "delete the tar and run the same flap prepare again"
+            raise ShardError(f"cannot be decoded: {names or error}; {remedy}") from None
+        yield media
+
+
+def _crop_key(shards: Shards, clip: int) -> int:
+    """The key of a clip's random crop: its id, the same whichever others are evaluated with it."""
+    return text_key(clip_id(shards, clip, shards.record(clip, captionless=True)))
+
+
+def _undecodable(shards: Shards, clips: np.ndarray, preprocessor: Preprocessor) -> Iterator[str]:
+    """Name and fault of each clip that cannot be decoded."""
+    for clip in clips:
+        try:
+            preprocessor.check(shards.encoded(clip))
+        except Unusable as why:
+            yield f"{shards.name(clip)} ({why})"

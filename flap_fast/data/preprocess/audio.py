@@ -1,0 +1,106 @@
+"""Sounds, or cached log-mels -> the audio encoder's input.
+
+bytes -> decode, crop, fill    waveform.py on threads, or dali.py     (B, samples)
+      -> log-mel, fusion       front_end.py                           (B, 1 or 4, T, F)
+      -> normalise             log_mel.py
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+
+from flap_fast.config import Config
+from flap_fast.data.batch import DecodedBatch, EncodedBatch, MediaInput, stack_clips
+from flap_fast.data.preprocess.cached_mel import check_front_end, crop_cached
+from flap_fast.data.preprocess.decoders import make_decoder
+from flap_fast.data.preprocess.front_end import MelFrontEnd
+from flap_fast.data.preprocess.log_mel import normalise
+from flap_fast.data.preprocess.waveform import BadSound, decode_clip
+from flap_fast.data.shards import Shards
+from flap_fast.ranks import Ranks
+
+
+class AudioPreprocessor:
+    """A `Preprocessor` of sounds: log-mels (B, 1, T, F), or (B, 4, T, F) with fusion.
+
+    Raises:
+        ConfigError: shards of log-mels that were cached with other settings.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks, shards: Shards | None = None):
+        self._config, self._ranks = config, ranks
+        self._front_end = MelFrontEnd(config.audio, config.fusion, ranks.device)
+        self._cached = shards is not None and shards.kind == "mels"
+        if shards is None:
+            return
+        if self._cached:
+            check_front_end([file.parent for file in shards.files], config)
+        elif ranks.first and len(shards):
+            _warn_of_rate(shards, config.audio.sample_rate_hz)
+
+    def stream(self, batches: Iterator[EncodedBatch], batch: int) -> Iterator[MediaInput]:
+        """Preprocess batches in order; raises `BadSound` at the turn of one with a bad clip."""
+        decoder = make_decoder(
+            batches,
+            batch,
+            self._config.frontend,
+            self._ranks,
+            decode=self._decode,
+            graph=None if self._cached else self._dali_graph,
+            error=BadSound,
+        )
+        # Unlike a generator, `map` goes on after it has raised.
+        return map(self.finish, decoder)
+
+    def check(self, clip: bytes) -> None:
+        """Raise `BadSound` if a clip cannot be decoded."""
+        self._decode(clip, 0.0)
+
+    def decode(self, clips: Sequence[bytes], positions: np.ndarray) -> MediaInput:
+        """Preprocess one batch at once, on this thread; raises `BadSound`."""
+        pairs = zip(clips, positions[:, 0].tolist(), strict=True)
+        return self.finish(stack_clips([self._decode(*pair) for pair in pairs], positions))
+
+    def finish(self, decoded: DecodedBatch) -> MediaInput:
+        """The normalised log-mels of waveforms, or of log-mels as long as they are."""
+        mel, longer = self._front_end(decoded)
+        return MediaInput(normalise(mel, self._config.audio), longer)
+
+    def _decode(self, clip: bytes, position: float) -> np.ndarray:
+        """One clip's waveform (samples,), or its cached log-mel (frames, F), cropped."""
+        audio = self._config.audio
+        if self._cached:
+            return crop_cached(clip, position, audio)
+        return decode_clip(clip, position, audio, self._config.fusion)
+
+    def _dali_graph(self, backend: str) -> Any:
+        from flap_fast.data.preprocess.dali import audio_graph
+
+        return audio_graph(self._config.audio, self._config.fusion, mel=backend == "dali_mel")
+
+
+def _warn_of_rate(shards: Shards, wanted_hz: int) -> None:
+    """Warn of sounds prepared at a lower rate than the front end's, judged by their first clip."""
+    try:
+        rate = soundfile.info(io.BytesIO(shards.encoded(0))).samplerate  # type: ignore[arg-type]
+    except soundfile.LibsndfileError:
+        return  # reported at its turn
+    if rate < wanted_hz:
+        _warn_once(shards.folder(0), rate, wanted_hz)
+
+
+@functools.cache  # once a process: each evaluation makes a new preprocessor
+def _warn_once(folder: Path, rate_hz: int, wanted_hz: int) -> None:
+    print(
+        f"{folder} holds sounds at {rate_hz} Hz and audio.sample_rate_hz is {wanted_hz}: above "
+        f"{rate_hz // 2} Hz the model hears silence; prepare them for it: flap prepare --config",
+        file=sys.stderr,
+    )

@@ -1,0 +1,90 @@
+"""Log-mels computed once, in fp16, and stored in shards instead of sounds.
+
+The format, and how training reads it: `flap_fast.data.preprocess.cached_mel`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from flap_fast.checks import require
+from flap_fast.config import Audio
+from flap_fast.data.preprocess.cached_mel import SETTINGS_FILE, front_end_settings
+from flap_fast.data.preprocess.kaldi_mel import KaldiLogMel, kaldi_log_mel
+from flap_fast.data.preprocess.waveform import BadSound, fill, read_sound
+from flap_fast.preparation.encoding import EncodedImage, FlacEncoder, checked_wave, read_source
+from flap_fast.preparation.manifest import Entry
+
+
+@dataclass(frozen=True)
+class CachedMelEncoder:
+    """A `ClipEncoder` of log-mels of one front end."""
+
+    audio: Audio
+
+    def __post_init__(self):
+        rule = "be kaldi to be cached: CLAP's frames mirror the sound at a crop's edges"
+        require(self.audio.mel == "kaldi", "audio.mel", rule, self.audio.mel)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return front_end_settings(self.audio)
+
+    @property
+    def metadata_files(self) -> dict[str, bytes]:
+        return {SETTINGS_FILE: (json.dumps(self.identity, indent=1) + "\n").encode()}
+
+    @contextmanager
+    def encoding(self) -> Iterator[None]:
+        """One thread an operation: clips are many, and sums come in one order."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    @cached_property
+    def _mel(self) -> KaldiLogMel:
+        return kaldi_log_mel(self.audio)
+
+    def encode(self, entry: Entry) -> tuple[str, bytes]:
+        """The log-mel of the sound that training would read; raises `BadSound`."""
+        source = read_source(entry)
+        if isinstance(source, EncodedImage):
+            raise BadSound("a picture: it has no log-mel")
+        rate = self.audio.sample_rate_hz
+        if isinstance(source, bytes):
+            wave = checked_wave(entry, source, rate)
+        else:  # of a file through the 16 bits of the shard that stands for it
+            wave = read_sound(FlacEncoder(rate).encode(entry)[1], rate)
+        buffer = io.BytesIO()
+        np.save(buffer, log_mel_of(wave, self._mel).astype(np.float16))
+        return "npy", buffer.getvalue()
+
+
+def log_mel_of(wave: np.ndarray, mel: KaldiLogMel) -> np.ndarray:
+    """(t, F) float32: all frames of a clip, or of the clip filled to audio.duration_s.
+
+    In pieces of audio.duration_s, the last one ending with the last frame: they are what the front
+    end gives for crops that begin there.
+    """
+    audio = mel.audio
+    wave = fill(wave, audio.samples, audio.filling) if len(wave) < audio.samples else wave
+    chunk = audio.frames_of(audio.samples)
+    total = audio.frames_of(len(wave))
+    rows = np.empty((total, audio.mel_bins), np.float32)
+    for start in [*range(0, total - chunk, chunk), total - chunk]:
+        at = start * audio.hop
+        piece = torch.from_numpy(wave[at : at + audio.samples])
+        rows[start : start + chunk] = mel(piece[None])[0, :chunk].numpy()
+    return rows
