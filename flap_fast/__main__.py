@@ -150,12 +150,16 @@ def profile(
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
-    gpus: Annotated[int, typer.Option(help="Ranks, over all nodes.")] = 8,
+    gpus: Annotated[
+        int | None,
+        typer.Option(help="Ranks, over all nodes: 8 when not given, with train.engine=plain 1."),
+    ] = None,
     nodes: Annotated[int, typer.Option(help="Machines.")] = 1,
     link: Annotated[str, typer.Option(help="What a rank sends between nodes.")] = "50GB/s",
     local_link: Annotated[str, typer.Option(help="The same inside of a node.")] = "400GB/s",
     tflops: Annotated[float, typer.Option(help="The most a rank does, in 10^12 FLOP/s.")] = 790,
-    share: Annotated[float, typer.Option(help="How much of that a step sustains.")] = 0.5,
+    mfu: Annotated[float, typer.Option(help="Utilisation: the fraction a step sustains.")] = 0.5,
+    share: Annotated[float | None, typer.Option(hidden=True, help="Old name of --mfu.")] = None,
     memory_gib: Annotated[float, typer.Option(help="Of a GPU.")] = 80,
     memory_rate: Annotated[str, typer.Option(help="Read and written.")] = "3000GB/s",
     host_rate: Annotated[str, typer.Option(help="CPU memory of a rank (offload).")] = "25GB/s",
@@ -165,15 +169,16 @@ def plan(
 ) -> None:
     """Predict memory, communication and time of a step on GPUs that are not here."""
     from flap_fast.config.file import load_config
-    from flap_fast.tools.profile.plan import Machine, as_json, parse_rate
+    from flap_fast.tools.profile.plan import Machine, as_json, default_gpus, parse_rate
     from flap_fast.tools.profile.plan import plan as predict
     from flap_fast.tools.profile.tables import plan_table
 
+    settings = load_config(config, overrides or [])
     machine = Machine(
-        gpus=gpus,
+        gpus=default_gpus(settings) if gpus is None else gpus,
         nodes=nodes,
         tflops=tflops,
-        share=share,
+        mfu=mfu if share is None else share,
         link_bytes_per_s=parse_rate("--link", link),
         local_bytes_per_s=parse_rate("--local-link", local_link),
         memory_gib=memory_gib,
@@ -182,7 +187,7 @@ def plan(
         host_link_bytes_per_s=parse_rate("--host-link", host_link),
         caption_tokens=caption_tokens,
     )
-    planned = predict(load_config(config, overrides or []), machine)
+    planned = predict(settings, machine)
     Console().print(plan_table(planned), highlight=False)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

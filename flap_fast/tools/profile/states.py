@@ -34,18 +34,16 @@ class States:
     gradients: Literal["come", "add up", "stay"]
     """As activations go, or over micro-batches, or in a buffer that is always there."""
 
-    def peak(self, early: int, late: int, *, apart: int = 0) -> int:
-        """The most on the device.
+    @property
+    def with_gradients(self) -> int:
+        """All bytes on the device."""
+        return sum(self.on_device.values())
 
-        Args:
-            early: what the forward has made before a backward.
-            late: what the end of a backward needs.
-            apart: what is there before the first backward begins, and not with `early`.
-        """
-        every = sum(self.on_device.values())
-        none_yet = every if self.gradients == "stay" else every - self.on_device["gradients"]
-        forward = none_yet if self.gradients == "come" else every
-        return max(none_yet + apart, forward + early, every + late)
+    @property
+    def without_gradients(self) -> int:
+        """Bytes on the device before the first backward."""
+        stay = self.gradients == "stay"
+        return self.with_gradients - (0 if stay else self.on_device["gradients"])
 
 
 def state_bytes(

@@ -103,7 +103,7 @@ def _memory(planned: Plan) -> Table:
 
 def _time(planned: Plan) -> Table:
     table = _table("a step", "GFLOP", "MB sent", "ms", "exposed ms")
-    rate = planned.machine.tflops * planned.machine.share * 1e12
+    rate = planned.machine.tflops * planned.machine.mfu * 1e12
     for name, flop in planned.flop.items():
         ms = f"{flop.total / rate * 1000:.2f}"
         table.add_row(name, f"{flop.total / 1e9:,.0f}", "", ms, ms)
@@ -125,8 +125,8 @@ def _assumptions(machine: Machine) -> str:
         return f"{bytes_per_s / 1e9:g}GB/s"
 
     lines = (
-        f"--tflops {machine.tflops:g}: the most a rank does; --share {machine.share:g} of it "
-        "in a step",
+        f"--tflops {machine.tflops:g}: the most a rank does; --mfu {machine.mfu:g}: the fraction "
+        "of it in a step",
         f"--link {rate(machine.link_bytes_per_s)}: what a rank sends between nodes",
         f"--local-link {rate(machine.local_bytes_per_s)}: what it sends inside of a node",
         f"--memory-gib {machine.memory_gib:g}, --memory-rate {rate(machine.memory_bytes_per_s)}",
@@ -147,8 +147,8 @@ def _table(*headings: str) -> Table:
     return table
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f} %"
 
 
 def _rates(flop: int, ms: float, ceiling: float, unit: float) -> tuple[str, str, str]:
