@@ -10,8 +10,11 @@ import pytest
 import yaml
 
 from flap_fast.checks import ConfigError, require
-from flap_fast.config import Audio, Config, Data, Fusion, Image, Train, check_before_loading
+from flap_fast.config import Config, Data, Fusion, Train, check_before_loading
 from flap_fast.config.file import dump_config, load_config, parse_config
+from flap_fast.encoders.clip_resnet.settings import ClipResNetSettings
+from flap_fast.encoders.htsat.settings import HTSATSettings
+from flap_fast.encoders.vit.settings import ViTSettings
 
 
 @pytest.fixture
@@ -74,7 +77,7 @@ def yaml_file(tmp_path: Path):
         ),
         (
             "audio: {depths: [2, 2]}",
-            r"audio.depths must be left out .*, got '\(2, 2\)'; set audio.*",
+            "audio.depths is a setting of audio.encoder = htsat; set .*, or leave it out",
         ),
         (
             "audio: {mel: clap, high_hz: 30000}",
@@ -83,16 +86,16 @@ def yaml_file(tmp_path: Path):
         (
             "audio: {encoder: htsat}\nmask: {kind: 2d}",
             "mask.kind must be 'none' with audio.encoder = htsat, whose windows need every patch, "
-            "got '2d'; set mask.kind=none, or audio.encoder=vit",
+            "got '2d'; set mask.kind=none",
         ),
         (
             "audio: {encoder: htsat}\nloss: {recon: {weight: 1}}",
             "loss.recon.weight must be 0 with audio.encoder = htsat, which drops no patches to "
-            "rebuild, got 1.0; set audio.encoder=vit",
+            "reconstruct, got 1.0; set loss.recon.weight=0",
         ),
         (
             "audio: {encoder: htsat}\ntrain: {compile: true}",
-            "train.compile must be off with audio.encoder = htsat, .*, got True",
+            "train.compile must be off with audio.encoder = htsat, .*, got True; set .*",
         ),
         (
             "audio: {encoder: htsat, frames: 1024}",
@@ -101,16 +104,16 @@ def yaml_file(tmp_path: Path):
         ),
         (
             "audio: {encoder: htsat, depth: 3}",
-            "audio.depth must be left out .*; set audio.*",
+            "audio.depth is a setting of audio.encoder = vit; set audio.encoder=vit, or .*",
         ),
         (
             "audio: {encoder: htsat, size: small}",
-            "audio.size must be one of .*, got 'small'",
+            "audio.size must be 'tiny', 'base' or 'large', got 'small'",
         ),
         ("audio: {encoder: htsat, width: 98}", "audio.width must be a multiple .*, got 98"),
         (
             "audio: {encoder: htsat, attention: xformers}",
-            "audio.attention must be 'sdpa' for HTSAT.*",
+            "audio.attention is a setting of audio.encoder = vit; .*",
         ),
         (
             "audio: {encoder: htsat, window_patches: 13}",
@@ -319,7 +322,7 @@ def test_towers_whose_activations_are_recomputed_have_names(value, names):
 
 
 def test_sizes_follow_the_papers():
-    audio = Audio()
+    audio = ViTSettings()
     assert (audio.grid, audio.samples, audio.window, audio.hop) == ((64, 8), 160_000, 400, 160)
     shapes = {
         "tiny": (192, 4, 3),
@@ -327,9 +330,9 @@ def test_sizes_follow_the_papers():
         "base": (768, 12, 12),
         "large": (1024, 24, 16),
     }
-    found = {size: Audio.model_validate({"size": size}).shape for size in shapes}
+    found = {size: ViTSettings.model_validate({"size": size}).shape for size in shapes}
     assert found == shapes
-    assert Audio(size="base", width=64, heads=2).shape == (64, 12, 2)
+    assert ViTSettings(size="base", width=64, heads=2).shape == (64, 12, 2)
 
 
 def test_htsat_brings_its_front_end_its_specaug_and_no_mask():
@@ -350,7 +353,7 @@ def test_what_follows_the_encoder_can_be_set_and_a_ViT_has_none_of_it():
     config = parse_config(tree)
     assert (config.audio.drop_path, config.audio.patch) == (0, 4)
     assert (config.specaug.freq_bins, config.specaug.time_frames) == (3, 64)
-    assert Config(audio=Audio(encoder="htsat")).mask.kind == "none"
+    assert Config(audio=HTSATSettings()).mask.kind == "none"
     plain = Config()
     assert (plain.mask.kind, plain.specaug.stripes, plain.audio.mel) == ("2d", 1, "kaldi")
     assert not plain.audio.int16_roundtrip
@@ -365,7 +368,7 @@ def test_fusion_brings_torchaudios_mel_matrix():
 
 
 def test_fusion_says_how_much_of_a_clip_is_decoded():
-    audio = Audio()
+    audio = ViTSettings()
     assert Fusion().longest(audio) == audio.samples == 160_000
     assert Fusion(type="aff_2d").longest(audio) == 480_000
     assert Fusion(type="aff_2d", max_duration_s=12.5).longest(audio) == 200_000
@@ -373,12 +376,12 @@ def test_fusion_says_how_much_of_a_clip_is_decoded():
 
 def test_five_seconds_fold_into_the_square_of_ten():
     """501 frames of 64 bins would fit into 192 x 192, which four stages of windows cannot halve."""
-    assert Audio(encoder="htsat", duration_s=5.0, frames=501).image_side == 256
-    assert Audio(encoder="htsat", duration_s=20.0, frames=2001).image_side == 512
+    assert HTSATSettings(duration_s=5.0, frames=501).image_side == 256
+    assert HTSATSettings(duration_s=20.0, frames=2001).image_side == 512
 
 
 def test_998_frames_of_ten_seconds_fit_into_1008_and_not_into_992():
-    assert Audio(frames=1008).frames == 1008
+    assert ViTSettings(frames=1008).frames == 1008
     with pytest.raises(ConfigError, match=r"998 frames .* got 992; set audio.frames=1008"):
         parse_config({"audio": {"frames": 992}})
 
@@ -445,21 +448,21 @@ def test_an_image_tower_replaces_the_audio_tower_and_nothing_of_it_is_masked():
         3,
     )
     assert parse_config(yaml.safe_load(dump_config(config))) == config
-    assert load_config(None, ["image={}"]).image == Image()
+    assert load_config(None, ["image={}"]).image == ClipResNetSettings()
     assert load_config(None, ["image=null"]).image is None
 
 
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("mask.kind=1d", "mask.kind must be none where image is set, got '1d'; leave it out"),
-        ("specaug.freq_bins=2", "specaug.freq_bins must be 0 where image is set, got 2"),
-        ("loss.recon.weight=1", "loss.recon.weight must be 0 where image is set, got 1.0"),
-        ("eval.crop=multi:3", "eval.crop must be center where image is set, got 'multi:3'"),
+        ("mask.kind=1d", "mask.kind must be 'none' with image.encoder = resnet50, .*, got '1d'"),
+        ("specaug.freq_bins=2", "specaug.freq_bins must be 0 with image.encoder = .*, got 2"),
+        ("loss.recon.weight=1", "loss.recon.weight must be 0 with image.encoder = .*, got 1.0"),
+        ("eval.crop=multi:3", "eval.crop must be center with image.encoder = .*, got 'multi:3'"),
         ("audio.size=tiny", "audio must be left out where image is set, .*, got 'size'"),
-        ("train.compile=true", "train.compile must be False where image is set"),
+        ("train.compile=true", "train.compile must be off with image.encoder = resnet50"),
         ("train.checkpoint_activations=true", "train.checkpoint_activations must not name audio"),
-        ("frontend.backend=dali_mel", "frontend.backend must not be dali_mel where image is set"),
+        ("frontend.backend=dali_mel", "frontend.backend must not be dali_mel with image.encoder"),
         ("image.resolution=100", "image.resolution must be a multiple of 32, got 100"),
         ("image.resolutoin=64", "did you mean image.resolution"),
     ],
@@ -473,7 +476,8 @@ def test_clips_text_tower_has_clips_sizes_and_its_own_end_of_text():
     text = load_config(None, ["text.encoder=clip"]).text
     assert (text.width, text.depth, text.heads) == (512, 12, 8)
     for override in ("folder=x", "pool=mean", "packing=packed", "attention=xformers"):
-        with pytest.raises(ConfigError, match=f"text.{override.partition('=')[0]} must be"):
+        name = override.partition("=")[0]
+        with pytest.raises(ConfigError, match=f"text.{name} is a setting of .* = roberta"):
             load_config(None, ["text.encoder=clip", f"text.{override}"])
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
 from flap_fast.checks import ConfigError, require
 from flap_fast.config import Config
+from flap_fast.encoders import ENCODERS
 
 
 def load_config(file: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -123,9 +123,19 @@ def _set(tree: dict[str, Any], name: str, value: Any) -> None:
 def _line(fault: dict[str, Any]) -> str:
     """One of pydantic's faults as "NAME must RULE, got VALUE"."""
     path = [str(part) for part in fault["loc"]]
+    arms = ENCODERS.get(path[0], {}) if path else {}
+    if fault["type"] == "union_tag_invalid":
+        names = " or ".join(f"'{name}'" for name in arms)
+        return f"{path[0]}.encoder must be {names}, got '{fault['ctx']['tag']}'"
+    # Pydantic names the arm of a union in the path.
+    arm = arms[path.pop(1)] if len(path) > 1 and path[1] in arms else None
     name = ".".join(path)
     if fault["type"] == "extra_forbidden":
-        known = _known_names(path[:-1])
+        *sections, last = path
+        if others := [n for n, other in arms.items() if last in other.model_fields]:
+            remedy = f"set {path[0]}.encoder={others[0]}, or leave it out"
+            return f"{name} is a setting of {path[0]}.encoder = {' or '.join(others)}; {remedy}"
+        known = list(_section(sections, arm or next(iter(arms.values()), None)).model_fields)
         close = difflib.get_close_matches(path[-1], known, n=1)
         hint = f": did you mean {'.'.join([*path[:-1], close[0]])}" if close else ""
         return f"{name} is not a setting{hint}. Known here: {', '.join(known)}"
@@ -149,10 +159,10 @@ _WORDS = {
 }
 
 
-def _known_names(path: Sequence[str]) -> list[str]:
+def _section(names: Sequence[str], encoder: Any) -> Any:
+    """The class of a section; `encoder` is the first one's where that is an encoder's."""
     section: Any = Config
-    for part in path:
-        section = section.model_fields[part].annotation
-        # `Image | None`: the section that may be left out.
-        section = next((one for one in get_args(section) if one is not NoneType), section)
-    return list(section.model_fields)
+    for number, name in enumerate(names):
+        field = section.model_fields[name].annotation
+        section = encoder if number == 0 and encoder is not None else field
+    return section

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import BeforeValidator, Field, model_validator
 
 from flap_fast.checks import require
-from flap_fast.config.section import Count, CountOrZero, Positive, Ratio, Section
+from flap_fast.section import FREE_ON_RESUME, Count, CountOrZero, Positive, Ratio, Section
 
 Recomputed = Literal["audio", "text", "decoder"]
 
@@ -51,15 +51,14 @@ class Train(Section):
     global_batch: Count = 2304
     """Clips contrasted with one another in a step, over all ranks."""
     micro_batch: Count | None = None
-    """Clips a rank takes through the towers at a time; its whole share without. They need the
-    memory of so many, and one more forward pass. BatchNorm, where there is one, sees them alone."""
+    """Clips that a rank's encoders process at a time; all of its clips when not given. The step
+    takes the memory of so many, and one more forward. BatchNorm normalises each by itself."""
     accumulation: Literal["exact", "local"] = "exact"
-    """Of micro-batches: contrast the whole global batch (two passes, the gradients of one), or each
-    micro-batch within itself (one pass, fewer negatives, another loss)."""
-    replay: Literal["auto", "keep", "decode"] = "auto"
-    """Where the second of two passes takes a step's log-mels from: kept on the device (0.5 MB for
-    10 s of sound), or decoded again. `auto` keeps them on a GPU; on a CPU it decodes, where that is
-    little beside the towers."""
+    """How micro-batches are contrasted: over the whole global batch, with cached gradients
+    (GradCache: two passes, the gradients of one), or each by itself (one pass, fewer negatives)."""
+    replay: Annotated[Literal["auto", "keep", "decode"], FREE_ON_RESUME] = "auto"
+    """Inputs of GradCache's second pass: log-mels cached on the device (`keep`, 0.5 MB for 10 s of
+    sound), or decoded again. `auto` caches on a GPU and decodes on a CPU."""
     epochs: Count | None = 45
     """Passes over the data; the last incomplete batch of each is dropped."""
     steps: Count | None = None
@@ -68,29 +67,35 @@ class Train(Section):
     """A model folder or a run whose weights a new run begins with (`flap import` writes folders);
     a decoder that it lacks begins at random."""
     init_audio_from: Path | None = None
-    """The same of the audio tower alone: an imported AudioMAE, a model folder or a run; feature
+    """The same for the encoder of sounds alone: an imported AudioMAE, a model folder or a run; feature
     fusion that it lacks begins at random."""
-    engine: Literal["auto", "plain", "deepspeed"] = "auto"
-    """`auto`: DeepSpeed under a launcher, plain PyTorch for a process of its own."""
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    engine: Annotated[Literal["auto", "plain", "deepspeed"], FREE_ON_RESUME] = "auto"
+    """`auto`: DeepSpeed under a launcher, plain PyTorch in a single process."""
+    zero_stage: Annotated[Literal[0, 1, 2, 3], FREE_ON_RESUME] = 1
     """What DeepSpeed shards: nothing, optimizer states, gradients too, parameters too."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of the towers: bf16 autocast on a GPU and fp32 on a CPU (`auto`), or one of them anywhere.
-    Parameters, embeddings and losses stay in fp32."""
-    offload: Literal["none", "optimizer", "all"] = "none"
+    """Precision of the encoders: bf16 autocast on a GPU and fp32 on a CPU (`auto`), or one of them on
+    both. Parameters, embeddings and losses stay in fp32."""
+    offload: Annotated[Literal["none", "optimizer", "all"], FREE_ON_RESUME] = "none"
     """What DeepSpeed keeps in the CPU's memory: Adam's states and gradients (ZeRO 1 to 3), or the
     parameters too (ZeRO 3). PyTorch's fused Adam then updates them on the CPU."""
-    checkpoint_activations: Annotated[tuple[Recomputed, ...], BeforeValidator(_named)] = ()
-    """Whose transformer blocks are computed again in the backward pass instead of being kept: some
-    of `audio`, `text` and `decoder`, or `true` for all of them."""
+    checkpoint_activations: Annotated[
+        tuple[Recomputed, ...], BeforeValidator(_named), FREE_ON_RESUME
+    ] = ()
+    """Activation checkpointing: the blocks of these are computed again in the backward pass; some of
+    `audio`, `text` and `decoder`, or `true` for all of them."""
     compile: bool = False
     """torch.compile the audio encoder's blocks (and the decoder's), whose shapes never change in
-    training. Text is left as it is: its lengths change with each batch."""
+    training. The text encoder is not compiled: its lengths change with each batch."""
 
     def micro_batches(self, world: int) -> int:
-        """How many a rank takes through the towers in a step, where `world` share it."""
-        share = self.global_batch // world
-        return share // (self.micro_batch or share)
+        """Micro-batches of a rank in a step over `world` ranks."""
+        clips = self.global_batch // world
+        return clips // (self.micro_batch or clips)
+
+    def micro_clips(self, world: int) -> int:
+        """Clips of a micro-batch."""
+        return self.global_batch // world // self.micro_batches(world)
 
     @model_validator(mode="after")
     def _one_length(self):
@@ -122,7 +127,7 @@ class Ckpt(Section):
     every_steps: CountOrZero = 1000
     """Steps between checkpoints; the last step and an interruption always save. 0: only those."""
     keep_last: Count = 2
-    """Older checkpoints are deleted, but for the best."""
+    """Checkpoints to keep; older ones are deleted, except the best."""
     keep_best: bool = True
     """Keep the checkpoint with the best mean of both directions' mAP@10 on data.val."""
 
@@ -134,11 +139,11 @@ class Eval(Section):
     """Clips a rank embeds at a time."""
     crop: str = Field(default="random", pattern=r"^(random|center|multi:[1-9]\d*)$")
     """Crop of clips longer than audio.duration_s: `random` (fixed by the clip, not by the run),
-    `center`, or `multi:K`, the mean embedding of K crops at equal steps from begin to end."""
+    `center`, or `multi:K`, the mean embedding of K crops at equal steps from start to end."""
     templates: str = "This is a sound of {label}."
     """Prompt of zero-shot classes; or `audio29` or `imagenet80`, or a text file with one a line."""
     sentences: Literal["joint", "tower"] = "joint"
-    """What STS and SentEval take of a caption: its joint embedding, or the text tower's."""
+    """Sentence embeddings for STS and SentEval: in the joint space, or the text encoder's own."""
 
     @property
     def crops(self) -> int:

@@ -93,7 +93,7 @@ class Shards:
 
 def shard_kinds(config: Config) -> tuple[str, ...]:
     """The kinds of shards that the config's tower can be fed with."""
-    return ("sounds", "mels") if config.image is None else ("images",)
+    return {"audio": ("sounds", "mels"), "image": ("images",)}[config.encoder.modality]
 
 
 def open_shards(folders: Sequence[Path], kinds: Sequence[str] = ("sounds", "mels")) -> Shards:

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from flap_fast.checks import ConfigError, require
-from flap_fast.config import Text
+from flap_fast.encoders.settings import TextEncoder
 
 _MULTIPLE = 8  # tensor cores' tiles, and fewer shapes to compile for
 _REMEDY = "for example: hf download FacebookAI/roberta-base --local-dir models/roberta-base"
@@ -37,16 +37,16 @@ class Tokenizer:
         return encoded["input_ids"], encoded["attention_mask"]
 
 
-def tokenizer(text: Text) -> Tokenizer:
+def tokenizer(text: TextEncoder) -> Tokenizer:
     """The tokenizer of a text tower, from its folder; nothing is fetched from a hub.
 
     Raises:
         ConfigError: no such folder, or no tokenizer in it.
     """
-    if text.folder is None and text.tokenizer == "bytes":
+    name, files = text.tokenizer_files
+    if files == "bytes":
         return Tokenizer(ByT5Tokenizer(), text.max_tokens)
-    name = "text.folder" if text.folder is not None else "text.tokenizer"
-    folder = local_folder(name, text.folder or text.tokenizer)
+    folder = local_folder(name, files)
     if (folder / _CLIP_MERGES).is_file():
         return Tokenizer(_clip_tokenizer(folder / _CLIP_MERGES), text.max_tokens)
     try:

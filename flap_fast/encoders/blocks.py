@@ -1,4 +1,4 @@
-"""Pre-norm transformer blocks; the one file that knows about attention back ends.
+"""Pre-norm transformer blocks, and the attention backends: PyTorch's and xformers'.
 
 x = x + attention(norm(x));  x = x + mlp(norm(x))
 
@@ -58,8 +58,8 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """One pre-norm block; in training each branch of a clip is left out with `drop_path`.
 
-    What stays is drawn outside of `forward`: all blocks are one and the same function of tensors,
-    whatever their rates, and a compiled one draws nothing of its own.
+    Drop-path is drawn outside of `forward`: so all blocks are one function of tensors, whatever
+    their rates, and a compiled block draws no random numbers.
     """
 
     def __init__(self, width: int, heads: int, drop_path: float = 0.0, backend: str = "sdpa"):
@@ -70,15 +70,15 @@ class Block(nn.Module):
         self.mlp = Mlp(width)
         self.drop_path = drop_path
 
-    def forward(self, x: Tensor, stays: Tensor | None = None) -> Tensor:
-        """(B, L, D) -> (B, L, D); `stays` (2, B, 1, 1) weighs the branches of each clip."""
+    def forward(self, x: Tensor, keep_scale: Tensor | None = None) -> Tensor:
+        """(B, L, D) -> (B, L, D); `keep_scale` (2, B, 1, 1) scales each clip's branches."""
         attended = self.attn(self.norm1(x))
-        x = x + (attended if stays is None else attended * stays[0])
+        x = x + (attended if keep_scale is None else attended * keep_scale[0])
         more = self.mlp(self.norm2(x))
-        return x + (more if stays is None else more * stays[1])
+        return x + (more if keep_scale is None else more * keep_scale[1])
 
     def draw(self, x: Tensor) -> Tensor | None:
-        """The branches that stay, 1 / (1 - drop_path) each, and 0 for the others."""
+        """(2, B, 1, 1): 1 / (1 - drop_path) for the branches kept, 0 for those dropped."""
         if not self.training or self.drop_path == 0:
             return None
         rest = 1 - self.drop_path
@@ -86,7 +86,7 @@ class Block(nn.Module):
 
 
 class Blocks(nn.ModuleList):
-    """Blocks one after the other, each recomputed in the backward pass if asked.
+    """A stack of blocks, each recomputed in the backward pass if asked.
 
     Drop-path grows linearly from 0 at the first block to `drop_path` at the last.
     """
@@ -109,7 +109,7 @@ class Blocks(nn.ModuleList):
     def compile_training(self) -> None:
         """Run the blocks through torch.compile in training: one graph for all of a shape.
 
-        Evaluation stays as it is: its batches come in other shapes, each a compilation. Names in
+        Evaluation keep_scale as it is: its batches come in other shapes, each a compilation. Names in
         the state dict stay too.
         """
         self._training_run = torch.compile(_run, dynamic=False)
@@ -117,23 +117,23 @@ class Blocks(nn.ModuleList):
     def forward(self, x: Tensor) -> Tensor:
         run = self._training_run if self.training else _run
         for block in self:
-            stays = block.draw(x)  # type: ignore[operator]
+            keep_scale = block.draw(x)  # type: ignore[operator]
             if self.recompute and self.training and torch.is_grad_enabled():
-                x = checkpoint(run, block, x, stays, use_reentrant=False)  # type: ignore[assignment]
+                x = checkpoint(run, block, x, keep_scale, use_reentrant=False)  # type: ignore[assignment]
             else:
-                x = run(block, x, stays)
+                x = run(block, x, keep_scale)
         return x
 
 
 Run = Callable[[nn.Module, Tensor, "Tensor | None"], Tensor]
 
 
-def _run(block: nn.Module, x: Tensor, stays: Tensor | None) -> Tensor:
-    return block(x, stays)
+def _run(block: nn.Module, x: Tensor, keep_scale: Tensor | None) -> Tensor:
+    return block(x, keep_scale)
 
 
 def initialise(module: nn.Module) -> None:
-    """Xavier-uniform matrices and zero biases, as AudioMAE's (SPEC 4.1)."""
+    """Initialise matrices Xavier-uniform and biases zero, as AudioMAE does."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
@@ -151,7 +151,7 @@ def packed_xformers_attention(
 
 
 def xformers_ops(setting: str) -> Any:
-    """xformers' operators, on behalf of a setting.
+    """xformers' operators, for the setting that asks for them.
 
     Raises:
         ConfigError: xformers is not there, or does not import.

@@ -1,4 +1,4 @@
-"""Pieces of a longer clip, fused with the whole of it: before the patches, or as patches.
+"""Feature fusion of a longer clip: its whole with three pieces, as log-mels or as patches.
 
     local = pieces, three times as coarse in time, one after the other, zeros behind
     u = whole + local;  g = sigmoid(local_att(u) + global_att(u))
@@ -11,7 +11,7 @@
 clips are fused. Names are LAION's; its iAFF takes the first global branch twice and leaves the
 second without use, which is kept for its checkpoints.
 
-Source: Dai et al., Attentional Feature Fusion, arXiv 2009.14082; LAION-CLAP; SPEC 4.7.
+Source: Dai et al., Attentional Feature Fusion, arXiv 2009.14082; LAION-CLAP's code.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-# Channels of the branches' middle layer: a quarter.
-_NARROWER = 4
+# The branches' middle layer has a quarter of the channels.
+_REDUCTION = 4
 
 
 def fusion_model(type: str, channels: int) -> nn.Module:
-    """What fuses (n, channels, ...) with (n, channels, ...), by the name in `fusion.type`."""
+    """The module that fuses (n, channels, ...) with (n, channels, ...), by `fusion.type`."""
     kind, _, axes = type.partition("_")
     if kind == "daf":
         return DAF()
@@ -34,7 +34,7 @@ def fusion_model(type: str, channels: int) -> nn.Module:
 
 
 class DAF(nn.Module):
-    """The sum."""
+    """Fusion by the sum."""
 
     def forward(self, whole: Tensor, local: Tensor) -> Tensor:
         return whole + local
@@ -71,7 +71,7 @@ class IAFF(AFF):
 
 
 class Normed(nn.Sequential):
-    """Layers one after the other, float32 inside the norms."""
+    """A sequence of layers with float32 BatchNorms."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         # Asked of the layer, not of a class of ours: a run over GPUs puts SyncBatchNorm there.
@@ -86,7 +86,7 @@ class Attention(Normed):
     def __init__(self, channels: int, axes: int, *, pooled: bool):
         conv, norm = (nn.Conv2d, nn.BatchNorm2d) if axes == 2 else (nn.Conv1d, nn.BatchNorm1d)
         pool = nn.AdaptiveAvgPool2d(1) if axes == 2 else nn.AdaptiveAvgPool1d(1)
-        narrow = channels // _NARROWER
+        narrow = channels // _REDUCTION
         super().__init__(
             *([pool] if pooled else []),
             conv(channels, narrow, 1),
@@ -108,8 +108,8 @@ def fuse_rows(
     rows = longer.nonzero()[:, 0]
     if not len(rows) and model.training:
         return whole
-    # ZeRO-3 gathers weights when a module is called, so a rank of short clips must call it as well
-    # as the others; it drops what it gets. In training fusion.force_one sees to it.
+    # ZeRO-3 gathers weights when a module is called, so a rank without longer clips must call it
+    # like the others; it discards the result. In training fusion.force_one sees to it.
     some = (rows if len(rows) else rows.new_zeros(1)).to(whole.device, non_blocking=True)
     one, other = whole[some], local(some)
     if model.training and len(some) == 1:

@@ -16,52 +16,51 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.attention.varlen import varlen_attn
 
 from flap_fast.encoders.blocks import packed_xformers_attention
 
 
 @dataclass(frozen=True)
 class Pack:
-    """Which token is whose."""
+    """The layout of a batch of packed captions."""
 
-    places: Tensor
-    """(N,) int64: where each token stands in the flat padded (B * L,)."""
-    order: Tensor
-    """(B,) int64: where each caption of the batch stands in the pack."""
+    flat_index: Tensor
+    """(N,) int64: the index of each token in the flat padded (B * L,)."""
+    caption_index: Tensor
+    """(B,) int64: the index of each caption of the batch in the pack."""
     starts: Tensor
     """(B + 1,) int32: where the pack's captions start, and N."""
-    runs: tuple[tuple[int, int], ...]
-    """On the host: (captions, tokens of each), shorter captions first."""
+    groups: tuple[tuple[int, int], ...]
+    """On the host: (captions, tokens of each) by length, shorter captions first."""
 
     @property
     def longest(self) -> int:
         """Tokens of the longest caption."""
-        return self.runs[-1][1]
+        return self.groups[-1][1]
 
     @property
     def lengths(self) -> list[int]:
         """Tokens of each caption of the pack."""
-        return [tokens for captions, tokens in self.runs for _ in range(captions)]
+        return [tokens for captions, tokens in self.groups for _ in range(captions)]
 
     def packed(self, padded: Tensor) -> Tensor:
         """(B, L) -> (N,)."""
-        return padded.flatten().index_select(0, self.places)
+        return padded.flatten().index_select(0, self.flat_index)
 
     def by_length(self, x: Tensor) -> Iterator[Tensor]:
         """(N, ...) -> views (captions, tokens of each, ...)."""
-        sizes = [captions * tokens for captions, tokens in self.runs]
-        for part, run in zip(x.split(sizes), self.runs, strict=True):
-            yield part.unflatten(0, run)
+        sizes = [captions * tokens for captions, tokens in self.groups]
+        for part, group in zip(x.split(sizes), self.groups, strict=True):
+            yield part.unflatten(0, group)
 
     def first(self, x: Tensor) -> Tensor:
         """(N, D) -> (B, D), each caption's first token."""
-        return x.index_select(0, self.starts.index_select(0, self.order))
+        return x.index_select(0, self.starts.index_select(0, self.caption_index))
 
     def mean(self, x: Tensor) -> Tensor:
         """(N, D) -> (B, D), over each caption's tokens."""
         means = torch.cat([part.mean(1) for part in self.by_length(x)])
-        return means.index_select(0, self.order)
+        return means.index_select(0, self.caption_index)
 
 
 def pack(attention_mask: Tensor, device: torch.device) -> Pack:
@@ -82,10 +81,10 @@ def pack(attention_mask: Tensor, device: torch.device) -> Pack:
     row, column = mask[by_length].nonzero(as_tuple=True)
     tokens, captions = lengths[by_length].unique_consecutive(return_counts=True)
     return Pack(
-        places=_sent(by_length[row] * mask.shape[1] + column, device),
-        order=_sent(by_length.argsort(), device),
+        flat_index=_sent(by_length[row] * mask.shape[1] + column, device),
+        caption_index=_sent(by_length.argsort(), device),
         starts=_sent(functional.pad(lengths[by_length].cumsum(0), (1, 0)).int(), device),
-        runs=tuple(zip(captions.tolist(), tokens.tolist(), strict=True)),
+        groups=tuple(zip(captions.tolist(), tokens.tolist(), strict=True)),
     )
 
 
@@ -101,7 +100,7 @@ def packed_attention(
     """(N, H, d) three times -> (N, H, d): each token attends to its own caption alone.
 
     Args:
-        dropout: of the attention probabilities; every way below applies it.
+        dropout: of the attention probabilities.
         backend: `sdpa` is PyTorch's variable-length flash attention where it serves, else its
             attention over the captions of each length; `xformers` the latter's on a GPU.
     """
@@ -109,6 +108,9 @@ def packed_attention(
         return packed_xformers_attention(q, k, v, pack.lengths, dropout)
     if not varlen_serves(q.device, q.dtype, q.shape[2]):
         return _attention_by_length(q, k, v, pack, dropout)
+    # Imported here: it brings torch._dynamo, which takes seconds.
+    from torch.nn.attention.varlen import varlen_attn
+
     bounds = (pack.starts, pack.starts, pack.longest, pack.longest)
     if dropout == 0:
         return varlen_attn(q, k, v, *bounds)  # type: ignore[return-value]

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from flap_fast.checks import require
-from flap_fast.config.audio import SIZES
 from flap_fast.encoders.vit.patches import sine_positions
+from flap_fast.encoders.vit.settings import SIZES
 from flap_fast.interchange.tensors import Tensors
 
 _IGNORED = re.compile(r"head\..*|decoder_.*|mask_token")

@@ -32,7 +32,6 @@ from flap_fast.interchange.tensors import (
     read_tensors,
     strip_prefixes,
 )
-from flap_fast.model import AUDIO_ENCODERS
 from flap_fast.model.decoder import Decoder
 from flap_fast.model.model_folder import (
     TOWER,
@@ -184,10 +183,10 @@ def _write_tower(
     decoder: bool = False,
 ) -> str:
     torch.manual_seed(config.run.seed)
-    tower = AUDIO_ENCODERS[config.audio.encoder](config.audio, config.fusion)
+    tower = config.encoder.build(config)
     parts: dict[str, nn.Module] = {"audio": tower}
     if decoder:
-        parts["decoder"] = Decoder(config, tower.width)
+        parts["decoder"] = Decoder(config, config.encoder, tower.width)  # type: ignore[arg-type]
     wanted = nn.ModuleDict(parts).state_dict()
     save_tensors(folder / TOWER, fitted_tensors(found, wanted, path, partial=partial))
     _write_config(folder, config, "init_audio_from", out)

@@ -16,7 +16,6 @@ from pathlib import Path
 from flap_fast.checks import ConfigError, require
 from flap_fast.config import Config
 from flap_fast.config.file import parse_config
-from flap_fast.encoders.roberta.model import save_text_files
 from flap_fast.interchange.clap_hf import (
     clap_text_config,
     read_json,
@@ -24,7 +23,7 @@ from flap_fast.interchange.clap_hf import (
     why_no_clap_text,
 )
 from flap_fast.interchange.tensors import Tensors, read_tensors
-from flap_fast.model.model_folder import save_tensors, with_text
+from flap_fast.model.model_folder import save_tensors, save_text_files, with_text
 from flap_fast.model.two_towers import TwoTowers
 
 MODEL_TYPE = "flap"
@@ -36,12 +35,12 @@ def write_flap(folder: Path, config: Config, model: TwoTowers, weights: Tensors)
     tree["config"] = config.model_dump(mode="json")
     (folder / "config.json").write_text(json.dumps(tree, indent=2) + "\n")
     save_tensors(folder / "model.safetensors", weights)
-    save_text_files(config.text, model.text, folder / "text")
+    save_text_files(config, model, folder / "text")
     encoder = getattr(model.text.inner, "config", None)  # CLIP's tower has none
     why_not = why_no_clap_text(config, encoder)
     if not why_not:
         text = folder / "clap_text"
-        save_text_files(config.text, model.text, text)
+        save_text_files(config, model, text)
         theirs = clap_text_config(config, encoder)
         theirs.architectures = ["ClapTextModelWithProjection"]
         theirs.to_json_file(text / "config.json", use_diff=False)

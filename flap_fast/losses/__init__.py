@@ -1,36 +1,79 @@
-"""Embeddings -> named terms and their weighted total."""
+"""Embeddings -> named terms and their weighted total.
+
+A loss is a file here and a line in `Losses`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from pydantic import model_validator
 
-from flap_fast.config import Config
-from flap_fast.losses.contrastive import contrastive
-from flap_fast.losses.cyclic import cyclic
-from flap_fast.losses.nli import nli
-from flap_fast.losses.reconstruction import reconstruction
-from flap_fast.losses.simcse import simcse
-from flap_fast.losses.terms import Terms
-from flap_fast.model.two_towers import Outputs
+from flap_fast.checks import require
+from flap_fast.losses.base import Loss, Outputs
+from flap_fast.losses.contrastive import Contrastive
+from flap_fast.losses.cyclic import Cyclic
+from flap_fast.losses.nli import NLI
+from flap_fast.losses.recon import Recon
+from flap_fast.losses.simcse import SimCSE
+from flap_fast.section import Section
 
-# A new loss: its file in this folder, its line here, its section (with a weight) in `config.Loss`.
-LOSSES: dict[str, Callable[[Outputs, Config], Terms]] = {
-    "contrastive": contrastive,
-    "cyclic": cyclic,
-    "simcse": simcse,
-    "nli": nli,
-    "recon": reconstruction,
-}
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flap_fast.config import Config
+
+__all__ = [
+    "NLI",
+    "Contrastive",
+    "Cyclic",
+    "Loss",
+    "Losses",
+    "Outputs",
+    "Recon",
+    "SimCSE",
+    "total_loss",
+]
+
+
+class Losses(Section):
+    contrastive: Contrastive = Contrastive()
+    cyclic: Cyclic = Cyclic()
+    simcse: SimCSE = SimCSE()
+    nli: NLI = NLI()
+    recon: Recon = Recon()
+    # one line for each loss
+
+    @property
+    def active(self) -> dict[str, Loss]:
+        """The losses that have a weight, by their sections' names."""
+        return {name: loss for name, loss in self if loss.active}
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """What the text encoder embeds for each clip, in its rows' order: `text` is the caption."""
+        asked = (name for loss in self.active.values() for name in loss.sentences)
+        return tuple(dict.fromkeys(("text", *asked)))
+
+    @model_validator(mode="after")
+    def _something(self):
+        require(
+            bool(self.active), "loss.contrastive.weight", "be above 0 where no other loss is", 0
+        )
+        return self
 
 
 def total_loss(outputs: Outputs, config: Config) -> dict[str, Tensor]:
     """Each term whose weight is above 0, unweighted, and their weighted sum `total`, all ()."""
-    found: Terms = {}
-    for loss in LOSSES.values():
-        found |= loss(outputs, config)
-    terms = {name: value for name, (_, value) in found.items()}
-    terms["total"] = torch.stack([weight * value for weight, value in found.values()]).sum()
+    import torch
+
+    terms: dict[str, Tensor] = {}
+    weighted: list[Tensor] = []
+    for loss in config.loss.active.values():
+        values = loss.terms(outputs)
+        for name, weight in loss.weights.items():
+            if weight:
+                terms[name] = values[name]
+                weighted.append(weight * values[name])
+    terms["total"] = torch.stack(weighted).sum()
     return terms

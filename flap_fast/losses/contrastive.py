@@ -1,33 +1,50 @@
-"""InfoNCE between the sounds and the captions of all ranks.
+"""InfoNCE between the media and the captions of all ranks.
 
     S = scale * A T^T
     L = mean(logsumexp_row(S) - diag(S)) / 2 + mean(logsumexp_col(S) - diag(S)) / 2
 
 No B x B matrix is stored; gradients are exact under engines that average over ranks.
 
-Source: FLAP Eq. 1 (`a2t`); the symmetric form is LAION-CLAP's (SPEC 6.2).
+Source: FLAP, arXiv 2311.01615, Eq. 1 (`a2t`); the symmetric form is LAION-CLAP's.
 """
 
 from __future__ import annotations
 
-from flap_fast.config import Config
-from flap_fast.losses.terms import Terms
-from flap_fast.model.two_towers import Outputs
-from flap_kernels import infonce_ranks
+from typing import TYPE_CHECKING, Literal
+
+from flap_fast.losses.base import Loss, Outputs
+from flap_fast.section import Weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def contrastive(outputs: Outputs, config: Config) -> Terms:
-    """`contrastive`: the mean over the global batch, the same on every rank, ()."""
-    settings = config.loss.contrastive
-    if not settings.weight:
-        return {}
-    loss = infonce_ranks(
-        outputs["media"],
-        outputs["text"],
-        outputs["scale"],
-        direction=settings.direction,
-        scheme=settings.scheme,
-        equal_shares=True,  # the loader's are; asking would wait for the device
-        precision=settings.precision,
-    )
-    return {"contrastive": (settings.weight, loss)}
+class Contrastive(Loss):
+    weight: Weight = 1.0
+    """Weight in the total."""
+    direction: Literal["symmetric", "a2t", "t2a"] = "symmetric"
+    """Mean of both directions (LAION-CLAP, CLIP), or one (FLAP's Eq. 1 is a2t)."""
+    scheme: Literal["auto", "replicated", "sharded"] = "auto"
+    """How ranks divide the logits; the numbers are the same."""
+    precision: Literal["ieee", "tf32", "bf16"] = "ieee"
+    """Precision of the embeddings in products, summed in fp32: as they are, or rounded for a GPU's
+    tensor cores (`tf32` is exact on a CPU). `python -m bench.infonce_precision` prints the cost."""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return {"contrastive": self.weight}
+
+    def terms(self, outputs: Outputs) -> dict[str, Tensor]:
+        """`contrastive`: the mean over the global batch, the same on every rank, ()."""
+        from flap_kernels import infonce_ranks
+
+        loss = infonce_ranks(
+            outputs["media"],
+            outputs["text"],
+            outputs["scale"],
+            direction=self.direction,
+            scheme=self.scheme,
+            equal_shares=True,  # the loader's are; asking would wait for the device
+            precision=self.precision,
+        )
+        return {"contrastive": loss}

@@ -1,37 +1,50 @@
-"""A premise and what follows from it, against what follows from other premises or contradicts any.
+"""Supervised SimCSE: a premise and its entailment, against other entailments and contradictions.
 
     S = z1 [z2; z3]^T / temperature          z1 premises   z2 entailments   z3 contradictions
     L = mean(logsumexp_row(S) - S[i, i])     B rows, 2B columns, of all ranks
 
 Contradictions are columns that are no row's positive: hard negatives. S is not stored.
 
-Source: SimCSE, arXiv 2104.08821, Eq. 5, on joint embeddings (SPEC 6.5).
+Source: SimCSE, arXiv 2104.08821, Eq. 5, on joint embeddings.
 """
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-import torch
-from torch import Tensor
+from flap_fast.losses.base import Loss, Outputs
+from flap_fast.section import Positive, Weight
 
-from flap_fast.config import Config
-from flap_fast.losses.terms import Terms
-from flap_fast.model.two_towers import Outputs
-from flap_kernels import infonce_ranks
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def nli(outputs: Outputs, config: Config) -> Terms:
-    """`nli`: the mean over the global batch, the same on every rank, ()."""
-    settings = config.loss.nli
-    if not settings.weight:
-        return {}
-    sentences = cast(dict[str, Tensor], outputs)  # those that a weight above 0 asks the model for
-    loss = infonce_ranks(
-        sentences["premise"],
-        torch.cat([sentences["entailment"], sentences["contradiction"]]),
-        1 / settings.temperature,
-        direction="a2t",
-        equal_shares=True,
-    )
-    return {"nli": (settings.weight, loss)}
+class NLI(Loss):
+    weight: Weight = 0.0
+    """Weight in the total. Three sentences of data.nli for each clip."""
+    temperature: Positive = 0.05
+    """Divides the cosines; fixed."""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return {"nli": self.weight}
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        return "premise", "entailment", "contradiction"
+
+    def terms(self, outputs: Outputs) -> dict[str, Tensor]:
+        """`nli`: the mean over the global batch, the same on every rank, ()."""
+        import torch
+
+        from flap_kernels import infonce_ranks
+
+        sentences = cast("dict[str, Tensor]", outputs)  # an active loss has what it asks for
+        loss = infonce_ranks(
+            sentences["premise"],
+            torch.cat([sentences["entailment"], sentences["contradiction"]]),
+            1 / self.temperature,
+            direction="a2t",
+            equal_shares=True,
+        )
+        return {"nli": loss}

@@ -1,34 +1,47 @@
-"""A sentence and itself under another dropout, against the other sentences of all ranks.
+"""SimCSE: a sentence and itself under another dropout, against the other sentences of all ranks.
 
     S = z z+^T / temperature
     L = mean(logsumexp_row(S) - diag(S))
 
-Both come from one pass of the text tower over the sentences and their copies; the captions' first
+Both come from one pass of the text encoder over the sentences and their copies; the captions' first
 view is the embedding that the contrastive loss has. No B x B matrix is stored.
 
-Source: SimCSE, arXiv 2104.08821, Eq. 4, on joint embeddings, without its training-only head (SPEC
-6.4, D30, D31).
+Source: SimCSE, arXiv 2104.08821, Eq. 4, on joint embeddings, without its training-only head.
 """
 
 from __future__ import annotations
 
-from flap_fast.config import Config
-from flap_fast.losses.terms import Terms
-from flap_fast.model.two_towers import Outputs
-from flap_kernels import infonce_ranks
+from typing import TYPE_CHECKING, Literal
+
+from flap_fast.losses.base import Loss, Outputs
+from flap_fast.section import Positive, Weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def simcse(outputs: Outputs, config: Config) -> Terms:
-    """`simcse`: the mean over the global batch, the same on every rank, ()."""
-    settings = config.loss.simcse
-    if not settings.weight:
-        return {}
-    first, again = (outputs[name] for name in settings.views)
-    loss = infonce_ranks(
-        first,
-        again,
-        1 / settings.temperature,
-        direction="a2t",
-        equal_shares=True,
-    )
-    return {"simcse": (settings.weight, loss)}
+class SimCSE(Loss):
+    weight: Weight = 0.0
+    """Weight in the total. The sentences go through the text encoder twice."""
+    temperature: Positive = 0.05
+    """Divides the cosines; fixed."""
+    on: Literal["captions", "nli"] = "captions"
+    """Which sentences: the clips' captions, or as many premises of data.nli (CLIPe)."""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return {"simcse": self.weight}
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """The two views of a sentence."""
+        return {"captions": ("text", "text_again"), "nli": ("premise", "premise_again")}[self.on]
+
+    def terms(self, outputs: Outputs) -> dict[str, Tensor]:
+        """`simcse`: the mean over the global batch, the same on every rank, ()."""
+        from flap_kernels import infonce_ranks
+
+        first, again = (outputs[name] for name in self.sentences)
+        temperature = self.temperature
+        loss = infonce_ranks(first, again, 1 / temperature, direction="a2t", equal_shares=True)
+        return {"simcse": loss}

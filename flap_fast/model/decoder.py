@@ -8,7 +8,7 @@ are compared with is stored.
 
     B clips   N = K + M patches of a clip   D encoder's width   H decoder's width
 
-Source: FLAP section 4; the decoder of AudioMAE (SPEC 6.6).
+Source: FLAP, arXiv 2311.01615, section 4; the decoder of AudioMAE, arXiv 2207.06405.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flap_fast.config import Config
+from flap_fast.encoders.audio_settings import PatchEncoder
 from flap_fast.encoders.blocks import LAYER_NORM_EPS, Blocks, initialise
-from flap_fast.encoders.vit.patches import sine_positions
 from flap_kernels import keep_tokens, masked_mse, restore_tokens
 from flap_kernels.draw_plan import MaskPlan
 
 
 class PatchError(nn.Linear):
-    """The last layer and its error against the patches `drop` (B, M) of `mel` (B, T, F), ().
+    """The last layer and its error against the patches `ids_drop` (B, M) of `mel` (B, T, F), ().
 
     A module of its own, so that ZeRO-3 gathers its weights when it is called.
     """
@@ -35,51 +35,50 @@ class PatchError(nn.Linear):
         self.norm_pix = norm_pix
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, mel: Tensor, drop: Tensor
+        self, x: Tensor, mel: Tensor, ids_drop: Tensor
     ) -> Tensor:
-        return masked_mse(x, self.weight, self.bias, mel, drop, norm_pix=self.norm_pix)
+        return masked_mse(x, self.weight, self.bias, mel, ids_drop, norm_pix=self.norm_pix)
 
 
 class Decoder(nn.Module):
-    """Tokens (B, [1 +] K, D), their plan and the log-mel (B, C, T, F) to rebuild -> ().
+    """Tokens (B, [1 +] K, D), their mask and the log-mel (B, C, T, F) to reconstruct -> ().
 
     The error is the mean over the batch: every clip drops as many patches, so its mean over ranks
-    is that of all clips. Of several channels the first is rebuilt.
+    is that of all clips. Of several channels the first is reconstructed.
     """
 
     pos_embed: Tensor
 
-    def __init__(self, config: Config, encoder_width: int):
+    def __init__(self, config: Config, encoder: PatchEncoder, encoder_width: int):
         super().__init__()
-        audio, width = config.audio, config.decoder.width
-        self.cls = int(audio.use_cls)
+        width, self.prefix = config.decoder.width, encoder.prefix_tokens
         self.embed = nn.Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
-        positions = sine_positions(width, audio.grid, audio.pos_grid)
-        self.register_buffer("pos_embed", functional.pad(positions, (0, 0, self.cls, 0)))
+        positions = functional.pad(encoder.positions(width), (0, 0, self.prefix, 0))
+        self.register_buffer("pos_embed", positions)
         self.blocks = Blocks(
             width,
             config.decoder.depth,
             config.decoder.heads,
-            backend=audio.attention,
+            backend=encoder.attention,
             recompute="decoder" in config.train.checkpoint_activations,
         )
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.pred = PatchError(width, audio.patch, norm_pix=config.loss.recon.norm_pix)
+        self.pred = PatchError(width, encoder.patch, norm_pix=config.loss.recon.norm_pix)
         self.apply(initialise)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, tokens: Tensor, plan: MaskPlan | None, mel: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, mask: MaskPlan | None, mel: Tensor) -> Tensor:
         mel = mel[:, 0]
-        if plan is None or plan.drop.shape[1] == 0:
+        if mask is None or mask.drop.shape[1] == 0:
             return self._idle(tokens, mel)
-        restore = plan.restore
-        if self.cls:
-            restore = functional.pad(restore + 1, (1, 0))
+        ids_restore = mask.restore
+        if self.prefix:
+            ids_restore = functional.pad(ids_restore + 1, (1, 0))
         x = self.embed(tokens)
-        x = restore_tokens(x, restore, self.mask_token.flatten(), self.pos_embed)
-        x = keep_tokens(self.blocks(x), plan.drop + self.cls)
-        return self.pred(self.norm(x), mel, plan.drop)
+        x = restore_tokens(x, ids_restore, self.mask_token.flatten(), self.pos_embed)
+        x = keep_tokens(self.blocks(x), mask.drop + self.prefix)
+        return self.pred(self.norm(x), mel, mask.drop)
 
     def _idle(self, tokens: Tensor, mel: Tensor) -> Tensor:
         """0 where nothing is dropped, with a gradient of 0 to every parameter.

@@ -1,12 +1,12 @@
-"""Which patches training keeps: how many of what; `draw_plan` draws them, as indices only.
+"""Which patches training keeps: how many; `draw_plan` draws which, as indices.
 
     1-D   K of the N patches (or whole time columns of them)
     2-D   k_time of the time columns and, in each, k_freq of the frequency rows: K = k_time * k_freq
 
-Every clip keeps as many, so batches stay rectangular. Indices ascend. Draws are keyed by the
-visit: the same for any number of ranks.
+Every clip keeps as many, so batches stay rectangular. Indices ascend. Draws are keyed by the sample
+index: the same for any number of ranks.
 
-Source: FLAP section 3; SPEC 4.3.
+Source: FLAP, arXiv 2311.01615, section 3.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from flap_kernels.draw_plan import MaskPlan
 
 
 def kept(count: int, ratio: float, rounding: str) -> int:
-    """How many of `count` stay when `ratio` is dropped, at least one (SPEC D5)."""
+    """How many of `count` are kept when `ratio` is dropped, at least one."""
     exact = count * (1 - ratio)
     whole = {
         "floor": math.floor(exact + 1e-6),
@@ -49,11 +49,11 @@ def kept_patches(mask: Mask, grid: tuple[int, int]) -> int:
 def patch_mask(
     mask: Mask, grid: tuple[int, int], seed: int, sample_index: Tensor
 ) -> MaskPlan | None:
-    """The plan of a batch, or None without masking.
+    """The mask of a batch, or None without masking.
 
     Args:
         grid: patches along time and along frequency.
-        sample_index: (B,) int64, on the device that the plan is to be on.
+        sample_index: (B,) int64, on the device that the mask is to be on.
     """
     times, freqs = grid
     rows = None

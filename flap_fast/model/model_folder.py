@@ -22,21 +22,15 @@ from torch import Tensor
 from flap_fast.checks import ConfigError, require
 from flap_fast.config import Config
 from flap_fast.config.file import dump_config, load_config
-from flap_fast.encoders.roberta.model import save_text_files
+from flap_fast.data.tokenize import tokenizer
 from flap_fast.model.two_towers import TwoTowers
+from flap_fast.section import MEANS_WEIGHTS
 
 # The weights of an audio tower alone, and of AudioMAE's decoder, if it was asked for.
 TOWER = "audio.safetensors"
 # Parts that a run may add to the weights it begins with: they begin at random.
 _DECODER = "decoder."
 _FUSION = ("mel_conv1d.", "mel_conv2d.", "fusion_model.")
-# What weights mean and no shape tells: settings of `audio`, and the encoder or mel that has them.
-_MEANING = {
-    "": ("encoder", "mel", "sample_rate_hz", "mean", "std", "int16_roundtrip"),
-    "vit": ("norm_position", "pool"),
-    "htsat": ("window_patches",),
-    "clap": ("mel_variant", "low_hz", "high_hz"),
-}
 
 
 def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -60,7 +54,13 @@ def save_model(folder: Path, config: Config, model: TwoTowers, weights: dict[str
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / "model.safetensors", weights)
     (folder / "config.yaml").write_text(dump_config(config))
-    save_text_files(config.text, model.text, folder / "text")
+    save_text_files(config, model, folder / "text")
+
+
+def save_text_files(config: Config, model: TwoTowers, folder: Path) -> None:
+    """Write the text encoder's config and tokenizer; a checkpoint opens with them alone."""
+    model.text.save_config(folder)  # type: ignore[operator]
+    tokenizer(config.text).inner.save_pretrained(folder)
 
 
 def model_folder(path: Path) -> Path:
@@ -103,10 +103,8 @@ def read_config(folder: Path) -> Config:
 
 
 def with_text(config: Config, folder: Path) -> Config:
-    """A config whose text tower's files are those of a model's text/."""
-    clip = config.text.encoder == "clip"
-    own = {"tokenizer": str(folder)} if clip else {"folder": str(folder), "tokenizer": "bytes"}
-    return config.model_copy(update={"text": config.text.model_copy(update=own)})
+    """A config whose text encoder's files are those of a model's text/."""
+    return config.model_copy(update={"text": config.text.with_files(str(folder))})
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
@@ -131,24 +129,25 @@ def put_weights(model: TwoTowers, folder: Path) -> None:
 
 
 def put_first_weights(model: TwoTowers, config: Config) -> None:
-    """What train.init_from or train.init_audio_from name into a new model.
+    """Put what train.init_from or train.init_audio_from name into a new model.
 
-    A decoder, and for an audio tower what fuses, begin at random where the folder has none.
+    A decoder, and for an audio encoder what fuses, begin at random where the folder has none.
 
     Raises:
         ConfigError: they are another model's, or would compute something else in this one.
     """
+    media = f"{model.modality}."
     if config.train.init_from:
         folder = model_folder(config.train.init_from)
-        _same_meaning(config, folder, ("audio.", "text.", "decoder."))
+        _same_meaning(config, folder, (media, "text.", _DECODER))
         _put_parts(model, folder / "model.safetensors", ("",), new=(_DECODER,))
     if config.train.init_audio_from:
         path = config.train.init_audio_from
         alone = (path / TOWER).is_file()
         folder = path if alone else model_folder(path)
         file = folder / (TOWER if alone else "model.safetensors")
-        _same_meaning(config, folder, ("audio.", "decoder."))
-        _put_parts(model, file, ("audio.", _DECODER), new=(_DECODER, *_FUSION))
+        _same_meaning(config, folder, (media, _DECODER))
+        _put_parts(model, file, (media, _DECODER), new=(_DECODER, *_FUSION))
 
 
 def _same_meaning(config: Config, folder: Path, parts: tuple[str, ...]) -> None:
@@ -162,17 +161,11 @@ def _same_meaning(config: Config, folder: Path, parts: tuple[str, ...]) -> None:
 
 
 def _meaning(config: Config) -> dict[str, object]:
-    """Of a config, what its weights mean and no shape tells, by the settings' names."""
-    audio, text, decoder = config.audio, config.text, config.decoder
-    kinds = ("", audio.encoder, audio.mel)
-    found = {f"audio.{n}": getattr(audio, n) for kind in kinds for n in _MEANING.get(kind, ())}
-    found["audio.heads"] = (audio.shape if audio.encoder == "vit" else audio.stages[0])[2]
-    found["text.pool"] = text.pool
-    if text.folder is None:
-        found["text.heads"] = text.heads
+    """The settings that a config's weights mean and no shape tells, by name."""
+    sections = {config.encoder.modality: config.encoder.meaning(), "text": config.text.meaning()}
     if config.loss.recon.weight:
-        found["decoder.heads"] = decoder.heads
-    return found
+        sections["decoder"] = config.decoder.marked(MEANS_WEIGHTS)
+    return {f"{name}.{n}": value for name, found in sections.items() for n, value in found.items()}
 
 
 def _put_parts(

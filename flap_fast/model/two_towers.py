@@ -11,16 +11,15 @@ Source: FLAP, arXiv 2311.01615, sections 3 and 4, on LAION-CLAP's heads; CLIP, a
 from __future__ import annotations
 
 import math
-from typing import NotRequired, TypedDict, cast
+from typing import TypedDict, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from flap_fast.config import Config
-from flap_fast.encoders.clip_text.model import ClipText, projection
-from flap_fast.encoders.roberta.model import TransformersText
-from flap_fast.model import AUDIO_ENCODERS, IMAGE_ENCODERS
+from flap_fast.encoders.audio_settings import PatchEncoder
+from flap_fast.losses.base import Outputs
 from flap_fast.model.decoder import Decoder
 from flap_kernels.draw_plan import MaskPlan
 
@@ -44,59 +43,44 @@ class ModelInputs(TypedDict):
     """(B,) bool on the CPU: with fusion, the clips to fuse."""
 
 
-class Outputs(TypedDict):
-    """Float32 results of `TwoTowers.forward`. A plain dict: ZeRO-3's hooks rebuild it by type."""
-
-    media: Tensor
-    """(B, d), unit norm: of sounds, or of images."""
-    text: Tensor
-    """(B, d), unit norm."""
-    scale: Tensor
-    """(), what cosines are multiplied by."""
-    text_again: NotRequired[Tensor]
-    """(B, d), the captions under another dropout; it and those below where a loss asks for them."""
-    premise: NotRequired[Tensor]
-    """(B, d), sentences that have nothing to do with the clips."""
-    premise_again: NotRequired[Tensor]
-    """(B, d), under another dropout."""
-    entailment: NotRequired[Tensor]
-    """(B, d), what follows from the premises."""
-    contradiction: NotRequired[Tensor]
-    """(B, d), what contradicts them."""
-    recon: Tensor
-    """(), the decoder's error on the patches dropped; 0 without a decoder or a target."""
-
-
 class TwoTowers(nn.Module):
-    """The two-tower model.
+    """Two encoders and their heads; an encoder's weights are under its modality's name.
 
     Args:
-        weights: load the text tower's weights from its folder (a checkpoint brings its own).
+        weights: load the text encoder's weights from its folder (a checkpoint brings its own).
     """
 
     def __init__(self, config: Config, *, weights: bool = True):
         super().__init__()
-        recompute = config.train.checkpoint_activations
+        recompute, encoder = config.train.checkpoint_activations, config.encoder
         self.precision = config.train.precision
         self.sentences = config.loss.sentences
-        joint, image, clip = config.joint.width, config.image, config.text.encoder == "clip"
-        if image is None:
-            kind = AUDIO_ENCODERS[config.audio.encoder]
-            self.audio = kind(config.audio, config.fusion, recompute="audio" in recompute)
-            self.image = None
-        else:
-            self.image, self.audio = IMAGE_ENCODERS[image.encoder](image, joint), None
-        kind = ClipText if clip else TransformersText
-        self.text = kind(config.text, recompute="text" in recompute, weights=weights)
-        self.audio_head = None if self.audio is None else _head(self.audio.width, joint)
-        self.text_head = (projection if clip else _head)(self.text.width, joint)
+        joint, self.modality = config.joint.width, encoder.modality
+        media = encoder.build(config, recompute="audio" in recompute)
+        self.add_module(self.modality, media)
+        self.text = config.text.build(recompute="text" in recompute, weights=weights)
+        width: int = media.width  # type: ignore[assignment]
+        if not encoder.joint_space:
+            self.add_module(f"{self.modality}_head", mlp_head(width, joint))
+        self.text_head = _HEADS[config.text.head](self.text.width, joint)
         # Shape (1,), not (): DeepSpeed cannot broadcast a parameter without dimensions.
         self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / config.joint.temperature)]))
         self.max_logit_scale = math.log(config.joint.max_scale)
         # Last, so that the towers start from the same weights with and without it.
         self.decoder = None
-        if self.audio is not None and config.loss.recon.weight > 0:
-            self.decoder = Decoder(config, self.audio.width)
+        if config.loss.recon.weight > 0:
+            assert isinstance(encoder, PatchEncoder)  # the config has checked it
+            self.decoder = Decoder(config, encoder, width)
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The encoder of sounds or images."""
+        return self.get_submodule(self.modality)
+
+    @property
+    def head(self) -> nn.Module | None:
+        """The media encoder's map into the joint space; None where its vector lies there."""
+        return getattr(self, f"{self.modality}_head", None)
 
     def forward(
         self,
@@ -110,8 +94,8 @@ class TwoTowers(nn.Module):
     ) -> Outputs:
         """Embed both sides of B pairs; the arguments are those of `ModelInputs`."""
         scale = _Clamp.apply(self.logit_scale, self.max_logit_scale).exp().squeeze(0)
-        keep = None if mask is None else mask.keep
-        media_rows, tokens = self._encode(media, keep, erase, longer)
+        ids_keep = None if mask is None else mask.keep
+        media_rows, tokens = self._encode(media, ids_keep, erase, longer)
         # All sentences in one pass: one dropout of their own for each row, one use of each weight.
         sentences = self.embed_text(ids, attention_mask).chunk(len(self.sentences))
         if self.decoder is None or target is None:
@@ -123,23 +107,18 @@ class TwoTowers(nn.Module):
         return cast(Outputs, found | dict(zip(self.sentences, sentences, strict=True)))
 
     def embed_media(
-        self, media: Tensor, keep: Tensor | None = None, *, longer: Tensor | None = None
+        self, media: Tensor, ids_keep: Tensor | None = None, *, longer: Tensor | None = None
     ) -> Tensor:
-        """(B, 1, T, F), fused (B, 4, T, F), images (B, 3, R, R) -> (B, d), unit norm, float32."""
-        return self._encode(media, keep, None, longer)[0]
+        """Embeddings (B, d) of media as `ModelInputs` has them, unit norm, float32."""
+        return self._encode(media, ids_keep, None, longer)[0]
 
     def _encode(
-        self, media: Tensor, keep: Tensor | None, erase: Tensor | None, longer: Tensor | None
+        self, media: Tensor, ids_keep: Tensor | None, erase: Tensor | None, longer: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Embeddings (B, d), and the encoder's tokens."""
         with self._autocast(media.device):
-            if self.image is not None:
-                x, tokens = self.image(media)
-            else:
-                assert self.audio is not None
-                assert self.audio_head is not None
-                pooled, tokens = self.audio(media, keep, erase=erase, longer=longer)
-                x = self.audio_head(pooled)
+            x, tokens = self.encoder(media, ids_keep, erase=erase, longer=longer)
+            x = x if self.head is None else self.head(x)
         return functional.normalize(x.float(), dim=-1), tokens
 
     def embed_text(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -158,8 +137,19 @@ def takes_bf16(precision: str, device: torch.device) -> bool:
     return precision == "bf16" or (precision == "auto" and device.type == "cuda")
 
 
-def _head(width: int, joint: int) -> nn.Sequential:
+def mlp_head(width: int, joint: int) -> nn.Sequential:
+    """LAION-CLAP's head."""
     return nn.Sequential(nn.Linear(width, joint), nn.ReLU(), nn.Linear(joint, joint))
+
+
+def linear_head(width: int, joint: int) -> nn.Linear:
+    """CLIP's head: a linear map without bias."""
+    head = nn.Linear(width, joint, bias=False)
+    nn.init.normal_(head.weight, std=width**-0.5)
+    return head
+
+
+_HEADS = {"mlp": mlp_head, "linear": linear_head}
 
 
 class _Clamp(torch.autograd.Function):

@@ -15,15 +15,9 @@ from flap_fast.config import Config
 from flap_fast.config.file import dump_config, load_config
 from flap_fast.files import write_atomically
 from flap_fast.ranks import Ranks
+from flap_fast.section import FREE_ON_RESUME
 from flap_fast.train.checkpoint import latest
 from flap_fast.train.environment import environment
-
-# What may change between the parts of a run: none of it moves a weight.
-_FREE = (
-    *("log.", "ckpt.", "eval.", "frontend.threads", "frontend.prefetch", "data.val", "run.folder"),
-    *("train.engine", "train.zero_stage", "train.offload", "train.checkpoint_activations"),
-    "train.replay",
-)
 
 
 def begin(config: Config, *, resume: bool) -> Path | None:
@@ -66,8 +60,9 @@ def differences(then: Config, now: Config) -> list[tuple[str, Any, Any]]:
     """Name, old and new value of each setting that differs and may not."""
     before, after = flat(then.model_dump(mode="json")), flat(now.model_dump(mode="json"))
     approximate = "dali_mel" in (then.frontend.backend, now.frontend.backend)
-    free = _FREE if approximate else (*_FREE, "frontend.backend")
-    names = [name for name in {**before, **after} if not name.startswith(free)]
+    free = now.marked(FREE_ON_RESUME).keys() | then.marked(FREE_ON_RESUME).keys()
+    free |= set() if approximate else {"frontend.backend"}
+    names = [name for name in {**before, **after} if name not in free]
     return [(n, before.get(n), after.get(n)) for n in names if before.get(n) != after.get(n)]
 
 

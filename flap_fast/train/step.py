@@ -121,16 +121,18 @@ def patch_mask_of(batch: Batch, config: Config, steps: int, per_epoch: int) -> M
     tail = config.mask.unmasked_tail_epochs
     epochs = -(-steps // per_epoch)
     mask = Mask(kind="none") if batch.epoch >= epochs - tail else config.mask
-    return patch_mask(mask, config.audio.grid, config.run.seed, batch.sample_index)
+    if mask.kind == "none":
+        return None
+    return patch_mask(mask, config.encoder.grid, config.run.seed, batch.sample_index)
 
 
 def model_inputs(batch: Batch, mask: MaskPlan | None, config: Config) -> ModelInputs:
     """What the model is called with: media augmented, and what the decoder is to reconstruct."""
     specaug, seed, media, erase = config.specaug, config.run.seed, batch.media, None
-    if config.audio.encoder == "htsat":
+    if config.encoder.specaug == "inside":
         shape = (media.shape[2], media.shape[3])
         erase = stripes(specaug, seed, batch.sample_index, shape, whole=True)
-    else:
+    elif config.encoder.specaug == "before":
         media = spec_augment(media, specaug, config.audio, seed, batch.sample_index)
     clean = config.loss.recon.target == "clean"
     return {

@@ -7,17 +7,17 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from flap_fast.config import Image
 from flap_fast.encoders.clip_resnet.model import AttentionPool, Bottleneck, ClipResNet
+from flap_fast.encoders.clip_resnet.settings import ClipResNetSettings
 from flap_fast.model.two_towers import TwoTowers
 from tests.tiny import tiny_clip
 
-SMALL = Image(width=8, layers=(1, 2, 1, 1), resolution=64)
+SMALL = ClipResNetSettings(width=8, layers=(1, 2, 1, 1), resolution=64)
 
 
 def test_resnet_50_has_as_many_parameters_as_openais():
     with torch.device("meta"):
-        tower = ClipResNet(Image(), 1024)
+        tower = ClipResNet(ClipResNetSettings(), 1024)
     assert sum(p.numel() for p in tower.parameters()) == 38_316_896
 
 
@@ -86,5 +86,5 @@ def test_first_weights_are_spread_as_openais():
 
 
 def test_an_image_of_another_size_is_refused():
-    with pytest.raises(ValueError, match=r"image must be \(B, 3, 64, 64\), got \(1, 3, 32, 64\)"):
+    with pytest.raises(ValueError, match=r"media must be \(B, 3, 64, 64\), got \(1, 3, 32, 64\)"):
         ClipResNet(SMALL, 6)(torch.zeros(1, 3, 32, 64))

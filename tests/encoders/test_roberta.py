@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from flap_fast.checks import ConfigError
-from flap_fast.config import Text
 from flap_fast.encoders.roberta.model import TransformersText
+from flap_fast.encoders.roberta.settings import RobertaSettings
 
 SMALL: dict[str, Any] = {
     "vocab_size": 90,
@@ -48,7 +48,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tower(folder: Path, **settings) -> TransformersText:
-    return TransformersText(Text(folder=str(folder), pool="mean", **settings))
+    return TransformersText(RobertaSettings(folder=str(folder), pool="mean", **settings))
 
 
 def tokens(length: int, padded: int) -> tuple[Tensor, Tensor]:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flap_fast.config import Audio
 from flap_fast.encoders.vit.model import Encoded, ViT
 from flap_fast.encoders.vit.patches import sine_positions
+from flap_fast.encoders.vit.settings import ViTSettings
 from flap_fast.model.decoder import Decoder
 from flap_fast.model.masking import kept
 from tests.tiny import tiny
@@ -61,7 +61,7 @@ def test_the_clips_vector_is_what_pool_says():
 
 
 def test_drop_path_grows_linearly_over_the_blocks():
-    blocks = ViT(Audio(width=8, heads=1, depth=4, drop_path=0.3)).blocks
+    blocks = ViT(ViTSettings(width=8, heads=1, depth=4, drop_path=0.3)).blocks
     assert [block.drop_path for block in blocks] == pytest.approx([0, 0.1, 0.2, 0.3])
 
 
@@ -70,7 +70,7 @@ def test_first_weights_are_xavier_uniform():
     torch.manual_seed(0)
     config = tiny("loss.recon.weight=1")
     vit = ViT(config.audio)
-    for part in (vit, Decoder(config, vit.width)):
+    for part in (vit, Decoder(config, config.audio, vit.width)):
         for name, layer in part.named_modules():
             if isinstance(layer, nn.Linear):
                 bound = math.sqrt(6 / sum(layer.weight.shape))

@@ -11,7 +11,7 @@ from transformers.models.clap.modeling_clap import ClapOutput
 
 from flap_fast.config import Config
 from flap_fast.interchange.htsat_names import htsat_from_hf
-from flap_fast.losses.contrastive import contrastive
+from flap_fast.losses import total_loss
 from flap_fast.model.two_towers import Outputs, TwoTowers
 from tests.encoders.test_htsat import decibels
 from tests.tiny import HTSAT as SMALLEST
@@ -105,8 +105,7 @@ def test_claps_loss_is_one_direction_twice_and_ours_both():
     def loss(direction: str) -> float:
         settings = config.loss.contrastive.model_copy(update={"direction": direction})
         losses = config.loss.model_copy(update={"contrastive": settings})
-        ((_, value),) = contrastive(outputs, config.model_copy(update={"loss": losses})).values()
-        return value.item()
+        return total_loss(outputs, config.model_copy(update={"loss": losses}))["total"].item()
 
     to_audio, to_text, symmetric = loss("t2a"), loss("a2t"), loss("symmetric")
     assert there(theirs.loss).item() == pytest.approx(to_audio, abs=1e-4)

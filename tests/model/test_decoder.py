@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
+from flap_fast.encoders.audio_settings import PatchEncoder
 from flap_fast.encoders.vit.patches import patchify, sine_positions
 from flap_fast.losses import total_loss
 from flap_fast.model.decoder import Decoder
@@ -28,7 +29,8 @@ def settings(*overrides: str) -> Config:
 def made(config: Config) -> tuple[Decoder, Tensor, MaskPlan, Tensor]:
     """A decoder, tokens of the patches kept, the plan, and the log-mel to rebuild."""
     torch.manual_seed(0)
-    decoder = Decoder(config, WIDTH)
+    assert isinstance(config.encoder, PatchEncoder)
+    decoder = Decoder(config, config.encoder, WIDTH)
     plan = patch_mask(config.mask, config.audio.grid, 0, torch.arange(B))
     assert plan is not None
     tokens = torch.randn(B, config.audio.use_cls + plan.keep.shape[1], WIDTH)

@@ -51,7 +51,7 @@ class Remembering(TwoTowers):
     def forward(self, media, ids, attention_mask, *rest, **named) -> Outputs:
         outputs = super().forward(media, ids, attention_mask, *rest, **named)
         self.steps_seen += 1
-        self.running_mean.lerp_(mel.mean(), 0.1)
+        self.running_mean.lerp_(media.mean(), 0.1)
         outputs["scale"] = outputs["scale"] * (1 + 0.05 * self.steps_seen)
         return outputs
 

@@ -33,20 +33,10 @@ BESIDE = "frontend.json"
 _MAGIC = b"\x93NUMPY"
 _INFINITE = 0x7C00  # the exponent of fp16's infinities and NaNs
 
-# Settings of `audio` that a cached log-mel does not depend on: the encoder's, and what is done to
-# the frames afterwards. Any other setting is part of a cache's identity, one added later too.
-AFTERWARDS = frozenset(
-    {
-        *("size", "width", "depth", "heads", "patch", "use_cls", "pool", "norm_position"),
-        *("pos_grid", "drop_path", "attention", "frames", "mean", "std"),
-        *("encoder", "depths", "window_patches"),
-    }
-)
-
 
 def front_end(audio: Audio) -> dict[str, Any]:
     """What a cached log-mel depends on, as the settings say it."""
-    return audio.model_dump(mode="json", exclude=set(AFTERWARDS))
+    return audio.front_end()
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from torch import Tensor
 
-from flap_fast.config import Image
 from flap_fast.data.preprocess.dali import reason
 from flap_fast.data.preprocess.image import BadImage
+from flap_fast.encoders.settings import ImageEncoder
 
 
 class DaliImageDecoder:
@@ -38,7 +38,7 @@ class DaliImageDecoder:
     def __init__(
         self,
         batches: Iterator[list[bytes]],
-        image: Image,
+        image: ImageEncoder,
         *,
         batch: int,
         threads: int,

@@ -24,8 +24,8 @@ from PIL import Image as pillow
 from PIL import UnidentifiedImageError
 from torch import Tensor
 
-from flap_fast.config import Image
 from flap_fast.data.preprocess.waveform import Unusable
+from flap_fast.encoders.settings import ImageEncoder
 
 # A side 50 times as long as the other: a strip, whose middle says nothing, and gigabytes enlarged.
 _LONGEST = 50
@@ -111,7 +111,7 @@ class PillowDecoder:
     """The twin of `DaliImageDecoder`: Pillow on threads; the same interface."""
 
     def __init__(
-        self, batches: Iterator[list[bytes]], image: Image, *, threads: int, prefetch: int
+        self, batches: Iterator[list[bytes]], image: ImageEncoder, *, threads: int, prefetch: int
     ):
         self._pool, self._resolution = ThreadPoolExecutor(threads), image.resolution
         self._batches, self._prefetch = batches, prefetch

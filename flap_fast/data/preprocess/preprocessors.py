@@ -22,13 +22,14 @@ import soundfile
 import torch
 from torch import Tensor
 
-from flap_fast.config import Config, Image
+from flap_fast.config import Config
 from flap_fast.data.preprocess.cached_mel import check_front_end
 from flap_fast.data.preprocess.decode import Encoded, backend, log_mels, reader
 from flap_fast.data.preprocess.front_end import MediaInput, MelFrontEnd, to_device, together
 from flap_fast.data.preprocess.image import PillowDecoder, normalise_image, read_image
 from flap_fast.data.preprocess.mel import normalise
 from flap_fast.data.shards import Shards
+from flap_fast.encoders.settings import ImageEncoder
 from flap_fast.ranks import Ranks
 
 
@@ -92,7 +93,7 @@ def _say_rate(folder: Path, rate_hz: int, wanted_hz: int) -> None:
 class ImagePreprocessor:
     """Pictures -> squares (B, R, R, 3) uint8 -> (B, 3, R, R)."""
 
-    def __init__(self, config: Config, image: Image, ranks: Ranks):
+    def __init__(self, config: Config, image: ImageEncoder, ranks: Ranks):
         self._frontend, self._image, self._ranks = config.frontend, image, ranks
         # Made once: a copy to a GPU in each step would have the host wait.
         self._mean, self._std = (

@@ -9,7 +9,7 @@ of that attention leads into the joint space, so the tower needs no head.
 
 B images   R resolution   D width   d joint width   N = (R / 32)^2 cells of the last grid
 
-Source: Radford et al., CLIP, arXiv 2103.00020, and its published code; SPEC 5.3.
+Source: Radford et al., CLIP, arXiv 2103.00020, and its published code.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from flap_fast.config import Image
-from flap_fast.encoders.vit.model import Encoded
+from flap_fast.encoders.base import Encoded, check_media
+from flap_fast.encoders.clip_resnet.settings import ClipResNetSettings
 
 _EXPANSION = 4
 
@@ -32,9 +32,9 @@ class ClipResNet(nn.Module):
     The tokens are the last grid's cells, (B, N, 32 D).
     """
 
-    def __init__(self, image: Image, joint_width: int):
+    def __init__(self, settings: ClipResNetSettings, joint_width: int):
         super().__init__()
-        width, self.resolution = image.width, image.resolution
+        width, self.resolution, self.width = settings.width, settings.resolution, joint_width
         self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width // 2)
         self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
@@ -44,20 +44,26 @@ class ClipResNet(nn.Module):
         self.avgpool = nn.AvgPool2d(2)
         inner = [width << n for n in range(4)]
         outer = [width, *(_EXPANSION * channels for channels in inner)]
-        self.layer1 = _layer(outer[0], inner[0], image.layers[0], stride=1)
-        self.layer2 = _layer(outer[1], inner[1], image.layers[1], stride=2)
-        self.layer3 = _layer(outer[2], inner[2], image.layers[2], stride=2)
-        self.layer4 = _layer(outer[3], inner[3], image.layers[3], stride=2)
-        side = image.resolution // 32
-        self.attnpool = AttentionPool(side, outer[4], image.heads, joint_width)
+        self.layer1 = _layer(outer[0], inner[0], settings.layers[0], stride=1)
+        self.layer2 = _layer(outer[1], inner[1], settings.layers[1], stride=2)
+        self.layer3 = _layer(outer[2], inner[2], settings.layers[2], stride=2)
+        self.layer4 = _layer(outer[3], inner[3], settings.layers[3], stride=2)
+        side = settings.resolution // 32
+        self.attnpool = AttentionPool(side, outer[4], settings.heads, joint_width)
 
-    def forward(self, image: Tensor) -> Encoded:
-        if image.shape[1:] != (3, self.resolution, self.resolution):
-            raise ValueError(
-                f"image must be (B, 3, {self.resolution}, {self.resolution}), "
-                f"got {tuple(image.shape)}"
-            )
-        x = functional.relu(self.bn1(self.conv1(image)))
+    def forward(
+        self,
+        media: Tensor,
+        ids_keep: Tensor | None = None,
+        *,
+        erase: Tensor | None = None,
+        longer: Tensor | None = None,
+    ) -> Encoded:
+        """Encode B images (B, 3, R, R); nothing of them is masked, erased or fused."""
+        check_media(media, (3, self.resolution, self.resolution))
+        if ids_keep is not None or erase is not None or longer is not None:
+            raise ValueError("ids_keep, erase and longer must be None: images are taken whole")
+        x = functional.relu(self.bn1(self.conv1(media)))
         x = functional.relu(self.bn2(self.conv2(x)))
         x = functional.relu(self.bn3(self.conv3(x)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(self.avgpool(x)))))

@@ -8,12 +8,13 @@ that same token where a caption has one end.
 
 B captions   L tokens   D width   H heads
 
-Source: Radford et al., CLIP, arXiv 2103.00020, and its published code; dropout as in SPEC D32.
+Source: Radford et al., CLIP, arXiv 2103.00020, and its published code, which has no dropout.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from flap_fast.config import Text
 from flap_fast.data.tokenize import tokenizer
+from flap_fast.encoders.clip_text.settings import ClipTextSettings
 
 
 class ClipText(nn.Module):
@@ -31,11 +32,13 @@ class ClipText(nn.Module):
     # No transformers model, whose sizes the formulas of FLOP and memory ask: they refuse it.
     inner: Any = None
 
-    def __init__(self, text: Text, *, recompute: bool = False, weights: bool = True):
+    def __init__(self, text: ClipTextSettings, *, recompute: bool = False):
         super().__init__()
         self.width, self.frozen, self.recompute = text.width, text.freeze, recompute
         self.dropout = text.dropout
-        self.token_embedding = nn.Embedding(len(tokenizer(text).inner), text.width)
+        words = tokenizer(text).inner
+        self.vocabulary, self.pad_token_id = len(words), words.pad_token_id or 0
+        self.token_embedding = nn.Embedding(self.vocabulary, text.width)
         self.positional_embedding = nn.Parameter(torch.empty(text.max_tokens, text.width))
         self.transformer = Transformer(text)
         self.ln_final = nn.LayerNorm(text.width)
@@ -43,6 +46,9 @@ class ClipText(nn.Module):
         nn.init.normal_(self.positional_embedding, std=0.01)
         if text.freeze:
             self.requires_grad_(False)
+
+    def save_config(self, folder: Path) -> None:
+        """Nothing to write: all sizes stand in the model's config.yaml."""
 
     def train(self, mode: bool = True) -> ClipText:
         """A frozen tower never trains: its dropout stays off."""
@@ -81,7 +87,7 @@ class ClipText(nn.Module):
 class Transformer(nn.Module):
     """Holds the blocks, for OpenAI's names."""
 
-    def __init__(self, text: Text):
+    def __init__(self, text: ClipTextSettings):
         super().__init__()
         sizes = text.width, text.heads, text.depth
         self.resblocks = nn.ModuleList(Block(*sizes, text.dropout) for _ in range(text.depth))
@@ -139,13 +145,6 @@ class QuickGELU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(1.702 * x)
-
-
-def projection(width: int, joint_width: int) -> nn.Linear:
-    """CLIP's head: a linear map without bias."""
-    head = nn.Linear(width, joint_width, bias=False)
-    nn.init.normal_(head.weight, std=width**-0.5)
-    return head
 
 
 def _last_tokens(attention_mask: Tensor, most: int) -> Tensor:

@@ -9,7 +9,7 @@
 Names are LAION's (`layers.0.blocks.1.attn.qkv`). One product makes queries, keys and values, which
 are then cut into windows once; windows of a clip and heads are one axis of one fused attention.
 
-Source: Chen et al., HTS-AT, arXiv 2202.00874; Liu et al., Swin, arXiv 2103.14030; SPEC 4.6.
+Source: Chen et al., HTS-AT, arXiv 2202.00874; Liu et al., Swin, arXiv 2103.14030.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from flap_fast.config import Audio, Fusion
-from flap_fast.data.preprocess.fusion import CHANNELS
+from flap_fast.config import Fusion
+from flap_fast.encoders.base import Encoded, check_media
 from flap_fast.encoders.blocks import Mlp
 from flap_fast.encoders.fusion import (
     fuse_mels,
@@ -29,10 +29,10 @@ from flap_fast.encoders.fusion import (
     piece_mels,
     piece_patches,
 )
-from flap_fast.encoders.vit.model import Encoded, check_mel
+from flap_fast.encoders.htsat.settings import HTSATSettings
 
-# What keeps the windows of a shifted grid from seeing across its seam; finite, as in Swin.
-_APART = -100.0
+# Added to logits across the seam of a shifted grid; finite, as in Swin.
+_SEAM = -100.0
 
 
 class HTSAT(nn.Module):
@@ -41,36 +41,38 @@ class HTSAT(nn.Module):
     With fusion, (B, 4, T, F) and which of the clips are longer.
     """
 
-    # There with the forms of fusion that have them.
+    # Set only with 1-D fusion.
     mel_conv1d: nn.Module
     fusion_model: nn.Module
 
-    def __init__(self, audio: Audio, fusion: Fusion | None = None, *, recompute: bool = False):
+    def __init__(
+        self, settings: HTSATSettings, fusion: Fusion | None = None, *, recompute: bool = False
+    ):
         super().__init__()
-        self.audio, side, self.fusion = audio, audio.image_side, fusion or Fusion()
-        self.bn0 = nn.BatchNorm2d(audio.mel_bins)
-        self.patch_embed = PatchEmbed(audio.patch, audio.stages[0][0], self.fusion.type)
+        self.settings, side, self.fusion = settings, settings.image_side, fusion or Fusion()
+        self.bn0 = nn.BatchNorm2d(settings.mel_bins)
+        self.patch_embed = PatchEmbed(settings.patch, settings.stages[0][0], self.fusion)
         if self.fusion.type.endswith("_1d"):
-            self.mel_conv1d = piece_mels(audio.mel_bins)
-            self.fusion_model = fusion_model(self.fusion.type, audio.mel_bins)
-        blocks = sum(depth for _, depth, _ in audio.stages)
-        rates = torch.linspace(0, audio.drop_path, blocks, device="cpu").tolist()
+            self.mel_conv1d = piece_mels(settings.mel_bins)
+            self.fusion_model = fusion_model(self.fusion.type, settings.mel_bins)
+        blocks = sum(depth for _, depth, _ in settings.stages)
+        rates = torch.linspace(0, settings.drop_path, blocks, device="cpu").tolist()
         self.layers = nn.ModuleList()
-        for n, (width, depth, heads) in enumerate(audio.stages):
-            grid, drop_path, rates = side // audio.patch >> n, rates[:depth], rates[depth:]
-            window = min(audio.window_patches, grid)
-            last = n == len(audio.stages) - 1
+        for n, (width, depth, heads) in enumerate(settings.stages):
+            grid, drop_path, rates = side // settings.patch >> n, rates[:depth], rates[depth:]
+            window = min(settings.window_patches, grid)
+            last = n == len(settings.stages) - 1
             stage = Stage(width, heads, grid, window, drop_path, merge=not last)
             stage.recompute = recompute
             self.layers.append(stage)
-        self.width = audio.stages[-1][0]
+        self.width = settings.stages[-1][0]
         self.norm = nn.LayerNorm(self.width)
         self.apply(_initialise)
 
     def forward(
         self,
-        mel: Tensor,
-        keep: Tensor | None = None,
+        media: Tensor,
+        ids_keep: Tensor | None = None,
         *,
         erase: Tensor | None = None,
         longer: Tensor | None = None,
@@ -78,21 +80,22 @@ class HTSAT(nn.Module):
         """Encode B clips.
 
         Args:
-            keep: must be None: windows need every patch.
-            erase: (B, T, F) bool, what SpecAug sets to 0 behind the first norm.
+            media: (B, 1, T, F) log-mels; (B, 4, T, F) with fusion.
+            ids_keep: must be None: windows need every patch.
+            erase: (B, T, F) bool, what SpecAug sets to 0 after the first norm.
             longer: (B,) bool on the CPU, with fusion: the clips to fuse; none without.
         """
-        check_mel(mel, self.audio, self.fusion)
-        if keep is not None:
-            raise ValueError("keep must be None: HTSAT's windows need every patch")
+        check_media(media, self.settings.input_shape(self.fusion))
+        if ids_keep is not None:
+            raise ValueError("ids_keep must be None: HTSAT's windows need every patch")
         if longer is None:
-            longer = torch.zeros(len(mel), dtype=torch.bool)
-        x = self.bn0(mel.float().transpose(1, 3)).transpose(1, 3)
+            longer = torch.zeros(len(media), dtype=torch.bool)
+        x = self.bn0(media.float().transpose(1, 3)).transpose(1, 3)
         if self.fusion.type.endswith("_1d"):
             x = fuse_mels(self.mel_conv1d, self.fusion_model, x, longer)
         if erase is not None:
             x = x.masked_fill(erase[:, None], 0.0)
-        x = self.patch_embed(fold(x, self.audio.image_side), longer)
+        x = self.patch_embed(fold(x, self.settings.image_side), longer)
         for stage in self.layers:
             x = stage(x)
         x = self.norm(x)
@@ -115,14 +118,15 @@ def fold(mel: Tensor, side: int) -> Tensor:
 class PatchEmbed(nn.Module):
     """(B, 1, side, side) -> (B, N, D); with 2-D fusion from (B, 4, side, side)."""
 
-    def __init__(self, patch: int, width: int, fusion: str):
+    def __init__(self, patch: int, width: int, fusion: Fusion):
         super().__init__()
-        self.proj = nn.Conv2d(CHANNELS if fusion == "channel_map" else 1, width, patch, patch)
+        channels = fusion.channels if fusion.type == "channel_map" else 1
+        self.proj = nn.Conv2d(channels, width, patch, patch)
         self.norm = nn.LayerNorm(width)
-        self.fuses = fusion.endswith("_2d")
+        self.fuses = fusion.type.endswith("_2d")
         if self.fuses:
             self.mel_conv2d = piece_patches(width, patch, time=3)
-            self.fusion_model = fusion_model(fusion, width)
+            self.fusion_model = fusion_model(fusion.type, width)
 
     def forward(self, image: Tensor, longer: Tensor) -> Tensor:
         x = self.proj(image[:, :1] if self.fuses else image)
@@ -255,13 +259,13 @@ def _relative_positions(window: int) -> Tensor:
 
 
 def _apart(grid: int, window: int, shift: int) -> Tensor:
-    """(windows, L, L): 0 within a region of the rolled grid, `_APART` between two."""
+    """(windows, L, L): 0 within a region of the rolled grid, `_SEAM` between two."""
     at = torch.arange(grid)
     part = (at >= grid - window).long() + (at >= grid - shift).long()
     n = grid // window
     region = (part[:, None] * 3 + part[None, :]).view(n, window, n, window)
     region = region.transpose(1, 2).reshape(n * n, window**2)
-    return (region[:, :, None] != region[:, None, :]).float() * _APART
+    return (region[:, :, None] != region[:, None, :]).float() * _SEAM
 
 
 def _initialise(module: nn.Module) -> None:

@@ -5,7 +5,7 @@
 
 The same numbers within rounding. The folder must be local: nothing is fetched from a hub.
 
-Source: LAION-CLAP's text branch (RoBERTa and its pooler), SPEC 5.1.
+Source: LAION-CLAP's text branch (RoBERTa and its pooler).
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ from transformers import AutoConfig, AutoModel, RobertaConfig
 from transformers.utils.logging import disable_progress_bar
 
 from flap_fast.checks import ConfigError, require
-from flap_fast.config import Text
 from flap_fast.data.tokenize import local_folder, tokenizer
 from flap_fast.encoders.blocks import xformers_ops
 from flap_fast.encoders.packing import pack, varlen_serves
 from flap_fast.encoders.roberta.packed import FAMILIES, is_bert, packed_states
+from flap_fast.encoders.roberta.settings import RobertaSettings
 
-# What transformers' configs call the dropouts that text.dropout sets: BERT's, DistilBERT's and
-# ModernBERT's names.
+# Names of dropouts in transformers' configs: BERT's, DistilBERT's and ModernBERT's.
 _DROPOUTS = (
     *("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"),
     *("embedding_dropout", "mlp_dropout"),
@@ -37,14 +36,14 @@ class TransformersText(nn.Module):
     """(B, L) token ids and mask -> (B, D) float32.
 
     Args:
-        weights: load the folder's weights; without, only its shape (a checkpoint has the rest).
+        weights: load the folder's weights; without, only its shape (for a checkpoint).
 
     Raises:
-        ConfigError: what text.folder, text.pool, text.dropout, text.max_tokens, text.packing or
-            text.attention cannot be here.
+        ConfigError: text.folder, text.pool, text.dropout, text.max_tokens, text.packing or
+            text.attention does not suit the encoder.
     """
 
-    def __init__(self, text: Text, *, recompute: bool = False, weights: bool = True):
+    def __init__(self, text: RobertaSettings, *, recompute: bool = False, weights: bool = True):
         super().__init__()
         self.pool, self.frozen, self.recompute = text.pool, text.freeze, recompute
         self.packing, self.attention = text.packing, text.attention
@@ -58,11 +57,11 @@ class TransformersText(nn.Module):
             self.inner.pooler = None  # no weights without a gradient
         family, self.positions = self.inner.config.model_type, _positions(self.inner)
         known = any(hasattr(self.inner.config, name) for name in _DROPOUTS)
-        rule = f"be 0 for '{family}', whose dropouts have names unknown here"
+        rule = f"be 0 for '{family}', whose dropouts have unknown names"
         require(
             text.dropout == 0 or known, "text.dropout", rule, text.dropout, "set text.dropout=0"
         )
-        rule = f"be at most {self.positions}, the positions of '{family}' here"
+        rule = f"be at most {self.positions}, the positions of this '{family}'"
         fits = self.positions is None or text.max_tokens <= self.positions
         remedy = f"set text.max_tokens={self.positions}"
         require(fits, "text.max_tokens", rule, text.max_tokens, remedy)
@@ -76,6 +75,20 @@ class TransformersText(nn.Module):
         if text.freeze:
             self.requires_grad_(False)
         self.train()  # from_pretrained leaves evaluation on: no dropout, nothing recomputed
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens of its table."""
+        return self.inner.config.vocab_size
+
+    @property
+    def pad_token_id(self) -> int:
+        """The token of padding."""
+        return self.inner.config.pad_token_id or 0
+
+    def save_config(self, folder: Path) -> None:
+        """Write its config.json, so that a checkpoint opens without the first folder."""
+        self.inner.config.save_pretrained(folder)
 
     def train(self, mode: bool = True) -> TransformersText:
         """A frozen tower never trains: its dropout stays off."""
@@ -138,7 +151,7 @@ class TransformersText(nn.Module):
         return attention_mask
 
 
-def _from_folder(text: Text, weights: bool):
+def _from_folder(text: RobertaSettings, weights: bool):
     assert text.folder is not None
     folder = local_folder("text.folder", text.folder)
     try:
@@ -154,7 +167,7 @@ def _from_folder(text: Text, weights: bool):
         raise ConfigError(f"text.folder must hold an encoder, got '{folder}': {error}") from None
 
 
-def _random(text: Text):
+def _random(text: RobertaSettings):
     """RoBERTa's shape with the tokenizer's vocabulary; LayerNorm's epsilon is the released one."""
     inner = tokenizer(text).inner
     config = RobertaConfig(
@@ -187,13 +200,3 @@ def _positions(inner: Any) -> int | None:
     if not isinstance(table, nn.Embedding):
         return None
     return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
-
-
-def save_text_files(text: Text, encoder: nn.Module, folder: Path) -> None:
-    """The tower's config and tokenizer, so that a checkpoint opens without the first folder.
-
-    CLIP's tower has no config but ours.
-    """
-    if isinstance(encoder, TransformersText):
-        encoder.inner.config.save_pretrained(folder)
-    tokenizer(text).inner.save_pretrained(folder)

@@ -1,23 +1,21 @@
-"""The audio encoder: a ViT over the patches of a log-mel that masking left.
+"""FLAP's audio encoder: a ViT over the patches of a log-mel that masking keeps.
 
-    mel (B, 1, T, F) -> patches (B, N, 256) -> kept, embedded, placed (B, K, D) -> blocks
+    mel (B, 1, T, F) -> patches (B, N, P^2) -> kept, embedded, positions added (B, K, D) -> blocks
         -> tokens (B, [1 +] K, D), pooled (B, D)
 
-Dropped patches are never embedded: the gather comes before the product. With 2-D fusion all are: it
-looks at whole clips, and masking comes after it.
+Dropped patches are never embedded: the gather comes before the product. With 2-D fusion all are:
+fusion needs whole clips, and masking comes after it.
 
-Source: FLAP section 3; ViT as AudioMAE builds it (SPEC 4.1 to 4.4).
+Source: FLAP, arXiv 2311.01615, section 3; the ViT as in AudioMAE, arXiv 2207.06405.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
-from flap_fast.config import Audio, Fusion
-from flap_fast.data.preprocess.fusion import CHANNELS
+from flap_fast.config import Fusion
+from flap_fast.encoders.base import Encoded, check_media
 from flap_fast.encoders.blocks import LAYER_NORM_EPS, Blocks, initialise
 from flap_fast.encoders.fusion import (
     fuse_mels,
@@ -26,29 +24,20 @@ from flap_fast.encoders.fusion import (
     piece_mels,
     piece_patches,
 )
-from flap_fast.encoders.vit.patches import sine_positions
+from flap_fast.encoders.vit.settings import ViTSettings
 from flap_kernels import keep_tokens, patch_embed
 
 
-class Encoded(NamedTuple):
-    """What an audio encoder gives."""
-
-    pooled: Tensor
-    """(B, D)."""
-    tokens: Tensor
-    """(B, [1 +] K, D), the [CLS] token first if there is one."""
-
-
 class PatchEmbed(nn.Linear):
-    """(B, T, F) log-mels -> the kept patches' embeddings at their positions, (B, K, D).
+    """(B, T, F) log-mels -> the kept patches' embeddings plus their positions, (B, K, D).
 
     A module of its own, so that ZeRO-3 gathers its weights when it is called.
     """
 
     def forward(  # type: ignore[override]
-        self, mel: Tensor, keep: Tensor | None, position: Tensor
+        self, mel: Tensor, ids_keep: Tensor | None, position: Tensor
     ) -> Tensor:
-        return patch_embed(mel, keep, self.weight, self.bias, position)
+        return patch_embed(mel, ids_keep, self.weight, self.bias, position)
 
 
 class ViT(nn.Module):
@@ -58,34 +47,37 @@ class ViT(nn.Module):
     """
 
     pos_embed: Tensor
-    # There with the forms of fusion that have them.
+    # Set only with 1-D or 2-D fusion.
     mel_conv2d: nn.Conv2d
     mel_conv1d: nn.Module
     fusion_model: nn.Module
 
-    def __init__(self, audio: Audio, fusion: Fusion | None = None, *, recompute: bool = False):
+    def __init__(
+        self, settings: ViTSettings, fusion: Fusion | None = None, *, recompute: bool = False
+    ):
         super().__init__()
-        width, depth, heads = audio.shape
-        self.width, self.audio, self.fusion = width, audio, fusion or Fusion()
+        (width, depth, heads), patch = settings.shape, settings.patch
+        self.width, self.settings, self.fusion = width, settings, fusion or Fusion()
         if self.fusion.type == "channel_map":
-            self.patch_embed = nn.Conv2d(CHANNELS, width, audio.patch, audio.patch)
+            self.patch_embed = nn.Conv2d(
+                self.fusion.channels, width, settings.patch, settings.patch
+            )
         else:
-            self.patch_embed = PatchEmbed(audio.patch**2, width)
+            self.patch_embed = PatchEmbed(patch**2, width)
         if self.fusion.type.endswith("_2d"):
-            self.mel_conv2d = piece_patches(width, audio.patch, time=2)
+            self.mel_conv2d = piece_patches(width, patch, time=2)
             self.fusion_model = fusion_model(self.fusion.type, width)
         elif self.fusion.type.endswith("_1d"):
-            self.mel_conv1d = piece_mels(audio.mel_bins)
-            self.fusion_model = fusion_model(self.fusion.type, audio.mel_bins)
-        positions = sine_positions(width, audio.grid, audio.pos_grid)
-        self.register_buffer("pos_embed", positions)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, width)) if audio.use_cls else None
+            self.mel_conv1d = piece_mels(settings.mel_bins)
+            self.fusion_model = fusion_model(self.fusion.type, settings.mel_bins)
+        self.register_buffer("pos_embed", settings.positions(width))
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width)) if settings.use_cls else None
         self.blocks = Blocks(
             width,
             depth,
             heads,
-            drop_path=audio.drop_path,
-            backend=audio.attention,
+            drop_path=settings.drop_path,
+            backend=settings.attention,
             recompute=recompute,
         )
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
@@ -95,8 +87,8 @@ class ViT(nn.Module):
 
     def forward(
         self,
-        mel: Tensor,
-        keep: Tensor | None = None,
+        media: Tensor,
+        ids_keep: Tensor | None = None,
         *,
         erase: Tensor | None = None,
         longer: Tensor | None = None,
@@ -104,23 +96,24 @@ class ViT(nn.Module):
         """Encode B clips.
 
         Args:
-            keep: (B, K), the patches that masking left; all of them without.
+            media: (B, 1, T, F) log-mels; (B, 4, T, F) with fusion.
+            ids_keep: (B, K), the patches that masking keeps; None keeps all.
             erase: (B, T, F) bool, cells to set to 0.
             longer: (B,) bool on the CPU, with fusion: the clips to fuse; none without.
         """
-        check_mel(mel, self.audio, self.fusion)
-        mel = mel if erase is None else mel.masked_fill(erase[:, None], 0.0)
-        x = self._embedded(mel, keep, longer)
+        check_media(media, self.settings.input_shape(self.fusion))
+        mel = media if erase is None else media.masked_fill(erase[:, None], 0.0)
+        x = self._embedded(mel, ids_keep, longer)
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], 1)
         x = self.blocks(x)
-        if self.audio.norm_position == "tokens":
+        if self.settings.norm_position == "tokens":
             x = self.norm(x)
             return Encoded(self._pool(x).float(), x)
         return Encoded(self.norm(self._pool(x)).float(), x)
 
-    def _embedded(self, mel: Tensor, keep: Tensor | None, longer: Tensor | None) -> Tensor:
-        """(B, K, D): patches fused, embedded and placed."""
+    def _embedded(self, mel: Tensor, ids_keep: Tensor | None, longer: Tensor | None) -> Tensor:
+        """(B, K, D): patches fused and embedded, their positions added."""
         if longer is None:
             longer = torch.zeros(len(mel), dtype=torch.bool)
         if self.fusion.type.endswith("_1d"):
@@ -129,24 +122,16 @@ class ViT(nn.Module):
             x = self.patch_embed(mel)
         elif self.fusion.type.endswith("_2d"):
             x = self.patch_embed(mel[:, 0], None, torch.zeros_like(self.pos_embed))
-            x = x.transpose(1, 2).unflatten(2, self.audio.grid)
+            x = x.transpose(1, 2).unflatten(2, self.settings.grid)
             pieces = mel[:, 1:]
             x = fuse_patches(self.mel_conv2d, self.fusion_model, x, pieces, longer, time=2)
         else:
-            return self.patch_embed(mel[:, 0], keep, self.pos_embed)
+            return self.patch_embed(mel[:, 0], ids_keep, self.pos_embed)
         x = x.flatten(2).transpose(1, 2) + self.pos_embed
-        return x if keep is None else keep_tokens(x, keep)
+        return x if ids_keep is None else keep_tokens(x, ids_keep)
 
     def _pool(self, x: Tensor) -> Tensor:
-        if self.audio.pool == "cls":
+        if self.settings.pool == "cls":
             return x[:, 0]
-        first = 1 if self.audio.use_cls and self.audio.pool == "mean_patch" else 0
+        first = 1 if self.settings.use_cls and self.settings.pool == "mean_patch" else 0
         return x[:, first:].mean(1, dtype=torch.float32)
-
-
-def check_mel(mel: Tensor, audio: Audio, fusion: Fusion) -> None:
-    """Raise ValueError unless these are the log-mels that an encoder was built for."""
-    shape = (CHANNELS if fusion.on else 1, audio.frames, audio.mel_bins)
-    if mel.shape[1:] != shape:
-        wanted = ", ".join(map(str, shape))
-        raise ValueError(f"mel must be (B, {wanted}), got {tuple(mel.shape)}")

@@ -1,10 +1,10 @@
-"""A log-mel's patches, and where each of them lies.
+"""A log-mel's patches, and their positions.
 
     patches (B, N, patch * patch)    token n = F/patch * time + frequency, pixels (time, frequency)
 
     B clips   N patches of a clip   D width
 
-Source: AudioMAE's patch embedding; its fixed 2-D sine positions (SPEC 4.1, 4.2).
+Source: AudioMAE, arXiv 2207.06405: its patch embedding and fixed 2-D sine positions.
 """
 
 from __future__ import annotations

@@ -1,0 +1,41 @@
+"""The sections `joint` and `decoder`: what joins the encoders, and what reconstructs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from flap_fast.checks import require
+from flap_fast.section import MEANS_WEIGHTS, Count, Positive, Section
+
+
+class Decoder(Section):
+    """Reconstructs the patches that masking dropped, where loss.recon.weight is above 0."""
+
+    width: Count = 512
+    """Width of its blocks."""
+    depth: Count = 4
+    """Blocks."""
+    heads: Annotated[Count, MEANS_WEIGHTS] = 4
+    """Attention heads of a block."""
+
+    @model_validator(mode="after")
+    def _fits(self):
+        require(
+            self.width % self.heads == 0,
+            "decoder.width",
+            f"be a multiple of decoder.heads = {self.heads}",
+            self.width,
+        )
+        require(self.width % 4 == 0, "decoder.width", "be a multiple of 4 (2-D sines)", self.width)
+        return self
+
+
+class Joint(Section):
+    width: Count = 512
+    """Dimension d of the joint space."""
+    temperature: Positive = 0.07
+    """First temperature; the logit scale starts at its inverse."""
+    max_scale: float = Field(default=100.0, ge=1)
+    """The logit scale is clamped to [1, max_scale]."""

@@ -1,0 +1,157 @@
+"""What sections imply for one another: defaults that follow, values that exclude each other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from flap_fast.checks import require
+from flap_fast.encoders import ENCODERS
+from flap_fast.encoders.settings import Ability, Encoder, MediaEncoder
+
+if TYPE_CHECKING:
+    from flap_fast.config import Config
+
+
+def encoder_class(section: str, tree: object) -> type[Encoder] | None:
+    """The arm that a section's tree names; None of an unknown name, which pydantic refuses."""
+    arms = ENCODERS[section]
+    named = tree.get("encoder") if isinstance(tree, dict) else getattr(tree, "encoder", None)
+    return arms.get(str(named)) if named is not None else next(iter(arms.values()))
+
+
+def with_defaults(tree: dict[str, Any] | None) -> dict[str, Any]:
+    """The tree with the defaults that the encoder in force and fusion bring to other sections."""
+    tree = dict(tree or {})
+    section = "audio" if tree.get("image") is None else "image"
+    encoder = encoder_class(section, tree.get(section))
+    if encoder is not None and issubclass(encoder, MediaEncoder):
+        for name, defaults in encoder.defaults.items():
+            _fill(tree, name, defaults)
+    fusion = tree.get("fusion")
+    kind = fusion.get("type") if isinstance(fusion, dict) else getattr(fusion, "type", None)
+    if kind not in (None, "none"):
+        _fill(tree, "audio", {"mel_variant": "htk_none"})
+    return tree
+
+
+def _fill(tree: dict[str, Any], section: str, defaults: dict[str, Any]) -> None:
+    """Fill in what a section does not say, unless it was checked already."""
+    if tree.get(section) is None or isinstance(tree[section], dict):
+        tree[section] = {**defaults, **(tree.get(section) or {})}
+
+
+def check_encoder(config: Config) -> None:
+    """Raise `ConfigError` for what the encoder in force cannot do, in its own words."""
+    encoder = config.encoder
+    if encoder is not config.audio:
+        given = config.audio.model_dump(exclude_defaults=True)
+        rule = f"be left out where {encoder.modality} is set, which replaces the audio encoder"
+        require(not given, "audio", rule, ", ".join(given))
+        rule, backend = f"not be dali_mel with {encoder.named}", config.frontend.backend
+        require(backend != "dali_mel", "frontend.backend", rule, backend)
+        rule, crop = f"be center with {encoder.named}", config.eval.crop
+        require(crop == "center", "eval.crop", rule, crop, "leave it out")
+    _require_ability(config, "mask", "mask.kind", config.mask.kind, "none")
+    _require_ability(config, "reconstruct", "loss.recon.weight", config.loss.recon.weight, 0)
+    _require_ability(config, "fusion", "fusion.type", config.fusion.type, "none")
+    _require_ability(config, "compile", "train.compile", config.train.compile, False)
+    again = config.train.checkpoint_activations
+    if "audio" in again and "recompute" not in encoder.can:
+        rule = f"not name audio with {encoder.named}{_reason(encoder, 'recompute')}"
+        require(False, "train.checkpoint_activations", rule, ", ".join(again))
+    if encoder.specaug == "none":
+        for name in ("time_frames", "freq_bins"):
+            value, rule = getattr(config.specaug, name), f"be 0 with {encoder.named}"
+            require(value == 0, f"specaug.{name}", rule, value, "leave it out")
+
+
+def _require_ability(
+    config: Config, ability: Ability, name: str, value: object, off: object
+) -> None:
+    encoder = config.encoder
+    idle = "off" if off is False else repr(off)
+    rule = f"be {idle} with {encoder.named}{_reason(encoder, ability)}"
+    remedy = f"set {name}={str(off).lower()}"
+    require(ability in encoder.can or value == off, name, rule, value, remedy)
+
+
+def _reason(encoder: MediaEncoder, ability: Ability) -> str:
+    reason = encoder.why_not.get(ability, f"which cannot {ability}")
+    return f", {reason}"
+
+
+def check_sections(config: Config) -> None:
+    """Raise `ConfigError` for values of different sections that exclude each other."""
+    recon = config.loss.recon.weight
+    rule, remedy = "be 0 where nothing is masked", "set mask.kind=2d"
+    require(recon == 0 or config.mask.kind != "none", "loss.recon.weight", rule, recon, remedy)
+    if config.fusion.on:
+        require(
+            config.fusion.max_duration_s >= config.audio.duration_s,
+            "fusion.max_duration_s",
+            f"be at least audio.duration_s = {config.audio.duration_s:g}",
+            config.fusion.max_duration_s,
+        )
+        require(
+            config.fusion.force_one or config.train.zero_stage < 3,
+            "fusion.force_one",
+            "be true with train.zero_stage = 3, whose ranks gather weights in step",
+            config.fusion.force_one,
+        )
+    if config.loss.simcse.weight:
+        rule = "be {} with loss.simcse, whose two views of a sentence differ by dropout alone"
+        require(not config.text.freeze, "text.freeze", rule.format("off"), config.text.freeze)
+        dropout = config.text.dropout
+        require(dropout > 0, "text.dropout", rule.format("above 0"), dropout, "0.1 is usual")
+
+
+def check_before_loading(config: Config, world: int) -> None:
+    """Raise `ConfigError` for what a run of `world` ranks would only trip over later."""
+    batch = config.train.global_batch
+    require(
+        batch % world == 0,
+        "train.global_batch",
+        f"be a multiple of the {world} ranks",
+        batch,
+        f"for example {max(world, batch // world * world)}",
+    )
+    check_micro_batch(config, world)
+    for name in ("init_from", "init_audio_from"):
+        folder, rule = getattr(config.train, name), "be an existing folder of weights"
+        require(folder is None or folder.is_dir(), f"train.{name}", rule, folder, "see flap import")
+    require(bool(config.data.train), "data.train", "name at least one folder of shards", "nothing")
+    rule = "name files of sentences for loss.nli, and for loss.simcse.on = nli"
+    found = bool(config.data.nli) or "premise" not in config.loss.sentences
+    require(found, "data.nli", rule, "nothing")
+    for file in config.data.nli:
+        require(file.exists(), "data.nli", "be existing files or folders of them", file)
+    for name in ("train", "val"):
+        for folder in getattr(config.data, name):
+            require(
+                folder.is_dir(),
+                f"data.{name}",
+                "be existing folders of shards",
+                folder,
+                "write them with: flap prepare MANIFEST OUT (the demo's: make data)",
+            )
+    first = config.data.train[0]
+    require(
+        config.data.captions == "original"
+        or any((folder / "captions.jsonl").is_file() for folder in config.data.train),
+        "data.captions",
+        "be 'original' where no folder of data.train has a captions.jsonl",
+        config.data.captions,
+        f"write it with: flap enrich {first} {first} --model MODEL",
+    )
+
+
+def check_micro_batch(config: Config, world: int) -> None:
+    """Raise `ConfigError` for a train.micro_batch that does not divide a rank's clips."""
+    clips, micro = config.train.global_batch // world, config.train.micro_batch
+    require(
+        micro is None or clips % micro == 0,
+        "train.micro_batch",
+        f"divide the {clips} clips of train.global_batch that a rank of {world} has",
+        micro,
+        f"for example {next((m for m in range(micro or 1, 0, -1) if clips % m == 0), 1)}",
+    )

@@ -1,0 +1,179 @@
+"""The base classes of the audio encoders' settings: the front end, and what masking works with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from flap_fast.checks import require
+from flap_fast.encoders.settings import MediaEncoder
+from flap_fast.section import AFTER_FRONT_END, MEANS_WEIGHTS, Count, Positive, Section
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flap_fast.config import Fusion
+
+# Defaults that follow audio.mel = clap. Source: LAION-CLAP's configuration.
+_CLAP = {
+    "sample_rate_hz": 48_000,
+    "mel_bins": 64,
+    "frames": 1001,
+    "int16_roundtrip": True,
+    # Decibels stay as they are: HTSAT begins with a BatchNorm.
+    "mean": 0.0,
+    "std": 0.5,
+}
+
+
+class Audio(Section):
+    """The front end of an audio encoder: from a waveform to a log-mel."""
+
+    duration_s: Positive = 10.0
+    """Seconds of sound that the model takes: longer clips are cropped, shorter ones filled."""
+    mel: Annotated[Literal["kaldi", "clap"], MEANS_WEIGHTS] = "kaldi"
+    """The front end: Kaldi's (25 ms windows, 16 kHz, natural logarithm), or LAION-CLAP's (1024
+    samples at 48 kHz, decibels; HTSAT's default). Rate, bins and statistics follow it."""
+    mel_variant: Literal["slaney_norm", "htk_none"] = "slaney_norm"
+    """CLAP's mel matrix: Slaney's scale and areas (librosa), or HTK's scale (torchaudio; with
+    fusion.type)."""
+    low_hz: Annotated[float, Field(ge=0)] = 50.0
+    """CLAP's lowest frequency; Kaldi's is 20 Hz."""
+    high_hz: Positive = 14_000.0
+    """CLAP's highest frequency; Kaldi's is half the rate."""
+    int16_roundtrip: Annotated[bool, MEANS_WEIGHTS] = False
+    """Round samples to 16 bits, towards zero, as LAION-CLAP does (on with audio.mel = clap)."""
+    sample_rate_hz: Annotated[int, Field(ge=1000), MEANS_WEIGHTS] = 16_000
+    """Sample rate of the front end; 48 kHz with audio.mel = clap."""
+    mel_bins: Count = 128
+    """Mel bins F; 64 with audio.mel = clap."""
+    frames: Annotated[Count, AFTER_FRONT_END] = 1024
+    """Frames T of the log-mel: 998 frames of 10 s, then rows of zeros; 1001 with audio.mel = clap,
+    none of them of zeros."""
+    mean: Annotated[float, MEANS_WEIGHTS, AFTER_FRONT_END] = -4.2677393
+    """Mean of AudioSet's log-mels, subtracted; 0 with audio.mel = clap."""
+    std: Annotated[Positive, MEANS_WEIGHTS, AFTER_FRONT_END] = 4.5689974
+    """Standard deviation; log-mels are divided by 2 * std. 0.5 with audio.mel = clap."""
+    filling: Literal["repeatpad", "pad", "repeat"] = "repeatpad"
+    """How a short clip is filled: whole repeats then zeros, zeros, or repeats cut off."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _follow_mel(cls, tree):
+        """Defaults that follow the front end."""
+        mel = cls.model_fields["mel"].default
+        if isinstance(tree, dict) and tree.get("mel", mel) == "clap":
+            return {**_CLAP, **tree}
+        return tree
+
+    @property
+    def samples(self) -> int:
+        """Samples of a crop."""
+        return round(self.duration_s * self.sample_rate_hz)
+
+    @property
+    def window(self) -> int:
+        """Samples of a frame: Kaldi's 25 ms, or CLAP's 1024."""
+        return 1024 if self.mel == "clap" else self.sample_rate_hz * 25 // 1000
+
+    @property
+    def hop(self) -> int:
+        """Samples of the 10 ms shift."""
+        return self.sample_rate_hz // 100
+
+    def frames_of(self, samples):
+        """Frames of a sound: those that fit whole into it (Kaldi), or one at each shift (CLAP).
+
+        Of a number, or of a tensor of them.
+        """
+        whole = samples if self.mel == "clap" else samples - self.window
+        return 1 + whole // self.hop
+
+    def front_end(self) -> dict[str, Any]:
+        """The settings that a cached log-mel depends on."""
+        names = Audio.model_fields.keys() - self.marked(AFTER_FRONT_END).keys()
+        return self.model_dump(mode="json", include=set(names))
+
+    @model_validator(mode="after")
+    def _fits(self):
+        least = self.window
+        rule = f"hold one window of {least * 1000 / self.sample_rate_hz:g} ms"
+        require(self.samples >= least, "audio.duration_s", rule, self.duration_s)
+        if self.mel == "clap":
+            rule = f"be in (audio.low_hz = {self.low_hz:g}, half of audio.sample_rate_hz]"
+            fits = self.low_hz < self.high_hz <= self.sample_rate_hz / 2
+            require(fits, "audio.high_hz", rule, self.high_hz)
+        self._check_frames(self.frames_of(self.samples))
+        return self
+
+    def _check_frames(self, held: int, multiple: int = 1) -> None:
+        require(
+            self.frames >= held,
+            "audio.frames",
+            f"hold the {held} frames of audio.duration_s = {self.duration_s:g}",
+            self.frames,
+            f"set audio.frames={-(-held // multiple) * multiple}",
+        )
+
+
+class AudioEncoder(MediaEncoder, Audio):
+    """The settings of an audio encoder and its front end."""
+
+    modality = "audio"
+    specaug = "before"
+    defaults = {"mask": {"kind": "none"}}  # noqa: RUF012 - a ClassVar of the base
+    moved = {  # noqa: RUF012 - a ClassVar of the base
+        "size": ("tiny", "small", "base", "large"),
+        "width": (None,),
+        "depth": (None,),
+        "depths": (None,),
+        "heads": (None,),
+        "patch": (4, 16),
+        "window_patches": (8,),
+        "use_cls": (True,),
+        "pool": ("mean_patch",),
+        "norm_position": ("tokens",),
+        "pos_grid": ("correct",),
+        "drop_path": (0.0, 0.1),
+        "attention": ("sdpa",),
+    }
+
+    def input_shape(self, fusion: Fusion) -> tuple[int, ...]:
+        """(1, T, F); (4, T, F) with fusion."""
+        return fusion.channels, self.frames, self.mel_bins
+
+    def meaning(self) -> dict[str, Any]:
+        found = super().meaning()
+        if self.mel == "clap":
+            found |= {name: getattr(self, name) for name in ("mel_variant", "low_hz", "high_hz")}
+        return found
+
+
+class PatchEncoder(AudioEncoder):
+    """The settings of an audio encoder that masking and a decoder can work with.
+
+    Its tokens are those of the patches kept, in their order, behind `prefix_tokens` others.
+    """
+
+    can = frozenset({"mask", "reconstruct"})
+    defaults = {}  # noqa: RUF012 - a ClassVar of the base
+
+    patch: Count = 16
+    """Side of a square patch, in frames and in bins."""
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    """PyTorch's attention, or xformers' (CUDA only)."""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches along time and along frequency."""
+        return self.frames // self.patch, self.mel_bins // self.patch
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens before those of the patches, such as [CLS]."""
+        return 0
+
+    def positions(self, width: int) -> Tensor:
+        """(N, width) float32: what is added to the patches' embeddings."""
+        raise NotImplementedError

@@ -1,0 +1,89 @@
+"""Settings of FLAP's ViT."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import model_validator
+
+from flap_fast.checks import require
+from flap_fast.encoders.audio_settings import PatchEncoder
+from flap_fast.section import MEANS_WEIGHTS, Count, Ratio
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from flap_fast.config import Config
+
+# Width, depth and heads. Source: AudioMAE's sizes (ViT-S, B, L); `tiny` is the demo's.
+SIZES = {
+    "tiny": (192, 4, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+}
+
+
+class ViTSettings(PatchEncoder):
+    can = frozenset({"mask", "reconstruct", "fusion", "compile", "recompute"})
+
+    encoder: Annotated[Literal["vit"], MEANS_WEIGHTS] = "vit"
+    """FLAP's ViT over the patches that masking keeps."""
+    size: Literal["tiny", "small", "base", "large"] = "base"
+    """Width, depth and heads: 192/4/3, 384/12/6, 768/12/12, 1024/24/16."""
+    width: Count | None = None
+    """Overrides the size's width D."""
+    depth: Count | None = None
+    """Overrides the size's number of blocks."""
+    heads: Count | None = None
+    """Overrides the size's number of heads."""
+    use_cls: bool = True
+    """Prepend a [CLS] token (as AudioMAE's checkpoints do)."""
+    pool: Annotated[Literal["mean_patch", "cls", "mean_all"], MEANS_WEIGHTS] = "mean_patch"
+    """The clip's vector: the mean of the patches, [CLS], or the mean of both."""
+    norm_position: Annotated[Literal["tokens", "pooled"], MEANS_WEIGHTS] = "tokens"
+    """The final LayerNorm on the tokens before pooling, or on the pooled vector."""
+    pos_grid: Literal["correct", "audiomae_legacy"] = "correct"
+    """Grid of the fixed positions; AudioMAE's own table was built for the transposed grid."""
+    drop_path: Ratio = 0.0
+    """Stochastic depth at the last block, growing linearly from 0."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Width, depth and heads in force."""
+        width, depth, heads = SIZES[self.size]
+        return self.width or width, self.depth or depth, self.heads or heads
+
+    @property
+    def prefix_tokens(self) -> int:
+        """1 with [CLS], else 0."""
+        return int(self.use_cls)
+
+    def positions(self, width: int) -> Tensor:
+        """(N, width) float32: fixed 2-D sines."""
+        from flap_fast.encoders.vit.patches import sine_positions
+
+        return sine_positions(width, self.grid, self.pos_grid)
+
+    def meaning(self) -> dict[str, Any]:
+        return super().meaning() | {"heads": self.shape[2]}
+
+    def build(self, config: Config, *, recompute: bool = False) -> nn.Module:
+        from flap_fast.encoders.vit.model import ViT
+
+        return ViT(self, config.fusion, recompute=recompute)
+
+    def _check_frames(self, held: int, multiple: int = 1) -> None:
+        width, _, heads = self.shape
+        require(width % heads == 0, "audio.width", f"be a multiple of audio.heads = {heads}", width)
+        require(width % 4 == 0, "audio.width", "be a multiple of 4 (2-D sine positions)", width)
+        for name in ("frames", "mel_bins"):
+            value, rule = getattr(self, name), f"be a multiple of {self.patch}"
+            require(value % self.patch == 0, f"audio.{name}", rule, value)
+        super()._check_frames(held, self.patch)
+
+    @model_validator(mode="after")
+    def _pools(self):
+        rule = "not be 'cls' without audio.use_cls"
+        require(self.use_cls or self.pool != "cls", "audio.pool", rule, self.pool)
+        return self

@@ -1,0 +1,68 @@
+"""The base of every section of settings: frozen, and strict about names and numbers.
+
+What a setting implies elsewhere stands on its field, as a mark in `Annotated[...]`, never in a list
+of names far away:
+
+    heads: Annotated[Count, MEANS_WEIGHTS] = 4      weights mean something else with another value
+
+A mark on a field that is a section marks all of the section's fields.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Ratio = Annotated[float, Field(ge=0, lt=1)]
+Weight = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Folders = Annotated[
+    tuple[Path, ...], BeforeValidator(lambda v: (v,) if isinstance(v, (str, Path)) else v)
+]
+
+
+class Mark(Enum):
+    """What a setting implies outside of its own section."""
+
+    MEANS_WEIGHTS = "part of what weights mean, and no tensor's shape tells it"
+    FREE_ON_RESUME = "may change when a run is resumed: it moves no weight"
+    AFTER_FRONT_END = "does not change a cached log-mel"
+
+
+MEANS_WEIGHTS, FREE_ON_RESUME, AFTER_FRONT_END = Mark
+
+
+class Section(BaseModel):
+    """Frozen settings; an unknown name is refused."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty(cls, tree):
+        """`mask:` with all its lines commented out means the defaults."""
+        return {} if tree is None else tree
+
+    def marked(self, mark: Mark) -> dict[str, Any]:
+        """The settings that carry a mark, by their names inside this section: {"a.b": value}."""
+        return {name: value for name, (value, marks) in self._settings().items() if mark in marks}
+
+    def _settings(self, above: frozenset[Mark] = frozenset()) -> dict[str, Any]:
+        """Each setting's value and marks, by its dotted name."""
+        found: dict[str, Any] = {}
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            marks = above | {mark for mark in field.metadata if isinstance(mark, Mark)}
+            if isinstance(value, Section):
+                inside = value._settings(marks)
+                found |= {f"{name}.{inner}": setting for inner, setting in inside.items()}
+            else:
+                found[name] = value, marks
+        return found

@@ -1,0 +1,41 @@
+"""What earlier versions wrote still opens; `tests/older/` was written by the version of bc983ae."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from flap_fast.config.file import load_config, parse_config
+from flap_fast.model.model_folder import load_model
+
+OLDER = Path(__file__).parent / "older"
+CONFIGS = Path(__file__).parents[1] / "configs"
+WRITTEN = [json.loads(line) for line in (OLDER / "configs.jsonl").read_text().splitlines()]
+INPUTS = {"vit": (2, 1, 112, 128), "htsat": (2, 4, 101, 16), "clip": (2, 3, 32, 32)}
+
+
+@pytest.mark.parametrize("written", WRITTEN, ids=lambda written: written["name"])
+def test_a_config_that_was_written_out_in_full_means_what_its_file_means(written):
+    """As runs and checkpoints keep it: with every setting, also those of other encoders."""
+    assert parse_config(written["config"]) == load_config(CONFIGS / f"{written['name']}.yaml")
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_a_checkpoint_gives_the_embeddings_that_it_gave(name: str):
+    model, config = load_model(OLDER / name)
+    assert config.encoder.encoder == {"clip": "resnet50"}.get(name, name)
+    torch.manual_seed(2)
+    media = torch.randn(INPUTS[name])
+    ids = torch.tensor([[5, 6, 7, 1], [9, 1, 0, 0]])
+    longer = torch.tensor([True, False]) if config.fusion.on else None
+    wanted = json.loads((OLDER / name / "embeddings.json").read_text())
+    with torch.no_grad():
+        found = {
+            "media": model.embed_media(media, longer=longer),
+            "text": model.embed_text(ids, (ids != 0).long()),
+        }
+    for side, rows in found.items():
+        torch.testing.assert_close(rows, torch.tensor(wanted[side]), rtol=0, atol=1e-6)
