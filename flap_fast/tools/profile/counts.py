@@ -70,16 +70,25 @@ class TowerBytes:
 
     def extended(self, other: TowerBytes, factor: float) -> TowerBytes:
         """This and `factor` times the difference from this to `other`."""
-        names = ("kept", "batch", "gradients")
-        arrays = ((getattr(self, n), getattr(other, n)) for n in names)
-        parts = {n: int(x + factor * (other.parts[n] - x)) for n, x in self.parts.items()}
-        return TowerBytes(*(a + factor * (b - a) for a, b in arrays), parts, self.forward)
+
+        def line(a: Any, b: Any) -> Any:
+            return a + factor * (b - a)
+
+        return TowerBytes(
+            line(self.kept, other.kept),
+            line(self.batch, other.batch),
+            line(self.gradients, other.gradients),
+            {part: int(line(n, other.parts[part])) for part, n in self.parts.items()},
+            self.forward,
+        )
 
     def coarse(self) -> TowerBytes:
-        """The most of a forward, and of a backward."""
-        names, at = ("kept", "batch", "gradients"), [0, self.forward]
-        arrays = (np.maximum.reduceat(getattr(self, n), at) for n in names)
-        return TowerBytes(*arrays, self.parts, 1)
+        """The most of the forward, and of the backward."""
+        phases = [0, self.forward]
+        kept, batch, gradients = (
+            np.maximum.reduceat(x, phases) for x in (self.kept, self.batch, self.gradients)
+        )
+        return TowerBytes(kept, batch, gradients, self.parts, 1)
 
 
 class StepCounts:
@@ -215,10 +224,10 @@ class StepCounts:
             with marked(model, mark):
                 media = {trace.hold(batch.media)}
                 # Far from the end of a run, and from an unmasked tail.
-                inputs = model_inputs(batch, patch_mask_of(batch, config, 1000, 1), config)
+                mask = patch_mask_of(batch, config, 1000, 1)
+                inputs: Any = model_inputs(batch, mask, config)
                 outputs = cast(dict[str, torch.Tensor], model(**inputs))
-                del batch
-                inputs.clear()
+                del batch, mask, inputs
                 trace.in_backward, forward = True, trace.operators
                 trace.mark(LOSS)
                 ends.append((LOSS, forward))

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from flap_fast.config import Config
 from flap_fast.data.batch import Batch
 from flap_fast.model.two_towers import TwoTowers
-from flap_fast.tools.profile.synthetic import input_shape, without_files
+from flap_fast.tools.profile.parts import tensors_in
+from flap_fast.tools.profile.synthetic import without_files
 
 
 class FakeMode(FakeTensorMode):
@@ -35,11 +35,12 @@ class FakeMode(FakeTensorMode):
         super().__init__(allow_non_fake_inputs=True)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        fake = any(isinstance(x, FakeTensor) for x in given)
-        if fake and func is torch.ops.aten._local_scalar_dense.default:
+        if func is torch.ops.prim.device.default:  # asked all the time
+            return args[0].fake_device
+        given = {isinstance(x, FakeTensor) for x in tensors_in((args, kwargs))}
+        if func is torch.ops.aten._local_scalar_dense.default and given == {True}:
             return torch.ones((), dtype=args[0].dtype, device="cpu").numpy().item()
-        if given and not fake:
+        if given == {False}:
             return func(*args, **(kwargs or {}))
         return super().__torch_dispatch__(func, types, args, kwargs)
 
@@ -59,7 +60,7 @@ def traceable(config: Config, *, half: bool) -> Config:
     precision = "bf16" if half else "fp32"
     found = {"train": config.train.model_copy(update={"precision": precision})}
     for name in ("audio", "image", "text"):
-        section = getattr(config, name, None)
+        section: Any = getattr(config, name)
         if getattr(section, "attention", "sdpa") != "sdpa":
             found[name] = section.model_copy(update={"attention": "sdpa"})
     return config.model_copy(update=found)
@@ -84,7 +85,7 @@ def fake_batch(config: Config, clips: int, tokens: int, mode: FakeMode) -> Batch
     """A batch with `tokens` in each sentence; with fusion, every clip is longer than the window."""
     rows = clips * len(config.loss.sentences)
     with mode:
-        media = torch.empty(clips, *input_shape(config))
+        media = torch.empty(clips, *config.encoder.input_shape(config.fusion))
         ids = torch.empty(rows, tokens, dtype=torch.int64)
         sample_index = torch.empty(clips, dtype=torch.int64)
     attention_mask = torch.ones(rows, tokens, dtype=torch.int64)
@@ -99,7 +100,8 @@ def fake_ranks(world: int) -> Iterator[None]:
     Raises:
         RuntimeError: this process is in a process group.
     """
-    if dist.is_available() and dist.is_initialized():
+    joined = dist.is_available() and dist.is_initialized()
+    if joined and not (world == dist.get_world_size() == 1):
         raise RuntimeError("fake ranks must come before the process joins its real ones")
     if world == 1:
         yield

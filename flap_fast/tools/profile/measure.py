@@ -41,7 +41,6 @@ from flap_fast.tools.profile.parts import step_parts
 from flap_fast.tools.profile.search import search as search_micro_batch
 from flap_fast.tools.profile.synthetic import (
     SyntheticLoader,
-    modality,
     without_files,
 )
 from flap_fast.tools.profile.timeline import (
@@ -131,7 +130,7 @@ class _Session:
         out: Path,
     ):
         self.config, self.ranks, self.steps, self.out = config, ranks, steps, out
-        self.counts, self.parts = counts, step_parts(modality(config))
+        self.counts, self.parts = counts, step_parts(config.encoder.modality)
         self.half = takes_bf16(config.train.precision, ranks.device)
         self.memory = Memory(ranks.device)
         self.timeline: Timeline | None = None

@@ -38,7 +38,7 @@ from flap_fast.model.two_towers import Outputs, TwoTowers
 from flap_fast.ranks import Ranks
 from flap_fast.tools.profile.device import Memory, free_bytes
 from flap_fast.tools.profile.memory import divisors, held_bytes
-from flap_fast.tools.profile.synthetic import SyntheticLoader, input_shape, without_files
+from flap_fast.tools.profile.synthetic import SyntheticLoader, without_files
 from flap_fast.train.engine import PlainEngine
 from flap_fast.train.step import Gradients
 
@@ -221,7 +221,7 @@ class Attempts:
     def _held(self, clips: int) -> list[Tensor]:
         """What a step holds of clips in other micro-batches, written to: memory that counts."""
         device = self._ranks.device
-        media_bytes = 4 * prod(input_shape(self._config))
+        media_bytes = 4 * prod(self._config.encoder.input_shape(self._config.fusion))
         sizes = held_bytes(self._config, clips, media_bytes, on_gpu=device.type == "cuda")
         return [torch.ones(n // 4, device=device) for n in sizes.values()]
 

@@ -15,15 +15,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import RobertaConfig
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
 from flap_fast.data.batch import Batch
-from flap_fast.data.preprocess.fusion import CHANNELS
-from flap_fast.data.tokenize import local_folder, tokenizer
+from flap_fast.data.tokenize import local_folder
 from flap_fast.ranks import Ranks
 
 # Captions of 8 to 24 tokens: the clips' captions of AudioCaps and Clotho have 10 to 20 on average.
@@ -32,50 +31,29 @@ SHORTEST, LONGEST = 8, 24
 _MERGES, _MERGES_READ = "bpe_simple_vocab_16e6.txt.gz", 49_408 - 2 * 256 - 2
 
 
-def modality(config: Config) -> str:
-    """What the config's encoder takes: `audio` or `image`."""
-    return "audio" if config.image is None else "image"  # TODO-MERGE: config.encoder.modality
-
-
-def input_shape(config: Config) -> tuple[int, ...]:
-    """Shape of one clip's media: (1, T, F), with fusion (4, T, F), of an image (3, R, R)."""
-    # TODO-MERGE: config.encoder.input_shape(config.fusion)
-    if config.image is not None:
-        return 3, config.image.resolution, config.image.resolution
-    return CHANNELS if config.fusion.on else 1, config.audio.frames, config.audio.mel_bins
-
-
-def vocabulary(config: Config, text: nn.Module) -> tuple[int, int]:
-    """Ids that a text encoder takes, and the one of padding."""
-    # TODO-MERGE: text.vocabulary, text.pad_token_id
-    inner: Any = getattr(text, "inner", None)
-    if inner is not None:
-        return inner.config.vocab_size, inner.config.pad_token_id or 0
-    spoken = tokenizer(config.text).inner
-    return len(spoken), spoken.pad_token_id or 0
-
-
 @contextmanager
 def without_files(config: Config) -> Iterator[Config]:
     """The config with stand-ins for text.folder and text.tokenizer where those are not here.
 
     Build its model with `weights=False` and inside: stand-ins lie in a temporary folder.
     """
-    text = config.text
+    setting, folder = config.text.tokenizer_files
+    if folder == "bytes" or _is_here(setting, folder):
+        yield config
+        return
     with TemporaryDirectory() as stand_in:
-        if text.folder is not None:
-            if not (text.folder.startswith("package:") or Path(text.folder).is_dir()):
-                roberta_base().save_pretrained(stand_in)
-                text = text.model_copy(update={"folder": stand_in})
-        elif text.tokenizer != "bytes" and not _is_here(text.tokenizer):
+        name = setting.removeprefix("text.")
+        if name == "folder":
+            roberta_base().save_pretrained(stand_in)
+        else:
             _save_merges(Path(stand_in))
-            text = text.model_copy(update={"tokenizer": stand_in})
+        text = config.text.model_copy(update={name: stand_in})
         yield config.model_copy(update={"text": text})
 
 
-def _is_here(folder: str) -> bool:
+def _is_here(setting: str, folder: str) -> bool:
     try:
-        local_folder("text.tokenizer", folder)
+        local_folder(setting, folder)
     except ConfigError:
         return False
     return True
@@ -109,13 +87,13 @@ class SyntheticLoader:
     With fusion, every clip is longer than the window.
 
     Args:
-        text: the text encoder, for its vocabulary.
+        text: the text encoder's module, for its vocabulary.
     """
 
-    def __init__(self, config: Config, text: nn.Module, ranks: Ranks):
+    def __init__(self, config: Config, text: Any, ranks: Ranks):
         self.steps_per_epoch = 10**9
         self._config, self._ranks = config, ranks
-        self._ids, self._pad = vocabulary(config, text)
+        self._ids, self._pad = text.vocabulary, text.pad_token_id
 
     def batches(self, first: int, last: int, *, times: int = 1) -> Iterator[Batch]:
         """The (micro-)batches of steps `first` up to, not including, `last`.
@@ -127,7 +105,9 @@ class SyntheticLoader:
         whole, micro_batches = config.train.global_batch, config.train.micro_batches(ranks.world)
         clips = whole // ranks.world // micro_batches
         generator = torch.Generator().manual_seed(config.run.seed + ranks.rank)
-        media = torch.randn(clips, *input_shape(config), generator=generator).to(device)
+        media = torch.randn(
+            clips, *config.encoder.input_shape(config.fusion), generator=generator
+        ).to(device)
         ids, attention_mask = self._captions(clips, generator)
         ids, attention_mask = ids.to(device), attention_mask.to(device)
         longer = torch.ones(clips, dtype=torch.bool) if config.fusion.on else None

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count, shape_wrapper
+
+from flap_fast.tools.profile.parts import tensors_in
 
 Array = np.ndarray
 
@@ -60,13 +61,15 @@ class Trace(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:  # asked all the time
+            return func(*args)
         result = func(*args, **kwargs)
         if formula := self._formulas.get(func._overloadpacket):
             phase = "forward"
             if self.in_backward:  # autograd's own products run without grad mode
                 phase = "recomputed" if torch.is_grad_enabled() else "backward"
             self._flop[self.part][phase] += formula(*args, **kwargs, out_val=result)
-        for leaf in (result,) if isinstance(result, Tensor) else tree_leaves(result):
+        for leaf in tensors_in(result):
             if isinstance(leaf, FakeTensor):
                 self.hold(leaf)
         self._ends.append(len(self._changes))

@@ -36,7 +36,7 @@ from flap_fast.tools.profile.traffic import (
 from flap_fast.train.engine import BUCKET_NUMBERS, DeepSpeedEngine, Engine, PlainEngine
 from flap_fast.train.step import Gradients
 from tests.ranks import on_ranks
-from tests.tiny import tiny
+from tests.tiny import HTSAT, tiny, tiny_clip
 from tests.tools.profile.live import Live, tensors_of
 
 DIRECTIONS = ("symmetric", "a2t", "t2a")
@@ -259,14 +259,32 @@ STEPS = [
     ("train.micro_batch=8", *RECON, "specaug.time_frames=0", "specaug.freq_bins=0"),
     ("joint.width=512", *CYCLIC, "loss.cyclic.form=gram", "train.micro_batch=2"),
     ("joint.width=512", *CYCLIC, "loss.cyclic.form=tiled", "train.micro_batch=2"),
+    ("text.dropout=0.1", "loss.simcse.weight=1", "train.micro_batch=8"),
+    ("loss.nli.weight=1", "loss.simcse.weight=1", "loss.simcse.on=nli", "text.dropout=0.1"),
+    ("fusion.type=aff_2d", "fusion.max_duration_s=2"),
+    ("loss.contrastive.weight=0", *RECON),
+]
+OTHER_ENCODERS = [
+    tiny(*HTSAT, "train.global_batch=32"),
+    tiny(*HTSAT, "train.global_batch=32", "train.micro_batch=8", "train.precision=bf16"),
+    tiny_clip("train.global_batch=32"),
+    tiny_clip("train.global_batch=32", "train.micro_batch=8", "text.dropout=0.1"),
 ]
 
 
 @pytest.mark.parametrize("overrides", STEPS)
 def test_the_predicted_peak_is_that_of_the_trainers_step_within_a_tenth(overrides: tuple):
-    """Of all tensors through both passes, with log-mels kept and decoded again."""
+    """Of all tensors through both passes, with media kept and decoded again."""
     wide = ("audio.width=64", "audio.depth=6", "text.width=64", "text.depth=6")
-    config = tiny(*wide, "train.global_batch=32", *overrides)
+    compare_peaks(tiny(*wide, "train.global_batch=32", *overrides))
+
+
+@pytest.mark.parametrize("config", OTHER_ENCODERS)
+def test_the_predicted_peak_of_other_encoders_is_right_within_a_tenth(config: Config):
+    compare_peaks(config)
+
+
+def compare_peaks(config: Config) -> None:
     ranks = Ranks()
     engine = PlainEngine(config, TwoTowers(config).train(), ranks)
     loader = SyntheticLoader(config, engine.module.text, ranks)
@@ -278,7 +296,9 @@ def test_the_predicted_peak_is_that_of_the_trainers_step_within_a_tenth(override
         gradients(2, batches)
         engine.step(1e-4)
     counts = StepCounts(config, half=config.train.precision == "bf16", on_gpu=False)
-    tokens = sum(caption_lengths(32, config.text.max_tokens)) // 32
+    lengths = caption_lengths(32, config.text.max_tokens)
+    packs = config.text.encoder != "clip"
+    tokens = sum(lengths) // 32 if packs else max(lengths)
     predicted = footprint(config, counts, 32, tokens, 1, engine="plain", on_gpu=False)
     assert predicted.peak == pytest.approx(live.most, rel=0.1)
 
@@ -420,7 +440,7 @@ def test_offloaded_adam_takes_the_cpus_time_and_its_memory():
 def test_every_shipped_config_is_planned(file: Path):
     config = load_config(file)
     planned = plan(config, Machine(gpus=default_gpus(config)))
-    modality = "image" if config.image else "audio"
+    modality = config.encoder.modality
     assert list(planned.flop)[:2] == [f"{modality} tower", "text tower"]
     assert ("decoder" in planned.flop) == bool(config.loss.recon.weight)
     assert all(flop.forward > 0 for flop in planned.flop.values())
