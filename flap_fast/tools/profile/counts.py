@@ -9,8 +9,8 @@ those of two sizes, operator by operator.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
@@ -23,8 +23,8 @@ from flap_fast.config import Config
 from flap_fast.losses import total_loss
 from flap_fast.model.two_towers import Outputs, TwoTowers
 from flap_fast.tools.profile.fake import (
-    AttentionAsOnGPU,
     FakeMode,
+    attention_without_dropout,
     fake_batch,
     fake_model,
     fake_ranks,
@@ -214,7 +214,8 @@ class StepCounts:
         weights = [*model.parameters(), *model.buffers()]
         ends: list[tuple[str, int]] = []
         batch = fake_batch(config, clips, tokens, self._mode)
-        with self._mode, self._attention(), Trace(weights) as trace:
+        attention = attention_without_dropout() if self._on_gpu else nullcontext()
+        with self._mode, attention, Trace(weights) as trace:
 
             def mark(part: str) -> None:
                 if not trace.in_backward:
@@ -246,14 +247,6 @@ class StepCounts:
             before = now
         found = TowerBytes(live[2], live[0], live[1], dict(parts), forward)
         return trace.flop(), found
-
-    @contextmanager
-    def _attention(self) -> Iterator[None]:
-        if self._on_gpu:
-            with AttentionAsOnGPU():
-                yield
-        else:
-            yield
 
 
 def two_passes(config: Config, world: int) -> bool:

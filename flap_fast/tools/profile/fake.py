@@ -15,8 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
+from torch.nn import functional
 
 from flap_fast.config import Config
 from flap_fast.data.batch import Batch
@@ -45,14 +44,20 @@ class FakeMode(FakeTensorMode):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-class AttentionAsOnGPU(TorchFunctionMode):
-    """Attention without dropout: a GPU's fused one keeps no probabilities, with dropout or not."""
+@contextmanager
+def attention_without_dropout() -> Iterator[None]:
+    """Inside, attention has no dropout: a GPU's fused one keeps no probabilities with it either."""
+    real = functional.scaled_dot_product_attention
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is scaled_dot_product_attention:
-            kwargs["dropout_p"] = 0.0
-        return func(*args, **kwargs)
+    def attention(*tensors: Tensor, **options: Any) -> Tensor:
+        return real(*tensors, **{**options, "dropout_p": 0.0})
+
+    # Not by a TorchFunctionMode: in the backward, where blocks are recomputed, none is active.
+    functional.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = real
 
 
 def traceable(config: Config, *, half: bool) -> Config:

@@ -179,6 +179,13 @@ def _plan(config: Config, machine: Machine, engine: str) -> Plan:
 
     limit = machine.memory_gib * 2**30
     at_once = config.train.micro_batch or 1
+
+    def largest(clips: int) -> int:
+        """The most clips of a rank that fit, by the losses of about so many."""
+        batch = clips * world
+        return at_once * _largest(lambda n: memory(n * at_once, global_batch=batch).peak, limit)
+
+    fits = memory(clips).peak <= limit
     fitting = (m for m in divisors(clips) if memory(clips, micro_batch=m).peak <= limit)
     return Plan(
         machine=machine,
@@ -189,7 +196,7 @@ def _plan(config: Config, machine: Machine, engine: str) -> Plan:
         clips=clips,
         parameters=parameters(counts),
         memory=memory(clips),
-        largest_clips=at_once * _largest(lambda n: memory(n * at_once).peak, limit),
+        largest_clips=largest(clips) if fits else largest(largest(clips) or clips),
         largest_micro_batch=max(fitting, default=0),
         micro_batches=config.train.micro_batches(world),
         flop=flop,
