@@ -49,7 +49,7 @@ def attention_without_dropout() -> Iterator[None]:
     """Inside, attention has no dropout: a GPU's fused one keeps no probabilities with it either."""
     real = functional.scaled_dot_product_attention
 
-    def attention(*tensors: Tensor, **options: Any) -> Tensor:
+    def attention(*tensors: Any, **options: Any) -> Tensor:
         return real(*tensors, **{**options, "dropout_p": 0.0})
 
     # Not by a TorchFunctionMode: in the backward, where blocks are recomputed, none is active.

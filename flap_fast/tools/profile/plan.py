@@ -51,7 +51,7 @@ class Machine:
     memory_bytes_per_s: float = 3e12
     """Read and written, for the optimizer."""
     host_bytes_per_s: float = 25e9
-    """The same of a CPU's memory, for each rank, where train.offload has the optimizer there."""
+    """The same of a CPU's memory, for each rank, where train.offload keeps the optimizer."""
     host_link_bytes_per_s: float = 50e9
     """Between a GPU and its CPU's memory, one way."""
     caption_tokens: int = LONGEST
@@ -143,7 +143,7 @@ def plan(config: Config, machine: Machine) -> Plan:
     """Predict a step.
 
     Raises:
-        ConfigError: ranks that cannot share the batch or the nodes, or the nodes' ranks.
+        ConfigError: the batch or the ranks cannot be divided evenly, or the engine cannot do it.
     """
     machine.check()
     batch, world = config.train.global_batch, machine.gpus
@@ -217,7 +217,7 @@ def _scheme(config: Config, clips: int, world: int) -> str:
 
 
 def _optimizer_s(config: Config, machine: Machine, parameters: Parameters, stage: int) -> float:
-    """Adam over a rank's share; on a CPU, with gradients going down and weights coming up."""
+    """Seconds of Adam over a rank's slice; on a CPU, with gradients and weights sent to and fro."""
     numbers = parameters.trained / (machine.gpus if stage else 1)
     if config.train.offload == "none":
         return _ADAM_BYTES * numbers / machine.memory_bytes_per_s

@@ -1,4 +1,4 @@
-"""A profile and a plan as a person reads them: at most 80 columns, also through a pipe."""
+"""Tables of a profile and of a plan: at most 80 columns, also through a pipe."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MIB = 2**20
 
 
 def profile_table(found: dict[str, Any]) -> RenderableType:
-    """What `flap profile` prints of a profile.json."""
+    """The output of `flap profile`, from a profile.json."""
     step_ms, ceiling = found["step_ms"], found["ceiling_flop_per_s"]
     least, median, most = found["step_ms_least_median_most"]
     unit, name = (1e12, "TFLOP") if ceiling >= 1e12 else (1e9, "GFLOP")
@@ -54,7 +54,7 @@ def _passes(found: dict[str, Any]) -> str:
 
 
 def plan_table(planned: Plan) -> RenderableType:
-    """What `flap plan` prints."""
+    """The output of `flap plan`."""
     return Group(
         Text(_head(planned)), _memory(planned), _time(planned), Text(_assumptions(planned.machine))
     )

@@ -21,10 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flap_fast.tools.profile.parts import tensors_in
 
-# The share of n that each rank sends, in units of (W-1)/W.
+# The fraction of n that each rank sends, in units of (W-1)/W.
 _TIMES = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "broadcast": 1, "reduce": 1}
 _FLOAT, _DOUBLE = 4, 8
-# DeepSpeed aligns a rank's part of a flat group of parameters to this many numbers.
+# DeepSpeed aligns a rank's slice of a flat group of parameters to this many numbers.
 _ALIGNED = 2
 # ZeRO-3 shards no parameter of at most so many numbers; its default, as deepspeed_config leaves it.
 _PERSISTENT = 100_000
