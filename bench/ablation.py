@@ -1,13 +1,12 @@
-"""A relative ablation on the demo's sounds: the same budget and seeds for every system.
+"""Relative ablations on the demo's sounds: the same steps and seeds for every system.
 
     make data && python -m bench.ablation masking [--seeds 3] [--steps 150] [--jobs 2]
     make data && python -m bench.ablation objectives --steps 100
 
 Each run is `flap train configs/demo.yaml` with the overrides below, a smaller tower and one thread,
-scored once, at its end, on the demo's 64 validation clips. Throughput is measured afterwards,
-system by system, alone. A finished run is not repeated, so the command goes on where it was
-stopped. On a data set this small the spread between seeds is large: a difference within it says
-nothing.
+scored once, at its end, on the demo's 64 validation clips. Throughput is measured afterwards, one
+system at a time. A finished run is not repeated, so a stopped command can be resumed. On a data set
+this small the spread between seeds is large: a difference within it is no evidence.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from flap_fast.config.file import load_config
 from flap_fast.evaluate.flops import encoder_flops
 from flap_fast.evaluate.run import selection_score
 
-# Half of the demo's seconds, which most of its sounds fit in, and a ninth of its parameters.
+# Half of the demo's duration, which most of its sounds fit in, and a ninth of its parameters.
 _SMALL = ("audio.duration_s=2.5", "audio.frames=256", "audio.width=96", "audio.depth=3")
 _DECODER = ("loss.recon.weight=1", "decoder.width=96", "decoder.depth=2")
 ABLATIONS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -39,7 +38,7 @@ ABLATIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "2-D 0.2/0.2 + reconstruction": ("mask.kind=2d", *_DECODER),
     },
 }
-# From scratch at 16 kHz, for the demo's shards are: an HTSAT of two stages, a small RoBERTa.
+# From scratch, at the 16 kHz of the demo's shards: an HTSAT of two stages, a small RoBERTa.
 _CLAP = (
     *("audio.encoder=htsat", "audio.mel=clap", "audio.sample_rate_hz=16000", "audio.high_hz=8000"),
     *("audio.frames=251", "audio.mel_bins=32", "audio.depth=null", "audio.depths=[2,2]"),
@@ -57,7 +56,7 @@ _TIMED_STEPS = 16
 
 
 def main() -> None:
-    """Train what is missing, time each system, store and print the table."""
+    """Train the missing runs, time each system, store and print the table."""
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("ablation", choices=ABLATIONS)
     arguments.add_argument("--seeds", type=int, default=3)
@@ -98,7 +97,7 @@ def main() -> None:
 def _score(
     systems: dict[str, tuple[str, ...]], name: str, seed: int, steps: int
 ) -> dict[str, float]:
-    """Of a run on the validation clips, trained now if it was not before."""
+    """A run's scores on the validation clips; trains it if it was not trained before."""
     folder = f"{name}-{seed}-{steps}".replace("/", "_").replace(" ", "_").replace("+", "and")
     done = _RUNS / folder / "eval.json"
     if not done.is_file():
@@ -113,13 +112,13 @@ def _score(
 
 
 def _gflops(overrides: tuple[str, ...]) -> float:
-    """Of the audio encoder's forward pass over one clip, as it trains."""
+    """GFLOP of the audio encoder's forward pass over one clip, masked as in training."""
     config = load_config(ROOT / "configs/demo.yaml", [*_SMALL, *overrides])
-    return encoder_flops(config.audio, config.mask, fused=True) / 1e9
+    return encoder_flops(config, fused=True) / 1e9
 
 
 def _throughput(name: str, overrides: tuple[str, ...]) -> float:
-    """Median clips/s of some steps after the first few, one run alone with one thread."""
+    """Median clips/s of some steps after the first few, of one run with one thread."""
     folder = f"timed-{name}".replace("/", "_").replace(" ", "_").replace("+", "and")
     shutil.rmtree(_RUNS / folder, ignore_errors=True)
     _train(folder, f"train.steps={_TIMED_STEPS}", "log.every_steps=1", "data.val=[]", *overrides)

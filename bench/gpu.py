@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from bench import contract, report
+from bench import gpu_tests, report
 from bench.machine import ROOT, machine, save
 from bench.measure import ceilings
 from bench.peers import ours
@@ -67,9 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
         "quick": asked.quick,
         "machine": facts,
         "ceilings": ceilings(asked.device, **small),
-        "contract": contract.run(asked.device, quick=asked.quick, limit_s=tests_s),
+        "gpu_tests": gpu_tests.run(asked.device, quick=asked.quick, limit_s=tests_s),
     }
-    print(contract.sentence(result["contract"]))
+    print(gpu_tests.sentence(result["gpu_tests"]))
     chosen = [task for task in tasks(asked.device, quick=asked.quick) if _wanted(task, asked.ops)]
     without = [name for name in asked.without.split(",") if name]
     rows = sweep(chosen, asked.device, deadline, budget_s=budget_s, hang_s=hang_s, without=without)
@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(report.sweep_table(result))
     print(f"{time.monotonic() - begun:.0f} s; written: {file}, {out / 'RESULTS.md'}")
     broken = [row for row in rows if row.provider == ours(asked.device) and row.status == "failed"]
-    return 1 if broken or contract.is_red(result["contract"]) else 0
+    return 1 if broken or gpu_tests.is_red(result["gpu_tests"]) else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -118,7 +118,7 @@ def sweep(
     barred: dict[str, dict[str, str]] = {task.name: {} for task in order}
     for task in order:
         for name in providers(task.op, device):
-            if any(part in name for part in without):
+            if any(piece in name for piece in without):
                 barred[task.name][name] = "left out: on request"
     done: dict[int, list[Row]] = {}
     while len(done) < len(order) and time.monotonic() < deadline:

@@ -2,9 +2,9 @@
 
     python -m bench.infonce_cpu [--write]      about 2 minutes; all cores, so leave them alone
 
-Forward and backward in float32, one process, both with a learnable scale. Ours is the plain path:
-row chunks in PyTorch, one exponential a logit. The ratios are printed last. --write stores the
-result in bench/results and makes bench/RESULTS.md anew.
+Forward and backward in float32, one process, both with a learnable scale. Ours is the backend in
+plain PyTorch: tile by tile, one exponential a logit. The ratios are printed last. --write stores
+the result in bench/results and makes bench/RESULTS.md anew.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from torch import Tensor
 from bench import report
 from bench.machine import machine, save
 from bench.measure import Call, Timing, interleaved, peak_bytes
-from bench.peers import Way, open_clip_form, ours
+from bench.peers import Function, open_clip_form, ours
 from bench.tasks import D, gradients, pairs
 from flap_kernels import infonce
 
 B, B_LARGE = 8192, 32_768
 OURS, PEER = ours("cpu"), "open_clip's form"
-WAYS: dict[str, Way] = {OURS: infonce, PEER: open_clip_form}
+FUNCTIONS: dict[str, Function] = {OURS: infonce, PEER: open_clip_form}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,21 +51,21 @@ def main(arguments: list[str] | None = None) -> int:
             f"{row['peak_mib']:6.0f} MiB above the inputs{error}"
         )
     figures = result["figures"]
-    print(f"{B_LARGE} x {D}: {figures['large_gb']:.3f} GB above the inputs (goal <= 1)")
+    print(f"{B_LARGE} x {D}: {figures['large_gb']:.3f} GB above the inputs (target <= 1)")
     print(
-        f"ours over {PEER}: time {figures['time_ratio']:.3f} (goal <= 0.75), "
-        f"extra peak memory {figures['memory_ratio']:.3f} (goal <= {1 / 6:.3f})"
+        f"ours over {PEER}: time {figures['time_ratio']:.3f} (target <= 0.75), "
+        f"extra peak memory {figures['memory_ratio']:.3f} (target <= {1 / 6:.3f})"
     )
     return 0
 
 
 def measure(B: int, B_large: int, rounds: int) -> dict[str, Any]:
-    """Rows of both at B, of ours at B_large, and the figures that the goals are about."""
-    steps = {name: _step(way, B) for name, way in WAYS.items()}
+    """Rows of both at B, of ours at B_large, and the figures that the targets are about."""
+    steps = {name: _step(function, B) for name, function in FUNCTIONS.items()}
     found = {name: step() for name, step in steps.items()}
     peaks = {name: _peak(step) for name, step in steps.items()}
     times = interleaved(steps, "cpu", budget_s=0, least_rounds=rounds)
-    truth = _step(infonce, B, wide=True)()
+    truth = _step(infonce, B, float64=True)()
     rows = [
         {
             "provider": name,
@@ -90,14 +90,14 @@ def measure(B: int, B_large: int, rounds: int) -> dict[str, Any]:
     return {"rows": rows, "figures": figures}
 
 
-def _step(way: Way, B: int, *, wide: bool = False) -> Callable[[], list[Tensor]]:
-    """The loss and its gradients; in float64 if `wide`: tiles that tests hold to the reference."""
+def _step(function: Function, B: int, *, float64: bool = False) -> Callable[[], list[Tensor]]:
+    """The loss and its gradients, in float32 or by the same tiles in float64."""
     given = pairs(B, "cpu")
-    if wide:
+    if float64:
         given = {name: x.detach().double().requires_grad_() for name, x in given.items()}
 
     def step() -> list[Tensor]:
-        loss = way(**given)
+        loss = function(**given)
         return [loss.detach(), *gradients(loss, given, None)]
 
     return step

@@ -3,8 +3,9 @@
     python -m bench.infonce_precision [--clips 4608]      half a minute on a CPU
 
 `ieee` is the op itself. `tf32` and `bf16` round the operands by hand, as the kernels do, in all
-three products (the logits, and the weights with either side); sums stay in float32. Tests hold the
-kernels to that. `cut off` is tf32 as tensor cores alone would make it. Speed is for a GPU to say.
+three products (the logits, and dlogits with the embeddings of either); sums stay in float32. Tests
+hold the kernels to that. `cut off` is tf32 as tensor cores alone would make it. Speed is for a GPU
+to say.
 """
 
 from __future__ import annotations
@@ -52,11 +53,11 @@ def rounded(audio: Tensor, text: Tensor, scale: Tensor, precision: str) -> list[
     target = torch.arange(B, device=audio.device)
     loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
     # Minus the positive before rounding: what is left of p - 1 is small where p is nearly 1.
-    weights = (logits.softmax(1) + logits.softmax(0) - 2 * torch.eye(B).to(logits)) / 2
-    of_scale = (weights * cosines).sum() / B
-    weights = kept(weights)
+    dlogits = (logits.softmax(1) + logits.softmax(0) - 2 * torch.eye(B).to(logits)) / 2
+    of_scale = (dlogits * cosines).sum() / B
+    dlogits = kept(dlogits)
     step = scale / B
-    gradients = [step * (weights @ t), step * (weights.T @ a)]
+    gradients = [step * (dlogits @ t), step * (dlogits.T @ a)]
     if precision == "bf16":  # a GPU's gradients come in the embeddings' type
         gradients = [kept(gradient) for gradient in gradients]
     return [loss, *gradients, of_scale]
@@ -87,10 +88,10 @@ def alike(B: int, d: int, seed: int) -> tuple[Tensor, Tensor]:
     return audio, F.normalize(audio + noise, dim=1)
 
 
-def loss_and_gradients(way: Callable[..., Tensor], *given: Tensor) -> list[Tensor]:
+def loss_and_gradients(function: Callable[..., Tensor], *given: Tensor) -> list[Tensor]:
     """Of a loss of (audio, text, scale)."""
     leaves = [x.detach().clone().requires_grad_() for x in given]
-    loss = way(*leaves)
+    loss = function(*leaves)
     return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
 

@@ -17,8 +17,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench.programs import Arch, Program
 from flap_kernels.launch import interpreted
-from flap_kernels.spec import Arch, Program
 
 TENSOR_CORE: dict[int, str] = {80: "HMMA", 90: "HGMMA", 100: "UTC*MMA"}
 """The instruction that multiplies matrices at a chip's full rate; HGMMA is a warp group's."""

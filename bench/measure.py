@@ -51,7 +51,7 @@ class Timing:
     def of(cls, times_ms: list[float]) -> Timing:
         """That of some measured times, one at least."""
         ranked = sorted(times_ms)
-        at = [ranked[round(share * (len(ranked) - 1))] for share in (0.2, 0.8)]
+        at = [ranked[round(fraction * (len(ranked) - 1))] for fraction in (0.2, 0.8)]
         return cls(statistics.median(ranked), at[0], at[1], len(ranked))
 
 
@@ -81,10 +81,10 @@ def _cuda_turns(
     calls: Mapping[str, Call], budget_s: float, least_rounds: int
 ) -> dict[str, list[float]]:
     turns = max(_TURNS, least_rounds)
-    share_ms = 1000 * budget_s / max(len(calls), 1) / turns
+    turn_ms = 1000 * budget_s / max(len(calls), 1) / turns
     once_ms = {name: _cuda_times(call, 1)[0] for name, call in calls.items()}
-    # A call that takes longer than its share has few rounds: this one counts.
-    slow = {name for name, once in once_ms.items() if once > share_ms}
+    # A call that takes longer than its turn has few rounds: this one counts.
+    slow = {name for name, once in once_ms.items() if once > turn_ms}
     times = {name: [once] if name in slow else [] for name, once in once_ms.items()}
     for _ in range(turns):
         for name, call in calls.items():
@@ -93,7 +93,7 @@ def _cuda_turns(
             torch.cuda.empty_cache()  # no other call's blocks, and no search for room while timed
             if once_ms[name] < 1000:
                 call()
-            count = min(_IN_A_ROW, max(1, math.floor(share_ms / max(once_ms[name], 1e-3))))
+            count = min(_IN_A_ROW, max(1, math.floor(turn_ms / max(once_ms[name], 1e-3))))
             times[name] += _cuda_times(call, count)
     return times
 

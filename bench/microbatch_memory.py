@@ -1,12 +1,12 @@
-"""Peak memory of steps in micro-batches: of the micro-batch, not of the batch or the ranks.
+"""Peak memory of steps with cached gradients: it follows the micro-batch, not batch or ranks.
 
     python -m bench.microbatch_memory [--write]      some minutes; 2048 clips of noise, tiny towers
 
-A row is a training of its own processes, one a rank: loader, both passes, Adam, 3 steps. Its number
+Each row trains in processes of its own, one a rank: loader, both passes, Adam, 3 steps. Its number
 is the peak resident memory above what was resident when model, engine and data were loaded, of the
-rank that took most. Each rank has a share of 64 or of 512 clips, in micro-batches of 32: the ratio
-of the two is what matters, on 1, 2 and 4 ranks. On a CPU `train.replay=auto` decodes sounds again;
-`keep` holds log-mels. --write stores the result in bench/results and makes bench/RESULTS.md anew.
+rank that took most. Each rank takes 64 or 512 clips, in micro-batches of 32: what matters is the
+ratio of the two, on 1, 2 and 4 ranks. On a CPU `train.replay=auto` decodes sounds again; `keep`
+caches inputs. --write stores the result in bench/results and regenerates bench/RESULTS.md.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ SETTINGS = (
     *("audio.frames=256", "text.width=64", "text.depth=2", "text.heads=2", "frontend.threads=1"),
     *("loss.recon.weight=1", "decoder.width=64", "decoder.depth=2", "decoder.heads=2"),
 )
-# Tells a process of a row what to take.
+# Environment variable with the row that a process trains.
 _ROW = "FLAP_BENCH_ROW"
 RANKS, FEW, MANY = (1, 2, 4), 64, 512
 # Ranks, the global batch, train.replay.
 ROWS = (
-    *((ranks, ranks * share, "auto") for ranks in RANKS for share in (FEW, MANY)),
+    *((ranks, ranks * clips, "auto") for ranks in RANKS for clips in (FEW, MANY)),
     *((ranks, MANY, "auto") for ranks in RANKS[1:]),
     (1, MANY, "keep"),
 )
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def measure() -> dict[str, Any]:
-    """Every row, printed as it comes, and the ratios."""
+    """Train and print every row; the rows and their ratios."""
     peaks = {}
     with tempfile.TemporaryDirectory() as folder:
         write_shards(Path(folder), clips=max(RANKS) * MANY)
@@ -76,7 +76,7 @@ def measure() -> dict[str, Any]:
 
 
 def figures(peaks: dict[tuple[int, int, str], float]) -> dict[str, float]:
-    """Of a share of 512 clips over one of 64, by ranks; and of 512 clips over ranks."""
+    """Ratios of 512 clips a rank to 64, for each number of ranks; and of 512 clips over ranks."""
     found = {
         f"{MANY} over {FEW} clips a rank, {ranks} rank(s)": peaks[ranks, ranks * MANY, "auto"]
         / peaks[ranks, ranks * FEW, "auto"]
@@ -89,7 +89,7 @@ def figures(peaks: dict[tuple[int, int, str], float]) -> dict[str, float]:
 
 
 def write_shards(folder: Path, clips: int) -> None:
-    """Seconds of noise, each with its caption."""
+    """Write shards of one second of noise, each with its caption."""
     import numpy as np
     import soundfile
 
@@ -104,7 +104,7 @@ def write_shards(folder: Path, clips: int) -> None:
 
 
 def peak_mib(folder: Path, ranks: int, clips: int, replay: str) -> float:
-    """The most that any rank of a training took."""
+    """The peak memory of a training's ranks, of the rank that took most."""
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]
@@ -123,14 +123,14 @@ def peak_mib(folder: Path, ranks: int, clips: int, replay: str) -> float:
         )
         for r in range(ranks)
     ]
-    said = [process.communicate()[0] for process in started]
+    printed = [process.communicate()[0] for process in started]
     if any(process.returncode for process in started):
-        raise RuntimeError("a rank failed; what it said stands above")
-    return max(float(lines.split()[-1]) for lines in said)
+        raise RuntimeError("a rank failed; its output is above")
+    return max(float(lines.split()[-1]) for lines in printed)
 
 
 def take_steps(folder: Path, clips: int, replay: str) -> float:
-    """Train; peak resident MiB above what was resident before the first batch."""
+    """Train some steps; peak resident MiB above those before the first batch."""
     from flap_fast.config.file import load_config
     from flap_fast.data.loader import TrainingLoader
     from flap_fast.data.shards import open_shards
@@ -159,7 +159,7 @@ def take_steps(folder: Path, clips: int, replay: str) -> float:
 
 
 def resident_mib(field: str) -> float:
-    """What Linux says of this process: VmRSS now, VmHWM at most."""
+    """A field of /proc/self/status: VmRSS is resident now, VmHWM the peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 

@@ -1,4 +1,4 @@
-"""AudioMAE's way with patches, written out in PyTorch, and what the ops of patches are tried on.
+"""AudioMAE's operations on patches in PyTorch, and the arguments of the ops of patches.
 
 The masks are the paper's: of 64 x 8 patches, 51 columns and 6 rows of each stay, 306 of 512.
 """
@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flap_kernels import draw_plan, keep_tokens, masked_mse
+from flap_kernels import draw_patch_mask, gather_tokens, masked_mse
 
 T, BINS, P, N, D, H = 1024, 128, 16, 512, 768, 512
-PLAN = {
+MASK = {
     "seed": 0,
     "streams": (3, 4),
     "grid": (64, 8),
@@ -30,31 +30,31 @@ def _whole_index(index: Tensor, width: int) -> Tensor:
     return index.unsqueeze(-1).repeat(1, 1, width)
 
 
-def _embed(mel, keep, weight, bias, position):
+def _embed(mel, ids_keep, weight, bias, position):
     x = F.conv2d(mel[:, None], weight.view(-1, 1, P, P), bias, stride=P)
     x = x.flatten(2).transpose(1, 2) + position
-    return x.gather(1, _whole_index(keep, x.shape[2]))
+    return x.gather(1, _whole_index(ids_keep, x.shape[2]))
 
 
-def _keep(x, keep):
-    return x.gather(1, _whole_index(keep, x.shape[2]))
+def _gather(x, ids_keep):
+    return x.gather(1, _whole_index(ids_keep, x.shape[2]))
 
 
-def _restore(y, restore, mask_token, position):
-    masks = mask_token.repeat(y.shape[0], restore.shape[1] - y.shape[1], 1)
+def _unshuffle(y, ids_restore, mask_token, position):
+    masks = mask_token.repeat(y.shape[0], ids_restore.shape[1] - y.shape[1], 1)
     x = torch.cat([y, masks.to(y.dtype)], 1)
-    return x.gather(1, _whole_index(restore, x.shape[2])) + position
+    return x.gather(1, _whole_index(ids_restore, x.shape[2])) + position
 
 
-def _reconstruction(x, weight, bias, mel, keep, drop, restore):
+def _reconstruction(x, weight, bias, mel, ids_keep, ids_drop, ids_restore):
     predicted = F.linear(x, weight, bias)
     cells = mel.reshape(-1, T // P, P, BINS // P, P).transpose(2, 3)
     target = cells.reshape(-1, N, P * P)
     mean, var = target.mean(-1, keepdim=True), target.var(-1, keepdim=True)
     error = (predicted - (target - mean) / (var + 1e-6) ** 0.5).square().mean(-1)
     mask = torch.ones_like(error)
-    mask[:, : keep.shape[1]] = 0
-    mask = mask.gather(1, restore)
+    mask[:, : ids_keep.shape[1]] = 0
+    mask = mask.gather(1, ids_restore)
     return (error * mask).sum() / mask.sum()
 
 
@@ -63,18 +63,18 @@ def reconstruction(
     weight: Tensor,
     bias: Tensor,
     mel: Tensor,
-    keep: Tensor,
-    drop: Tensor,
-    restore: Tensor,
+    ids_keep: Tensor,
+    ids_drop: Tensor,
+    ids_restore: Tensor,
 ) -> Tensor:
     """The error of the masked patches from what a decoder gives for all of them, (B, N, H)."""
-    return masked_mse(keep_tokens(x, drop), weight, bias, mel, drop, norm_pix=True)
+    return masked_mse(gather_tokens(x, ids_drop), weight, bias, mel, ids_drop, norm_pix=True)
 
 
 AUDIOMAE: dict[str, Callable[..., Tensor]] = {
     "patch_embed": _embed,
-    "keep_tokens": _keep,
-    "restore_tokens": _restore,
+    "gather_tokens": _gather,
+    "unshuffle_tokens": _unshuffle,
     "reconstruction": _reconstruction,
 }
 """By the name of what they are held against, and with its arguments."""
@@ -87,7 +87,7 @@ def arguments(op: str, B: int, device: str) -> dict[str, Any]:
     """
     torch.manual_seed(0)
     narrow = torch.bfloat16 if device == "cuda" else torch.float32
-    visits = torch.arange(B, device=device)
+    sample_index = torch.arange(B, device=device)
 
     def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return (torch.randn(shape, device=device) / 16).to(dtype).requires_grad_()
@@ -95,22 +95,22 @@ def arguments(op: str, B: int, device: str) -> dict[str, Any]:
     def mel() -> Tensor:
         return torch.randn(B, T, BINS, device=device)
 
-    if op == "draw_plan":
-        return {"visits": visits, **PLAN}
-    keep, drop, restore = draw_plan(visits, **PLAN)
-    K, M = keep.shape[1], drop.shape[1]
+    if op == "draw_patch_mask":
+        return {"sample_index": sample_index, **MASK}
+    ids_keep, ids_drop, ids_restore = draw_patch_mask(sample_index, **MASK)
+    K, M = ids_keep.shape[1], ids_drop.shape[1]
     return {
         "patch_embed": lambda: {
             "mel": mel(),
-            "keep": keep,
+            "ids_keep": ids_keep,
             "weight": leaf(D, P * P),
             "bias": leaf(D),
             "position": leaf(N, D, dtype=narrow).detach(),
         },
-        "keep_tokens": lambda: {"x": leaf(B, N, D, dtype=narrow), "keep": keep},
-        "restore_tokens": lambda: {
+        "gather_tokens": lambda: {"x": leaf(B, N, D, dtype=narrow), "ids_keep": ids_keep},
+        "unshuffle_tokens": lambda: {
             "y": leaf(B, K, H, dtype=narrow),
-            "restore": restore,
+            "ids_restore": ids_restore,
             "mask_token": leaf(H, dtype=narrow),
             "position": leaf(N, H, dtype=narrow).detach(),
         },
@@ -119,7 +119,7 @@ def arguments(op: str, B: int, device: str) -> dict[str, Any]:
             "weight": leaf(P * P, H),
             "bias": leaf(P * P),
             "mel": mel(),
-            "drop": drop,
+            "ids_drop": ids_drop,
             "norm_pix": True,
         },
         "reconstruction": lambda: {
@@ -127,8 +127,8 @@ def arguments(op: str, B: int, device: str) -> dict[str, Any]:
             "weight": leaf(P * P, H),
             "bias": leaf(P * P),
             "mel": mel(),
-            "keep": keep,
-            "drop": drop,
-            "restore": restore,
+            "ids_keep": ids_keep,
+            "ids_drop": ids_drop,
+            "ids_restore": ids_restore,
         },
     }[op]()

@@ -24,14 +24,14 @@ from flap_kernels.infonce import infonce_reference
 # 1 / 0.07, where training starts. Some peers take it as a number: it is fixed for all.
 SCALE = 1 / 0.07
 
-Way = Callable[..., Any]
+Function = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to compute an op; called with the op's arguments by name."""
+    """An implementation of an op; called with the op's arguments by name."""
 
-    way: Way
+    function: Function
     version: str = ""
     logit_bytes: float = 0.0
     """Bytes that it certainly holds at once for each of the B x B logits."""
@@ -49,12 +49,13 @@ def open_clip_form(audio: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     return (F.cross_entropy(by_audio, target) + F.cross_entropy(by_text, target)) / 2
 
 
-def _both_ways(one_way: Way) -> Way:
+def _both_directions(one_direction: Function) -> Function:
     """The mean of a loss of rows against columns, and of columns against rows."""
 
     def loss(audio: Tensor, text: Tensor, scale: Tensor) -> Tensor:
         target = torch.arange(len(audio), device=audio.device)
-        return (one_way(audio, text, target, scale) + one_way(text, audio, target, scale)) / 2
+        by_audio = one_direction(audio, text, target, scale)
+        return (by_audio + one_direction(text, audio, target, scale)) / 2
 
     return loss
 
@@ -65,10 +66,10 @@ def _linear_cross_entropy() -> Provider:
     if function is None or options is None:
         raise ModuleNotFoundError("torch >= 2.13 has F.linear_cross_entropy")
 
-    def one_way(rows: Tensor, columns: Tensor, target: Tensor, scale: Tensor) -> Tensor:
+    def one_direction(rows: Tensor, columns: Tensor, target: Tensor, scale: Tensor) -> Tensor:
         return function(scale * rows, columns, target, options=options())
 
-    return Provider(_both_ways(one_way), torch.__version__)
+    return Provider(_both_directions(one_direction), torch.__version__)
 
 
 def _open_clip() -> Provider:
@@ -96,7 +97,9 @@ def _memeff() -> Provider:
 def _inf_cl() -> Provider:
     loss = import_module("inf_cl").cal_flash_loss
     return Provider(
-        _both_ways(lambda rows, columns, target, scale: loss(rows, columns, target, scale).mean()),
+        _both_directions(
+            lambda rows, columns, target, scale: loss(rows, columns, target, scale).mean()
+        ),
         version("inf-cl"),
         note="tf32; D a multiple of 256",
     )
@@ -105,21 +108,21 @@ def _inf_cl() -> Provider:
 def _liger() -> Provider:
     apply = import_module("liger_kernel.ops").LigerFusedLinearCrossEntropyFunction.apply
 
-    def one_way(rows: Tensor, columns: Tensor, target: Tensor, scale: Tensor) -> Tensor:
+    def one_direction(rows: Tensor, columns: Tensor, target: Tensor, scale: Tensor) -> Tensor:
         found = apply(scale * rows, columns, target)
         return found[0] if isinstance(found, tuple) else found
 
-    return Provider(_both_ways(one_way), version("liger-kernel"))
+    return Provider(_both_directions(one_direction), version("liger-kernel"))
 
 
 def _liger_scaled() -> Provider:
     apply = import_module("liger_kernel.ops").LigerFusedLinearScaledCrossEntropyFunction.apply
 
-    def one_way(rows: Tensor, columns: Tensor, target: Tensor, scale: Tensor) -> Tensor:
+    def one_direction(rows: Tensor, columns: Tensor, target: Tensor, scale: Tensor) -> Tensor:
         return apply(rows, columns, target, 1 / SCALE).mean()
 
     return Provider(
-        _both_ways(one_way),
+        _both_directions(one_direction),
         version("liger-kernel"),
         learns_scale=False,
         note="no gradient of the scale",
@@ -129,7 +132,7 @@ def _liger_scaled() -> Provider:
 def _cut_cross_entropy() -> Provider:
     loss = import_module("cut_cross_entropy").linear_cross_entropy
     return Provider(
-        _both_ways(lambda rows, columns, target, scale: loss(scale * rows, columns, target)),
+        _both_directions(lambda rows, columns, target, scale: loss(scale * rows, columns, target)),
         version("cut-cross-entropy"),
         note="leaves out small gradients",
     )
@@ -150,12 +153,12 @@ def _siglip() -> Provider:
 
 
 def ours(device: str) -> str:
-    """What our own rows are called: a CPU runs the plain path, not the kernels."""
-    return "ours" if device == "cuda" else "ours, plain path"
+    """What our own rows are called: a CPU runs plain PyTorch, not the kernels."""
+    return "ours" if device == "cuda" else "ours, plain PyTorch"
 
 
 def infonce_providers(device: str) -> dict[str, Callable[[], Provider]]:
-    """Every way to compute InfoNCE by name; each is made when it is called."""
+    """Every implementation of InfoNCE by name; each is made when it is called."""
     return {
         ours(device): lambda: Provider(infonce),
         "reference": lambda: Provider(infonce_reference, logit_bytes=12.0),

@@ -1,14 +1,12 @@
-"""RESULTS.md's sections on training: ablations, the memory of micro-batches, README's claims."""
+"""RESULTS.md's sections on training: ablations, micro-batches' memory, README's numbers."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from bench.goals import Result
 from bench.tables import facts, markdown, number
+from bench.targets import Result
 
 
-def ablation(result: Result, folder: Path) -> str:
+def ablation(result: Result) -> str:
     """Systems against one another on the demo's sounds."""
     name = result["kind"].removeprefix("ablation_")
     return "\n".join(
@@ -40,7 +38,7 @@ def ablation_table(result: Result) -> str:
     return markdown(rows)
 
 
-def microbatch_memory(result: Result, folder: Path) -> str:
+def microbatch_memory(result: Result) -> str:
     """What micro-batches take, over batch sizes and ranks."""
     rows = [["ranks", "global batch", "train.replay", "peak MiB above what was loaded"]]
     for row in result["rows"]:
@@ -60,14 +58,14 @@ def microbatch_memory(result: Result, folder: Path) -> str:
     )
 
 
-def claim(result: Result, folder: Path) -> str:
+def reproduced(result: Result) -> str:
     """What a command of README says."""
-    name = result["kind"].removeprefix("claim_")
+    name = result["kind"].removeprefix("reproduce_")
     return "\n".join(
         [
             f"## README, {name}: {result['machine']['device']}\n",
             facts(result["machine"]) + ".\n",
-            f"`{result['command']}`, by `python -m bench.claims {name}`:\n",
+            f"`{result['command']}`, by `python -m bench.reproduce {name}`:\n",
             markdown(result["table"]),
             "",
         ]

@@ -2,7 +2,7 @@
 
     python -m bench.static [--kernel NAME] [--arch 90] [--json FILE]
 
-Every program of `flap_kernels.KERNELS` is compiled afresh at the paper's sizes. Exits with 1 if one
+Every program of bench/programs is compiled afresh at the paper's sizes. Exits with 1 if one
 spills, does without the tensor cores that it is meant for, or does not fit on its chip.
 """
 
@@ -24,9 +24,8 @@ from pathlib import Path
 import triton
 
 from bench.machine_code import TENSOR_CORE, MachineCode, compiled
-from flap_kernels import KERNELS
+from bench.programs import ARCHES, PAPER, Arch, Program
 from flap_kernels.launch import interpreted
-from flap_kernels.spec import ARCHES, Arch, Program
 
 KIB = 1024
 SHARED_BYTES: dict[int, int] = {80: 163 * KIB, 90: 227 * KIB, 100: 227 * KIB}
@@ -102,7 +101,7 @@ def rows(kernels: Sequence[str] | None = None, arches: Sequence[Arch] = ARCHES) 
     """
     if interpreted():
         raise RuntimeError("TRITON_INTERPRET must be unset: interpreted kernels do not compile")
-    jobs = [job for name in kernels or KERNELS for job in _jobs(name, arches)]
+    jobs = [job for name in kernels or PAPER for job in _jobs(name, arches)]
     # Another process takes as long to start as several programs to compile.
     processes = min(os.cpu_count() or 1, math.ceil(len(jobs) / 12))
     with _fresh_cache():
@@ -116,7 +115,7 @@ def rows(kernels: Sequence[str] | None = None, arches: Sequence[Arch] = ARCHES) 
 def _jobs(kernel: str, arches: Sequence[Arch]) -> list[Job]:
     """What to compile for a kernel: a program for each chip, then the next program."""
     found: list[Job] = [
-        (kernel, p.name, arch) for arch in arches for p in KERNELS[kernel].programs(arch)
+        (kernel, p.name, arch) for arch in arches for p in PAPER[kernel].programs(arch)
     ]
     names = list(dict.fromkeys(name for _, name, _ in found))
     return sorted(found, key=lambda job: names.index(job[1]))
@@ -139,7 +138,7 @@ def _fresh_cache() -> Iterator[None]:
 
 def _row(job: Job) -> Row:
     kernel, name, arch = job
-    program = next(p for p in KERNELS[kernel].programs(arch) if p.name == name)
+    program = next(p for p in PAPER[kernel].programs(arch) if p.name == name)
     code, error = None, ""
     try:
         code = compiled(program, arch)
@@ -227,7 +226,7 @@ def report(found: Sequence[Row]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the report; 1 if there are faults, 2 if there can be no report."""
     parser = argparse.ArgumentParser(prog="python -m bench.static", description=__doc__)
-    parser.add_argument("--kernel", action="append", choices=list(KERNELS), help="only this one")
+    parser.add_argument("--kernel", action="append", choices=list(PAPER), help="only this one")
     parser.add_argument("--arch", action="append", choices=ARCHES, type=int, help="only this chip")
     parser.add_argument("--json", type=Path, help="write the rows to this file, too")
     chosen = parser.parse_args(arguments)

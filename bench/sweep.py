@@ -80,7 +80,7 @@ def measure(
         torch._dynamo.reset()  # each size is compiled anew, and the count of them is limited
     begin("arguments")
     asked = problem(task, device)
-    # draw_plan has nothing to go back through: its forward is all of it.
+    # draw_patch_mask has nothing to go back through: its forward is all of it.
     what = BOTH if asked.leaves else FORWARD
     truth = {} if "truth" in barred else _truth(task, asked, begin)
     rows: dict[str, Row] = {}
@@ -164,12 +164,13 @@ class _Run:
         leaves = dict(asked.leaves)
         if not provider.learns_scale:
             leaves.pop("scale", None)
-        self.leaves, self._op, self._way, self._given = leaves, task.op, provider.way, asked.given
+        self.leaves, self._op, self._given = leaves, task.op, asked.given
+        self._function = provider.function
         self.provider = provider
         self.upstream: Tensor | None = None
 
     def forward(self) -> tuple[Tensor, ...]:
-        return forward(self._way, self._op, self._given)
+        return forward(self._function, self._op, self._given)
 
     def both(self) -> tuple[Tensor, ...]:
         if not self.leaves:
@@ -195,16 +196,16 @@ def _first(run: _Run, row: Row, truth: dict[str, Tensor], device: str) -> None:
 
 def _truth(task: Task, asked: Problem, begin: Begin) -> dict[str, Tensor]:
     """The result and the gradients in float64; none where that costs too much."""
-    way = exact(task.op, task.B)
-    if way is None:
+    function = exact(task.op, task.B)
+    if function is None:
         return {}
     begin("truth")
-    wide: dict[str, Any] = {}
+    double: dict[str, Any] = {}
     for name, x in asked.given.items():
         real = isinstance(x, Tensor) and x.is_floating_point()
-        wide[name] = x.detach().double().requires_grad_(x.requires_grad) if real else x
-    leaves = {name: wide[name] for name in asked.leaves}
-    found = way(**wide)
+        double[name] = x.detach().double().requires_grad_(x.requires_grad) if real else x
+    leaves = {name: double[name] for name in asked.leaves}
+    found = function(**double)
     first = found[0] if isinstance(found, tuple) else found
     upstream = _upstream(first) if first.ndim and leaves else None
     grads = gradients(first, leaves, upstream)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from bench.measure import compiled
 from bench.patches import AUDIOMAE, arguments, reconstruction
-from bench.peers import SCALE, Provider, Way, infonce_providers, ours
+from bench.peers import SCALE, Function, Provider, infonce_providers, ours
+from bench.programs import PAPER
 from flap_kernels import KERNELS, cyclic, infonce
 from flap_kernels.cyclic import cyclic_reference
 from flap_kernels.spec import Size
@@ -21,7 +22,7 @@ D = 512
 _PAPER_CLIPS = 288
 _MOST_SQUARED, _MOST_CHECKED = 8192, 65_536
 # Their arguments are made in bench/patches.py, for any number of clips.
-_OF_PATCHES = ("patch_embed", "masked_mse", "reconstruction", "keep_tokens", "restore_tokens")
+_OF_PATCHES = ("patch_embed", "masked_mse", "reconstruction", "gather_tokens", "unshuffle_tokens")
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ def tasks(device: str, *, quick: bool) -> list[Task]:
     """What is measured, the most important first: time may run out."""
     if device == "cpu":
         sizes = [Task("infonce", 256), Task("infonce", 512), Task("cyclic", 256)]
-        return sizes + [Task(op, 2) for op in (*_OF_PATCHES, "draw_plan")] + _others("odd")
-    of_patches = [Task(op, _PAPER_CLIPS) for op in (*_OF_PATCHES, "draw_plan")]
+        return sizes + [Task(op, 2) for op in (*_OF_PATCHES, "draw_patch_mask")] + _others("odd")
+    of_patches = [Task(op, _PAPER_CLIPS) for op in (*_OF_PATCHES, "draw_patch_mask")]
     if quick:
         return [Task("infonce", 65_536), Task("infonce", 4608), *of_patches, *_others("paper")]
     return [
@@ -58,15 +59,15 @@ def tasks(device: str, *, quick: bool) -> list[Task]:
 
 
 def _others(size: Size) -> list[Task]:
-    """Kernels that nothing here knows: each says itself on what to try it."""
+    """Kernels without arguments of their own here: their `inputs` say on what to try them."""
     assert size in get_args(Size)
-    known = ("infonce", "draw_plan", *_OF_PATCHES)
-    return [Task(op, None, size) for op in KERNELS if op not in known]
+    supported = ("infonce", "draw_patch_mask", *_OF_PATCHES)
+    return [Task(op, None, size) for op in KERNELS if op not in supported]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A task's arguments, drawn, and the least that any way to compute it must do."""
+    """A task's arguments, drawn, and the least that any function to compute it must do."""
 
     given: dict[str, Any]
     flops: float
@@ -95,14 +96,14 @@ def problem(task: Task, device: str) -> Problem:
     if task.B is None:
         kernel = KERNELS[task.op]
         inputs = kernel.inputs(task.size, draw)
-        paper = task.size == "paper"
+        least, paper = PAPER[task.op], task.size == "paper"
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        return Problem(inputs.cast(dtype), kernel.flops * paper, kernel.bytes_moved * paper)
+        return Problem(inputs.cast(dtype), least.flops * paper, least.bytes_moved * paper)
     # Reconstruction also writes the whole decoder's gradient: its limit is a little too low.
-    least = KERNELS["masked_mse" if task.op == "reconstruction" else task.op]
-    share = task.B / _PAPER_CLIPS
+    least = PAPER["masked_mse" if task.op == "reconstruction" else task.op]
+    ratio = task.B / _PAPER_CLIPS
     given = arguments(task.op, task.B, device)
-    return Problem(given, least.flops * share, least.bytes_moved * share)
+    return Problem(given, least.flops * ratio, least.bytes_moved * ratio)
 
 
 def pairs(B: int, device: str, dtype: torch.dtype | None = None) -> dict[str, Any]:
@@ -121,11 +122,12 @@ def providers(op: str, device: str) -> dict[str, Callable[[], Provider]]:
     """Who computes the op: ours first, then its reference, then others."""
     if op == "infonce":
         return infonce_providers(device)
-    mine: Way
-    reference: Way | None
+    mine: Function
+    reference: Function | None
     if op == "cyclic":
         mine, reference = (
-            lambda audio, text, way=way: sum(way(audio, text)) for way in (cyclic, cyclic_reference)
+            lambda audio, text, function=function: sum(function(audio, text))
+            for function in (cyclic, cyclic_reference)
         )
     elif op == "reconstruction":
         mine, reference = reconstruction, None
@@ -142,21 +144,21 @@ def providers(op: str, device: str) -> dict[str, Callable[[], Provider]]:
     return found
 
 
-def exact(op: str, B: int | None) -> Way | None:
+def exact(op: str, B: int | None) -> Function | None:
     """What the op is held against, in float64: its reference, where B x B numbers have room."""
     if op in ("infonce", "cyclic") and (B or 0) > _MOST_SQUARED:
-        # In float64 a plain path of tiles, which the tests hold against the reference.
+        # In float64 the backend in plain PyTorch, which the tests hold against the reference.
         return infonce if op == "infonce" and (B or 0) <= _MOST_CHECKED else None
     if op == "reconstruction":
         return AUDIOMAE[op]
-    return providers(op, "cpu")["reference"]().way
+    return providers(op, "cpu")["reference"]().function
 
 
-def forward(way: Way, task_op: str, given: dict[str, Any]) -> tuple[Tensor, ...]:
+def forward(function: Function, task_op: str, given: dict[str, Any]) -> tuple[Tensor, ...]:
     """The op's outputs; the ops of a model run in bfloat16 autocast on a GPU, as they would."""
     autocast = torch.cuda.is_available() and task_op not in ("infonce", "cyclic")
     with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-        found = way(**given)
+        found = function(**given)
     return tuple(found) if isinstance(found, tuple) else (found,)
 
 

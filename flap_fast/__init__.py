@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["Config", "Embedder", "load", "load_config", "prepare"]
 __version__ = "0.1.0"
 
-_HOME = {
+_MODULES = {
     "Config": "config",
     "Embedder": "tools.embedder",
     "load": "tools.embedder",
@@ -28,10 +28,15 @@ _HOME = {
 }
 
 
+def __dir__() -> list[str]:
+    """Return the public names, which `__getattr__` imports."""
+    return [*__all__, "__version__"]
+
+
 def __getattr__(name: str) -> Any:
-    """Import what is asked for when it is: torch and transformers take seconds."""
+    """Import a public name on first use: torch and transformers take seconds."""
     import importlib
 
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module 'flap_fast' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"flap_fast.{_HOME[name]}"), name)
+    return getattr(importlib.import_module(f"flap_fast.{_MODULES[name]}"), name)

@@ -1,4 +1,4 @@
-"""The command `flap`; what it can do is in `flap --help`.
+"""The command `flap`; see `flap --help`.
 
 `python -m flap_fast` is the same, so that `deepspeed --module flap_fast train CONFIG` works.
 """
@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from flap_fast import __version__
 from flap_fast.checks import ConfigError
 from flap_fast.commands import enrich, exchange, prepare, report, score, use
 
@@ -25,23 +26,37 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-config_app = typer.Typer(help="Look at settings.", no_args_is_help=True)
+config_app = typer.Typer(help="Print settings.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 
 ConfigFile = Annotated[Path, typer.Argument(help="A YAML file, such as configs/demo.yaml.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[NAME=VALUE]...", help="As in mask.kind=1d.")
+    list[str] | None,
+    typer.Argument(metavar="[NAME=VALUE]...", help="Settings to change, such as mask.kind=1d."),
 ]
 
 
+def print_version(wanted: bool) -> None:
+    """Print the version and exit, if wanted."""
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
 @app.callback()
-def launched(
+def main_options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=print_version, help="Print the version and exit."
+        ),
+    ] = False,
     local_rank: Annotated[
-        int, typer.Option("--local_rank", hidden=True, help="From the deepspeed launcher.")
+        int, typer.Option("--local_rank", hidden=True, help="Set by the deepspeed launcher.")
     ] = 0,
 ) -> None:
     """Contrastive language-audio pre-training."""
-    # The launcher's environment says the same; its option only has to be accepted.
+    # The launcher sets LOCAL_RANK too; its option only has to be accepted.
 
 
 app.command()(prepare.prepare)
@@ -51,9 +66,11 @@ app.command()(prepare.prepare)
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run from its last checkpoint.")
+    ] = False,
 ) -> None:
-    """Train, and score the result on data.val. Also under `deepspeed --module flap_fast`."""
+    """Train a model and evaluate it on data.val. Also under `deepspeed --module flap_fast`."""
     from flap_fast.config.file import load_config
 
     settings = load_config(config, overrides or [])
@@ -65,7 +82,7 @@ def train(
         scores = run(settings, resume=resume)
     except Stopped as stopped:
         if first:
-            tell(f"{stopped}. Go on with the same command and --resume")
+            print_error(f"{stopped}. Continue with the same command and --resume")
         raise typer.Exit(130) from None
     if first:
         if scores is not None:
@@ -85,11 +102,11 @@ app.command()(exchange.export)
 
 @app.command()
 def rank(
-    checkpoint: Annotated[Path, typer.Argument(help="A run's folder or a checkpoint's.")],
+    checkpoint: Annotated[Path, typer.Argument(help="The folder of a run or of a checkpoint.")],
     sound: Annotated[Path, typer.Argument(help="A sound file.")],
-    captions: Annotated[list[str], typer.Argument(help="What it may be.")],
+    captions: Annotated[list[str], typer.Argument(help="Captions to rank.")],
 ) -> None:
-    """Print captions by their cosine to a sound, best first."""
+    """Rank captions by their cosine similarity to a sound, best first."""
     from flap_fast.tools.embedder import load
 
     for caption, cosine in load(checkpoint).rank(sound, captions):
@@ -100,11 +117,13 @@ def rank(
 def show(
     config: ConfigFile,
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option(help="The PNG.")] = Path("masking.png"),
-    sound: Annotated[Path | None, typer.Option(help="A sound; else a clip of data.train.")] = None,
-    clip: Annotated[int, typer.Option(help="Which clip of data.train.")] = 0,
+    out: Annotated[Path, typer.Option(help="The PNG file to write.")] = Path("masking.png"),
+    sound: Annotated[
+        Path | None, typer.Option(help="A sound file; a clip of data.train by default.")
+    ] = None,
+    clip: Annotated[int, typer.Option(help="Number of the clip in data.train.")] = 0,
 ) -> None:
-    """Draw a log-mel and the patches of it that masking keeps."""
+    """Plot a log-mel spectrogram and the patches that masking keeps."""
     from flap_fast.config.file import load_config
     from flap_fast.report.masking import masking_figure
 
@@ -115,17 +134,20 @@ def show(
 def profile(
     config: ConfigFile,
     overrides: Overrides = None,
-    steps: Annotated[int, typer.Option(help="Steps measured, after a warm-up.")] = 10,
+    steps: Annotated[int, typer.Option(help="Steps to measure, after a warm-up.")] = 10,
     synthetic: Annotated[
-        bool, typer.Option("--synthetic", help="Random batches: needs no shards, no text.folder.")
+        bool,
+        typer.Option(
+            "--synthetic", help="Use random batches: no shards and no text.folder needed."
+        ),
     ] = False,
     search: Annotated[
-        bool, typer.Option(help="Look for the largest micro-batch that fits (30 s).")
+        bool, typer.Option(help="Search for the largest micro-batch that fits (30 s).")
     ] = True,
-    out: Annotated[Path | None, typer.Option(help="RUN/profile when not given.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output folder; RUN/profile by default.")] = None,
 ) -> None:
-    """Measure where a training step goes: parts, memory, FLOP/s; a trace and a picture."""
-    # PyTorch's profiler would tell of the devices that are not here, on stderr.
+    """Profile a training step: time per part, memory, FLOP/s, a trace and a figure."""
+    # Without these, PyTorch's profiler warns about absent devices on stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from flap_fast.config.file import load_config
@@ -142,7 +164,7 @@ def profile(
     try:
         profile_figure(folder)
     except ConfigError as error:
-        tell(f"no profile.png: {error}")
+        print_error(f"no profile.png: {error}")
     print(f"written to {folder}: {', '.join(sorted(f.name for f in folder.iterdir()))}")
 
 
@@ -152,22 +174,30 @@ def plan(
     overrides: Overrides = None,
     gpus: Annotated[
         int | None,
-        typer.Option(help="Ranks, over all nodes: 8 when not given, with train.engine=plain 1."),
+        typer.Option(help="GPUs (ranks) of all nodes; without: 8, or 1 with train.engine=plain."),
     ] = None,
-    nodes: Annotated[int, typer.Option(help="Machines.")] = 1,
-    link: Annotated[str, typer.Option(help="What a rank sends between nodes.")] = "50GB/s",
-    local_link: Annotated[str, typer.Option(help="The same inside of a node.")] = "400GB/s",
-    tflops: Annotated[float, typer.Option(help="The most a rank does, in 10^12 FLOP/s.")] = 790,
-    mfu: Annotated[float, typer.Option(help="Utilisation: the fraction a step sustains.")] = 0.5,
+    nodes: Annotated[int, typer.Option(help="Number of machines.")] = 1,
+    link: Annotated[str, typer.Option(help="Bandwidth of a rank between nodes.")] = "50GB/s",
+    local_link: Annotated[str, typer.Option(help="Bandwidth of a rank inside a node.")] = "400GB/s",
+    tflops: Annotated[float, typer.Option(help="Peak of a GPU, in TFLOP/s.")] = 790,
+    mfu: Annotated[
+        float, typer.Option(help="Fraction of the peak that a step sustains (utilisation).")
+    ] = 0.5,
     share: Annotated[float | None, typer.Option(hidden=True, help="Old name of --mfu.")] = None,
-    memory_gib: Annotated[float, typer.Option(help="Of a GPU.")] = 80,
-    memory_rate: Annotated[str, typer.Option(help="Read and written.")] = "3000GB/s",
-    host_rate: Annotated[str, typer.Option(help="CPU memory of a rank (offload).")] = "25GB/s",
-    host_link: Annotated[str, typer.Option(help="From a GPU to it (offload).")] = "50GB/s",
-    caption_tokens: Annotated[int, typer.Option(help="Computed for each, padding included.")] = 24,
-    out: Annotated[Path | None, typer.Option(help="Write the plan as JSON, too.")] = None,
+    memory_gib: Annotated[float, typer.Option(help="Memory of a GPU, in GiB.")] = 80,
+    memory_rate: Annotated[str, typer.Option(help="Memory bandwidth of a GPU.")] = "3000GB/s",
+    host_rate: Annotated[
+        str, typer.Option(help="CPU memory bandwidth of a rank (offload).")
+    ] = "25GB/s",
+    host_link: Annotated[
+        str, typer.Option(help="Bandwidth between GPU and CPU (offload).")
+    ] = "50GB/s",
+    caption_tokens: Annotated[
+        int, typer.Option(help="Tokens of a caption, padding included.")
+    ] = 24,
+    out: Annotated[Path | None, typer.Option(help="Also write the plan as JSON.")] = None,
 ) -> None:
-    """Predict memory, communication and time of a step on GPUs that are not here."""
+    """Predict memory, communication and time of a step on GPUs you do not have yet."""
     from flap_fast.config.file import load_config
     from flap_fast.tools.profile.plan import Machine, as_json, default_gpus, parse_rate
     from flap_fast.tools.profile.plan import plan as predict
@@ -194,41 +224,41 @@ def plan(
         out.write_text(json.dumps(as_json(planned), indent=1) + "\n")
         print(f"written to {out}")
     if not planned.fits:
-        tell(planned.remedy())
+        print_error(planned.remedy())
         raise typer.Exit(1)
 
 
 @config_app.command("show")
 def config_show(
     config: Annotated[
-        Path | None, typer.Argument(help="A YAML file; the defaults without.")
+        Path | None, typer.Argument(help="A YAML file; the defaults if not given.")
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Print every setting in force."""
+    """Print every setting and its value."""
     from flap_fast.config.file import dump_config, load_config
 
     print(dump_config(load_config(config, overrides or [])), end="")
 
 
-def tell(message: str) -> None:
-    """A line for a person, on stderr; which rank says it, if there are several."""
+def print_error(message: str) -> None:
+    """Print a line to stderr, with the rank if there are several."""
     world, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")
     print(message if world == "1" else f"[rank {rank}] {message}", file=sys.stderr, flush=True)
 
 
 def main() -> None:
-    """Run the command; what a user can mend is told in a sentence, without a traceback."""
+    """Run the command; errors that a user can fix are printed without a traceback."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # names of files, whatever bytes they are
+        sys.stdout.reconfigure(errors="surrogateescape")  # file names may be any bytes
     try:
         app()
     except ConfigError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # a node may lack what the others have
-            tell(f"error: {error}")
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # nodes can differ in their files
+            print_error(f"error: {error}")
         sys.exit(2)
     except OSError as error:
-        tell(f"error: {error}; what was complete before it is still there")
+        print_error(f"error: {error}; everything completed before it is kept")
         sys.exit(1)
     except (ValueError, ArithmeticError) as error:
         from flap_fast.data.preprocess.waveform import Unusable
@@ -237,8 +267,8 @@ def main() -> None:
 
         known = (ManifestError, ShardError, Unusable, ArithmeticError)
         if not isinstance(error, known):
-            raise  # a fault of ours: with its traceback
-        tell(f"error: {error}")
+            raise  # a bug: with its traceback
+        print_error(f"error: {error}")
         sys.exit(1)
 
 

@@ -1,4 +1,4 @@
-"""The processes of a run, as launched by deepspeed, torchrun or by hand, and what they share."""
+"""The ranks of a run, launched by deepspeed, torchrun or by hand, and their collectives."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-# A rank that dies takes the others down after this long, instead of leaving them waiting.
-_PATIENCE = timedelta(minutes=15)
+# When a rank dies, the others fail after this long, instead of waiting forever.
+_TIMEOUT = timedelta(minutes=15)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among its peers."""
+    """This process's rank, how many ranks there are, and its device."""
 
     rank: int = 0
     world: int = 1
     local_world: int = 1
     device: torch.device = torch.device("cpu")  # noqa: RUF009 - it cannot change
     launched: bool = False
-    """A launcher started this process (even if it is the only one)."""
+    """A launcher started this process, even if it is the only one."""
 
     @property
     def first(self) -> bool:
-        """Whether this process writes the files and talks to the terminal."""
+        """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is up on any rank; every rank must ask."""
+        """Whether the flag is set on any rank. Collective: call on every rank."""
         if self.world == 1:
             return flag
         up = torch.tensor([float(flag)], device=self.device)
@@ -39,21 +39,21 @@ class Ranks:
         return bool(up.item())
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
-        """The rows of all ranks, rank by rank; every rank passes as many."""
+        """The rows of all ranks, in rank order. Collective: every rank passes as many rows."""
         if self.world == 1:
             return rows
         out = rows.new_empty(self.world * len(rows), *rows.shape[1:])
         dist.all_gather_into_tensor(out, rows.contiguous())
         return out
 
-    def share(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Overwrite tensors with the first rank's, in place; every rank must ask."""
+    def broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Overwrite tensors in place with those of rank 0. Collective: call on every rank."""
         if self.world > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """The mean over ranks, element by element; every rank must ask."""
+        """The elementwise mean over ranks. Collective: call on every rank."""
         if self.world == 1:
             return values
         total = values.detach().clone()
@@ -67,12 +67,12 @@ class Ranks:
 
 
 def world_size() -> int:
-    """How many ranks the launcher announced, before anything is set up."""
+    """The number of ranks, from the launcher's environment; needs no process group."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def join_ranks() -> Ranks:
-    """Set the device and join the process group; alone, there is none to join."""
+    """Set this process's device and join the process group, if a launcher made one."""
     world, rank = world_size(), int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     # torchrun's name for it, or deepspeed's.
@@ -86,7 +86,7 @@ def join_ranks() -> Ranks:
     if launched and not dist.is_initialized():
         if not on_gpu and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_PATIENCE)
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_TIMEOUT)
     return Ranks(rank, world, local_world, device, launched)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import tempfile
@@ -21,14 +22,14 @@ import torch.multiprocessing as mp
 def on_ranks(
     world: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 120.0
 ) -> list[Any]:
-    """What `function(*arguments)` returns on each of `world` gloo ranks, in their order.
+    """The results of `function(*arguments)` on `world` gloo ranks, in rank order.
 
     The function must be importable (defined at a module's top level); what it returns is pickled,
     so it should return numbers or CPU tensors. Inside, `torch.distributed` is initialised. Raises
     AssertionError with the traceback of the first rank that failed, TimeoutError after `timeout_s`.
     """
     with tempfile.TemporaryDirectory() as folder:
-        context = _server()
+        context = start_server()
         processes = [
             context.Process(
                 target=_run, args=(rank, world, folder, function, arguments, timeout_s), daemon=True
@@ -46,8 +47,11 @@ def on_ranks(
         return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(world)]
 
 
-def _server() -> Any:
-    """Where ranks are forked from: a process that has the imports behind it already."""
+def start_server() -> Any:
+    """Start the process that ranks are forked from; returns its multiprocessing context.
+
+    It returns at once, while the process still imports what ranks need.
+    """
     context = mp.get_context("forkserver")
     # What cannot be imported (on a machine for the kernels alone) is left out. `tests` comes first:
     # it decorates the kernels for the interpreter.
@@ -94,6 +98,7 @@ def _run(
     timeout_s: float,
 ) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # what the server imported: DeepSpeed collects garbage at each start
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     try:
         dist.init_process_group(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import yaml
 
+import flap_fast
 from flap_fast import __main__ as cli
 from flap_fast.train.loop import train
 from tests.sounds import encode, tone, write_manifest
@@ -105,7 +107,7 @@ def test_a_full_disk_is_told_in_a_sentence(monkeypatch, capsys, tmp_path: Path):
     assert flap("prepare", "m.jsonl", tmp_path, monkeypatch=monkeypatch) == 1
     said = capsys.readouterr().err
     assert "No space left on device" in said
-    assert "what was complete before it is still there" in said
+    assert "everything completed before it is kept" in said
 
 
 def test_prepare_reads_a_source_shares_it_and_caches_it(monkeypatch, capsys, tmp_path: Path):
@@ -168,3 +170,13 @@ def test_what_prepare_cannot_do_is_said(options, message, monkeypatch, capsys, t
     assert flap(*arguments, monkeypatch=monkeypatch) != 0
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_version_is_the_one_that_is_installed(monkeypatch, capsys):
+    assert flap("--version", monkeypatch=monkeypatch) == 0
+    assert capsys.readouterr().out.strip() == flap_fast.__version__ == version("flap_fast")
+
+
+def test_the_packages_names_are_the_public_ones():
+    assert dir(flap_fast) == sorted([*flap_fast.__all__, "__version__"])
+    assert all(hasattr(flap_fast, name) for name in dir(flap_fast))

@@ -141,9 +141,9 @@ def test_eval_takes_a_text_encoder_alone(
     assert "written" not in printed
     assert not (roberta_folder / "eval.json").exists()
     assert flap("eval", roberta_folder, "--tasks", "flops", monkeypatch=monkeypatch) == 2
-    assert "must have an audio tower, got 'a text encoder alone'" in capsys.readouterr().err
+    assert "must have an encoder of sounds or images, got" in capsys.readouterr().err
     assert flap("eval", roberta_folder, prepared / "val", monkeypatch=monkeypatch) == 2
-    assert "a text tower alone has no ears" in capsys.readouterr().err
+    assert "a text encoder alone embeds no clips" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_embed_writes_rows_and_their_names_and_goes_on(
     wanted = load(checkpoint).embed_audio(names).numpy()
     assert np.abs(rows - wanted).max() < 1e-5
     # A second call decodes nothing.
-    monkeypatch.setattr("flap_fast.tools.embedder.read_sound", None)
+    monkeypatch.setattr("flap_fast.tools.sounds.read_sound", None)
     assert flap(*arguments, monkeypatch=monkeypatch) == 0
     assert np.array_equal(np.load(out / "embeddings.npy"), rows)
 
@@ -216,7 +216,7 @@ def test_ranks_of_a_launcher_share_what_shard_range_names(
     out = ("--out", tmp_path / "out", "--model", checkpoint)
     assert flap("embed", sounds, *out, monkeypatch=monkeypatch) == 0
     said = capsys.readouterr().out
-    assert "part 2/2 is done, 1 pieces of other parts are not" in said
+    assert "part 2/2 is done, 1 chunks of other parts are not" in said
     assert not (tmp_path / "out/embeddings.npy").exists()
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert flap("embed", sounds, *out, "--distributor", "ray", monkeypatch=monkeypatch) == 2
@@ -310,7 +310,7 @@ def test_an_index_that_cannot_be_written_is_told_before_anything_is_embedded(
     checkpoint: Path, sounds: Path, monkeypatch, capsys
 ):
     monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
-    monkeypatch.setattr("flap_fast.tools.embedder.read_sound", None)
+    monkeypatch.setattr("flap_fast.tools.sounds.read_sound", None)
     arguments = ("search", "a dog", "--audio", sounds, "--model", checkpoint)
     assert flap(*arguments, monkeypatch=monkeypatch) == 2
-    assert "name another place with --index" in capsys.readouterr().err
+    assert "name another file with --index" in capsys.readouterr().err

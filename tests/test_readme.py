@@ -9,18 +9,23 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.core import TyperGroup
 from typer.main import get_command
 from typer.testing import CliRunner
 
 from flap_fast.__main__ import app
 from flap_fast.config import Config
+from flap_fast.encoders import ENCODERS
 from flap_fast.train.loop import train
 from flap_fast.train.run_folder import flat
 from tests.tiny import tiny
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "CONTRIBUTING.md", "configs/README.md", "demo/README.md", "docs/launching.md")
+PAGES = (
+    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "configs/README.md", "demo/README.md"),
+    *sorted(f"docs/{f.name}" for f in (ROOT / "docs").glob("*.md") if f.name != "settings.md"),
+)
 # What a user brings, or a run leaves.
 MADE = ("runs/", "data/", "models/", "mine", ".venv/", "hosts", "stsb/")
 
@@ -60,14 +65,23 @@ def test_every_path_exists(page: str):
         "captions.jsonl",
     }
     for path in paths(page) - made_by_a_run:
-        examples = {"loss/": "contrastive", "evaluate/": "retrieval", "kernels/": "infonce"}
-        examples["interchange/"] = "laion"
+        examples = {"losses/": "contrastive", "evaluate/": "retrieval", "kernels/": "cyclic"}
+        examples |= {"interchange/": "laion", "encoders/": "vit"}
         name = next((name for folder, name in examples.items() if folder in path), "NAME")
         path = path.replace("NAME", name)
         beside = ROOT / page
         # A bare file name stands for the one of that name among the sources.
         places = (ROOT / path, beside.parent / path, *ROOT.glob(f"flap_fast/**/{path}"))
         assert any(place.exists() for place in places), path
+
+
+def test_the_site_has_every_page_once():
+    nav = yaml.safe_load(text_of("mkdocs.yml"))["nav"]
+    assert sorted(nav) == sorted(file.name for file in (ROOT / "docs").glob("*.md"))
+
+
+def test_the_readme_is_short():
+    assert len(text_of("README.md").splitlines()) <= 160
 
 
 def test_the_patterns_find_what_they_should():
@@ -135,7 +149,9 @@ def test_settings_in_the_text_are_settings(page: str):
     setting = rf"`((?:{'|'.join(Config.model_fields)})\.(?!json|yaml|py)[a-z_]+)(?:=([^`]+))?`"
     for name, value in re.findall(setting, text_of(page)):
         load_config(None, [f"{name}={value}", "train.zero_stage=3"] if value else [])
-        assert name in flat(Config().model_dump(mode="json")), name
+        arms = ENCODERS.get(name.partition(".")[0], {}).values()
+        of_an_arm = any(name.partition(".")[2] in arm.model_fields for arm in arms)
+        assert of_an_arm or name in flat(Config().model_dump(mode="json")), name
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -20,10 +20,10 @@ from flap_fast.data.tokenize import tokenizer
 from flap_fast.evaluate.embed import evaluating
 from flap_fast.evaluate.flops import encoder_flops
 from flap_fast.evaluate.retrieval import (
-    audio_to_text,
-    caption_places,
-    sound_places,
-    text_to_audio,
+    caption_positions,
+    media_positions,
+    media_to_text_scores,
+    text_to_media_scores,
 )
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.preparation.prepare import prepare
@@ -108,7 +108,7 @@ def test_a_config_builds_its_system_at_full_size(name: str, roberta_base: Path):
         numbers += (50_265 - len(words) + 514 - len(positions)) * 768
     decoder = DECODER if config.loss.recon.weight else 0
     assert numbers == tower + fused + ROBERTA + HEADS + SCALE + decoder
-    gflops = encoder_flops(config.audio, config.mask, clips=8) / 1e9
+    gflops = encoder_flops(config, clips=8) / 1e9
     wanted = MASKED[config.mask.kind] if name.startswith("flap") else 47.5
     assert gflops == pytest.approx(wanted, abs=0.05)
 
@@ -204,5 +204,9 @@ def found(model: TwoTowers, batch) -> tuple[float, float]:
         audio = model.embed_media(batch.media, longer=batch.longer)
         text = model.embed_text(batch.ids[:PAIRS], batch.attention_mask[:PAIRS])
     clip_of_caption, one = torch.arange(PAIRS), Ranks()
-    a2t = audio_to_text(caption_places(audio, text, clip_of_caption, one), clip_of_caption, PAIRS)
-    return a2t["R@1"], text_to_audio(sound_places(audio, text, clip_of_caption, one))["R@1"]
+    a2t = media_to_text_scores(
+        caption_positions(audio, text, clip_of_caption, one), clip_of_caption, PAIRS
+    )
+    return a2t["R@1"], text_to_media_scores(media_positions(audio, text, clip_of_caption, one))[
+        "R@1"
+    ]

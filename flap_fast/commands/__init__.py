@@ -1,1 +1,1 @@
-"""What `flap` does, where a command is longer than a few lines; `__main__` registers them."""
+"""The longer commands of `flap`; `__main__` registers them."""

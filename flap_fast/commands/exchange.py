@@ -1,4 +1,4 @@
-"""`flap import`, `flap export`: checkpoints of other projects."""
+"""`flap import` and `flap export`: checkpoints of other projects."""
 
 from __future__ import annotations
 
@@ -12,26 +12,28 @@ def import_(
     checkpoint: Annotated[
         Path,
         typer.Argument(
-            help="LAION-CLAP's, OpenAI's or CyCLIP's .pt, AudioMAE's .pth, HTSAT's .ckpt, a "
-            "ClapModel's or a FLAP's folder."
+            help="A .pt of LAION-CLAP, OpenAI or CyCLIP, a .pth of AudioMAE, a .ckpt of HTSAT, or "
+            "the folder of a ClapModel or a FLAP."
         ),
     ],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME=VALUE]...", help="As in text.folder=models/roberta-base."),
+        typer.Argument(
+            metavar="[NAME=VALUE]...", help="Settings, such as text.folder=models/roberta-base."
+        ),
     ] = None,
     strip: Annotated[
-        list[str] | None, typer.Option(help="A prefix that names are to lose; may be repeated.")
+        list[str] | None, typer.Option(help="A prefix to remove from names; may be repeated.")
     ] = None,
     partial: Annotated[
-        bool, typer.Option("--partial", help="Take what fits; the rest begins at random.")
+        bool, typer.Option("--partial", help="Take the tensors that fit; the rest are random.")
     ] = False,
     decoder: Annotated[
-        bool, typer.Option("--decoder", help="AudioMAE's decoder too, if it is a plain ViT.")
+        bool, typer.Option("--decoder", help="Import AudioMAE's decoder too, if it is a plain ViT.")
     ] = False,
 ) -> None:
-    """Write another project's checkpoint as a folder that `flap` opens and trains from."""
+    """Convert another project's checkpoint to a folder that `flap` opens and trains from."""
     from flap_fast.interchange.convert import import_checkpoint
 
     use = import_checkpoint(
@@ -41,12 +43,13 @@ def import_(
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A run's folder or a checkpoint's.")],
+    checkpoint: Annotated[Path, typer.Argument(help="The folder of a run or of a checkpoint.")],
     out: Annotated[
-        Path, typer.Argument(help="A folder, for transformers; or a .pt, LAION-CLAP's or OpenAI's.")
+        Path,
+        typer.Argument(help="A folder for transformers, or a .pt for LAION-CLAP or OpenAI's CLIP."),
     ],
 ) -> None:
-    """Write a model for others: a `ClapModel` where it is one, a CLIP in OpenAI's names."""
+    """Convert a model for other projects: a `ClapModel` if possible, a CLIP in OpenAI's names."""
     from flap_fast.interchange.convert import export_checkpoint
 
     print(f"{out}: {export_checkpoint(checkpoint, out)}")

@@ -10,15 +10,15 @@ import typer
 
 def report(
     run: Annotated[Path, typer.Argument(help="A run's folder, such as runs/demo.")],
-    beside: Annotated[
+    others: Annotated[
         list[Path] | None, typer.Argument(help="Other runs, for recall over GFLOPs.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="The page; RUN/report.html when not given.")
     ] = None,
 ) -> None:
-    """Write one HTML page of a run: curves, scores, similarities, clips to listen to."""
+    """Write one HTML page of a run: curves, scores, similarities, retrieval examples."""
     from flap_fast.report.page import report as write
 
-    file = write(run, out, beside=beside or [])
+    file = write(run, out, others=others or [])
     print(f"{file}: {file.stat().st_size / 1e6:.2f} MB, one file that fetches nothing")

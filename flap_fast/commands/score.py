@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flap_fast.checks import ConfigError, require
+from flap_fast.evaluate import TASKS
 
 if TYPE_CHECKING:
     from flap_fast.evaluate.evaluated_model import EvaluatedModel
@@ -19,8 +20,8 @@ _MODEL = (
     "A run's folder, a checkpoint's; for sentences also a text encoder's, or package:NAME/FOLDER."
 )
 _DATA = "Folders of shards; for sentences STS files or SentEval's folder."
-_TASKS = "Some of retrieval,zero_shot,geometry,sts,transfer,flops; by the data when not given."
-_OUT = "JSON of this call's scores; without it they join the earlier ones in MODEL/eval.json."
+_TASKS = f"Some of {','.join(TASKS)}; by the data when not given."
+_OUT = "JSON of this call's scores; without it they are added to MODEL/eval.json."
 _CROP = "Of long clips: random, center or multi:K; eval.crop of the model when not given."
 _TEMPLATES = (
     "Zero-shot prompt with {label}, a set (audio29, imagenet80), or a file with one a line."
@@ -33,7 +34,7 @@ def evaluate(
     data: Annotated[list[Path] | None, typer.Argument(help=_DATA)] = None,
     tasks: Annotated[str, typer.Option(help=_TASKS)] = "",
     out: Annotated[Path | None, typer.Option(help=_OUT)] = None,
-    markdown: Annotated[Path | None, typer.Option(help="Tables beside the papers' rows.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Tables with the papers' rows.")] = None,
     latex: Annotated[Path | None, typer.Option(help="The same for LaTeX with booktabs.")] = None,
     batch: Annotated[int, typer.Option(help="Clips or texts embedded at a time.")] = 64,
     crop: Annotated[str | None, typer.Option(help=_CROP)] = None,
@@ -42,7 +43,8 @@ def evaluate(
     pool: Annotated[str, typer.Option(help="Of a text encoder alone: mean, cls, pooler.")] = "mean",
 ) -> None:
     """Score a model: retrieval, zero-shot, geometry, sentences, FLOPs. Also under torchrun."""
-    from flap_fast.evaluate.run import merged, read_scores, score, write_scores
+    from flap_fast.evaluate.run import score
+    from flap_fast.evaluate.scores_file import merged, read_scores, write_scores
     from flap_fast.ranks import join_ranks, leave_ranks
 
     asked = tuple(task for task in tasks.replace(",", " ").split() if task)
@@ -50,16 +52,16 @@ def evaluate(
     for name, file in (("--out", out), ("--markdown", markdown), ("--latex", latex)):
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
-            _need_writable(name, file)
+            _require_writable(name, file)
     ours = None
     if out is None and not _is_text_encoder(model) and Path(model).is_dir():
         ours = Path(model) / "eval.json"
-        _need_writable("eval.json", ours)
+        _require_writable("eval.json", ours)
         read_scores(ours)
     ranks = join_ranks()
     try:
-        subject = open_subject(model, settings, pool, ranks, read_classes(classes))
-        scores = score(subject, data or [], asked)
+        evaluated = open_model(model, settings, pool, ranks, read_classes(classes))
+        scores = score(evaluated, data or [], asked)
         if not ranks.first:
             return
         if out is not None:
@@ -74,22 +76,21 @@ def evaluate(
         leave_ranks()
 
 
-def open_subject(
+def open_model(
     model: str,
     settings: dict[str, Any],
     pool: str,
     ranks: Ranks,
     classes: tuple[str, ...] = (),
 ) -> EvaluatedModel:
-    """A checkpoint, or a text encoder alone, ready to be asked.
+    """A checkpoint, or a text encoder alone, ready to be evaluated.
 
     Args:
-        settings: of the section `eval`; None leaves what the model was trained with.
+        settings: of the section `eval`; None leaves what the run had.
     """
     from flap_fast.config.file import load_config, parse_config
     from flap_fast.data.tokenize import tokenizer
-    from flap_fast.encoders.roberta.model import TransformersText
-    from flap_fast.evaluate.evaluated_model import text_tower, whole_model
+    from flap_fast.evaluate.evaluated_model import text_only_model, whole_model
     from flap_fast.model.model_folder import load_model
 
     given = {name: value for name, value in settings.items() if value is not None}
@@ -100,11 +101,11 @@ def open_subject(
     if _is_text_encoder(model):
         base = load_config(None, [f"text.folder={model}", f"text.pool={pool}", "text.dropout=0"])
         config = parse_config(with_settings(base.model_dump()))
-        tower = TransformersText(config.text).to(ranks.device).eval()
-        return text_tower(tower, config, tokenizer(config.text), ranks)
-    flap, trained = load_model(Path(model), ranks.device)
+        encoder = config.text.build().to(ranks.device).eval()
+        return text_only_model(encoder, config, tokenizer(config.text), ranks)
+    towers, trained = load_model(Path(model), ranks.device)
     config = parse_config(with_settings(trained.model_dump()))
-    return whole_model(flap, config, tokenizer(config.text), ranks, classes)
+    return whole_model(towers, config, tokenizer(config.text), ranks, classes)
 
 
 def read_classes(file: Path | None) -> tuple[str, ...]:
@@ -128,41 +129,38 @@ def read_classes(file: Path | None) -> tuple[str, ...]:
             raise ConfigError(f"{file} must hold class names: {error}") from None
     else:
         names = text.splitlines()
-    spoken = tuple(" ".join(str(name).replace("_", " ").split()) for name in names)
-    spoken = tuple(name for name in spoken if name)
-    require(bool(spoken), str(file), "name classes", "none")
-    twice = sorted({name for name in spoken if spoken.count(name) > 1})
+    classes = tuple(" ".join(str(name).replace("_", " ").split()) for name in names)
+    classes = tuple(name for name in classes if name)
+    require(bool(classes), str(file), "name classes", "none")
+    twice = sorted({name for name in classes if classes.count(name) > 1})
     require(not twice, str(file), "name each class once", ", ".join(twice[:3]))
-    return spoken
+    return classes
 
 
 def _is_text_encoder(model: str) -> bool:
-    """As transformers saves one: a config.json, and none of our config.yaml beside it."""
+    """Whether transformers saved it: a config.json without a config.yaml of ours."""
     folder = Path(model)
     bare = (folder / "config.json").is_file() and not (folder / "config.yaml").is_file()
     return model.startswith("package:") or bare
 
 
-def _need_writable(name: str, file: Path) -> None:
+def _require_writable(name: str, file: Path) -> None:
     holds = not file.is_dir() and os.access(file.parent, os.W_OK)
     remedy = "name another file" if name.startswith("--") else "name a file with --out"
     require(holds, name, "be a file in a folder that can be written", file, remedy)
 
 
 def print_scores(scores: dict[str, Any]) -> None:
-    """Tables for a person, also where a log is read."""
+    """Print the tables, in whole lines also into a log."""
     from rich.console import Console
 
-    from flap_fast.evaluate.run import table
     from flap_fast.evaluate.tables import terminal
 
     console = Console()
     if not console.is_terminal:
-        console = Console(width=200)  # into a file, or a pipe: nobody's lines are that short
-    if "retrieval" in scores:
-        console.print(table(scores))
-    for one in terminal(scores):
-        console.print(one)
+        console = Console(width=200)  # a file or a pipe does not wrap lines
+    for table in terminal(scores):
+        console.print(table)
 
 
 def _write_tables(scores: dict[str, Any], markdown: Path | None, latex: Path | None) -> None:

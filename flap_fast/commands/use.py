@@ -1,4 +1,4 @@
-"""`flap embed`, `flap search`, `flap classify`: a trained model at work on sound files."""
+"""`flap embed`, `flap search` and `flap classify`: use a trained model on sound files."""
 
 from __future__ import annotations
 
@@ -23,44 +23,44 @@ Model = Annotated[
     Path | None,
     typer.Option(
         envvar="FLAP_MODEL",
-        help="A run's folder or a checkpoint's; the newest of runs/ when not given.",
+        help="The folder of a run or of a checkpoint; by default the newest in runs/.",
     ),
 ]
-Sounds = Annotated[list[Path], typer.Argument(help="Sound files, and folders of them.")]
+Sounds = Annotated[list[Path], typer.Argument(help="Sound files, and folders of sound files.")]
 Crop = Annotated[
-    str, typer.Option(help="Of long sounds: center, multi:K (K crops' mean) or whole.")
+    str, typer.Option(help="Crop of long sounds: center, multi:K (mean of K) or whole.")
 ]
-Batch = Annotated[int, typer.Option(help="Crops that the model embeds at a time.")]
+Batch = Annotated[int, typer.Option(help="Crops in a batch of the model.")]
 
 
 def embed(
     sounds: Sounds,
-    out: Annotated[Path, typer.Option(help="A folder, for embeddings.npy and sounds.jsonl.")],
+    out: Annotated[Path, typer.Option(help="Output folder of embeddings.npy and sounds.jsonl.")],
     model: Model = None,
     crop: Crop = "center",
     batch: Batch = 64,
     shard_range: ShardRange = None,
     distributor: Distributors = "threads",
 ) -> None:
-    """Embed sound files into a NumPy array; goes on where it was stopped."""
+    """Embed sound files into a NumPy array; a second call resumes."""
     from flap_fast.tools.embed_files import embed_files
     from flap_fast.tools.search import find_sounds
 
     require(batch >= 1, "--batch", "be at least 1", batch)
-    share, kind = shares(shard_range, distributor)
+    part, kind = shares(shard_range, distributor)
     done = embed_files(
         _named(model),
         find_sounds(sounds),
         out,
         crop=crop,
         batch=batch,
-        part=share,
+        part=part,
         distributor=kind,
-        watch=partial(progress, "embed"),
+        progress=partial(progress, "embed"),
     )
     if done.unfinished:
         print(
-            f"{out}: part {share} is done, {done.unfinished} pieces of other parts are not: the "
+            f"{out}: part {part} is done, {done.unfinished} chunks of other parts are not: the "
             "last part to finish writes embeddings.npy"
         )
         return
@@ -71,19 +71,19 @@ def embed(
 
 
 def search(
-    queries: Annotated[list[str], typer.Argument(metavar="QUERY...", help="What to hear.")],
+    queries: Annotated[list[str], typer.Argument(metavar="QUERY...", help="Texts to search for.")],
     audio: Annotated[
-        list[Path] | None, typer.Option(help="Files or folders to search; may be repeated.")
+        list[Path] | None, typer.Option(help="A file or folder to search; may be repeated.")
     ] = None,
     index: Annotated[
-        Path | None, typer.Option(help="Where embeddings are kept; AUDIO/.flap-index by itself.")
+        Path | None, typer.Option(help="File of the embeddings; by default AUDIO/.flap-index.")
     ] = None,
-    top: Annotated[int, typer.Option(help="Sounds a query.")] = 10,
+    top: Annotated[int, typer.Option(help="Sounds per query.")] = 10,
     model: Model = None,
     crop: Crop = "center",
     batch: Batch = 64,
 ) -> None:
-    """Print the sounds nearest to a text, best first; each sound is embedded once."""
+    """Print the sounds nearest to a text, best first; embeddings are cached in an index."""
     from flap_fast.tools.search import find_sounds, open_index
 
     require(top >= 1, "--top", "be at least 1", top)
@@ -95,7 +95,13 @@ def search(
         require(index is not None, "--audio or --index", "be given", "neither")
         found = open_index(index)  # type: ignore[arg-type] - checked above
         rule = "be made with this model"
-        require(found.model == embedder.identity, str(index), rule, "another's", "give --audio too")
+        require(
+            found.model == embedder.identity,
+            str(index),
+            rule,
+            "another model's",
+            "give --audio too",
+        )
     answers = found.nearest(embedder.embed_text(queries), top)
     for query, nearest in zip(queries, answers, strict=True):
         if len(queries) > 1:
@@ -107,17 +113,17 @@ def search(
 def classify(
     sounds: Sounds,
     labels: Annotated[
-        str, typer.Option(help="Class names with commas, or a file with one a line.")
+        str, typer.Option(help="Class names separated by commas, or a file with one per line.")
     ],
     template: Annotated[
         str, typer.Option(help="A prompt with {label}, audio29, imagenet80, or a file of prompts.")
     ] = "This is a sound of {label}.",
-    top: Annotated[int, typer.Option(help="Classes a sound.")] = 1,
+    top: Annotated[int, typer.Option(help="Classes per sound.")] = 1,
     model: Model = None,
     crop: Crop = "center",
     batch: Batch = 64,
 ) -> None:
-    """Print the likeliest class of each sound: file, class, probability, between tabs."""
+    """Print the most likely class of each sound: file, class, probability, separated by tabs."""
     from flap_fast.data.preprocess.waveform import BadSound
     from flap_fast.tools.search import find_sounds
 
@@ -136,15 +142,15 @@ def classify(
             print(row, file=sys.stderr)
             continue
         best = embedder.probabilities(row[None], vectors)[0].topk(min(top, len(names)))
-        for share, n in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            print(f"{file}\t{names[n]}\t{share:.3f}")
+        for probability, n in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+            print(f"{file}\t{names[n]}\t{probability:.3f}")
     if bad:
         print(f"{bad} of {len(files)} sounds cannot be read", file=sys.stderr)
         raise typer.Exit(1)
 
 
 def _named(model: Path | None) -> Path:
-    """The model named, or the run that was trained last."""
+    """Return the given model, or the last trained run."""
     if model is not None:
         return model
     states = list(Path("runs").glob("*/checkpoints/step-*/state.json"))
@@ -162,18 +168,18 @@ def _open(model: Path | None) -> Embedder:
 
 
 def _updated(file: Path, sounds: list[Path], embedder: Embedder, crop: str, batch: int) -> Index:
-    """The index of these sounds; what was done and what could not be is told on stderr."""
+    """Update the index of these sounds; prints progress and rejected sounds to stderr."""
     from flap_fast.tools.search import plan_update, update_index
 
     file.parent.mkdir(parents=True, exist_ok=True)
     writable = os.access(file.parent, os.W_OK)
     rule = "be in a folder that can be written"
-    require(writable, "the index", rule, file, "name another place with --index")
-    plan = plan_update(file, embedder, sounds, crop)
-    if plan.anew:
-        print(f"{file}: {plan.anew}; all sounds are embedded anew", file=sys.stderr)
-    with progress("embed", len(plan.todo)) as advance:
-        index = update_index(file, embedder, plan, crop=crop, batch=batch, advance=advance)
+    require(writable, "the index", rule, file, "name another file with --index")
+    update = plan_update(file, embedder, sounds, crop)
+    if update.rebuild_reason:
+        print(f"{file}: {update.rebuild_reason}; all sounds are embedded again", file=sys.stderr)
+    with progress("embed", len(update.new)) as advance:
+        index = update_index(file, embedder, update, crop=crop, batch=batch, advance=advance)
     for rejected in index.rejected:
         print(rejected.error, file=sys.stderr)
     if index.rejected:
@@ -183,7 +189,7 @@ def _updated(file: Path, sounds: list[Path], embedder: Embedder, crop: str, batc
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[..., None]]:
-    """A bar on stderr, if someone watches; gives what moves it, by one when not told."""
+    """Show a progress bar on a terminal; yields a function that advances it, by 1 by default."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn as Remaining

@@ -67,23 +67,23 @@ class Train(Section):
     """A model folder or a run whose weights a new run begins with (`flap import` writes folders);
     a decoder that it lacks begins at random."""
     init_audio_from: Path | None = None
-    """The same for the encoder of sounds alone: an imported AudioMAE, a model folder or a run; feature
-    fusion that it lacks begins at random."""
+    """The same for the encoder of sounds alone: an imported AudioMAE, a model folder or a run;
+    feature fusion that it lacks begins at random."""
     engine: Annotated[Literal["auto", "plain", "deepspeed"], FREE_ON_RESUME] = "auto"
     """`auto`: DeepSpeed under a launcher, plain PyTorch in a single process."""
     zero_stage: Annotated[Literal[0, 1, 2, 3], FREE_ON_RESUME] = 1
     """What DeepSpeed shards: nothing, optimizer states, gradients too, parameters too."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Precision of the encoders: bf16 autocast on a GPU and fp32 on a CPU (`auto`), or one of them on
-    both. Parameters, embeddings and losses stay in fp32."""
+    """Precision of the encoders: bf16 autocast on a GPU and fp32 on a CPU (`auto`), or one of them
+    on both. Parameters, embeddings and losses stay in fp32."""
     offload: Annotated[Literal["none", "optimizer", "all"], FREE_ON_RESUME] = "none"
     """What DeepSpeed keeps in the CPU's memory: Adam's states and gradients (ZeRO 1 to 3), or the
     parameters too (ZeRO 3). PyTorch's fused Adam then updates them on the CPU."""
     checkpoint_activations: Annotated[
         tuple[Recomputed, ...], BeforeValidator(_named), FREE_ON_RESUME
     ] = ()
-    """Activation checkpointing: the blocks of these are computed again in the backward pass; some of
-    `audio`, `text` and `decoder`, or `true` for all of them."""
+    """Activation checkpointing: the blocks of these are computed again in the backward pass; some
+    of `audio`, `text` and `decoder`, or `true` for all of them."""
     compile: bool = False
     """torch.compile the audio encoder's blocks (and the decoder's), whose shapes never change in
     training. The text encoder is not compiled: its lengths change with each batch."""

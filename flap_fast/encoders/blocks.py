@@ -109,8 +109,8 @@ class Blocks(nn.ModuleList):
     def compile_training(self) -> None:
         """Run the blocks through torch.compile in training: one graph for all of a shape.
 
-        Evaluation keep_scale as it is: its batches come in other shapes, each a compilation. Names in
-        the state dict stay too.
+        Evaluation is not compiled: its batches come in other shapes. Names in the state dict
+        do not change.
         """
         self._training_run = torch.compile(_run, dynamic=False)
 

@@ -113,6 +113,9 @@ def packed_attention(
 
     bounds = (pack.starts, pack.starts, pack.longest, pack.longest)
     if dropout == 0:
+        # Here, not above: it imports torch._dynamo, a quarter of a command's start.
+        from torch.nn.attention.varlen import varlen_attn
+
         return varlen_attn(q, k, v, *bounds)  # type: ignore[return-value]
     # The same kernel: `varlen_attn` hands it no dropout.
     return torch.ops.aten._flash_attention_forward(q, k, v, *bounds, dropout, False, False)[0]

@@ -88,9 +88,9 @@ class MediaEncoder(Encoder):
         return f"{self.modality}.encoder = {self.encoder}"
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Patches along time and along frequency, of an encoder that can be masked."""
-        raise NotImplementedError(f"{self.named} has no patches to mask")
+    def grid(self) -> tuple[int, int] | None:
+        """Patches along time and along frequency; None of an encoder without such patches."""
+        return None
 
     def input_shape(self, fusion: Fusion) -> tuple[int, ...]:
         """The shape of one clip as the encoder takes it."""

@@ -1,4 +1,4 @@
-"""Sounds and texts -> embeddings, the work shared by all ranks."""
+"""Media and texts -> embeddings, computed by all ranks together."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ from flap_fast.ranks import Ranks
 Encode = Callable[[Tensor, Tensor], Tensor]
 """(B, L) ids and mask -> (B, d)."""
 EmbedTexts = Callable[[Sequence[str]], Tensor]
-"""M texts -> (M, d) float32 on every rank; every rank must ask."""
+"""M texts -> (M, d) float32 on every rank. Collective: call on every rank."""
 
 
 @dataclass(frozen=True)
 class Texts:
-    """What is written of N sounds: M captions, and labels."""
+    """The texts of N clips: M captions, and labels."""
 
     captions: Sequence[str]
     clip_of_caption: Sequence[int]
-    """Of each caption the sound that it belongs to."""
+    """The clip that each caption belongs to."""
     labels: tuple[tuple[str, ...], ...]
-    """Of each sound its class names, often none; underscores have become spaces."""
+    """The class names of each clip, often none; underscores have become spaces."""
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """N sounds and their M captions, on every rank."""
+    """N clips and their M captions, on every rank."""
 
     media: Tensor
     """(N, d) float32, unit rows."""
     text: Tensor
     """(M, d) float32, unit rows."""
     clip_of_caption: Tensor
-    """(M,) int64: the sound that each caption belongs to."""
+    """(M,) int64: the clip that each caption belongs to."""
     labels: tuple[tuple[str, ...], ...]
-    """Of each sound its class names, often none; underscores have become spaces."""
+    """The class names of each clip, often none; underscores have become spaces."""
 
 
 def embed(
@@ -59,10 +59,10 @@ def embed(
     ranks: Ranks,
     texts: Texts | None = None,
 ) -> Embeddings:
-    """Embed everything once, in evaluation mode; every rank must ask.
+    """Embeddings of a data set, each computed once, in evaluation mode. Collective.
 
     Args:
-        texts: of the shards, if they have been read before.
+        texts: those of the shards, if they have been read before.
 
     Raises:
         ShardError: a clip that cannot be read, on all ranks; evaluation leaves nothing out.
@@ -70,41 +70,42 @@ def embed(
     """
     texts = texts or read_texts(shards)
     with evaluating(model):
-        mine = share(len(shards), ranks)
-        mels = _in_step(evaluation_mels(config, shards, mine, ranks), ranks)
-        audio = torch.cat([model.embed_media(mel, longer=longer) for mel, longer in mels])
+        mine = rank_slice(len(shards), ranks)
+        batches = _in_step(evaluation_mels(config, shards, mine, ranks), ranks)
+        rows = [model.embed_media(batch, longer=longer) for batch, longer in batches]
+        media = torch.cat(rows)
         if config.eval.crops > 1:
-            crops = audio.unflatten(0, (-1, config.eval.crops))
-            audio = functional.normalize(crops.mean(1), dim=-1)
-        audio = finite(ranks.gather(audio)[: len(shards)], shards.name)
+            crops = media.unflatten(0, (-1, config.eval.crops))
+            media = functional.normalize(crops.mean(1), dim=-1)
+        media = finite(ranks.gather(media)[: len(shards)], shards.name)
         text = text_embedder(model.embed_text, tokenizer, ranks, config.eval.batch)(texts.captions)
     clip_of_caption = torch.tensor(texts.clip_of_caption, device=ranks.device).long()
-    return Embeddings(audio, text, clip_of_caption, texts.labels)
+    return Embeddings(media, text, clip_of_caption, texts.labels)
 
 
 def text_embedder(encode: Encode, tokenizer: Tokenizer, ranks: Ranks, batch: int) -> EmbedTexts:
-    """What embeds any number of texts, in the mode that the model is in, without gradients."""
+    """A function that embeds any number of texts, without gradients."""
 
     @torch.no_grad()
     def texts_to_rows(texts: Sequence[str]) -> Tensor:
-        if not texts:  # the width is known by an encoder alone
+        if not texts:  # only the encoder knows the width
             return texts_to_rows(["."])[:0]
-        mine = [texts[int(i)] for i in share(len(texts), ranks)]
-        # Texts of a length together: a batch is padded to its longest.
+        mine = [texts[int(i)] for i in rank_slice(len(texts), ranks)]
+        # Texts of similar length together: a batch is padded to its longest.
         order = sorted(range(len(mine)), key=lambda i: len(mine[i]))
         own = [mine[i] for i in order]
         parts = [own[i : i + batch] for i in range(0, len(own), batch)]
         tokens = (tokenizer(part) for part in parts)
         rows = torch.cat([encode(ids.to(ranks.device), mask) for ids, mask in tokens])
-        back = torch.empty_like(rows)
-        back[torch.tensor(order, device=rows.device)] = rows
-        return finite(ranks.gather(back)[: len(texts)], lambda n: repr(texts[n]))
+        unsorted = torch.empty_like(rows)
+        unsorted[torch.tensor(order, device=rows.device)] = rows
+        return finite(ranks.gather(unsorted)[: len(texts)], lambda n: repr(texts[n]))
 
     return texts_to_rows
 
 
 def finite(rows: Tensor, name: Callable[[int], str]) -> Tensor:
-    """The rows; raises `ArithmeticError` where one is not finite: it would score by accident."""
+    """The rows; raises `ArithmeticError` on NaN or infinity, whose scores mean nothing."""
     bad = (~rows.isfinite().all(1)).nonzero()[:, 0].tolist()
     if bad:
         raise ArithmeticError(
@@ -114,19 +115,19 @@ def finite(rows: Tensor, name: Callable[[int], str]) -> Tensor:
     return rows
 
 
-def _in_step(mels: Iterator[MediaInput], ranks: Ranks) -> Iterator[MediaInput]:
-    """The same batches, until a rank has one that it cannot read: then all raise.
+def _in_step(batches: Iterator[MediaInput], ranks: Ranks) -> Iterator[MediaInput]:
+    """The same batches; all ranks raise when one of them cannot read its batch.
 
     A rank that raised alone would leave the others waiting for its rows, or for its weights.
     """
     while True:
         found, bad = None, None
         try:
-            found = next(mels, None)
+            found = next(batches, None)
         except ShardError as why:
             bad = why
         if ranks.any(bad is not None):
-            other = "a clip of another rank's share cannot be read; that rank says which"
+            other = "a clip of another rank cannot be read; that rank says which"
             raise bad or ShardError(other)
         if found is None:
             return
@@ -135,7 +136,7 @@ def _in_step(mels: Iterator[MediaInput], ranks: Ranks) -> Iterator[MediaInput]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside: evaluation mode and no gradients; after: the mode before."""
+    """Evaluation mode and no gradients inside; afterwards the mode before."""
     training = model.training
     model.eval()
     try:
@@ -145,17 +146,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def share(count: int, ranks: Ranks) -> np.ndarray:
-    """This rank's share of `count` things; `ranks.gather(...)[:count]` puts them in order again.
+def rank_slice(count: int, ranks: Ranks) -> np.ndarray:
+    """This rank's indices of `count` items; `ranks.gather(...)[:count]` restores their order.
 
-    All ranks have as many (ZeRO-3 gathers weights in step), so the last ones repeat some.
+    All ranks get equally many (ZeRO-3 gathers weights in step), so the last ones repeat some.
     """
     each = -(-count // ranks.world)
     return (np.arange(each) + ranks.rank * each) % count
 
 
 def read_texts(shards: Shards) -> Texts:
-    """All captions and labels; raises `ShardError` on a clip whose cannot be read."""
+    """All captions and labels of shards; raises `ShardError` on a clip that has unreadable ones."""
     captions: list[str] = []
     clip_of_caption: list[int] = []
     labels: list[tuple[str, ...]] = []
@@ -177,5 +178,5 @@ def _labels(tag: object) -> tuple[str, ...]:
     names: Iterable[object] = (
         [tag] if isinstance(tag, str) else tag if isinstance(tag, list) else []
     )
-    spoken = (" ".join(n.replace("_", " ").split()) for n in names if isinstance(n, str))
-    return tuple(dict.fromkeys(name for name in spoken if name))
+    labels = (" ".join(n.replace("_", " ").split()) for n in names if isinstance(n, str))
+    return tuple(dict.fromkeys(label for label in labels if label))

@@ -1,36 +1,44 @@
-"""What is evaluated: a model, or a text tower alone, as functions."""
+"""The model to evaluate, as functions: two towers, or a text encoder alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch import nn
+
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
 from flap_fast.data.shards import Shards
 from flap_fast.data.tokenize import Tokenizer
-from flap_fast.encoders.roberta.model import TransformersText
 from flap_fast.evaluate.embed import Embeddings, EmbedTexts, Texts, embed, text_embedder
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks
 
+TEXT_ONLY = "a text encoder alone embeds no clips: name a run or a checkpoint for shards"
+
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """What evaluators ask; every rank must ask, all get the same."""
+    """Embedding functions for evaluators. Collective: call on every rank."""
 
     config: Config
     ranks: Ranks
     clips: Callable[[Shards, Texts], Embeddings]
-    """A data set's sounds and captions in the joint space."""
+    """Embeds a data set's clips and captions into the joint space."""
     texts: EmbedTexts
-    """Prompts in the joint space."""
+    """Embeds prompts into the joint space."""
     sentences: EmbedTexts
-    """Sentences as STS and SentEval take them (eval.sentences)."""
-    alone: bool = False
-    """A text tower without another: for sentences."""
+    """Embeds sentences for STS and SentEval, as eval.sentences says."""
+    text_only: bool = False
+    """A text encoder without another, for sentences."""
     classes: tuple[str, ...] = ()
-    """What zero-shot classification chooses from; without any, the labels of the data."""
+    """Classes of zero-shot classification; the labels of the data if empty."""
+
+    @property
+    def modality(self) -> str:
+        """`audio` or `image`."""
+        return self.config.encoder.modality
 
 
 def whole_model(
@@ -40,7 +48,7 @@ def whole_model(
     ranks: Ranks,
     classes: tuple[str, ...] = (),
 ) -> EvaluatedModel:
-    """A model with both towers, in the mode that it is in."""
+    """A model with both towers, in its present mode."""
     texts = text_embedder(model.embed_text, tokenizer, ranks, config.eval.batch)
     tower = text_embedder(model.text, tokenizer, ranks, config.eval.batch)
     return EvaluatedModel(
@@ -53,13 +61,13 @@ def whole_model(
     )
 
 
-def text_tower(
-    tower: TransformersText, config: Config, tokenizer: Tokenizer, ranks: Ranks
+def text_only_model(
+    encoder: nn.Module, config: Config, tokenizer: Tokenizer, ranks: Ranks
 ) -> EvaluatedModel:
-    """A text encoder as it comes, for sentences."""
+    """A text encoder without a projection, for sentences."""
 
     def no_clips(shards: Shards, read: Texts) -> Embeddings:
-        raise ConfigError("a text tower alone has no ears: name a run or a checkpoint for shards")
+        raise ConfigError(TEXT_ONLY)
 
-    texts = text_embedder(tower, tokenizer, ranks, config.eval.batch)
-    return EvaluatedModel(config, ranks, no_clips, texts, texts, alone=True)
+    texts = text_embedder(encoder, tokenizer, ranks, config.eval.batch)
+    return EvaluatedModel(config, ranks, no_clips, texts, texts, text_only=True)

@@ -1,94 +1,151 @@
-"""Floating-point operations of the audio encoder as fvcore counts them: SPEC 14's table.
+"""Floating-point operations of the media encoder's forward pass, as fvcore counts them.
 
-    conv N*P^2*D + depth * (12 n D^2 + 2 n^2 D) + (2 depth + 1) * 5 n D        n = K [+ 1 for CLS]
+One multiply-add is one FLOP; a LayerNorm takes five for each number, a BatchNorm two; softmax, GELU
+and additions are free. FLAP embeds all N patches and drops some after; we embed the K that stay
+(`fused`). The encoder runs on the device `meta`, where nothing is computed, under PyTorch's own
+counter; what feature fusion adds is left out.
 
-One multiply-add is one FLOP; softmax, GELU and additions are free. The paper embeds all N patches
-and masks after; we embed the K that stay (`fused=True`). HTSAT's attention is within windows of w
-patches, and merges of 2 N D^2 follow all stages but one:
+What a device has to do in a whole step is counted in `tools.profile.counts`.
 
-    conv N*P^2*D + sum over stages of depth * (12 N D^2 + 2 N w D) + 2 N D^2 + norms
-
-Both are without the pieces that feature fusion adds. What a device has to do in a whole step is
-counted in `profile.flop`.
-
-    N patches   K kept   P patch side   D width
-
-Source: FLAP section 6.3; SPEC 14, which equals fvcore to the last digit.
+Source: FLAP, arXiv 2311.01615, section 6.3; the formulas of fvcore for norms.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from math import prod
 from typing import Any
 
-from flap_fast.config import Audio, Mask
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from flap_fast.checks import require
+from flap_fast.config import Config, Fusion
+from flap_fast.evaluate.evaluated_model import EvaluatedModel
+from flap_fast.evaluate.evaluation import Evaluation
+from flap_fast.evaluate.sheet import Row, Sheet
 from flap_fast.model.masking import kept_patches
 
-
-def encoder_flops(audio: Audio, mask: Mask, *, clips: int = 1, fused: bool = False) -> int:
-    """Multiply-adds of the audio encoder's forward pass over `clips` clips."""
-    if audio.encoder == "htsat":
-        conv, blocks, merges = htsat_products(audio)
-        return clips * (conv + sum(blocks) + merges + _htsat_norms(audio))
-    width, depth, _ = audio.shape
-    kept = kept_patches(mask, audio.grid)
-    embedded = kept if fused else audio.grid[0] * audio.grid[1]
-    n = kept + audio.use_cls
-    conv = embedded * audio.patch**2 * width
-    blocks = block_products(n, width, 4 * width) * depth
-    norms = (2 * depth + 1) * 5 * n * width
-    return clips * (conv + blocks + norms)
+CLIPS = 8
+"""Clips that FLAP counts GFLOPs of."""
+# Kind, unit and tenths dropped, as in FLAP's tables; 2-D drops as much along both axes.
+_SCHEMES = (
+    *(("none", "token", (0,)), ("1d", "token", range(1, 8))),
+    *(("1d", "frame", range(1, 8)), ("2d", "token", range(1, 6))),
+)
 
 
-def htsat_products(audio: Audio) -> tuple[int, list[int], int]:
-    """Of one clip: the patches' embedding, each block, all merges."""
-    N, last = audio.grid[0] ** 2, len(audio.stages) - 1
-    conv, blocks, merges = N * audio.patch**2 * audio.stages[0][0], [], 0
-    for n, (width, depth, _) in enumerate(audio.stages):
-        window = min(N, audio.window_patches**2)
-        blocks += [N // window * block_products(window, width, 4 * width)] * depth
-        if n < last:
-            merges += 2 * N * width**2
-            N //= 4
-    return conv, blocks, merges
+def encoder_flops(config: Config, *, clips: int = 1, fused: bool = False) -> int:
+    """Multiply-adds of the encoder's forward pass over `clips` clips, masked as in training."""
+    encoder = config.encoder
+    kept = None
+    if "mask" in encoder.can and encoder.grid is not None:
+        kept = kept_patches(config.mask, encoder.grid)
+    return clips * _counter(config)(kept)[fused]
 
 
-def _htsat_norms(audio: Audio) -> int:
-    """Two numbers of the first norm for each cell of the log-mel, five for each of a LayerNorm."""
-    N = audio.grid[0] ** 2
-    numbers = N * audio.stages[0][0]
-    for width, depth, _ in audio.stages:
-        # Two in each block, one behind them: in the merge, or the last.
-        numbers += N * width * (2 * depth + 1)
-        N //= 4
-    return 2 * audio.frames * audio.mel_bins + 5 * numbers
+def masking_flops(config: Config, clips: int = CLIPS) -> list[dict[str, Any]]:
+    """GFLOPs of a forward pass over masking schemes and ratios, rounded as config.mask says.
 
-
-def block_products(tokens: int, width: int, inner: int) -> int:
-    """Multiply-adds of one transformer block over one sequence."""
-    return tokens * (4 * width**2 + 2 * width * inner) + 2 * tokens**2 * width
-
-
-# Kind, unit, and the ratios of SPEC 14's table; 2-D masking drops as much of both axes.
-_SCHEMES = (("none", "token", (0,)), ("1d", "token", range(1, 8)))
-_SCHEMES += (("1d", "frame", range(1, 8)), ("2d", "token", range(1, 6)))
-
-
-def masking_flops(audio: Audio, mask: Mask, clips: int = 8) -> list[dict[str, Any]]:
-    """GFLOPs of a forward pass over masking schemes and ratios, rounded as `mask` says.
-
-    `gflops` embeds all patches, as the papers count; `gflops_fused` those that stay, as we do.
+    `gflops` embeds all patches, as the papers count; `gflops_fused` those that stay, as we do. One
+    row for an encoder that cannot be masked.
     """
-    rows = []
-    # HTSAT cannot be masked: its table is one row.
-    for kind, unit, tenths in _SCHEMES if audio.encoder == "vit" else _SCHEMES[:1]:
+    encoder, count, rows = config.encoder, _counter(config), []
+    maskable = "mask" in encoder.can
+    # Files name the modality only where it is not sound's, as they always have.
+    modality = {} if encoder.modality == "audio" else {"modality": encoder.modality}
+    for kind, unit, tenths in _SCHEMES if maskable else _SCHEMES[:1]:
         for ratio in (n / 10 for n in tenths):
             ratios = {"ratio": ratio, "time_ratio": ratio, "freq_ratio": ratio}
-            scheme = mask.model_copy(update={"kind": kind, "unit": unit, **ratios})
-            whole, fused = (
-                encoder_flops(audio, scheme, clips=clips, fused=fused) / 1e9
-                for fused in (False, True)
-            )
-            row = {"kind": kind, "unit": unit, "ratio": ratio, "clips": clips}
-            kept = kept_patches(scheme, audio.grid)
-            rows.append({**row, "kept": kept, "gflops": whole, "gflops_fused": fused})
+            mask = config.mask.model_copy(update={"kind": kind, "unit": unit, **ratios})
+            kept = None if encoder.grid is None else kept_patches(mask, encoder.grid)
+            whole, fused = (clips * flops / 1e9 for flops in count(kept if maskable else None))
+            row = {"kind": kind, "unit": unit, "ratio": ratio, "clips": clips, "kept": kept}
+            rows.append({**row, "gflops": whole, "gflops_fused": fused, **modality})
     return rows
+
+
+def _counter(config: Config) -> Callable[[int | None], tuple[int, int]]:
+    """K, or None for all patches -> multiply-adds of one clip: all patches embedded, K of them."""
+    modality = config.encoder.modality
+    # Attention by PyTorch alone: xformers may not be there, and takes no tensors without data.
+    section = getattr(config, modality)
+    attention = {"attention": "sdpa"} if hasattr(section, "attention") else {}
+    plain = {"fusion": Fusion(), modality: section.model_copy(update=attention)}
+    config = config.model_copy(update=plain)
+    encoder = config.encoder
+    with torch.device("meta"):
+        model = encoder.build(config).eval()
+        clip = torch.empty(1, *encoder.input_shape(config.fusion))
+
+    @cache
+    def count(kept: int | None) -> tuple[int, int]:
+        dropped = 0
+
+        def patch_embed(mel, keep, weight, *_, **__) -> int:
+            nonlocal dropped
+            dropped += 2 * (prod(mel) - prod(keep) * weight[1]) * weight[0]
+            return 2 * prod(keep) * prod(weight)
+
+        formulas = {**_NORMS, torch.ops.flap_kernels.patch_embed: patch_embed}
+        counter = FlopCounterMode(display=False, custom_mapping=formulas)
+        ids = [] if kept is None else [torch.empty(1, kept, dtype=torch.int64, device="meta")]
+        # As plain products: the counter has no formula for a CPU's fused attention.
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+            model(clip, *ids)
+        fused = counter.get_total_flops()
+        return (fused + dropped) // 2, fused // 2
+
+    return count
+
+
+# Formulas of the counter, where a multiply-add is two: they get shapes in the tensors' places.
+
+
+def _layer_norm(x, *_, **__) -> int:
+    return 2 * 5 * prod(x)
+
+
+def _batch_norm(x, *_, **__) -> int:
+    return 2 * 2 * prod(x)
+
+
+_aten = torch.ops.aten
+_NORMS = {
+    _aten.native_layer_norm: _layer_norm,
+    _aten.native_batch_norm: _batch_norm,
+    _aten._native_batch_norm_legit_no_training: _batch_norm,
+}
+
+
+def _check(model: EvaluatedModel, _: None) -> None:
+    rule = "have an encoder of sounds or images"
+    require(not model.text_only, "the model of flops", rule, "a text encoder alone")
+
+
+def _score(model: EvaluatedModel, _: None) -> list[dict[str, Any]]:
+    return masking_flops(model.config)
+
+
+def _sheet(name: str, rows: list[dict[str, Any]], path: str) -> Sheet:
+    head = ("masking", "ratio", "patches kept", "GFLOPs", "GFLOPs fused")
+    ours: list[Row] = []
+    for row in rows:
+        kind = {"none": "none", "1d": f"1-D {row['unit']}", "2d": "2-D"}[row["kind"]]
+        kept = "-" if row["kept"] is None else str(row["kept"])
+        counts = (f"{row['gflops']:.1f}", f"{row['gflops_fused']:.1f}")
+        ours.append((kind, f"{row['ratio']:.1f}", kept, *counts))
+    modality = rows[0].get("modality", "audio")
+    clips = f"{rows[0]['clips']} {'clips' if modality == 'audio' else modality + 's'}"
+    note = (
+        "One multiply-add is one FLOP, as fvcore counts. Fused: dropped patches are not embedded."
+    )
+    title = f"{modality.capitalize()} encoder, forward pass over {clips}"
+    return Sheet(title, head, ours, note=note)
+
+
+EVALUATION = Evaluation(
+    name="flops", data="settings", check=_check, score=_score, sheet=_sheet, metrics=None
+)

@@ -1,55 +1,65 @@
 """How the embeddings lie on the sphere: alignment of pairs, uniformity of each side.
 
-    alignment  = mean over captions of |a - t|^2                              (0 is best)
+    alignment  = mean over captions of |m - t|^2                              (0 is best)
     uniformity = ln mean over pairs i < j of exp(-2 |z_i - z_j|^2)            (low is even)
 
 On the sphere |z_i - z_j|^2 = 2 - 2 cos lies in [0, 4], so the exponentials lie in [e^-8, 1] and
-their plain sum in float64 is exact enough; it is taken tile by tile, each rank its share of them.
+their plain sum in float64 is exact enough; it is taken tile by tile, some of them on each rank.
 
-Source: Wang and Isola 2020; the language-encoder paper section 5.2; SPEC 13.3.
+Source: Wang and Isola 2020; the language-encoder paper, section 5.2.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flap_fast.checks import require
+from flap_fast.evaluate.embed import Embeddings, Texts
+from flap_fast.evaluate.evaluated_model import EvaluatedModel
+from flap_fast.evaluate.evaluation import Evaluation
+from flap_fast.evaluate.sheet import Sheet
 from flap_fast.ranks import Ranks
 
 _TILE = 4096
 
 
 def geometry(
-    audio: Tensor, text: Tensor, clip_of_caption: Tensor, ranks: Ranks | None = None
+    media: Tensor,
+    text: Tensor,
+    clip_of_caption: Tensor,
+    ranks: Ranks | None = None,
+    *,
+    modality: str = "audio",
 ) -> dict[str, float | None]:
-    """Alignment and uniformity; every rank must ask, all get the same.
+    """Alignment and uniformity, the same on all ranks. Collective: call on every rank.
 
     Args:
-        audio: (N, d) unit rows.
+        media: (N, d) unit rows.
         text: (M, d) unit rows.
-        clip_of_caption: (M,) int64, the sound that each caption belongs to.
+        clip_of_caption: (M,) int64, the clip that each caption belongs to.
     """
-    need_pairs(len(text))
+    require_captions(len(text))
     ranks = ranks or Ranks()
     return {
-        "alignment": alignment(audio, text, clip_of_caption),
-        "uniformity_audio": uniformity(audio, ranks),
+        "alignment": alignment(media, text, clip_of_caption),
+        f"uniformity_{modality}": uniformity(media, ranks),
         "uniformity_text": uniformity(text, ranks),
     }
 
 
-def need_pairs(captions: int) -> None:
+def require_captions(captions: int) -> None:
     """Fail unless there are captions."""
     require(captions > 0, "the geometry of pairs", "have captions", "none")
 
 
-def alignment(audio: Tensor, text: Tensor, clip_of_caption: Tensor) -> float:
-    """Mean squared distance of a caption from its sound, in [0, 4]."""
-    parts = zip(text.split(_TILE), clip_of_caption.split(_TILE), strict=True)
-    far = [(audio[o].double() - t.double()).square().sum() for t, o in parts]
+def alignment(media: Tensor, text: Tensor, clip_of_caption: Tensor) -> float:
+    """Mean squared distance of a caption from its clip, in [0, 4]."""
+    tiles = zip(text.split(_TILE), clip_of_caption.split(_TILE), strict=True)
+    far = [(media[o].double() - t.double()).square().sum() for t, o in tiles]
     return (torch.stack(far).sum() / len(text)).item()
 
 
@@ -65,3 +75,23 @@ def uniformity(rows: Tensor, ranks: Ranks) -> float | None:
         total += kernel.sum(dtype=torch.float64)
     count = len(rows) * (len(rows) - 1) / 2
     return math.log(ranks.gather(total).sum().item() / count) if count else None
+
+
+def _check(model: EvaluatedModel, texts: Texts) -> None:
+    require_captions(len(texts.captions))
+
+
+def _score(model: EvaluatedModel, e: Embeddings) -> dict[str, float | None]:
+    return geometry(e.media, e.text, e.clip_of_caption, model.ranks, modality=model.modality)
+
+
+def _sheet(name: str, found: dict[str, Any], path: str) -> Sheet:
+    ours = ("this model", *("-" if v is None else f"{v:.3f}" for v in found.values()))
+    head = ("system", *(key.replace("_", ", ") for key in found))
+    note = "Alignment: 0 is best. Uniformity: the lower, the more even."
+    return Sheet(f"Geometry, {name}", head, [ours], note=note)
+
+
+EVALUATION = Evaluation(
+    name="geometry", data="clips", check=_check, score=_score, sheet=_sheet, metrics=None
+)

@@ -1,13 +1,14 @@
-"""Many logistic regressions side by side, as SentEval trains them.
+"""Logistic regression as SentEval trains it, many problems at a time.
 
-Adam, batches of 64, a look at the dev accuracy every 4 epochs, stopped at the sixth look that is no
-better than the best so far, at most 200 epochs; the weights of the best look count. The first
-weights and the orders of rows are those of SentEval's seed 1111. SentEval trains one after the
-other; here all fits with as many rows, which see the same order, are one batch of problems.
+Adam, batches of 64, dev accuracy every 4 epochs, early stopping at the sixth that is no better than
+the best so far, at most 200 epochs; the weights of the best dev accuracy are kept. First weights
+and orders of rows are those of SentEval's seed 1111. SentEval trains one fit after the other;
+here all fits with equally many rows, which see the same order, are one batch of problems.
 
     J fits   n rows of a batch   D features   C classes
 
-Source: SentEval's classifier with SimCSE's settings; SPEC 13.4.
+Source: Conneau and Kiela, SentEval, arXiv 1803.05449, with the settings of Gao et al., SimCSE,
+arXiv 2104.08821.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from torch.nn import functional
 
 SEED = 1111
 _BATCH = 64
-_LOOK_EPOCHS = 4
-_TENACITY = 5
-_MOST_EPOCHS = 200
+_DEV_EPOCHS = 4
+_PATIENCE = 5
+_MAX_EPOCHS = 200
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Which rows to train on, which to stop by, and the weight of the L2 penalty."""
+    """The rows to train on, the rows for early stopping, and the weight of the L2 penalty."""
 
     train: np.ndarray
     dev: np.ndarray
@@ -46,28 +47,28 @@ class Fitted:
     """(J,) float64."""
 
     def accuracy(self, n: int, x: Tensor, y: Tensor) -> Tensor:
-        """() float64: the share of rows that classifier n gets right."""
+        """() float64: the fraction of rows that classifier n gets right."""
         weight = self.weight[n]
         return ((x @ weight[:-1] + weight[-1]).argmax(1) == y).double().mean()
 
 
 def fit(
-    x: Tensor, y: Tensor, fits: Sequence[Fit], draws: np.random.RandomState | None = None
+    x: Tensor, y: Tensor, fits: Sequence[Fit], random_state: np.random.RandomState | None = None
 ) -> Fitted:
-    """Train all fits; those with as many rows to train on, which see one order, side by side."""
+    """Train all fits; those with equally many rows, which see the same order, together."""
     C = int(y.max()) + 1
     weight = x.new_empty(len(fits), x.shape[1] + 1, C)
     accuracy = torch.empty(len(fits), dtype=torch.float64, device=x.device)
     sizes = sorted({(len(fit.train), len(fit.dev)) for fit in fits})
     for size in sizes:
         some = [n for n, fit in enumerate(fits) if (len(fit.train), len(fit.dev)) == size]
-        order = draws or np.random.RandomState(SEED)
+        order = random_state or np.random.RandomState(SEED)
         weight[some], accuracy[some] = _fit_together(x, y, [fits[n] for n in some], C, order)
     return Fitted(weight, accuracy)
 
 
 def _fit_together(
-    x: Tensor, y: Tensor, fits: Sequence[Fit], C: int, draws: np.random.RandomState
+    x: Tensor, y: Tensor, fits: Sequence[Fit], C: int, random_state: np.random.RandomState
 ) -> tuple[Tensor, Tensor]:
     """(J, D + 1, C) best weights and (J,) their dev accuracies, of fits of one size."""
     train, dev = (
@@ -79,22 +80,22 @@ def _fit_together(
     l2 = torch.tensor([fit.l2 for fit in fits]).to(x)[:, None, None]
     best, best_right = at.weight.clone(), torch.full((J,), -1, device=x.device)
     worse = torch.zeros(J, dtype=torch.int64, device=x.device)
-    live = torch.arange(J, device=x.device)
-    for _ in range(0, _MOST_EPOCHS + 1, _LOOK_EPOCHS):
-        rows, penalty = train[live], l2[live]
-        for _ in range(_LOOK_EPOCHS):
-            order = torch.from_numpy(draws.permutation(n)).to(x.device)
+    active = torch.arange(J, device=x.device)
+    for _ in range(0, _MAX_EPOCHS + 1, _DEV_EPOCHS):
+        rows, penalty = train[active], l2[active]
+        for _ in range(_DEV_EPOCHS):
+            order = torch.from_numpy(random_state.permutation(n)).to(x.device)
             for batch in order.split(_BATCH):
                 at.step(_gradient(x, y, rows[:, batch], at.weight) + penalty * at.weight)
-        right = torch.zeros(len(live), dtype=torch.int64, device=x.device)
-        for rows in dev[live].split(_BATCH, 1):
+        right = torch.zeros(len(active), dtype=torch.int64, device=x.device)
+        for rows in dev[active].split(_BATCH, 1):
             right += (_logits(x[rows], at.weight).argmax(-1) == y[rows]).sum(1)
-        better = right > best_right[live]
-        best[live[better]], best_right[live[better]] = at.weight[better], right[better]
-        worse[live] += ~better
-        stay = worse[live] <= _TENACITY
-        live, at = live[stay], at.only(stay)
-        if not len(live):
+        better = right > best_right[active]
+        best[active[better]], best_right[active[better]] = at.weight[better], right[better]
+        worse[active] += ~better
+        going = worse[active] <= _PATIENCE
+        active, at = active[going], at.only(going)
+        if not len(active):
             break
     return best, best_right.double() / dev.shape[1]
 
@@ -140,8 +141,8 @@ class _Adam:
         root = (self.square / (1 - 0.999**self.steps)).sqrt_().add_(1e-8)
         self.weight.addcdiv_(self.mean, root, value=-lr / (1 - 0.9**self.steps))
 
-    def only(self, stay: Tensor) -> _Adam:
-        return _Adam(self.weight[stay], self.mean[stay], self.square[stay], self.steps)
+    def only(self, going: Tensor) -> _Adam:
+        return _Adam(self.weight[going], self.mean[going], self.square[going], self.steps)
 
 
 def stratified_folds(
@@ -155,11 +156,11 @@ def stratified_folds(
     _, first, which = np.unique(classes, return_index=True, return_inverse=True)
     which = np.argsort(np.argsort(first))[which]  # classes counted as they first appear
     spread = [np.bincount(np.sort(which)[n::folds], minlength=len(first)) for n in range(folds)]
-    draws = np.random.RandomState(seed)
+    random_state = np.random.RandomState(seed)
     fold = np.empty(len(classes), np.int64)
     for k in range(len(first)):
         mine = np.arange(folds).repeat([counts[k] for counts in spread])
-        draws.shuffle(mine)
+        random_state.shuffle(mine)
         fold[which == k] = mine
     for n in range(folds):
         yield np.flatnonzero(fold != n), np.flatnonzero(fold == n)

@@ -1,10 +1,10 @@
 """What the papers report: rows to stand beside ours. Percentages as printed.
 
 FLAP's Clotho rows are of the official evaluation split, the language-encoder paper's of the
-official validation split (SPEC D22); both use five captions a clip.
+official validation split; both use five captions a clip.
 
 Source: FLAP, arXiv 2311.01615, Tables 2 and 3; "On the Language Encoder of Contrastive Cross-modal
-Models", Tables 3 to 7 and 11 to 17; SPEC 15.
+Models", Tables 3 to 7 and 11 to 17.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ class Retrieved(NamedTuple):
 
     system: str
     source: str
-    text_to_audio: str
-    audio_to_text: str
+    text_to_media: str
+    media_to_text: str
 
 
 class Precision(NamedTuple):
-    """mAP@10 of both directions; audio to text as LAION-CLAP computes it."""
+    """mAP@10 of both directions; media to text as LAION-CLAP computes it."""
 
     system: str
     source: str
-    text_to_audio: str
-    audio_to_text: str
+    text_to_media: str
+    media_to_text: str
 
 
 class Classified(NamedTuple):
@@ -197,32 +197,39 @@ SENTEVAL = (
 )
 
 # What a data set may be called in a path, without signs between letters and digits.
-_SOUNDS = {
-    "AudioCaps": "audiocaps",
-    "Clotho": "clotho",
-    "MusicCaps": "musiccaps",
-    "ESC50": "esc50",
-    "US8K": "us8k|urbansound8k",
-}
-_PICTURES = {
-    "MSCOCO": "^(ms)?coco(?!nut|a)",
-    "Flickr30K": "flickr30k",
-    "CIFAR100": "cifar100",
-    "CIFAR10": "cifar10(?!0)",
-    "ImageNetV2": "imagenetv2",
-    "Sketch": "imagenetsketch",
-    "ImageNet-O": "imageneto(?![a-z])",
-    "ImageNet-A": "imageneta(?![a-z])",
-    "ImageNet-R": "imagenetr(?![a-z])",
-    "ImageNet1K": "imagenet1k|imagenet(?![a-z0-9])",
+_PATTERNS: dict[str, dict[str, str]] = {
+    "audio": {
+        "AudioCaps": "audiocaps",
+        "Clotho": "clotho",
+        "MusicCaps": "musiccaps",
+        "ESC50": "esc50",
+        "US8K": "us8k|urbansound8k",
+    },
+    "image": {
+        "MSCOCO": "^(ms)?coco(?!nut|a)",
+        "Flickr30K": "flickr30k",
+        "CIFAR100": "cifar100",
+        "CIFAR10": "cifar10(?!0)",
+        "ImageNetV2": "imagenetv2",
+        "Sketch": "imagenetsketch",
+        "ImageNet-O": "imageneto(?![a-z])",
+        "ImageNet-A": "imageneta(?![a-z])",
+        "ImageNet-R": "imagenetr(?![a-z])",
+        "ImageNet1K": "imagenet1k|imagenet(?![a-z0-9])",
+    },
 }
 
 
-def known_as(path: str, pictures: bool = False) -> str | None:
-    """The papers' name of a data set, from the last three parts of its path that may tell."""
+def data_set(path: str, modality: str) -> str | None:
+    """The papers' name of a data set, from the last three parts of its path; None of others."""
     for part in reversed(path.split("/")[-3:]):
         plain = re.sub(r"[-_. ]", "", part.lower())
-        for name, pattern in (_PICTURES if pictures else _SOUNDS).items():
+        for name, pattern in _PATTERNS.get(modality, {}).items():
             if re.search(pattern, plain):
                 return name
     return None
+
+
+def cited(row: Retrieved | Precision | Classified | Sentences) -> str:
+    """The system and where it is reported."""
+    return f"{row.system} ({row.source})"

@@ -1,6 +1,6 @@
 """Sentences around a class name: zero-shot prompts.
 
-Source: the language-encoder paper, Table 12 (SPEC 13.2), and CLIP's ImageNet prompts, which CyCLIP
+Source: the language-encoder paper, Table 12, and CLIP's ImageNet prompts, which CyCLIP
 uses for every image data set.
 """
 
@@ -134,7 +134,7 @@ SETS = {"audio29": AUDIO_29, "imagenet80": IMAGENET_80}
 
 
 def prompts(templates: str) -> tuple[str, ...]:
-    """The templates that a setting means: one, a set's name, or a text file with one a line.
+    """The templates of a setting: one, a set's name, or a text file with one a line.
 
     Raises:
         ConfigError: none of these, or a line without {label}.
@@ -158,5 +158,5 @@ def prompts(templates: str) -> tuple[str, ...]:
 
 
 def fill(template: str, label: str) -> str:
-    """The prompt of a class."""
+    """The template with the class name in it."""
     return template.replace(LABEL, label)

@@ -1,4 +1,4 @@
-"""What a linear classifier finds in sentence embeddings: SentEval's seven transfer tasks.
+"""Linear classifiers on sentence embeddings: SentEval's seven transfer tasks.
 
     MR CR SUBJ MPQA   10-fold; in each fold the L2 weight is chosen by 10-fold on its training part
     TREC MRPC         the L2 weight by 10-fold on the training file; scored on the test file
@@ -11,12 +11,13 @@ Files as SentEval's script leaves them: FOLDER/MR/rt-polarity.pos, CR/custrev.po
 SUBJ/subj.objective, MPQA/mpqa.pos, SST/binary/sentiment-train, TREC/train_5500.label,
 MRPC/msr_paraphrase_train.txt and their counterparts.
 
-Source: SentEval with SimCSE's settings; SPEC 13.4.
+Source: Conneau and Kiela, SentEval, arXiv 1803.05449, with the settings of Gao et al., SimCSE,
+arXiv 2104.08821.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,17 @@ import torch
 from torch import Tensor
 
 from flap_fast.checks import ConfigError
-from flap_fast.evaluate.embed import EmbedTexts, share
+from flap_fast.evaluate import papers
+from flap_fast.evaluate.embed import EmbedTexts, rank_slice
+from flap_fast.evaluate.evaluated_model import EvaluatedModel
+from flap_fast.evaluate.evaluation import Evaluation
 from flap_fast.evaluate.logistic import SEED, Fit, fit, stratified_folds
+from flap_fast.evaluate.sheet import Sheet, averaged
 from flap_fast.ranks import Ranks
 
 _FOLDS = 10
 _L2 = (1e-5, 1e-4, 1e-3, 1e-2)
-_DEV_SHARE = 0.05
+_DEV_FRACTION = 0.05
 
 NESTED = {
     "MR": ("MR/rt-polarity.pos", "MR/rt-polarity.neg"),
@@ -61,38 +66,43 @@ class Examples:
 
 
 def transfer(texts: EmbedTexts, folder: Path, ranks: Ranks | None = None) -> dict[str, Any]:
-    """Test accuracy of each task found in the folder; their average if all seven are.
+    """Test accuracy of each task in the folder; their average if all seven are there.
 
-    Every rank must ask, all get the same.
+    The same on all ranks. Collective: call on every rank.
 
     Raises:
         ConfigError: no task there, or a file that is not as published.
     """
     ranks = ranks or Ranks()
     scores: dict[str, Any] = {}
-    for name, (positive, negative) in NESTED.items():
-        if (folder / positive).is_file():
-            data = _opinions(folder / positive, folder / negative)
-            scores[name] = {
-                "accuracy": _nested(*_data(texts, data), ranks),
-                "sentences": len(data.classes),
-            }
-    for name, files, read in (("TREC", TREC, _questions), ("MRPC", MRPC, _paraphrases)):
-        if (folder / files[0]).is_file():
-            train, test = (read(folder / file) for file in files)
-            accuracy = _cross_validated(_data(texts, train), _data(texts, test), ranks)
-            scores[name] = {"accuracy": accuracy, "sentences": len(test.classes)}
-    if (folder / SST2[0]).is_file():
-        train, dev, test = (_sentiments(folder / file) for file in SST2)
-        accuracy = _split(_data(texts, train), _data(texts, dev), _data(texts, test))
-        scores["SST2"] = {"accuracy": accuracy, "sentences": len(test.classes)}
-    if not scores:
-        raise ConfigError(
-            f"transfer data must be SentEval's folder with MR/, TREC/, ...: '{folder}'"
-        )
+    for name, parts in read_tasks(folder):
+        match [_data(texts, part) for part in parts]:
+            case [(x, y)]:
+                accuracy = _nested(x, y, ranks)
+            case [train, test]:
+                accuracy = _cross_validated(train, test, ranks)
+            case data:
+                accuracy = _split(*data)
+        scores[name] = {"accuracy": accuracy, "sentences": len(parts[-1].classes)}
     if len(scores) == len(NESTED) + 3:
         scores["average"] = sum(s["accuracy"] for s in scores.values()) / len(scores)
     return scores
+
+
+def read_tasks(folder: Path) -> Iterator[tuple[str, list[Examples]]]:
+    """Each task in the folder: all of it, or training and test, or training, dev and test examples.
+
+    Raises:
+        ConfigError: no task there, or a file that is not as published.
+    """
+    present = [name for name, (files, _) in _TASKS.items() if (folder / files[0]).is_file()]
+    if not present:
+        raise ConfigError(
+            f"transfer data must be SentEval's folder with MR/, TREC/, ...: '{folder}'"
+        )
+    for name in present:
+        files, read = _TASKS[name]
+        yield name, read([folder / file for file in files])
 
 
 # The three ways to choose the L2 weight
@@ -101,7 +111,7 @@ def transfer(texts: EmbedTexts, folder: Path, ranks: Ranks | None = None) -> dic
 def _nested(x: Tensor, y: Tensor, ranks: Ranks) -> float:
     """Mean test accuracy over ten folds, each tuned on its own training part."""
     folds = list(stratified_folds(y.cpu().numpy(), _FOLDS, SEED))
-    mine = [folds[n] for n in share(_FOLDS, ranks)]
+    mine = [folds[n] for n in rank_slice(_FOLDS, ranks)]
     own = [_tuned(x, y, train, test, ranks.device) for train, test in mine]
     return ranks.gather(torch.stack(own))[: len(folds)].mean().item()
 
@@ -123,7 +133,7 @@ def _cross_validated(
     x, y = (torch.cat(both) for both in zip(train, test, strict=True))
     n = len(train[1])
     folds = list(stratified_folds(train[1].cpu().numpy(), _FOLDS, SEED))
-    mine = [folds[n] for n in share(_FOLDS, ranks)]
+    mine = [folds[n] for n in rank_slice(_FOLDS, ranks)]
     fits = [Fit(fold, held, l2) for fold, held in mine for l2 in _L2]
     accuracy = fit(x, y, fits).dev_accuracy.reshape(-1, len(_L2)).to(ranks.device)
     l2 = _best(ranks.gather(accuracy)[:_FOLDS].mean(0))
@@ -134,7 +144,7 @@ def _split(
     train: tuple[Tensor, Tensor], dev: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]
 ) -> float:
     """Accuracy on the test file of the fit that is best on the dev file."""
-    x, y = (torch.cat(all_three) for all_three in zip(train, dev, test, strict=True))
+    x, y = (torch.cat(parts) for parts in zip(train, dev, test, strict=True))
     ends = np.cumsum([len(part[1]) for part in (train, dev, test)])
     parts = np.split(np.arange(ends[-1]), ends[:2])
     fitted = fit(x, y, [Fit(parts[0], parts[1], l2) for l2 in _L2])
@@ -150,10 +160,10 @@ def _best(accuracy: Tensor) -> float:
 def _trained_and_tested(
     x: Tensor, y: Tensor, train: np.ndarray, test: np.ndarray, l2: float
 ) -> Tensor:
-    draws = np.random.RandomState(SEED)
-    mixed = train[draws.permutation(len(train))]
-    dev = int(_DEV_SHARE * len(train))
-    fitted = fit(x, y, [Fit(mixed[dev:], mixed[:dev], l2)], draws)
+    random_state = np.random.RandomState(SEED)
+    mixed = train[random_state.permutation(len(train))]
+    dev = int(_DEV_FRACTION * len(train))
+    fitted = fit(x, y, [Fit(mixed[dev:], mixed[:dev], l2)], random_state)
     return fitted.accuracy(0, x[test], y[test])
 
 
@@ -176,12 +186,12 @@ def _questions(file: Path) -> Examples:
     """`DESC:manner How did serfdom develop ?`: the class before the colon."""
     rows = []
     for number, line in enumerate(_lines(file, "latin-1"), 1):
-        kind, _, rest = line.strip().partition(":")
-        if kind not in _QUESTIONS or " " not in rest:
+        label, _, rest = line.strip().partition(":")
+        if label not in _QUESTIONS or " " not in rest:
             raise ConfigError(
                 f"{file}:{number} must be CLASS:kind and a question, got '{line[:60]}'"
             )
-        rows.append(((_spaced(rest.partition(" ")[2]),), _QUESTIONS.index(kind)))
+        rows.append(((_spaced(rest.partition(" ")[2]),), _QUESTIONS.index(label)))
     return Examples.of(rows)
 
 
@@ -194,11 +204,11 @@ def _sentiments(file: Path) -> Examples:
 
 
 def _cells(
-    file: Path, number: int, line: str, kind: int, sentences: tuple[int, ...]
+    file: Path, number: int, line: str, label: int, sentences: tuple[int, ...]
 ) -> tuple[tuple[str, ...], int]:
     cells = line.strip().split("\t")
     try:
-        return tuple(_spaced(cells[n]) for n in sentences), int(cells[kind])
+        return tuple(_spaced(cells[n]) for n in sentences), int(cells[label])
     except (IndexError, ValueError) as error:
         raise ConfigError(
             f"{file}:{number} must be as SentEval has it, tab-separated: {error}"
@@ -218,3 +228,34 @@ def _lines(file: Path, encoding: str) -> list[str]:
 
 def _spaced(text: str) -> str:
     return " ".join(text.split())
+
+
+# The files of each task, and what reads them.
+_TASKS: dict[str, tuple[tuple[str, ...], Callable[[list[Path]], list[Examples]]]] = {
+    **{name: (files, lambda files: [_opinions(*files)]) for name, files in NESTED.items()},
+    "TREC": (TREC, lambda files: [_questions(file) for file in files]),
+    "MRPC": (MRPC, lambda files: [_paraphrases(file) for file in files]),
+    "SST2": (SST2, lambda files: [_sentiments(file) for file in files]),
+}
+
+
+# The evaluation
+
+
+def _check(model: EvaluatedModel, path: Path) -> None:
+    for _ in read_tasks(path):
+        pass
+
+
+def _score(model: EvaluatedModel, path: Path) -> dict[str, Any]:
+    return transfer(model.sentences, path, model.ranks)
+
+
+def _sheet(name: str, found: dict[str, Any], path: str) -> Sheet:
+    reported = [(papers.cited(row), row.transfer) for row in papers.SENTEVAL]
+    return averaged(f"Transfer, {name}: accuracy x 100", found, "accuracy", reported)
+
+
+EVALUATION = Evaluation(
+    name="transfer", data="sentences", check=_check, score=_score, sheet=_sheet, metrics=None
+)

@@ -1,1 +1,1 @@
-"""Checkpoints of other projects -> model folders, and back; tensors alone are ever read."""
+"""Checkpoints of other projects -> model folders, and back; files are read as tensors only."""

@@ -1,13 +1,13 @@
-"""AudioMAE's checkpoints (and MAViL's, if they come in the same names) -> an audio tower.
+"""Layout of AudioMAE's checkpoints, and of MAViL's in the same names: an audio encoder.
 
     cls_token, blocks.N..., norm or fc_norm   the same names, behind `audio.`
     patch_embed.proj (D, 1, P, P)             audio.patch_embed (D, P * P)
-    pos_embed (1, 1 + N, D)                   audio.pos_embed (N, D): as it is, never computed again
+    pos_embed (1, 1 + N, D)                   audio.pos_embed (N, D): the file's, not recomputed
 
-With its decoder, the same of `decoder_*`, behind `decoder.`. What is left out otherwise: the
-decoder, the mask token and a classifier's head.
+With its decoder, `decoder_*` likewise becomes `decoder.*`; without, the decoder and the mask
+token are left out. A classifier's head always is.
 
-Source: AudioMAE, models_mae.py and models_vit.py; SPEC 12.3, 12.4.
+Source: AudioMAE, models_mae.py and models_vit.py.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ import torch
 from torch import Tensor
 
 from flap_fast.checks import require
+from flap_fast.config import Config
+from flap_fast.config.file import load_config
 from flap_fast.encoders.vit.patches import sine_positions
-from flap_fast.encoders.vit.settings import SIZES
+from flap_fast.encoders.vit.settings import SIZES, ViTSettings
+from flap_fast.interchange.layout import Imported, Layout, Source
 from flap_fast.interchange.tensors import Tensors
 
 _IGNORED = re.compile(r"head\..*|decoder_.*|mask_token")
@@ -37,15 +40,28 @@ _DECODER = {
 }
 
 
-def is_audiomae(tensors: Tensors) -> bool:
-    """Whether names are AudioMAE's."""
-    return {"patch_embed.proj.weight", "pos_embed"} <= tensors.keys()
+def _is_audiomae(source: Source) -> bool:
+    return {"patch_embed.proj.weight", "pos_embed"} <= source.tensors.keys()
 
 
-def from_audiomae(theirs: Tensors, *, decoder: bool) -> Tensors:
-    """In this project's names; names that it does not know stay as they are."""
+def _read(source: Source) -> Imported:
+    ours = _from_audiomae(source.tensors, decoder=source.decoder)
+    config = _config(source.tensors, ours, list(source.overrides))
+    return Imported(config, ours, encoder_only=True, decoder=source.decoder)
+
+
+def _config(theirs: Tensors, ours: Tensors, overrides: list[str]) -> Config:
+    config = load_config(None, [*_settings(theirs, ours, overrides), *overrides])
+    assert isinstance(config.audio, ViTSettings)  # as its own settings say
+    grid = _grid_of(ours["audio.pos_embed"], config.audio.grid) or config.audio.pos_grid
+    audio = config.audio.model_copy(update={"pos_grid": grid})
+    return config.model_copy(update={"audio": audio})
+
+
+def _from_audiomae(theirs: Tensors, *, decoder: bool) -> Tensors:
+    """Rename AudioMAE's tensors; unknown names get the prefix of the encoder."""
     ours: Tensors = {}
-    # A fine-tuned tower has the one, a pre-trained one the other; with both one is unexpected.
+    # Fine-tuned encoders have fc_norm, pre-trained ones norm; of both, one is unexpected.
     names = _RENAMED if "norm.weight" in theirs else _RENAMED | _FC_NORM
     for name, value in theirs.items():
         if decoder and (renamed := _of_decoder(name)):
@@ -64,7 +80,7 @@ def _of_decoder(name: str) -> str:
 
 
 def _flatten(ours: Tensors) -> None:
-    """One channel of pixels as a row; the position of [CLS] into [CLS] itself."""
+    """Flatten a patch's pixels to a row; add the position of [CLS] to [CLS] itself."""
     pixels = ours["audio.patch_embed.weight"]
     if pixels.ndim == 4 and pixels.shape[1] == 1:
         ours["audio.patch_embed.weight"] = pixels.flatten(1)
@@ -76,8 +92,8 @@ def _flatten(ours: Tensors) -> None:
         ours["audio.pos_embed"] = table[0]
 
 
-def audiomae_settings(theirs: Tensors, ours: Tensors, overrides: list[str]) -> list[str]:
-    """The settings that its shapes and names tell, as overrides of the defaults."""
+def _settings(theirs: Tensors, ours: Tensors, overrides: list[str]) -> list[str]:
+    """Return the settings that shapes and names give, as overrides of the defaults."""
     pixels = theirs["patch_embed.proj.weight"]
     width, patch = pixels.shape[0], pixels.shape[-1]
     depth = _blocks(theirs, "blocks.")
@@ -95,7 +111,7 @@ def audiomae_settings(theirs: Tensors, ours: Tensors, overrides: list[str]) -> l
     if "decoder.embed.weight" in ours:
         settings.append(f"decoder.width={len(ours['decoder.embed.weight'])}")
         settings.append(f"decoder.depth={_blocks(ours, 'decoder.blocks.')}")
-        # AudioMAE's; shapes do not tell.
+        # AudioMAE's number; no shape depends on it.
         settings += ["decoder.heads=16", "loss.recon.weight=1"]
     return settings
 
@@ -104,11 +120,16 @@ def _blocks(tensors: Tensors, begin: str) -> int:
     return len({n.removeprefix(begin).split(".")[0] for n in tensors if n.startswith(begin)})
 
 
-def grid_of(table: Tensor, grid: tuple[int, int]) -> str:
-    """The `audio.pos_grid` that would compute a table, or "" for a table of its own."""
+def _grid_of(table: Tensor, grid: tuple[int, int]) -> str:
+    """Return the `audio.pos_grid` that computes this table, or "" if none does."""
     for layout in ("correct", "audiomae_legacy"):
         if table.shape == (grid[0] * grid[1], table.shape[1]):
             computed = sine_positions(table.shape[1], grid, layout)
             if torch.allclose(table.float(), computed, atol=1e-4):
                 return layout
     return ""
+
+
+AUDIOMAE = Layout(
+    names="AudioMAE's (patch_embed.proj, pos_embed)", form="file", matches=_is_audiomae, read=_read
+)

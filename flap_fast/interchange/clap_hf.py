@@ -1,43 +1,39 @@
-"""A folder of transformers' `ClapModel` -> a model, and back.
-
-    audio_model.audio_encoder  <->  audio, see `htsat_names`
-    text_model                 <->  text.inner
-    audio_projection.linear1   <->  audio_head.0
-    logit_scale_a              <->  logit_scale
+"""Layout of transformers' `ClapModel`: a folder, with the names of `clap_names`.
 
 Settings come from config.json, and from preprocessor_config.json or processor_config.json. A name
-that config.json lacks has the class's default: transformers leaves out what equals it. The
-preprocessor's must all be there.
+that config.json lacks has the class's default: transformers leaves out values equal to it. The
+preprocessor's settings must all be present.
 
-Source: transformers, models/clap; SPEC 12.1.
+Source: transformers, models/clap.
 """
 
 from __future__ import annotations
 
-import json
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import ClapConfig, ClapFeatureExtractor, ClapTextConfig, RobertaConfig
-
-from flap_fast.checks import ConfigError, require
+from flap_fast.checks import require
 from flap_fast.config import Config
-from flap_fast.interchange.htsat_names import htsat_from_hf, htsat_to_hf
-from flap_fast.interchange.tensors import Tensors, read_tensors
+from flap_fast.config.file import load_config
+from flap_fast.data.tokenize import tokenizer
+from flap_fast.encoders.htsat.settings import HTSATSettings
+from flap_fast.encoders.roberta.settings import RobertaSettings
+from flap_fast.interchange.clap_names import from_clap, to_clap
+from flap_fast.interchange.layout import Export, Imported, Layout, Source
+from flap_fast.interchange.tensors import Tensors, read_json, read_tensors, strip_prefixes
+from flap_fast.model.model_folder import save_tensors
 
-_ENCODER = "audio_model.audio_encoder."
-_HEADS = (("audio_projection.", "audio_head."), ("text_projection.", "text_head."))
-_LAYERS = (("linear1.", "0."), ("linear2.", "2."))
-# Buffers that transformers keeps and this project computes.
-_TEXT_BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
-# What a ClapTextConfig and a RobertaConfig both have, and the weights' meaning hangs on.
+if TYPE_CHECKING:
+    from transformers import ClapConfig, ClapTextConfig, RobertaConfig
+
+# Settings that a ClapTextConfig and a RobertaConfig share and that weights depend on.
 _TEXT = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
     *("hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob", "layer_norm_eps"),
     *("max_position_embeddings", "type_vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"),
 )
-# What this project's HTSAT always is.
+# Settings that this project's HTSAT fixes.
 _FIXED = {
     "hidden_act": "gelu",
     "layer_norm_eps": 1e-5,
@@ -49,82 +45,38 @@ _FIXED = {
     "projection_hidden_act": "relu",
 }
 _FUSIONS = ("none", "aff_2d")
+_TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt"),
+)
 
 
-def from_clap(theirs: Tensors) -> tuple[Tensors, Tensors]:
-    """In this project's names, and its second scale; names of neither stay as they are."""
-    encoder = {n.removeprefix(_ENCODER): v for n, v in theirs.items() if n.startswith(_ENCODER)}
-    ours = {f"audio.{name}": value for name, value in htsat_from_hf(encoder).items()}
-    unused: Tensors = {}
-    for name, value in theirs.items():
-        if name.startswith(_ENCODER) or name.removeprefix("text_model.") in _TEXT_BUFFERS:
-            continue
-        if name == "logit_scale_a":
-            ours["logit_scale"] = value.reshape(1)
-        elif name == "logit_scale_t":
-            unused[name] = value
-        elif name.startswith("text_model."):
-            ours[f"text.inner.{name.removeprefix('text_model.')}"] = value
-        else:
-            ours[_head(name, 0, 1)] = value
-    return ours, unused
+def _read(source: Source) -> Imported:
+    tensors, settings, text = _read_folder(source.path)
+    ours, unused = from_clap(strip_prefixes(tensors, source.strip))
+    files = [source.path / name for name in _TOKENIZER if (source.path / name).is_file()]
+    rule = f"hold a tokenizer's files ({', '.join(_TOKENIZER)})"
+    require(bool(files), str(source.path), rule, "none")
+    text.save_pretrained(source.work)
+    for file in files:
+        shutil.copy(file, source.work)
+    config = load_config(None, [*settings, f"text.folder={source.work}", *source.overrides])
+    _check_spec_size(source.path, config)
+    return Imported(config, ours, unused)
 
 
-def to_clap(ours: Tensors, unused: Tensors) -> Tensors:
-    """The inverse; a scale for both directions where no second one is kept.
-
-    Args:
-        ours: HTSAT's indices of relative positions among them.
-    """
-    encoder = {n.removeprefix("audio."): v for n, v in ours.items() if n.startswith("audio.")}
-    theirs = {_ENCODER + name: value for name, value in htsat_to_hf(encoder).items()}
-    scale = ours["logit_scale"].reshape(())
-    theirs["logit_scale_a"] = scale
-    theirs["logit_scale_t"] = unused.get("logit_scale_t", scale).clone()
-    return theirs | text_to_clap(ours) | _heads_to_clap(ours, "audio_head.")
+def _write(export: Export, folder: Path) -> str:
+    buffers = export.model.named_buffers()
+    indices = {name: b for name, b in buffers if name.endswith("relative_position_index")}
+    _write_settings(folder, export.config, export.text_config)
+    theirs = to_clap(export.weights | indices, export.unused)
+    save_tensors(folder / "model.safetensors", theirs)
+    tokenizer(export.config.text).inner.save_pretrained(folder)
+    return "a folder for transformers.ClapModel"
 
 
-def text_to_clap(ours: Tensors) -> Tensors:
-    """The text tower and its head alone: a `ClapTextModelWithProjection`'s, with its buffers."""
-    inner = "text.inner."
-    theirs = {
-        f"text_model.{name.removeprefix(inner)}": value
-        for name, value in ours.items()
-        if name.startswith(inner)
-    }
-    positions = ours[f"{inner}embeddings.position_embeddings.weight"].shape[0]
-    ids = torch.arange(positions)[None]
-    theirs["text_model.embeddings.position_ids"] = ids
-    theirs["text_model.embeddings.token_type_ids"] = torch.zeros_like(ids)
-    return theirs | _heads_to_clap(ours, "text_head.")
-
-
-def _heads_to_clap(ours: Tensors, begin: str) -> Tensors:
-    return {_head(name, 1, 0): value for name, value in ours.items() if name.startswith(begin)}
-
-
-def _head(name: str, source: int, target: int) -> str:
-    for begins in _HEADS:
-        for layers in _LAYERS:
-            if name.startswith(begins[source] + layers[source]):
-                kind = name.removeprefix(begins[source] + layers[source])
-                return begins[target] + layers[target] + kind
-    return name
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A settings file of a folder."""
-    require(file.is_file(), str(file.parent), f"hold {file.name}", "none")
-    try:
-        found = json.loads(file.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{file} must be JSON: {error}") from None
-    require(isinstance(found, dict), str(file), "hold an object", type(found).__name__)
-    return found
-
-
-def _heard(folder: Path) -> dict[str, Any]:
-    """The feature extractor's settings: in a file of their own, or in its processor's."""
+def _feature_extractor(folder: Path) -> dict[str, Any]:
+    """Return the feature extractor's settings, from its own file or from its processor's."""
     processor = folder / "processor_config.json"
     if processor.is_file() and not (folder / "preprocessor_config.json").is_file():
         inside = read_json(processor).get("feature_extractor")
@@ -133,25 +85,29 @@ def _heard(folder: Path) -> dict[str, Any]:
     return read_json(folder / "preprocessor_config.json")
 
 
-def check_spec_size(folder: Path, config: Config) -> None:
-    """Raise `ConfigError` unless its log-mels are folded into a square of our side."""
+def _check_spec_size(folder: Path, config: Config) -> None:
+    """Raise `ConfigError` unless both fold log-mels into a square of the same side."""
+    from transformers import ClapConfig
+
     theirs: Any = ClapConfig.from_dict(read_json(folder / "config.json"))
-    side, size = config.audio.image_side, theirs.audio_config.spec_size
+    side, size = _htsat(config).image_side, theirs.audio_config.spec_size
     rule = f"be {side}, the side of {config.audio.frames} frames of {config.audio.mel_bins} bins"
     require(size == side, "audio_config.spec_size", rule, size)
 
 
-def read_clap(folder: Path) -> tuple[Tensors, list[str], RobertaConfig]:
-    """Its tensors, the settings of its audio side as overrides, and its text tower's config."""
+def _read_folder(folder: Path) -> tuple[Tensors, list[str], RobertaConfig]:
+    """Return the tensors, the settings as overrides, and the text encoder's config."""
+    from transformers import ClapConfig, RobertaConfig
+
     theirs = ClapConfig.from_dict(read_json(folder / "config.json"))
-    heard = _heard(folder)
+    features = _feature_extractor(folder)
     file = next(
         (f for f in ("model.safetensors", "pytorch_model.bin") if (folder / f).is_file()), None
     )
     require(file is not None, str(folder), "hold model.safetensors or pytorch_model.bin", "neither")
     text: Any = theirs.text_config
     config = RobertaConfig(**{name: getattr(text, name) for name in _TEXT})
-    settings = [*_encoder_settings(theirs), *_front_end_settings(heard)]
+    settings = [*_encoder_settings(theirs), *_front_end_settings(features)]
     settings += [f"text.dropout={text.hidden_dropout_prob}", "text.pool=pooler"]
     return read_tensors(folder / str(file)), settings, config
 
@@ -183,62 +139,65 @@ def _encoder_settings(theirs: ClapConfig) -> list[str]:
     ]
 
 
-def _front_end_settings(heard: dict[str, Any]) -> list[str]:
+def _front_end_settings(features: dict[str, Any]) -> list[str]:
     names = (
         *("feature_size", "sampling_rate", "hop_length", "max_length_s", "fft_window_size"),
         *("frequency_min", "frequency_max", "truncation", "padding"),
     )
-    missing = [name for name in names if name not in heard]
-    require(not missing, "preprocessor_config.json", f"say {', '.join(names)}", f"no {missing}")
-    rate = heard["sampling_rate"]
+    missing = [name for name in names if name not in features]
+    require(not missing, "preprocessor_config.json", f"hold {', '.join(names)}", f"no {missing}")
+    rate = features["sampling_rate"]
     for name, value in (("fft_window_size", 1024), ("hop_length", rate // 100)):
-        require(
-            heard[name] == value, f"preprocessor_config.json: {name}", f"be {value}", heard[name]
-        )
-    variant = "htk_none" if heard["truncation"] == "fusion" else "slaney_norm"
+        found = features[name]
+        require(found == value, f"preprocessor_config.json: {name}", f"be {value}", found)
+    variant = "htk_none" if features["truncation"] == "fusion" else "slaney_norm"
     return [
         f"audio.sample_rate_hz={rate}",
-        f"audio.duration_s={float(heard['max_length_s'])}",
-        f"audio.frames={1 + round(heard['max_length_s'] * rate) // heard['hop_length']}",
-        f"audio.mel_bins={heard['feature_size']}",
-        f"audio.low_hz={float(heard['frequency_min'])}",
-        f"audio.high_hz={float(heard['frequency_max'])}",
+        f"audio.duration_s={float(features['max_length_s'])}",
+        f"audio.frames={1 + round(features['max_length_s'] * rate) // features['hop_length']}",
+        f"audio.mel_bins={features['feature_size']}",
+        f"audio.low_hz={float(features['frequency_min'])}",
+        f"audio.high_hz={float(features['frequency_max'])}",
         f"audio.mel_variant={variant}",
-        f"audio.filling={heard['padding']}",
+        f"audio.filling={features['padding']}",
     ]
 
 
-def why_not_clap(config: Config, encoder: Any) -> str:
-    """Why a model cannot be a `ClapModel`; empty if it can.
+def _htsat(config: Config) -> HTSATSettings:
+    """The audio encoder's settings; `CLAP.encoder` lets no other in."""
+    assert isinstance(config.audio, HTSATSettings)
+    return config.audio
 
-    Args:
-        encoder: the text tower's transformers config; None for CLIP's tower.
-    """
-    if config.image is not None:
-        return "it sees"
-    if config.audio.encoder != "htsat" or config.audio.mel != "clap":
-        return "its audio tower is no HTSAT on CLAP's mel"
-    if (config.audio.mean, config.audio.std) != (0, 0.5):
+
+def _why_not(export: Export) -> str:
+    config, audio = export.config, _htsat(export.config)
+    if audio.mel != "clap":
+        return "its log-mels are not CLAP's"
+    if (audio.mean, audio.std) != (0, 0.5):
         return "transformers has no audio.mean and audio.std"
     if config.fusion.type not in _FUSIONS:
         return f"transformers has no fusion.type={config.fusion.type}"
-    if (config.audio.mel_variant == "htk_none") != config.fusion.on:
-        return f"transformers has no audio.mel_variant={config.audio.mel_variant} here"
-    if config.audio.grid[0] >> len(config.audio.stages) - 1 < config.audio.window_patches:
+    if (audio.mel_variant == "htk_none") != config.fusion.on:
+        return f"transformers has no audio.mel_variant={audio.mel_variant} here"
+    if audio.grid[0] >> len(audio.stages) - 1 < audio.window_patches:
         return "its last stage is smaller than audio.window_patches"
-    return why_no_clap_text(config, encoder)
+    return why_no_clap_text(export)
 
 
-def why_no_clap_text(config: Config, encoder: Any) -> str:
-    """The same of the text tower alone."""
+def why_no_clap_text(export: Export) -> str:
+    """Return why a text encoder cannot be a `ClapTextModel`; empty if it can."""
+    encoder = export.text_config
     roberta = encoder is not None and encoder.model_type == "roberta"
-    fits = roberta and config.text.pool == "pooler"
-    return "" if fits else "its text tower is no RoBERTa with a pooler"
+    text = export.config.text
+    fits = roberta and isinstance(text, RobertaSettings) and text.pool == "pooler"
+    return "" if fits else "its text encoder is no RoBERTa with a pooler"
 
 
-def write_clap_settings(folder: Path, config: Config, encoder: Any) -> None:
-    """config.json and preprocessor_config.json of a `ClapModel`, every value spelt out."""
-    audio, width = config.audio, config.joint.width
+def _write_settings(folder: Path, config: Config, encoder: Any) -> None:
+    """Write config.json and preprocessor_config.json of a `ClapModel`, with every value."""
+    from transformers import ClapConfig, ClapFeatureExtractor
+
+    audio, width = _htsat(config), config.joint.width
     stages = audio.stages
     sizes = {
         "patch_embeds_hidden_size": stages[0][0],
@@ -280,6 +239,20 @@ def write_clap_settings(folder: Path, config: Config, encoder: Any) -> None:
 
 
 def clap_text_config(config: Config, encoder: Any) -> ClapTextConfig:
-    """A `ClapTextConfig` of the text tower, every value of it as it is."""
+    """Return the text encoder's settings as a `ClapTextConfig`."""
+    from transformers import ClapTextConfig
+
     values = {name: getattr(encoder, name) for name in _TEXT}
     return ClapTextConfig(**values, projection_dim=config.joint.width, projection_hidden_act="relu")
+
+
+CLAP = Layout(
+    names="clap",
+    form="folder",
+    matches=lambda source: source.model_type == "clap",
+    read=_read,
+    write=_write,
+    why_not=_why_not,
+    modality="audio",
+    encoder="htsat",
+)

@@ -1,20 +1,19 @@
-"""CLIPs with a ResNet in OpenAI's names, which CyCLIP and open_clip share -> a model, and back.
+"""Layout of CLIP with a ResNet in OpenAI's names, which CyCLIP and open_clip share.
 
     visual.NAME              <->  image.NAME
     NAME                     <->  text.NAME           (transformer, token_embedding, ln_final, ...)
     text_projection (D, d)   <->  text_head.weight (d, D)
     logit_scale ()           <->  logit_scale (1,)
 
-Nothing is computed: what goes in and out comes out bit for bit. How the file itself was laid out
-(CyCLIP's state dict lies beside an epoch, under `module.`; OpenAI's half of it is half floats) is
-kept beside the model in `origin.json`, so that this comes out as it was too.
+Nothing is computed: a checkpoint that is imported and exported is the same bit for bit. The layout
+of its file (CyCLIP saves an epoch too and the prefix `module.`; most of OpenAI's tensors are
+float16) is stored with the model in `origin.json`, so that an export has it again.
 
-Source: CLIP's published code, CyCLIP's src/main.py; SPEC 12.5.
+Source: CLIP's published code, CyCLIP's src/main.py.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,29 +24,44 @@ from torch import Tensor
 
 from flap_fast.checks import ConfigError, require
 from flap_fast.config import Config
+from flap_fast.config.file import load_config
 from flap_fast.data.tokenize import CLIP_TOKENS, tokenizer
-from flap_fast.interchange.tensors import Saved, Tensors
+from flap_fast.interchange.layout import Export, Imported, Layout, Source
+from flap_fast.interchange.tensors import Saved, Tensors, module_prefix, read_json, save_pickle
 
 ORIGIN = "origin.json"
-# Of OpenAI's checkpoints, beside weights: numbers that the shapes say as well.
+# Entries of OpenAI's checkpoints that are no weights: sizes, which the shapes give as well.
 _SIZES = ("input_resolution", "context_length", "vocab_size")
 _TABLE = "token_embedding.weight"
 
 
-def is_openai(tensors: Tensors) -> bool:
-    """Whether names are those of OpenAI's CLIP."""
-    return _TABLE in tensors and any(name.startswith("visual.") for name in tensors)
+def _is_openai(source: Source) -> bool:
+    return _TABLE in source.tensors and any(n.startswith("visual.") for n in source.tensors)
+
+
+def _read(source: Source) -> Imported:
+    config = load_config(None, [*openai_settings(source.tensors), *source.overrides])
+    if not source.partial:
+        _check_tokenizer(source.tensors, config)
+    ours, unused = from_openai(source.tensors)
+    assert source.saved is not None
+    return Imported(config, ours, unused, origin=_origin(source.saved))
+
+
+def _write(export: Export, out: Path) -> str:
+    save_pickle(out, _laid_out(export.folder, to_openai(export.weights) | export.unused))
+    return "OpenAI's layout"
 
 
 def from_openai(theirs: Mapping[str, Tensor]) -> tuple[Tensors, Tensors]:
-    """In this project's names, and what has no use here."""
+    """Rename OpenAI's tensors; also returns the entries without a use here."""
     ours = {_ours(name): value for name, value in theirs.items() if name not in _SIZES}
     head, scale = ours.get("text_head.weight"), ours.get("logit_scale")
     if head is not None and head.ndim == 2:
         ours["text_head.weight"] = head.T.contiguous()
     if scale is not None and scale.numel() == 1:
         ours["logit_scale"] = scale.reshape(1)
-    # How many batches a BatchNorm has seen: older files have no such count, and nothing needs it.
+    # Older files do not count a BatchNorm's batches, and nothing needs the count.
     norms = [name.removesuffix("running_var") for name in ours if name.endswith(".running_var")]
     counts = {f"{norm}num_batches_tracked": torch.tensor(0) for norm in norms}
     return counts | ours, {name: theirs[name] for name in _SIZES if name in theirs}
@@ -63,7 +77,11 @@ def _ours(name: str) -> str:
 
 
 def to_openai(ours: Mapping[str, Tensor]) -> Tensors:
-    """The inverse; of a model with an image tower and CLIP's text tower."""
+    """Rename to OpenAI's names, the inverse of `from_openai`.
+
+    Raises:
+        ConfigError: the model has other encoders than CLIP's.
+    """
     theirs = {}
     for name, value in ours.items():
         if name.startswith("image."):
@@ -80,10 +98,10 @@ def to_openai(ours: Mapping[str, Tensor]) -> Tensors:
 
 
 def openai_settings(theirs: Mapping[str, Tensor]) -> list[str]:
-    """The settings that the shapes tell, as overrides of the defaults; CLIP has no dropout.
+    """Return the settings that the shapes give, as overrides of the defaults; CLIP has no dropout.
 
     Raises:
-        ConfigError: no CLIP with a ResNet.
+        ConfigError: it is no CLIP with a ResNet.
     """
     cells, _ = _shape(theirs, "visual.attnpool.positional_embedding", 2)
     width, *_ = _shape(theirs, "visual.layer1.0.conv1.weight", 4)
@@ -117,11 +135,11 @@ def _shape(theirs: Mapping[str, Tensor], name: str, axes: int) -> tuple[int, ...
 
 
 def _blocks(theirs: Mapping[str, Tensor], pattern: str) -> int:
-    """How many different numbers stand where the pattern has its group."""
+    """Count the different numbers that the pattern's group matches."""
     return len({found[1] for name in theirs if (found := re.match(pattern, name))})
 
 
-def check_tokenizer(theirs: Mapping[str, Tensor], config: Config) -> None:
+def _check_tokenizer(theirs: Mapping[str, Tensor], config: Config) -> None:
     """Raise `ConfigError` unless the tokenizer's tokens are those of the table."""
     wanted, found = len(theirs[_TABLE]), len(tokenizer(config.text).inner)
     rule = f"have the {wanted} tokens of {_TABLE}"
@@ -130,23 +148,23 @@ def check_tokenizer(theirs: Mapping[str, Tensor], config: Config) -> None:
     require(found == wanted, "text.tokenizer", rule, got, remedy)
 
 
-def keep_origin(folder: Path, saved: Saved, prefix: str) -> None:
-    """Write how a file was laid out that has become the model of a folder."""
+def _origin(saved: Saved) -> dict[str, Any]:
+    """Return the layout of a file: key, metadata, prefix, and types other than float32."""
+    prefix = module_prefix(saved.tensors)
     types = {
         name.removeprefix(prefix): str(value.dtype).removeprefix("torch.")
         for name, value in saved.tensors.items()
         if value.is_floating_point() and value.dtype != torch.float32
     }
-    origin = {"inside": saved.inside, "beside": saved.beside, "prefix": prefix, "types": types}
-    (folder / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")
+    return {"inside": saved.inside, "beside": saved.metadata, "prefix": prefix, "types": types}
 
 
-def laid_out(folder: Path, theirs: Tensors) -> dict[str, Any]:
-    """What torch.save is to write: as the file was that a folder was imported from, else plain."""
+def _laid_out(folder: Path, theirs: Tensors) -> dict[str, Any]:
+    """Return the tree to save: laid out as the file that was imported, else the tensors."""
     file = folder / ORIGIN
     if not file.is_file():
         return dict(theirs)
-    origin = json.loads(file.read_text())
+    origin = read_json(file)
     types = {name: getattr(torch, kind) for name, kind in origin["types"].items()}
     typed = {name: _exactly(value, types.get(name)) for name, value in theirs.items()}
     named = {origin["prefix"] + name: value for name, value in typed.items()}
@@ -154,6 +172,16 @@ def laid_out(folder: Path, theirs: Tensors) -> dict[str, Any]:
 
 
 def _exactly(value: Tensor, kind: torch.dtype | None) -> Tensor:
-    """In another type where that loses nothing: with --partial, some began at random."""
+    """Cast where that loses nothing: with --partial, some tensors are random float32."""
     cast = value if kind is None else value.to(kind)
     return cast if torch.equal(cast.to(value.dtype), value) else value
+
+
+OPENAI = Layout(
+    names="OpenAI's CLIP's (visual..., token_embedding)",
+    form="file",
+    matches=_is_openai,
+    read=_read,
+    write=_write,
+    modality="image",
+)

@@ -1,11 +1,11 @@
-"""HTSAT's weights between this project (LAION's names) and transformers' `ClapModel`.
+"""Names of HTSAT's tensors, in this project (LAION's names) and in transformers' `ClapModel`.
 
     layers.0.blocks.1.attn.qkv.weight  <->  layers.0.blocks.1.attention.self.query.weight, key, ...
 
-Names are those inside an encoder: what follows `audio_branch.` at LAION's, and
-`audio_model.audio_encoder.` at transformers'.
+Names are those inside an encoder: after `audio_branch.` in LAION's files, and after
+`audio_model.audio_encoder.` in transformers'.
 
-Source: SPEC 12.1.
+Source: LAION-CLAP, clap_module/htsat.py; transformers, models/clap.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-# This project's part of a name, and transformers'.
+# Parts of names, in this project and in transformers.
 _PARTS = (
     ("bn0.", "batch_norm."),
     (".norm1.", ".layernorm_before."),
@@ -30,7 +30,7 @@ _QKV = ("query", "key", "value")
 
 
 def htsat_from_hf(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A `ClapAudioEncoder`'s state dict in this project's names."""
+    """Rename a `ClapAudioEncoder`'s state dict to this project's names."""
     ours: dict[str, Tensor] = {}
     for name, value in theirs.items():
         query = re.fullmatch(r"(.*)\.attention\.self\.query\.(weight|bias)", name)
@@ -46,7 +46,7 @@ def htsat_from_hf(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def htsat_to_hf(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse. Transformers also keeps indices of relative positions: give them or not."""
+    """Rename to transformers' names. It also keeps relative position indices; they are optional."""
     theirs: dict[str, Tensor] = {}
     for name, value in ours.items():
         block, qkv, kind = name.partition(".attn.qkv.")
@@ -61,5 +61,5 @@ def htsat_to_hf(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _is_in(part: str, name: str) -> bool:
-    """`bn0.` only at the start, where no block's name can end in it."""
+    """Whether a name contains a part; `bn0.` only at its start."""
     return part in name if part.startswith(".") else name.startswith(part)

@@ -1,8 +1,9 @@
-"""A checkpoint's tensors by name, and whether they are what a model wants."""
+"""Read a checkpoint's tensors by name, and compare them with what a model needs."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -16,54 +17,56 @@ from torch import Tensor
 from flap_fast.checks import ConfigError, require
 
 Tensors = dict[str, Tensor]
-# Where checkpoints keep their state dict, beside an optimizer's and an epoch.
+# What DistributedDataParallel puts before names, of LAION's and CyCLIP's files.
+MODULE = "module."
+# Keys under which checkpoints keep their state dict, next to an optimizer's and an epoch.
 _INSIDE = ("state_dict", "model")
 
 
 class Saved(NamedTuple):
-    """A state dict, and how it lay in its file."""
+    """A state dict, and how its file was laid out."""
 
     tensors: Tensors
     inside: str
-    """Its name in what was saved; empty where it was that itself."""
-    beside: dict[str, Any]
-    """The numbers and words that lay beside it, such as an epoch."""
+    """Its key in the saved mapping; empty if the mapping is the state dict itself."""
+    metadata: dict[str, Any]
+    """The numbers and strings saved next to it, such as an epoch."""
 
 
 def read_tensors(path: Path) -> Tensors:
-    """The state dict of a `.safetensors` file, or of one that torch.save wrote."""
+    """Return the state dict of a `.safetensors` file, or of one that torch.save wrote."""
     return read_saved(path).tensors
 
 
 def read_saved(path: Path) -> Saved:
-    """The same, and how it lay there.
+    """Return a file's state dict and how the file was laid out.
 
     What torch.save wrote is a pickle: only tensors and plain values are taken from it, and nothing
     is run.
 
     Raises:
-        ConfigError: anything else.
+        ConfigError: the file holds anything else.
     """
     if path.suffix != ".safetensors":
         _no_program(path)
     try:
         if path.suffix == ".safetensors":
             return Saved(load_file(path), "", {})
-        # AudioMAE's files also hold their arguments: a bag of plain values.
+        # AudioMAE's files also hold their arguments: a namespace of plain values.
         with torch.serialization.safe_globals([argparse.Namespace]):
             found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the bytes of a damaged pickle spell
+    except Exception as error:  # a damaged pickle can raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"{path} must hold tensors and plain values alone: {reason}") from None
-    inside, beside = "", {}
+        raise ConfigError(f"{path} must hold only tensors and plain values: {reason}") from None
+    inside, metadata = "", {}
     for name in _INSIDE:
         if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
-            beside = {n: v for n, v in found.items() if isinstance(v, (bool, int, float, str))}
+            metadata = {n: v for n, v in found.items() if isinstance(v, (bool, int, float, str))}
             inside, found = name, found[name]
     rule = "hold a state dict, itself or as its 'state_dict' or 'model'"
     plain = isinstance(found, Mapping) and all(isinstance(v, Tensor) for v in found.values())
     require(plain and len(found) > 0, str(path), rule, type(found).__name__)
-    return Saved(dict(found), inside, beside)
+    return Saved(dict(found), inside, metadata)
 
 
 def _no_program(path: Path) -> None:
@@ -82,8 +85,34 @@ def _no_program(path: Path) -> None:
         require(not program, str(path), rule, "a TorchScript archive, which is a program", remedy)
 
 
+def module_prefix(tensors: Tensors) -> str:
+    """Return the prefix that all names of a file have: "module." or none."""
+    return MODULE if tensors and all(name.startswith(MODULE) for name in tensors) else ""
+
+
+def save_pickle(path: Path, tree: dict[str, Any]) -> None:
+    """Write a file with torch.save, and its folder if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(tree, path)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the settings in a folder's JSON file.
+
+    Raises:
+        ConfigError: the file is missing or holds no JSON object.
+    """
+    require(file.is_file(), str(file.parent), f"hold {file.name}", "none")
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{file} must be JSON: {error}") from None
+    require(isinstance(found, dict), str(file), "hold an object", type(found).__name__)
+    return found
+
+
 def strip_prefixes(tensors: Tensors, prefixes: Sequence[str]) -> Tensors:
-    """Names without what stands before them, as often as one of the prefixes does.
+    """Remove the prefixes from the start of names, repeatedly.
 
     Raises:
         ConfigError: two names become one.
@@ -99,22 +128,22 @@ def strip_prefixes(tensors: Tensors, prefixes: Sequence[str]) -> Tensors:
 
 
 def fitted_tensors(found: Tensors, wanted: Tensors, source: Path, *, partial: bool) -> Tensors:
-    """All that is wanted, in its types: from `found`, and with `partial` from `wanted` itself.
+    """Return the tensors of `wanted` with the values of `found`, in the types of `wanted`.
 
     Args:
-        partial: leave out what is not wanted or has another shape, and say so on stderr.
+        partial: a tensor that `found` lacks or has in another shape keeps the value in `wanted`;
+            the differences are listed on stderr.
 
     Raises:
         ConfigError: names every tensor that is missing, unexpected or of another shape; with
-            `partial`, where nothing fits.
+            `partial`, nothing fits.
     """
     lines = faults(found, wanted)
     listed = "\n".join(f"  {line}" for line in lines)
     if lines and not partial:
         raise ConfigError(
             f"{source} must hold this model's weights, got\n{listed}\n"
-            "--partial takes what fits and leaves the rest as it begins; --strip PREFIX shortens "
-            "names"
+            "--partial takes what fits and initialises the rest; --strip PREFIX shortens names"
         )
     fits = {n for n, v in found.items() if n in wanted and v.shape == wanted[n].shape}
     require(
@@ -122,12 +151,12 @@ def fitted_tensors(found: Tensors, wanted: Tensors, source: Path, *, partial: bo
     )
     if lines:
         count = f"took {len(fits)} of {len(wanted)} tensors"
-        print(f"{count}; the missing and mis-shaped begin at random:\n{listed}", file=sys.stderr)
+        print(f"{count}; the missing and mis-shaped are random:\n{listed}", file=sys.stderr)
     return {n: found[n].to(v.dtype) if n in fits else v for n, v in wanted.items()}
 
 
 def faults(found: Tensors, wanted: Tensors) -> list[str]:
-    """A line for each tensor that is missing, unexpected or of another shape."""
+    """Return a line for each tensor that is missing, unexpected or of another shape."""
     lines = []
     for name in sorted(found.keys() | wanted.keys()):
         if name not in found:

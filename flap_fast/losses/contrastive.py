@@ -36,15 +36,15 @@ class Contrastive(Loss):
 
     def terms(self, outputs: Outputs) -> dict[str, Tensor]:
         """`contrastive`: the mean over the global batch, the same on every rank, ()."""
-        from flap_kernels import infonce_ranks
+        from flap_kernels import distributed_infonce
 
-        loss = infonce_ranks(
+        loss = distributed_infonce(
             outputs["media"],
             outputs["text"],
             outputs["scale"],
             direction=self.direction,
             scheme=self.scheme,
-            equal_shares=True,  # the loader's are; asking would wait for the device
+            equal_sizes=True,  # the loader's are; asking would wait for the device
             precision=self.precision,
         )
         return {"contrastive": loss}

@@ -40,6 +40,6 @@ class Cyclic(Loss):
             outputs["media"],
             outputs["text"],
             form=self.form,
-            equal_shares=True,  # the loader's are; asking would wait for the device
+            equal_sizes=True,  # the loader's are; asking would wait for the device
         )
         return {"cyclic_cross": cross, "cyclic_in": within}

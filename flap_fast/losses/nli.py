@@ -37,14 +37,14 @@ class NLI(Loss):
         """`nli`: the mean over the global batch, the same on every rank, ()."""
         import torch
 
-        from flap_kernels import infonce_ranks
+        from flap_kernels import distributed_infonce
 
         sentences = cast("dict[str, Tensor]", outputs)  # an active loss has what it asks for
-        loss = infonce_ranks(
+        loss = distributed_infonce(
             sentences["premise"],
             torch.cat([sentences["entailment"], sentences["contradiction"]]),
             1 / self.temperature,
             direction="a2t",
-            equal_shares=True,
+            equal_sizes=True,
         )
         return {"nli": loss}

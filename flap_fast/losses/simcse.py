@@ -39,9 +39,9 @@ class SimCSE(Loss):
 
     def terms(self, outputs: Outputs) -> dict[str, Tensor]:
         """`simcse`: the mean over the global batch, the same on every rank, ()."""
-        from flap_kernels import infonce_ranks
+        from flap_kernels import distributed_infonce
 
         first, again = (outputs[name] for name in self.sentences)
         temperature = self.temperature
-        loss = infonce_ranks(first, again, 1 / temperature, direction="a2t", equal_shares=True)
+        loss = distributed_infonce(first, again, 1 / temperature, direction="a2t", equal_sizes=True)
         return {"simcse": loss}

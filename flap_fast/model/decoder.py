@@ -20,8 +20,7 @@ from torch.nn import functional
 from flap_fast.config import Config
 from flap_fast.encoders.audio_settings import PatchEncoder
 from flap_fast.encoders.blocks import LAYER_NORM_EPS, Blocks, initialise
-from flap_kernels import keep_tokens, masked_mse, restore_tokens
-from flap_kernels.draw_plan import MaskPlan
+from flap_kernels import PatchMask, gather_tokens, masked_mse, unshuffle_tokens
 
 
 class PatchError(nn.Linear):
@@ -68,17 +67,17 @@ class Decoder(nn.Module):
         self.apply(initialise)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, tokens: Tensor, mask: MaskPlan | None, mel: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, mask: PatchMask | None, mel: Tensor) -> Tensor:
         mel = mel[:, 0]
-        if mask is None or mask.drop.shape[1] == 0:
+        if mask is None or mask.ids_drop.shape[1] == 0:
             return self._idle(tokens, mel)
-        ids_restore = mask.restore
+        ids_restore = mask.ids_restore
         if self.prefix:
             ids_restore = functional.pad(ids_restore + 1, (1, 0))
         x = self.embed(tokens)
-        x = restore_tokens(x, ids_restore, self.mask_token.flatten(), self.pos_embed)
-        x = keep_tokens(self.blocks(x), mask.drop + self.prefix)
-        return self.pred(self.norm(x), mel, mask.drop)
+        x = unshuffle_tokens(x, ids_restore, self.mask_token.flatten(), self.pos_embed)
+        x = gather_tokens(self.blocks(x), mask.ids_drop + self.prefix)
+        return self.pred(self.norm(x), mel, mask.ids_drop)
 
     def _idle(self, tokens: Tensor, mel: Tensor) -> Tensor:
         """0 where nothing is dropped, with a gradient of 0 to every parameter.

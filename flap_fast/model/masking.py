@@ -1,4 +1,4 @@
-"""Which patches training keeps: how many; `draw_plan` draws which, as indices.
+"""Which patches training keeps: how many; `draw_patch_mask` draws which, as indices.
 
     1-D   K of the N patches (or whole time columns of them)
     2-D   k_time of the time columns and, in each, k_freq of the frequency rows: K = k_time * k_freq
@@ -17,8 +17,7 @@ from torch import Tensor
 
 from flap_fast.config import Mask
 from flap_fast.data.random_streams import Stream
-from flap_kernels import draw_plan
-from flap_kernels.draw_plan import MaskPlan
+from flap_kernels import PatchMask, draw_patch_mask
 
 
 def kept(count: int, ratio: float, rounding: str) -> int:
@@ -48,7 +47,7 @@ def kept_patches(mask: Mask, grid: tuple[int, int]) -> int:
 
 def patch_mask(
     mask: Mask, grid: tuple[int, int], seed: int, sample_index: Tensor
-) -> MaskPlan | None:
+) -> PatchMask | None:
     """The mask of a batch, or None without masking.
 
     Args:
@@ -68,4 +67,4 @@ def patch_mask(
         grid = (times * freqs, 1)
         columns = kept(times * freqs, mask.ratio, mask.rounding)
     streams = (Stream.MASK, Stream.MASK_INNER)
-    return draw_plan(sample_index, seed, streams, grid, columns, rows, mask.shared_inner)
+    return draw_patch_mask(sample_index, seed, streams, grid, columns, rows, mask.shared_inner)

@@ -21,7 +21,7 @@ from flap_fast.config import Config
 from flap_fast.encoders.audio_settings import PatchEncoder
 from flap_fast.losses.base import Outputs
 from flap_fast.model.decoder import Decoder
-from flap_kernels.draw_plan import MaskPlan
+from flap_kernels import PatchMask
 
 
 class ModelInputs(TypedDict):
@@ -33,7 +33,7 @@ class ModelInputs(TypedDict):
     """(S B, L) int64: the captions, then the other `Loss.sentences`."""
     attention_mask: Tensor
     """(S B, L) int64, 1 on tokens; best on the CPU, see `packing.pack`."""
-    mask: MaskPlan | None
+    mask: PatchMask | None
     """The patches that masking keeps and drops; None keeps all."""
     target: Tensor | None
     """(B, 1, T, F) float32, what the decoder is to reconstruct; None skips the decoder."""
@@ -87,14 +87,14 @@ class TwoTowers(nn.Module):
         media: Tensor,
         ids: Tensor,
         attention_mask: Tensor,
-        mask: MaskPlan | None = None,
+        mask: PatchMask | None = None,
         target: Tensor | None = None,
         erase: Tensor | None = None,
         longer: Tensor | None = None,
     ) -> Outputs:
         """Embed both sides of B pairs; the arguments are those of `ModelInputs`."""
         scale = _Clamp.apply(self.logit_scale, self.max_logit_scale).exp().squeeze(0)
-        ids_keep = None if mask is None else mask.keep
+        ids_keep = None if mask is None else mask.ids_keep
         media_rows, tokens = self._encode(media, ids_keep, erase, longer)
         # All sentences in one pass: one dropout of their own for each row, one use of each weight.
         sentences = self.embed_text(ids, attention_mask).chunk(len(self.sentences))

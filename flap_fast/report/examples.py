@@ -1,6 +1,6 @@
-"""What a run's model makes of its validation clips: similarities, best and worst retrievals.
+"""Retrieval examples: a run's model on its validation clips, the best and the worst retrievals.
 
-A clip's place is that of the first of its own captions among all captions, counted from 0.
+A clip's position is that of the first of its own captions among all captions, counted from 0.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from flap_fast.data.shards import ShardError, Shards, open_shards, shard_kinds
 from flap_fast.data.tokenize import tokenizer
 from flap_fast.evaluate.embed import Embeddings, embed
 from flap_fast.evaluate.geometry import geometry
-from flap_fast.evaluate.retrieval import caption_places
+from flap_fast.evaluate.retrieval import caption_positions
 from flap_fast.evaluate.run import names
 from flap_fast.model.model_folder import load_model
 from flap_fast.ranks import Ranks
 from flap_fast.report.run import RunFacts
 
 _SHOWN = 128
-"""Clips of the similarity matrix."""
+"""Clips in the similarity matrix."""
 _EXAMPLES = 5
 _ANSWERS = 3
 _PLAYED_S, _PLAYED_HZ = 10.0, 16_000
@@ -38,26 +38,28 @@ _PLAYED_S, _PLAYED_HZ = 10.0, 16_000
 
 @dataclass(frozen=True)
 class Example:
-    """One clip and what the model answers for it."""
+    """One clip and the model's answers for it."""
 
     clip: str
     caption: str
-    place: int
+    position: int
     cosine: float
-    """Of its own best caption."""
+    """That of its own best caption."""
     answers: list[tuple[str, float, bool]]
-    """The first captions found, their cosines, and whether they are its own."""
+    """The first captions, their cosines, and whether they are its own."""
     sound: str
-    """A data URI of OGG, empty where the clip cannot be played."""
-    picture: str
-    """A data URI of a picture, empty of a sound."""
+    """A data URI of OGG; empty for an image and for a clip that cannot be played."""
+    image: str
+    """A data URI of JPEG; empty for a sound."""
 
 
 @dataclass(frozen=True)
 class RetrievalExamples:
-    """Of one validation set."""
+    """Examples from one validation set."""
 
     name: str
+    modality: str
+    """`audio` or `image`."""
     clips: int
     similarity: np.ndarray
     """(n, n) cosines of the first n clips (rows) with each one's first caption (columns)."""
@@ -67,8 +69,8 @@ class RetrievalExamples:
     """Alignment and uniformity by the step of the checkpoint."""
 
 
-def listen(run: RunFacts) -> tuple[list[RetrievalExamples], list[str]]:
-    """Look through the ears of a run's checkpoints; also why something could not be looked at."""
+def retrieval_examples(run: RunFacts) -> tuple[list[RetrievalExamples], list[str]]:
+    """Examples from each validation set, and why a set has none."""
     if not run.config.data.val:
         return [], ["The run has no data.val, so nothing was embedded."]
     if run.chosen is None:
@@ -77,31 +79,32 @@ def listen(run: RunFacts) -> tuple[list[RetrievalExamples], list[str]]:
     for name, folder in names(run.config.data.val).items():
         try:
             shards = open_shards([folder], shard_kinds(run.config))
-            found.append(_heard(run, name, shards))
+            found.append(_examples(run, name, shards))
         except (ShardError, ConfigError) as why:
             missing.append(f"{name} is left out: {why}.")
     return found, missing
 
 
-def _heard(run: RunFacts, name: str, shards: Shards) -> RetrievalExamples:
+def _examples(run: RunFacts, name: str, shards: Shards) -> RetrievalExamples:
     assert run.chosen is not None
     chosen = _embeddings(run.chosen, run, shards)
     by_step = {}
     for step, folder in run.checkpoints.items():
         same = folder.samefile(run.chosen)
         e = chosen if same else _embeddings(folder, run, shards)
-        by_step[step] = geometry(e.media, e.text, e.clip_of_caption)
+        by_step[step] = geometry(e.media, e.text, e.clip_of_caption, modality=run.modality)
     first = _first_captions(chosen.clip_of_caption, len(shards))[:_SHOWN]
     similarity = chosen.media[:_SHOWN] @ chosen.text[first].T
-    places = caption_places(chosen.media, chosen.text, chosen.clip_of_caption, Ranks())
-    own = torch.full((len(shards),), len(places)).scatter_reduce(
-        0, chosen.clip_of_caption, places, "amin"
+    positions = caption_positions(chosen.media, chosen.text, chosen.clip_of_caption, Ranks())
+    own = torch.full((len(shards),), len(positions)).scatter_reduce(
+        0, chosen.clip_of_caption, positions, "amin"
     )
     best, worst = _extremes(
         own, (chosen.media[chosen.clip_of_caption] * chosen.text).sum(1), chosen.clip_of_caption
     )
     return RetrievalExamples(
         name=name,
+        modality=run.modality,
         clips=len(shards),
         similarity=similarity.numpy(),
         best=[_example(clip, own, chosen, shards) for clip in best],
@@ -111,7 +114,7 @@ def _heard(run: RunFacts, name: str, shards: Shards) -> RetrievalExamples:
 
 
 def _embeddings(folder: Path, run: RunFacts, shards: Shards) -> Embeddings:
-    """By the weights of a checkpoint, with the run's own settings of evaluation; on the CPU."""
+    """Embeddings by a checkpoint, with the run's own settings of evaluation; on the CPU."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, config = load_model(folder, device)
     tree = config.model_dump()
@@ -126,14 +129,14 @@ def _embeddings(folder: Path, run: RunFacts, shards: Shards) -> Embeddings:
 
 
 def _first_captions(clip_of_caption: Tensor, clips: int) -> Tensor:
-    """(clips,) the first caption of each; captions come in the order of their clips."""
+    """(clips,) the first caption of each clip; captions come in the order of their clips."""
     return torch.searchsorted(clip_of_caption, torch.arange(clips))
 
 
 def _extremes(own: Tensor, cosines: Tensor, clip_of_caption: Tensor) -> tuple[list[int], list[int]]:
-    """The clips found surest, and those found last; none is in both."""
+    """The best and the worst clips; none is in both."""
     most = torch.full((len(own),), -2.0).scatter_reduce(0, clip_of_caption, cosines.float(), "amax")
-    order = np.lexsort((-most.numpy(), own.numpy()))  # by place, then by cosine, highest first
+    order = np.lexsort((-most.numpy(), own.numpy()))  # by position, then by cosine, highest first
     count = min(_EXAMPLES, len(order) // 2)
     return order[:count].tolist(), order[::-1][:count].tolist()
 
@@ -147,18 +150,18 @@ def _example(clip: int, own: Tensor, e: Embeddings, shards: Shards) -> Example:
     return Example(
         clip=str(shards.record(clip).get("id", shards.name(clip))),
         caption=captions(nearest),
-        place=int(own[clip]),
+        position=int(own[clip]),
         cosine=float(cosines[nearest]),
         answers=[
             (captions(i), float(cosines[i]), int(e.clip_of_caption[i]) == clip) for i in first
         ],
         sound="" if shards.kind == "images" else _playable(shards.sound(clip)),
-        picture=_visible(shards.sound(clip)) if shards.kind == "images" else "",
+        image=_thumbnail(shards.sound(clip)) if shards.kind == "images" else "",
     )
 
 
 def _captions_of(clip_of_caption: Tensor, shards: Shards):
-    """Number of a caption -> its words."""
+    """A function from a caption's index to its words."""
 
     def caption(number: int) -> str:
         clip = int(clip_of_caption[number])
@@ -168,7 +171,7 @@ def _captions_of(clip_of_caption: Tensor, shards: Shards):
 
 
 def _playable(sound: bytes) -> str:
-    """The middle of a sound as a data URI that a browser plays."""
+    """The middle of a sound as a data URI for a browser; empty if it cannot be read."""
     try:
         wave = read_sound(sound, _PLAYED_HZ)
     except BadSound:
@@ -179,10 +182,10 @@ def _playable(sound: bytes) -> str:
     return "data:audio/ogg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def _visible(picture: bytes) -> str:
-    """A picture, small, as a data URI."""
+def _thumbnail(image: bytes) -> str:
+    """A small copy of an image as a data URI."""
     file = io.BytesIO()
-    small = rgb(decoded(picture))
+    small = rgb(decoded(image))
     small.thumbnail((256, 256))
     small.save(file, "JPEG")
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""The report's figures, as SVG whose colors follow the page: light or dark.
+"""The report's figures as SVG whose colors follow the page: light or dark.
 
 matplotlib draws with a few marker colors; in the SVG they become CSS variables of the page.
 """
@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from flap_fast.checks import ConfigError
-from flap_fast.evaluate.flops import encoder_flops
+from flap_fast.evaluate.flops import CLIPS, encoder_flops
+from flap_fast.evaluate.retrieval import directions
 from flap_fast.report.examples import RetrievalExamples
 from flap_fast.report.run import RunFacts
 
-# Colors that nothing else draws with, and the page's variables that they become.
+# Marker colors and the page's variables that replace them.
 _THEME = {"#0a0b0c": "var(--ink)", "#0a0b0d": "var(--faint)"}
 _LINES = ("#0a1b01", "#0a1b02", "#0a1b03", "#0a1b04", "#0a1b05", "#0a1b06")
 _THEME |= {color: f"var(--line-{number})" for number, color in enumerate(_LINES)}
@@ -42,12 +43,12 @@ _STYLE = {
     "legend.fontsize": 8,
     "lines.linewidth": 1.6,
 }
-GFLOP_CLIPS = 8
-"""Clips that the papers count GFLOPs of."""
+
+_NOUNS = {"audio": "sound"}
 
 
 def curves(run: RunFacts) -> dict[str, str]:
-    """Title -> SVG of what happened from step to step."""
+    """Curves over the steps, {title: SVG}."""
     terms = _terms(run)
     both = {"Loss and its terms": ["loss", *terms]} if len(terms) > 1 else {"Loss": ["loss"]}
     found = {title: _lines(run, names) for title, names in both.items()}
@@ -62,14 +63,14 @@ def curves(run: RunFacts) -> dict[str, str]:
         "Logit scale": _lines(run, ["scale"]),
         "Learning rate": _lines(run, ["lr"], within=(0, None)),
         "Throughput": _lines(run, ["clips_per_s"], "clips/s", within=(0, None)),
-        "Share of a step that waits for data": _lines(run, ["data_wait"], within=(0, 1)),
+        "Fraction of a step that waits for data": _lines(run, ["data_wait"], within=(0, 1)),
         "Peak memory": _lines(run, ["peak_mib"], "MiB", within=(0, None)),
     }
     return found
 
 
 def _terms(run: RunFacts) -> list[str]:
-    """Columns between the loss and the gradient's norm: the terms that the run has."""
+    """The terms of the run's loss: the columns between `loss` and `grad_norm`."""
     names = list(run.steps[-1])
     return names[names.index("loss") + 1 : names.index("grad_norm")]
 
@@ -96,61 +97,63 @@ def _lines(
     return _svg("-".join(names), draw)
 
 
-def similarity(heard: RetrievalExamples) -> str:
-    """Cosines of sounds (rows) with captions (columns), each clip's own on the diagonal."""
+def similarity(examples: RetrievalExamples) -> str:
+    """Cosines of clips (rows) with captions (columns), each clip's own on the diagonal."""
 
     def draw(axis: Any) -> None:
-        image = axis.imshow(heard.similarity, cmap="viridis", interpolation="nearest")
+        image = axis.imshow(examples.similarity, cmap="viridis", interpolation="nearest")
         axis.grid(visible=False)
         axis.set_xlabel("caption of clip")
-        axis.set_ylabel("sound of clip")
+        axis.set_ylabel(f"{_NOUNS.get(examples.modality, examples.modality)} of clip")
         axis.figure.colorbar(image, ax=axis, label="cosine").outline.set_edgecolor(_FAINT)
 
-    return _svg(f"similarity-{heard.name}", draw, size=(5.2, 4.4))
+    return _svg(f"similarity-{examples.name}", draw, size=(5.2, 4.4))
 
 
-def alignment_over_uniformity(heard: RetrievalExamples) -> str:
-    """One point a side and kept checkpoint; the last is filled."""
+def alignment_over_uniformity(examples: RetrievalExamples) -> str:
+    """A point for each side of each kept checkpoint; the last is filled."""
 
     def draw(axis: Any) -> None:
-        for number, side in enumerate(("audio", "text")):
-            found = sorted(heard.geometry.items())
+        for number, side in enumerate((examples.modality, "text")):
+            found = sorted(examples.geometry.items())
             steps = [step for step, g in found if g[f"uniformity_{side}"] is not None]
-            x = [heard.geometry[step][f"uniformity_{side}"] for step in steps]
-            y = [heard.geometry[step]["alignment"] for step in steps]
+            x = [examples.geometry[step][f"uniformity_{side}"] for step in steps]
+            y = [examples.geometry[step]["alignment"] for step in steps]
             faces = ["none"] * (len(steps) - 1) + [_LINES[number]]
             axis.plot(x, y, color=_LINES[number], linewidth=0.8)
             axis.scatter(x, y, edgecolors=_LINES[number], facecolors=faces, label=side, zorder=3)
             for step, at, high in zip(steps, x, y, strict=True):
-                place = {"xytext": (5, 4), "textcoords": "offset points", "fontsize": 7}
-                axis.annotate(f"step {step}", (at, high), **place)
+                offset = {"xytext": (5, 4), "textcoords": "offset points", "fontsize": 7}
+                axis.annotate(f"step {step}", (at, high), **offset)
         axis.margins(0.2)
         axis.set_xlabel("uniformity (lower: more even)")
         axis.set_ylabel("alignment (lower: pairs closer)")
         axis.legend()
 
-    return _svg(f"geometry-{heard.name}", draw)
+    return _svg(f"geometry-{examples.name}", draw)
 
 
 def recall_over_gflops(runs: Sequence[RunFacts], name: str) -> str:
-    """FLAP's Fig. 3 axes: R@1 on one validation set over what the audio encoder costs in training.
+    """R@1 on one validation set over the encoder's GFLOPs in training, as in FLAP's Figure 3.
 
     Args:
-        runs: those that have scores of `name`; the report's own run first.
+        runs: those of one modality that have scores of `name`; the report's own run first.
     """
+    modality = runs[0].modality
+    costs = {(run.name, run.folder): gflops(run) for run in runs}
 
     def draw(axis: Any) -> None:
-        for number, direction in enumerate(("text_to_audio", "audio_to_text")):
+        for number, direction in enumerate(reversed(directions(modality))):
             for run in runs:
                 recall = run.scores["retrieval"][name][direction]["R@1"]
-                kind = {"label": direction.replace("_", " ")} if run is runs[0] else {}
+                label = {"label": direction.replace("_", " ")} if run is runs[0] else {}
                 face = _LINES[number] if run is runs[0] else "none"
-                at = (gflops(run), 100 * recall)
-                axis.scatter(*at, edgecolors=_LINES[number], facecolors=face, zorder=3, **kind)
-                place = {"xytext": (6, 3), "textcoords": "offset points", "fontsize": 7}
-                axis.annotate(run.name, at, **place)
+                at = (costs[run.name, run.folder], 100 * recall)
+                axis.scatter(*at, edgecolors=_LINES[number], facecolors=face, zorder=3, **label)
+                offset = {"xytext": (6, 3), "textcoords": "offset points", "fontsize": 7}
+                axis.annotate(run.name, at, **offset)
         axis.margins(0.25)
-        axis.set_xlabel(f"GFLOPs of the audio encoder, {GFLOP_CLIPS} clips, as trained")
+        axis.set_xlabel(f"GFLOPs of the {modality} encoder, {CLIPS} clips, as trained")
         axis.set_ylabel("R@1, %")
         axis.legend()
 
@@ -158,8 +161,8 @@ def recall_over_gflops(runs: Sequence[RunFacts], name: str) -> str:
 
 
 def gflops(run: RunFacts) -> float:
-    """Of the audio encoder's forward pass over 8 clips, masked as in training, as fvcore counts."""
-    return encoder_flops(run.config.audio, run.config.mask, clips=GFLOP_CLIPS) / 1e9
+    """GFLOPs of the encoder's forward pass over 8 clips, masked as in training."""
+    return encoder_flops(run.config, clips=CLIPS) / 1e9
 
 
 def _svg(name: str, draw: Callable[[Any], None], size: tuple[float, float] = (4.4, 2.9)) -> str:
@@ -185,5 +188,5 @@ def _svg(name: str, draw: Callable[[Any], None], size: tuple[float, float] = (4.
 
 
 def spread(values: np.ndarray) -> str:
-    """Median and range, for a sentence."""
+    """Median and range as a text."""
     return f"{np.median(values):,.1f} ({values.min():,.1f} to {values.max():,.1f})"

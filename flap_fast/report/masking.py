@@ -1,4 +1,4 @@
-"""A picture of what masking leaves of a sound."""
+"""A figure of a log-mel and the patches of it that masking keeps."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flap_fast.checks import ConfigError, require
+from flap_fast.checks import ConfigError
 from flap_fast.config import Config
 from flap_fast.data.preprocess.front_end import log_mel
 from flap_fast.data.preprocess.waveform import crop, fill, read_sound
 from flap_fast.data.shards import open_shards
+from flap_fast.encoders.audio_settings import PatchEncoder
 from flap_fast.model.masking import patch_mask
 
 
@@ -29,8 +30,10 @@ def masking_figure(config: Config, out: Path, *, sound: Path | None = None, clip
         from matplotlib.figure import Figure
     except ImportError:
         raise ConfigError("figures must have matplotlib; pip install 'flap_fast[report]'") from None
-    require(config.image is None, "image", "be left out to show a log-mel", "one")
-    audio = config.audio
+    audio = config.encoder
+    if not isinstance(audio, PatchEncoder):
+        rule = "must be one that masks patches of a log-mel to show them"
+        raise ConfigError(f"{audio.modality}.encoder {rule}, got '{audio.encoder}'")
     name, caption, source = _source(config, sound, clip)
     wave = fill(
         crop(read_sound(source, audio.sample_rate_hz), audio.samples, 0.5),
@@ -38,23 +41,23 @@ def masking_figure(config: Config, out: Path, *, sound: Path | None = None, clip
         audio.filling,
     )
     mel = log_mel(audio, torch.device("cpu"))(torch.from_numpy(wave)[None])[0]
-    plan = patch_mask(config.mask, audio.grid, config.run.seed, torch.tensor([clip]))
-    keep = torch.arange(audio.grid[0] * audio.grid[1]) if plan is None else plan.keep[0]
+    mask = patch_mask(config.mask, audio.grid, config.run.seed, torch.tensor([clip]))
+    keep = torch.arange(audio.grid[0] * audio.grid[1]) if mask is None else mask.ids_keep[0]
     shown = _only_kept(mel, keep, audio.patch, audio.grid)
 
     figure = Figure(figsize=(10, 5.2), layout="constrained")
     axes = figure.subplots(2, 1, sharex=True)
     bounds = {"vmin": float(mel.min()), "vmax": float(mel.max())}
     extent = (0, audio.frames / 100, 0, audio.mel_bins)
-    share = len(keep) / (audio.grid[0] * audio.grid[1])
+    kept = len(keep) / (audio.grid[0] * audio.grid[1])
     titles = (
         f'{name}: "{caption}"' if caption else name,
-        f"{len(keep)} of {audio.grid[0] * audio.grid[1]} patches kept ({share:.0%}), "
+        f"{len(keep)} of {audio.grid[0] * audio.grid[1]} patches kept ({kept:.0%}), "
         f"mask.kind={config.mask.kind}",
     )
-    for axis, picture, title in zip(axes, (mel, shown), titles, strict=True):
+    for axis, cells, title in zip(axes, (mel, shown), titles, strict=True):
         image = axis.imshow(
-            picture.T.numpy(), origin="lower", aspect="auto", extent=extent, cmap="magma", **bounds
+            cells.T.numpy(), origin="lower", aspect="auto", extent=extent, cmap="magma", **bounds
         )
         axis.set_facecolor("0.85")
         axis.set_title(title, fontsize=10)

@@ -13,32 +13,35 @@ from typing import Any
 
 from flap_fast.checks import ConfigError
 from flap_fast.config.file import dump_config
-from flap_fast.evaluate.tables import Sheet, sheets
+from flap_fast.evaluate.flops import CLIPS
+from flap_fast.evaluate.sheet import Sheet
+from flap_fast.evaluate.tables import sheets
 from flap_fast.files import write_atomically
 from flap_fast.report import figures
-from flap_fast.report.examples import listen
+from flap_fast.report.examples import retrieval_examples
 from flap_fast.report.run import RunFacts, read_run
 
 
-def report(folder: Path, out: Path | None = None, *, beside: Sequence[Path] = ()) -> Path:
+def report(folder: Path, out: Path | None = None, *, others: Sequence[Path] = ()) -> Path:
     """Write the page of a run; gives the file, RUN/report.html when not named.
 
     Args:
-        beside: folders of other runs, set beside it in recall over GFLOPs.
+        others: folders of other runs, drawn with it in recall over GFLOPs.
 
     Raises:
         ConfigError: no run, or matplotlib or Jinja2 is not installed.
     """
     run = read_run(folder)
-    others = [read_run(other) for other in beside]
     file = out or folder / "report.html"
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, _rendered(**_contents(run, others)).encode())
+    write_atomically(
+        file, _rendered(**_contents(run, [read_run(other) for other in others])).encode()
+    )
     return file
 
 
 def _contents(run: RunFacts, others: list[RunFacts]) -> dict[str, Any]:
-    heard, missing = listen(run)
+    examples, missing = retrieval_examples(run)
     gflops, undrawn = _over_gflops(run, others)
     return {
         "run": run,
@@ -47,13 +50,13 @@ def _contents(run: RunFacts, others: list[RunFacts]) -> dict[str, Any]:
         "summary": _summary(run),
         "curves": figures.curves(run),
         "tables": _tables(run),
-        "heard": [
+        "examples": [
             {
                 "of": one,
                 "similarity": figures.similarity(one),
                 "geometry": figures.alignment_over_uniformity(one) if one.geometry else "",
             }
-            for one in heard
+            for one in examples
         ],
         "missing": [*missing, *undrawn],
         "gflops": gflops,
@@ -62,7 +65,7 @@ def _contents(run: RunFacts, others: list[RunFacts]) -> dict[str, Any]:
 
 
 def _summary(run: RunFacts) -> dict[str, str]:
-    """What a reader wants to know first."""
+    """The numbers at the top of the page."""
     last, config = run.steps[-1], run.config
     planned = config.train.steps
     _, speed = run.column("clips_per_s")
@@ -73,15 +76,8 @@ def _summary(run: RunFacts) -> dict[str, str]:
         "last loss": f"{last['loss']:.4f}",
         "clips/s, median and range": figures.spread(speed),
         "peak memory of a rank": f"{memory.max():,.0f} MiB",
-        **_cost(run),
+        f"{run.modality} encoder": f"{figures.gflops(run):.1f} GFLOPs for {CLIPS} clips",
     }
-
-
-def _cost(run: RunFacts) -> dict[str, str]:
-    """Of the audio encoder; nobody counts an image tower's."""
-    if run.config.image is not None:
-        return {}
-    return {"audio encoder": f"{figures.gflops(run):.1f} GFLOPs for {figures.GFLOP_CLIPS} clips"}
 
 
 def _tables(run: RunFacts) -> list[Sheet]:
@@ -89,10 +85,8 @@ def _tables(run: RunFacts) -> list[Sheet]:
 
 
 def _over_gflops(run: RunFacts, others: list[RunFacts]) -> tuple[dict[str, str], list[str]]:
-    """SVG by validation set; also why another run is not drawn there."""
+    """A figure (SVG) for each validation set, and why another run is not in it."""
     found, missing = {}, []
-    if run.config.image is not None:
-        return found, missing
     for name in run.scores.get("retrieval", {}):
         drawn = [run]
         for other in others:
@@ -106,9 +100,9 @@ def _over_gflops(run: RunFacts, others: list[RunFacts]) -> tuple[dict[str, str],
 
 
 def _why_not(run: RunFacts, other: RunFacts, name: str) -> str:
-    """Why two runs cannot stand side by side on a set; empty where they can."""
-    if other.config.image is not None:
-        return "nobody counts those of an image tower"
+    """Why two runs cannot be compared on a set; empty where they can."""
+    if other.modality != run.modality:
+        return f"its encoder is of another modality, {other.modality}"
     if name not in other.scores.get("retrieval", {}):
         return "it has no scores of that name"
     ours, theirs = (

@@ -1,4 +1,4 @@
-"""What a run's folder says of it, without its model.
+"""The facts in a run's folder, without its model.
 
 config.yaml  metrics.jsonl  eval.json  environment.json  checkpoints/  ->  RunFacts
 """
@@ -15,6 +15,7 @@ import numpy as np
 from flap_fast.checks import require
 from flap_fast.config import Config
 from flap_fast.config.file import load_config
+from flap_fast.evaluate.scores_file import read_scores
 from flap_fast.model.model_folder import step_folders, step_of
 
 Row = dict[str, Any]
@@ -33,18 +34,23 @@ class RunFacts:
     scores: dict[str, Any]
     """eval.json; empty where there is none."""
     environment: dict[str, Any]
-    """What it ran on; empty where the run is older than that file."""
+    """environment.json; empty where the run is older than that file."""
     checkpoints: dict[int, Path]
-    """Those that are kept, by step."""
+    """The kept checkpoints by step."""
 
     @property
     def name(self) -> str:
-        """As in run.name."""
+        """The setting run.name."""
         return self.config.run.name
 
     @property
+    def modality(self) -> str:
+        """`audio` or `image`."""
+        return self.config.encoder.modality
+
+    @property
     def chosen(self) -> Path | None:
-        """The checkpoint to look into: the best on data.val, else the last."""
+        """The checkpoint to embed with: the best on data.val, else the last."""
         best = self.folder / "checkpoints" / "best"
         if (best / "model.safetensors").is_file():
             return best
@@ -74,7 +80,7 @@ def read_run(folder: Path) -> RunFacts:
         config=load_config(config),
         steps=steps,
         scored=[row for row in rows if "loss" not in row],
-        scores=_object(folder / "eval.json"),
+        scores=read_scores(folder / "eval.json"),
         environment=_object(folder / "environment.json"),
         checkpoints={step_of(kept): kept for kept in step_folders(folder / "checkpoints")},
     )

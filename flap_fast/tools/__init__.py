@@ -1,1 +1,1 @@
-"""What people do with a model or data: embed, search, enrich, profile."""
+"""Tools for models and data: embed, search, enrich, profile."""

@@ -1,16 +1,14 @@
-"""A trained model as a tool: sounds and captions in, embeddings, rankings and classes out."""
+"""`Embedder`: embeddings, rankings and classes of sounds, images and captions."""
 
 from __future__ import annotations
 
 import hashlib
-import math
+import json
 import os
-import re
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import cached_property
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +19,14 @@ from torch.nn import functional
 
 from flap_fast.checks import ConfigError, require
 from flap_fast.config import Config
-from flap_fast.data.preprocess.front_end import MediaInput, MelFrontEnd, fitted, together
+from flap_fast.data.preprocess.front_end import MediaInput, MelFrontEnd, together
 from flap_fast.data.preprocess.fusion import PIECES
 from flap_fast.data.preprocess.image import Picture, any_square
 from flap_fast.data.preprocess.mel import normalise
 from flap_fast.data.preprocess.preprocessors import ImagePreprocessor
-from flap_fast.data.preprocess.waveform import BadSound, crop_positions, mono_at, read_sound
+from flap_fast.data.preprocess.waveform import BadSound
 from flap_fast.data.tokenize import Tokenizer, tokenizer
+from flap_fast.encoders.settings import ImageEncoder
 from flap_fast.evaluate.embed import text_embedder
 from flap_fast.evaluate.prompts import SOUND, prompts
 from flap_fast.evaluate.zero_shot import class_vectors
@@ -35,21 +34,17 @@ from flap_fast.model.model_folder import load_model
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.preparation.prepare import ahead
 from flap_fast.ranks import Ranks
+from flap_fast.tools.sounds import Crops, Sound, crop_count, crop_policy, crops_of
 
-Array = np.ndarray | Tensor
-Sound = str | Path | Array | tuple[Array, float] | Mapping[str, Any]
-"""A file; a waveform at the rate that the call names, or the model's; a waveform with its rate, as
-librosa, torchaudio and soundfile load them; or a row of an Audio column of Hugging Face datasets:
-{"array": .., "sampling_rate": ..}."""
-
-Crops = list[np.ndarray]
-"""Of a sound: (samples,) float32 each; with fusion of lengths of their own."""
 Embedded = Generator[Tensor | BadSound]
-"""Of each sound its (d,) unit row, or why there is none."""
+"""A (d,) unit row for each sound, or the error that it has instead."""
+
+# Default prompts of class names.
+_TEMPLATES = {"audio": SOUND, "image": "imagenet80"}
 
 
 class Embedder:
-    """Embeds sounds and captions in the joint space; made by `flap_fast.load`."""
+    """Embeds sounds or images, and captions; `flap_fast.load` opens one."""
 
     def __init__(
         self, model: TwoTowers, config: Config, tokenizer: Tokenizer, device: torch.device
@@ -66,20 +61,20 @@ class Embedder:
         sample_rate_hz: float | None = None,
         crop: str | None = None,
     ) -> Tensor:
-        """(N, d) unit rows, float32, on the CPU.
+        """Embed sounds: (N, d) unit rows, float32, on the CPU.
 
         Args:
             sounds: files (WAV, FLAC, OGG, MP3) or waveforms of any length and rate: see `Sound`.
-                Of a waveform with two axes the shorter one are the channels. Integers are PCM.
+                The shorter axis of a waveform with two axes is the channels. Integers are PCM.
             batch: crops that the model embeds at a time; files are decoded ahead on threads.
-            sample_rate_hz: rate of waveforms that come without one; the model's when not given.
+            sample_rate_hz: rate of waveforms without a rate; the model's by default.
             crop: see `embed_each`.
 
         Raises:
-            BadSound: the first that cannot be used, by its name or number.
+            BadSound: a sound cannot be used; names the first one.
         """
         if isinstance(sounds, (str, Path, Mapping)):
-            raise TypeError(f"sounds must be a list of them, got one {type(sounds).__name__}: [it]")
+            raise TypeError(f"sounds must be a list, got one {type(sounds).__name__}: put it in []")
         rows = torch.empty(len(sounds), self.config.joint.width)
         found = self.embed_each(sounds, batch, sample_rate_hz=sample_rate_hz, crop=crop)
         with closing(found):
@@ -97,32 +92,31 @@ class Embedder:
         sample_rate_hz: float | None = None,
         crop: str | None = None,
     ) -> Embedded:
-        """Of each sound in its turn a (d,) unit row, or the `BadSound` that it is.
+        """Yield a (d,) unit row for each sound in order, or the `BadSound` it raised.
 
-        Any number of sounds passes through in constant memory.
+        Any number of sounds is embedded in constant memory.
 
         Args:
-            crop: of sounds longer than audio.duration_s, with fusion than fusion.max_duration_s:
-                `center`, `multi:K` (the mean of K crops at equal steps) or `whole` (the mean of as
-                many as cover it). eval.crop when not given, `center` where that is random. Shorter
-                ones are filled as in training.
+            crop: how sounds longer than audio.duration_s (with fusion, fusion.max_duration_s) are
+                cropped: `center`, `multi:K` (the mean of K crops at equal steps) or `whole` (the
+                mean of as many as cover the sound). eval.crop by default, `center` if that is
+                random. Shorter sounds are filled as in training.
         """
         require(batch >= 1, "batch", "be at least 1", batch)
-        rule, remedy = "have an audio tower to embed sounds", "call embed_image"
-        require(self.config.image is None, "the model", rule, "an image tower", remedy)
-        policy = crop or ("center" if self.config.eval.crop == "random" else self.config.eval.crop)
-        rule = "be center, multi:K or whole"
-        require(bool(re.fullmatch(r"center|whole|multi:[1-9]\d*", policy)), "crop", rule, policy)
-        rate = float(sample_rate_hz or self.config.audio.sample_rate_hz)
+        modality = self.config.encoder.modality
+        rule, remedy = "have an audio encoder to embed sounds", f"call embed_{modality}"
+        require(modality == "audio", "the model", rule, f"an {modality} encoder", remedy)
+        policy = crop_policy(self.config, crop)
+        rate_hz = float(sample_rate_hz or self.config.audio.sample_rate_hz)
 
         def decode(numbered: tuple[int, Sound]) -> Crops | BadSound:
             try:
-                return self._crops(numbered[1], numbered[0], rate, policy)
-            except BadSound as why:
-                return why
+                return crops_of(numbered[1], numbered[0], rate_hz, policy, self.config)
+            except BadSound as error:
+                return error
 
-        # Of a sound that is heard whole, the crops are known when it is decoded.
-        crops = batch if policy == "whole" else _multi(policy)
+        # With `whole`, the number of crops is known only after decoding.
+        crops = batch if policy == "whole" else crop_count(policy)
         return self._embed_each(sounds, decode, batch, ahead_sounds=2 * batch // crops)
 
     def _embed_each(
@@ -147,25 +141,26 @@ class Embedder:
                 yield from self._finish(waiting, batch)
 
     def embed_image(self, images: Sequence[Picture], batch: int = 64) -> Tensor:
-        """(N, d) unit rows, float32, on the CPU.
+        """Embed images: (N, d) unit rows, float32, on the CPU.
 
         Args:
             images: files, Pillow's images, or (h, w, 3) uint8 arrays, of any size.
-            batch: how many the model embeds at a time; files are decoded ahead on threads.
+            batch: images that the model embeds at a time; files are decoded ahead on threads.
 
         Raises:
-            BadImage: the first that cannot be used, by its name or number.
+            BadImage: an image cannot be used; names the first one.
         """
         require(batch >= 1, "batch", "be at least 1", batch)
-        image, rule = self.config.image, "have an image tower to embed images"
-        if image is None:
-            raise ConfigError(f"the model must {rule}, got an audio tower; call embed_audio")
+        encoder = self.config.encoder
+        rule, remedy = "have an image encoder to embed images", f"call embed_{encoder.modality}"
+        if not isinstance(encoder, ImageEncoder):
+            raise ConfigError(f"the model must {rule}, got an {encoder.modality} encoder; {remedy}")
         if isinstance(images, (str, Path)):
-            raise TypeError(f"images must be a list of them, got one: ['{images}']")
-        eyes = ImagePreprocessor(self.config, image, Ranks(device=self.device))
+            raise TypeError(f"images must be a list, got one: ['{images}']")
+        preprocessor = ImagePreprocessor(self.config, encoder, Ranks(device=self.device))
 
         def decode(numbered: tuple[int, Picture]) -> np.ndarray:
-            return any_square(numbered[1], numbered[0], image.resolution)
+            return any_square(numbered[1], numbered[0], encoder.resolution)
 
         rows = torch.empty(len(images), self.config.joint.width)
         with (
@@ -175,67 +170,66 @@ class Embedder:
         ):
             for part in rows.split(batch) if len(rows) else ():
                 pixels = torch.from_numpy(np.stack([next(squares) for _ in part]))
-                seen = eyes.finish(MediaInput(pixels.to(self.device), None))
-                part.copy_(self.model.embed_media(seen.media))
+                inputs = preprocessor.finish(MediaInput(pixels.to(self.device), None))
+                part.copy_(self.model.embed_media(inputs.media))
         return rows
 
     def embed_text(self, captions: Sequence[str], batch: int = 256) -> Tensor:
-        """(M, d) unit rows, float32, on the CPU."""
+        """Embed captions: (M, d) unit rows, float32, on the CPU."""
         if isinstance(captions, str):
-            raise TypeError(f"captions must be a list of them, got one: ['{captions}']")
+            raise TypeError(f"captions must be a list, got one: ['{captions}']")
         ranks = Ranks(device=self.device)
         return text_embedder(self.model.embed_text, self._tokenizer, ranks, batch)(captions).cpu()
 
     def embed_labels(self, labels: Sequence[str], templates: str | None = None) -> Tensor:
-        """(C, d) unit rows: each class as the mean of its prompts.
+        """Embed class names as the means of their prompts: (C, d) unit rows.
 
         Args:
             templates: a prompt with {label}, the set `audio29` or `imagenet80`, or a text file;
-                "This is a sound of {label}." when not given, for pictures `imagenet80`.
+                by default "This is a sound of {label}.", or `imagenet80` for images.
         """
         require(len(labels) > 0, "labels", "name at least one class", "none")
-        templates = templates or (SOUND if self.config.image is None else "imagenet80")
+        templates = templates or _TEMPLATES[self.config.encoder.modality]
         return class_vectors(self.embed_text, labels, prompts(templates))
 
     def rank(self, sound: Sound | Picture, captions: Sequence[str]) -> list[tuple[str, float]]:
-        """The captions with their cosines to the sound or picture, best first."""
+        """Return captions with their cosine similarities to a sound or image, best first."""
         cosines = (self.embed_text(captions) @ self._embed_one(sound)[0]).tolist()
         return sorted(zip(captions, cosines, strict=True), key=lambda pair: -pair[1])
 
     def classify(
         self, sound: Sound | Picture, labels: Sequence[str], templates: str | None = None
     ) -> list[tuple[str, float]]:
-        """The classes with their probabilities for the clip, best first; zero-shot."""
+        """Return classes with their probabilities for a sound or image, best first (zero-shot)."""
         vectors = self.embed_labels(labels, templates)
-        shares = self.probabilities(self._embed_one(sound), vectors)[0].tolist()
-        return sorted(zip(labels, shares, strict=True), key=lambda pair: -pair[1])
+        probabilities = self.probabilities(self._embed_one(sound), vectors)[0].tolist()
+        return sorted(zip(labels, probabilities, strict=True), key=lambda pair: -pair[1])
 
-    def probabilities(self, audio: Tensor, text: Tensor) -> Tensor:
-        """(N, M) softmax over the texts of the scaled cosines, as the model was trained with."""
+    def probabilities(self, media: Tensor, text: Tensor) -> Tensor:
+        """Return the softmax over texts of the cosines times the trained scale: (N, M)."""
         scale = self.model.logit_scale.detach().clamp(0, self.model.max_logit_scale).exp().cpu()
-        return (scale * audio @ text.T).softmax(-1)
+        return (scale * media @ text.T).softmax(-1)
 
     def _embed_one(self, clip: Any) -> Tensor:
-        """(1, d)."""
-        return (self.embed_audio if self.config.image is None else self.embed_image)([clip])
+        """Embed one sound or image: (1, d)."""
+        embed = {"audio": self.embed_audio, "image": self.embed_image}
+        return embed[self.config.encoder.modality]([clip])
 
     @cached_property
     def identity(self) -> str:
-        """SHA-256 of what embeddings depend on: the weights, the front end, the pooling."""
+        """SHA-256 of all that embeddings depend on: weights, front end and pooling."""
         digest = hashlib.sha256()
         config = self.config
-        sense = config.image or config.audio
-        for part in (sense, config.fusion, config.text.pool, config.joint):
-            digest.update(
-                part.encode() if isinstance(part, str) else part.model_dump_json().encode()
-            )
+        for section in (config.encoder, config.fusion, config.joint):
+            digest.update(section.model_dump_json().encode())
+        digest.update(json.dumps(config.text.meaning(), sort_keys=True).encode())
         for name, weights in sorted(self.model.state_dict().items()):
             digest.update(name.encode())
             digest.update(weights.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
     def _finish(self, sounds: list[Crops | BadSound], batch: int) -> Embedded:
-        """Embed the crops of some sounds together, and average those of a sound."""
+        """Embed the crops of several sounds together, and average those of each sound."""
         crops = [wave for sound in sounds if not isinstance(sound, BadSound) for wave in sound]
         rows = iter(self._embed_waves(crops, batch) if crops else ())
         for sound in sounds:
@@ -247,7 +241,7 @@ class Embedder:
 
     @torch.no_grad()
     def _embed_waves(self, waves: Crops, batch: int) -> Tensor:
-        """N crops -> (N, d), on the CPU; the pieces of a fused one come from the middles."""
+        """Embed crops: (N, d), on the CPU; fusion takes its crops from the middle of each third."""
         rows = []
         for first in range(0, len(waves), batch):
             some = waves[first : first + batch]
@@ -255,67 +249,16 @@ class Embedder:
             rows.append(self.model.embed_media(normalise(mel, self.config.audio), longer=longer))
         return torch.cat(rows).cpu()
 
-    def _crops(self, sound: Sound, number: int, rate: float, policy: str) -> Crops:
-        """What the model is to see of a sound."""
-        audio, longest = self.config.audio, self.config.fusion.longest(self.config.audio)
-        try:
-            wave = _wave(sound, rate, audio.sample_rate_hz)
-        except BadSound as why:
-            name = str(sound) if isinstance(sound, (str, Path)) else f"sound number {number}"
-            raise type(why)(f"{name}: {why}") from None
-        crops = -(-len(wave) // longest) if policy == "whole" else _multi(policy)
-        starts = crop_positions(crops if len(wave) > longest else 1)
-        # Copies: a view of a crop would keep the whole recording.
-        return [fitted(wave, float(at), audio, self.config.fusion).copy() for at in starts]
-
-
-def _multi(policy: str) -> int:
-    """Crops of a long sound."""
-    return int(policy[6:]) if policy.startswith("multi:") else 1
-
-
-def _wave(sound: Sound, rate: float, sample_rate_hz: int) -> np.ndarray:
-    """(samples,) float32 at the model's rate; raises `BadSound`."""
-    if isinstance(sound, (str, Path)):
-        return read_sound(Path(sound), sample_rate_hz)
-    if isinstance(sound, Mapping):
-        if not {"array", "sampling_rate"} <= sound.keys():
-            raise BadSound(f"a mapping must have 'array' and 'sampling_rate', got {list(sound)}")
-        sound = (sound["array"], sound["sampling_rate"])
-    if isinstance(sound, tuple):
-        if len(sound) != 2:
-            raise BadSound(f"a waveform must come alone or with its rate, got {len(sound)} things")
-        sound, rate = sound
-    if not isinstance(rate, Real) or not 0 < rate < math.inf:
-        raise BadSound(f"a waveform's rate must be a number of hertz above 0, got {rate!r}")
-    if isinstance(sound, Tensor):  # NumPy has no bfloat16
-        sound = (sound.float() if sound.is_floating_point() else sound).detach().cpu()
-    try:
-        wave = np.asarray(sound)
-    except ValueError as error:
-        raise BadSound(f"a waveform must be an array of numbers: {error}") from None
-    if wave.ndim not in (1, 2) or not wave.size:
-        rule = "be (samples,) or have channels too"
-        raise BadSound(f"a waveform must {rule}, got shape {wave.shape}")
-    if np.issubdtype(wave.dtype, np.signedinteger):
-        wave = wave / -float(np.iinfo(wave.dtype).min)
-    elif not np.issubdtype(wave.dtype, np.floating):
-        raise BadSound(f"a waveform must be floats or signed integers, got {wave.dtype}")
-    channels = (
-        wave[:, None] if wave.ndim == 1 else wave if wave.shape[0] > wave.shape[1] else wave.T
-    )
-    return mono_at(channels.astype(np.float32, copy=False), rate, sample_rate_hz)
-
 
 def load(path: str | Path, device: str | torch.device | None = None) -> Embedder:
-    """Open a run's folder (its last checkpoint) or a checkpoint's.
+    """Open the folder of a run (its last checkpoint) or of a checkpoint.
 
     Args:
-        device: where to compute; the GPU if there is one, when not given.
+        device: where to compute; by default the GPU, or the CPU without one.
 
     Raises:
-        ConfigError: there is no checkpoint.
+        ConfigError: the folder holds no checkpoint.
     """
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model, config = load_model(Path(path), place)
-    return Embedder(model, config, tokenizer(config.text), place)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model, config = load_model(Path(path), device)
+    return Embedder(model, config, tokenizer(config.text), device)

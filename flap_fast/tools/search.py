@@ -1,12 +1,12 @@
-"""Embeddings of many sounds, kept in a file and brought up to date, and the nearest of them.
+"""An index of sounds: embeddings in a file, updated as sounds change, and the nearest to a query.
 
-The file holds the embeddings and of each sound its path, size and time; a sound that has not
-changed since is not embedded again, unless the model or the crops are others, or the system did
-not let us read it. It is written whole or not at all, every minute and when it ends in whatever
-way: what is done stays done.
+The file holds the embeddings, and the path, size and time of each sound. An unchanged sound is not
+embedded again, unless the model or the crops changed or the system failed to read it. The file is
+written atomically every minute and at the end, also after an error: an interrupted update keeps
+its embeddings.
 
-FAISS finds the candidates where it is installed, PyTorch where not; both are exact, and the order
-is by the cosine in float64, equal ones by path.
+FAISS finds the candidates if it is installed, PyTorch otherwise; both are exact. Results are sorted
+by the cosine in float64, ties by path.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ _SAVE_EVERY_S = 60.0
 
 @dataclass(frozen=True)
 class File:
-    """A sound file as it was when it was embedded."""
+    """A sound file at the time of its embedding."""
 
     path: str
-    """From the index's folder, so that both can move together."""
+    """Relative to the index's folder, so that both can move together."""
     size: int
     mtime_ns: int
     error: str | None = None
-    """Why it has no embedding."""
+    """Why it has no embedding, if it has none."""
 
 
 Rows = dict[File, Tensor | None]
-"""Of each file its (d,) embedding; None of one that has none."""
+"""The (d,) embedding of each file, or None."""
 
 
 class Index:
-    """Sounds and their embeddings; `open_index` and `update_index` make one."""
+    """Sounds and their embeddings; `open_index` or `update_index` returns one."""
 
     def __init__(self, file: Path, model: str, crop: str, rows: Rows):
         self.file, self.model, self.crop, self.rows = file, model, crop, rows
@@ -62,21 +62,21 @@ class Index:
 
     @property
     def paths(self) -> list[Path]:
-        """Where the sounds are, in the order of `embeddings`."""
+        """Paths of the sounds, in the order of `embeddings`."""
         return [self.path(file) for file in self.rows if file.error is None]
 
     @property
     def rejected(self) -> list[File]:
-        """What could not be embedded."""
+        """Files that could not be embedded."""
         return [file for file in self.rows if file.error is not None]
 
     def path(self, file: File) -> Path:
-        """Where a file is; of an index that was named from the working folder, from there too."""
+        """Return a file's path, relative to the working folder if the index's path is."""
         path = os.path.normpath(self.file.parent.resolve() / file.path)
         return Path(path if self.file.is_absolute() else os.path.relpath(path))
 
     def nearest(self, queries: Tensor, most: int = 10) -> list[list[tuple[Path, float]]]:
-        """Of each query (Q, d) the sounds with the highest cosines, best first."""
+        """Return for each query (Q, d) the sounds with the highest cosines, best first."""
         files = [file for file in self.rows if file.error is None]
         if not files:
             return [[] for _ in queries]
@@ -90,7 +90,7 @@ class Index:
         return found
 
     def save(self) -> None:
-        """Write the file, whole or not at all."""
+        """Write the file atomically."""
         about = {"model": self.model, "crop": self.crop, "files": [asdict(f) for f in self.rows]}
         text = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,7 @@ def open_index(file: Path) -> Index:
     """Read an index.
 
     Raises:
-        ConfigError: there is none, or it is not one.
+        ConfigError: the file does not exist or is no index.
     """
     require(file.is_file(), "the index", "be an existing file", file, "name sounds with --audio")
     try:
@@ -117,71 +117,74 @@ def open_index(file: Path) -> Index:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What bringing an index up to date takes."""
+class Update:
+    """The changes that bring an index up to date."""
 
     kept: Rows
-    todo: dict[File, Path]
-    gone: int
-    """Sounds of the earlier index that are no longer asked for, or have changed."""
-    anew: str | None
-    """Why nothing of the earlier index can be kept."""
+    new: dict[File, Path]
+    """Sounds to embed."""
+    removed: int
+    """Number of sounds of the earlier index that are not requested any more, or changed."""
+    rebuild_reason: str | None
+    """Why nothing of the earlier index can be kept, if so."""
 
 
-def plan_update(file: Path, embedder: Embedder, sounds: Sequence[Path], crop: str) -> Plan:
-    """Compare an index, if there is one, with the sounds that it is to have."""
+def plan_update(file: Path, embedder: Embedder, sounds: Sequence[Path], crop: str) -> Update:
+    """Compare an index, if it exists, with the sounds that it should hold."""
     before = open_index(file) if file.is_file() else None
-    anew = None
+    rebuild_reason = None
     if before and before.model != embedder.identity:
-        anew = "another model made it"
+        rebuild_reason = "another model made it"
     elif before and before.crop != crop:
-        anew = f"its crops are {before.crop}"
-    known = before.rows if before and not anew else {}
-    same = {(there.path, there.size, there.mtime_ns): there for there in known}
+        rebuild_reason = f"its crops are {before.crop}"
+    known = before.rows if before and not rebuild_reason else {}
+    unchanged = {(old.path, old.size, old.mtime_ns): old for old in known}
     kept: Rows = {}
-    todo: dict[File, Path] = {}
+    new: dict[File, Path] = {}
     for path in sounds:
-        there = stat_sound(path, file.parent)
-        old = same.get((there.path, there.size, there.mtime_ns))
+        sound = stat_sound(path, file.parent)
+        old = unchanged.get((sound.path, sound.size, sound.mtime_ns))
         if old is None:
-            todo[there] = path
+            new[sound] = path
         else:
             kept[old] = known[old]
-    return Plan(kept, todo, len(known) - len(kept), anew)
+    return Update(kept, new, len(known) - len(kept), rebuild_reason)
 
 
 def update_index(
     file: Path,
     embedder: Embedder,
-    plan: Plan,
+    update: Update,
     *,
     crop: str = "center",
     batch: int = 64,
     advance: Callable[[], object] = lambda: None,
 ) -> Index:
-    """Carry a plan out; the index holds what was done even where this is interrupted.
+    """Embed the new sounds of an update and write the index, also after an error.
 
     Args:
-        crop: of long sounds, as in `Embedder.embed_each`, and as the plan was made for.
-        advance: called after each sound embedded or rejected.
+        crop: of long sounds, as in `Embedder.embed_each`; the same as for `plan_update`.
+        advance: called after each sound is embedded or rejected.
     """
-    rows = dict(plan.kept)
+    rows = dict(update.kept)
 
     def saved() -> Index:
         index = Index(file, embedder.identity, crop, dict(sorted(rows.items(), key=_by_path)))
-        if plan.todo or plan.gone or plan.anew:
+        if update.new or update.removed or update.rebuild_reason:
             index.save()
         return index
 
     due = time.monotonic() + _SAVE_EVERY_S
     try:
-        found = embedder.embed_each(plan.todo.values(), batch, crop=crop)
+        found = embedder.embed_each(update.new.values(), batch, crop=crop)
         with closing(found):
-            for there, row in zip(plan.todo, found, strict=True):
-                if isinstance(row, Unread):  # as good as gone: tried again when it is there
-                    there = replace(there, size=0, mtime_ns=0)
-                bad = isinstance(row, BadSound)
-                rows[replace(there, error=str(row)) if bad else there] = None if bad else row
+            for sound, row in zip(update.new, found, strict=True):
+                if isinstance(row, Unread):  # no file matches this: the next update tries again
+                    sound = replace(sound, size=0, mtime_ns=0)
+                if isinstance(row, BadSound):
+                    rows[replace(sound, error=str(row))] = None
+                else:
+                    rows[sound] = row
                 advance()
                 if time.monotonic() > due:
                     saved()
@@ -195,37 +198,37 @@ def _by_path(item: tuple[File, object]) -> str:
     return item[0].path
 
 
-def find_sounds(places: Iterable[Path]) -> list[Path]:
-    """The files named, and all sound files below the folders named, by path; each once.
+def find_sounds(paths: Iterable[Path]) -> list[Path]:
+    """Return the given files and all sound files below the given folders, without duplicates.
 
     Raises:
-        ConfigError: a place that is not there, or no sound at all.
+        ConfigError: a path does not exist, or there is no sound.
     """
     found: dict[Path, None] = {}  # in order, each once
-    for place in places:
-        require(place.exists(), "a sound", "be an existing file or folder", place)
-        inside = (f for f in _below(place) if f.suffix.lower() in ENDINGS and f.is_file())
-        found |= dict.fromkeys([place] if place.is_file() else inside)
+    for path in paths:
+        require(path.exists(), "a sound", "be an existing file or folder", path)
+        inside = (f for f in _below(path) if f.suffix.lower() in ENDINGS and f.is_file())
+        found |= dict.fromkeys([path] if path.is_file() else inside)
     require(bool(found), "the sounds", f"be files such as {', '.join(sorted(ENDINGS)[:4])}", "none")
     return list(found)
 
 
 def _below(folder: Path) -> list[Path]:
-    """What is below a folder and is none, by path; links are followed, each folder is read once."""
-    found, seen, todo = [], set(), [str(folder)]
-    for place in todo:  # links join it: what a folder holds itself comes first
-        for inside, folders, files in os.walk(place):
+    """Return the files below a folder, sorted; links are followed, each folder is read once."""
+    found, seen, queue = [], set(), [str(folder)]
+    for start in queue:  # grows by links, so that a folder's own files come first
+        for inside, folders, files in os.walk(start):
             real = os.path.realpath(inside)
             folders[:] = [] if real in seen else sorted(folders)
             found += [] if real in seen else [Path(inside, name) for name in files]
             seen.add(real)
             below = (os.path.join(inside, name) for name in folders)
-            todo += [path for path in below if os.path.islink(path)]
+            queue += [path for path in below if os.path.islink(path)]
     return sorted(found)
 
 
 def stat_sound(path: Path, folder: Path) -> File:
-    """A sound as it is now, its path from a folder; zeros if it is gone, decoding will say so."""
+    """Return a sound's path relative to a folder, size and time; zeros if it does not exist."""
     try:
         stat = path.stat()
         size, mtime_ns = stat.st_size, stat.st_mtime_ns
@@ -234,12 +237,12 @@ def stat_sound(path: Path, folder: Path) -> File:
     return File(os.path.relpath(path.resolve(), folder.resolve()), size, mtime_ns)
 
 
-# Float32's cosines are that near to the true ones, for queries of length one.
+# Largest error of a float32 cosine, for queries of length one.
 _SLACK = 1e-5
 
 
 def _candidates(embeddings: Tensor, queries: Tensor, most: int) -> Tensor:
-    """(Q, C) int64: rows among which are the `most` highest cosines, and all that tie with them."""
+    """Return (Q, C) int64 rows that include the `most` highest cosines and all ties."""
     count, search = 2 * most + 16, _by_cosine(embeddings, queries)
     while True:
         count = min(count, len(embeddings))
@@ -251,7 +254,7 @@ def _candidates(embeddings: Tensor, queries: Tensor, most: int) -> Tensor:
 
 
 def _by_cosine(embeddings: Tensor, queries: Tensor) -> Callable[[int], tuple[Tensor, Tensor]]:
-    """What gives (Q, n) float32 cosines, the n highest, and their rows, int64."""
+    """Return a function of n that gives the n highest cosines (Q, n) float32 and their rows."""
     try:
         import faiss
     except ImportError:

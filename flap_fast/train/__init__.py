@@ -1,1 +1,1 @@
-"""Terms -> ZeRO step -> checkpoint: the loop, its engines, and what watches it."""
+"""Training: the loop, its engines, optimizers, checkpoints and observers."""

@@ -1,10 +1,12 @@
-"""Who turns losses into better weights: DeepSpeed over ranks, or plain PyTorch in one process.
+"""Training engines: DeepSpeed, or plain PyTorch in one process.
 
-    engine.model(...) -> outputs;  engine.backward(total);  engine.step(lr) -> gradient norm
+    outputs = engine.model(**inputs)
+    engine.backward(loss)              once per micro-batch
+    grad_norm = engine.step(lr)        once per step
 
-Both have the same interface and, on one process, the same numbers; what one saves, the other goes
-on from, over any number of ranks. DeepSpeed's dictionary is built here and nowhere else. The only
-file that imports deepspeed.
+Both engines give the same numbers on one process, and either resumes what the other saved, over any
+number of ranks. DeepSpeed's configuration is built here from ours alone. Only this file imports
+deepspeed.
 """
 
 from __future__ import annotations
@@ -23,49 +25,57 @@ from flap_fast.config import Config
 from flap_fast.encoders.blocks import Blocks
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks
-from flap_fast.train.optimizer_state import OptimizerState, Part, whole_parts
+from flap_fast.train.optimizer_state import Fragment, OptimizerState, whole_fragments
+from flap_fast.train.optimizers import optimizer
 
-# Gradients are reduced while the backward goes on, a bucket of so many numbers at a time, out of
-# two buffers of a bucket each. DeepSpeed's own 500 million take 4 GB, and hold all gradients of
-# models like ours: nothing would be on its way before the backward has ended.
+# Gradients are reduced during the backward, a bucket of so many numbers at a time, from two buffers
+# of a bucket each. DeepSpeed's default of 500 million takes 4 GB and holds all gradients of models
+# like ours: nothing would be sent before the backward has ended.
 BUCKET_NUMBERS = 50_000_000
 
 
 class Engine(Protocol):
-    """What the loop asks of an engine."""
+    """A model, its optimizer, and how gradients and states are spread over ranks.
+
+    All methods are collective: call them on every rank, in the same order.
+    """
 
     name: str
+    """"plain" or "deepspeed"."""
 
     @property
     def module(self) -> TwoTowers:
-        """The model itself, for evaluation; parameters may be sharded."""
+        """The model itself, for evaluation and for its names; ZeRO 3 shards its parameters."""
         ...
 
     @property
     def model(self) -> nn.Module:
-        """What the loop calls."""
+        """The model to call in training, wrapped as the engine needs it."""
         ...
 
     def backward(self, loss: Tensor) -> None:
-        """Add a micro-batch's gradients, averaged over ranks and the micro-batches of a step."""
+        """Add a micro-batch's gradients to the step's mean over ranks and micro-batches.
+
+        Call it once for each of `Train.micro_batches`, then `step`.
+        """
         ...
 
     def step(self, lr: float) -> Tensor:
-        """Update the weights; gives the gradients' norm before any clipping, ()."""
+        """Clip gradients, update weights, clear gradients; gives the norm before clipping, ()."""
         ...
 
     def weights(self) -> dict[str, Tensor]:
-        """The whole model in fp32 on the CPU; every rank must ask, the first one gets it."""
+        """The whole state dict in fp32 on the CPU; on ranks other than the first it is empty."""
         ...
 
     @property
     def optimizer_state(self) -> OptimizerState:
-        """Adam's state, to be saved and gone on from; the weights come with the model."""
+        """Saves and loads Adam's state; load it before the first step, after the weights."""
         ...
 
 
 class PlainEngine:
-    """One process, one device, no dependency but torch."""
+    """Plain PyTorch: one process, one device."""
 
     name = "plain"
 
@@ -97,15 +107,15 @@ class PlainEngine:
 
     @property
     def optimizer_state(self) -> OptimizerState:
-        parts = whole_parts(self._optimizer, self.module)
-        return OptimizerState(self._optimizer, parts, self._ranks, sharded=False)
+        fragments = whole_fragments(self._optimizer, self.module)
+        return OptimizerState(self._optimizer, fragments, self._ranks, sharded=False)
 
 
 class DeepSpeedEngine:
-    """ZeRO 0 to 3 over any number of ranks.
+    """DeepSpeed: ZeRO 0 to 3 over any number of ranks.
 
     Two waits for the device in each step are DeepSpeed's own (0.19.8): ZeRO 1 and 2 synchronise at
-    the end of an overlapped backward, 1 to 3 read whether the gradient's norm is a number.
+    the end of an overlapped backward; 1 to 3 read whether the gradient norm is finite.
     """
 
     name = "deepspeed"
@@ -157,84 +167,92 @@ class DeepSpeedEngine:
         names = {id(p): name for name, p in self.module.named_parameters()}
         zero: Any = self._engine.optimizer
         if self._stage == 0:
-            parts = whole_parts(self._optimizer, self.module)
+            fragments = whole_fragments(self._optimizer, self.module)
         elif self._stage == 3:
-            parts = list(_parts_in_3(zero, names))
+            fragments = list(_fragments_of_stage_3(zero, names))
         else:
-            parts = list(_parts_in_1_and_2(zero, names))
-        return OptimizerState(self._optimizer, parts, self._ranks, sharded=self._stage > 0)
+            fragments = list(_fragments_of_stages_1_and_2(zero, names))
+        return OptimizerState(self._optimizer, fragments, self._ranks, sharded=self._stage > 0)
 
 
-def _parts_in_1_and_2(zero: Any, names: dict[int, str]) -> Iterator[Part]:
-    """Parameters of a group lie one after the other, cut into a flat partition for each rank."""
+# DeepSpeed's structures are read here, because its public functions for optimizer states cannot
+# load a checkpoint before the first step (bench/LOG.md; tests/train/test_deepspeed_traps.py).
+def _fragments_of_stages_1_and_2(zero: Any, names: dict[int, str]) -> Iterator[Fragment]:
+    """A group's parameters lie one after the other, cut into one flat partition per rank."""
     for flat, group in zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True):
         for p in group:
-            name, place = names[id(p)], p._hp_mapping
-            if place is None:
-                yield Part(name, p.shape, 0, 0, flat, 0)
+            name, mapping = names[id(p)], p._hp_mapping
+            if mapping is None:
+                yield Fragment(name, p.shape, 0, 0, flat, 0)
             else:
-                whole, at = place.lp_fragment_address, place.hp_fragment_address
-                yield Part(name, p.shape, whole.start, whole.numel, flat, at.start)
+                of_parameter, of_flat = mapping.lp_fragment_address, mapping.hp_fragment_address
+                start, numel = of_parameter.start, of_parameter.numel
+                yield Fragment(name, p.shape, start, numel, flat, of_flat.start)
 
 
-def _parts_in_3(zero: Any, names: dict[int, str]) -> Iterator[Part]:
-    """Each parameter is cut into as many stretches as there are ranks, the last ones padded."""
+def _fragments_of_stage_3(zero: Any, names: dict[int, str]) -> Iterator[Fragment]:
+    """Each parameter is cut into as many fragments as there are ranks; the last ones are padded."""
     for flat, group in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
         for p in group:
-            _, at, numel = zero.grad_position[zero.get_param_id(p)]
-            start = min(p.ds_numel, dist.get_rank() * numel)
-            yield Part(names[id(p)], p.ds_shape, start, min(numel, p.ds_numel - start), flat, at)
+            _, offset, padded = zero.grad_position[zero.get_param_id(p)]
+            start = min(p.ds_numel, dist.get_rank() * padded)
+            numel = min(padded, p.ds_numel - start)
+            yield Fragment(names[id(p)], p.ds_shape, start, numel, flat, offset)
 
 
 def check_engine(config: Config, world: int) -> str:
-    """The engine that the config asks for; `auto` takes DeepSpeed under a launcher.
+    """The name of the config's engine; `auto` is DeepSpeed under a launcher, else plain.
 
     Raises:
-        ConfigError: DeepSpeed without itself or without a launcher, or plain PyTorch over ranks.
+        ConfigError: DeepSpeed is not installed or was not launched, or plain PyTorch over ranks.
     """
-    there, launched = importlib.util.find_spec("deepspeed") is not None, "RANK" in os.environ
-    kind = config.train.engine
-    if kind == "auto":
-        kind = "deepspeed" if launched and (there or world > 1) else "plain"
-    remedy = "launch with deepspeed or torchrun" if there else "pip install deepspeed"
+    installed, launched = importlib.util.find_spec("deepspeed") is not None, "RANK" in os.environ
+    name = config.train.engine
+    if name == "auto":
+        name = "deepspeed" if launched and (installed or world > 1) else "plain"
+    remedy = "launch with deepspeed or torchrun" if installed else "pip install deepspeed"
     rule = "be 'plain' without DeepSpeed and a launcher"
-    require(kind == "plain" or (there and launched), "train.engine", rule, kind, remedy)
+    require(name == "plain" or (installed and launched), "train.engine", rule, name, remedy)
     rule = f"be 'auto' or 'deepspeed' on {world} ranks"
-    require(kind == "deepspeed" or world == 1, "train.engine", rule, kind)
+    require(name == "deepspeed" or world == 1, "train.engine", rule, name)
     offload = config.train.offload
     rule = "be 'none' in plain PyTorch"
-    require(kind == "deepspeed" or offload == "none", "train.offload", rule, offload, remedy)
-    return kind
+    require(name == "deepspeed" or offload == "none", "train.offload", rule, offload, remedy)
+    return name
 
 
 def make_engine(config: Config, model: TwoTowers, ranks: Ranks) -> Engine:
-    """The engine in force, with the model in it."""
-    kind = check_engine(config, ranks.world)
-    share_norms(model, ranks)
+    """The config's engine around a model."""
+    name = check_engine(config, ranks.world)
+    sync_batch_norms(model, ranks)
     if config.train.compile:
         for blocks in (module for module in model.modules() if isinstance(module, Blocks)):
             blocks.compile_training()
-    return (DeepSpeedEngine if kind == "deepspeed" else PlainEngine)(config, model, ranks)
+    return (DeepSpeedEngine if name == "deepspeed" else PlainEngine)(config, model, ranks)
 
 
-def share_norms(model: nn.Module, ranks: Ranks) -> None:
-    """Make BatchNorms take the statistics of all ranks, on GPUs; on CPUs PyTorch cannot."""
+def sync_batch_norms(model: nn.Module, ranks: Ranks) -> None:
+    """Make BatchNorms normalise over all ranks, on GPUs; PyTorch cannot on CPUs."""
     if ranks.world > 1 and ranks.device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
+def micro_batch_clips(config: Config, world: int) -> int:
+    """Clips of one micro-batch of a rank."""
+    return config.train.global_batch // world // config.train.micro_batches(world)
+
+
 def deepspeed_config(config: Config, ranks: Ranks) -> dict[str, Any]:
-    """DeepSpeed's dictionary, built from ours alone."""
+    """DeepSpeed's configuration."""
     on_gpu = ranks.device.type == "cuda"
-    # Each offload setting takes in those before it.
+    # Each setting of train.offload includes those before it.
     offload = {"none": (), "optimizer": ("optimizer",), "all": ("optimizer", "param")}
     on_cpu = {"device": "cpu", "pin_memory": on_gpu}
-    micro_batches = config.train.micro_batches(ranks.world)
     return {
-        "train_micro_batch_size_per_gpu": config.train.global_batch // ranks.world // micro_batches,
-        "gradient_accumulation_steps": micro_batches,
+        "train_micro_batch_size_per_gpu": micro_batch_clips(config, ranks.world),
+        "gradient_accumulation_steps": config.train.micro_batches(ranks.world),
         "train_batch_size": config.train.global_batch,
-        # Written out even when off: DeepSpeed's own default clips at 1.0.
+        # Set even when off: DeepSpeed's default clips at 1.0.
         "gradient_clipping": config.optim.clip_norm,
         "zero_optimization": {
             "stage": config.train.zero_stage,
@@ -244,39 +262,10 @@ def deepspeed_config(config: Config, ranks: Ranks) -> dict[str, Any]:
             "reduce_bucket_size": BUCKET_NUMBERS,
         },
         "zero_allow_untested_optimizer": True,
-        # DeepSpeed's own Adam for the CPU wants a C++ compiler at the first start; PyTorch's fused
-        # one is compiled already.
+        # DeepSpeed's own Adam for the CPU needs a C++ compiler at the first start; PyTorch's fused
+        # one does not.
         "zero_force_ds_cpu_optimizer": False,
-        # We log throughput ourselves.
+        # Throughput is logged by `observers`.
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
-
-
-def optimizer(config: Config, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    """Adam or AdamW; weight decay on matrices only, not on tokens or tables of biases."""
-    settings = config.optim
-    decayed, others = parameter_groups(model)
-    groups = [
-        {"params": decayed, "weight_decay": settings.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    kind = torch.optim.AdamW if settings.name == "adamw" else torch.optim.Adam
-    return kind(
-        groups,
-        lr=settings.lr,
-        betas=settings.betas,
-        eps=settings.eps,
-        fused=device.type == "cuda" or config.train.offload != "none",
-    )
-
-
-def parameter_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """What is trained: matrices, and all that weight decay leaves alone."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    kept = ("_token", "_bias_table", "positional_embedding")
-    matrices = {name for name, p in trained if p.ndim >= 2 and not name.endswith(kept)}
-    return (
-        [p for name, p in trained if name in matrices],
-        [p for name, p in trained if name not in matrices],
-    )

@@ -1,4 +1,4 @@
-"""What a run runs on, kept beside its config so that its figures can be read later."""
+"""The device and package versions of a run, for environment.json."""
 
 from __future__ import annotations
 

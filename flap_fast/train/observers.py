@@ -1,6 +1,6 @@
-"""Who watches a run: the terminal, metrics.jsonl, TensorBoard, Weights & Biases, bad clips.
+"""Metrics of a run, and where they go: terminal, metrics.jsonl, TensorBoard, Weights & Biases.
 
-    loop -> Watch.step (every step, no host sync) -> a row every log.every_steps -> observers
+    loop -> Metrics.step (every step, no host sync) -> a row every log.every_steps -> observers
 
 An observer is a function of a row, `{"step": 20, "loss": 3.1, ...}`; a new one gets a line in
 `observers`.
@@ -39,8 +39,8 @@ class NotFinite(ArithmeticError):
     """The loss or a gradient became NaN or infinite."""
 
 
-class Watch:
-    """Turns steps into rows. What it keeps between rows stays on the device."""
+class Metrics:
+    """Turns steps into rows for observers. Its state between rows stays on the device."""
 
     def __init__(self, config: Config, ranks: Ranks, steps: int, observers: list[Observer]):
         self._config, self._ranks, self._steps = config, ranks, steps
@@ -48,52 +48,52 @@ class Watch:
         self._bad_step = torch.zeros((), dtype=torch.int64, device=ranks.device)
         self._since, self._waited_s, self._done = time.perf_counter(), 0.0, 0
 
-    def waiting(self, batches: Iterator[Item]) -> Iterator[Item]:
-        """The same batches, the time that the loop waits for them kept."""
+    def timed(self, batches: Iterator[Item]) -> Iterator[Item]:
+        """The same batches; measures how long the loop waits for them."""
         while True:
-            begun = time.perf_counter()
+            started = time.perf_counter()
             batch = next(batches, None)
-            self._waited_s += time.perf_counter() - begun
+            self._waited_s += time.perf_counter() - started
             if batch is None:
                 return
             yield batch
 
     def step(self, step: int, epoch: int, lr: float, outputs: Outputs, terms: dict[str, Tensor]):
-        """Note a step; at each log.every_steps, check it and hand on a row."""
+        """Record a step; every log.every_steps, check it and pass a row to the observers."""
         finite = terms["total"].isfinite() & terms["grad_norm"].to(self._bad_step.device).isfinite()
         self._bad_step += torch.where((self._bad_step == 0) & ~finite, step, 0)
         self._done += 1
         if step % self._config.log.every_steps and step != self._steps:
             return
-        self.check()
+        self.check_finite()
         row = self._row(step, epoch, lr, outputs, terms)
         for observe in self._observers:
             observe(row)
         self._since, self._waited_s, self._done = time.perf_counter(), 0.0, 0
 
     def scores(self, step: int, scores: dict[str, float]) -> None:
-        """Hand on an evaluation's numbers."""
+        """Pass an evaluation's scores to the observers."""
         for observe in self._observers:
             observe({"step": step, **scores})
         self._since, self._waited_s, self._done = time.perf_counter(), 0.0, 0
 
-    def check(self) -> None:
-        """Raise `NotFinite` if a step gave NaN or infinity; reads from the device."""
+    def check_finite(self) -> None:
+        """Raise `NotFinite` if a step gave NaN or infinity; synchronises with the device."""
         step = int(self._bad_step.item())
         if step:
             folder = self._config.run_folder
-            go_on = f", and train.init_from={folder} to begin with its last weights"
+            last_weights = f", and train.init_from={folder} to start from its last weights"
             raise NotFinite(
                 f"the loss or its gradient must be finite, got NaN or infinity at step {step}; "
                 "nothing was saved after it. Lower optim.lr, lengthen sched.warmup_steps or set "
                 "optim.clip_norm=1, in a new run: run.name=ANOTHER"
-                + (go_on if step_folders(folder / "checkpoints") else "")
+                + (last_weights if step_folders(folder / "checkpoints") else "")
             )
 
     def _row(
         self, step: int, epoch: int, lr: float, outputs: Outputs, terms: dict[str, Tensor]
     ) -> Row:
-        # What a rank computes of its own clips alone is averaged; the rest is the same on all.
+        # Terms of a rank's own clips are averaged; the others are the same on all ranks.
         names = [name for name in terms if name not in ("total", "grad_norm")]
         means = self._ranks.mean(torch.stack([terms[n].detach() for n in ("total", *names)]))
         loss, *values = means.tolist()
@@ -117,7 +117,7 @@ class Watch:
 
 @torch.no_grad()
 def in_batch_recall(outputs: Outputs) -> float:
-    """Share of this rank's sounds whose own caption is the nearest of this rank's captions."""
+    """Recall@1 of a rank's media among its own captions, between 0 and 1."""
     nearest = torch.cat([(a @ outputs["text"].T).argmax(1) for a in outputs["media"].split(1024)])
     return (nearest == torch.arange(len(nearest), device=nearest.device)).float().mean().item()
 
@@ -125,22 +125,22 @@ def in_batch_recall(outputs: Outputs) -> float:
 def observers(
     config: Config, ranks: Ranks, open_files: ExitStack, *, first: int, steps: int
 ) -> list[Observer]:
-    """All that the config asks for, on the first rank; closed with `open_files`."""
+    """The config's observers, on the first rank; they are closed with `open_files`."""
     if not ranks.first:
         return []
     for file in config.run_folder.glob("bad_clips*.jsonl"):
-        cut_after(file, first)  # other ranks' too: none of them has begun a step yet
-    found = [metrics_file(config.run_folder / "metrics.jsonl", open_files, first)]
-    found.append(terminal(config, open_files, first, steps))
+        cut_after(file, first)  # other ranks' too: none of them has started a step yet
+    active = [metrics_file(config.run_folder / "metrics.jsonl", open_files, first)]
+    active.append(terminal(config, open_files, first, steps))
     if config.log.tensorboard:
-        found.append(tensorboard(config.run_folder / "tensorboard", open_files, first))
+        active.append(tensorboard(config.run_folder / "tensorboard", open_files, first))
     if config.log.wandb:
-        found.append(weights_and_biases(config, open_files))
-    return found
+        active.append(weights_and_biases(config, open_files))
+    return active
 
 
 def metrics_file(file: Path, open_files: ExitStack, first: int) -> Observer:
-    """One JSON line a row; a resumed run takes the place of the rows it repeats."""
+    """Writes one JSON line per row; a resumed run replaces the rows that it repeats."""
     cut_after(file, first)
     lines = open_files.enter_context(file.open("a", buffering=1))
 
@@ -151,7 +151,7 @@ def metrics_file(file: Path, open_files: ExitStack, first: int) -> Observer:
 
 
 def terminal(config: Config, open_files: ExitStack, first: int, steps: int) -> Observer:
-    """A bar on a terminal; where output is a file, a line a row."""
+    """A progress bar on a terminal, or a line per row where stderr is a file."""
     console = Console(stderr=True)
     text = "{task.fields[numbers]}"
     columns = (TextColumn(config.run.name), BarColumn(), TextColumn(text), TimeRemainingColumn())
@@ -177,7 +177,7 @@ def terminal(config: Config, open_files: ExitStack, first: int, steps: int) -> O
 
 
 def tensorboard(folder: Path, open_files: ExitStack, first: int) -> Observer:
-    """TensorBoard's scalars; a resumed run hides the points it repeats."""
+    """Writes TensorBoard scalars; a resumed run hides the points that it repeats."""
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(folder), purge_step=first + 1 if first else None)
@@ -192,7 +192,7 @@ def tensorboard(folder: Path, open_files: ExitStack, first: int) -> Observer:
 
 
 def weights_and_biases(config: Config, open_files: ExitStack) -> Observer:
-    """A run of the same name at Weights & Biases, gone on with if it is there."""
+    """Logs to the Weights & Biases run of the same name, which is resumed if it exists."""
     check_wandb(config)
     import wandb  # type: ignore[import-not-found]
 
@@ -209,7 +209,7 @@ def weights_and_biases(config: Config, open_files: ExitStack) -> Observer:
 
 
 def check_wandb(config: Config) -> None:
-    """Raise `ConfigError` if Weights & Biases is asked for and not installed."""
+    """Raise `ConfigError` if log.wandb is on and Weights & Biases is not installed."""
     require(
         not config.log.wandb or importlib.util.find_spec("wandb") is not None,
         "log.wandb",
@@ -220,17 +220,19 @@ def check_wandb(config: Config) -> None:
 
 
 def report_bad_clips(folder: Path, ranks: Ranks, bad: list[BadClip]) -> None:
-    """Append to bad_clips.jsonl what a step could not use, say so once each, and empty `bad`."""
+    """Append a step's unusable clips to bad_clips.jsonl, print each once, and empty `bad`."""
     if not bad:
         return
     name = "bad_clips.jsonl" if ranks.first else f"bad_clips.rank{ranks.rank}.jsonl"
     with (folder / name).open("a") as lines:
-        rows = (asdict(clip) | {"step": clip.step + 1} for clip in bad)  # counted as elsewhere
+        rows = (
+            asdict(clip) | {"step": clip.step + 1} for clip in bad
+        )  # counted from 1, as in metrics.jsonl
         lines.writelines(json.dumps(row) + "\n" for row in rows)
     for clip in bad:
         Console(stderr=True).print(
             f"step {clip.step + 1}: {clip.clip} cannot be used ({clip.reason}); "
-            f"{clip.replaced_by} took its place (noted in {folder / name})",
+            f"replaced by {clip.replaced_by} (recorded in {folder / name})",
             highlight=False,
             markup=False,
             soft_wrap=True,

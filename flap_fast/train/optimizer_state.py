@@ -1,10 +1,9 @@
-"""Adam's state by parameter, each whole: what makes a checkpoint fit any ranks, stage and engine.
+"""Adam's state, one whole tensor per parameter, so that a checkpoint fits any ranks and ZeRO stage.
 
     optimizer.safetensors   NAME/exp_avg  NAME/exp_avg_sq  in NAME's shape,  NAME/step ()
 
-A rank keeps a `Part` of each parameter's state: all of it, or what its ZeRO partition covers. Parts
-are put together when a checkpoint is written and cut anew when one is read, so that no conversion
-stands between a run and another number of ranks.
+A rank holds a `Fragment` of each parameter's state: all of it, or what its ZeRO partition covers.
+Fragments are joined when a checkpoint is written and cut again when one is read.
 """
 
 from __future__ import annotations
@@ -26,102 +25,107 @@ from flap_fast.ranks import Ranks
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class Part(NamedTuple):
-    """The stretch of a flattened parameter whose state lies on this rank."""
+class Fragment(NamedTuple):
+    """The range of a flattened parameter whose state this rank holds."""
 
     name: str
     shape: torch.Size
-    """The whole parameter's."""
+    """Of the whole parameter."""
     start: int
     numel: int
-    """0 where other ranks have all of it."""
+    """0 where other ranks hold all of it."""
     key: Tensor
-    """What the optimizer keeps state for: the parameter, or a flat partition of many."""
-    at: int
-    """Where the stretch begins in the flattened key."""
+    """The optimizer's key for the state: the parameter, or a flat partition of many."""
+    offset: int
+    """Where the range begins in the flattened key."""
 
 
-def whole_parts(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[Part]:
-    """The parts where every rank keeps all of the state."""
+def whole_fragments(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[Fragment]:
+    """The fragments where every rank holds the whole state."""
     names = {id(p): name for name, p in model.named_parameters()}
     keys = (p for group in optimizer.param_groups for p in group["params"])
-    return [Part(names[id(p)], p.shape, 0, p.numel(), p, 0) for p in keys]
+    return [Fragment(names[id(p)], p.shape, 0, p.numel(), p, 0) for p in keys]
 
 
 class OptimizerState:
-    """An Adam's state as files see it.
+    """Saves and loads the state of an Adam optimizer.
 
     Args:
-        sharded: every rank keeps another part of it, instead of all.
+        sharded: ranks hold different fragments of it, instead of the whole state each.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, parts: list[Part], ranks: Ranks, *, sharded: bool
+        self,
+        optimizer: torch.optim.Optimizer,
+        fragments: list[Fragment],
+        ranks: Ranks,
+        *,
+        sharded: bool,
     ):
-        self._optimizer, self._parts, self._ranks = optimizer, parts, ranks
+        self._optimizer, self._fragments, self._ranks = optimizer, fragments, ranks
         self._sharded = sharded
 
     def save(self, file: Path) -> None:
-        """Write the state of every parameter that ever had a gradient; every rank must ask.
+        """Write the state of every parameter that ever had a gradient. Collective.
 
         One parameter at a time goes through the device, and all of them into the first rank's RAM.
         """
         whole: dict[str, Tensor] = {}
-        for part in self._parts:
-            state = self._optimizer.state.get(part.key)
+        for fragment in self._fragments:
+            state = self._optimizer.state.get(fragment.key)
             if not state:
                 continue
-            values = self._whole([state[moment] for moment in _MOMENTS], part)
+            values = self._joined([state[moment] for moment in _MOMENTS], fragment)
             if self._ranks.first:
                 for moment, value in zip(_MOMENTS, values, strict=True):
-                    whole[f"{part.name}/{moment}"] = value.cpu().contiguous()
-            whole[f"{part.name}/step"] = state["step"].cpu().clone()
+                    whole[f"{fragment.name}/{moment}"] = value.cpu().contiguous()
+            whole[f"{fragment.name}/step"] = state["step"].cpu().clone()
         if self._ranks.first:
             save_tensors(file, whole)
 
-    def _whole(self, values: list[Tensor], part: Part) -> Iterable[Tensor]:
+    def _joined(self, values: list[Tensor], fragment: Fragment) -> Iterable[Tensor]:
+        """A parameter's whole state, on the first rank."""
         if not self._sharded:
             return values
-        whole = torch.zeros(len(values), part.shape.numel(), device=self._ranks.device)
+        _, shape, start, numel, _, offset = fragment
+        whole = torch.zeros(len(values), shape.numel(), device=self._ranks.device)
         for row, value in zip(whole, values, strict=True):
-            row[part.start : part.start + part.numel] = value[part.at : part.at + part.numel]
+            row[start : start + numel] = value[offset : offset + numel]
         if self._ranks.world > 1:
             dist.reduce(whole, dst=0)
-        return (row.view(part.shape) for row in whole)
+        return (row.view(shape) for row in whole)
 
     def load(self, file: Path) -> None:
-        """Go on from what was saved, by whichever ranks.
+        """Set the state from a file, which any number of ranks may have written.
 
         Raises:
             ConfigError: the file cannot be read, or is of another model.
         """
         saved = self._read(file)
         on_device = bool(self._optimizer.defaults["fused"])  # a fused Adam counts beside the key
-        for part in self._parts:
-            step = saved.get(f"{part.name}/step")
+        for name, _, start, numel, key, offset in self._fragments:
+            step = saved.get(f"{name}/step")
             if step is None:
                 continue
-            state = self._optimizer.state[part.key]
+            state = self._optimizer.state[key]
             for moment in _MOMENTS:
                 if moment not in state:  # padding stays zero
-                    state[moment] = torch.zeros_like(part.key, requires_grad=False)
-                stretch = saved[f"{part.name}/{moment}"].flatten()[part.start :][: part.numel]
-                state[moment].view(-1)[part.at : part.at + part.numel] = stretch
-            state["step"] = step.to(part.key.device if on_device else "cpu", copy=True)
+                    state[moment] = torch.zeros_like(key, requires_grad=False)
+                values = saved[f"{name}/{moment}"].flatten()[start : start + numel]
+                state[moment].view(-1)[offset : offset + numel] = values
+            state["step"] = step.to(key.device if on_device else "cpu", copy=True)
 
     def _read(self, file: Path) -> dict[str, Tensor]:
         try:
-            saved = load_file(file)  # mapped: what lies in no part of this rank's is not read
+            saved = load_file(file)  # mapped: what no fragment of this rank covers is not read
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"{file} cannot be read: {error}") from None
-        shapes = {
-            f"{part.name}/{moment}": part.shape for part in self._parts for moment in _MOMENTS
-        }
-        shapes |= {f"{part.name}/step": torch.Size() for part in self._parts}
+        shapes = {f"{f.name}/{moment}": f.shape for f in self._fragments for moment in _MOMENTS}
+        shapes |= {f"{f.name}/step": torch.Size() for f in self._fragments}
         for name, value in saved.items():
             if value.shape != shapes.get(name):
                 raise ConfigError(
                     f"{file} must hold the state of this model's parameters, got {name} of shape "
-                    f"{tuple(value.shape)}; go on with the code and the config that wrote it"
+                    f"{tuple(value.shape)}; resume with the code and the config that wrote it"
                 )
         return saved

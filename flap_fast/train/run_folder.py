@@ -1,4 +1,4 @@
-"""A run's folder: begun once, gone on with only by the config that began it.
+"""A run's folder: started once, resumed only with the settings that it was started with.
 
 runs/NAME/config.yaml  environment.json  metrics.jsonl  bad_clips.jsonl  eval.json
           tensorboard/  checkpoints/
@@ -21,11 +21,11 @@ from flap_fast.train.environment import environment
 
 
 def begin(config: Config, *, resume: bool) -> Path | None:
-    """The checkpoint to go on from, or None for a new run; writes nothing.
+    """The checkpoint to resume from, or None for a new run; writes nothing.
 
     Raises:
-        ConfigError: the folder holds a run and `resume` is off, or another config began it, or
-            nobody knows which.
+        ConfigError: the folder holds a run and `resume` is off, or a run that another config
+            started, or checkpoints without a config.
     """
     folder = config.run_folder
     last = latest(folder / "checkpoints")
@@ -36,28 +36,28 @@ def begin(config: Config, *, resume: bool) -> Path | None:
     if not resume:
         raise ConfigError(
             f"run.name must be new, got '{config.run.name}', whose run lies in {folder}; "
-            f"add --resume to go on with it, or set run.name=ANOTHER"
+            f"add --resume to continue it, or set run.name=ANOTHER"
         )
     changed = differences(load_config(folder / "config.yaml"), config)
     if changed:
         lines = "\n".join(f"  {name}: {then} -> {now}" for name, then, now in changed)
         raise ConfigError(
-            f"--resume must keep the settings that {folder} began with, got\n{lines}\n"
+            f"--resume must keep the settings that {folder} started with, got\n{lines}\n"
             "set them back, or set run.name=ANOTHER"
         )
     return last
 
 
 def write_config(config: Config, ranks: Ranks) -> None:
-    """Make the folder and leave in it the config, and what this part of the run runs on."""
+    """Write config.yaml and environment.json into the run's folder."""
     config.run_folder.mkdir(parents=True, exist_ok=True)
     write_atomically(config.run_folder / "config.yaml", dump_config(config).encode())
-    found = json.dumps(environment(ranks), indent=1) + "\n"
-    write_atomically(config.run_folder / "environment.json", found.encode())
+    versions = json.dumps(environment(ranks), indent=1) + "\n"
+    write_atomically(config.run_folder / "environment.json", versions.encode())
 
 
 def differences(then: Config, now: Config) -> list[tuple[str, Any, Any]]:
-    """Name, old and new value of each setting that differs and may not."""
+    """Name, old and new value of each setting that changed and must not."""
     before, after = flat(then.model_dump(mode="json")), flat(now.model_dump(mode="json"))
     approximate = "dali_mel" in (then.frontend.backend, now.frontend.backend)
     free = now.marked(FREE_ON_RESUME).keys() | then.marked(FREE_ON_RESUME).keys()
@@ -78,7 +78,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def cut_after(file: Path, step: int) -> None:
-    """Drop the rows of steps that a resumed run will do again, and a half-written last row."""
+    """Drop rows after `step`, which a resumed run repeats, and a half-written last row."""
     if not file.is_file():
         return
     kept = []

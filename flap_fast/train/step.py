@@ -1,21 +1,24 @@
-"""The gradients of a step: in one pass, or in two where the batch does not fit.
+"""The gradients of a step: in one pass, or by cached gradients where the batch does not fit.
 
-    one pass   total_loss(model(batch)).backward()
-    exact      1. every micro-batch through the model, its embeddings kept     A, T (B, d), s
-               2. the loss over the whole batch of all ranks, once             dA, dT, ds
-               3. every micro-batch m again, and backward from
-                      <dA_m, A_m> + <dT_m, T_m> + (ds s + weight recon_m) / M
-    local      the loss within each micro-batch (of all ranks), averaged: fewer negatives
+    batch -> augment, mask -> model -> losses -> backward
+
+    one pass            total_loss(model(batch)).backward()
+    cached gradients    1. embeddings of every micro-batch m, without graphs       A, T (B, d), s
+    (accumulation:      2. the loss over the whole batch of all ranks, once        dA, dT, ds
+    exact)              3. every micro-batch again, and backward from its surrogate loss
+                               M (<dA_m, A_m> + <dT_m, T_m>) + ds s + weight recon_m
+    accumulation:       the loss within each micro-batch (of all ranks), averaged:
+    local               fewer negatives for each clip
 
     B clips of this rank   M micro-batches   d joint width   s the logit scale
 
-Pass 3 draws what pass 1 drew: crops, masks and SpecAug belong to a clip's visit, dropout to the
-step, the rank and the micro-batch. So `exact` gives the gradients of one pass, for a forward more.
-Of the whole batch it holds embeddings, and log-mels unless they are decoded again. Only layers that
-mix clips can tell the difference: BatchNorm normalises by its micro-batch, and counts it twice in
-its averages.
+Pass 3 draws what pass 1 drew: crops, masks and SpecAug depend on a clip's sample index; dropout on
+the step, the rank and the micro-batch. So cached gradients equal those of one pass, for one more
+forward. Of the whole batch only embeddings are held, and log-mels if inputs are cached too
+(train.replay). Layers that mix clips do differ: BatchNorm normalises each micro-batch by itself,
+and counts it twice in its running averages.
 
-Source: Gao et al., GradCache, arXiv 2101.06983 (SPEC 10).
+Source: Gao et al., GradCache, arXiv 2101.06983, section 3.2.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from flap_fast.config import Config, Mask
+from flap_fast.config import Config
 from flap_fast.data.batch import Batch
 from flap_fast.data.preprocess.mel import spec_augment, stripes
 from flap_fast.data.shards import ShardError
@@ -35,15 +38,16 @@ from flap_fast.losses import total_loss
 from flap_fast.model.masking import patch_mask
 from flap_fast.model.two_towers import ModelInputs, Outputs
 from flap_fast.ranks import Ranks
-from flap_fast.train.engine import Engine
-from flap_kernels.draw_plan import MaskPlan
+from flap_fast.train.engine import Engine, micro_batch_clips
+from flap_kernels import PatchMask
 
 
 class Gradients:
-    """Takes a rank's micro-batches of a step through the model; gradients stay in the engine.
+    """Runs a rank's micro-batches of a step forward and backward; the engine holds the gradients.
 
     Args:
-        steps: of the whole run, of which `per_epoch` make an epoch.
+        steps: of the whole run.
+        per_epoch: steps of an epoch.
     """
 
     def __init__(self, config: Config, ranks: Ranks, engine: Engine, steps: int, per_epoch: int):
@@ -51,89 +55,94 @@ class Gradients:
         self._steps, self._per_epoch = steps, per_epoch
         self._micro_batches = config.train.micro_batches(ranks.world)
         local = config.train.accumulation == "local"
-        self._two = self._micro_batches > 1 and not local
+        self._cached = self._micro_batches > 1 and not local
         replay, on_gpu = config.train.replay, ranks.device.type == "cuda"
-        self._keep = replay == "keep" or (replay == "auto" and on_gpu)
+        self._cache_inputs = replay == "keep" or (replay == "auto" and on_gpu)
         if self._micro_batches > 1 and local and ranks.first:
-            _warn(config, ranks.world)
+            _warn_of_fewer_negatives(config, ranks.world)
 
     @property
     def reads(self) -> int:
-        """How often the micro-batches of a step are to come, one time after the other."""
-        return 2 if self._two and not self._keep else 1
+        """How many times the loader yields each step's micro-batches."""
+        return 2 if self._cached and not self._cache_inputs else 1
 
     def __call__(self, step: int, batches: Iterator[Batch]) -> tuple[Outputs, dict[str, Tensor]]:
-        """What the model gave for this rank's clips of a step, and the terms; without graphs."""
-        return (self._two_passes if self._two else self._one_pass)(step, batches)
+        """Add a step's gradients; returns outputs of this rank's clips and loss terms, detached."""
+        return (self._cached_gradients if self._cached else self._one_pass)(step, batches)
 
     def _one_pass(self, step: int, batches: Iterator[Batch]) -> tuple[Outputs, dict[str, Tensor]]:
-        given, terms = [], []
+        all_outputs, all_terms = [], []
         for micro in range(self._micro_batches):
             outputs = self._forward(next(batches), step, micro)
-            found = total_loss(outputs, self._config)
-            self._engine.backward(found["total"])
-            given.append(_detached(outputs))
-            terms.append(_detached(found))
-        return cast(Outputs, _joined(given)), _joined(terms)
+            terms = total_loss(outputs, self._config)
+            self._engine.backward(terms["total"])
+            all_outputs.append(_detached(outputs))
+            all_terms.append(_detached(terms))
+        return cast(Outputs, _joined(all_outputs)), _joined(all_terms)
 
-    def _two_passes(self, step: int, batches: Iterator[Batch]) -> tuple[Outputs, dict[str, Tensor]]:
-        kept, clips, given = [], [], []
+    def _cached_gradients(
+        self, step: int, batches: Iterator[Batch]
+    ) -> tuple[Outputs, dict[str, Tensor]]:
+        inputs, clips, embedded = [], [], []
         with torch.no_grad():
             for micro in range(self._micro_batches):
                 batch = next(batches)
-                given.append(self._forward(batch, step, micro, rebuild=False))
+                embedded.append(self._forward(batch, step, micro, decode=False))
                 clips.append(batch.clips)
-                kept += [batch] * self._keep
-        outputs = {name: value.requires_grad_() for name, value in _joined(given).items()}
+                inputs += [batch] * self._cache_inputs
+
+        outputs = {name: value.requires_grad_() for name, value in _joined(embedded).items()}
         terms = total_loss(cast(Outputs, outputs), self._config)
         terms["total"].backward()
-        pulls = {name: value.grad for name, value in outputs.items() if value.grad is not None}
+        cache = {name: value.grad for name, value in outputs.items() if value.grad is not None}
         outputs, terms = _detached(outputs), _detached(terms)
 
         recon = []
-        second = iter(kept) if self._keep else batches
+        again = iter(inputs) if self._cache_inputs else batches
         for micro in range(self._micro_batches):
-            batch = next(second)
+            batch = next(again)
             if (batch.clips != clips[micro]).any():
                 raise ShardError(
-                    f"step {step}: a clip was read once and not again; set train.replay=keep"
+                    f"step {step}: a clip could be read once and not again; set train.replay=keep"
                 )
-            again = self._forward(batch, step, micro)
-            self._engine.backward(_pulled(again, pulls, micro, self._micro_batches))
-            recon.append(again["recon"].detach())
-        if "recon" in terms:  # the decoder rested in the first pass
+            micro_outputs = self._forward(batch, step, micro)
+            self._engine.backward(_surrogate_loss(micro_outputs, cache, micro, len(clips)))
+            recon.append(micro_outputs["recon"].detach())
+        if "recon" in terms:  # the first pass skips the decoder
             outputs["recon"] = terms["recon"] = torch.stack(recon).mean()
-            terms["total"] = terms["total"] + pulls["recon"] * terms["recon"]
+            terms["total"] = terms["total"] + cache["recon"] * terms["recon"]
         return cast(Outputs, outputs), terms
 
-    def _forward(self, batch: Batch, step: int, micro: int, *, rebuild: bool = True) -> Outputs:
+    def _forward(self, batch: Batch, step: int, micro: int, *, decode: bool = True) -> Outputs:
         config = self._config
         torch.manual_seed(dropout_seed(config.run.seed, step, self._ranks.rank, micro))
         mask = patch_mask_of(batch, config, self._steps, self._per_epoch)
         inputs = model_inputs(batch, mask, config)
-        if not rebuild:
+        if not decode:
             inputs["target"] = None
         return self._engine.model(**inputs)
 
 
-def patch_mask_of(batch: Batch, config: Config, steps: int, per_epoch: int) -> MaskPlan | None:
-    """The patches that masking leaves and drops; None without masking, and in the unmasked tail."""
+def patch_mask_of(batch: Batch, config: Config, steps: int, per_epoch: int) -> PatchMask | None:
+    """The batch's patch mask; None without masking, and in the unmasked epochs at the end."""
     tail = config.mask.unmasked_tail_epochs
     epochs = -(-steps // per_epoch)
-    mask = Mask(kind="none") if batch.epoch >= epochs - tail else config.mask
-    if mask.kind == "none":
+    if config.mask.kind == "none" or batch.epoch >= epochs - tail:
         return None
-    return patch_mask(mask, config.encoder.grid, config.run.seed, batch.sample_index)
+    assert config.encoder.grid is not None  # the config lets no other encoder be masked
+    return patch_mask(config.mask, config.encoder.grid, config.run.seed, batch.sample_index)
 
 
-def model_inputs(batch: Batch, mask: MaskPlan | None, config: Config) -> ModelInputs:
-    """What the model is called with: media augmented, and what the decoder is to reconstruct."""
+def model_inputs(batch: Batch, mask: PatchMask | None, config: Config) -> ModelInputs:
+    """The model's arguments: augmented media, and what the decoder is to reconstruct."""
     specaug, seed, media, erase = config.specaug, config.run.seed, batch.media, None
     if config.encoder.specaug == "inside":
         shape = (media.shape[2], media.shape[3])
         erase = stripes(specaug, seed, batch.sample_index, shape, whole=True)
     elif config.encoder.specaug == "before":
         media = spec_augment(media, specaug, config.audio, seed, batch.sample_index)
+    else:
+        media = media.contiguous()  # images come channels-last, which convolves to other bits
     clean = config.loss.recon.target == "clean"
     return {
         "media": media,
@@ -147,45 +156,49 @@ def model_inputs(batch: Batch, mask: MaskPlan | None, config: Config) -> ModelIn
 
 
 def dropout_seed(seed: int, step: int, rank: int, micro: int = 0) -> int:
-    """Sown anew for each micro-batch: a resumed run and a second pass draw what was drawn."""
+    """Reseeds dropout for each micro-batch: the same in a resumed run and in a second pass."""
     # The odd multiplier spreads micro-batches over the 32 bits that a CPU's generator takes.
     return ((seed * 1_000_003 + step) * 65_537 + rank + micro * 0x9E3779B1) % 2**63
 
 
-def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Of the micro-batches: rows one below the other, numbers () averaged."""
-    columns = {name: [part[name] for part in parts] for name in parts[0]}
+def _surrogate_loss(
+    outputs: Outputs, cache: Mapping[str, Tensor], micro: int, micro_batches: int
+) -> Tensor:
+    """Surrogate loss: its gradients, averaged over micro-batches, equal the full batch's.
+
+    Args:
+        cache: the full batch's gradients with respect to the outputs.
+    """
+    total = outputs["scale"].new_zeros(())
+    for name, gradient in cache.items():
+        value = cast(dict[str, Tensor], outputs)[name]
+        if gradient.ndim:
+            rows = slice(micro * len(value), (micro + 1) * len(value))
+            total = total + micro_batches * (gradient[rows] * value).sum()
+        else:
+            total = total + gradient * value
+    return total
+
+
+def _joined(micro_batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Results of all micro-batches: rows concatenated, scalars averaged."""
+    columns = {name: [results[name] for results in micro_batches] for name in micro_batches[0]}
     return {
         name: torch.cat(values) if values[0].ndim else torch.stack(values).mean()
         for name, values in columns.items()
     }
 
 
-def _pulled(
-    outputs: Outputs, pulls: Mapping[str, Tensor], micro: int, micro_batches: int
-) -> Tensor:
-    """A number whose gradient, over the micro-batches as engines average, is the whole loss's."""
-    total = outputs["scale"].new_zeros(())
-    for name, pull in pulls.items():
-        value = cast(dict[str, Tensor], outputs)[name]
-        if pull.ndim:
-            rows = slice(micro * len(value), (micro + 1) * len(value))
-            total = total + micro_batches * (pull[rows] * value).sum()
-        else:
-            total = total + pull * value
-    return total
-
-
 def _detached(values: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in values.items()}
 
 
-def _warn(config: Config, world: int) -> None:
-    clips = world * (config.train.micro_batch or 0)
+def _warn_of_fewer_negatives(config: Config, world: int) -> None:
+    clips = world * micro_batch_clips(config, world)
     Console(stderr=True).print(
         f"train.accumulation=local contrasts a clip with the {clips} of its micro-batch over all "
         f"ranks, not with the {config.train.global_batch} of train.global_batch; "
-        "exact contrasts with all, for one more forward",
+        "exact contrasts it with all, for one more forward",
         highlight=False,
         markup=False,
         soft_wrap=True,

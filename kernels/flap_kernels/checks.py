@@ -12,10 +12,10 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def check_shape(name: str, x: Tensor, shape: Sequence[int | None], legend: str) -> None:
     """Fail unless `x` has this shape; None stands for any size, `legend` says it in letters."""
-    fits = x.ndim == len(shape) and all(
+    matches = x.ndim == len(shape) and all(
         want is None or have == want for have, want in zip(x.shape, shape, strict=True)
     )
-    if not fits:
+    if not matches:
         sizes = ", ".join("*" if want is None else str(want) for want in shape)
         raise ValueError(f"{name} must be {legend} = ({sizes}), got {tuple(x.shape)}")
 
@@ -46,8 +46,8 @@ def check_together(**tensors: Tensor) -> None:
     """Fail unless all lie on one device."""
     devices = {name: x.device for name, x in tensors.items()}
     if len(set(devices.values())) > 1:
-        places = ", ".join(f"{name} on {device}" for name, device in devices.items())
-        raise ValueError(f"{' and '.join(devices)} must lie on one device, got {places}")
+        found = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"{' and '.join(devices)} must lie on one device, got {found}")
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:

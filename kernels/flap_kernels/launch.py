@@ -1,4 +1,4 @@
-"""Whether Triton is here, and whether a tensor is for it. The only door to Triton in this package.
+"""The one import of Triton in this package, and which tensors its kernels serve.
 
 Without Triton, `jit` leaves a kernel undecorated and `tl` is empty; kernels are then never
 called, since `runs_triton` says no to every tensor.
@@ -58,9 +58,9 @@ def interpreted() -> bool:
 
 
 def runs_triton(*tensors: Tensor) -> bool:
-    """Whether the kernels serve these tensors; if not, the plain PyTorch path does."""
+    """Whether the kernels serve these tensors; if not, plain PyTorch does."""
     if not HAS_TRITON or any(x.dtype.itemsize > 4 and x.is_floating_point() for x in tensors):
-        return False  # float64 is for checking, and the plain path does it
+        return False  # float64 is for checking, in plain PyTorch
     if interpreted():
         return all(x.device.type in ("cpu", "cuda") for x in tensors)
     return all(x.is_cuda for x in tensors)

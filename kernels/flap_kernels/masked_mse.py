@@ -1,6 +1,6 @@
 """masked_mse: how far a decoder's last layer is from the masked patches of the log-mel.
 
-    e[b, m, :] = weight @ hidden[b, m] + bias - target(b, drop[b, m])
+    e[b, m, :] = weight @ hidden[b, m] + bias - target(b, ids_drop[b, m])
     loss       = mean of e**2 over B, M and P * P
     target     = (x - mean(x)) / sqrt(var(x) + 1e-6),  x = patch(mel[b], n),  var unbiased
 
@@ -24,43 +24,45 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from flap_kernels.checks import check_floats, check_shape, check_together
 from flap_kernels.launch import ceil_div, interpreted, runs_triton
 from flap_kernels.masked_mse_tiles import masked_mse_kernel, tiles
 from flap_kernels.patches import (
     MOST_PIXELS,
-    add_product,
     check_patches,
     clips,
-    float32_precision,
     patch_rows,
-    product_into,
-    product_type,
-    shaped,
     strides,
 )
-from flap_kernels.spec import VARIANTS, Arch, Inputs, Kernel, Program, Size, pointer
+from flap_kernels.precision import (
+    accumulator_dtype,
+    add_product,
+    float32_precision,
+    product_dtype,
+)
+from flap_kernels.spec import Inputs, Kernel, Size
 
 EPS = 1e-6
 
 
 def masked_mse_reference(
-    hidden: Tensor, weight: Tensor, bias: Tensor, mel: Tensor, drop: Tensor, *, norm_pix: bool
+    hidden: Tensor, weight: Tensor, bias: Tensor, mel: Tensor, ids_drop: Tensor, *, norm_pix: bool
 ) -> Tensor:
-    """Say what `masked_mse` means; errors are taken in float32 at least."""
-    wide = torch.promote_types(weight.dtype, torch.float32)
+    """The mean squared error, from stored predictions: what `masked_mse` means."""
+    total_dtype = accumulator_dtype(weight.dtype)
     patch = round(len(weight) ** 0.5)
-    target = patch_rows(mel, clips(drop), drop.long(), patch).to(wide)
+    target = patch_rows(mel, clips(ids_drop), ids_drop.long(), patch).to(total_dtype)
     if norm_pix:
         var, mean = torch.var_mean(target, -1, keepdim=True)
         target = (target - mean) / (var + EPS).sqrt()
-    error = F.linear(hidden, weight, bias).to(wide) - target
+    error = F.linear(hidden, weight, bias).to(total_dtype) - target
     return error.square().sum() / max(1, error.numel())
 
 
 # A chunk's errors stay in cache until the products that read them: a GPU's L2, a core's L2.
-_CHUNK_ROWS = {"cuda": 16_384}
+CHUNK_ROWS = {"cuda": 16_384}
 _CHUNK_ROWS_ELSEWHERE = 4_096
 
 
@@ -72,7 +74,7 @@ class _Layer:
     weight: Tensor
     bias: Tensor
     mel: Tensor
-    drop: Tensor
+    ids_drop: Tensor
     patch: int
     norm_pix: bool
 
@@ -81,15 +83,15 @@ class _Layer:
         return self.patch * self.patch
 
     @property
-    def wide(self) -> torch.dtype:
-        return torch.promote_types(self.weight.dtype, torch.float32)
+    def total_dtype(self) -> torch.dtype:
+        return accumulator_dtype(self.weight.dtype)
 
     @property
     def on_triton(self) -> bool:
         return self.pixels <= MOST_PIXELS and runs_triton(self.hidden, self.weight, self.mel)
 
     def chunks(self) -> Iterator[slice]:
-        step = _CHUNK_ROWS.get(self.hidden.device.type, _CHUNK_ROWS_ELSEWHERE)
+        step = CHUNK_ROWS.get(self.hidden.device.type, _CHUNK_ROWS_ELSEWHERE)
         for first in range(0, len(self.hidden), step):
             yield slice(first, min(first + step, len(self.hidden)))
 
@@ -112,15 +114,15 @@ class _Layer:
 
     def _errors(self, chunk: slice) -> Tensor:
         """e of some rows, by two passes of PyTorch: what the product is to be added to, and it."""
-        row = torch.arange(chunk.start, chunk.stop, device=self.drop.device)
-        n = self.drop.flatten()[chunk].long()
-        x = patch_rows(self.mel, row // self.drop.shape[1], n, self.patch).to(self.wide)
-        bias = self.bias.to(self.wide)
+        row = torch.arange(chunk.start, chunk.stop, device=self.ids_drop.device)
+        n = self.ids_drop.flatten()[chunk].long()
+        x = patch_rows(self.mel, row // self.ids_drop.shape[1], n, self.patch).to(self.total_dtype)
+        bias = self.bias.to(self.total_dtype)
         if self.norm_pix:
-            # layer_norm's variance is the biased one: unbiased * share.
-            share = (self.pixels - 1) / self.pixels
-            minus = torch.full_like(bias, -(share**0.5))
-            e = F.layer_norm(x, (self.pixels,), minus, bias, EPS * share)
+            # layer_norm's variance is the biased one: unbiased * ratio.
+            ratio = (self.pixels - 1) / self.pixels
+            minus = torch.full_like(bias, -(ratio**0.5))
+            e = F.layer_norm(x, (self.pixels,), minus, bias, EPS * ratio)
         else:
             e = bias - x
         return add_product(e, self.hidden[chunk].to(self.weight.dtype), self.weight.T)
@@ -137,13 +139,13 @@ class _Layer:
             self.weight,
             self.bias,
             self.mel,
-            self.drop,
+            self.ids_drop,
             sums if upstream is None else upstream,
             sums,
             sums if error is None else error,
             chunk.start,
             rows,
-            self.drop.shape[1],
+            self.ids_drop.shape[1],
             self.hidden.shape[1],
             self.mel[0].numel() // self.pixels,
             self.mel.shape[2] // self.patch,
@@ -152,7 +154,7 @@ class _Layer:
             **strides("w", "ph", self.weight),
             **strides("b", "p", self.bias),
             **strides("m", "btf", self.mel),
-            **strides("d", "bm", self.drop),
+            **strides("d", "bm", self.ids_drop),
             P=self.patch,
             NORM_PIX=self.norm_pix,
             EPS=EPS,
@@ -169,20 +171,25 @@ def _masked_mse(
     weight: Tensor,
     bias: Tensor,
     mel: Tensor,
-    drop: Tensor,
+    ids_drop: Tensor,
     patch: int,
     norm_pix: bool,
     product: torch.dtype,
 ) -> Tensor:
-    layer = _Layer(hidden.flatten(0, 1), weight.to(product), bias, mel, drop, patch, norm_pix)
+    layer = _Layer(hidden.flatten(0, 1), weight.to(product), bias, mel, ids_drop, patch, norm_pix)
     if len(layer.hidden) == 0:
-        return hidden.new_zeros((), dtype=layer.wide)
+        return hidden.new_zeros((), dtype=layer.total_dtype)
     return layer.sum_of_squares() / (len(layer.hidden) * layer.pixels)
 
 
 @_masked_mse.register_fake
-def _(hidden, weight, bias, mel, drop, patch, norm_pix, product):
-    return hidden.new_empty((), dtype=torch.promote_types(product, torch.float32))
+def _(hidden, weight, bias, mel, ids_drop, patch, norm_pix, product):
+    return hidden.new_empty((), dtype=accumulator_dtype(product))
+
+
+@register_flop_formula(torch.ops.flap_kernels.masked_mse)
+def _masked_mse_flop(hidden, weight, *_, **__) -> int:
+    return 2 * hidden[0] * hidden[1] * weight[0] * weight[1]
 
 
 @torch.library.custom_op("flap_kernels::masked_mse_backward", mutates_args=())
@@ -192,32 +199,39 @@ def _masked_mse_backward(
     weight: Tensor,
     bias: Tensor,
     mel: Tensor,
-    drop: Tensor,
+    ids_drop: Tensor,
     patch: int,
     norm_pix: bool,
     product: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of hidden, in its type, and of weight and bias, at least float32."""
-    layer = _Layer(hidden.flatten(0, 1), weight.to(product), bias, mel, drop, patch, norm_pix)
+    layer = _Layer(hidden.flatten(0, 1), weight.to(product), bias, mel, ids_drop, patch, norm_pix)
     hidden_grad = torch.empty_like(layer.hidden, memory_format=torch.contiguous_format)
-    weight_grad = torch.zeros(weight.shape, dtype=layer.wide, device=weight.device)
+    weight_grad = torch.zeros(weight.shape, dtype=layer.total_dtype, device=weight.device)
     bias_grad = weight_grad.new_zeros(layer.pixels)
     for chunk in layer.chunks():
+        # e = dloss / dprediction; dbias = sum of e, dweight = e^T hidden, dhidden = e weight
         e, columns = layer.prediction_gradient(chunk, grad)
         bias_grad += columns
         add_product(weight_grad, e.T, layer.hidden[chunk].to(product))
-        product_into(hidden_grad[chunk], e, layer.weight)
+        add_product(hidden_grad[chunk], e, layer.weight, beta=0)
     return hidden_grad.view(hidden.shape), weight_grad, bias_grad
 
 
 @_masked_mse_backward.register_fake
-def _(grad, hidden, weight, bias, mel, drop, patch, norm_pix, product):
-    wide = torch.promote_types(product, torch.float32)
+def _(grad, hidden, weight, bias, mel, ids_drop, patch, norm_pix, product):
+    total_dtype = accumulator_dtype(product)
     return (
         hidden.new_empty(hidden.shape),
-        weight.new_empty(weight.shape, dtype=wide),
-        bias.new_empty(bias.shape, dtype=wide),
+        weight.new_empty(weight.shape, dtype=total_dtype),
+        bias.new_empty(bias.shape, dtype=total_dtype),
     )
+
+
+@register_flop_formula(torch.ops.flap_kernels.masked_mse_backward)
+def _masked_mse_backward_flop(grad, hidden, weight, *_, **__) -> int:
+    # The prediction once more, and the gradients of hidden and weight.
+    return 3 * _masked_mse_flop(hidden, weight)
 
 
 def _setup(ctx, inputs, output):
@@ -239,7 +253,7 @@ _masked_mse.register_autograd(_backward, setup_context=_setup)
 
 
 def masked_mse(
-    hidden: Tensor, weight: Tensor, bias: Tensor, mel: Tensor, drop: Tensor, *, norm_pix: bool
+    hidden: Tensor, weight: Tensor, bias: Tensor, mel: Tensor, ids_drop: Tensor, *, norm_pix: bool
 ) -> Tensor:
     """The mean squared error of the masked patches' pixels, (), float32; 0 if none is masked.
 
@@ -248,22 +262,22 @@ def masked_mse(
     two from float32 sums, without atomics.
 
     Args:
-        hidden: (B, M, H), the masked patches alone, in the order of `drop`: what
-            `keep_tokens(x, drop)` makes of a decoder's output. So its last LayerNorm, too, can
+        hidden: (B, M, H), the masked patches alone, in the order of `ids_drop`:
+            `gather_tokens(x, ids_drop)` of a decoder's output. So its last LayerNorm, too, can
             leave out the others.
         weight: (P * P, H), the side P of a patch follows from it.
         bias: (P * P,).
         mel: (B, T, F), T and F multiples of P; a target, so it must not require a gradient.
-        drop: (B, M) int32 or int64 in [0, N). On a GPU that is not checked: outside, the loss is
-            NaN.
+        ids_drop: (B, M) int32 or int64 in [0, N). On a GPU that is not checked: outside, the
+            loss is NaN.
         norm_pix: compare with patches brought to mean 0 and variance 1 each.
 
     Raises ValueError and TypeError on shapes, devices and types that do not fit.
     """
     check_shape("weight", weight, (None, None), "(P * P, H)")
     pixels, H = weight.shape
-    patch = check_patches(mel, "drop", drop, pixels)
-    check_shape("hidden", hidden, (*drop.shape, H), "(B, M, H) with drop (B, M)")
+    patch = check_patches(mel, "ids_drop", ids_drop, pixels)
+    check_shape("hidden", hidden, (*ids_drop.shape, H), "(B, M, H) with ids_drop (B, M)")
     check_shape("bias", bias, (pixels,), "(P * P,)")
     check_floats(hidden=hidden, weight=weight, bias=bias)
     check_together(hidden=hidden, weight=weight, bias=bias, mel=mel)
@@ -271,7 +285,7 @@ def masked_mse(
         raise ValueError("norm_pix must be False for patches of one pixel: they have no variance")
     if mel.requires_grad:
         raise ValueError("mel must not require a gradient: it is the target; pass mel.detach()")
-    return _masked_mse(hidden, weight, bias, mel, drop, patch, norm_pix, product_type(weight))
+    return _masked_mse(hidden, weight, bias, mel, ids_drop, patch, norm_pix, product_dtype(weight))
 
 
 def _inputs(size: Size, generator: torch.Generator) -> Inputs:
@@ -287,62 +301,10 @@ def _inputs(size: Size, generator: torch.Generator) -> Inputs:
         "weight": torch.randn(P * P, H, **real) / H**0.5,
         "bias": torch.randn(P * P, **real),
         "mel": torch.randn(B, T, F, **real),
-        "drop": torch.rand(B, N, **draw).argsort(1)[:, :M].sort(1).values,
+        "ids_drop": torch.rand(B, N, **draw).argsort(1)[:, :M].sort(1).values,
         "norm_pix": True,
     }
     return Inputs(arguments, differentiable=("hidden", "weight", "bias"))
-
-
-def _programs(arch: Arch) -> tuple[Program, ...]:
-    return tuple(
-        _program(arch, name, variant, backward)
-        for name, backward in (("masked_mse", False), ("masked_mse_errors", True))
-        for variant in VARIANTS
-    )
-
-
-def _program(arch: Arch, name: str, variant: str, backward: bool) -> Program:
-    B, M, H, N, P = 288, 206, 512, 512, 16
-    argument, product, precision = VARIANTS[variant]
-    tile = tiles(P * P, product, precision)
-    rows = _CHUNK_ROWS["cuda"] if backward else B * M
-    bytes_of_row = argument.itemsize * (H + P * P) + backward * product.itemsize * P * P
-    return Program(
-        name=f"{name}{variant}",
-        kernel=masked_mse_kernel,
-        signature={
-            **dict.fromkeys(("hidden_ptr", "bias_ptr", "mel_ptr"), pointer(argument)),
-            "weight_ptr": pointer(product),
-            "drop_ptr": "*i64",
-            **dict.fromkeys(("upstream_ptr", "sums_ptr"), "*fp32"),
-            "error_ptr": pointer(product) if backward else "*fp32",
-            "first": 0,
-            "rows": rows,
-            "M": M,
-            "H": H,
-            "N": N,
-            "across": 8,
-            "scale": "fp32",
-            **strides("h", "rh", shaped(B * M, H)),
-            **strides("w", "ph", shaped(P * P, H)),
-            **strides("b", "p", shaped(P * P)),
-            **strides("m", "btf", shaped(B, 1024, 128)),
-            **strides("d", "bm", shaped(B, M)),
-        },
-        num_warps=tile.pop("num_warps"),
-        num_stages=tile.pop("num_stages"),
-        constants={
-            "P": P,
-            "NORM_PIX": True,
-            "EPS": EPS,
-            "BACKWARD": backward,
-            "UPCAST": False,
-            **tile,
-        },
-        matrix_product=product == torch.bfloat16 or precision == "tf32",
-        bytes_moved=rows * bytes_of_row,
-        flops=2 * rows * H * P * P,
-    )
 
 
 KERNEL = Kernel(
@@ -350,7 +312,4 @@ KERNEL = Kernel(
     op=masked_mse,
     reference=masked_mse_reference,
     inputs=_inputs,
-    programs=_programs,
-    bytes_moved=2 * 288 * 206 * (3 * 512 + 2 * 256),
-    flops=8 * 288 * 206 * 512 * 256,
 )

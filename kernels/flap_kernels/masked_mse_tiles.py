@@ -23,7 +23,7 @@ def masked_mse_kernel(
     weight_ptr,
     bias_ptr,
     mel_ptr,
-    drop_ptr,
+    ids_drop_ptr,
     upstream_ptr,
     sums_ptr,
     error_ptr,
@@ -32,7 +32,7 @@ def masked_mse_kernel(
     M,
     H,
     N,
-    across,
+    patches_per_row,
     scale,
     stride_hr,
     stride_hh,
@@ -58,52 +58,61 @@ def masked_mse_kernel(
     pid = tl.program_id(0)
     offs_row = pid * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     offs_p = tl.arange(0, PIXELS)
-    live, pixel = offs_row < rows, offs_p < P * P
+    mask_row, mask_p = offs_row < rows, offs_p < P * P
     row = first + offs_row
-    mask = live[:, None] & pixel[None, :]
+    mask = mask_row[:, None] & mask_p[None, :]
 
     e = tl.zeros([BLOCK_ROWS, PIXELS], dtype=tl.float32)
     for start in range(0, H, BLOCK_H):
         offs_h = start + tl.arange(0, BLOCK_H)
-        deep = offs_h < H
+        mask_h = offs_h < H
         at = (hidden_ptr + row.to(tl.int64) * stride_hr)[:, None] + (offs_h * stride_hh)[None, :]
-        h = tl.load(at, mask=live[:, None] & deep[None, :], other=0.0)
+        h = tl.load(at, mask=mask_row[:, None] & mask_h[None, :], other=0.0)
         h = h.to(weight_ptr.dtype.element_ty)
         at = (weight_ptr + offs_p * stride_wp)[None, :] + (offs_h * stride_wh)[:, None]
-        w = tl.load(at, mask=deep[:, None] & pixel[None, :], other=0.0)
+        w = tl.load(at, mask=mask_h[:, None] & mask_p[None, :], other=0.0)
         if UPCAST:
             h, w = h.to(tl.float32), w.to(tl.float32)
+        # e = hidden weight^T, a slice of the width at a time
         e = tl.dot(h, w, e, input_precision=PRECISION)
-    e += tl.load(bias_ptr + offs_p * stride_bp, mask=pixel, other=0.0).to(tl.float32)[None, :]
+    # e += bias
+    e += tl.load(bias_ptr + offs_p * stride_bp, mask=mask_p, other=0.0).to(tl.float32)[None, :]
 
-    b, n = load_index(drop_ptr, row, live, M, stride_db, stride_dm)
-    there = live & (n >= 0) & (n < N)
-    x = load_patches(mel_ptr, b, n, there, across, stride_mb, stride_mt, stride_mf, P, PIXELS)
-    x = tl.where(there[:, None], x.to(tl.float32), float("nan"))
+    # x = patch(mel[b], n)
+    b, n = load_index(ids_drop_ptr, row, mask_row, M, stride_db, stride_dm)
+    valid = mask_row & (n >= 0) & (n < N)
+    x = load_patches(
+        mel_ptr, b, n, valid, patches_per_row, stride_mb, stride_mt, stride_mf, P, PIXELS
+    )
+    x = tl.where(valid[:, None], x.to(tl.float32), float("nan"))
     if NORM_PIX:
-        x = tl.where(pixel[None, :], x - (tl.sum(x, axis=1) / (P * P))[:, None], 0.0)
+        # x = (x - mean(x)) / sqrt(var(x) + eps)
+        x = tl.where(mask_p[None, :], x - (tl.sum(x, axis=1) / (P * P))[:, None], 0.0)
         x *= (1.0 / tl.sqrt_rn(tl.sum(x * x, axis=1) / (P * P - 1) + EPS))[:, None]
+    # e = prediction - target
     e = tl.where(mask, e - x, 0.0)
 
     if BACKWARD:
+        # dprediction = upstream * 2 / (B M P P) * e; its column sums are dbias
         e = e * (tl.load(upstream_ptr) * scale)
-        tl.store(sums_ptr + pid.to(tl.int64) * (P * P) + offs_p, tl.sum(e, axis=0), mask=pixel)
+        tl.store(sums_ptr + pid.to(tl.int64) * (P * P) + offs_p, tl.sum(e, axis=0), mask=mask_p)
         at = (error_ptr + offs_row.to(tl.int64) * (P * P))[:, None] + offs_p[None, :]
         tl.store(at, e.to(error_ptr.dtype.element_ty), mask=mask)
     else:
+        # sum of e**2 over this tile
         tl.store(sums_ptr + pid, tl.sum(e * e))
 
 
 def tiles(pixels: int, dtype: torch.dtype, precision: str) -> dict[str, Any]:
     """A tile holds whole patches, for their mean and variance."""
-    wide = triton.next_power_of_2(max(16, pixels))
-    rows, deep, warps, stages = 64, 64, 8, 2
+    power_of_2 = triton.next_power_of_2(max(16, pixels))
+    rows, columns, warps, stages = 64, 64, 8, 2
     if dtype.itemsize == 4:
-        rows, deep, warps, stages = (64, 32, 8, 2) if precision == "tf32" else (32, 16, 8, 2)
+        rows, columns, warps, stages = (64, 32, 8, 2) if precision == "tf32" else (32, 16, 8, 2)
     return {
-        "PIXELS": wide,
-        "BLOCK_ROWS": max(16, min(128, rows * 256 // wide)),
-        "BLOCK_H": max(16, min(64, deep * 256 // wide)),
+        "PIXELS": power_of_2,
+        "BLOCK_ROWS": max(16, min(128, rows * 256 // power_of_2)),
+        "BLOCK_H": max(16, min(64, columns * 256 // power_of_2)),
         "PRECISION": precision,
         "num_warps": warps,
         "num_stages": stages,

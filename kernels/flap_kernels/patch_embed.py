@@ -1,6 +1,6 @@
 """patch_embed: from a log-mel to the embeddings of the patches that masking left.
 
-    y[b, k, :] = weight @ patch(mel[b], keep[b, k]) + bias + position[keep[b, k], :]
+    y[b, k, :] = weight @ patch(mel[b], ids_keep[b, k]) + bias + position[ids_keep[b, k], :]
 
     B clips   T frames   F mel bins   P side of a patch   K patches kept   D width
 
@@ -21,42 +21,43 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from flap_kernels.checks import check_floats, check_shape, check_together
-from flap_kernels.keep_tokens import scatter_tokens
+from flap_kernels.gather_tokens import scatter_tokens
 from flap_kernels.launch import ceil_div, interpreted, jit, runs_triton, tl, triton
 from flap_kernels.patches import (
     MOST_PIXELS,
-    add_product,
     check_patches,
     clips,
-    float32_precision,
     load_index,
     load_patches,
     pack_patches,
-    pack_patches_kernel,
-    pack_tile,
     patch_rows,
-    product_type,
-    shaped,
     strides,
 )
-from flap_kernels.spec import VARIANTS, Arch, Inputs, Kernel, Program, Size, pointer
+from flap_kernels.precision import (
+    accumulator_dtype,
+    add_product,
+    float32_precision,
+    product_dtype,
+)
+from flap_kernels.spec import Inputs, Kernel, Size
 
 
 def patch_embed_reference(
-    mel: Tensor, keep: Tensor, weight: Tensor, bias: Tensor, position: Tensor
+    mel: Tensor, ids_keep: Tensor, weight: Tensor, bias: Tensor, position: Tensor
 ) -> Tensor:
-    """Say what `patch_embed` means: gather, product, two sums."""
+    """The embedded patches, by gather, product and two sums: what `patch_embed` means."""
     patch = round(weight.shape[1] ** 0.5)
-    rows = patch_rows(mel, clips(keep), keep.long(), patch)
-    return torch.nn.functional.linear(rows, weight, bias) + position[keep.long()]
+    rows = patch_rows(mel, clips(ids_keep), ids_keep.long(), patch)
+    return torch.nn.functional.linear(rows, weight, bias) + position[ids_keep.long()]
 
 
 @jit
 def patch_embed_kernel(
     mel_ptr,
-    keep_ptr,
+    ids_keep_ptr,
     weight_ptr,
     bias_ptr,
     position_ptr,
@@ -65,7 +66,7 @@ def patch_embed_kernel(
     K,
     D,
     N,
-    across,
+    patches_per_row,
     stride_mb,
     stride_mt,
     stride_mf,
@@ -84,46 +85,51 @@ def patch_embed_kernel(
     UPCAST: tl.constexpr,
 ):
     offs_row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    live = offs_row < rows
-    b, n = load_index(keep_ptr, offs_row, live, K, stride_kb, stride_kk)
-    there = live & (n >= 0) & (n < N)
-    x = load_patches(mel_ptr, b, n, there, across, stride_mb, stride_mt, stride_mf, P, PIXELS)
+    mask_row = offs_row < rows
+    b, n = load_index(ids_keep_ptr, offs_row, mask_row, K, stride_kb, stride_kk)
+    valid = mask_row & (n >= 0) & (n < N)
+    x = load_patches(
+        mel_ptr, b, n, valid, patches_per_row, stride_mb, stride_mt, stride_mf, P, PIXELS
+    )
+    # x = patch(mel[b], n), rounded to the product's type
     x = x.to(weight_ptr.dtype.element_ty)
     if UPCAST:
         x = x.to(tl.float32)
     offs_p = tl.arange(0, PIXELS)
-    pixel = (offs_p < P * P)[:, None]
+    mask_p = (offs_p < P * P)[:, None]
     for start_d in range(0, D, BLOCK_D):
         offs_d = start_d + tl.arange(0, BLOCK_D)
-        wide = offs_d < D
+        mask_d = offs_d < D
         at = (weight_ptr + offs_d * stride_wd)[None, :] + (offs_p * stride_wp)[:, None]
-        w = tl.load(at, mask=pixel & wide[None, :], other=0.0)
+        w = tl.load(at, mask=mask_p & mask_d[None, :], other=0.0)
         if UPCAST:
             w = w.to(tl.float32)
+        # y = x weight^T
         y = tl.dot(x, w, input_precision=PRECISION)
-        bias = tl.load(bias_ptr + offs_d * stride_bd, mask=wide, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + offs_d * stride_bd, mask=mask_d, other=0.0).to(tl.float32)
         at = (position_ptr + n.to(tl.int64) * stride_pn)[:, None] + (offs_d * stride_pd)[None, :]
-        mask = live[:, None] & wide[None, :]
-        inside = there[:, None] & wide[None, :]
+        mask = mask_row[:, None] & mask_d[None, :]
+        inside = valid[:, None] & mask_d[None, :]
+        # y += bias + position[n, :]
         y += bias[None, :] + tl.load(at, mask=inside, other=float("nan")).to(tl.float32)
         at = (out_ptr + offs_row.to(tl.int64) * D)[:, None] + offs_d[None, :]
         tl.store(at, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _tiles(pixels: int, dtype: torch.dtype, precision: str) -> dict[str, Any]:
+def tiles(pixels: int, dtype: torch.dtype, precision: str) -> dict[str, Any]:
     """A tile of patches stays in shared memory while the weight streams by.
 
     Small enough for three programs on a multiprocessor, so that one's gather hides behind the
     products of the others. float32: `ieee` products hold both factors in registers.
     """
-    wide = triton.next_power_of_2(max(16, pixels))
-    rows, across, warps, stages = 64, 32, 4, 2
+    power_of_2 = triton.next_power_of_2(max(16, pixels))
+    rows, columns, warps, stages = 64, 32, 4, 2
     if dtype.itemsize == 4:
-        rows, across, warps, stages = (64, 32, 8, 1) if precision == "tf32" else (32, 32, 4, 1)
+        rows, columns, warps, stages = (64, 32, 8, 1) if precision == "tf32" else (32, 32, 4, 1)
     return {
-        "PIXELS": wide,
-        "BLOCK_ROWS": max(16, min(128, rows * 256 // wide)),
-        "BLOCK_D": max(16, min(64, across * 256 // wide)),
+        "PIXELS": power_of_2,
+        "BLOCK_ROWS": max(16, min(128, rows * 256 // power_of_2)),
+        "BLOCK_D": max(16, min(64, columns * 256 // power_of_2)),
         "PRECISION": precision,
         "num_warps": warps,
         "num_stages": stages,
@@ -133,7 +139,7 @@ def _tiles(pixels: int, dtype: torch.dtype, precision: str) -> dict[str, Any]:
 @torch.library.custom_op("flap_kernels::patch_embed", mutates_args=())
 def _patch_embed(
     mel: Tensor,
-    keep: Tensor,
+    ids_keep: Tensor,
     weight: Tensor,
     bias: Tensor,
     position: Tensor,
@@ -142,16 +148,16 @@ def _patch_embed(
     dtype: torch.dtype,
 ) -> Tensor:
     weight = weight.to(product)
-    (B, K), (D, pixels) = keep.shape, weight.shape
+    (B, K), (D, pixels) = ids_keep.shape, weight.shape
     if not (runs_triton(mel, weight) and pixels <= MOST_PIXELS):
-        return _plain(mel, keep, weight, bias, position, patch, dtype)
+        return _plain(mel, ids_keep, weight, bias, position, patch, dtype)
     out = mel.new_empty((B, K, D), dtype=dtype)
     if out.numel() == 0:
         return out
-    tile = _tiles(pixels, product, float32_precision())
+    tile = tiles(pixels, product, float32_precision())
     patch_embed_kernel[(ceil_div(B * K, tile["BLOCK_ROWS"]),)](
         mel,
-        keep,
+        ids_keep,
         weight,
         bias,
         position,
@@ -162,7 +168,7 @@ def _patch_embed(
         len(position),
         mel.shape[2] // patch,
         **strides("m", "btf", mel),
-        **strides("k", "bk", keep),
+        **strides("k", "bk", ids_keep),
         **strides("w", "dp", weight),
         **strides("b", "d", bias),
         **strides("p", "nd", position),
@@ -173,59 +179,74 @@ def _patch_embed(
     return out
 
 
-def _plain(mel, keep, weight, bias, position, patch, dtype):
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    keep = keep.long()
-    rows = patch_rows(mel, clips(keep), keep, patch).flatten(0, 1).to(weight.dtype)
+def _plain(mel, ids_keep, weight, bias, position, patch, dtype):
+    total_dtype = accumulator_dtype(weight.dtype)
+    ids_keep = ids_keep.long()
+    rows = patch_rows(mel, clips(ids_keep), ids_keep, patch).flatten(0, 1).to(weight.dtype)
     # Bias and positions are what the product is added to: no pass of their own over the output.
-    out = (position.to(wide) + bias).index_select(0, keep.flatten())
-    return add_product(out, rows, weight.T).to(dtype).unflatten(0, keep.shape)
+    out = (position.to(total_dtype) + bias).index_select(0, ids_keep.flatten())
+    return add_product(out, rows, weight.T).to(dtype).unflatten(0, ids_keep.shape)
 
 
 @_patch_embed.register_fake
-def _(mel, keep, weight, bias, position, patch, product, dtype):
-    return mel.new_empty((*keep.shape, len(weight)), dtype=dtype)
+def _(mel, ids_keep, weight, bias, position, patch, product, dtype):
+    return mel.new_empty((*ids_keep.shape, len(weight)), dtype=dtype)
+
+
+@register_flop_formula(torch.ops.flap_kernels.patch_embed)
+def _patch_embed_flop(mel, ids_keep, weight, *_, **__) -> int:
+    return 2 * ids_keep[0] * ids_keep[1] * weight[0] * weight[1]
 
 
 @torch.library.custom_op("flap_kernels::patch_embed_backward", mutates_args=())
 def _patch_embed_backward(
-    grad: Tensor, mel: Tensor, keep: Tensor, patch: int, product: torch.dtype
+    grad: Tensor, mel: Tensor, ids_keep: Tensor, patch: int, product: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """The gradients of weight and bias, not narrower than float32."""
-    rows = pack_patches(mel, keep, patch, product)
+    rows = pack_patches(mel, ids_keep, patch, product)
     grad = grad.flatten(0, 1).to(product)
-    wide = torch.promote_types(product, torch.float32)
-    both = add_product(rows.new_zeros((grad.shape[1], rows.shape[1]), dtype=wide), grad.T, rows)
+    total_dtype = accumulator_dtype(product)
+    # dweight = dy^T x, and dbias = dy^T 1 in the column of ones
+    both = rows.new_empty((grad.shape[1], rows.shape[1]), dtype=total_dtype)
+    add_product(both, grad.T, rows, beta=0)
     pixels = patch * patch
     return both[:, :pixels].contiguous(), both[:, pixels].clone()
 
 
 @_patch_embed_backward.register_fake
-def _(grad, mel, keep, patch, product):
-    D, wide = grad.shape[2], torch.promote_types(product, torch.float32)
-    return grad.new_empty((D, patch * patch), dtype=wide), grad.new_empty(D, dtype=wide)
+def _(grad, mel, ids_keep, patch, product):
+    D, total_dtype = grad.shape[2], accumulator_dtype(product)
+    return grad.new_empty((D, patch * patch), dtype=total_dtype), grad.new_empty(
+        D, dtype=total_dtype
+    )
+
+
+@register_flop_formula(torch.ops.flap_kernels.patch_embed_backward)
+def _patch_embed_backward_flop(grad, mel, ids_keep, patch, *_, **__) -> int:
+    # The weight's gradient; the log-mel's, where it is wanted, is a product of PyTorch's own.
+    return 2 * grad[0] * grad[1] * grad[2] * patch * patch
 
 
 def _setup(ctx, inputs, output):
-    mel, keep, weight, bias, position, ctx.patch, ctx.product, _ = inputs
-    ctx.save_for_backward(mel, keep, weight if ctx.needs_input_grad[0] else None)
+    mel, ids_keep, weight, bias, position, ctx.patch, ctx.product, _ = inputs
+    ctx.save_for_backward(mel, ids_keep, weight if ctx.needs_input_grad[0] else None)
     ctx.bias, ctx.weight, ctx.position = bias.dtype, weight.dtype, position.dtype
     ctx.N = len(position)
 
 
 def _backward(ctx, grad):
-    mel, keep, weight = ctx.saved_tensors
+    mel, ids_keep, weight = ctx.saved_tensors
     mel_grad = weight_grad = bias_grad = position_grad = None
     if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
-        weight_grad, bias_grad = _patch_embed_backward(grad, mel, keep, ctx.patch, ctx.product)
+        weight_grad, bias_grad = _patch_embed_backward(grad, mel, ids_keep, ctx.patch, ctx.product)
         weight_grad, bias_grad = weight_grad.to(ctx.weight), bias_grad.to(ctx.bias)
     if ctx.needs_input_grad[4]:
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        everywhere = scatter_tokens(grad, keep, ctx.N)
-        position_grad = everywhere.sum(0, dtype=wide).to(ctx.position)
+        total_dtype = accumulator_dtype(grad.dtype)
+        everywhere = scatter_tokens(grad, ids_keep, ctx.N)
+        position_grad = everywhere.sum(0, dtype=total_dtype).to(ctx.position)
     if weight is not None:
         rows = grad.to(ctx.product) @ weight.to(ctx.product)
-        mel_grad = _unpatched(scatter_tokens(rows, keep, ctx.N), mel, ctx.patch)
+        mel_grad = _unpatched(scatter_tokens(rows, ids_keep, ctx.N), mel, ctx.patch)
     return mel_grad, None, weight_grad, bias_grad, position_grad, None, None, None
 
 
@@ -240,14 +261,14 @@ _patch_embed.register_autograd(_backward, setup_context=_setup)
 
 def patch_embed(
     mel: Tensor,
-    keep: Tensor | None,
+    ids_keep: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     position: Tensor,
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The embedded and placed patches that stay, (B, K, D).
+    """The embeddings of the patches that stay, positions added, (B, K, D).
 
     Under autocast the product's factors are rounded to autocast's type, else to the weight's; it
     is summed, and bias and position are added, in float32. Gradients of weight and bias come from
@@ -255,8 +276,8 @@ def patch_embed(
 
     Args:
         mel: (B, T, F), T and F multiples of the patch's side, any strides and floating type.
-        keep: (B, K) int32 or int64 in [0, N), no index twice in a row; None keeps all N. On a GPU
-            that is not checked: a patch outside is NaN.
+        ids_keep: (B, K) int32 or int64 in [0, N), no index twice in a row; None keeps all N. On a
+            GPU that is not checked: a patch outside is NaN.
         weight: (D, P * P), the side P of a patch follows from it.
         bias: (D,).
         position: (N, D), what is added to each patch.
@@ -267,16 +288,16 @@ def patch_embed(
     check_shape("weight", weight, (None, None), "(D, P * P)")
     D, pixels = weight.shape
     N = mel.shape[1] * mel.shape[2] // pixels if mel.ndim == 3 and pixels else 0
-    if keep is None:
-        keep = torch.arange(N, device=mel.device).expand(len(mel), -1)
-    patch = check_patches(mel, "keep", keep, pixels)
+    if ids_keep is None:
+        ids_keep = torch.arange(N, device=mel.device).expand(len(mel), -1)
+    patch = check_patches(mel, "ids_keep", ids_keep, pixels)
     check_shape("bias", bias, (D,), "(D,)")
     check_shape("position", position, (N, D), "(N, D)")
     check_floats(weight=weight, bias=bias, position=position)
     check_together(mel=mel, weight=weight, bias=bias, position=position)
-    product = product_type(weight)
+    product = product_dtype(weight)
     dtype = dtype or torch.promote_types(product, position.dtype)
-    return _patch_embed(mel, keep, weight, bias, position, patch, product, dtype)
+    return _patch_embed(mel, ids_keep, weight, bias, position, patch, product, dtype)
 
 
 def _inputs(size: Size, generator: torch.Generator) -> Inputs:
@@ -289,7 +310,7 @@ def _inputs(size: Size, generator: torch.Generator) -> Inputs:
     real, N = {**draw, "dtype": torch.float64}, T * F // P**2
     arguments = {
         "mel": torch.randn(B, T, F, **real),
-        "keep": torch.rand(B, N, **draw).argsort(1)[:, :K].sort(1).values,
+        "ids_keep": torch.rand(B, N, **draw).argsort(1)[:, :K].sort(1).values,
         "weight": torch.randn(D, P * P, **real) / P,
         "bias": torch.randn(D, **real),
         "position": torch.randn(N, D, **real),
@@ -297,67 +318,9 @@ def _inputs(size: Size, generator: torch.Generator) -> Inputs:
     return Inputs(arguments, differentiable=("mel", "weight", "bias", "position"))
 
 
-def _programs(arch: Arch) -> tuple[Program, ...]:
-    B, K, P = 288, 306, 16
-    pixels = P * P
-    pack = Program(
-        name="pack_patches",
-        kernel=pack_patches_kernel,
-        signature={
-            "mel_ptr": "*fp32",
-            "index_ptr": "*i64",
-            "out_ptr": "*bf16",
-            "rows": B * K,
-            "K": K,
-            "N": 512,
-            "across": 8,
-            "width": pixels + 8,
-            **strides("m", "btf", shaped(B, 1024, 128)),
-            **strides("i", "bk", shaped(B, K)),
-        },
-        constants={"P": P, **pack_tile(pixels)},
-        bytes_moved=B * K * (4 * pixels + 2 * (pixels + 8)),
-    )
-    return (*(_program(arch, variant) for variant in VARIANTS), pack)
-
-
-def _program(arch: Arch, variant: str) -> Program:
-    B, K, D, N, P = 288, 306, 768, 512, 16
-    argument, product, precision = VARIANTS[variant]
-    tile = _tiles(P * P, product, precision)
-    return Program(
-        name=f"patch_embed{variant}",
-        kernel=patch_embed_kernel,
-        signature={
-            **dict.fromkeys(("mel_ptr", "bias_ptr", "position_ptr", "out_ptr"), pointer(argument)),
-            "weight_ptr": pointer(product),
-            "keep_ptr": "*i64",
-            "rows": B * K,
-            "K": K,
-            "D": D,
-            "N": N,
-            "across": 8,
-            **strides("m", "btf", shaped(B, 1024, 128)),
-            **strides("k", "bk", shaped(B, K)),
-            **strides("w", "dp", shaped(D, P * P)),
-            **strides("b", "d", shaped(D)),
-            **strides("p", "nd", shaped(N, D)),
-        },
-        num_warps=tile.pop("num_warps"),
-        num_stages=tile.pop("num_stages"),
-        constants={"P": P, "UPCAST": False, **tile},
-        matrix_product=product == torch.bfloat16 or precision == "tf32",
-        bytes_moved=argument.itemsize * B * K * (P * P + D),
-        flops=2 * B * K * P * P * D,
-    )
-
-
 KERNEL = Kernel(
     name="patch_embed",
     op=patch_embed,
     reference=patch_embed_reference,
     inputs=_inputs,
-    programs=_programs,
-    bytes_moved=2 * 288 * 306 * 2 * (256 + 768),
-    flops=4 * 288 * 306 * 256 * 768,
 )

@@ -2,7 +2,8 @@
 
     patch n of clip b, pixel p = mel[b, P (n // A) + p // P, P (n % A) + p % P]
 
-    B clips   T frames   F mel bins   P side of a patch   A = F / P patches across   N patches
+    B clips   T frames   F mel bins   P side of a patch   A = F / P patches per row
+    N patches
 
 Patches are in time-major order and so are the pixels of each.
 Source: Masked Autoencoders that Listen, arXiv 2207.06405 (its patch embedding).
@@ -30,20 +31,15 @@ MOST_PIXELS = 32 * 32
 
 def patch_rows(mel: Tensor, b: Tensor, n: Tensor, patch: int) -> Tensor:
     """The pixels of patches `n` of clips `b`, index tensors that broadcast: (..., P * P)."""
-    across = mel.shape[2] // patch
-    check_inside("the index of a patch", n, mel.shape[1] // patch * across)
+    patches_per_row = mel.shape[2] // patch
+    check_inside("the index of a patch", n, mel.shape[1] // patch * patches_per_row)
     cells = mel.unflatten(2, (-1, patch)).unflatten(1, (-1, patch)).transpose(2, 3)
-    return cells[b, n // across, n % across].flatten(-2)
+    return cells[b, n // patches_per_row, n % patches_per_row].flatten(-2)
 
 
 def strides(letter: str, axes: str, x: Tensor) -> dict[str, int]:
     """A tensor's strides under the names that kernels give them: `stride_xb`, `stride_xn`."""
     return {f"stride_{letter}{axis}": step for axis, step in zip(axes, x.stride(), strict=True)}
-
-
-def shaped(*sizes: int) -> Tensor:
-    """A contiguous tensor without memory, for its strides."""
-    return torch.empty(sizes, device="meta")
 
 
 def clips(index: Tensor) -> Tensor:
@@ -62,47 +58,18 @@ def check_patches(mel: Tensor, name: str, index: Tensor, pixels: int) -> int:
         raise ValueError(
             f"mel must be (B, T, F) with T and F multiples of P = {patch}, got {tuple(mel.shape)}"
         )
-    check_shape(name, index, (len(mel), None), "(B, K)" if name == "keep" else "(B, M)")
+    check_shape(name, index, (len(mel), None), "(B, K)" if name == "ids_keep" else "(B, M)")
     check_integers(**{name: index})
     check_together(mel=mel, **{name: index})
     return patch
 
 
-def product_type(weight: Tensor) -> torch.dtype:
-    """The type that a product's factors are rounded to: autocast's where it is on."""
-    device = weight.device.type
-    narrow = weight.dtype.itemsize <= 4 and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if narrow else weight.dtype
-
-
-def float32_precision() -> str:
-    """How a kernel is to multiply float32: as PyTorch's own products are set to."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """`total += a @ b`, summed in `total`'s type wherever the device's library can."""
-    if a.dtype == total.dtype:
-        return total.addmm_(a, b)
-    if a.is_cuda:
-        return total.add_(torch.mm(a, b, out_dtype=total.dtype))
-    return total.add_(torch.mm(a, b))
-
-
-def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """`out = a @ b`, rounded to the factors' type on the way if `out` is wider."""
-    if out.dtype == a.dtype:
-        torch.mm(a, b, out=out)
-    else:
-        out.copy_(torch.mm(a, b))
-
-
 @jit
-def load_index(index_ptr, row, live, K, stride_b, stride_k):
-    """The clip of each row of a flat (B * K), and what the index names there; both int32."""
+def load_index(index_ptr, row, mask_row, K, stride_b, stride_k):
+    """The clip of each row of a flat (B * K), and what the index names valid; both int32."""
     b = row // K
     at = index_ptr + b.to(tl.int64) * stride_b + (row % K).to(tl.int64) * stride_k
-    return b, tl.load(at, mask=live, other=0).to(tl.int32)
+    return b, tl.load(at, mask=mask_row, other=0).to(tl.int32)
 
 
 @jit
@@ -110,24 +77,24 @@ def load_patches(
     mel_ptr,
     b,
     n,
-    live,
-    across,
+    mask_row,
+    patches_per_row,
     stride_mb,
     stride_mt,
     stride_mf,
     P: tl.constexpr,
     PIXELS: tl.constexpr,
 ):
-    """A tile of patches, a row each, zeros behind the P * P pixels and in rows not live.
+    """A tile of patches, a row each, zeros behind the P * P pixels and in rows outside mask_row.
 
     `b` and `n` are int32: they are divided in 32 bits and widened before they meet a stride.
     PIXELS is a power of two.
     """
     offs_p = tl.arange(0, PIXELS)
-    time, freq = (n // across * P).to(tl.int64), (n % across * P).to(tl.int64)
+    time, freq = (n // patches_per_row * P).to(tl.int64), (n % patches_per_row * P).to(tl.int64)
     corner = b.to(tl.int64) * stride_mb + time * stride_mt + freq * stride_mf
     pixel = (offs_p // P) * stride_mt + (offs_p % P) * stride_mf
-    mask = live[:, None] & (offs_p < P * P)[None, :]
+    mask = mask_row[:, None] & (offs_p < P * P)[None, :]
     return tl.load((mel_ptr + corner)[:, None] + pixel[None, :], mask=mask, other=0.0)
 
 
@@ -139,7 +106,7 @@ def pack_patches_kernel(
     rows,
     K,
     N,
-    across,
+    patches_per_row,
     width,
     stride_mb,
     stride_mt,
@@ -152,26 +119,28 @@ def pack_patches_kernel(
     BLOCK_ROWS: tl.constexpr,
 ):
     offs_row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    live = offs_row < rows
-    b, n = load_index(index_ptr, offs_row, live, K, stride_ib, stride_ik)
-    there = live & (n >= 0) & (n < N)
-    x = load_patches(mel_ptr, b, n, there, across, stride_mb, stride_mt, stride_mf, P, PIXELS)
-    x = tl.where(there[:, None], x.to(tl.float32), float("nan"))
+    mask_row = offs_row < rows
+    b, n = load_index(index_ptr, offs_row, mask_row, K, stride_ib, stride_ik)
+    valid = mask_row & (n >= 0) & (n < N)
+    x = load_patches(
+        mel_ptr, b, n, valid, patches_per_row, stride_mb, stride_mt, stride_mf, P, PIXELS
+    )
+    x = tl.where(valid[:, None], x.to(tl.float32), float("nan"))
     offs_p = tl.arange(0, PIXELS)
     at = (out_ptr + offs_row.to(tl.int64) * width)[:, None]
-    mask = live[:, None] & (offs_p < P * P)[None, :]
+    mask = mask_row[:, None] & (offs_p < P * P)[None, :]
     tl.store(at + offs_p[None, :], x.to(out_ptr.dtype.element_ty), mask=mask)
     # The column of ones, then zeros up to a whole line.
     offs_tail = tl.arange(0, TAIL)
     one = tl.zeros([BLOCK_ROWS, TAIL], dtype=tl.float32) + (offs_tail == 0).to(tl.float32)[None, :]
-    mask = live[:, None] & (offs_tail < width - P * P)[None, :]
+    mask = mask_row[:, None] & (offs_tail < width - P * P)[None, :]
     tl.store(at + P * P + offs_tail[None, :], one.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def pack_tile(pixels: int) -> dict[str, int]:
     """4,096 pixels, or one patch; and a tail of 16 bytes at least."""
-    wide = triton.next_power_of_2(pixels)
-    return {"PIXELS": wide, "TAIL": 8, "BLOCK_ROWS": max(1, 4096 // wide)}
+    power_of_2 = triton.next_power_of_2(pixels)
+    return {"PIXELS": power_of_2, "TAIL": 8, "BLOCK_ROWS": max(1, 4096 // power_of_2)}
 
 
 def pack_patches(mel: Tensor, index: Tensor, patch: int, dtype: torch.dtype) -> Tensor:

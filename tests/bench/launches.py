@@ -22,13 +22,14 @@ from triton.compiler import make_backend
 from triton.runtime import jit
 
 from bench.machine_code import specialised
+from bench.programs import ARCHES, PAPER, VARIANTS, Arch
 from flap_kernels import KERNELS, launch, masked_mse
-from flap_kernels.spec import ARCHES, VARIANTS, Arch, Kernel
+from flap_kernels.spec import Kernel
 
 # What a kernel's own inputs leave out.
 CALLS: dict[str, list[dict[str, Any]]] = {
     "infonce": [{}, {"ids": torch.int64}, {"precision": "tf32"}],
-    "draw_plan": [
+    "draw_patch_mask": [
         {"shared": True},
         {"shared": False},
         {"grid": (512, 1), "columns": 308, "rows": None},
@@ -129,7 +130,7 @@ def compare(arch: Arch) -> dict[str, Any]:
     torch.Tensor.is_cuda = property(lambda self: True)  # type: ignore[assignment]
     launch._capability = lambda device: arch  # type: ignore[assignment]
     masked_mse_module = sys.modules[masked_mse.__module__]
-    masked_mse_module._CHUNK_ROWS["cpu"] = masked_mse_module._CHUNK_ROWS["cuda"]
+    masked_mse_module.CHUNK_ROWS["cpu"] = masked_mse_module.CHUNK_ROWS["cuda"]
     programs, launches = {}, {}
     with FakeTensorMode(), Launched():
         for name, kernel in KERNELS.items():
@@ -138,9 +139,9 @@ def compare(arch: Arch) -> dict[str, Any]:
                     call(kernel, changes, variant)
             launches[name] = found.copy()
             found.clear()
-    for name, kernel in KERNELS.items():
+    for name in PAPER:
         programs[name] = {}
-        for p in kernel.programs(arch):
+        for p in PAPER[name].programs(arch):
             shape = p.num_warps, p.num_stages
             told = described(p.kernel, *specialised(p), *shape)
             sizes = sizes_of(p.kernel, {**p.signature, **p.constants})

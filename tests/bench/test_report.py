@@ -19,8 +19,8 @@ def row(op: str, B: int, provider: str, ms: float, call: str = BOTH, **fields) -
     return asdict(found) | fields
 
 
-def h100(folder: Path, contract: dict[str, Any]) -> str:
-    """RESULTS.md of an invented sweep on a GPU, with what its contract tests came to."""
+def h100(folder: Path, gpu_tests: dict[str, Any]) -> str:
+    """RESULTS.md of an invented sweep on a GPU, with what its GPU tests came to."""
     squared = 8 * 65_536**2 * 512
     rows = [
         row("infonce", 65_536, "ours", 20.0, flops=squared, peak_mib=700.0, gradients_mib=128.0),
@@ -38,7 +38,7 @@ def h100(folder: Path, contract: dict[str, Any]) -> str:
         "quick": False,
         "machine": facts,
         "ceilings": {"matmul_tflops": 800.0, "copy_tb_per_s": 3.0},
-        "contract": contract,
+        "gpu_tests": gpu_tests,
         "rows": rows,
     }
     save(folder, result)
@@ -46,34 +46,34 @@ def h100(folder: Path, contract: dict[str, Any]) -> str:
     return (folder / "RESULTS.md").read_text()
 
 
-def goal(text: str, what: str) -> list[str]:
-    """The measured value, and whether the goal is met."""
+def target(text: str, what: str) -> list[str]:
+    """The measured value, and whether the target is met."""
     (line,) = [line for line in text.splitlines() if line.startswith(f"| {what}")]
     return [cell.strip() for cell in line.split("|")[3:5]]
 
 
-def test_goals_take_their_values_from_the_rows(tmp_path):
+def test_targets_take_their_values_from_the_rows(tmp_path):
     text = h100(tmp_path, {"status": "passed", "reason": "invented"})
-    assert goal(text, "InfoNCE, there and back, 65,536") == ["20 ms", "yes"]
+    assert target(text, "InfoNCE, forward + backward, 65,536") == ["20 ms", "yes"]
     # 8 * 65,536^2 * 512 = 17.59 TFLOP in 20 ms; 700 - 128 MiB are 0.5998 GB.
-    assert goal(text, "... of its 8 B B D") == ["880 TFLOP/s", "yes"]
+    assert target(text, "... of its 8 B B D") == ["880 TFLOP/s", "yes"]
     assert "| ... memory above inputs and gradients | <= 0.6 GB | 0.6 GB | yes |" in text
-    assert goal(text, "... against memeff") == ["2.5 times as fast", "yes"]
-    assert goal(text, "... against inf_cl") == ["not measured", ""]
+    assert target(text, "... against memeff") == ["2.5 times as fast", "yes"]
+    assert target(text, "... against inf_cl") == ["not measured", ""]
     # The faster of the two others counts, and it is faster.
-    assert goal(text, "InfoNCE, 4,608") == ["0.9 times as fast", "no"]
-    assert goal(text, "masked patch embedding") == ["100 us", "yes"]
+    assert target(text, "InfoNCE, 4,608") == ["0.9 times as fast", "no"]
+    assert target(text, "masked patch embedding") == ["100 us", "yes"]
     assert "not measured yet" not in text
 
 
 def test_results_own_up_to_uncommitted_changes_and_red_tests(tmp_path):
     text = h100(tmp_path, {"status": "failed", "reason": "invented"})
     assert "with uncommitted changes" in text
-    assert "Contract tests, compiled: failed (invented)." in text
+    assert "GPU tests, compiled: failed (invented)." in text
     # 17.59 TFLOP at 800 TFLOP/s are 22 ms: 110 % of 20 would be a wrong ceiling, and shows.
     assert "| 880 | 110 % |" in text
-    # No goal is met by a time on a red test.
-    assert goal(text, "InfoNCE, there and back, 65,536") == ["not measured", ""]
+    # No target is met by a time on a red test.
+    assert target(text, "InfoNCE, forward + backward, 65,536") == ["not measured", ""]
 
 
 def test_infonce_on_a_cpu_is_compared_on_the_same_inputs(tmp_path):
@@ -88,7 +88,7 @@ def test_infonce_on_a_cpu_is_compared_on_the_same_inputs(tmp_path):
     report.write(tmp_path)
     text = (tmp_path / "RESULTS.md").read_text()
     assert f"| 64 x 512 | {infonce_cpu.PEER} |" in text
-    assert goal(text, "InfoNCE on a CPU")[0] == f"{ratio:,.3g}"
+    assert target(text, "InfoNCE on a CPU")[0] == f"{ratio:,.3g}"
     assert "**GPU: not measured yet.**" in text
 
 

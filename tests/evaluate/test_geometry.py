@@ -40,4 +40,4 @@ def test_uniformity_is_the_published_formula_whatever_the_tiles(monkeypatch: pyt
 
 def test_captions_are_needed():
     with pytest.raises(ConfigError, match="must have captions"):
-        geometry(EAST[None], torch.empty(0, 2), torch.empty(0, dtype=torch.int64))
+        geometry(EAST[None], torch.empty(0, 2), torch.empty(0, dtype=torch.int64), modality="audio")

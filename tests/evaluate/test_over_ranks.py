@@ -1,4 +1,4 @@
-"""Every evaluation gives on several ranks what it gives on one, with shares that repeat some."""
+"""Every evaluation gives on several ranks what it gives on one, where slices repeat some."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ class Lengths:
 
 
 def scores(folder: Path, ranks: Ranks) -> dict[str, Any]:
-    logistic._MOST_EPOCHS = 8
+    logistic._MAX_EPOCHS = 8
     audio, text, clip_of_caption = many_ties()
     near, far = (functional.normalize(rows + 0.1, dim=1) for rows in (audio, text))
     lengths = Lengths()
     texts = text_embedder(lengths.encode, lengths, ranks, batch=3)  # type: ignore[arg-type]
     return {
         "texts": texts(["a" * (7 * n % 11) for n in range(10)]).tolist(),
-        "retrieval": retrieval(audio, text, clip_of_caption, ranks),
+        "retrieval": retrieval(audio, text, clip_of_caption, ranks, modality="audio"),
         "zero_shot": zero_shot(audio, LABELS, (), ("{label}", "a {label}"), texts, ranks),
-        "geometry": geometry(near, far, clip_of_caption, ranks),
+        "geometry": geometry(near, far, clip_of_caption, ranks, modality="audio"),
         "transfer": transfer(feeling, folder, ranks),
     }
 
@@ -59,7 +59,7 @@ def scores_of_a_rank(folder: Path) -> dict[str, Any]:
 
 def test_three_ranks_score_what_one_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """97 queries, 10 texts, 3 classes, 10 folds on 3 ranks."""
-    monkeypatch.setattr(logistic, "_MOST_EPOCHS", 8)
+    monkeypatch.setattr(logistic, "_MAX_EPOCHS", 8)
     folder = senteval(tmp_path)
     for name in ("CR", "SUBJ", "MPQA", "SST"):  # MR and TREC stand for them
         (folder / name).rename(folder / f"no-{name}")

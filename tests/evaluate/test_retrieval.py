@@ -11,13 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flap_fast.checks import ConfigError
 from flap_fast.evaluate.retrieval import (
     _COSINES,
-    audio_to_text,
-    caption_places,
+    answer_positions,
+    caption_positions,
     chance,
-    places,
+    media_positions,
+    media_to_text_scores,
     retrieval,
-    sound_places,
-    text_to_audio,
+    text_to_media_scores,
 )
 from flap_fast.ranks import Ranks
 
@@ -27,7 +27,7 @@ OWNER = torch.tensor([0, 0, 0, 1, 1])
 
 
 def by_hand(ranks: list[int], clip_of_caption: list[int], sounds: int) -> dict[str, float]:
-    return audio_to_text(torch.tensor(ranks), torch.tensor(clip_of_caption), sounds)
+    return media_to_text_scores(torch.tensor(ranks), torch.tensor(clip_of_caption), sounds)
 
 
 def as_embeddings(cosines: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,18 +36,18 @@ def as_embeddings(cosines: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_captions_find_their_sounds():
-    assert sound_places(*as_embeddings(COSINES), OWNER, Ranks()).tolist() == [0, 1, 0, 1, 0]
+    assert media_positions(*as_embeddings(COSINES), OWNER, Ranks()).tolist() == [0, 1, 0, 1, 0]
 
 
 def test_sounds_find_their_captions():
-    assert caption_places(*as_embeddings(COSINES), OWNER, Ranks()).tolist() == [0, 3, 2, 1, 2]
+    assert caption_positions(*as_embeddings(COSINES), OWNER, Ranks()).tolist() == [0, 3, 2, 1, 2]
 
 
 def test_of_equal_scores_the_smaller_index_comes_first():
     equal = torch.zeros(3, 3)
     audio, text = as_embeddings(equal)
-    assert sound_places(audio, text, torch.arange(3), Ranks()).tolist() == [0, 1, 2]
-    assert caption_places(audio, text, torch.arange(3), Ranks()).tolist() == [0, 1, 2]
+    assert media_positions(audio, text, torch.arange(3), Ranks()).tolist() == [0, 1, 2]
+    assert caption_positions(audio, text, torch.arange(3), Ranks()).tolist() == [0, 1, 2]
 
 
 def many_ties() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -60,14 +60,14 @@ def many_ties() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def test_chunks_do_not_change_places(monkeypatch: pytest.MonkeyPatch):
     audio, text, clip_of_caption = many_ties()
     whole = (
-        sound_places(audio, text, clip_of_caption, Ranks()),
-        caption_places(audio, text, clip_of_caption, Ranks()),
+        media_positions(audio, text, clip_of_caption, Ranks()),
+        caption_positions(audio, text, clip_of_caption, Ranks()),
     )
     order = (text @ audio.T).argsort(dim=1, descending=True, stable=True)
     assert torch.equal((order == clip_of_caption[:, None]).int().argmax(1), whole[0])
     monkeypatch.setattr("flap_fast.evaluate.retrieval._COSINES", 7 * 97)
-    assert torch.equal(sound_places(audio, text, clip_of_caption, Ranks()), whole[0])
-    assert torch.equal(caption_places(audio, text, clip_of_caption, Ranks()), whole[1])
+    assert torch.equal(media_positions(audio, text, clip_of_caption, Ranks()), whole[0])
+    assert torch.equal(caption_positions(audio, text, clip_of_caption, Ranks()), whole[1])
 
 
 class Largest(TorchDispatchMode):
@@ -92,12 +92,12 @@ def test_a_million_pairs_fit(sounds: int, answers: int, asked: int):
     rows, table = (torch.empty(n, 512, device="meta") for n in (sounds, answers))
     asks = torch.empty(asked, dtype=torch.int64, device="meta")
     with Largest() as largest:
-        assert places(rows, asks, table, asks, Ranks()).shape == (asked,)
+        assert answer_positions(rows, asks, table, asks, Ranks()).shape == (asked,)
     assert largest.elements <= max(_COSINES, table.numel())
 
 
 def test_text_to_audio_scores():
-    scores = text_to_audio(torch.tensor([0, 1, 9, 10]))
+    scores = text_to_media_scores(torch.tensor([0, 1, 9, 10]))
     assert [scores[f"R@{k}"] for k in (1, 5, 10)] == [0.25, 0.5, 0.75]
     assert scores["mAP@10"] == pytest.approx((1 + 1 / 2 + 1 / 10) / 4)
     assert scores["mean_rank"] == 6
@@ -124,15 +124,15 @@ def test_scores_do_not_depend_on_the_order_of_captions():
     ranks, clip_of_caption = torch.randperm(60), torch.arange(60) % 13
     shuffled = torch.randperm(60)
     one, other = (
-        audio_to_text(ranks, clip_of_caption, 13),
-        audio_to_text(ranks[shuffled], clip_of_caption[shuffled], 13),
+        media_to_text_scores(ranks, clip_of_caption, 13),
+        media_to_text_scores(ranks[shuffled], clip_of_caption[shuffled], 13),
     )
     for name in one.keys() - {"mAP@10_laion"}:
         assert one[name] == pytest.approx(other[name], abs=1e-12), name
 
 
 def test_perfect_embeddings_score_one():
-    scores = retrieval(torch.eye(20), torch.eye(20), torch.arange(20))
+    scores = retrieval(torch.eye(20), torch.eye(20), torch.arange(20), modality="audio")
     assert (scores["clips"], scores["captions"]) == (20, 20)
     for direction in ("audio_to_text", "text_to_audio"):
         found = scores[direction]
@@ -143,7 +143,7 @@ def test_perfect_embeddings_score_one():
 def test_what_cannot_be_compared_is_not_found():
     nan = torch.full((20, 4), torch.nan)
     for audio, text in ((nan, nan), (nan, torch.ones(20, 4)), (torch.ones(20, 4), nan)):
-        scores = retrieval(audio, text, torch.arange(20))
+        scores = retrieval(audio, text, torch.arange(20), modality="audio")
         for direction in ("audio_to_text", "text_to_audio"):
             assert scores[direction]["R@10"] == 0  # type: ignore[index]
 
@@ -151,20 +151,22 @@ def test_what_cannot_be_compared_is_not_found():
 def test_chance_is_what_random_orders_score():
     torch.manual_seed(0)
     clip_of_caption = torch.tensor([0] * 5 + [1] * 2 + list(range(2, 20)))
-    expected = chance(clip_of_caption, 20)
-    drawn = [audio_to_text(torch.randperm(25), clip_of_caption, 20)["R@5"] for _ in range(400)]
+    expected = chance(clip_of_caption, 20, "audio")
+    drawn = [
+        media_to_text_scores(torch.randperm(25), clip_of_caption, 20)["R@5"] for _ in range(400)
+    ]
     mean = sum(drawn) / len(drawn)
     assert expected["audio_to_text"]["R@5"] == pytest.approx(mean, abs=0.01)
     assert expected["audio_to_text"]["R@1"] == pytest.approx(
         1 - (20 / 25 + 23 / 25 + 18 * 24 / 25) / 20
     )
     assert expected["text_to_audio"]["R@10"] == 0.5
-    assert math.isclose(chance(torch.arange(64), 64)["audio_to_text"]["R@10"], 10 / 64)
+    assert math.isclose(chance(torch.arange(64), 64, "audio")["audio_to_text"]["R@10"], 10 / 64)
 
 
 def test_a_sound_without_captions_is_refused():
     with pytest.raises(ConfigError, match="each of the 3 sounds must have a caption"):
-        retrieval(torch.eye(3), torch.eye(3)[:2], torch.tensor([0, 1]))
+        retrieval(torch.eye(3), torch.eye(3)[:2], torch.tensor([0, 1]), modality="audio")
 
 
 def test_scores_are_those_of_scikit_learn():
@@ -173,7 +175,7 @@ def test_scores_are_those_of_scikit_learn():
     draws = torch.Generator().manual_seed(1)
     clip_of_caption = torch.tensor([0, 1, 1, 2, 3, 5, 6, 4, 2, 1])
     audio, text = (torch.randn(n, 6, generator=draws) for n in (7, 10))
-    found = retrieval(audio, text, clip_of_caption)
+    found = retrieval(audio, text, clip_of_caption, modality="audio")
     right = (clip_of_caption[None] == torch.arange(7)[:, None]).int().numpy()
     cosines = (audio @ text.T).numpy()
     a2t, t2a = found["audio_to_text"], found["text_to_audio"]
@@ -188,5 +190,7 @@ def test_scores_are_those_of_scikit_learn():
 
 
 def test_a_median_between_two_places_is_rounded_down():
-    assert text_to_audio(torch.tensor([4, 0, 3, 8]))["median_rank"] == 4  # of 0, 3, 4, 8: 3.5
-    assert text_to_audio(torch.tensor([4, 0, 8]))["median_rank"] == 5
+    assert (
+        text_to_media_scores(torch.tensor([4, 0, 3, 8]))["median_rank"] == 4
+    )  # of 0, 3, 4, 8: 3.5
+    assert text_to_media_scores(torch.tensor([4, 0, 8]))["median_rank"] == 5

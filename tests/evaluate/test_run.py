@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from rich.console import Console
+from rich.table import Table
 
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
@@ -23,19 +23,18 @@ from flap_fast.evaluate.embed import embed
 from flap_fast.evaluate.evaluated_model import EvaluatedModel, whole_model
 from flap_fast.evaluate.run import (
     evaluate,
-    merged,
     names,
     score,
     selection_score,
-    table,
-    write_scores,
 )
+from flap_fast.evaluate.scores_file import merged, write_scores
+from flap_fast.evaluate.tables import terminal
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.preparation.prepare import prepare
 from flap_fast.ranks import Ranks
 from tests.ranks import on_ranks
 from tests.sounds import encode, tone, write_manifest
-from tests.tiny import tiny, tiny_clip
+from tests.tiny import tiny
 
 CONFIG = tiny("eval.batch=4", "frontend.backend=torch")
 
@@ -68,7 +67,7 @@ def test_every_clip_and_every_caption_is_embedded_once(prepared: Path):
 
 
 def test_five_ranks_embed_what_one_embeds(prepared: Path):
-    """24 clips and an uneven number of captions on 5 ranks: the last shares repeat some."""
+    """24 clips and an uneven number of captions on 5 ranks: the last slices repeat some."""
     whole = embeddings(prepared / "train")
     for audio, text, clip_of_caption in on_ranks(5, embeddings_of_a_rank, prepared / "train"):
         torch.testing.assert_close(audio, whole.media, rtol=0, atol=1e-5)
@@ -92,7 +91,9 @@ def test_scores_are_named_after_their_folders(prepared: Path, tmp_path: Path):
     assert 0 <= found["audio_to_text"]["R@10"] <= 1
     assert found["chance"]["text_to_audio"]["R@5"] == 5 / 6
     assert 0 <= selection_score(scores) <= 1
-    assert table(scores).row_count == 2
+    (table,) = terminal(scores)
+    assert isinstance(table, Table)
+    assert table.row_count == 2
 
 
 def spoilt(encode: Callable, row: int) -> Callable:
@@ -153,7 +154,7 @@ def test_the_table_keeps_every_digit_and_every_name_on_80_columns(name: str):
     both = {"audio_to_text": found, "text_to_audio": found}
     values = {**both, "chance": both, "clips": 4, "captions": 20}
     console = Console(width=80, record=True)
-    console.print(table({"retrieval": {name: values}}))
+    console.print(*terminal({"retrieval": {name: values}}))
     text = console.export_text()
     for number in ("0.250", "0.500", "0.375"):
         assert text.count(number) == 2
@@ -202,11 +203,11 @@ def error_of_a_rank(folder: Path) -> str:
 def test_all_ranks_stop_at_a_clip_that_one_cannot_decode(prepared: Path, tmp_path: Path):
     folder = with_a_broken_clip(prepared, tmp_path)
     first, second = on_ranks(2, error_of_a_rank, folder, timeout_s=60)
-    assert first == "a clip of another rank's share cannot be read; that rank says which"
+    assert first == "a clip of another rank cannot be read; that rank says which"
     assert "cannot be decoded" in second
 
 
-def subject(config: Config = CONFIG) -> EvaluatedModel:
+def evaluated(config: Config = CONFIG) -> EvaluatedModel:
     return whole_model(model().eval(), config, tokenizer(config.text), Ranks())
 
 
@@ -225,43 +226,56 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_labels_come_from_the_manifest_also_without_captions(labelled: Path):
-    found = score(subject(), [labelled], ("zero_shot",))["zero_shot"]["train"]
+    found = score(evaluated(), [labelled], ("zero_shot",))["zero_shot"]["train"]
     assert (found["clips"], found["classes"], found["templates"]) == (10, 2, 1)
     assert found["chance"]["top_1"] == 0.5
     assert found["top_5"] == 1
     assert embeddings(labelled).labels[:2] == (("low tone",), ("high tone",))
     with pytest.raises(ConfigError, match=r"10 sounds must have a caption .* got 2 without"):
-        score(subject(), [labelled], ("retrieval",))
+        score(evaluated(), [labelled], ("retrieval",))
 
 
 def test_what_the_texts_lack_is_said_before_anything_is_embedded(labelled: Path, prepared: Path):
-    deaf = replace(subject(), clips=lambda *_: pytest.fail("it embedded"))
+    without_embeddings = replace(evaluated(), clips=no_embeddings)
     with pytest.raises(ConfigError, match="zero-shot data must have labels"):
-        score(deaf, [labelled, prepared / "val"], ("zero_shot",))
+        score(without_embeddings, [labelled, prepared / "val"], ("zero_shot",))
     with pytest.raises(ConfigError, match=r"a label must be one of the 1 classes, got 'high tone'"):
-        score(replace(deaf, classes=("low tone",)), [labelled], ("zero_shot",))
+        score(replace(without_embeddings, classes=("low tone",)), [labelled], ("zero_shot",))
     with pytest.raises(ConfigError, match=r"eval\.templates must contain"):
-        score(replace(deaf, config=tiny("eval.templates=nothing")), [labelled], ("zero_shot",))
+        score(
+            replace(without_embeddings, config=tiny("eval.templates=nothing")),
+            [labelled],
+            ("zero_shot",),
+        )
     with pytest.raises(ConfigError, match=r"got 2 without"):
-        score(deaf, [prepared / "val", labelled], ("retrieval",))
+        score(without_embeddings, [prepared / "val", labelled], ("retrieval",))
 
 
-def test_a_model_without_an_audio_tower_is_refused_before_anything_is_embedded(tmp_path: Path):
-    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
-    manifest = write_manifest(tmp_path / "m.jsonl", [{"image": "a.png", "caption": "black"}])
-    prepare(manifest, tmp_path / "data", show=False)
-    pictures = tmp_path / "data/train"
-    deaf = replace(subject(), clips=lambda *_: pytest.fail("it embedded"), alone=True)
-    with pytest.raises(ConfigError, match=r"must have an audio tower, got 'a text encoder alone'"):
-        score(deaf, [], ("flops",))
-    seeing = replace(deaf, alone=False, config=tiny_clip())
-    with pytest.raises(ConfigError, match=r"must have an audio tower, got 'an image'"):
-        score(seeing, [pictures], ("retrieval", "flops"))
+def no_embeddings(*_):
+    pytest.fail("it embedded")
+
+
+def test_a_text_encoder_alone_is_refused_before_anything_is_embedded(prepared: Path):
+    text_only = replace(evaluated(), clips=no_embeddings, text_only=True)
+    with pytest.raises(ConfigError, match=r"must have an encoder of sounds or images, got 'a text"):
+        score(text_only, [], ("flops",))
+    with pytest.raises(ConfigError, match="a text encoder alone embeds no clips"):
+        score(text_only, [prepared / "val"], ("retrieval", "flops"))
+
+
+def test_sentences_are_checked_before_anything_is_embedded(prepared: Path, tmp_path: Path):
+    sts = tmp_path / "sts.csv"
+    sts.write_text("g\tf\ty\t1\tno number\ta\tb\n")
+    without_embeddings = replace(evaluated(), clips=no_embeddings)
+    with pytest.raises(ConfigError, match=r"sts\.csv:1 must be a scored pair"):
+        score(without_embeddings, [prepared / "val", sts], ("retrieval", "sts"))
+    with pytest.raises(ConfigError, match="must be SentEval's folder"):
+        score(without_embeddings, [prepared / "val", sts], ("retrieval", "transfer"))
 
 
 def test_templates_of_the_settings_count(labelled: Path):
     config = tiny("eval.templates=audio29", "frontend.backend=torch")
-    found = score(subject(config), [labelled], ("zero_shot",))["zero_shot"]["train"]
+    found = score(evaluated(config), [labelled], ("zero_shot",))["zero_shot"]["train"]
     assert found["templates"] == 29
 
 
@@ -286,7 +300,7 @@ def test_all_tasks_in_one_call(prepared: Path, tmp_path: Path):
     sts = tmp_path / "sts-test.csv"
     sts.write_text("".join(f"g\tf\ty\t1\t{n}\ta {n}\tb {2 * n}\n" for n in range(5)))
     asked = ("retrieval", "geometry", "flops", "sts")
-    found = score(subject(), [prepared / "val", sts], asked)
+    found = score(evaluated(), [prepared / "val", sts], asked)
     assert (
         found["retrieval"]
         == evaluate(model(), CONFIG, tokenizer(CONFIG.text), [prepared / "val"])["retrieval"]
@@ -296,16 +310,18 @@ def test_all_tasks_in_one_call(prepared: Path, tmp_path: Path):
     assert len(found["flops"]) == 20
     assert found["data"] == {"val": str(prepared / "val"), "sts-test.csv": str(sts)}
     # What the data is for, when nothing is asked.
-    assert set(score(subject(), [sts])) == {"sts", "data"}
+    assert set(score(evaluated(), [sts])) == {"sts", "data"}
 
 
 def test_data_is_stored_as_a_path_that_means_the_same_anywhere(prepared: Path, monkeypatch):
     monkeypatch.chdir(prepared)
-    assert score(subject(), [Path("val")], ("geometry",))["data"] == {"val": str(prepared / "val")}
+    assert score(evaluated(), [Path("val")], ("geometry",))["data"] == {
+        "val": str(prepared / "val")
+    }
 
 
 def test_sentences_may_be_embedded_by_the_tower_alone():
-    joint, tower = subject(), subject(tiny("eval.sentences=tower"))
+    joint, tower = evaluated(), evaluated(tiny("eval.sentences=tower"))
     assert joint.sentences(["a", "b"]).shape == (2, 16)
     assert tower.sentences(["a", "b"]).shape == (2, 32)
     assert tower.sentences([]).shape == (0, 32)
@@ -326,4 +342,4 @@ def test_tasks_and_data_must_fit(data, tasks, message, prepared: Path, tmp_path:
     (tmp_path / "sts.csv").touch()
     (tmp_path / "val").symlink_to(prepared / "val")
     with pytest.raises(ConfigError, match=message):
-        score(subject(), [tmp_path / name for name in data], tasks)
+        score(evaluated(), [tmp_path / name for name in data], tasks)

@@ -118,7 +118,7 @@ def senteval(folder: Path) -> Path:
 
 
 def test_separable_tasks_are_solved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(logistic, "_MOST_EPOCHS", 40)
+    monkeypatch.setattr(logistic, "_MAX_EPOCHS", 40)
     monkeypatch.setattr("flap_fast.evaluate.transfer._FOLDS", 4)
     found = transfer(feeling, senteval(tmp_path))
     assert {name: s["accuracy"] for name, s in found.items() if name != "average"} == dict.fromkeys(

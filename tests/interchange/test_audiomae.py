@@ -49,7 +49,7 @@ def vit(state: dict[str, Tensor], begin: str, width: int) -> None:
 
 
 def audiomae(final: str = "norm") -> dict[str, Tensor]:
-    """A small one by SPEC 12.3, with the table for the transposed grid and a decoder."""
+    """A small one, with the table for the transposed grid and a decoder."""
     torch.manual_seed(0)
     table = functional.pad(sine_positions(WIDTH, GRID, "audiomae_legacy"), (0, 0, 1, 0))
     state = {"cls_token": torch.randn(1, 1, WIDTH), "pos_embed": table[None].clone()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from flap_fast.checks import ConfigError
 from flap_fast.config import Config
 from flap_fast.config.file import load_config
 from flap_fast.data.preprocess.mel_clap import mel_matrix
-from flap_fast.interchange.clap_hf import why_not_clap
+from flap_fast.interchange.clap_hf import CLAP
 from flap_fast.interchange.convert import export_checkpoint, import_checkpoint
+from flap_fast.interchange.layout import Export
 from flap_fast.interchange.tensors import read_tensors
 from flap_fast.model.model_folder import (
     load_model,
@@ -60,14 +62,14 @@ def trained(request, roberta_folder: Path, tmp_path_factory) -> tuple[Path, Conf
     return folder, config, model
 
 
-def embedded(model: TwoTowers, config: Config, folder: Path) -> tuple[Tensor, Tensor]:
-    mel, ids, mask = heard(config, folder)
+def embeddings(model: TwoTowers, config: Config, folder: Path) -> tuple[Tensor, Tensor]:
+    mel, ids, mask = inputs(config, folder)
     with torch.no_grad():
         audio = model.embed_media(mel, longer=LONGER if config.fusion.on else None)
         return audio, model.embed_text(ids, mask)
 
 
-def heard(config: Config, folder: Path) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(config: Config, folder: Path) -> tuple[Tensor, Tensor, Tensor]:
     words = AutoTokenizer.from_pretrained(folder)(
         ["a dog barks", "rain", "a tone that rises"], return_tensors="pt", padding=True
     )
@@ -86,10 +88,10 @@ def test_clap_model_answers_as_the_model_that_was_exported(trained, tmp_path):
     opened: Any = ClapModel.from_pretrained(tmp_path / "hf", output_loading_info=True)
     theirs, info = opened
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    mel, ids, mask = heard(config, tmp_path / "hf")
+    mel, ids, mask = inputs(config, tmp_path / "hf")
     with torch.no_grad():
         out = theirs.eval()(ids, mel, is_longer=LONGER.long()[:, None], attention_mask=mask)
-    audio, text = embedded(model, config, folder / "text")
+    audio, text = embeddings(model, config, folder / "text")
     assert (out.audio_embeds - audio).abs().max() <= 1e-5
     assert (out.text_embeds - text).abs().max() <= 1e-5
     logits = torch.tensor(3.0).exp() * audio @ text.T
@@ -128,7 +130,7 @@ def test_out_to_transformers_and_in_again_is_the_same_to_the_bit(trained, tmp_pa
 
 
 def laion_file(folder: Path, config: Config, file: Path, prefix: str = "module.") -> dict:
-    """By SPEC 12.1's table, with what LAION's files hold besides."""
+    """A state dict in LAION's names, with the tensors that its files hold besides."""
     state = {}
     for name, value in load_weights(folder).items():
         name = name.replace("audio.", "audio_branch.", 1) if name[:6] == "audio." else name
@@ -219,7 +221,7 @@ def test_htsats_own_weights_come_in_as_a_tower_to_begin_with(trained, prepared, 
         )
 
 
-def test_what_a_laion_file_lacks_or_has_too_much_is_named_one_by_one(
+def test_each_missing_or_unexpected_tensor_of_a_laion_file_is_named(
     trained, roberta_folder, tmp_path
 ):
     folder, config, _ = trained
@@ -246,7 +248,7 @@ def test_what_a_laion_file_lacks_or_has_too_much_is_named_one_by_one(
     assert differ == {"audio.norm.bias", "text_head.2.bias"}
 
 
-def test_refusals_of_clap_say_what_to_do(trained, roberta_folder, tmp_path):
+def test_errors_about_clap_name_the_remedy(trained, roberta_folder, tmp_path):
     folder, config, _ = trained
     file = tmp_path / "a.pt"
     laion_file(folder, config, file)
@@ -264,11 +266,11 @@ def test_refusals_of_clap_say_what_to_do(trained, roberta_folder, tmp_path):
         export_checkpoint(folder, folder)
     export_checkpoint(folder, tmp_path / "hf")
     settings = tmp_path / "hf/preprocessor_config.json"
-    heard = json.loads(settings.read_text())
-    settings.write_text(json.dumps({k: v for k, v in heard.items() if k != "frequency_min"}))
+    features = json.loads(settings.read_text())
+    settings.write_text(json.dumps({k: v for k, v in features.items() if k != "frequency_min"}))
     with pytest.raises(ConfigError, match=r"got 'no \['frequency_min'\]'"):
         import_checkpoint(tmp_path / "hf", tmp_path / "x")
-    settings.write_text(json.dumps(heard))
+    settings.write_text(json.dumps(features))
     theirs = json.loads((tmp_path / "hf/config.json").read_text())
     theirs["audio_config"]["spec_size"] *= 2
     (tmp_path / "hf/config.json").write_text(json.dumps(theirs))
@@ -277,14 +279,14 @@ def test_refusals_of_clap_say_what_to_do(trained, roberta_folder, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_settings_of_a_processor_are_read_where_it_alone_has_them(trained, tmp_path):
+def test_settings_are_read_from_a_processor_without_a_feature_extractor(trained, tmp_path):
     """As ClapProcessor saves them."""
     folder, config, _ = trained
     export_checkpoint(folder, tmp_path / "hf")
-    alone = tmp_path / "hf/preprocessor_config.json"
-    processor = {"feature_extractor": json.loads(alone.read_text()), "processor_class": "x"}
+    own = tmp_path / "hf/preprocessor_config.json"
+    processor = {"feature_extractor": json.loads(own.read_text()), "processor_class": "x"}
     (tmp_path / "hf/processor_config.json").write_text(json.dumps(processor))
-    alone.unlink()
+    own.unlink()
     import_checkpoint(tmp_path / "hf", tmp_path / "back")
     _, back = load_model(tmp_path / "back")
     assert back.audio == config.audio.model_copy(update={"size": back.audio.size})
@@ -293,13 +295,13 @@ def test_settings_of_a_processor_are_read_where_it_alone_has_them(trained, tmp_p
         import_checkpoint(tmp_path / "hf", tmp_path / "x")
 
 
-def test_statistics_that_clap_has_not_make_it_no_clap_model(trained):
-    _, config, model = trained
-    encoder = model.text.inner.config
-    assert why_not_clap(config, encoder) == ""
+def test_statistics_that_transformers_lacks_make_it_no_clap_model(trained):
+    folder, config, model = trained
+    export = Export(folder, config, model, model.state_dict(), {}, "")
+    assert CLAP.refusal(export) == ""
     for other in ({"mean": -20.0}, {"std": 10.0}):
         changed = config.model_copy(update={"audio": config.audio.model_copy(update=other)})
-        assert "audio.mean" in why_not_clap(changed, encoder)
+        assert "audio.mean" in CLAP.refusal(replace(export, config=changed))
 
 
 def test_a_file_that_would_run_code_is_refused(tmp_path):
@@ -308,11 +310,11 @@ def test_a_file_that_would_run_code_is_refused(tmp_path):
             return (Path.touch, (tmp_path / "ran",))
 
     torch.save({"state_dict": {"a": Trap()}}, tmp_path / "trap.pt")
-    with pytest.raises(ConfigError, match="must hold tensors and plain values alone"):
+    with pytest.raises(ConfigError, match="must hold only tensors and plain values"):
         import_checkpoint(tmp_path / "trap.pt", tmp_path / "x")
     assert not (tmp_path / "ran").exists()
     (tmp_path / "text.pt").write_text("no checkpoint")
-    with pytest.raises(ConfigError, match="must hold tensors and plain values alone"):
+    with pytest.raises(ConfigError, match="must hold only tensors and plain values"):
         import_checkpoint(tmp_path / "text.pt", tmp_path / "x")
     branch = {"audio_branch.bn0.weight": torch.ones(4), "audio_branch.conv.weight": torch.ones(4)}
     torch.save({"state_dict": branch}, tmp_path / "pann.pt")

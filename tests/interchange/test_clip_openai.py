@@ -73,7 +73,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return same and a.keys() == b.keys()
 
 
-def test_there_and_back_is_bit_exact(model, theirs):
+def test_import_after_export_is_bit_exact(model, theirs):
     ours = model.state_dict()
     assert theirs.keys() == openai_names((1, 1, 1, 1), 2)
     assert theirs["text_projection"].shape == (128, 16)
@@ -85,7 +85,7 @@ def test_there_and_back_is_bit_exact(model, theirs):
     assert equal(to_openai(found), theirs)
 
 
-def test_counts_of_batches_may_be_lacking(model, theirs):
+def test_counts_of_batches_may_be_missing(model, theirs):
     lacking = {n: v for n, v in theirs.items() if not n.endswith("num_batches_tracked")}
     found, _ = from_openai(lacking)
     assert found.keys() == model.state_dict().keys()
@@ -125,7 +125,7 @@ def stated(file: dict[str, Any]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("form", ["openai", "cyclip", "cyclip on one"])
-def test_a_file_comes_in_opens_and_goes_out_unchanged(model, theirs, tmp_path, form, monkeypatch):
+def test_an_imported_file_is_exported_unchanged(model, theirs, tmp_path, form, monkeypatch):
     file, ours, out = tmp_path / "a.pt", tmp_path / "ours", tmp_path / "b.pt"
     saved = laid_out(theirs, form)
     torch.save(saved, file)
@@ -153,7 +153,7 @@ def test_a_file_comes_in_opens_and_goes_out_unchanged(model, theirs, tmp_path, f
     assert (text[0] - text[1]).abs().max() > 1e-3
 
 
-def test_what_a_file_lacks_or_has_too_much_is_named_one_by_one(model, theirs, tmp_path):
+def test_each_missing_or_unexpected_tensor_is_named(model, theirs, tmp_path):
     state = dict(theirs)
     del state["ln_final.bias"]
     state["visual.proj"] = torch.zeros(2, 2)
@@ -183,7 +183,7 @@ def test_what_a_file_lacks_or_has_too_much_is_named_one_by_one(model, theirs, tm
     assert torch.equal(back["visual.conv1.weight"], found["image.conv1.weight"])
 
 
-def test_refusals_of_clip_say_what_to_do(theirs, tmp_path):
+def test_errors_about_clip_name_the_remedy(theirs, tmp_path):
     file = tmp_path / "rn.pt"
     with warnings.catch_warnings(action="ignore"):  # PyTorch would rather have others
         torch.jit.save(torch.jit.script(nn.Linear(1, 1)), file)
@@ -228,7 +228,7 @@ def test_a_training_begins_with_an_imported_clip_and_goes_out_plain(theirs, tmp_
 def test_a_clip_goes_out_to_a_folder_and_in_again(model, tmp_path):
     save_model(tmp_path / "ours", tiny_clip(*SIZES), model, model.state_dict())
     said = export_checkpoint(tmp_path / "ours", tmp_path / "hf")
-    assert said.startswith("a FLAP's folder (it sees); no clap_text/: its text tower is no RoBERTa")
+    assert said.startswith("a FLAP's folder (its encoder embeds images); no clap_text/: ")
     import_checkpoint(tmp_path / "hf", tmp_path / "back")
     assert equal(load_weights(tmp_path / "back"), dict(model.state_dict()))
     _, config = load_model(tmp_path / "back")

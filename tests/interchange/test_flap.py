@@ -43,7 +43,10 @@ def same_weights(a: Path, b: Path) -> bool:
 
 def test_a_flap_goes_out_and_in_by_the_command(trained, tmp_path, monkeypatch, capsys):
     assert flap("export", trained, tmp_path / "hf", monkeypatch=monkeypatch) == 0
-    assert "no HTSAT on CLAP's mel); clap_text/ is its text side" in capsys.readouterr().out
+    assert (
+        "a FLAP's folder (its encoder is vit, not htsat); clap_text/ is its text side"
+        in capsys.readouterr().out
+    )
     assert json.loads((tmp_path / "hf/config.json").read_text())["model_type"] == "flap"
     assert flap("import", tmp_path / "hf", tmp_path / "back", monkeypatch=monkeypatch) == 0
     assert "open it with flap_fast.load(" in capsys.readouterr().out
@@ -78,12 +81,12 @@ def test_a_flaps_folder_that_lacks_a_file_is_named(trained, tmp_path):
         import_checkpoint(tmp_path / "hf", tmp_path / "x")
 
 
-def test_a_text_tower_that_clap_has_not_is_said_to_be_left_out(tmp_path):
+def test_a_text_encoder_that_clap_lacks_is_reported_as_left_out(tmp_path):
     config = tiny("text.pool=mean")
     model = TwoTowers(config)
     save_model(tmp_path / "ours", config, model, model.state_dict())
     said = export_checkpoint(tmp_path / "ours", tmp_path / "hf")
-    assert said.endswith("no clap_text/: its text tower is no RoBERTa with a pooler")
+    assert said.endswith("no clap_text/: its text encoder is no RoBERTa with a pooler")
     assert not (tmp_path / "hf/clap_text").exists()
     import_checkpoint(tmp_path / "hf", tmp_path / "back")
     assert same_weights(tmp_path / "ours", tmp_path / "back")
@@ -142,9 +145,8 @@ def test_weights_begin_a_run_only_where_they_mean_the_same(begin: str, tmp_path)
             put(htsat, *HTSAT, f"audio.{other}")
     with pytest.raises(ConfigError, match=r"decoder\.heads must be 4, .*set decoder\.heads=4"):
         put(vit, *DECODER, "decoder.heads=2")
-    put(vit, "audio.window_patches=4", "audio.mel_variant=htk_none", "audio.low_hz=60")
+    put(vit, "audio.mel_variant=htk_none", "audio.low_hz=60")
     put(vit, "decoder.heads=2", "audio.drop_path=0.1", "audio.filling=pad")
-    put(htsat, *HTSAT, "audio.norm_position=pooled")
     for name, theirs, other in (("heads", "2", "4"), ("pool", "pooler", "cls")):
         if begin == "init_audio_from":
             put(vit, f"text.{name}={other}")

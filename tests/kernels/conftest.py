@@ -1,4 +1,4 @@
-"""Where kernels are tested: the plain path, the interpreter, and a GPU if there is one."""
+"""Where kernels are tested: plain PyTorch, the interpreter, and a GPU if there is one."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ import torch
 
 from flap_kernels.launch import HAS_TRITON
 
-KERNEL_PLACES = ["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)]
+KERNEL_MODES = ["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-@pytest.fixture(params=["plain", *KERNEL_PLACES])
+@pytest.fixture(params=["plain", *KERNEL_MODES])
 def device(request, monkeypatch) -> Iterator[str]:
-    """The device of each place; under the interpreter, kernels then serve the CPU's tensors."""
+    """The device of each mode; under the interpreter, kernels then serve the CPU's tensors."""
     with _device(request.param, monkeypatch) as device:
         yield device
 
 
-@pytest.fixture(params=KERNEL_PLACES)
+@pytest.fixture(params=KERNEL_MODES)
 def kernel_device(request, monkeypatch) -> Iterator[str]:
-    """The device of each place where kernels run, and not the plain path."""
+    """The device of each mode where kernels run, and not plain PyTorch."""
     with _device(request.param, monkeypatch) as device:
         yield device
 
 
 @contextmanager
-def _device(place: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    if place == "cuda":
+def _device(mode: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    if mode == "cuda":
         yield "cuda"
         return
-    if place == "interpreter":
+    if mode == "interpreter":
         if not HAS_TRITON or torch.cuda.is_available():
             pytest.skip("needs Triton, and no GPU: with one the kernels are compiled")
         monkeypatch.setenv("TRITON_INTERPRET", "1")

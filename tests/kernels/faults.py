@@ -28,7 +28,7 @@ class Fault:
 
 
 def put_in(fault: Fault, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Replace the kernel by its faulty twin in every module that knows it, for one test."""
+    """Replace the kernel by its faulty copy in every module that knows it, for one test."""
     function = fault.kernel.fn
     source = textwrap.dedent(inspect.getsource(function))
     assert source.count(fault.right) == 1, (

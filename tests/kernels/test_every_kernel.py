@@ -1,4 +1,4 @@
-"""The contract that every kernel of `KERNELS` is under, in values and in all gradients."""
+"""What every kernel of `KERNELS` is held to, in values and in all gradients."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def check_contract(
+def check_as_exact(
     kernel: Kernel,
     size: Size,
     dtype: torch.dtype,
@@ -106,12 +106,12 @@ def check_contract(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("size", ["edge", "odd"])
 def test_kernel_is_as_exact_as_its_reference(kernel, size, dtype, device):
-    check_contract(kernel, size, dtype, device, draws=DRAWS[size])
+    check_as_exact(kernel, size, dtype, device, draws=DRAWS[size])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_kernel_takes_strided_inputs(kernel, dtype, device):
-    check_contract(kernel, "odd", dtype, device, draws=DRAWS["odd"], prepare=strided)
+    check_as_exact(kernel, "odd", dtype, device, draws=DRAWS["odd"], prepare=strided)
 
 
 def test_kernel_gives_the_same_bits_twice(kernel, device):

@@ -28,7 +28,7 @@ def loss_and_gradients(loss, audio, text, scale, **options):
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_two_pairs_by_hand(direction):
-    # Logits [[1, 0], [0, 1]]: each positive has the share e / (e + 1), in either direction.
+    # Logits [[1, 0], [0, 1]]: each positive has p = e / (e + 1), in either direction.
     loss = infonce(torch.eye(2), torch.eye(2), 1.0, direction=direction)
     torch.testing.assert_close(loss.item(), 0.31326168751822286)
 

@@ -1,67 +1,79 @@
-"""InfoNCE's kernels on a rank's block of the logits: the plain path says what they must give."""
+"""InfoNCE's kernels on a rank's block of the logits: `torch_tiled` says what they must give."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import assert_type
 
 import pytest
 import torch
+from torch import Tensor
 
 from flap_kernels import KERNELS
-from flap_kernels import infonce_chunks as chunks
-from flap_kernels import infonce_launch as launches
-from tests.kernels.test_every_kernel import check_contract, strided
+from flap_kernels.infonce import triton_launch
+from flap_kernels.infonce.backend import Backend, BlockSums, DirectionSums, Targets
+from flap_kernels.infonce.op import choose_backend
+from flap_kernels.infonce.torch_tiled import TorchTiled
+from flap_kernels.infonce.triton_launch import TritonTiled
+from tests.kernels.test_every_kernel import check_as_exact, strided
 from tests.kernels.test_infonce import pairs
 
-# Rows, columns, offset: a rank's share, one with extra captions, one row, more rows than columns.
+# Rows, columns, offset: a rank's rows, one with extra captions, one row, more rows than columns.
 BLOCKS = [(40, 150, 70), (33, 65, 0), (1, 70, 69), (90, 90, 0)]
+TORCH, TRITON = TorchTiled(), TritonTiled()
 
 
 def block(M, N, offset, device, ids, dtype=torch.float32):
-    """Rows, columns and what else both paths take of a block."""
+    """What both backends take of a block: rows, columns, scale and targets."""
     x, y = (v.to(device, dtype) for v in pairs(N, 20))
     x = x[offset : offset + M].contiguous()
-    keep: dict[str, Any] = {"offset": offset}
+    targets = Targets(offset)
     if ids:
         groups = torch.arange(N, device=device) % 11
-        keep |= {"x_ids": groups[offset : offset + M].contiguous(), "y_ids": groups}
-    return x, y, torch.tensor(25.0, device=device), keep
+        targets = Targets(offset, groups[offset : offset + M].contiguous(), groups)
+    return x, y, torch.tensor(25.0, device=device), targets
+
+
+def in_float64(x, y, scale) -> BlockSums:
+    return TORCH.sums(x.double(), y.double(), scale.double(), Targets())
+
+
+def in_float32(sums: DirectionSums | None) -> DirectionSums | None:
+    if sums is None:
+        return None
+    return DirectionSums(sums.lse_negatives.float(), sums.one_minus_p.float())
 
 
 @pytest.mark.parametrize("ids", [False, True], ids=["all", "grouped"])
 @pytest.mark.parametrize(("M", "N", "offset"), BLOCKS)
-def test_block_has_the_sums_and_gradients_of_the_plain_path(M, N, offset, ids, kernel_device):
-    x, y, scale, keep = block(M, N, offset, kernel_device, ids)
+def test_kernels_have_the_sums_and_gradients_of_plain_pytorch(M, N, offset, ids, kernel_device):
+    x, y, scale, targets = block(M, N, offset, kernel_device, ids)
+    doubles = x.double(), y.double(), scale.double()
     for rows, columns in ((True, True), (True, False), (False, True)):
-        wanted: dict[str, Any] = {"rows": rows, "columns": columns, **keep}
-        found = launches.negatives(x, y, scale, **wanted)
-        exact = chunks.negatives(x.double(), y.double(), scale.double(), **wanted)
-        sides = []
-        for mine, theirs in ((found.rows, exact.rows), (found.columns, exact.columns)):
+        found = TRITON.sums(x, y, scale, targets, rows=rows, columns=columns)
+        exact = TORCH.sums(*doubles, targets, rows=rows, columns=columns)
+        directions: list[DirectionSums | None] = []
+        for mine, theirs in (
+            (found.row_lse_negatives, exact.row_lse_negatives),
+            (found.column_lse_negatives, exact.column_lse_negatives),
+        ):
             assert (mine is None) == (theirs is None)
-            if mine is not None and theirs is not None:
-                torch.testing.assert_close(mine.double(), theirs, rtol=1e-6, atol=1e-5)
-                sides.append(chunks.Side(theirs, torch.linspace(0.1, 0.9, len(theirs)).to(theirs)))
-            else:
-                sides.append(None)
-        torch.testing.assert_close(found.positives.double(), exact.positives, rtol=1e-6, atol=1e-5)
+            if mine is None or theirs is None:
+                directions.append(None)
+                continue
+            torch.testing.assert_close(mine.double(), theirs, rtol=1e-6, atol=1e-5)
+            one_minus_p = torch.linspace(0.1, 0.9, len(theirs)).to(theirs)
+            directions.append(DirectionSums(theirs, one_minus_p))
+        torch.testing.assert_close(
+            found.positive_logits.double(), exact.positive_logits, rtol=1e-6, atol=1e-5
+        )
         factor = torch.tensor(0.25, device=x.device)
-        narrow = [
-            None if side is None else chunks.Side(side.negatives.float(), side.misses.float())
-            for side in sides
-        ]
-        for back in ((True, True), (True, False), (False, True)):
-            wanted = {"rows": back[0], "columns": back[1], **keep}
-            mine = launches.gradients(x, y, scale, narrow[0], narrow[1], factor, **wanted)
-            theirs = chunks.gradients(
-                x.double(),
-                y.double(),
-                scale.double(),
-                sides[0],
-                sides[1],
-                factor.double(),
-                **wanted,
+        narrow = [in_float32(sums) for sums in directions]
+        for x_wanted, y_wanted in ((True, True), (True, False), (False, True)):
+            wanted = {"x_wanted": x_wanted, "y_wanted": y_wanted}
+            mine = TRITON.gradients(x, y, scale, narrow[0], narrow[1], factor, targets, **wanted)
+            theirs = TORCH.gradients(
+                *doubles, directions[0], directions[1], factor.double(), targets, **wanted
             )
             for one, two in zip(mine, theirs, strict=True):
                 assert (one is None) == (two is None)
@@ -70,91 +82,119 @@ def test_block_has_the_sums_and_gradients_of_the_plain_path(M, N, offset, ids, k
                     torch.testing.assert_close(one.double(), two, rtol=0, atol=1e-5 * largest)
 
 
+def test_the_gradient_of_the_scale_has_a_type_from_the_op_to_the_kernel():
+    """Checked by pyright: with an Any on the way, `assert_type` is an error there."""
+    x = torch.eye(2)
+    backend = choose_backend(x, "ieee", None)
+    assert_type(backend, Backend)
+    sums = DirectionSums(torch.zeros(2), torch.ones(2))
+    found = backend.gradients(x, x, torch.ones(()), sums, None, torch.ones(()), Targets())
+    assert_type(found.scale, Tensor)
+    for every in (TORCH, TRITON):
+        backend: Backend = every
+        assert callable(backend.gradients)
+    # S = I log2(e): off the diagonal 2^0 weighs cosines of 0; the positives have -1 each.
+    assert found.scale.item() == -2
+
+
 def test_vectors_with_a_stride_give_what_dense_ones_do(kernel_device):
     """Sums that ranks exchange are columns of one matrix, and ids may be a table's."""
-    x, y, scale, keep = block(40, 150, 70, kernel_device, ids=True)
+    x, y, scale, targets = block(40, 150, 70, kernel_device, ids=True)
     factor = torch.ones((), device=x.device)
-    sides = [chunks.Side(*torch.rand(2, n, device=x.device)) for n in (40, 150)]
-    ids = {name: keep[name] for name in ("x_ids", "y_ids")}
+    directions = [DirectionSums(*torch.rand(2, n, device=x.device)) for n in (40, 150)]
 
-    def apart(v):
+    def apart(v: Tensor) -> Tensor:
         return torch.stack([v, -v, v], dim=1)[:, 0]
 
     found = []
-    for way in (torch.Tensor.contiguous, apart):
-        strided: dict[str, Any] = keep | {name: way(v) for name, v in ids.items()}
-        sums = launches.negatives(x, y, scale, **strided)
-        row, column = (chunks.Side(way(s.negatives), way(s.misses)) for s in sides)
-        found.append((sums.rows, *launches.gradients(x, y, scale, row, column, factor, **strided)))
+    x_ids, y_ids = targets.x_ids, targets.y_ids
+    assert x_ids is not None
+    assert y_ids is not None
+    for layout in (torch.Tensor.contiguous, apart):
+        laid = Targets(targets.offset, layout(x_ids), layout(y_ids))
+        sums = TRITON.sums(x, y, scale, laid)
+        row, column = (
+            DirectionSums(layout(s.lse_negatives), layout(s.one_minus_p)) for s in directions
+        )
+        gradients = TRITON.gradients(x, y, scale, row, column, factor, laid)
+        found.append((sums.row_lse_negatives, *gradients))
     for one, two in zip(*found, strict=True):
         assert torch.equal(one, two)
 
 
 def test_small_workspace_gives_what_a_large_one_does(kernel_device):
-    x, y, scale, keep = block(150, 150, 0, kernel_device, ids=True)
-    large = launches.negatives(x, y, scale, **keep)
-    small = launches.negatives(x, y, scale, workspace_mib=0.005, **keep)
-    assert large.rows is not None
-    assert large.columns is not None
+    x, y, scale, targets = block(150, 150, 0, kernel_device, ids=True)
+    large = TRITON.sums(x, y, scale, targets)
+    small = TritonTiled(workspace_mib=0.005).sums(x, y, scale, targets)
+    assert large.row_lse_negatives is not None
+    assert large.column_lse_negatives is not None
     # Rows are whole in each chunk; columns are added up in another order.
-    torch.testing.assert_close(small.rows, large.rows, rtol=0, atol=0)
-    torch.testing.assert_close(small.columns, large.columns, rtol=1e-6, atol=1e-6)
-    row = chunks.Side(large.rows, torch.full_like(large.rows, 0.5))
-    column = chunks.Side(large.columns, torch.full_like(large.columns, 0.5))
+    torch.testing.assert_close(small.row_lse_negatives, large.row_lse_negatives, rtol=0, atol=0)
+    torch.testing.assert_close(
+        small.column_lse_negatives, large.column_lse_negatives, rtol=1e-6, atol=1e-6
+    )
+    row, column = (
+        DirectionSums(lse, torch.full_like(lse, 0.5))
+        for lse in (large.row_lse_negatives, large.column_lse_negatives)
+    )
     factor = torch.ones((), device=x.device)
-    whole = launches.gradients(x, y, scale, row, column, factor, **keep)
-    parts = launches.gradients(x, y, scale, row, column, factor, workspace_mib=0.02, **keep)
-    for one, two in zip(parts, whole, strict=True):
+    whole = TRITON.gradients(x, y, scale, row, column, factor, targets)
+    chunked = TritonTiled(workspace_mib=0.02).gradients(x, y, scale, row, column, factor, targets)
+    for one, two in zip(chunked, whole, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
 
 
 def test_workspace_is_bounded():
     # 1 MiB holds two rows of tiles of 128 here, or 100 rows that are cut to one tile.
     for most, lengths in ((256, [256, 256, 256, 232]), (100, [128] * 7 + [104])):
-        spans = list(launches._chunks(1000, most, 128))
+        spans = list(triton_launch._chunks(1000, most, 128))
         assert [span.stop - span.start for span in spans] == lengths
 
 
-def take_in_parts(monkeypatch):
-    """Take a tile's columns a quarter at a time, as on chips with the widest tiles."""
-    choose = launches.blocks
-    monkeypatch.setattr(launches, "blocks", lambda *chip: replace(choose(*chip), PARTS=4))
+def take_in_slabs(monkeypatch):
+    """Take a tile's columns a quarter at a time, as on chips with the largest tiles."""
+    choose = triton_launch.tile_shape
+    monkeypatch.setattr(triton_launch, "tile_shape", lambda *chip: replace(choose(*chip), SLABS=4))
 
 
-def test_a_tile_taken_in_parts_keeps_the_contract(kernel_device, monkeypatch):
-    take_in_parts(monkeypatch)
+def test_a_tile_taken_in_slabs_is_as_exact(kernel_device, monkeypatch):
+    take_in_slabs(monkeypatch)
     infonce = KERNELS["infonce"]
-    check_contract(infonce, "odd", torch.float32, kernel_device, draws=2, prepare=strided)
+    check_as_exact(infonce, "odd", torch.float32, kernel_device, draws=2, prepare=strided)
 
 
-def test_a_tile_taken_in_parts_leaves_out_rows_of_one_id(kernel_device, monkeypatch):
-    x, y, scale, keep = block(40, 150, 70, kernel_device, ids=True)
-    row, column = (chunks.Side(x.new_zeros(n), x.new_ones(n)) for n in (40, 150))
+def test_a_tile_taken_in_slabs_leaves_out_rows_of_one_id(kernel_device, monkeypatch):
+    x, y, scale, targets = block(40, 150, 70, kernel_device, ids=True)
+    row, column = (DirectionSums(x.new_zeros(n), x.new_ones(n)) for n in (40, 150))
     factor = torch.ones((), device=x.device)
     found = []
-    for parts in (False, True):
-        if parts:
-            take_in_parts(monkeypatch)
-        sums = launches.negatives(x, y, scale, **keep)
-        gradients = launches.gradients(x, y, scale, row, column, factor, **keep)
-        found.append((sums.rows, sums.columns, sums.positives, *gradients))
-    for whole, parted in zip(*found, strict=True):
-        torch.testing.assert_close(parted, whole, rtol=1e-5, atol=1e-4)
+    for slabs in (False, True):
+        if slabs:
+            take_in_slabs(monkeypatch)
+        sums = TRITON.sums(x, y, scale, targets)
+        gradients = TRITON.gradients(x, y, scale, row, column, factor, targets)
+        found.append(
+            (sums.row_lse_negatives, sums.column_lse_negatives, sums.positive_logits, *gradients)
+        )
+    for whole, slabbed in zip(*found, strict=True):
+        torch.testing.assert_close(slabbed, whole, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("parts", [False, True], ids=["whole", "parts"])
+@pytest.mark.parametrize("slabs", [False, True], ids=["whole", "slabs"])
 def test_a_row_far_below_its_tile_is_summed_from_its_own_reference(
-    parts, kernel_device, monkeypatch
+    slabs, kernel_device, monkeypatch
 ):
-    if parts:
-        take_in_parts(monkeypatch)
+    if slabs:
+        take_in_slabs(monkeypatch)
     # Logits of 144 and -144 bits in one tile: a row, then a column, that one reference loses.
     for flip in (False, True):
         x = torch.ones(20, 1, device=kernel_device)
         y = torch.ones(20, 1, device=kernel_device)
         (y if flip else x)[3] = -1.0
         scale = torch.tensor(100.0, device=kernel_device)
-        found = launches.negatives(x, y, scale, offset=0)
-        exact = chunks.negatives(x.double(), y.double(), scale.double(), offset=0)
-        for mine, theirs in ((found.rows, exact.rows), (found.columns, exact.columns)):
+        found, exact = TRITON.sums(x, y, scale, Targets()), in_float64(x, y, scale)
+        for mine, theirs in (
+            (found.row_lse_negatives, exact.row_lse_negatives),
+            (found.column_lse_negatives, exact.column_lse_negatives),
+        ):
             torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=0, check_dtype=False)

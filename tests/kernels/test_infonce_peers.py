@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from flap_kernels import infonce, infonce_ranks
+from flap_kernels import distributed_infonce, infonce
 from flap_kernels.infonce import infonce_reference
 from tests.kernels.test_every_kernel import strided
 from tests.kernels.test_infonce import loss_and_gradients, pairs
@@ -156,7 +156,7 @@ def averages(audio, text, scale):
     mine = slice(rank * len(audio) // world, (rank + 1) * len(audio) // world)
     weight = torch.eye(audio.shape[1], dtype=audio.dtype)
     found = []
-    losses: list[Callable[..., Tensor]] = [infonce_ranks, gathered_without_gradient]
+    losses: list[Callable[..., Tensor]] = [distributed_infonce, gathered_without_gradient]
     for loss in losses:
         layer, factor = weight.clone().requires_grad_(), scale.clone().requires_grad_()
         value = loss(audio[mine] @ layer, text[mine], factor)
@@ -184,7 +184,7 @@ def scale_gradients(audio, text, scale):
     """On one rank: the scale's gradient after averaging; ours, and where the parts are added up."""
     rank, world = dist.get_rank(), dist.get_world_size()
     mine = slice(rank * len(audio) // world, (rank + 1) * len(audio) // world)
-    gradient = loss_and_gradients(infonce_ranks, audio[mine], text[mine], scale)[3]
+    gradient = loss_and_gradients(distributed_infonce, audio[mine], text[mine], scale)[3]
     dist.all_reduce(gradient)
     # Inf-CL: the parts, already times W, are added up over ranks before the engine averages.
     added = gradient.clone()

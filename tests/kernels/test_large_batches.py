@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flap_kernels import keep_tokens, masked_mse, patch_embed, restore_tokens
+from flap_kernels import gather_tokens, masked_mse, patch_embed, unshuffle_tokens
 
 STEP, B = 2**29, 5  # the last clip starts at 2**31
 
@@ -32,12 +32,12 @@ def draw(device):
 
 
 def test_tokens_far_apart(draw, device):
-    x, keep = draw(B, 3, 4), torch.tensor([[0, 2]], device=device).expand(B, -1)
-    assert torch.equal(keep_tokens(far_apart(x), keep), keep_tokens(x, keep))
-    restore = torch.tensor([[0, 3, 1, 2]], device=device).expand(B, -1)
+    x, ids_keep = draw(B, 3, 4), torch.tensor([[0, 2]], device=device).expand(B, -1)
+    assert torch.equal(gather_tokens(far_apart(x), ids_keep), gather_tokens(x, ids_keep))
+    ids_restore = torch.tensor([[0, 3, 1, 2]], device=device).expand(B, -1)
     token = draw(4)
-    found = restore_tokens(far_apart(x), restore, token)
-    assert torch.equal(found, restore_tokens(x, restore, token))
+    found = unshuffle_tokens(far_apart(x), ids_restore, token)
+    assert torch.equal(found, unshuffle_tokens(x, ids_restore, token))
 
 
 def test_log_mels_far_apart(draw, device):

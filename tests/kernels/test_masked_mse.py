@@ -25,7 +25,7 @@ def draw(device, B=3, T=32, F=48, M=4, H=20, seed=0) -> dict[str, Any]:
         "weight": (torch.randn(256, H, generator=generator) / H**0.5).bfloat16().float(),
         "bias": torch.randn(256, generator=generator).bfloat16().float(),
         "mel": torch.randn(B, T, F, generator=generator).bfloat16().float(),
-        "drop": torch.rand(B, N, generator=generator).argsort(1)[:, :M].sort(1).values,
+        "ids_drop": torch.rand(B, N, generator=generator).argsort(1)[:, :M].sort(1).values,
     }
     return {name: value.to(device) for name, value in arguments.items()}
 
@@ -47,7 +47,7 @@ def by_hand(device) -> dict[str, Any]:
         "weight": torch.full((4, 1), 0.25, device=device),
         "bias": torch.full((4,), 0.5, device=device),
         "mel": torch.tensor([[[9.0, 9, 1, 2], [9, 9, 3, 6]]], device=device),
-        "drop": torch.tensor([[1]], device=device),
+        "ids_drop": torch.tensor([[1]], device=device),
     }
 
 
@@ -92,7 +92,7 @@ def test_kept_patches_are_not_read(device):
     arguments = draw(device)
     clean = masked_mse(**arguments, norm_pix=True)
     read = torch.zeros_like(arguments["mel"], dtype=torch.bool)
-    for b, masked in enumerate(arguments["drop"].tolist()):
+    for b, masked in enumerate(arguments["ids_drop"].tolist()):
         for n in masked:
             time, freq = n // 3 * 16, n % 3 * 16
             read[b, time : time + 16, freq : freq + 16] = True
@@ -102,7 +102,7 @@ def test_kept_patches_are_not_read(device):
 
 def test_an_index_out_of_range_is_not_passed_over_in_silence(device):
     arguments = draw(device)
-    arguments["drop"][1, 2] = 6
+    arguments["ids_drop"][1, 2] = 6
     try:
         loss = masked_mse(**arguments, norm_pix=True)
     except IndexError:
@@ -114,7 +114,10 @@ def test_an_index_out_of_range_is_not_passed_over_in_silence(device):
 def test_nothing_masked_is_no_loss_and_no_gradient(empty, device):
     arguments = draw(device)
     cut = (slice(0, 0),) if empty == "clips" else (slice(None), slice(0, 0))
-    arguments["hidden"], arguments["drop"] = arguments["hidden"][cut], arguments["drop"][cut]
+    arguments["hidden"], arguments["ids_drop"] = (
+        arguments["hidden"][cut],
+        arguments["ids_drop"][cut],
+    )
     if empty == "clips":
         arguments["mel"] = arguments["mel"][cut]
     loss, *gradients = loss_and_gradients(masked_mse, arguments, norm_pix=True)
@@ -129,9 +132,9 @@ def test_chunks_of_rows_make_no_difference(norm_pix, monkeypatch, device):
     arguments = draw(device, B=5, M=6)
     whole = loss_and_gradients(masked_mse, arguments, upstream=3.0, norm_pix=norm_pix)
     module = sys.modules["flap_kernels.masked_mse"]  # its name in the package is the function's
-    monkeypatch.setattr(module, "_CHUNK_ROWS", {"cpu": 7, "cuda": 7})
-    parts = loss_and_gradients(masked_mse, arguments, upstream=3.0, norm_pix=norm_pix)
-    for found, expected in zip(parts, whole, strict=True):
+    monkeypatch.setattr(module, "CHUNK_ROWS", {"cpu": 7, "cuda": 7})
+    chunked = loss_and_gradients(masked_mse, arguments, upstream=3.0, norm_pix=norm_pix)
+    for found, expected in zip(chunked, whole, strict=True):
         torch.testing.assert_close(found, expected)
 
 
@@ -141,7 +144,7 @@ def test_patches_of_any_side(side, norm_pix, device):
     arguments = draw(device, T=96, F=96, M=1)
     generator = torch.Generator().manual_seed(1)
     N = 96 * 96 // side**2
-    arguments["drop"] = torch.tensor([[0], [N - 1], [N // 2]], device=device)
+    arguments["ids_drop"] = torch.tensor([[0], [N - 1], [N // 2]], device=device)
     arguments["weight"] = torch.randn(side**2, 20, generator=generator).to(device) / 5
     arguments["bias"] = torch.randn(side**2, generator=generator).to(device)
     found = loss_and_gradients(masked_mse, arguments, norm_pix=norm_pix)
@@ -186,12 +189,12 @@ def test_compiles_whole_with_its_gradients(device):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden": torch.zeros(3, 6, 20)}, r"hidden must be \(B, M, H\) with drop \(B, M\)"),
+        ({"hidden": torch.zeros(3, 6, 20)}, r"hidden must be \(B, M, H\) with ids_drop \(B, M\)"),
         ({"mel": torch.zeros(3, 32, 40)}, "T and F multiples of P = 16"),
         ({"mel": torch.zeros(3, 32, 48, requires_grad=True)}, "mel must not require a gradient"),
         ({"weight": torch.zeros(255, 20)}, r"P \* P pixels, got 255"),
         ({"bias": torch.zeros(255)}, r"bias must be \(P \* P,\)"),
-        ({"drop": torch.zeros(3, 4)}, "drop must be int32 or int64"),
+        ({"ids_drop": torch.zeros(3, 4)}, "ids_drop must be int32 or int64"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(change, message):

@@ -29,7 +29,7 @@ def draw(device, B=3, T=32, F=48, K=4, D=24, seed=0) -> dict[str, Any]:
     N = T * F // 256
     arguments = {
         "mel": torch.randn(B, T, F, generator=generator).bfloat16().float(),
-        "keep": torch.rand(B, N, generator=generator).argsort(1)[:, :K].sort(1).values,
+        "ids_keep": torch.rand(B, N, generator=generator).argsort(1)[:, :K].sort(1).values,
         "weight": torch.randn(D, 256, generator=generator).bfloat16().float() / 16,
         "bias": torch.randn(D, generator=generator).bfloat16().float(),
         "position": torch.randn(N, D, generator=generator).bfloat16().float(),
@@ -48,8 +48,8 @@ def gradients(op, arguments: dict[str, Any], names: tuple[str, ...], upstream: T
 def test_patches_are_in_time_major_order(device):
     mel = numbers([BY_PATCH], device)
     weight, bias = numbers([[1.0, 1, 1, 1]], device), numbers([0.5], device)
-    keep = numbers([[1, 2, 4]], device)
-    found = patch_embed(mel, keep, weight, bias, numbers(POSITION, device))
+    ids_keep = numbers([[1, 2, 4]], device)
+    found = patch_embed(mel, ids_keep, weight, bias, numbers(POSITION, device))
     assert found.tolist() == [[[208.5], [312.5], [520.5]]]
     everything = patch_embed(mel, None, weight, bias, numbers(POSITION, device))
     assert everything.flatten().tolist() == [104.5, 208.5, 312.5, 416.5, 520.5, 624.5]
@@ -85,7 +85,7 @@ def test_dropped_patches_are_not_read(device):
     arguments = draw(device)
     clean = patch_embed(**arguments)
     read = torch.zeros_like(arguments["mel"], dtype=torch.bool)
-    for b, kept in enumerate(arguments["keep"].tolist()):
+    for b, kept in enumerate(arguments["ids_keep"].tolist()):
         for n in kept:
             time, freq = n // 3 * 16, n % 3 * 16
             read[b, time : time + 16, freq : freq + 16] = True
@@ -99,7 +99,7 @@ def test_dropped_patches_are_not_read(device):
 def test_an_index_out_of_range_is_not_passed_over_in_silence(device):
     arguments = draw(device)
     clean = patch_embed(**arguments)
-    arguments["keep"][1, 2] = 6
+    arguments["ids_keep"][1, 2] = 6
     try:
         found = patch_embed(**arguments)
     except IndexError:
@@ -113,7 +113,7 @@ def test_an_index_out_of_range_is_not_passed_over_in_silence(device):
 def test_an_index_out_of_range_reaches_no_other_memory_backwards(device, outside):
     arguments = draw(device)
     upstream = torch.ones_like(patch_embed(**arguments))
-    arguments["keep"][1, 2] = outside
+    arguments["ids_keep"][1, 2] = outside
     try:
         (found,) = gradients(patch_embed, arguments, ("weight",), upstream)
     except IndexError:
@@ -123,15 +123,15 @@ def test_an_index_out_of_range_reaches_no_other_memory_backwards(device, outside
 
 def test_agrees_with_the_convolution_over_all_patches(device):
     arguments = draw(device)
-    mel, keep, weight = arguments["mel"], arguments["keep"], arguments["weight"]
+    mel, ids_keep, weight = arguments["mel"], arguments["ids_keep"], arguments["weight"]
     everything = nn.functional.conv2d(
         mel[:, None], weight.view(-1, 1, 16, 16), arguments["bias"], stride=16
     )
     tokens = everything.flatten(2).transpose(1, 2) + arguments["position"]
-    expected = tokens.gather(1, keep[..., None].expand(-1, -1, tokens.shape[2]))
+    expected = tokens.gather(1, ids_keep[..., None].expand(-1, -1, tokens.shape[2]))
     torch.testing.assert_close(patch_embed(**arguments), expected)
     linear = patchify(mel[:, None], 16) @ weight.T + arguments["bias"] + arguments["position"]
-    torch.testing.assert_close(patch_embed(**{**arguments, "keep": None}), linear)
+    torch.testing.assert_close(patch_embed(**{**arguments, "ids_keep": None}), linear)
 
 
 @pytest.mark.parametrize("side", [1, 3, 8, 32, 48])
@@ -139,7 +139,7 @@ def test_patches_of_any_side(side, device):
     arguments = draw(device, T=96, F=96, K=1)
     generator = torch.Generator().manual_seed(1)
     N = 96 * 96 // side**2
-    arguments["keep"] = torch.tensor([[0], [N - 1], [N // 2]], device=device)
+    arguments["ids_keep"] = torch.tensor([[0], [N - 1], [N // 2]], device=device)
     arguments["weight"] = torch.randn(24, side**2, generator=generator).to(device) / side
     arguments["position"] = torch.randn(N, 24, generator=generator).to(device)
     torch.testing.assert_close(patch_embed(**arguments), patch_embed_reference(**arguments))
@@ -178,11 +178,11 @@ def test_the_result_may_be_asked_for_in_bfloat16(device):
 def test_without_a_batch_or_without_patches(device):
     arguments = draw(device)
     for empty in (
-        {"mel": arguments["mel"][:0], "keep": arguments["keep"][:0]},
-        {"keep": arguments["keep"][:, :0]},
+        {"mel": arguments["mel"][:0], "ids_keep": arguments["ids_keep"][:0]},
+        {"ids_keep": arguments["ids_keep"][:, :0]},
     ):
         some = {**arguments, **empty}
-        shape = (*some["keep"].shape, 24)
+        shape = (*some["ids_keep"].shape, 24)
         assert patch_embed(**some).shape == shape
         found = gradients(patch_embed, some, ("weight", "bias"), torch.zeros(shape, device=device))
         assert not any(gradient.any() for gradient in found)
@@ -215,8 +215,8 @@ def test_compiles_whole_with_its_gradients_under_autocast(device):
         ({"mel": torch.zeros(3, 32, 48, dtype=torch.int64)}, "mel must be float"),
         ({"weight": torch.zeros(24, 255)}, r"P \* P pixels, got 255"),
         ({"weight": torch.zeros(24)}, r"weight must be \(D, P \* P\)"),
-        ({"keep": torch.zeros(2, 4, dtype=torch.int64)}, r"keep must be \(B, K\)"),
-        ({"keep": torch.zeros(3, 4)}, "keep must be int32 or int64"),
+        ({"ids_keep": torch.zeros(2, 4, dtype=torch.int64)}, r"ids_keep must be \(B, K\)"),
+        ({"ids_keep": torch.zeros(3, 4)}, "ids_keep must be int32 or int64"),
         ({"bias": torch.zeros(23)}, r"bias must be \(D,\)"),
         ({"position": torch.zeros(5, 24)}, r"position must be \(N, D\) = \(6, 24\)"),
     ],

@@ -1,4 +1,4 @@
-"""The contract finds mistakes in the token and patch kernels: each of these makes it fail."""
+"""The tests of every kernel find mistakes in token and patch kernels: each makes them fail."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from flap_kernels import KERNELS
 from tests.kernels.faults import Fault, put_in
-from tests.kernels.test_every_kernel import check_contract, strided
+from tests.kernels.test_every_kernel import check_as_exact, strided
 
 
 def fault(says: str, op: str, where: str, right: str, wrong: str) -> Fault:
@@ -21,71 +21,71 @@ def fault(says: str, op: str, where: str, right: str, wrong: str) -> Fault:
 FAULTS = [
     fault(
         "columns past the end are ranked",
-        "draw_plan",
-        "draw_plan.draw_plan_kernel",
+        "draw_patch_mask",
+        "patch_mask.draw_patch_mask_kernel",
         "(lower & (j < C)[None, :])",
         "lower",
     ),
     fault(
         "rows are drawn with the columns' key",
-        "draw_plan",
-        "draw_plan.draw_plan_kernel",
+        "draw_patch_mask",
+        "patch_mask.draw_patch_mask_kernel",
         "_draw(inner_key",
         "_draw(outer_key",
     ),
     fault(
         "two numbers of a block change places",
-        "draw_plan",
-        "draw_plan._draw",
+        "draw_patch_mask",
+        "patch_mask._draw",
         "lane == 0, w0, tl.where(lane == 1, w1",
         "lane == 0, w1, tl.where(lane == 1, w0",
     ),
     fault(
         "dropped patches go back where kept ones do",
-        "draw_plan",
-        "draw_plan.draw_plan_kernel",
+        "draw_patch_mask",
+        "patch_mask.draw_patch_mask_kernel",
         "K + after",
         "after",
     ),
     fault(
         "the index is not used",
-        "keep_tokens",
-        "keep_tokens.keep_tokens_kernel",
+        "gather_tokens",
+        "gather_tokens.gather_tokens_kernel",
         "n * stride_xn",
         "offs_k * stride_xn",
     ),
     fault(
         "every clip is the first",
-        "keep_tokens",
-        "keep_tokens.keep_tokens_kernel",
+        "gather_tokens",
+        "gather_tokens.gather_tokens_kernel",
         "b * stride_xb + ",
         "",
     ),
     fault(
-        "dropped places stay empty",
-        "restore_tokens",
-        "restore_tokens.restore_tokens_kernel",
+        "dropped tokens stay empty",
+        "unshuffle_tokens",
+        "unshuffle_tokens.unshuffle_tokens_kernel",
         "tl.where(kept[:, None], x, token[None, :])",
         "x",
     ),
     fault(
         "positions begin anew with each tile",
-        "restore_tokens",
-        "restore_tokens.restore_tokens_kernel",
+        "unshuffle_tokens",
+        "unshuffle_tokens.unshuffle_tokens_kernel",
         "n * stride_pn",
         "n % BLOCK_ROWS * stride_pn",
     ),
     fault(
         "kept tokens count for the mask token",
-        "restore_tokens",
-        "restore_tokens.restore_tokens_backward_kernel",
+        "unshuffle_tokens",
+        "unshuffle_tokens.unshuffle_tokens_backward_kernel",
         "tl.where(kept[:, None], 0.0, grad.to(tl.float32))",
         "grad.to(tl.float32)",
     ),
     fault(
-        "a clip's tiles store their sums in one place",
-        "restore_tokens",
-        "restore_tokens.restore_tokens_backward_kernel",
+        "a clip's tiles store their sums over each other",
+        "unshuffle_tokens",
+        "unshuffle_tokens.unshuffle_tokens_backward_kernel",
         "tl.program_id(0).to(tl.int64) * D",
         "b * D",
     ),
@@ -136,7 +136,7 @@ FAULTS = [
         "masked_mse",
         "masked_mse_tiles.masked_mse_kernel",
         "tl.where(mask, e - x, 0.0)",
-        "tl.where(pixel[None, :], e - x, 0.0)",
+        "tl.where(mask_p[None, :], e - x, 0.0)",
     ),
     fault(
         "the rest of the width is left out",
@@ -153,7 +153,7 @@ FAULTS = [
         "scale",
     ),
     fault(
-        "a tile's columns are stored in the first one's place",
+        "a tile's columns are stored over the first one's",
         "masked_mse",
         "masked_mse_tiles.masked_mse_kernel",
         "pid.to(tl.int64) * (P * P) + offs_p",
@@ -163,9 +163,9 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.op}: {fault.says}")
-def test_contract_finds(fault, kernel_device, monkeypatch, tmp_path):
+def test_every_kernels_tests_find(fault, kernel_device, monkeypatch, tmp_path):
     put_in(fault, monkeypatch, tmp_path)
     with pytest.raises(AssertionError, match=fault.op):
-        check_contract(
+        check_as_exact(
             KERNELS[fault.op], "odd", torch.float32, kernel_device, draws=1, prepare=strided
         )

@@ -69,7 +69,7 @@ def test_both_cyclic_terms_cost_one_call(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(flap_kernels, "cyclic", lambda *a, **k: calls.append(k) or real(*a, **k))
     for overrides in (("loss.cyclic.form=gram", *BOTH), BOTH[:1], ()):
         total_loss(outputs_of(unit(0), unit(1)), tiny(*overrides))
-    assert calls == [{"form": form, "equal_shares": True} for form in ("gram", "auto")]
+    assert calls == [{"form": form, "equal_sizes": True} for form in ("gram", "auto")]
 
 
 def test_the_contrastive_loss_is_exact_unless_another_precision_is_asked_for():

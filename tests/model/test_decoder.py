@@ -15,7 +15,7 @@ from flap_fast.losses import total_loss
 from flap_fast.model.decoder import Decoder
 from flap_fast.model.masking import patch_mask
 from flap_fast.model.two_towers import TwoTowers
-from flap_kernels.draw_plan import MaskPlan
+from flap_kernels import PatchMask
 from tests.tiny import tiny
 
 B, N, WIDTH = 3, 56, 32
@@ -26,25 +26,25 @@ def settings(*overrides: str) -> Config:
     return tiny(*small, *overrides)
 
 
-def made(config: Config) -> tuple[Decoder, Tensor, MaskPlan, Tensor]:
+def made(config: Config) -> tuple[Decoder, Tensor, PatchMask, Tensor]:
     """A decoder, tokens of the patches kept, the plan, and the log-mel to rebuild."""
     torch.manual_seed(0)
     assert isinstance(config.encoder, PatchEncoder)
     decoder = Decoder(config, config.encoder, WIDTH)
     plan = patch_mask(config.mask, config.audio.grid, 0, torch.arange(B))
     assert plan is not None
-    tokens = torch.randn(B, config.audio.use_cls + plan.keep.shape[1], WIDTH)
+    tokens = torch.randn(B, config.audio.use_cls + plan.ids_keep.shape[1], WIDTH)
     return decoder, tokens, plan, torch.randn(B, 1, 112, 128) * 3 + 1
 
 
 def audiomae(
-    decoder: Decoder, config: Config, tokens: Tensor, plan: MaskPlan, mel: Tensor
+    decoder: Decoder, config: Config, tokens: Tensor, plan: PatchMask, mel: Tensor
 ) -> Tensor:
     """As published: every patch predicted, all targets made, the mask picks."""
     cls = config.audio.use_cls
     y = decoder.embed(tokens)
-    gaps = decoder.mask_token.expand(B, N - plan.keep.shape[1], -1)
-    restore = torch.cat([plan.keep, plan.drop], 1).argsort(1)
+    gaps = decoder.mask_token.expand(B, N - plan.ids_keep.shape[1], -1)
+    restore = torch.cat([plan.ids_keep, plan.ids_drop], 1).argsort(1)
     x = torch.cat([y[:, cls:], gaps], 1)
     x = x.gather(1, restore[..., None].expand(-1, -1, x.shape[-1]))
     x = x + sine_positions(config.decoder.width, config.audio.grid)
@@ -56,7 +56,7 @@ def audiomae(
         var, mean = torch.var_mean(target, -1, keepdim=True)
         target = (target - mean) / (var + 1e-6) ** 0.5
     error = (predicted - target).square().mean(-1)
-    masked = torch.ones(B, N).scatter_(1, plan.keep, 0)
+    masked = torch.ones(B, N).scatter_(1, plan.ids_keep, 0)
     return (error * masked).sum() / masked.sum()
 
 
@@ -80,7 +80,7 @@ def test_only_dropped_patches_are_compared():
     config = settings("loss.recon.norm_pix=false")
     decoder, tokens, plan, mel = made(config)
     before = decoder(tokens, plan, mel)
-    for n, moves in ((int(plan.keep[1, 4]), False), (int(plan.drop[1, 4]), True)):
+    for n, moves in ((int(plan.ids_keep[1, 4]), False), (int(plan.ids_drop[1, 4]), True)):
         other = mel.clone()
         other[1, 0, 16 * (n // 8), 16 * (n % 8)] += 1
         assert (decoder(tokens, plan, other) != before) == moves
@@ -95,8 +95,8 @@ def test_of_several_channels_the_first_is_rebuilt():
 EVERYTHING = torch.arange(N).expand(B, -1)
 
 
-@pytest.mark.parametrize("plan", [None, MaskPlan(EVERYTHING, EVERYTHING[:, :0], EVERYTHING)])
-def test_where_nothing_is_dropped_the_error_is_0_and_so_are_all_gradients(plan: MaskPlan | None):
+@pytest.mark.parametrize("plan", [None, PatchMask(EVERYTHING, EVERYTHING[:, :0], EVERYTHING)])
+def test_where_nothing_is_dropped_the_error_is_0_and_so_are_all_gradients(plan: PatchMask | None):
     decoder, tokens, _, mel = made(settings())
     error = decoder(tokens.requires_grad_(), plan, mel)
     error.backward()

@@ -104,7 +104,7 @@ def test_six_clips_give_three_best_and_three_worst_to_listen_to(page: str):
     assert "Similarity of 6 sounds and captions" in page
 
 
-def test_best_are_first_by_place_and_then_by_cosine():
+def test_best_are_first_by_position_and_then_by_cosine():
     own = torch.tensor([3, 0, 0, 9])
     cosines, clip_of_caption = (
         torch.tensor([0.9, 0.1, 0.2, 0.5, 0.0]),
@@ -115,8 +115,8 @@ def test_best_are_first_by_place_and_then_by_cosine():
 
 def test_a_single_clip_has_no_uniformity_to_draw():
     geometry = {2: {"alignment": 1.0, "uniformity_audio": None, "uniformity_text": -1.0}}
-    heard = RetrievalExamples("val", 1, np.ones((1, 1)), [], [], geometry)
-    assert alignment_over_uniformity(heard).count("step 2") == 1
+    examples = RetrievalExamples("val", "audio", 1, np.ones((1, 1)), [], [], geometry)
+    assert alignment_over_uniformity(examples).count("step 2") == 1
 
 
 def test_other_runs_stand_beside_it(run: Path, tmp_path: Path, monkeypatch, capsys):
@@ -159,20 +159,23 @@ def test_runs_scored_on_other_data_or_on_pictures_are_named_and_not_drawn(
     data = yaml.safe_load((run / "config.yaml").read_text())["data"]
     clip = tiny_clip(f"data.train={data['train'][0]}", "run.name=pictures")
     (others[-1] / "config.yaml").write_text(dump_config(clip))
-    text = report(run, tmp_path / "page.html", beside=others).read_text()
+    text = report(run, tmp_path / "page.html", others=others).read_text()
     assert text.count(">same</text>") == 2  # one a direction
     for name in ("elsewhere", "larger", "wordier"):
         assert f">{name}</text>" not in text
         assert f"{name} is not drawn over GFLOPs on val: its scores are of " in text
     assert ">pictures</text>" not in text
     assert "unscored is not drawn over GFLOPs on val: it has no scores of that name" in text
-    assert "pictures is not drawn over GFLOPs on val: nobody counts those of an image tower" in text
+    assert (
+        "pictures is not drawn over GFLOPs on val: its encoder is of another modality, image"
+        in text
+    )
 
 
 def test_captions_are_text_not_markup(run: Path, tmp_path: Path, monkeypatch):
     from flap_fast.report import page as module
 
-    monkeypatch.setattr(module, "listen", lambda run: ([], ["<b>data</b> & more"]))
+    monkeypatch.setattr(module, "retrieval_examples", lambda run: ([], ["<b>data</b> & more"]))
     text = report(run, tmp_path / "page.html").read_text()
     assert "&lt;b&gt;data&lt;/b&gt; &amp; more" in text
 
@@ -200,7 +203,20 @@ def test_a_run_on_pictures_shows_them(tmp_path: Path):
     text = report(tmp_path / "flap").read_text()
     assert text.count("data:image/jpeg;base64,") == 8
     assert "<audio" not in text
-    assert "GFLOPs" not in text
+    assert "GFLOPs of the image encoder, 8 clips" in text
+    assert "Similarity of 8 images and captions" in text
+    assert ">image to text</text>" in text
+    assert "<th>T-I R@1</th>" in text
+    # As older versions wrote it.
+    file = tmp_path / "flap/eval.json"
+    old = json.loads(
+        file.read_text().replace("image_to", "audio_to").replace("to_image", "to_audio")
+    )
+    old["retrieval"]["train"]["sense"] = "image"
+    file.write_text(json.dumps(old))
+    again = report(tmp_path / "flap").read_text()
+    for part in ('<h2 id="scores">', '<h2 id="gflops">'):
+        assert again.split(part)[1].split("<h2")[0] == text.split(part)[1].split("<h2")[0]
 
 
 @pytest.mark.parametrize(

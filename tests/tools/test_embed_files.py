@@ -53,8 +53,8 @@ def sounds(tmp_path: Path) -> Path:
     return folder
 
 
-class Watch:
-    """How many sounds a call was to embed and has embedded; stops it at the `stop`-th."""
+class Progress:
+    """Counts the sounds that a call should embed and embedded; stops it at the `stop`-th."""
 
     def __init__(self, stop: int | None = None):
         self.total, self.seen, self.stop = 0, 0, stop
@@ -71,8 +71,8 @@ class Watch:
 
 
 def run(checkpoint: Path, sounds: Path, out: Path, **kwargs) -> Embedded:
-    """Pieces of three sounds or so, in batches of two."""
-    settings: dict[str, Any] = {"batch": 2, "piece_sounds": 3} | kwargs
+    """Embed in chunks of three sounds on average, in batches of two."""
+    settings: dict[str, Any] = {"batch": 2, "chunk_sounds": 3} | kwargs
     return embed_files(checkpoint, find_sounds([sounds]), out, **settings)
 
 
@@ -80,7 +80,7 @@ def contents(out: Path) -> dict[str, bytes]:
     return {str(f.relative_to(out)): f.read_bytes() for f in out.rglob("*") if f.is_file()}
 
 
-def pieces(out: Path) -> set[str]:
+def chunks(out: Path) -> set[str]:
     return {file.name for file in (out / ".embed").iterdir()}
 
 
@@ -101,7 +101,7 @@ def test_rows_are_the_sounds_that_can_be_read_in_their_order(checkpoint, sounds,
     rows = np.load(out / "embeddings.npy")
     assert rows.dtype == np.float32
     assert np.abs(rows - load(checkpoint).embed_audio(good).numpy()).max() < 1e-5
-    assert 2 < len(pieces(out)) < SOUNDS
+    assert 2 < len(chunks(out)) < SOUNDS
 
 
 @pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2)])
@@ -117,47 +117,47 @@ def test_parts_of_several_machines_are_the_bytes_of_one(checkpoint, sounds, tmp_
     assert contents(out) == contents(tmp_path / "one")
 
 
-def test_a_call_that_was_stopped_is_gone_on_with_to_the_same_bytes(checkpoint, sounds, tmp_path):
+def test_a_resumed_call_gives_the_same_bytes(checkpoint, sounds, tmp_path):
     run(checkpoint, sounds, tmp_path / "one")
     out = tmp_path / "stopped"
-    first, second, third = Watch(stop=8), Watch(), Watch()
+    first, second, third = Progress(stop=8), Progress(), Progress()
     with pytest.raises(KeyboardInterrupt):
-        run(checkpoint, sounds, out, watch=first)
-    assert 0 < len(pieces(out)) < len(pieces(tmp_path / "one"))
-    run(checkpoint, sounds, out, watch=second)
+        run(checkpoint, sounds, out, progress=first)
+    assert 0 < len(chunks(out)) < len(chunks(tmp_path / "one"))
+    run(checkpoint, sounds, out, progress=second)
     assert first.total == SOUNDS
     assert second.seen == second.total < SOUNDS
     assert contents(out) == contents(tmp_path / "one")
-    run(checkpoint, sounds, out, watch=third)
+    run(checkpoint, sounds, out, progress=third)
     assert third.total == 0
 
 
-def test_sounds_that_come_go_or_change_touch_their_pieces_alone(checkpoint, sounds, tmp_path):
+def test_sounds_added_removed_or_changed_affect_only_their_chunks(checkpoint, sounds, tmp_path):
     run(checkpoint, sounds, tmp_path / "out")
     (sounds / "03.wav").write_bytes(encode(tone(5000, 0.5, RATE), RATE, "WAV"))
     (sounds / "06.wav").unlink()
     (sounds / "00.wav").write_bytes(encode(tone(900, 1.0, RATE), RATE, "WAV"))
-    watch = Watch()
-    assert run(checkpoint, sounds, tmp_path / "out", watch=watch) == Embedded(9, 2)
+    watch = Progress()
+    assert run(checkpoint, sounds, tmp_path / "out", progress=watch) == Embedded(9, 2)
     assert 0 < watch.total < SOUNDS - 1
-    run(checkpoint, sounds, tmp_path / "anew")
-    assert contents(tmp_path / "out") == contents(tmp_path / "anew")
+    run(checkpoint, sounds, tmp_path / "again")
+    assert contents(tmp_path / "out") == contents(tmp_path / "again")
 
 
-def test_another_model_crop_or_batch_embeds_all_anew(checkpoint, sounds, tmp_path):
+def test_another_model_crop_or_batch_embeds_all_again(checkpoint, sounds, tmp_path):
     out = tmp_path / "out"
     run(checkpoint, sounds, out)
-    was = pieces(out)
+    was = chunks(out)
     other = model(tmp_path / "other", 1)
     for path, kwargs in ((checkpoint, {"crop": "whole"}), (checkpoint, {"batch": 3}), (other, {})):
-        watch = Watch()
-        run(path, sounds, out, watch=watch, **kwargs)
+        watch = Progress()
+        run(path, sounds, out, progress=watch, **kwargs)
         assert watch.total == SOUNDS
-        assert not pieces(out) & was
-        was = pieces(out)
+        assert not chunks(out) & was
+        was = chunks(out)
 
 
-def test_no_piece_is_finished_with_a_sound_that_the_system_does_not_let_us_read(
+def test_a_chunk_with_a_sound_that_the_system_failed_to_read_is_pending(
     checkpoint, sounds, tmp_path, monkeypatch
 ):
     def refusing(file: Path, rate: int):
@@ -167,11 +167,11 @@ def test_no_piece_is_finished_with_a_sound_that_the_system_does_not_let_us_read(
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr("flap_fast.tools.embedder.read_sound", refusing)
+        patch.setattr("flap_fast.tools.sounds.read_sound", refusing)
         assert run(checkpoint, sounds, out) == Embedded(8, 4)
     assert "06.wav" in {Path(name).name for name in names(out / "rejected.jsonl")}
-    watch = Watch()
-    assert run(checkpoint, sounds, out, watch=watch) == Embedded(9, 3)
+    watch = Progress()
+    assert run(checkpoint, sounds, out, progress=watch) == Embedded(9, 3)
     assert 0 < watch.total < SOUNDS
     run(checkpoint, sounds, tmp_path / "one")
     assert contents(out) == contents(tmp_path / "one")
@@ -180,8 +180,8 @@ def test_no_piece_is_finished_with_a_sound_that_the_system_does_not_let_us_read(
 def test_weights_that_changed_under_their_path_are_seen(checkpoint, sounds, tmp_path):
     changing = model(tmp_path / "model", 0)
     run(changing, sounds, tmp_path / "out")
-    watch = Watch()
-    run(model(changing, 1), sounds, tmp_path / "out", watch=watch)
+    watch = Progress()
+    run(model(changing, 1), sounds, tmp_path / "out", progress=watch)
     assert watch.total == SOUNDS
 
 
@@ -201,12 +201,12 @@ def test_a_cluster_writes_the_bytes_of_one_machine(checkpoint, sounds, tmp_path,
     ray.init(num_cpus=2, include_dashboard=False, runtime_env=paths, log_to_driver=False)
     try:
         monkeypatch.chdir(tmp_path)
-        watch = Watch()
+        watch = Progress()
         out = tmp_path / "ray"
         relative = checkpoint, sounds.relative_to(tmp_path)
-        assert run(*relative, Path("ray"), distributor="ray", watch=watch) == Embedded(9, 3)
+        assert run(*relative, Path("ray"), distributor="ray", progress=watch) == Embedded(9, 3)
         assert watch.seen == watch.total == SOUNDS
-        assert pieces(out) == pieces(tmp_path / "one")
+        assert chunks(out) == chunks(tmp_path / "one")
         array = (tmp_path / "one/embeddings.npy").read_bytes()
         assert (out / "embeddings.npy").read_bytes() == array
     finally:

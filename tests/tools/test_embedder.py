@@ -14,6 +14,7 @@ from flap_fast.data.preprocess.waveform import BadSound
 from flap_fast.data.tokenize import tokenizer
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.tools.embedder import Embedder
+from flap_fast.tools.sounds import crops_of
 from tests.sounds import chirp, encode, noise, tone
 from tests.tiny import tiny
 
@@ -82,7 +83,7 @@ def test_a_waveforms_rate_counts(embedder: Embedder):
         ((WAVE, "16000"), "hertz above 0, got '16000'"),
         ((WAVE, float("inf")), "hertz above 0, got inf"),
         ({"array": WAVE, "sampling_rate": None}, "hertz above 0, got None"),
-        ((WAVE, RATE, 1), "must come alone or with its rate, got 3 things"),
+        ((WAVE, RATE, 1), "must be an array or a pair of array and rate, got 3 items"),
         ([[0.1, 0.2], [0.3]], "a waveform must be an array of numbers"),
         ({"array": WAVE}, "must have 'array' and 'sampling_rate'"),
         ("nowhere.wav", "nowhere.wav: missing: no such file"),
@@ -133,8 +134,9 @@ def test_a_million_sounds_are_decoded_as_they_are_needed(
 
 
 @pytest.mark.parametrize("crop", ["center", "multi:3", "whole"])
-def test_a_crop_keeps_no_recording_alive(embedder: Embedder, crop: str):
-    crops = embedder._crops((np.ones(16_000 * 60, np.float32), RATE), 0, RATE, crop)
+def test_a_crop_does_not_keep_its_recording_in_memory(embedder: Embedder, crop: str):
+    recording = (np.ones(16_000 * 60, np.float32), RATE)
+    crops = crops_of(recording, 0, RATE, crop, embedder.config)
     assert all(wave.base is None and len(wave) == RATE for wave in crops)
 
 

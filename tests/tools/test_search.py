@@ -57,8 +57,8 @@ def sounds(tmp_path: Path) -> Path:
 def update(file: Path, embedder: Embedder, folders: Sequence[Path], crop: str = "center"):
     """The index, and how many sounds were embedded for it."""
     seen: list[int] = []
-    plan = plan_update(file, embedder, find_sounds(folders), crop)
-    index = update_index(file, embedder, plan, crop=crop, advance=lambda: seen.append(1))
+    planned = plan_update(file, embedder, find_sounds(folders), crop)
+    index = update_index(file, embedder, planned, crop=crop, advance=lambda: seen.append(1))
     return index, len(seen)
 
 
@@ -140,7 +140,7 @@ def test_what_the_system_does_not_let_us_read_is_tried_again(
         return read_sound(file, rate)
 
     with monkeypatch.context() as patch:
-        patch.setattr("flap_fast.tools.embedder.read_sound", refusing)
+        patch.setattr("flap_fast.tools.sounds.read_sound", refusing)
         index, _ = update(tmp_path / "index", embedder, [sounds])
         assert [Path(file.path).name for file in index.rejected] == ["b.FLAC", "broken.mp3"]
         assert update(tmp_path / "index", embedder, [sounds])[1] == 1
@@ -150,13 +150,17 @@ def test_what_the_system_does_not_let_us_read_is_tried_again(
     assert update(tmp_path / "index", embedder, [sounds])[1] == 0
 
 
-def test_another_model_or_crop_embeds_all_anew(sounds: Path, embedder: Embedder, tmp_path: Path):
+def test_another_model_or_crop_embeds_all_again(sounds: Path, embedder: Embedder, tmp_path: Path):
     file = tmp_path / "index"
     update(file, embedder, [sounds])
-    plan = plan_update(file, make(1), find_sounds([sounds]), "center")
-    assert (len(plan.kept), len(plan.todo), plan.anew) == (0, 5, "another model made it")
-    plan = plan_update(file, embedder, find_sounds([sounds]), "whole")
-    assert (len(plan.todo), plan.anew) == (5, "its crops are center")
+    planned = plan_update(file, make(1), find_sounds([sounds]), "center")
+    assert (len(planned.kept), len(planned.new), planned.rebuild_reason) == (
+        0,
+        5,
+        "another model made it",
+    )
+    planned = plan_update(file, embedder, find_sounds([sounds]), "whole")
+    assert (len(planned.new), planned.rebuild_reason) == (5, "its crops are center")
 
 
 def test_an_interruption_keeps_what_was_done(sounds: Path, embedder: Embedder, tmp_path: Path):
@@ -169,9 +173,9 @@ def test_an_interruption_keeps_what_was_done(sounds: Path, embedder: Embedder, t
         if seen == 3:
             raise KeyboardInterrupt
 
-    plan = plan_update(file, embedder, find_sounds([sounds]), "center")
+    planned = plan_update(file, embedder, find_sounds([sounds]), "center")
     with pytest.raises(KeyboardInterrupt):
-        update_index(file, embedder, plan, batch=1, advance=stop_at_the_third)
+        update_index(file, embedder, planned, batch=1, advance=stop_at_the_third)
     assert len(open_index(file).rows) == 3
     index, embedded = update(file, embedder, [sounds])
     assert embedded == 2

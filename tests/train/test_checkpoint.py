@@ -48,7 +48,7 @@ def test_other_data_under_the_same_name_is_refused(prepared: Path, tmp_path: Pat
     first = data / "train/0.tar"
     first.rename(data / "train/9.tar")
     first.with_suffix(".idx").rename(data / "train/9.idx")
-    message = r"data\.train must hold the 24 clips that the run began with, got '24 others';"
+    message = r"data\.train must hold the 24 clips that the run started with, got '24 others';"
     with pytest.raises(ConfigError, match=message):
         train(settings(data, runs), resume=True)
     (data / "train/9.tar").unlink()
@@ -83,12 +83,12 @@ def test_an_incomplete_checkpoint_is_written_anew(prepared: Path, runs: Path, so
 def test_a_checkpoint_lies_on_the_disk_before_an_older_one_is_deleted(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    real, synced, there = os.fsync, [], []
+    real, synced, kept = os.fsync, [], []
 
     def fsync(descriptor: int) -> None:
         file = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
         synced.append(file.relative_to(checkpoints) if checkpoints in file.parents else file)
-        there.append({folder.name for folder in checkpoints.glob("step-*")})
+        kept.append({folder.name for folder in checkpoints.glob("step-*")})
         real(descriptor)
 
     checkpoints = tmp_path / "flap/checkpoints"
@@ -100,7 +100,7 @@ def test_a_checkpoint_lies_on_the_disk_before_an_older_one_is_deleted(
     assert set(wanted) <= set(synced)
     last = len(synced) - 1 - synced[::-1].index(checkpoints)
     assert last > max(map(synced.index, wanted))
-    assert there[last] == {"step-000002", "step-000004"}
+    assert kept[last] == {"step-000002", "step-000004"}
 
 
 @pytest.mark.parametrize(
@@ -118,11 +118,11 @@ def test_a_broken_checkpoint_says_what_to_go_on_from(
 ):
     checkpoints = runs / "flap/checkpoints"
     (checkpoints / "step-000004" / name).write_bytes(kept)
-    message = rf"{name} cannot be read: .*; remove \S*step-000004 to go on from step-000002$"
+    message = rf"{name} cannot be read: .*; remove \S*step-000004 to resume from step-000002$"
     with pytest.raises(ConfigError, match=message):
         train(settings(prepared, runs), resume=True)
     shutil.rmtree(checkpoints / "step-000002")
-    with pytest.raises(ConfigError, match=r"remove \S*step-000004 to begin anew$"):
+    with pytest.raises(ConfigError, match=r"remove \S*step-000004 to start over$"):
         train(settings(prepared, runs), resume=True)
 
 

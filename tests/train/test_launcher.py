@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from flap_fast.__main__ import main
 from flap_fast.config.file import dump_config, load_config
 from flap_fast.train.loop import train
 from tests.tiny import tiny
@@ -33,9 +34,9 @@ def hosts(folder: Path, node: int) -> tuple[str, ...]:
     """DeepSpeed's launcher on one of two nodes of a hostfile, reached without ssh."""
     file = folder / "hosts"
     file.write_text("node1 slots=1\nnode2 slots=1\n")
-    place = ("--no_ssh", "--node_rank", str(node), "--master_addr", "127.0.0.1")
+    node_and_host = ("--no_ssh", "--node_rank", str(node), "--master_addr", "127.0.0.1")
     file_and_port = ("--hostfile", str(file), "--master_port", PORT)
-    return (program("deepspeed"), *file_and_port, *place, *MODULE)
+    return (program("deepspeed"), *file_and_port, *node_and_host, *MODULE)
 
 
 def torchrun(*_: object) -> tuple[str, ...]:
@@ -76,10 +77,10 @@ def start(command: tuple[str, ...], *arguments: str | Path) -> subprocess.Popen[
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    """What a process said; all of its processes are gone after."""
+    """A process's output; all of its processes have ended after."""
     try:
-        said, _ = process.communicate(timeout=200)
-        return said
+        printed, _ = process.communicate(timeout=200)
+        return printed
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -108,39 +109,46 @@ def losses(config: Path, run: str) -> list[float]:
 
 def test_ctrl_c_saves_says_how_to_go_on_and_the_run_goes_on(config: Path):
     process = start(ALONE, config)
-    said = interrupt(process, config, "flap")
-    assert process.returncode == 130, said
+    printed = interrupt(process, config, "flap")
+    assert process.returncode == 130, printed
     done = len(rows(config, "flap"))
     assert 3 <= done < STEPS
-    assert f"stopped after step {done}, saved in" in said
-    assert "Go on with the same command and --resume" in said
-    assert "Traceback" not in said
+    assert f"stopped after step {done}, saved in" in printed
+    assert "Go on with the same command and --resume" in printed
+    assert "Traceback" not in printed
     train(load_config(config), resume=True)
     assert len(losses(config, "flap")) == STEPS
 
 
-def test_a_run_goes_on_from_launcher_to_launcher_and_loses_what_one_process_loses(
-    config: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    "on_two_nodes",
+    [
+        pytest.param(((torchrun, 2),), id="torchrun"),
+        pytest.param(((hosts, 1), (torchrun, 2)), id="hostfile-torchrun", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_resumes_under_other_launchers_with_the_losses_of_one_process(
+    on_two_nodes: tuple[tuple[Any, int], ...], config: Path, tmp_path: Path
 ):
-    """`deepspeed` on one machine; with a hostfile on two "nodes"; torchrun on two; one process."""
+    """`deepspeed` on one machine; then on two "nodes" each (launcher, ZeRO stage); one process."""
     pytest.importorskip("deepspeed")
     train(load_config(config, ["run.name=alone"]))
 
     one = (program("deepspeed"), "--num_accelerators", "2", "--master_port", PORT, *MODULE)
     process = start(one, config, "train.zero_stage=3")
-    said = interrupt(process, config, "flap")
-    assert process.returncode != 0, said
-    assert "Go on with the same command and --resume" in said
+    printed = interrupt(process, config, "flap")
+    assert process.returncode != 0, printed
+    assert "Go on with the same command and --resume" in printed
     assert 3 <= len(rows(config, "flap")) < STEPS
 
-    for launcher, stage in ((hosts, 1), (torchrun, 2)):
+    for launcher, stage in on_two_nodes:
         nodes = [
             start(launcher(tmp_path, node), config, f"train.zero_stage={stage}", "--resume")
             for node in (0, 1)
         ]
-        # On one node: the other must hear of it.
-        said = interrupt(nodes[1], config, "flap") + finish(nodes[0])
-        assert "stopped after step" in said, said
+        # On one node: the other must stop too.
+        printed = interrupt(nodes[1], config, "flap") + finish(nodes[0])
+        assert "stopped after step" in printed, printed
         assert len(rows(config, "flap")) < STEPS
 
     scores = train(load_config(config), resume=True)
@@ -150,19 +158,18 @@ def test_a_run_goes_on_from_launcher_to_launcher_and_loses_what_one_process_lose
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused_once_a_node_and_without_a_traceback(
-    config: Path,
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    command = [*ALONE, "--local_rank=1", "train", str(config), "train.global_batch=7"]
-    said = [
-        subprocess.run(
-            command,
-            env=environment() | {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": "4"},
-            capture_output=True,
-            text=True,
-        )
-        for rank, local_rank in ("00", "11", "20")
-    ]
-    assert [one.returncode for one in said] == [2, 2, 2]
+    command = ["flap", "--local_rank=1", "train", str(config), "train.global_batch=7"]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    printed = []
+    for rank, local_rank in ("00", "11", "20"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2
+        printed.append(capsys.readouterr().err.strip())
     message = "error: train.global_batch must be a multiple of the 4 ranks, got 7; for example 4"
-    heard = [one.stderr.strip() for one in said]
-    assert heard == [f"[rank 0] {message}", "", f"[rank 2] {message}"]
+    assert printed == [f"[rank 0] {message}", "", f"[rank 2] {message}"]

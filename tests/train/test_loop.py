@@ -20,12 +20,14 @@ from flap_fast.losses import total_loss
 from flap_fast.model import model_folder as interop
 from flap_fast.preparation.prepare import prepare
 from flap_fast.tools.embedder import load
-from flap_fast.train import loop
-from flap_fast.train import step as microbatch
+from flap_fast.train import setup
+from flap_fast.train import step as step_file
 from flap_fast.train.checkpoint import latest
 from flap_fast.train.loop import Stopped, train
 from flap_fast.train.observers import NotFinite
 from flap_fast.train.run_folder import differences
+from flap_fast.train.scorer import Scorer
+from flap_fast.train.stop import Stop
 from tests.sounds import encode, tone, write_manifest
 from tests.tiny import tiny
 
@@ -52,7 +54,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if Ctrl-C came during that step."""
     asked = iter([False] * (step - 1) + [True])
-    monkeypatch.setattr(loop.Stop, "agreed", lambda self: next(asked))
+    monkeypatch.setattr(Stop, "agreed", lambda self: next(asked))
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +172,7 @@ def test_a_run_goes_on_with_another_decoder_but_not_with_another_mel():
 def test_nothing_is_loaded_for_a_wrong_config(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(loop, "open_shards", lambda *_: pytest.fail("it opened the shards"))
+    monkeypatch.setattr(setup, "open_shards", lambda *_: pytest.fail("it opened the shards"))
     for override, message in (
         ("data.val=nowhere", r"data\.val must be existing folders of shards, got 'nowhere'"),
         ("train.engine=deepspeed", r"train\.engine must be 'plain' without .*launch"),
@@ -194,8 +196,8 @@ def test_a_nan_stops_the_run_before_it_reaches_a_checkpoint(
         terms = total_loss(outputs, config)
         return {**terms, "total": terms["total"] * (float("nan") if next(steps) == 3 else 1)}
 
-    monkeypatch.setattr(microbatch, "total_loss", poisoned)
-    message = r"at step 3; nothing was saved after it\. Lower .* train\.init_from=\S*flap to"
+    monkeypatch.setattr(step_file, "total_loss", poisoned)
+    message = r"at step 3; nothing was saved after it\. Lower .* train\.init_from=\S*flap to start"
     with pytest.raises(NotFinite, match=message):
         train(settings(prepared, tmp_path, "log.every_steps=10"))
     checkpoints = tmp_path / "flap/checkpoints"
@@ -279,16 +281,16 @@ def test_an_evaluation_that_is_interrupted_is_done_when_the_run_goes_on(
     step: int, whole: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """As by a second Ctrl-C; at step 3, where no checkpoint is due, the steps are done again."""
-    config, real = settings(prepared, tmp_path), loop.Scorer._scores
+    config, real = settings(prepared, tmp_path), Scorer._evaluate
     asked = iter(range(3, 9, 3))
 
-    def interrupted(score: loop.Scorer):
+    def interrupted(scorer: Scorer):
         if next(asked) == step:
             raise KeyboardInterrupt
-        return real(score)
+        return real(scorer)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Scorer, "_scores", interrupted)
+        patch.setattr(Scorer, "_evaluate", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train(config)
     last = latest(tmp_path / "flap/checkpoints")
@@ -305,14 +307,14 @@ def test_masking_and_reconstruction_end_with_the_unmasked_tail(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     kept: list[int | None] = []
-    real = microbatch.patch_mask_of
+    real = step_file.patch_mask_of
 
     def watched(*arguments):
         plan = real(*arguments)
-        kept.append(None if plan is None else plan.keep.shape[1])
+        kept.append(None if plan is None else plan.ids_keep.shape[1])
         return plan
 
-    monkeypatch.setattr(microbatch, "patch_mask_of", watched)
+    monkeypatch.setattr(step_file, "patch_mask_of", watched)
     rebuilding = ("loss.recon.weight=1", "decoder.width=16", "decoder.depth=1", "decoder.heads=2")
     tail = ("mask.unmasked_tail_epochs=1", "eval.every_steps=0", "data.val=[]")
     train(settings(prepared, tmp_path, *rebuilding, *tail))
@@ -328,7 +330,7 @@ def test_the_decoder_rebuilds_the_sound_before_specaug_or_after(target: str):
     ids = torch.zeros(4, 8, dtype=torch.int64)
     clean = torch.ones(4, 1, 112, 128)
     batch = Batch(clean, ids, ids, sample_index=torch.arange(4), clips=np.arange(4), epoch=0)
-    inputs = microbatch.model_inputs(batch, None, config)
+    inputs = step_file.model_inputs(batch, None, config)
     assert not torch.equal(inputs["media"], clean)
     assert inputs["target"] is (clean if target == "clean" else inputs["media"])
 

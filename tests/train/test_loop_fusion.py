@@ -13,7 +13,7 @@ from flap_fast.data.batch import Batch
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks
 from flap_fast.tools.embedder import load
-from flap_fast.train import step as microbatch
+from flap_fast.train import step as step_file
 from flap_fast.train.engine import DeepSpeedEngine
 from flap_fast.train.loop import train
 from tests.ranks import on_ranks
@@ -27,9 +27,9 @@ ENCODERS = {"vit": ("loss.recon.weight=1", "decoder.depth=1"), "htsat": HTSAT}
 def test_a_fused_run_trains_scores_and_hears_whole_clips(name, prepared, tmp_path, monkeypatch):
     """Also what differs outside any one crop; the loop passes on what the batch says."""
     seen: list[tuple[Batch, dict]] = []
-    real, forward = microbatch.model_inputs, TwoTowers.forward
+    real, forward = step_file.model_inputs, TwoTowers.forward
     monkeypatch.setattr(
-        microbatch,
+        step_file,
         "model_inputs",
         lambda batch, *rest: seen.append((batch, {})) or real(batch, *rest),
     )

@@ -17,10 +17,11 @@ from flap_fast.model.model_folder import load_weights, model_folder
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks
 from flap_fast.tools.embedder import load
-from flap_fast.train import loop
-from flap_fast.train.engine import parameter_groups, share_norms
+from flap_fast.train.engine import sync_batch_norms
 from flap_fast.train.loop import Stopped, train
+from flap_fast.train.optimizers import parameter_groups
 from flap_fast.train.step import model_inputs
+from flap_fast.train.stop import Stop
 from tests.tiny import HTSAT, tiny
 
 
@@ -48,7 +49,7 @@ def whole(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_resumed_run_has_the_same_weights_and_statistics(whole, prepared, tmp_path, monkeypatch):
     asked = iter([False, True])
-    monkeypatch.setattr(loop.Stop, "agreed", lambda self: next(asked))
+    monkeypatch.setattr(Stop, "agreed", lambda self: next(asked))
     with pytest.raises(Stopped):
         train(settings(prepared, tmp_path))
     monkeypatch.undo()
@@ -99,7 +100,7 @@ def test_specaug_is_left_to_the_encoder(prepared, tmp_path):
 
 
 def test_two_passes_count_a_micro_batch_twice_in_the_running_statistics(prepared, tmp_path):
-    """And normalise by it alone: what `microbatch` says of layers that mix clips."""
+    """And normalise by it alone: what `step` says of layers that mix clips."""
     train(settings(prepared, tmp_path, "train.micro_batch=4", "train.steps=2", "data.val=[]"))
     weights = load_weights(model_folder(tmp_path / "flap"))
     assert weights["audio.bn0.num_batches_tracked"] == 2 * 2 * 2
@@ -115,7 +116,7 @@ def test_norms_are_shared_between_gpus_under_the_same_names():
     ):
         model = TwoTowers(tiny(*HTSAT, "fusion.type=aff_2d"))
         before = model.state_dict()
-        share_norms(model, ranks)
+        sync_batch_norms(model, ranks)
         assert {*model.state_dict()} == {*before}
         kinds = [
             isinstance(m, torch.nn.SyncBatchNorm)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.table import Table
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -20,15 +21,15 @@ from flap_fast.data.shards import open_shards
 from flap_fast.data.tokenize import tokenizer
 from flap_fast.evaluate.embed import read_texts
 from flap_fast.evaluate.evaluated_model import whole_model
-from flap_fast.evaluate.run import score, table
-from flap_fast.evaluate.tables import markdown
+from flap_fast.evaluate.run import score
+from flap_fast.evaluate.tables import markdown, terminal
 from flap_fast.model.model_folder import load_model
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.preparation.prepare import prepare
 from flap_fast.ranks import Ranks
 from flap_fast.train.checkpoint import latest
-from flap_fast.train.engine import parameter_groups
 from flap_fast.train.loop import train
+from flap_fast.train.optimizers import parameter_groups
 from flap_fast.train.run_folder import differences
 from tests.pictures import COLOURS, SHAPES, draw, write_pictures
 from tests.tiny import tiny, tiny_clip
@@ -81,24 +82,26 @@ def test_the_loss_falls_towards_what_cannot_be_told_apart(trained):
 def test_retrieval_is_over_chance_and_speaks_of_images(trained):
     scores = json.loads((trained.run_folder / "eval.json").read_text())
     found = scores["retrieval"]["val"]
-    assert found["sense"] == "image"
-    for direction in ("audio_to_text", "text_to_audio"):
+    assert "audio" not in json.dumps(found)
+    for direction in ("image_to_text", "text_to_image"):
         assert found[direction]["R@5"] > 2 * found["chance"][direction]["R@5"]
     assert "val/image_to_text/R@1" in rows(trained)[-1]
-    assert list(table(scores).columns[1].cells) == ["image to text", "text to image"]
+    (table,) = terminal(scores)
+    assert isinstance(table, Table)
+    assert list(table.columns[1].cells) == ["image to text", "text to image"]
     assert "T-I R@1" in markdown(scores)
-    assert "a caption finds its picture" in markdown(scores)
+    assert "a caption finds its image" in markdown(scores)
 
 
 def test_zero_shot_tells_shapes_with_the_prompts_of_imagenet(trained):
     model, config = load_model(trained.run_folder)
-    subject = whole_model(model, config, tokenizer(config.text), Ranks())
-    found = score(subject, list(trained.data.val), ("zero_shot",))["zero_shot"]["val"]
+    evaluated = whole_model(model, config, tokenizer(config.text), Ranks())
+    found = score(evaluated, list(trained.data.val), ("zero_shot",))["zero_shot"]["val"]
     assert (found["templates"], found["classes"], found["clips"]) == (80, 3, 24)
     assert found["top_1"] > 0.33
 
 
-def test_the_embedder_sees_as_evaluation_does(trained, tmp_path):
+def test_the_embedder_embeds_as_evaluation_does(trained, tmp_path):
     embedder = flap_fast.load(trained.run_folder)
     shards = open_shards(trained.data.val, ("images",))
     files = []
@@ -106,8 +109,8 @@ def test_the_embedder_sees_as_evaluation_does(trained, tmp_path):
         files.append(tmp_path / f"{clip}.png")
         files[-1].write_bytes(shards.sound(clip))
     model, config = load_model(trained.run_folder)
-    subject = whole_model(model, config, tokenizer(config.text), Ranks())
-    expected = subject.clips(shards, read_texts(shards)).media
+    evaluated = whole_model(model, config, tokenizer(config.text), Ranks())
+    expected = evaluated.clips(shards, read_texts(shards)).media
     torch.testing.assert_close(embedder.embed_image(files, batch=7), expected)
     assert embedder.embed_image([]).shape == (0, 16)
     picture = draw("red", "square", 200)
@@ -122,7 +125,7 @@ def test_the_embedder_sees_as_evaluation_does(trained, tmp_path):
 
 def test_a_model_that_sees_hears_nothing_and_the_other_way_round(trained):
     embedder = flap_fast.load(trained.run_folder)
-    with pytest.raises(ConfigError, match=r"audio tower to embed sounds.*call embed_image"):
+    with pytest.raises(ConfigError, match=r"audio encoder to embed sounds.*call embed_image"):
         embedder.embed_audio([np.zeros(16_000)])
     with pytest.raises(TypeError, match=r"a list of them, got one: \['a.png'\]"):
         embedder.embed_image("a.png")
@@ -171,20 +174,27 @@ def test_a_run_cannot_go_on_with_the_other_sense():
     assert {"image.resolution", "text.encoder", "mask.kind"} <= there & back
 
 
-@pytest.mark.parametrize("command", ["show", "plan", "profile", "eval"])
-def test_what_knows_sounds_alone_says_so(trained, command, monkeypatch):
-    """Masks are drawn and counted of log-mels; no formula knows a ResNet."""
-    file, run = str(trained.run_folder / "config.yaml"), str(trained.run_folder)
+@pytest.mark.parametrize("command", ["show", "plan", "profile"])
+def test_what_takes_log_mels_alone_refuses_an_image_encoder(trained, command, monkeypatch):
+    file = str(trained.run_folder / "config.yaml")
     arguments = {
         "show": ["show", file],
         "plan": ["plan", file, "--gpus", "1"],
         "profile": ["profile", file, "--synthetic"],
-        "eval": ["eval", run, "--tasks", "flops"],
     }[command]
     monkeypatch.chdir(trained.run_folder)
     found = CliRunner().invoke(app, arguments)
     assert isinstance(found.exception, ConfigError)
-    told = str(found.exception)
-    assert (
-        told.startswith("image must be left out") or "have an audio tower, got 'an image'" in told
-    )
+    shown = "image.encoder must be one that masks patches of a log-mel"
+    assert str(found.exception).startswith(("image must be left out", shown))
+
+
+def test_flops_of_an_image_encoder_are_counted(trained, tmp_path):
+    out = tmp_path / "scores.json"
+    asked = ["eval", str(trained.run_folder), "--tasks", "flops", "--out", str(out)]
+    found = CliRunner().invoke(app, asked)
+    assert found.exit_code == 0, found.output
+    assert "Image encoder, forward pass over 8 images" in found.output
+    (row,) = json.loads(out.read_text())["flops"]
+    assert (row["kind"], row["kept"], row["modality"]) == ("none", None, "image")
+    assert row["gflops"] == row["gflops_fused"] > 0

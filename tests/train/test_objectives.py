@@ -10,8 +10,9 @@ import pytest
 
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
-from flap_fast.train import loop
+from flap_fast.train import setup
 from flap_fast.train.loop import Stopped, train
+from flap_fast.train.stop import Stop
 from tests.tiny import tiny
 from tests.triples import write_triples
 
@@ -70,7 +71,7 @@ def test_a_run_with_every_term_logs_them_and_resumes_bit_for_bit(
     halted = settings(prepared, triples, tmp_path, "halted", *micro)
     asked = iter([False, False, True])
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Stop, "agreed", lambda self: next(asked))
+        patch.setattr(Stop, "agreed", lambda self: next(asked))
         with pytest.raises(Stopped):
             train(halted)
     train(halted, resume=True)
@@ -93,7 +94,7 @@ def test_sentence_losses_fall_when_they_are_trained_on(
 def test_a_run_that_lacks_sentences_is_refused_before_anything_is_loaded(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(loop, "open_shards", lambda *_: pytest.fail("it opened the shards"))
+    monkeypatch.setattr(setup, "open_shards", lambda *_: pytest.fail("it opened the shards"))
     nowhere = tmp_path / "nowhere"
     with pytest.raises(ConfigError, match=r"data\.nli must be existing files or folders of them"):
         train(settings(prepared, nowhere, tmp_path, "nowhere"))

@@ -1,4 +1,4 @@
-"""What a run tells about itself."""
+"""Metrics and observers of a run."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import torch
 from flap_fast.data.batch import BadClip
 from flap_fast.ranks import Ranks
 from flap_fast.train.observers import (
+    Metrics,
     NotFinite,
     Row,
-    Watch,
     in_batch_recall,
     metrics_file,
     observers,
@@ -36,9 +36,9 @@ def terms(total: float = 2.0, norm: float = 1.0) -> dict[str, torch.Tensor]:
             "grad_norm": torch.tensor(norm)}  # fmt: skip
 
 
-def watch(rows: list[Row], *overrides: str, steps: int = 100) -> Watch:
+def metrics(rows: list[Row], *overrides: str, steps: int = 100) -> Metrics:
     config = tiny("log.every_steps=2", "run.folder=nowhere", *overrides)
-    return Watch(config, Ranks(), steps, [rows.append])
+    return Metrics(config, Ranks(), steps, [rows.append])
 
 
 def test_in_batch_recall_is_the_share_of_sounds_that_find_their_caption():
@@ -47,9 +47,9 @@ def test_in_batch_recall_is_the_share_of_sounds_that_find_their_caption():
 
 def test_a_row_comes_every_so_many_steps_and_at_the_end():
     rows: list[Row] = []
-    watching = watch(rows, steps=5)
+    recorded = metrics(rows, steps=5)
     for step in range(1, 6):
-        watching.step(step, 0, 0.1, OUTPUTS, terms())
+        recorded.step(step, 0, 0.1, OUTPUTS, terms())
     assert [row["step"] for row in rows] == [2, 4, 5]
     assert rows[0]["loss"] == rows[0]["contrastive"] == 2
     assert rows[0]["in_batch_R@1"] == 0.5
@@ -57,16 +57,16 @@ def test_a_row_comes_every_so_many_steps_and_at_the_end():
 
 def test_waiting_for_data_and_clips_per_second_are_measured():
     rows: list[Row] = []
-    watching = watch(rows)
+    recorded = metrics(rows)
 
     def slow():
         for batch in range(2):
             time.sleep(0.05)
             yield batch
 
-    for step, _ in enumerate(watching.waiting(slow()), 1):
+    for step, _ in enumerate(recorded.timed(slow()), 1):
         time.sleep(0.05)
-        watching.step(step, 0, 0.1, OUTPUTS, terms())
+        recorded.step(step, 0, 0.1, OUTPUTS, terms())
     assert 0.3 < rows[0]["data_wait"] < 0.7
     assert rows[0]["step_ms"] >= 100
     assert rows[0]["clips_per_s"] == pytest.approx(8 * 1000 / rows[0]["step_ms"], rel=0.01)
@@ -74,12 +74,12 @@ def test_waiting_for_data_and_clips_per_second_are_measured():
 
 @pytest.mark.parametrize("bad", [(float("nan"), 1.0), (2.0, float("inf"))])
 def test_the_first_step_that_is_not_finite_is_named(bad: tuple[float, float]):
-    watching = watch([], steps=9)
-    watching.step(1, 0, 0.1, OUTPUTS, terms())
-    watching.step(3, 0, 0.1, OUTPUTS, terms(*bad))
-    watching.step(5, 0, 0.1, OUTPUTS, terms(*bad))
+    recorded = metrics([], steps=9)
+    recorded.step(1, 0, 0.1, OUTPUTS, terms())
+    recorded.step(3, 0, 0.1, OUTPUTS, terms(*bad))
+    recorded.step(5, 0, 0.1, OUTPUTS, terms(*bad))
     with pytest.raises(NotFinite, match=r"at step 3;.* in a new run: run\.name=ANOTHER$"):
-        watching.check()
+        recorded.check_finite()
 
 
 def test_a_resumed_run_writes_over_the_rows_it_repeats(tmp_path: Path):

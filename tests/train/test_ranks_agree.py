@@ -24,15 +24,15 @@ REBUILDING = ("loss.recon.weight=1", "decoder.width=16", "decoder.depth=1", "dec
 
 
 def first_step(folder: Path, ranks: Ranks, *overrides: str, engine: type | None = None):
-    """The loss over all ranks, and the gradients of a rank's share of step 1."""
+    """The loss over all ranks, and the gradients of a rank's slice of step 1."""
     config = tiny(f"data.train={folder}", "frontend.backend=torch", *REBUILDING, *overrides)
     loader = TrainingLoader(config, open_shards(config.data.train), tokenizer(config.text), ranks)
     torch.manual_seed(0)
     model = TwoTowers(config)
     batch = next(loader.batches(0, 1))
-    plan = patch_mask_of(batch, config, STEPS, loader.order.steps_per_epoch)
+    mask = patch_mask_of(batch, config, STEPS, loader.order.steps_per_epoch)
     running = None if engine is None else engine(config, model, ranks)
-    outputs = (running.model if running else model)(**model_inputs(batch, plan, config))
+    outputs = (running.model if running else model)(**model_inputs(batch, mask, config))
     total = total_loss(outputs, config)["total"]
     if running is None:
         total.backward()
@@ -80,8 +80,8 @@ def resting_after_a_step(folder: Path):
         config = tiny(f"data.train={folder}", f"train.zero_stage={stage}", *REBUILDING)
         read = TrainingLoader(config, open_shards(config.data.train), tokenizer(config.text), ranks)
         engine = DeepSpeedEngine(config, TwoTowers(config), ranks)
-        for batch, plan in zip(read.batches(0, 2), (True, False), strict=True):
-            masked = patch_mask_of(batch, config, STEPS, STEPS) if plan else None
+        for batch, masking in zip(read.batches(0, 2), (True, False), strict=True):
+            masked = patch_mask_of(batch, config, STEPS, STEPS) if masking else None
             outputs = engine.model(**model_inputs(batch, masked, config))
             engine.backward(total_loss(outputs, config)["total"])
             named = engine.module.named_parameters()

@@ -18,8 +18,9 @@ from flap_fast.config import Config
 from flap_fast.model.model_folder import load_weights, put_weights
 from flap_fast.model.two_towers import Outputs, TwoTowers
 from flap_fast.ranks import Ranks
-from flap_fast.train import loop
+from flap_fast.train import setup
 from flap_fast.train.engine import PlainEngine, make_engine
+from flap_fast.train.loop import train_from
 from flap_fast.train.run_folder import begin
 from tests.ranks import on_ranks
 from tests.tiny import tiny
@@ -70,12 +71,12 @@ def settings(data: Path, runs: Path, *overrides: str) -> Config:
 
 def run(config: Config, ranks: Ranks) -> None:
     """The loop itself, to its end, from the last checkpoint that there is."""
-    loop.TwoTowers = Remembering
+    setup.TwoTowers = Remembering
     try:
         with ExitStack() as open_files:
-            loop._train(config, ranks, begin(config, resume=True), open_files)
+            train_from(config, ranks, begin(config, resume=True), open_files)
     finally:
-        loop.TwoTowers = TwoTowers
+        setup.TwoTowers = TwoTowers
 
 
 def go_on(data: Path, source: Path, step: int, runs: Path, *overrides: str) -> Path:
@@ -152,10 +153,10 @@ def rows(run: Path) -> list[dict[str, float]]:
 
 def assert_goes_on_as(alone: Path, run: Path, after: int) -> None:
     """The losses that followed, and what the last checkpoint holds."""
-    there, here = rows(alone), rows(run)
+    expected, found = rows(alone), rows(run)
     for step in range(after, 6):
-        assert here[step]["loss"] == pytest.approx(there[step]["loss"], abs=1e-6, rel=0)
-        assert here[step]["grad_norm"] == pytest.approx(there[step]["grad_norm"], rel=1e-5)
+        assert found[step]["loss"] == pytest.approx(expected[step]["loss"], abs=1e-6, rel=0)
+        assert found[step]["grad_norm"] == pytest.approx(expected[step]["grad_norm"], rel=1e-5)
     weights = load_weights(last(run))
     assert weights["steps_seen"] == 6
     state = load_file(last(run) / "optimizer.safetensors")
@@ -201,12 +202,12 @@ def test_one_process_goes_on_where_two_ranks_stopped(
 @pytest.mark.parametrize("number", ON_FOUR)
 def test_what_other_ranks_opened_they_write_with_the_same_bits(number: int, runs: Path):
     source, again = last(runs / f"two-{number}/flap"), runs / f"bits-{number}"
-    for there, here in (
+    for before, after in (
         (load_weights(source), torch.load(again / "weights.pt")),
         (load_file(source / "optimizer.safetensors"), load_file(again / "optimizer.safetensors")),
     ):
-        assert there.keys() == here.keys()
-        assert all(torch.equal(there[name], here[name]) for name in there)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_saving_leaves_the_first_ranks_buffers_on_every_rank(runs: Path):

@@ -1,4 +1,4 @@
-"""Two passes over micro-batches: the gradients of one pass, and the memory of a micro-batch."""
+"""Cached gradients: the gradients of one pass, with the memory of a micro-batch."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from flap_fast.data.tokenize import tokenizer
 from flap_fast.losses import total_loss
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks
-from flap_fast.train import loop
 from flap_fast.train.engine import DeepSpeedEngine, PlainEngine
 from flap_fast.train.loop import Stopped, train
 from flap_fast.train.step import Gradients, dropout_seed, model_inputs, patch_mask_of
+from flap_fast.train.stop import Stop
 from tests.ranks import on_ranks
 from tests.tiny import tiny
 
@@ -54,8 +54,8 @@ def batches(config: Config, ranks: Ranks, steps: int, times: int = 1) -> Iterato
     size = clips // ranks.world // micro_batches
     for step in range(steps):
         mel = torch.randn(clips, 1, 112, 128, generator=torch.Generator().manual_seed(step))
-        for part in [*range(micro_batches)] * times:
-            first = (ranks.rank * micro_batches + part) * size
+        for micro in [*range(micro_batches)] * times:
+            first = (ranks.rank * micro_batches + micro) * size
             rows = slice(first, first + size)
             yield Batch(
                 media=mel[rows],
@@ -118,7 +118,7 @@ def whole():
 
 
 @pytest.mark.parametrize("micro_batch", [pytest.param(32, marks=pytest.mark.slow), 8])
-def test_two_passes_give_the_gradients_and_losses_of_one(micro_batch: int, whole):
+def test_cached_gradients_are_those_of_one_pass_with_the_same_losses(micro_batch: int, whole):
     found = run(settings(f"train.micro_batch={micro_batch}"), Ranks())
     assert_same(found, whole)
     assert found[2] is not None
@@ -126,25 +126,28 @@ def test_two_passes_give_the_gradients_and_losses_of_one(micro_batch: int, whole
         torch.testing.assert_close(found[2][name], value, rtol=1e-5, atol=1e-6)
 
 
-def at_every_stage(micro_batch: int):
+def at_every_stage(micro_batch: int, steps: int):
     ranks = Ranks(rank=dist.get_rank(), world=dist.get_world_size(), launched=True)
     stages = (f"train.zero_stage={stage}" for stage in (0, 1, 2, 3))
     configs = [settings(f"train.micro_batch={micro_batch}", stage) for stage in stages]
-    return [run(config, ranks, DeepSpeedEngine)[:2] for config in configs]
+    return [run(config, ranks, DeepSpeedEngine, steps)[:2] for config in configs]
 
 
 SLOW = [
-    pytest.param(world, micro_batch, marks=pytest.mark.slow)
+    pytest.param(world, micro_batch, STEPS, marks=pytest.mark.slow)
     for world, micro_batch in ((1, 64), (1, 32), (1, 8), (2, 32), (4, 16), (4, 8))
 ]
 
 
-@pytest.mark.parametrize(("world", "micro_batch"), [(2, 8), *SLOW])
-def test_micro_batches_over_ranks_agree_at_every_stage(world: int, micro_batch: int, whole):
+@pytest.mark.parametrize(("world", "micro_batch", "steps"), [(2, 8, 3), *SLOW])
+def test_micro_batches_over_ranks_agree_at_every_stage(
+    world: int, micro_batch: int, steps: int, whole
+):
     pytest.importorskip("deepspeed")
-    for found in on_ranks(world, at_every_stage, micro_batch, timeout_s=280):
+    for found in on_ranks(world, at_every_stage, micro_batch, steps, timeout_s=280):
         assert len(found) == 4
         for stage in found:
+            assert len(stage[0]) == steps
             assert_same(stage, whole)
 
 
@@ -154,13 +157,13 @@ def test_the_second_pass_draws_what_the_first_drew():
     totals, gradients, _ = run(config, Ranks(), steps=1)
     torch.manual_seed(0)
     model = TwoTowers(config)
-    parts = []
+    each = []
     for micro, batch in enumerate(batches(config, Ranks(), 1)):
         torch.manual_seed(dropout_seed(config.run.seed, 1, 0, micro))
-        parts.append(model(**model_inputs(batch, patch_mask_of(batch, config, 1, 1), config)))
+        each.append(model(**model_inputs(batch, patch_mask_of(batch, config, 1, 1), config)))
     names = ("media", *config.loss.sentences)
-    outputs = {name: torch.cat([p[name] for p in parts]) for name in names}
-    outputs |= {name: torch.stack([p[name] for p in parts]).mean() for name in ("scale", "recon")}
+    outputs = {name: torch.cat([m[name] for m in each]) for name in names}
+    outputs |= {name: torch.stack([m[name] for m in each]).mean() for name in ("scale", "recon")}
     total = total_loss(cast(Any, outputs), config)["total"]
     total.backward()
     graph = {name: gradient_of(p) for name, p in model.named_parameters()}
@@ -187,16 +190,16 @@ def test_a_frozen_text_tower_gets_no_gradient_and_its_head_the_whole():
 def test_local_accumulation_averages_what_micro_batches_lose_and_says_so_once(capsys):
     config = settings("train.micro_batch=8", "train.accumulation=local", clips=16)
     totals, gradients, outputs = run(config, Ranks(), steps=2)
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     warning = "train.accumulation=local contrasts a clip with the 8 of its micro-batch"
-    assert said.count(warning) == 1
-    assert "not with the 16 of train.global_batch" in said
+    assert printed.count(warning) == 1
+    assert "not with the 16 of train.global_batch" in printed
     torch.manual_seed(0)
     model = TwoTowers(config)
     losses = []
     for batch in batches(config, Ranks(), 1):
-        plan = patch_mask_of(batch, config, 2, 1)
-        losses.append(total_loss(model(**model_inputs(batch, plan, config)), config)["total"])
+        mask = patch_mask_of(batch, config, 2, 1)
+        losses.append(total_loss(model(**model_inputs(batch, mask, config)), config)["total"])
     mean = torch.stack(losses).mean()
     mean.backward()
     graph = {name: gradient_of(p) for name, p in model.named_parameters()}
@@ -211,7 +214,7 @@ def test_without_micro_batches_local_is_exact_and_needs_no_warning(capsys):
 
 
 class Live:
-    """How many bytes graphs hold, now and at most."""
+    """The bytes that graphs hold, now and at most."""
 
     def __init__(self):
         self.now = self.most = 0
@@ -228,7 +231,7 @@ class Live:
 
 
 class Held:
-    """What a graph keeps in place of a tensor; it dies with the graph."""
+    """A graph's reference to a tensor; freed with the graph."""
 
     def __init__(self, tensor: Tensor):
         self.tensor = tensor
@@ -251,7 +254,7 @@ def test_graphs_hold_one_micro_batch_however_large_the_batch():
     assert most_held(64, 64) > 7 * small
 
 
-def test_a_run_in_micro_batches_resumes_bit_for_bit_and_watches_what_one_pass_watches(
+def test_a_run_in_micro_batches_resumes_bit_for_bit_and_logs_what_one_pass_logs(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def config(name: str, *overrides: str) -> Config:
@@ -269,7 +272,7 @@ def test_a_run_in_micro_batches_resumes_bit_for_bit_and_watches_what_one_pass_wa
     train(config("whole", *micro))
     asked = iter([False, False, True])
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Stop, "agreed", lambda self: next(asked))
+        patch.setattr(Stop, "agreed", lambda self: next(asked))
         with pytest.raises(Stopped):
             train(config("halted", *micro))
     train(config("halted", *micro), resume=True)
@@ -289,7 +292,7 @@ def test_a_clip_that_is_another_when_it_is_read_again_stops_the_run():
     gradients = Gradients(config, Ranks(), PlainEngine(config, TwoTowers(config), Ranks()), 1, 1)
     stream = list(batches(config, Ranks(), 1, gradients.reads))
     stream[3].clips[5] += 1
-    with pytest.raises(ShardError, match=r"step 1: a clip was read once .*train\.replay=keep"):
+    with pytest.raises(ShardError, match=r"step 1: a clip could be read once .*train\.replay=keep"):
         gradients(1, iter(stream))
 
 
@@ -300,7 +303,7 @@ def test_a_clip_that_is_another_when_it_is_read_again_stops_the_run():
         (16, 64, "32 clips of train.global_batch that a rank of 16 has, got 64; for example 32"),
     ],
 )
-def test_micro_batches_that_do_not_fill_a_share_are_refused_before_anything_is_loaded(
+def test_micro_batches_that_do_not_divide_a_ranks_clips_are_refused_before_anything_is_loaded(
     world: int, micro_batch: int, message: str, tmp_path: Path
 ):
     config = Config(

@@ -25,7 +25,7 @@ from flap_fast.encoders.fusion import (
     piece_patches,
 )
 from flap_fast.encoders.vit.settings import ViTSettings
-from flap_kernels import keep_tokens, patch_embed
+from flap_kernels import gather_tokens, patch_embed
 
 
 class PatchEmbed(nn.Linear):
@@ -128,7 +128,7 @@ class ViT(nn.Module):
         else:
             return self.patch_embed(mel[:, 0], ids_keep, self.pos_embed)
         x = x.flatten(2).transpose(1, 2) + self.pos_embed
-        return x if ids_keep is None else keep_tokens(x, ids_keep)
+        return x if ids_keep is None else gather_tokens(x, ids_keep)
 
     def _pool(self, x: Tensor) -> Tensor:
         if self.settings.pool == "cls":

@@ -1,1 +1,1 @@
-"""Captions -> richer captions: what is heard, a prompt, a language model, a filter."""
+"""Enrich captions: an audio tagger, a prompt, a language model and a filter."""

@@ -1,4 +1,4 @@
-"""Transformers' audio classifiers as taggers: AST over the 527 classes of AudioSet, for one."""
+"""Transformers' audio classifiers as taggers, such as AST with the 527 classes of AudioSet."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _WINDOW_S = 10
 
 
 class Classifier:
-    """An `events.Tagger`: each class on its own (sigmoid), the mean over windows of 10 s.
+    """An `events.Tagger`: sigmoids of the classes, averaged over windows of 10 s.
 
-    A window counts by its length; a last one of less than half a second is left out.
+    The mean is weighted by the windows' lengths; a last window shorter than 0.5 s is dropped.
 
     Raises:
         ConfigError: the folder holds no audio classifier.
@@ -37,12 +37,12 @@ class Classifier:
 
     @torch.inference_mode()
     def __call__(self, wave: np.ndarray) -> list[tuple[str, float]]:
-        """(samples,) float32 -> every class and its probability."""
+        """Return every class with its probability for a waveform, (samples,) float32."""
         size = _WINDOW_S * self.sample_rate_hz
         windows = [wave[start : start + size] for start in range(0, len(wave), size)]
         if len(windows) > 1 and len(windows[-1]) < self.sample_rate_hz / 2:
             windows.pop()
-        # A frame of 25 ms is the least that features are made of.
+        # Features need at least one frame of 25 ms.
         windows[0] = np.pad(windows[0], (0, max(0, self.sample_rate_hz // 40 - len(windows[0]))))
         inputs = self._features(windows, sampling_rate=self.sample_rate_hz, return_tensors="pt")
         logits = self._model(**inputs.to(self._device)).logits

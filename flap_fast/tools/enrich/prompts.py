@@ -1,7 +1,8 @@
-"""What a language model is asked, and how its chat is laid out.
+"""Prompts for the language model, and chat templates.
 
-Source: the prompt is the paper's (FLAP, section 5, its slots named here); its prompt without
-events is not printed. Chat layouts: FastChat's `vicuna_v1.1`, Stanford Alpaca, Llama 2, ChatML.
+Source: the prompt `paper` is FLAP's (section 5), with names for its slots; the paper does not print
+its prompt without events. Chat templates: FastChat's `vicuna_v1.1`, Stanford Alpaca, Llama 2 and
+ChatML.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ PROMPTS = {
     "rewrite": "Rewrite the following sound description in one fluent sentence: {caption}",
 }
 
-# `own` is not among them: the one that the model's tokenizer carries.
+# And `own`: the template of the model's tokenizer.
 CHATS = {
     "vicuna": "A chat between a curious user and an artificial intelligence assistant. The "
     "assistant gives helpful, detailed, and polite answers to the user's questions. "
@@ -33,29 +34,29 @@ CHATS = {
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text with the slots `{caption}` and, where there is a tagger, `{events}`."""
+    """A text with the slot `{caption}` and, with a tagger, `{events}`."""
 
     text: str
 
     @property
     def instruction(self) -> str:
-        """It without its slots."""
+        """The text without its slots."""
         return self.text.replace("{events}", " ").replace("{caption}", " ")
 
     def fill(self, events: Sequence[Tag], caption: str) -> str:
-        """Event names as they are, between commas; the caption without its last full stop."""
-        # In one pass: a caption may hold a brace, or a slot's very name.
+        """Fill the slots with event names between commas, and the caption without a final stop."""
+        # In one pass: a caption may contain braces or the name of a slot.
         before, _, after = self.text.partition("{caption}")
         names = ", ".join(name for name, _ in events)
-        spoken = caption.strip().removesuffix(".")
-        return f"{before.replace('{events}', names)}{spoken}{after.replace('{events}', names)}"
+        plain = caption.strip().removesuffix(".")
+        return f"{before.replace('{events}', names)}{plain}{after.replace('{events}', names)}"
 
 
 def prompt(value: str | None, *, events: bool) -> Prompt:
-    """A prompt by its name, or the text itself; by whether there are events when not given.
+    """Return a prompt by its name or its text; by default the one for a tagger or for none.
 
     Raises:
-        ConfigError: a slot is missing, or is one too many.
+        ConfigError: a slot is missing or unexpected.
     """
     text = PROMPTS.get(value or ("paper" if events else "rewrite"), value or "")
     named = f"one of {', '.join(PROMPTS)}, or a text"

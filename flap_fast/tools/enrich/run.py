@@ -1,13 +1,13 @@
-"""`flap enrich`: captions -> OUT/captions.jsonl, a line for each, in their order.
+"""`flap enrich`: write OUT/captions.jsonl, a line per caption, in order.
 
-    OUT/captions.jsonl        whole, or not there (see `data/enriched.py` for its use)
-    OUT/captions.jsonl.part   what is done so far, a batch at a time
-    OUT/enrich.json           the settings; when it is whole, how many were kept and why
+    OUT/captions.jsonl        complete or absent (`data/enriched.py` reads it)
+    OUT/captions.jsonl.part   the finished batches so far
+    OUT/enrich.json           the settings; at the end also the counts by reason
 
-A line: id, original, caption (what to train with), reason (why the original was kept, or null),
-aed ([[event, probability], ...]), prompt, generated, model, seed, version.
+A line: id, original, caption (to train with), reason (why the original was kept, or null), aed
+([[event, probability], ...]), prompt, generated, model, seed, version.
 
-Stopped in whatever way, the next call goes on after the last whole batch: batches have the same
+After an interruption, the next call resumes after the last complete batch: batches hold the same
 captions then, so the file has the same bytes.
 """
 
@@ -42,7 +42,7 @@ _CAPTION_TOKENS = 77
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that a caption's enrichment depends on, but the captions."""
+    """All settings that the enrichment of a caption depends on."""
 
     writer: Writer
     prompt: Prompt
@@ -52,10 +52,10 @@ class Recipe:
     batch: int = 8
     seed: int = 3407
     settings: tuple[tuple[str, Any], ...] = ()
-    """Of the writer, as they are to stand in enrich.json."""
+    """The writer's settings, for enrich.json."""
 
     def described(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """What must be the same for going on."""
+        """Return the settings and captions that a resumed call must have too."""
         text = json.dumps([(row.clip.id, row.original) for row in rows])
         return {
             "captions": len(rows),
@@ -85,13 +85,13 @@ def enrich(
     recipe: Recipe,
     advance: Callable[[int], None] = lambda captions: None,
 ) -> dict[str, int]:
-    """Write OUT/captions.jsonl; gives how many were enriched, and kept for which reason.
+    """Write OUT/captions.jsonl; returns the number of enriched captions, and of others by reason.
 
     Args:
-        advance: told how many captions are done, also of an earlier call.
+        advance: called with the number of finished captions, including an earlier call's.
 
     Raises:
-        ConfigError: OUT holds captions of other settings, or another process writes there.
+        ConfigError: OUT holds captions of other settings, or another process writes to it.
     """
     rows = [Row(clip, text) for clip in source.clips for text in clip.captions]
     out.mkdir(parents=True, exist_ok=True)
@@ -116,33 +116,33 @@ def enrich(
 
 
 def _batches(rows: Sequence[Row], recipe: Recipe) -> Iterator[list[dict[str, Any]]]:
-    """The lines of each batch of rows, sounds being tagged on a thread ahead of it."""
-    tags_of = _hearing(recipe)
+    """Yield the lines of each batch; sounds are tagged ahead on a thread."""
+    tags_of = _tagging(recipe)
     with (
         ThreadPoolExecutor(1) as pool,
-        closing(ahead(pool, tags_of, rows, limit=4 * recipe.batch)) as heard,
+        closing(ahead(pool, tags_of, rows, limit=4 * recipe.batch)) as tagged,
     ):
         for first in range(0, len(rows), recipe.batch):
             some = rows[first : first + recipe.batch]
-            tags = [next(heard) for _ in some]
+            tags = [next(tagged) for _ in some]
             yield _lines(some, tags, recipe)
 
 
 def _lines(
-    rows: Sequence[Row], heard: Sequence[list[Tag] | None], recipe: Recipe
+    rows: Sequence[Row], tagged: Sequence[list[Tag] | None], recipe: Recipe
 ) -> list[dict[str, Any]]:
-    """What stands in the file for a batch; a clip that cannot be heard is not asked about."""
+    """Return a batch's lines; a clip that cannot be read gets no prompt."""
     prompts = [
         None if tags is None else recipe.prompt.fill(tags, row.original)
-        for row, tags in zip(rows, heard, strict=True)
+        for row, tags in zip(rows, tagged, strict=True)
     ]
     keys = [caption_key(row.clip.id, row.original) for row in rows]
     asked = [(p, key) for p, key in zip(prompts, keys, strict=True) if p is not None]
     answers = iter(recipe.writer(*zip(*asked, strict=True)) if asked else ())
     lines = []
-    for row, tags, text in zip(rows, heard, prompts, strict=True):
+    for row, tags, text in zip(rows, tagged, prompts, strict=True):
         written = next(answers) if text is not None else None
-        caption, reason = _judged(row, tags, written, recipe)
+        caption, reason = _filtered(row, tags, written, recipe)
         lines.append(
             {
                 "id": row.clip.id,
@@ -160,7 +160,7 @@ def _lines(
     return lines
 
 
-def _judged(
+def _filtered(
     row: Row, tags: list[Tag] | None, written: Written | None, recipe: Recipe
 ) -> tuple[str | None, str | None]:
     if written is None:
@@ -176,12 +176,12 @@ def _judged(
     )
 
 
-def _hearing(recipe: Recipe) -> Callable[[Row], list[Tag] | None]:
-    """Row -> its clip's events; none without a tagger, None for a sound that cannot be read."""
+def _tagging(recipe: Recipe) -> Callable[[Row], list[Tag] | None]:
+    """Return a function from a row to its events: [] without a tagger, None for a bad sound."""
     tagger = recipe.tagger
     if tagger is None:
         return lambda row: []
-    last: list[tuple[Clip, list[Tag] | None]] = []  # a clip's captions follow one another
+    last: list[tuple[Clip, list[Tag] | None]] = []  # the captions of a clip are consecutive
 
     def tags_of(row: Row) -> list[Tag] | None:
         if not last or last[0][0] is not row.clip:
@@ -198,12 +198,14 @@ def _hearing(recipe: Recipe) -> Callable[[Row], list[Tag] | None]:
 
 @contextmanager
 def _locked(file: Path) -> Iterator[IO[bytes]]:
-    """The file, open for reading and appending, if no other process has it."""
+    """Open a file for reading and appending, with an exclusive lock."""
     with file.open("a+b") as part:
         try:
             fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"{file} must be written by one process; another is at it") from None
+            raise ConfigError(
+                f"{file} must be written by one process; another one writes it"
+            ) from None
         try:
             yield part
         finally:
@@ -212,7 +214,7 @@ def _locked(file: Path) -> Iterator[IO[bytes]]:
 
 
 def _same_settings(out: Path, described: dict[str, Any]) -> None:
-    """Note the settings of a new OUT; refuse an OUT of others."""
+    """Store the settings of a new OUT; raise `ConfigError` if OUT has others."""
     file = out / "enrich.json"
     if not file.is_file():
         if (out / FILE).is_file() or (out / f"{FILE}.part").stat().st_size:
@@ -233,9 +235,9 @@ def _same_settings(out: Path, described: dict[str, Any]) -> None:
 
 
 def _whole_batches(part: IO[bytes], rows: Sequence[Row], batch: int) -> int:
-    """How many captions are done; what follows the last whole batch is cut off."""
+    """Return the number of finished captions; truncates after the last complete batch."""
     part.seek(0)
-    *lines, _ = part.read().split(b"\n")  # the last one is empty, or torn
+    *lines, _ = part.read().split(b"\n")  # the last one is empty or incomplete
     done = len(lines) if len(lines) == len(rows) else len(lines) // batch * batch
     part.truncate(sum(len(line) + 1 for line in lines[:done]))
     part.seek(0, os.SEEK_END)

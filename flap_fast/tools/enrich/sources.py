@@ -1,4 +1,4 @@
-"""The captions that may be enriched: of shards or of a manifest, of training alone."""
+"""Captions to enrich, from shards or a manifest; only training data is accepted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flap_fast.data.preprocess.waveform import read_sound
 from flap_fast.data.shards import open_shards
 from flap_fast.preparation.manifest import read_manifest
 
-# What data sets call the splits that models are scored on.
+# Names of splits for evaluation.
 EVALUATION = {"val", "valid", "validate", "validation", "eval", "evaluation"}
 EVALUATION |= {"dev", "devtest", "test", "testing"}
 
@@ -28,24 +28,24 @@ class Clip:
     id: str
     captions: list[str]
     read: Callable[[int], np.ndarray]
-    """Its waveform at a rate; raises `BadSound`."""
+    """Returns the waveform at a sample rate; raises `BadSound`."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Clips to enrich, in the order of the shards or of the manifest."""
+    """Clips to enrich, in the order of the shards or the manifest."""
 
     clips: list[Clip]
     left: int
-    """Captions of the manifest's other splits, which stay as they are."""
+    """Captions of the manifest's other splits, which are not enriched."""
 
     @property
     def captions(self) -> int:
-        """How many there are to enrich."""
+        """The number of captions to enrich."""
         return sum(len(clip.captions) for clip in self.clips)
 
     def first(self, captions: int | None) -> Source:
-        """The clips of the first so many captions; all of them for None."""
+        """Return the clips of the first `captions` captions, or all for None."""
         if captions is None:
             return self
         clips: list[Clip] = []
@@ -57,22 +57,22 @@ class Source:
         return replace(self, clips=clips)
 
 
-def open_source(place: Path, split: str = "train") -> Source:
-    """The clips of a manifest's split, of a folder of shards, or of its subfolder SPLIT.
+def open_source(path: Path, split: str = "train") -> Source:
+    """Open a manifest's split, a folder of shards, or its subfolder SPLIT.
 
     Raises:
-        ConfigError: the split or the folder is one for evaluation, or has no captions.
-        ManifestError, ShardError: it cannot be read.
+        ConfigError: the split or folder is for evaluation, or has no captions.
+        ManifestError, ShardError: the source cannot be read.
     """
     _refuse_evaluation("--split", split)
-    if place.is_dir():
-        folder = place if any(place.glob("*.tar")) else place / split
+    if path.is_dir():
+        folder = path if any(path.glob("*.tar")) else path / split
         rule = "be a manifest, a folder of shards, or one that holds --split"
-        require(folder.is_dir(), "SOURCE", rule, place, f"there is no folder '{folder}'")
+        require(folder.is_dir(), "SOURCE", rule, path, f"there is no folder '{folder}'")
         _refuse_evaluation("the folder's name", folder.resolve().name)
         source = Source(list(_of_shards(folder)), 0)
     else:
-        entries = read_manifest(place)
+        entries = read_manifest(path)
         chosen = [entry for entry in entries if entry.split == split]
         clips = [
             Clip(
@@ -85,8 +85,8 @@ def open_source(place: Path, split: str = "train") -> Source:
             for entry in chosen
             if entry.captions
         ]
-        left = sum(len(entry.captions) for entry in entries if entry.split != split)
-        source = Source(clips, left)
+        others = sum(len(entry.captions) for entry in entries if entry.split != split)
+        source = Source(clips, others)
     require(bool(source.clips), "SOURCE", f"hold captions of the split '{split}'", "none")
     return source
 
@@ -110,6 +110,6 @@ def _of_shards(folder: Path) -> Iterator[Clip]:
 
 
 def _refuse_evaluation(name: str, value: str) -> None:
-    rule = "be of training: captions that models are scored on stay as they are"
+    rule = "be for training: captions for evaluation must not change"
     words = re.split(r"[^a-z]+", value.casefold())  # my_val, test2
     require(EVALUATION.isdisjoint(words), name, rule, value)

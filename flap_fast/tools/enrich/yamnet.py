@@ -1,11 +1,11 @@
-"""YAMNet as ONNX: log-mel patches of 0.96 s -> 521 AudioSet classes, the clip's mean.
+"""YAMNet as ONNX: log-mel patches of 0.96 s -> 521 AudioSet classes, averaged over the clip.
 
     frames = stft(wave, window 400, hop 160, fft 512, periodic Hann)       at 16 kHz
     mel    = log(|frames| M + 0.001)             M: 64 triangles in HTK's mel, 125 to 7,500 Hz
-    patch  = 96 frames, every 48; the last one filled with silence
+    patch  = 96 frames, every 48; the last one is padded with silence
 
-Quantised exports (Qualcomm's) take and give uint8: `real = scale * (q - zero_point)`, the scales
-being initialisers of the graph. What they give are logits.
+Quantised exports (Qualcomm's) have uint8 inputs and outputs, `real = scale * (q - zero_point)`,
+with the scales as initialisers of the graph. Outputs are logits.
 
 Source: Google's YAMNet, params.py and features.py; AudioSet's display names, unchanged.
 """
@@ -33,7 +33,7 @@ _HINT = "pip install 'flap_fast[enrich]'"
 
 @dataclass(frozen=True)
 class Scale:
-    """Of a quantised tensor; `real = scale * (q - zero_point)`."""
+    """Scale of a quantised tensor: `real = scale * (q - zero_point)`."""
 
     scale: float
     zero_point: int
@@ -49,10 +49,10 @@ class Yamnet:
     """An `events.Tagger`.
 
     Args:
-        file: an .onnx, or a .zip with one; `*class_map*.csv` lies beside it.
+        file: an .onnx, or a .zip with one, next to a `*class_map*.csv`.
 
     Raises:
-        ConfigError: onnxruntime is not installed, no class map, another input or output.
+        ConfigError: onnxruntime is not installed, or class map, input or output are wrong.
     """
 
     sample_rate_hz = SAMPLE_RATE_HZ
@@ -68,16 +68,16 @@ class Yamnet:
                 (file,) = sorted(Path(folder).rglob("*.onnx"))[:1] or (file,)
             self._session, scales = _open(file)
         (given,), (wanted,) = self._session.get_outputs(), self._session.get_inputs()
-        rule = f"take patches of {_FRAMES} x {_BINS} and give {len(self._names)} classes"
+        rule = f"map patches of {_FRAMES} x {_BINS} to {len(self._names)} classes"
         fits = (wanted.shape[-2:], given.shape[-1]) == ([_FRAMES, _BINS], len(self._names))
         require(fits, "--tagger", rule, f"{wanted.shape} to {given.shape}")
         self._input, self._in, self._out = wanted.name, scales[wanted.name], scales[given.name]
 
     def __call__(self, wave: np.ndarray) -> list[tuple[str, float]]:
-        """(samples,) at 16 kHz -> every class and its probability, the mean over the patches."""
+        """Return every class and its mean probability over patches, for (samples,) at 16 kHz."""
         patches = log_mel_patches(wave, self._mel)
         patches = self._in.quantise(patches) if self._in else patches.astype(np.float32)
-        # One patch a call: the export's batch is fixed at one.
+        # One patch per call: the exported batch size is 1.
         found = [self._session.run(None, {self._input: p[None, None]})[0] for p in patches]
         logits = np.concatenate([np.asarray(one) for one in found])
         logits = self._out.real(logits) if self._out else logits
@@ -86,7 +86,7 @@ class Yamnet:
 
 
 def log_mel_patches(wave: np.ndarray, mel: np.ndarray) -> np.ndarray:
-    """(samples,) at 16 kHz -> (P, 96, 64) float64; silence fills the last patch.
+    """Return log-mel patches (P, 96, 64) float64 of (samples,) at 16 kHz, the last one padded.
 
     Args:
         mel: (257, 64), from power bins to mel bins.
@@ -103,7 +103,7 @@ def log_mel_patches(wave: np.ndarray, mel: np.ndarray) -> np.ndarray:
 
 
 def _open(file: Path) -> tuple[Any, dict[str, Scale | None]]:
-    """A session of one thread (two runs give the same), and the scales of what it takes, gives."""
+    """Open a session of one thread (reproducible), and the scales of its inputs and outputs."""
     try:
         import onnx  # pyright: ignore[reportMissingImports]
         import onnxruntime  # pyright: ignore[reportMissingImports]
@@ -126,6 +126,6 @@ def _open(file: Path) -> tuple[Any, dict[str, Scale | None]]:
 
 def _class_names(folder: Path) -> list[str]:
     found = sorted(folder.glob("*class_map*.csv"))
-    require(bool(found), "--tagger", "have a *class_map*.csv beside its model", folder)
+    require(bool(found), "--tagger", "have a *class_map*.csv next to its model", folder)
     with found[0].open(newline="", encoding="utf-8") as lines:
         return [row["display_name"] for row in csv.DictReader(lines)]

@@ -33,7 +33,7 @@ from flap_fast.tools.profile.fake import (
 from flap_fast.tools.profile.parts import DECODER, LOSS, marked, tower
 from flap_fast.tools.profile.trace import Array, Flop, Trace
 from flap_fast.tools.profile.traffic import CountTraffic, Traffic
-from flap_fast.train.engine import parameter_groups
+from flap_fast.train.optimizers import parameter_groups
 from flap_fast.train.step import model_inputs, patch_mask_of
 
 _CLIPS = 2, 4

@@ -53,7 +53,7 @@ from flap_fast.tools.profile.trace import Flop
 from flap_fast.tools.profile.traffic import CountTraffic, sent_bytes
 from flap_fast.train.engine import Engine, check_engine, make_engine
 from flap_fast.train.environment import device_name
-from flap_fast.train.schedules import warmup_cosine
+from flap_fast.train.optimizers import warmup_cosine
 from flap_fast.train.step import Gradients
 
 WARM_UP, TRACED = 3, 2

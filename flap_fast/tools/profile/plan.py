@@ -26,7 +26,7 @@ from flap_fast.tools.profile.synthetic import LONGEST
 from flap_fast.tools.profile.trace import Flop
 from flap_fast.tools.profile.traffic import engine_traffic, sent_bytes
 from flap_fast.train.engine import BUCKET_NUMBERS
-from flap_kernels.infonce_ranks import REPLICATED_ROWS
+from flap_kernels.infonce.distributed import REPLICATED_ROWS
 
 # Fused Adam reads weight, gradient and both moments, and writes all but the gradient, in float32.
 _ADAM_BYTES = 7 * 4
@@ -207,7 +207,7 @@ def _plan(config: Config, machine: Machine, engine: str) -> Plan:
 
 
 def _scheme(config: Config, clips: int, world: int) -> str:
-    """How `infonce_ranks` divides the work: `alone`, `replicated` or `sharded`."""
+    """How `distributed_infonce` divides the work: `alone`, `replicated` or `sharded`."""
     scheme = config.loss.contrastive.scheme
     if world == 1:
         return "alone"

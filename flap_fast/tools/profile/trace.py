@@ -113,8 +113,8 @@ class Trace(TorchDispatchMode):
 
 def formulas() -> dict[Any, Any]:
     """FLOP of operators that PyTorch's registry leaves out, from the shapes of their arguments."""
-    aten, ours = torch.ops.aten, torch.ops.flap_kernels
-    found: dict[Any, Any] = {
+    aten = torch.ops.aten
+    return {
         aten.addmm_: lambda _, a, b, **__: 2 * prod(a) * b[1],
         aten._scaled_dot_product_flash_attention_for_cpu: (
             lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
@@ -124,22 +124,3 @@ def formulas() -> dict[Any, Any]:
             lambda _, q, k, v, *__, **___: 2 * sdpa_flop_count(q, k, v)
         ),
     }
-    # TODO-MERGE: flap_kernels registers these beside its operators on branch `kernels`.
-    return found | {
-        ours.patch_embed: lambda _, keep, weight, *__, **___: 2 * prod(keep) * prod(weight),
-        ours.patch_embed_backward: (
-            lambda grad, *_, out_shape, **__: 2 * grad[0] * grad[1] * prod(out_shape[0])
-        ),
-        ours.masked_mse: _masked_mse,
-        ours.masked_mse_backward: lambda _, *rest, **__: 3 * _masked_mse(*rest),
-        ours.infonce: _infonce,
-        ours.infonce_backward: lambda *shapes, **__: 3 * _infonce(*shapes),
-    }
-
-
-def _masked_mse(hidden: Any, weight: Any, *_: Any, **__: Any) -> int:
-    return 2 * hidden[0] * hidden[1] * prod(weight)
-
-
-def _infonce(audio: Any, text: Any, *_: Any, **__: Any) -> int:
-    return 2 * audio[0] * prod(text)

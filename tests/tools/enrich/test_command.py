@@ -63,7 +63,7 @@ def test_captions_are_enriched_beside_their_shards_for_training(
         (("--batch", "0"), "--batch must be at least 1"),
         (("--tagger", "nowhere"), "--tagger must be an existing folder, got 'nowhere'; pip"),
         (("--prompt", "paper", "--tagger", "none"), "--prompt must hold {events} with a tagger"),
-        (("--split", "test", "--tagger", "none"), "--split must be of training"),
+        (("--split", "test", "--tagger", "none"), "--split must be for training"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_sentence(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flap_fast.tools.enrich.filter import REASONS, caption_or_reason, is_enough
+from flap_fast.tools.enrich.filter import REASONS, caption_or_reason, is_complete
 from flap_fast.tools.enrich.prompts import PROMPTS, Prompt
 
 
@@ -78,14 +78,14 @@ def test_the_other_prompt_is_recognised_too():
     ],
 )
 def test_writing_may_stop_as_soon_as_the_rest_cannot_change_the_caption(written):
-    enough = [is_enough(written[:n]) for n in range(len(written) + 1)]
+    enough = [is_complete(written[:n]) for n in range(len(written) + 1)]
     first = enough.index(True)
     assert all(enough[first:])
     caption, _ = judged(written)
     assert caption
     for n in range(first, len(written)):
         assert judged(written[:n], cut_off=True) == (caption, None)
-    assert not is_enough("A dog barks. Rain falls.")
+    assert not is_complete("A dog barks. Rain falls.")
 
 
 def test_a_caption_longer_than_a_tower_reads_is_refused():

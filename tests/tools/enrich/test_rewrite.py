@@ -10,7 +10,7 @@ import torch
 
 from flap_fast.checks import ConfigError
 from flap_fast.data.random_streams import Stream, uniforms
-from flap_fast.tools.enrich.rewrite import Draws, LanguageModel
+from flap_fast.tools.enrich.rewrite import LanguageModel, NucleusSampler
 from tests.tools.enrich.models import write_model
 
 PROMPTS = ["a dog barks", "rain falls on a roof while a dog barks", "a"]
@@ -46,7 +46,9 @@ def test_another_seed_or_another_caption_is_written_otherwise(folder):
 def draw(scores, u, *, temperature=1.0, top_p=1.0):
     """The tokens drawn at the second step."""
     numbers = torch.tensor([[0.0, value] for value in u])
-    out = Draws(numbers, 5, temperature, top_p)(torch.zeros(len(u), 6).long(), torch.tensor(scores))
+    out = NucleusSampler(numbers, 5, temperature, top_p)(
+        torch.zeros(len(u), 6).long(), torch.tensor(scores)
+    )
     assert ((out == 0).sum(1) == 1).all()
     assert (out.isinf().sum(1) == out.shape[1] - 1).all()
     return out.argmax(1).tolist()
@@ -112,7 +114,7 @@ def _by_its_first_letter(text: str) -> bool:
 def test_writing_stops_after_the_sentences_of_a_caption(folder, monkeypatch):
     """Row by row: each of a batch as if it were alone, and none of them as if it had ended."""
     whole = model(folder, most_tokens=200)(PROMPTS, KEYS)
-    monkeypatch.setattr("flap_fast.tools.enrich.rewrite.is_enough", _by_its_first_letter)
+    monkeypatch.setattr("flap_fast.tools.enrich.rewrite.is_complete", _by_its_first_letter)
     stopped = model(folder, most_tokens=200)(PROMPTS, KEYS)
     for short, long in zip(stopped, whole, strict=True):
         assert long.text.startswith(short.text)
@@ -123,14 +125,14 @@ def test_writing_stops_after_the_sentences_of_a_caption(folder, monkeypatch):
 
 
 def test_the_tokenizers_own_layout_serves_where_there_is_one(folder, tmp_path, monkeypatch):
-    rule = "--chat must be one of vicuna, .* for a tokenizer without a layout of its own, got 'own'"
+    rule = "--chat must be one of vicuna, .* for a tokenizer without a chat template, got 'own'"
     with pytest.raises(ConfigError, match=rule):
         LanguageModel(str(folder))
     own = write_model(
         tmp_path, chat="<s>{{ messages[0]['content'] }}!{% if add_generation_prompt %}?{% endif %}"
     )
-    assert LanguageModel(str(own)).laid_out("a dog") == "<s>a dog!?"
-    assert LanguageModel(str(own), chat="plain").laid_out("a dog") == "a dog"
+    assert LanguageModel(str(own)).format_prompt("a dog") == "<s>a dog!?"
+    assert LanguageModel(str(own), chat="plain").format_prompt("a dog") == "a dog"
     # Begun once: by the layout's own mark, or by the tokenizer's.
     for chat, text in (("own", "<s>a dog!?"), ("plain", "a dog")):
         writer, seen = LanguageModel(str(own), chat=chat, most_tokens=1), []

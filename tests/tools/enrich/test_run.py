@@ -26,10 +26,10 @@ class Bell:
 
     name: str = "bell"
     sample_rate_hz: int = 8000
-    heard: list[float] = field(default_factory=list)
+    tagged: list[float] = field(default_factory=list)
 
     def __call__(self, wave):
-        self.heard.append(float(wave[0]))
+        self.tagged.append(float(wave[0]))
         return [("Wind", 0.1), ("Bell, chime", float(wave[0]))]
 
 
@@ -77,7 +77,7 @@ def lines(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "captions.jsonl").read_text().splitlines()]
 
 
-def test_a_line_says_what_was_heard_asked_and_written(tmp_path):
+def test_a_line_holds_events_prompt_and_answer(tmp_path):
     writer = Parrot()
     counts = enrich(clips(2), tmp_path, recipe(writer=writer))
     first, second, third = lines(tmp_path)
@@ -137,10 +137,10 @@ def test_a_sound_that_cannot_be_read_is_not_asked_about(tmp_path):
     assert enrich(Source(alone, 0), tmp_path / "alone", recipe())["unheard"] == 2
 
 
-def test_a_clip_is_heard_once_and_without_a_tagger_not_at_all(tmp_path):
+def test_a_clip_is_tagged_once_and_without_a_tagger_not_read(tmp_path):
     bell = Bell()
     enrich(clips(4), tmp_path / "a", recipe(tagger=bell))
-    assert bell.heard == pytest.approx([0.3, 0.31, 0.32, 0.33])
+    assert bell.tagged == pytest.approx([0.3, 0.31, 0.32, 0.33])
     enrich(clips(4), tmp_path / "b", recipe(tagger=None, prompt=prompt("{caption}", events=False)))
     assert all(line["aed"] == [] for line in lines(tmp_path / "b"))
 

@@ -47,12 +47,12 @@ def test_shards_give_the_clips_of_their_manifest(corpus: Path, prepared: Path):
     ],
 )
 def test_evaluation_captions_are_never_touched(corpus: Path, prepared: Path, tmp_path, name):
-    with pytest.raises(ConfigError, match=f"^--split must be of training: .*, got '{name}'"):
+    with pytest.raises(ConfigError, match=f"^--split must be for training: .*, got '{name}'"):
         open_source(corpus, name)
     (tmp_path / name).symlink_to(prepared / "val")
     shutil.copytree(prepared / "val", tmp_path / f"x/{name}")
     for folder in (tmp_path / name, tmp_path / f"x/{name}", prepared / "val"):
-        with pytest.raises(ConfigError, match=r"^the folder's name must be of training"):
+        with pytest.raises(ConfigError, match=r"^the folder's name must be for training"):
             open_source(folder)
 
 

@@ -238,7 +238,7 @@ def test_the_predicted_peak_is_what_pytorch_tracks_within_a_tenth(overrides: tup
 
     step()  # makes the moments
     tracker = MemTracker()
-    given = [mel, ids, attention_mask, *((plan.keep, plan.drop) if plan else ())]
+    given = [mel, ids, attention_mask, *((plan.ids_keep, plan.ids_drop) if plan else ())]
     tracker.track_external(model, engine._optimizer, *given)
     with tracker:
         step()

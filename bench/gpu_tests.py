@@ -1,0 +1,104 @@
+"""The kernels' tests on a GPU, compiled: no time counts where one is red.
+
+They run in a process of their own, those marked `gpu` of tests/kernels. Files that import what this
+machine lacks (pydantic, say, which the trainer needs and the kernels do not) are left out by name.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from bench.machine import ROOT
+
+_OURS = ("flap_fast", "flap_kernels", "tests", "bench")
+
+
+def run(device: str, *, quick: bool, limit_s: float) -> dict[str, Any]:
+    """What the tests came to: status `passed`, `failed`, `not finished` or `not run`, and counts.
+
+    `quick` runs test_every_kernel.py alone.
+    """
+    if device != "cuda":
+        return {"status": "not run", "reason": "no GPU; `make test` interprets the kernels"}
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        finished = _pytest(report, quick, limit_s)
+        if not report.is_file():
+            return {"status": "failed", "reason": "pytest wrote no report"}
+        return {**_counts(report.read_text()), **({} if finished else {"status": "not finished"})}
+
+
+def _pytest(report: Path, quick: bool, limit_s: float) -> bool:
+    """Run the tests; whether they came to their end."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", f"--junit-xml={report}", "-q"]
+    # Nothing of the trainer's: its options name plugins, its conftest reads sounds.
+    command += ["-o", "addopts=", "--confcutdir=tests/kernels", "-p", "no:cacheprovider"]
+    command += ["--continue-on-collection-errors", "--tb=short"]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", "8"]  # compiling is most of it
+    command.append("tests/kernels/test_every_kernel.py" if quick else "tests/kernels")
+    with subprocess.Popen(command, cwd=ROOT) as process:
+        try:
+            process.wait(limit_s)
+            return True
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)  # pytest then writes what it has
+            try:
+                process.wait(15)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            return False
+
+
+def _counts(xml: str) -> dict[str, Any]:
+    """Counts, failures by name, and the files left out with what they need."""
+    counts = {"passed": 0, "failed": 0, "skipped": 0}
+    left_out: dict[str, str] = {}
+    red: list[str] = []
+    for case in ElementTree.fromstring(xml).iter("testcase"):
+        name = f"{case.get('classname', '')}.{case.get('name', '')}".strip(".")
+        trouble = case.find("error") if case.find("error") is not None else case.find("failure")
+        if trouble is not None:
+            missing = _missing(trouble.text or "")
+            if missing and trouble.get("message") == "collection failure":
+                left_out[name] = missing
+                continue
+            counts["failed"] += 1
+            red.append(name)
+        else:
+            counts["skipped" if case.find("skipped") is not None else "passed"] += 1
+    status = "failed" if counts["failed"] or not counts["passed"] else "passed"
+    return {"status": status, **counts, "red": red, "left_out": left_out}
+
+
+def _missing(text: str) -> str:
+    """The package, not one of ours, whose absence kept a file from being read; or nothing."""
+    found = re.findall(r"ModuleNotFoundError: No module named '([^'.]+)", text)
+    return found[-1] if found and found[-1] not in _OURS else ""
+
+
+def is_red(found: dict[str, Any]) -> bool:
+    """Whether the times must not be believed."""
+    return found["status"] in ("failed", "not finished")
+
+
+def sentence(found: dict[str, Any]) -> str:
+    """What the tests came to, in one sentence."""
+    if "passed" not in found:
+        return f"GPU tests, compiled: {found['status']} ({found['reason']})."
+    text = (
+        f"GPU tests, compiled: {found['status']}; {found['passed']} passed, "
+        f"{found['failed']} failed, {found['skipped']} skipped"
+    )
+    if found["red"]:
+        text += f", the first red one {found['red'][0]}"
+    files = [f"{name} (needs {missing})" for name, missing in found["left_out"].items()]
+    return text + (f"; left out: {', '.join(files)}." if files else ".")

@@ -1,0 +1,26 @@
+"""The papers' sizes: what each kernel launches there, by the name that `KERNELS` has it under.
+
+A kernel's programs are one file here with a `PAPER` and one line below.
+"""
+
+from bench.programs import (
+    gather_tokens,
+    infonce,
+    masked_mse,
+    patch_embed,
+    patch_mask,
+    unshuffle_tokens,
+)
+from bench.programs.program import ARCHES, VARIANTS, Arch, PaperSizes, Program
+
+PAPER: dict[str, PaperSizes] = {
+    "infonce": infonce.PAPER,
+    "draw_patch_mask": patch_mask.PAPER,
+    "gather_tokens": gather_tokens.PAPER,
+    "masked_mse": masked_mse.PAPER,
+    "patch_embed": patch_embed.PAPER,
+    "unshuffle_tokens": unshuffle_tokens.PAPER,
+    # one line for each kernel
+}
+
+__all__ = ["ARCHES", "PAPER", "VARIANTS", "Arch", "PaperSizes", "Program"]

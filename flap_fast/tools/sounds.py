@@ -1,0 +1,100 @@
+"""Sounds as users pass them -> waveforms at the model's rate, in crops of the model's length."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from flap_fast.checks import require
+from flap_fast.config import Config
+from flap_fast.data.preprocess.front_end import fitted
+from flap_fast.data.preprocess.waveform import BadSound, crop_positions, mono_at, read_sound
+
+Array = np.ndarray | Tensor
+Sound = str | Path | Array | tuple[Array, float] | Mapping[str, Any]
+"""A file; a waveform, at the rate that the call gives or at the model's; a waveform with its rate,
+as librosa, torchaudio and soundfile load them; or a row of an Audio column of Hugging Face
+datasets: {"array": .., "sampling_rate": ..}."""
+
+Crops = list[np.ndarray]
+"""Crops of a sound, (samples,) float32 each; with fusion, their lengths differ."""
+
+
+def crop_policy(config: Config, crop: str | None) -> str:
+    """Return how long sounds are cropped: `crop`, or eval.crop; `center` if that is random.
+
+    Raises:
+        ConfigError: it is none of center, multi:K and whole.
+    """
+    policy = crop or ("center" if config.eval.crop == "random" else config.eval.crop)
+    known = re.fullmatch(r"center|whole|multi:[1-9]\d*", policy)
+    require(bool(known), "crop", "be center, multi:K or whole", policy)
+    return policy
+
+
+def crop_count(policy: str) -> int:
+    """Return the number of crops of a long sound, unless the policy is `whole`."""
+    return int(policy[6:]) if policy.startswith("multi:") else 1
+
+
+def crops_of(sound: Sound, number: int, rate_hz: float, policy: str, config: Config) -> Crops:
+    """Return the crops of a sound that the model embeds.
+
+    Args:
+        number: of the sound in its list, for error messages.
+        rate_hz: rate of a waveform that has no rate of its own.
+
+    Raises:
+        BadSound: the sound cannot be used; the message names it.
+    """
+    audio, longest = config.audio, config.fusion.longest(config.audio)
+    try:
+        wave = _waveform(sound, rate_hz, audio.sample_rate_hz)
+    except BadSound as error:
+        name = str(sound) if isinstance(sound, (str, Path)) else f"sound number {number}"
+        raise type(error)(f"{name}: {error}") from None
+    crops = -(-len(wave) // longest) if policy == "whole" else crop_count(policy)
+    positions = crop_positions(crops if len(wave) > longest else 1)
+    # Copies: a view of a crop would keep the whole recording in memory.
+    return [fitted(wave, float(at), audio, config.fusion).copy() for at in positions]
+
+
+def _waveform(sound: Sound, rate_hz: float, sample_rate_hz: int) -> np.ndarray:
+    """Return a sound as (samples,) float32 at the model's rate; raises `BadSound`."""
+    if isinstance(sound, (str, Path)):
+        return read_sound(Path(sound), sample_rate_hz)
+    if isinstance(sound, Mapping):
+        if not {"array", "sampling_rate"} <= sound.keys():
+            raise BadSound(f"a mapping must have 'array' and 'sampling_rate', got {list(sound)}")
+        sound = (sound["array"], sound["sampling_rate"])
+    if isinstance(sound, tuple):
+        if len(sound) != 2:
+            rule = "be an array or a pair of array and rate"
+            raise BadSound(f"a waveform must {rule}, got {len(sound)} items")
+        sound, rate_hz = sound
+    if not isinstance(rate_hz, Real) or not 0 < rate_hz < math.inf:
+        raise BadSound(f"a waveform's rate must be a number of hertz above 0, got {rate_hz!r}")
+    if isinstance(sound, Tensor):  # NumPy has no bfloat16
+        sound = (sound.float() if sound.is_floating_point() else sound).detach().cpu()
+    try:
+        wave = np.asarray(sound)
+    except ValueError as error:
+        raise BadSound(f"a waveform must be an array of numbers: {error}") from None
+    if wave.ndim not in (1, 2) or not wave.size:
+        rule = "be (samples,) or have channels too"
+        raise BadSound(f"a waveform must {rule}, got shape {wave.shape}")
+    if np.issubdtype(wave.dtype, np.signedinteger):
+        wave = wave / -float(np.iinfo(wave.dtype).min)
+    elif not np.issubdtype(wave.dtype, np.floating):
+        raise BadSound(f"a waveform must be floats or signed integers, got {wave.dtype}")
+    channels_last = (
+        wave[:, None] if wave.ndim == 1 else wave if wave.shape[0] > wave.shape[1] else wave.T
+    )
+    return mono_at(channels_last.astype(np.float32, copy=False), rate_hz, sample_rate_hz)

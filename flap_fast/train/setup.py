@@ -1,0 +1,110 @@
+"""What a run has before its first step: checked settings, data, model, engine, observers."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from flap_fast.checks import require
+from flap_fast.config import Config, check_before_loading
+from flap_fast.data.loader import TrainingLoader
+from flap_fast.data.shards import open_shards, shard_kinds
+from flap_fast.data.tokenize import tokenizer
+from flap_fast.evaluate.embed import read_texts
+from flap_fast.model.model_folder import put_first_weights, put_weights
+from flap_fast.model.two_towers import TwoTowers
+from flap_fast.ranks import Ranks, world_size
+from flap_fast.train.checkpoint import Checkpoints
+from flap_fast.train.engine import Engine, check_engine, make_engine
+from flap_fast.train.observers import Metrics, check_wandb, observers
+from flap_fast.train.run_folder import begin, write_config
+from flap_fast.train.scorer import Scorer
+from flap_fast.train.stop import Stop
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is ready for its next step."""
+
+    config: Config
+    engine: Engine
+    loader: TrainingLoader
+    checkpoints: Checkpoints
+    metrics: Metrics
+    scorer: Scorer
+    stop: Stop
+    first: int
+    """Steps done before."""
+    steps: int
+    """Steps of the whole run."""
+    unscored: bool
+    """The evaluation due at step `first` was interrupted."""
+
+
+def check_run(config: Config, *, resume: bool) -> Path | None:
+    """The checkpoint to resume from, or None for a new run. Loads no data and no model.
+
+    Raises:
+        ConfigError: the settings are wrong, or do not fit the run's folder.
+        ShardError: a folder of data.val is not one of shards.
+    """
+    check_before_loading(config, world_size())
+    check_engine(config, world_size())
+    check_wandb(config)
+    start = begin(config, resume=resume)
+    for folder in config.data.val:
+        texts = read_texts(open_shards([folder], shard_kinds(config)))
+        without = len(texts.labels) - len(set(texts.clip_of_caption))
+        rule, remedy = "hold no clip without a caption", "prepare it without them"
+        require(not without, f"data.val, {folder},", rule, without, remedy)
+    return start
+
+
+def set_up(config: Config, ranks: Ranks, start: Path | None, open_files: ExitStack) -> Run:
+    """Build a run, with the weights of checkpoint `start` if there is one.
+
+    Collective: call on every rank. What must be closed is closed with `open_files`.
+    """
+    tokens = tokenizer(config.text)
+    shards = open_shards(config.data.train, shard_kinds(config))
+    checkpoints = Checkpoints(config, ranks, shards)
+    state = checkpoints.state(start) if start else None
+    first = state.step if state else 0
+    loader = TrainingLoader(config, shards, tokens, ranks)
+    steps = config.train.steps or (config.train.epochs or 0) * loader.order.steps_per_epoch
+    engine = make_engine(config, _model(config, start), ranks)
+    if start:
+        engine.optimizer_state.load(start / "optimizer.safetensors")
+    if ranks.first:
+        write_config(config, ranks)
+    ranks.barrier()  # every rank needs the run's folder
+    stop = open_files.enter_context(Stop(ranks))
+    metrics = Metrics(
+        config, ranks, steps, observers(config, ranks, open_files, first=first, steps=steps)
+    )
+    return Run(
+        config=config,
+        engine=engine,
+        loader=loader,
+        checkpoints=checkpoints,
+        metrics=metrics,
+        scorer=Scorer(config, ranks, engine, tokens, metrics, state.best if state else None),
+        stop=stop,
+        first=first,
+        steps=steps,
+        unscored=bool(state and not state.scored and config.data.val),
+    )
+
+
+def _model(config: Config, start: Path | None) -> TwoTowers:
+    """The model with the weights of a checkpoint, or those that a new run starts with."""
+    torch.manual_seed(config.run.seed)
+    model = TwoTowers(config, weights=start is None and config.train.init_from is None)
+    if start:
+        put_weights(model, start)
+    else:
+        put_first_weights(model, config)
+    return model

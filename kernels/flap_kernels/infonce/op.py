@@ -1,0 +1,273 @@
+"""infonce: each clip against all captions and each caption against all clips, cross-entropy.
+
+    S[i, j] = scale * a[i] . t[j]
+    a2t = mean_i (logsumexp_j S[i, j] - S[i, i])      t2a = mean_j (logsumexp_i S[i, j] - S[j, j])
+    symmetric = (a2t + t2a) / 2
+
+    B clips and their captions   D width of an embedding
+
+No B x B matrix is stored: the forward keeps 4 B sums, the backward recomputes S.
+
+Least arithmetic: 2 B B D forward, 8 B B D forward and backward (one recompute, two products).
+Source: Fast Language-Audio Pre-training, arXiv 2311.01615, Eq. 1 (a2t); CLIP, arXiv 2103.00020,
+figure 3 (symmetric).
+"""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from flap_kernels.checks import (
+    check_above,
+    check_choice,
+    check_floats,
+    check_integers,
+    check_shape,
+    check_together,
+)
+from flap_kernels.infonce.backend import (
+    Backend,
+    Direction,
+    DirectionSums,
+    Precision,
+    Targets,
+    losses_and_sums,
+)
+from flap_kernels.infonce.reference import infonce_reference
+from flap_kernels.infonce.torch_tiled import TorchTiled
+from flap_kernels.infonce.triton_launch import TritonTiled
+from flap_kernels.launch import runs_triton
+from flap_kernels.precision import accumulator_dtype
+from flap_kernels.spec import Inputs, Kernel, Size
+
+
+def choose_backend(x: Tensor, precision: str, workspace_mib: float | None) -> Backend:
+    """The backend that serves this tensor; `precision` and `workspace_mib` are for kernels."""
+    if len(x) and runs_triton(x):
+        return TritonTiled("tf32" if precision == "tf32" else "ieee", workspace_mib)
+    return TorchTiled()
+
+
+@torch.library.custom_op("flap_kernels::infonce", mutates_args=())
+def _forward(
+    audio: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    ids: Tensor | None,
+    direction: str,
+    precision: str,
+    workspace_mib: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss () and, by row and by column, lse_negatives and 1 - p (B,); (0,) if not used."""
+    sums = choose_backend(audio, precision, workspace_mib).sums(
+        audio,
+        text,
+        scale,
+        Targets(0, ids, ids),
+        rows=direction != "t2a",
+        columns=direction != "a2t",
+    )
+    losses: list[Tensor] = []
+    saved: list[Tensor] = []
+    for lse_negatives in (sums.row_lse_negatives, sums.column_lse_negatives):
+        if lse_negatives is None:
+            saved += [sums.positive_logits.new_empty(0) for _ in range(2)]
+            continue
+        terms, of_direction = losses_and_sums(lse_negatives, sums.positive_logits)
+        losses.append(terms)
+        saved += [of_direction.lse_negatives, of_direction.one_minus_p]
+    return torch.stack(losses).mean(), saved[0], saved[1], saved[2], saved[3]
+
+
+@_forward.register_fake
+def _(audio, text, scale, ids, direction, precision, workspace_mib):
+    dtype = accumulator_dtype(audio.dtype)
+    rows, columns = (len(audio) if direction != other else 0 for other in ("t2a", "a2t"))
+    sizes = (), (rows,), (rows,), (columns,), (columns,)
+    return tuple(audio.new_empty(size, dtype=dtype) for size in sizes)
+
+
+@register_flop_formula(torch.ops.flap_kernels.infonce)
+def _forward_flop(audio, text, *_, **__) -> int:
+    return 2 * audio[0] * text[0] * audio[1]
+
+
+@torch.library.custom_op("flap_kernels::infonce_backward", mutates_args=())
+def _backward(
+    audio: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    ids: Tensor | None,
+    row_lse_negatives: Tensor,
+    row_one_minus_p: Tensor,
+    column_lse_negatives: Tensor,
+    column_one_minus_p: Tensor,
+    factor: Tensor,
+    audio_wanted: bool,
+    text_wanted: bool,
+    precision: str,
+    workspace_mib: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of audio, text (empty where not wanted) and scale."""
+    rows, columns = len(row_one_minus_p) > 0, len(column_one_minus_p) > 0
+    found = choose_backend(audio, precision, workspace_mib).gradients(
+        audio,
+        text,
+        scale,
+        DirectionSums(row_lse_negatives, row_one_minus_p) if rows else None,
+        DirectionSums(column_lse_negatives, column_one_minus_p) if columns else None,
+        factor,
+        Targets(0, ids, ids),
+        x_wanted=audio_wanted,
+        y_wanted=text_wanted,
+    )
+    return (
+        audio.new_empty(0) if found.x is None else found.x,
+        text.new_empty(0) if found.y is None else found.y.to(text.dtype),
+        found.scale.to(scale.dtype),
+    )
+
+
+@_backward.register_fake
+def _(audio, text, scale, *rest):
+    audio_wanted, text_wanted = rest[6:8]
+    return (
+        torch.empty_like(audio, memory_format=torch.contiguous_format)
+        if audio_wanted
+        else audio.new_empty(0),
+        torch.empty_like(text, memory_format=torch.contiguous_format)
+        if text_wanted
+        else text.new_empty(0),
+        torch.empty_like(scale),
+    )
+
+
+@register_flop_formula(torch.ops.flap_kernels.infonce_backward)
+def _backward_flop(audio, text, *rest, **__) -> int:
+    # S once more, and a product for each gradient.
+    audio_wanted, text_wanted = rest[7:9]
+    return (1 + audio_wanted + text_wanted) * _forward_flop(audio, text)
+
+
+def _save(ctx, inputs, output):
+    audio, text, scale, ids, direction, precision, workspace_mib = inputs
+    ctx.save_for_backward(audio, text, scale, ids, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.factor = (0.5 if direction == "symmetric" else 1.0) / len(audio)
+    ctx.options = precision, workspace_mib
+
+
+def _gradients(ctx, grad, *_):
+    audio_wanted, text_wanted, scale_wanted = ctx.needs_input_grad[:3]
+    a_grad, t_grad, scale_grad = _backward(
+        *ctx.saved_tensors, grad * ctx.factor, audio_wanted, text_wanted, *ctx.options
+    )
+    return (
+        a_grad if audio_wanted else None,
+        t_grad if text_wanted else None,
+        scale_grad if scale_wanted else None,
+        *(None,) * 4,
+    )
+
+
+_forward.register_autograd(_gradients, setup_context=_save)
+
+
+def infonce(
+    audio: Tensor,
+    text: Tensor,
+    scale: Tensor | float,
+    *,
+    direction: Direction = "symmetric",
+    ids: Tensor | None = None,
+    precision: Precision = "ieee",
+    workspace_mib: float | None = None,
+) -> Tensor:
+    """The mean InfoNCE loss of a batch, () float32.
+
+    `audio` and `text` are (B, D), row i of one the positive of row i of the other; they are used
+    as they are, so normalise them first. `scale` is () and multiplies the cosines: pass
+    exp(logit_scale), clamped. Rows that share an entry of `ids` (B,) are not each other's
+    negatives. With direction a2t, text may have more rows than audio: those are negatives only
+    (hard ones). Gradients come in the inputs' types, through sums in float32; those of float64
+    inputs, whose sums are float64, serve for checking.
+
+    `precision` is that of float32 operands in products, whose sums stay in float32: `ieee` leaves
+    them as they are, the others are for tensor cores and round them to the nearest. `tf32` keeps 10
+    bits of the fraction, on a GPU alone; `bf16` 7, of the embeddings' gradients too.
+    `workspace_mib` bounds the memory for partial results, 256 forward and 64 backward (or 2048 rows
+    of B) if not given; a row of tiles is always allowed.
+
+    Raises ValueError and TypeError on shapes, devices and types that do not fit.
+    """
+    scale = check_arguments(audio, text, scale, direction, ids, precision, workspace_mib)
+    if len(audio) == 0:
+        raise ValueError("audio must hold at least one row, got 0")
+    audio, text, products = operands(audio, text, precision)
+    loss: Tensor = _forward(audio, text, scale, ids, direction, products, workspace_mib)[0]
+    return loss
+
+
+def operands(audio: Tensor, text: Tensor, precision: Precision) -> tuple[Tensor, Tensor, str]:
+    """What enters the products, and how kernels are to multiply it where it is float32."""
+    if precision != "bf16":
+        return audio, text, precision
+    if audio.dtype == torch.float32:
+        audio, text = audio.bfloat16(), text.bfloat16()
+    return audio, text, "ieee"
+
+
+def check_arguments(
+    audio: Tensor,
+    text: Tensor,
+    scale: Tensor | float,
+    direction: str,
+    ids: Tensor | None,
+    precision: str,
+    workspace_mib: float | None,
+) -> Tensor:
+    """The scale as a tensor, after every check of the public ops."""
+    check_choice("direction", direction, get_args(Direction))
+    check_choice("precision", precision, get_args(Precision))
+    check_above("workspace_mib", workspace_mib, 0)
+    check_shape("audio", audio, (None, None), "(B, D)")
+    more = direction == "a2t" and text.ndim == 2 and len(text) > len(audio) and ids is None
+    check_shape("text", text, (len(text) if more else len(audio), audio.shape[1]), "(B, D)")
+    check_floats(audio=audio, text=text)
+    if audio.dtype != text.dtype:
+        raise TypeError(f"audio and text must be of one type, got {audio.dtype} and {text.dtype}")
+    if not isinstance(scale, Tensor):
+        scale = audio.new_full((), scale, dtype=accumulator_dtype(audio.dtype))
+    check_shape("scale", scale, (), "()")
+    check_together(audio=audio, text=text, scale=scale)
+    if ids is not None:
+        check_shape("ids", ids, (len(audio),), "(B,)")
+        check_integers(ids=ids)
+        check_together(audio=audio, ids=ids)
+    return scale
+
+
+def _inputs(size: Size, generator: torch.Generator) -> Inputs:
+    # Several tiles in each direction: of a GPU's, or of the interpreter's small ones.
+    odd = (389, 131) if generator.device.type == "cuda" else (77, 37)
+    B, D = {"edge": (2, 2), "odd": odd, "paper": (4608, 512)}[size]
+    draw = {"generator": generator, "device": generator.device, "dtype": torch.float64}
+    audio = F.normalize(torch.randn(B, D, **draw), dim=1)
+    text = F.normalize(audio + torch.randn(B, D, **draw) / D**0.5, dim=1)
+    scale = torch.full((), 14.3, device=generator.device, dtype=torch.float64)
+    arguments = {"audio": audio, "text": text, "scale": scale}
+    return Inputs(arguments, differentiable=("audio", "text", "scale"), float32=("scale",))
+
+
+KERNEL = Kernel(
+    name="infonce",
+    op=infonce,
+    reference=infonce_reference,
+    inputs=_inputs,
+    slack=3.0,  # two logits, a power and two products: each is rounded where the reference's is
+)

@@ -1,0 +1,318 @@
+"""unshuffle_tokens: kept tokens in the order of patches, mask tokens between, positions added.
+
+    y'[b, n, :] = (y[b, i, :] if i < K else mask_token) + position[n, :],  i = ids_restore[b, n]
+
+    B clips   N patches of a clip   K of them kept   D width
+
+`ids_restore` is a permutation, so the backward scatters without atomics: each token of `y` is
+written by the one program that holds its gradient. The mask token's gradient is summed within
+programs, then over them in a second pass.
+
+Least traffic, forward: B*K*D read, B*N*D written; backward: B*N*D read, B*K*D written.
+Source: Masked Autoencoders that Listen, arXiv 2207.06405, section 3; FLAP, arXiv 2311.01615.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flap_kernels.checks import check_floats, check_integers, check_shape, check_together
+from flap_kernels.launch import ceil_div, jit, runs_triton, tl, triton
+from flap_kernels.patches import clips, strides
+from flap_kernels.precision import accumulator_dtype
+from flap_kernels.spec import Inputs, Kernel, Size
+
+
+def unshuffle_tokens_reference(
+    y: Tensor, ids_restore: Tensor, mask_token: Tensor, position: Tensor
+) -> Tensor:
+    """The decoder's input, by appending one mask token to each clip: what the op means."""
+    full = torch.cat([y, mask_token.expand(len(y), 1, -1)], 1)
+    slot = ids_restore.long().clamp(max=y.shape[1])
+    return full.gather(1, slot[..., None].expand(-1, -1, y.shape[2])) + position
+
+
+@jit
+def clip_rows(count, BLOCK_ROWS: tl.constexpr):
+    """The clip of this program and its rows in it, int64; one division for the whole program."""
+    tiles = tl.cdiv(count, BLOCK_ROWS)
+    pid = tl.program_id(0)
+    rows = pid % tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    return (pid // tiles).to(tl.int64), rows.to(tl.int64)
+
+
+@jit
+def unshuffle_tokens_kernel(
+    y_ptr,
+    ids_restore_ptr,
+    token_ptr,
+    position_ptr,
+    out_ptr,
+    N,
+    K,
+    D,
+    stride_yb,
+    stride_yk,
+    stride_yd,
+    stride_rb,
+    stride_rn,
+    stride_td,
+    stride_pn,
+    stride_pd,
+    HAS_TOKEN: tl.constexpr,
+    HAS_POSITION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    b, n = clip_rows(N, BLOCK_ROWS)
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_n, mask_d = n < N, offs_d < D
+    mask = mask_n[:, None] & mask_d[None, :]
+
+    slot = tl.load(ids_restore_ptr + b * stride_rb + n * stride_rn, mask=mask_n, other=K).to(
+        tl.int64
+    )
+    kept = (slot >= 0) & (slot < K)
+    # x = y[b, slot, :] if slot < K else mask_token
+    at = (b * stride_yb + slot * stride_yk)[:, None] + (offs_d * stride_yd)[None, :]
+    x = tl.load(y_ptr + at, mask=mask & kept[:, None], other=0.0).to(tl.float32)
+    if HAS_TOKEN:
+        token = tl.load(token_ptr + offs_d * stride_td, mask=mask_d, other=0.0).to(tl.float32)
+        x = tl.where(kept[:, None], x, token[None, :])
+    if HAS_POSITION:
+        # y'[b, n, :] = x + position[n, :]
+        at = (n * stride_pn)[:, None] + (offs_d * stride_pd)[None, :]
+        x += tl.load(position_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    at = ((b * N + n) * D)[:, None] + offs_d[None, :]
+    tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def unshuffle_tokens_backward_kernel(
+    grad_ptr,
+    ids_restore_ptr,
+    y_grad_ptr,
+    partial_ptr,
+    N,
+    K,
+    D,
+    stride_gb,
+    stride_gn,
+    stride_gd,
+    stride_rb,
+    stride_rn,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    b, n = clip_rows(N, BLOCK_ROWS)
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_n, mask_d = n < N, offs_d < D
+    mask = mask_n[:, None] & mask_d[None, :]
+
+    slot = tl.load(ids_restore_ptr + b * stride_rb + n * stride_rn, mask=mask_n, other=0).to(
+        tl.int64
+    )
+    kept = (slot >= 0) & (slot < K)
+    at = (b * stride_gb + n * stride_gn)[:, None] + (offs_d * stride_gd)[None, :]
+    grad = tl.load(grad_ptr + at, mask=mask, other=0.0)
+    # dy[b, slot, :] = dy'[b, n, :] where slot < K
+    at = ((b * K + slot) * D)[:, None] + offs_d[None, :]
+    tl.store(y_grad_ptr + at, grad.to(y_grad_ptr.dtype.element_ty), mask=mask & kept[:, None])
+    # dmask_token = sum of dy'[b, n, :] where slot >= K, here over this program's rows
+    dropped = tl.sum(tl.where(kept[:, None], 0.0, grad.to(tl.float32)), axis=0)
+    tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * D + offs_d, dropped, mask=mask_d)
+
+
+def blocks(D: int) -> dict[str, int]:
+    """The tile that moves rows of this width: 4,096 numbers, in whole lines of memory."""
+    block_d = min(512, triton.next_power_of_2(D))
+    return {"BLOCK_ROWS": 4096 // block_d, "BLOCK_D": block_d}
+
+
+def spread(
+    y: Tensor,
+    ids_restore: Tensor,
+    mask_token: Tensor | None,
+    position: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Launch the forward; without a mask token, rows of dropped tokens become zeros."""
+    (B, K, D), N = y.shape, ids_restore.shape[1]
+    out = y.new_empty((B, N, D), dtype=dtype)
+    if out.numel() == 0:
+        return out
+    # Absent pointers get a dummy tensor; the kernel never reads it.
+    token = y.new_empty(1) if mask_token is None else mask_token
+    added = y.new_empty(1, 1) if position is None else position
+    tile = blocks(D)
+    grid = (B * ceil_div(N, tile["BLOCK_ROWS"]), ceil_div(D, tile["BLOCK_D"]))
+    unshuffle_tokens_kernel[grid](
+        y,
+        ids_restore,
+        token,
+        added,
+        out,
+        N,
+        K,
+        D,
+        **strides("y", "bkd", y),
+        **strides("r", "bn", ids_restore),
+        **strides("t", "d", token),
+        **strides("p", "nd", added),
+        HAS_TOKEN=mask_token is not None,
+        HAS_POSITION=position is not None,
+        **tile,
+    )
+    return out
+
+
+@torch.library.custom_op("flap_kernels::unshuffle_tokens", mutates_args=())
+def _unshuffle_tokens(
+    y: Tensor, ids_restore: Tensor, mask_token: Tensor, position: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    if runs_triton(y, mask_token):
+        return spread(y, ids_restore, mask_token, position, dtype)
+    total_dtype = _promoted(y, mask_token, position)
+    out = y.new_empty((*ids_restore.shape, y.shape[2]), dtype=total_dtype).copy_(mask_token)
+    out[clips(ids_restore), inverse(ids_restore)[:, : y.shape[1]]] = y.to(total_dtype)
+    if position is not None:
+        out += position
+    return out.to(dtype)
+
+
+@_unshuffle_tokens.register_fake
+def _(y, ids_restore, mask_token, position, dtype):
+    return y.new_empty((*ids_restore.shape, y.shape[2]), dtype=dtype)
+
+
+@torch.library.custom_op("flap_kernels::unshuffle_tokens_backward", mutates_args=())
+def _unshuffle_tokens_backward(
+    grad: Tensor, ids_restore: Tensor, K: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `y`, in its type, and of the mask token, not narrower than float32."""
+    y_grad, token_grad = _empty_gradients(grad, ids_restore, K, dtype)
+    if not runs_triton(grad):
+        order, b = inverse(ids_restore), clips(ids_restore)
+        y_grad.copy_(grad[b, order[:, :K]])
+        return y_grad, grad[b, order[:, K:]].sum((0, 1), dtype=token_grad.dtype)
+    if grad.numel() == 0:
+        return y_grad, token_grad.zero_()
+    B, N, D = grad.shape
+    tile = blocks(D)
+    programs = B * ceil_div(N, tile["BLOCK_ROWS"])
+    partial = grad.new_empty((programs, D), dtype=torch.float32)
+    unshuffle_tokens_backward_kernel[(programs, ceil_div(D, tile["BLOCK_D"]))](
+        grad,
+        ids_restore,
+        y_grad,
+        partial,
+        N,
+        K,
+        D,
+        **strides("g", "bnd", grad),
+        **strides("r", "bn", ids_restore),
+        **tile,
+    )
+    return y_grad, partial.sum(0)
+
+
+@_unshuffle_tokens_backward.register_fake
+def _empty_gradients(grad, ids_restore, K, dtype):
+    B, _, D = grad.shape
+    total_dtype = accumulator_dtype(grad.dtype)
+    return grad.new_empty((B, K, D), dtype=dtype), grad.new_empty(D, dtype=total_dtype)
+
+
+def inverse(ids_restore: Tensor) -> Tensor:
+    """(B, N) int64, the inverse permutation: the kept patches, then the dropped ones."""
+    n = torch.arange(ids_restore.shape[1], device=ids_restore.device).expand(ids_restore.shape)
+    return torch.empty_like(n).scatter_(1, ids_restore.long(), n)
+
+
+def _setup(ctx, inputs, output):
+    y, ids_restore, mask_token, position, _ = inputs
+    ctx.save_for_backward(ids_restore)
+    ctx.K, ctx.y, ctx.token = y.shape[1], y.dtype, mask_token.dtype
+    ctx.position = None if position is None else position.dtype
+
+
+def _backward(ctx, grad):
+    (ids_restore,) = ctx.saved_tensors
+    y_grad, token_grad = _unshuffle_tokens_backward(grad, ids_restore, ctx.K, ctx.y)
+    position_grad = None
+    if ctx.needs_input_grad[3]:
+        total_dtype = accumulator_dtype(grad.dtype)
+        position_grad = grad.sum(0, dtype=total_dtype).to(ctx.position)
+    return y_grad, None, token_grad.to(ctx.token), position_grad, None
+
+
+_unshuffle_tokens.register_autograd(_backward, setup_context=_setup)
+
+
+def unshuffle_tokens(
+    y: Tensor,
+    ids_restore: Tensor,
+    mask_token: Tensor,
+    position: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """A decoder's input, (B, N, D): its kept tokens, mask tokens elsewhere, positions added.
+
+    To carry a [CLS] token along, count it as a patch: `y` with it in front, `ids_restore` one
+    longer and one higher behind a leading 0, a first row of zeros in `position`.
+
+    Args:
+        y: (B, K, D).
+        ids_restore: (B, N) int32 or int64, a permutation of [0, N) in each row, which is not
+            checked: the index of each patch in `cat(kept, dropped)`.
+        mask_token: (D,).
+        position: (N, D), or None to add nothing.
+        dtype: of the result; None promotes the inputs' types as PyTorch does. Sums are float32.
+
+    Raises ValueError and TypeError on shapes, devices and types that do not fit.
+    """
+    check_shape("y", y, (None, None, None), "(B, K, D)")
+    check_shape("ids_restore", ids_restore, (len(y), None), "(B, N)")
+    check_shape("mask_token", mask_token, (y.shape[2],), "(D,)")
+    check_integers(ids_restore=ids_restore)
+    check_floats(y=y, mask_token=mask_token)
+    check_together(y=y, ids_restore=ids_restore, mask_token=mask_token)
+    if ids_restore.shape[1] < y.shape[1]:
+        raise ValueError(
+            f"ids_restore must be (B, N) with N of at least K = {y.shape[1]}, "
+            f"got {ids_restore.shape[1]}"
+        )
+    if position is not None:
+        check_shape("position", position, (ids_restore.shape[1], y.shape[2]), "(N, D)")
+        check_floats(position=position)
+        check_together(y=y, position=position)
+    dtype = dtype or _promoted(y, mask_token, position)
+    return _unshuffle_tokens(y, ids_restore, mask_token, position, dtype)
+
+
+def _promoted(y: Tensor, mask_token: Tensor, position: Tensor | None) -> torch.dtype:
+    dtype = torch.promote_types(y.dtype, mask_token.dtype)
+    return dtype if position is None else torch.promote_types(dtype, position.dtype)
+
+
+def _inputs(size: Size, generator: torch.Generator) -> Inputs:
+    B, N, K, D = {"edge": (1, 1, 1, 1), "odd": (3, 71, 37, 67), "paper": (288, 512, 306, 512)}[size]
+    draw = {"generator": generator, "device": generator.device}
+    real = {**draw, "dtype": torch.float64}
+    arguments = {
+        "y": torch.randn(B, K, D, **real),
+        "ids_restore": torch.rand(B, N, **draw).argsort(1),
+        "mask_token": torch.randn(D, **real),
+        "position": torch.randn(N, D, **real),
+    }
+    return Inputs(arguments, differentiable=("y", "mask_token", "position"))
+
+
+KERNEL = Kernel(
+    name="unshuffle_tokens",
+    op=unshuffle_tokens,
+    reference=unshuffle_tokens_reference,
+    inputs=_inputs,
+)

@@ -1,0 +1,63 @@
+"""What commands import: a heavy package only if the command uses it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from flap_fast.config import Config
+from flap_fast.model.model_folder import save_model
+from flap_fast.model.two_towers import TwoTowers
+from tests.sounds import encode, tone
+from tests.tiny import tiny
+
+# Packages that neither `flap --help` nor a trained model need.
+UNUSED = {
+    *(
+        "deepspeed",
+        "nvidia.dali",
+        "tensorboard",
+        "torch.utils.tensorboard",
+        "matplotlib",
+        "sklearn",
+    ),
+    *("torchvision", "xformers", "onnxruntime", "faiss", "ray", "pandas"),
+}
+# These take seconds; the start of the command must not import them.
+HEAVY = UNUSED | {"torch", "transformers", "numpy", "soundfile", "triton", "PIL", "scipy"}
+# Custom operators and transformers' models import these later; opening other models must not.
+LATER = {"torch._dynamo", "torch._inductor", "scipy", "transformers.modeling_utils"}
+
+
+def imported(program: str, modules: set[str]) -> set[str]:
+    """Those of the modules that a program imports, in a process of its own."""
+    program += f"\nimport sys\nprint(*({modules!r} & sys.modules.keys()))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+def test_the_command_starts_without_heavy_packages():
+    assert imported("import flap_fast.__main__", HEAVY) == set()
+
+
+def saved(config: Config, folder: Path) -> Path:
+    model = TwoTowers(config)
+    save_model(folder, config, model, model.state_dict())
+    return folder
+
+
+def test_opening_a_model_imports_no_compiler(tmp_path: Path):
+    folder = saved(tiny("text.encoder=clip"), tmp_path / "model")
+    program = f"import flap_fast\nflap_fast.load({str(folder)!r})"
+    assert imported(program, UNUSED | LATER) == set()
+
+
+def test_ranking_imports_no_package_of_other_commands(tmp_path: Path):
+    folder, sound = saved(tiny(), tmp_path / "model"), tmp_path / "tone.wav"
+    sound.write_bytes(encode(tone(440, 1.0, 16_000), 16_000, "WAV"))
+    program = f"import flap_fast\nflap_fast.load({str(folder)!r}).rank({str(sound)!r}, ['a', 'b'])"
+    assert imported(program, UNUSED) == set()
