@@ -226,7 +226,9 @@ def test_the_predicted_peak_is_what_pytorch_tracks_within_a_tenth(overrides: tup
     config = tiny(*wide, "train.global_batch=16", *overrides)
     model = TwoTowers(config).train()
     engine = PlainEngine(config, model, Ranks())
-    plan = patch_mask(config.mask, config.audio.grid, 0, torch.arange(16))
+    grid = config.encoder.grid
+    assert grid is not None
+    plan = patch_mask(config.mask, grid, 0, torch.arange(16))
     mel = torch.randn(16, 1, config.audio.frames, config.audio.mel_bins)
     ids = torch.randint(3, 50, (16, 16))
     attention_mask = torch.ones_like(ids)
