@@ -172,14 +172,18 @@ def profile(
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
-    gpus: Annotated[int, typer.Option(help="GPUs (ranks) of all nodes together.")] = 8,
+    gpus: Annotated[
+        int | None,
+        typer.Option(help="GPUs (ranks) of all nodes; without: 8, or 1 with train.engine=plain."),
+    ] = None,
     nodes: Annotated[int, typer.Option(help="Number of machines.")] = 1,
     link: Annotated[str, typer.Option(help="Bandwidth of a rank between nodes.")] = "50GB/s",
     local_link: Annotated[str, typer.Option(help="Bandwidth of a rank inside a node.")] = "400GB/s",
     tflops: Annotated[float, typer.Option(help="Peak of a GPU, in TFLOP/s.")] = 790,
-    share: Annotated[
-        float, typer.Option(help="Fraction of the peak that a step sustains (MFU).")
+    mfu: Annotated[
+        float, typer.Option(help="Fraction of the peak that a step sustains (utilisation).")
     ] = 0.5,
+    share: Annotated[float | None, typer.Option(hidden=True, help="Old name of --mfu.")] = None,
     memory_gib: Annotated[float, typer.Option(help="Memory of a GPU, in GiB.")] = 80,
     memory_rate: Annotated[str, typer.Option(help="Memory bandwidth of a GPU.")] = "3000GB/s",
     host_rate: Annotated[
@@ -195,15 +199,16 @@ def plan(
 ) -> None:
     """Predict memory, communication and time of a step on GPUs you do not have yet."""
     from flap_fast.config.file import load_config
-    from flap_fast.tools.profile.plan import Machine, as_json, parse_rate
+    from flap_fast.tools.profile.plan import Machine, as_json, default_gpus, parse_rate
     from flap_fast.tools.profile.plan import plan as predict
     from flap_fast.tools.profile.tables import plan_table
 
+    settings = load_config(config, overrides or [])
     machine = Machine(
-        gpus=gpus,
+        gpus=default_gpus(settings) if gpus is None else gpus,
         nodes=nodes,
         tflops=tflops,
-        share=share,
+        mfu=mfu if share is None else share,
         link_bytes_per_s=parse_rate("--link", link),
         local_bytes_per_s=parse_rate("--local-link", local_link),
         memory_gib=memory_gib,
@@ -212,7 +217,7 @@ def plan(
         host_link_bytes_per_s=parse_rate("--host-link", host_link),
         caption_tokens=caption_tokens,
     )
-    planned = predict(load_config(config, overrides or []), machine)
+    planned = predict(settings, machine)
     Console().print(plan_table(planned), highlight=False)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ and additions are free. FLAP embeds all N patches and drops some after; we embed
 (`fused`). The encoder runs on the device `meta`, where nothing is computed, under PyTorch's own
 counter; what feature fusion adds is left out.
 
-What a device has to do in a whole step is counted in `tools.profile.flop`.
+What a device has to do in a whole step is counted in `tools.profile.counts`.
 
 Source: FLAP, arXiv 2311.01615, section 6.3; the formulas of fvcore for norms.
 """

@@ -1,4 +1,4 @@
-"""A picture of where a step goes: its parts, each step, and memory by micro-batch."""
+"""Figure of a profile: the parts of a step, each step, and memory by micro-batch."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ def profile_figure(folder: Path) -> Path:
     except ImportError:
         raise ConfigError("figures must have matplotlib; pip install 'flap_fast[report]'") from None
     found = json.loads((folder / "profile.json").read_text())
+    # Profiles of before this name have the other.
+    utilisation = found.get("utilisation", found.get("share_of_ceiling", 0.0))
     parts = [part for part, ms in found["parts_ms"].items() if ms > 0]
     colors = dict(zip(parts, colormaps["tab10"].colors, strict=False))  # type: ignore[attr-defined]
     trials = [t for t in found["micro_batch"].get("trials", ()) if t["fits"]]
@@ -28,7 +30,7 @@ def profile_figure(folder: Path) -> Path:
     figure = Figure(figsize=(10, 7 if trials else 4.6), layout="constrained")
     figure.suptitle(
         f"{found['config']} on {found['device']}: {found['clips_per_s']:.1f} clips/s, "
-        f"{found['share_of_ceiling']:.0%} of the measured ceiling",
+        f"{utilisation:.0%} of the measured ceiling",
         fontsize=11,
     )
     axes: Any = figure.subplots(2 if trials else 1, 2, squeeze=False)
@@ -70,7 +72,7 @@ def _draw_trials(memory: Any, speed: Any, trials: list[dict[str, Any]], limit: i
     trials = sorted(trials, key=lambda t: t["clips"])
     clips = [t["clips"] for t in trials]
     memory.plot(clips, [t["peak_bytes"] / 2**20 for t in trials], marker="o")
-    memory.axhline(limit / 2**20, color="0.4", linestyle="--", label="what there is")
+    memory.axhline(limit / 2**20, color="0.4", linestyle="--", label="available")
     memory.set_yscale("log")
     memory.set_ylabel("peak MiB")
     memory.legend(fontsize=8)

@@ -1,4 +1,4 @@
-"""A device: its name, what it can do at most, its memory, and what this process takes of it."""
+"""A device's peak FLOP/s, its free memory, and the memory that this process takes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def resident_bytes() -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """What can still be taken on a device: of a CPU, before the machine or its container swaps."""
+    """Free bytes of a device: of a CPU, before the machine or its container swaps."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -97,5 +97,5 @@ def _status(name: str, otherwise) -> int:
 
 
 def _peak_of_the_process() -> int:
-    """Where there is no /proc: the most so far, in KiB."""
+    """The most bytes so far, where /proc does not exist."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,64 +1,85 @@
-"""Whether a step fits in a CPU's memory: asked first, or it would take the machine down."""
+"""Memory check before a step on a CPU, where running out of memory takes the machine down."""
 
 from __future__ import annotations
 
+import os
+
+import torch
+
 from flap_fast.checks import require
 from flap_fast.config import Config
-from flap_fast.model.masking import kept_patches
-from flap_fast.model.two_towers import TwoTowers, takes_bf16
+from flap_fast.model.two_towers import takes_bf16
 from flap_fast.ranks import Ranks
+from flap_fast.tools.profile.counts import StepCounts
 from flap_fast.tools.profile.device import free_bytes
-from flap_fast.tools.profile.footprint import Sizes, divisors, footprint
+from flap_fast.tools.profile.memory import divisors, footprint
 from flap_fast.tools.profile.synthetic import caption_lengths
 from flap_fast.train.engine import check_engine
 
-# Of what is free: the formulas leave out heaps, libraries and an optimizer's temporaries.
+# Of what is free: counts leave out heaps, libraries and an optimizer's temporaries.
 _SAFE = 0.7
 
 
-def check_that_it_fits(config: Config, model: TwoTowers, ranks: Ranks) -> None:
-    """On a CPU, by the formulas; a GPU says so itself.
+def check_memory(config: Config, needed: tuple[int, int], ranks: Ranks) -> None:
+    """Check that a rank's step fits in a CPU's memory.
+
+    Args:
+        needed: what `cpu_bytes` gives.
 
     Raises:
         ConfigError: the step takes more than is safe; with what would do.
     """
-    if ranks.device.type == "cuda":
-        return
     setting = "train.micro_batch" if config.train.micro_batch else "train.global_batch"
     clips = config.train.micro_batch or config.train.global_batch // ranks.world
-    here, free = ranks.local_world, free_bytes(ranks.device)
-    one, most = (_predicted(config, model, ranks, n) for n in (1, clips))
+    processes, free = ranks.local_world, free_bytes(ranks.device)
+    one, most = needed
     each = max(1, (most - one) // max(1, clips - 1))
-    fitting = max(1, int((_SAFE * free / here - one) // each))
+    fitting = max(1, int((_SAFE * free / processes - one) // each))
     if config.train.micro_batch:
         fitting = max(n for n in divisors(config.train.global_batch // ranks.world) if n <= fitting)
     else:
         fitting *= ranks.world
     require(
-        most * here <= _SAFE * free,
+        most * processes <= _SAFE * free,
         setting,
         f"fit in {_SAFE:.0%} of the {free / 2**30:.1f} GiB that are free: {clips} clips at a time "
-        f"take {most / 2**30:.1f} GiB a rank by the formulas of `flap plan`",
+        f"take {most / 2**30:.1f} GiB a rank as `flap plan` counts",
         getattr(config.train, setting.removeprefix("train.")),
         f"try {setting}={fitting}"
-        if one * here <= _SAFE * free
-        else "not even one clip does: take a smaller tower, or a machine with more memory",
+        if one * processes <= _SAFE * free
+        else "not even one clip does: take a smaller encoder, or a machine with more memory",
     )
 
 
-def _predicted(config: Config, model: TwoTowers, ranks: Ranks, at_once: int) -> int:
-    """Of a rank's step with so many clips in a micro-batch, or in all without micro-batches."""
-    micro, share = config.train.micro_batch, config.train.global_batch // ranks.world
+def count_here(config: Config, world: int) -> tuple[StepCounts, tuple[int, int] | None]:
+    """Counts of the config's step on this machine's device, and on a CPU the bytes it takes."""
+    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    half = takes_bf16(config.train.precision, torch.device("cuda" if on_gpu else "cpu"))
+    counts = StepCounts(config, half=half, on_gpu=on_gpu)
+    captions = config.train.global_batch // world * len(config.loss.sentences)
+    counts.flop(caption_lengths(captions, config.text.max_tokens), world)
+    return counts, None if on_gpu else cpu_bytes(config, counts, world)
+
+
+def cpu_bytes(config: Config, counts: StepCounts, world: int) -> tuple[int, int]:
+    """Bytes of a rank's step with one clip at a time, and with as many as the config says."""
+    clips = config.train.micro_batch or config.train.global_batch // world
+    one, most = (_bytes(config, counts, world, n) for n in (1, clips))
+    return one, most
+
+
+def _bytes(config: Config, counts: StepCounts, world: int, at_once: int) -> int:
+    """Bytes of a rank's step with so many clips in a micro-batch, or in all without them."""
+    micro, clips = config.train.micro_batch, config.train.global_batch // world
     train = config.train.model_copy(update={"micro_batch": at_once if micro else None})
     tokens = caption_lengths(1, config.text.max_tokens)[0]
     found = footprint(
         config.model_copy(update={"train": train}),
-        Sizes.of(model),
-        [-(-tokens // 8) * 8] * (share if micro else at_once),
-        ranks.world,
-        engine=check_engine(config, ranks.world),
-        kept=kept_patches(config.mask, config.audio.grid),
-        half=takes_bf16(config.train.precision, ranks.device),
+        counts,
+        clips if micro else at_once,
+        -(-tokens // 8) * 8,
+        world,
+        engine=check_engine(config, world),
         on_gpu=False,
     )
     return found.peak + sum(found.on_cpu.values())

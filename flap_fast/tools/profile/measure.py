@@ -5,9 +5,9 @@
                       memory.pickle     a GPU's allocations in a step, for pytorch.org/memory_viz
                       profile.png       the same in a picture (`flap_fast.report.profile`)
 
-Steps are the trainer's, on the run's own loader or on random batches; what watches and saves a run
-is left out. Parts are those of the first rank. FLOP are the counted ones of `flop`, of
-the captions' own tokens; the ceiling is a matrix product in the run's precision, measured here.
+Steps are the trainer's, on the run's own loader or on random batches; logs and checkpoints are left
+out. Parts are those of the first rank. FLOP are those that `counts` finds for the captions' own
+tokens; the ceiling is a matrix product in the run's precision, measured here.
 """
 
 from __future__ import annotations
@@ -32,22 +32,24 @@ from flap_fast.data.loader import TrainingLoader
 from flap_fast.data.shards import open_shards
 from flap_fast.data.tokenize import tokenizer
 from flap_fast.files import write_atomically
-from flap_fast.model.masking import kept_patches
 from flap_fast.model.two_towers import TwoTowers, takes_bf16
 from flap_fast.ranks import Ranks, join_ranks, leave_ranks, world_size
+from flap_fast.tools.profile.counts import StepCounts, two_passes
 from flap_fast.tools.profile.device import Memory, measure_ceiling
-from flap_fast.tools.profile.fits import check_that_it_fits
-from flap_fast.tools.profile.flop import Flop, TextShape, step_flop, two_passes
-from flap_fast.tools.profile.known import check_formulas
+from flap_fast.tools.profile.fits import check_memory, count_here
+from flap_fast.tools.profile.parts import step_parts
 from flap_fast.tools.profile.search import search as search_micro_batch
-from flap_fast.tools.profile.synthetic import SyntheticLoader, without_files
-from flap_fast.tools.profile.timeline import (
-    PARTS,
-    Timeline,
-    waited_for,
-    watched,
-    watched_collectives,
+from flap_fast.tools.profile.synthetic import (
+    SyntheticLoader,
+    without_files,
 )
+from flap_fast.tools.profile.timeline import (
+    Timeline,
+    timed_batches,
+    timed_collectives,
+    timed_engine,
+)
+from flap_fast.tools.profile.trace import Flop
 from flap_fast.tools.profile.traffic import CountTraffic, sent_bytes
 from flap_fast.train.engine import Engine, check_engine, make_engine
 from flap_fast.train.environment import device_name
@@ -80,11 +82,15 @@ def profile(
     require(steps >= 1, "--steps", "be at least 1", steps)
     _check(config, synthetic)
     found = search_micro_batch(config, seconds=_SEARCH_S) if search and world_size() == 1 else None
+    # With fake ranks, so before this process joins its real ones.
+    counts, needed = count_here(config, world_size())
     ranks = join_ranks()
     out = out or config.run_folder / "profile"
     try:
         with without_files(config) if synthetic else nullcontext(config) as complete:
-            result = _Session(complete, ranks, steps, synthetic, out).run()
+            if needed:
+                check_memory(complete, needed, ranks)
+            result = _Session(complete, counts, ranks, steps, synthetic, out).run()
     finally:
         leave_ranks()
     if not ranks.first:
@@ -95,7 +101,6 @@ def profile(
 
 
 def _check(config: Config, synthetic: bool) -> None:
-    check_formulas(config)
     if synthetic:
         world, batch = world_size(), config.train.global_batch
         require(batch % world == 0, "train.global_batch", f"be a multiple of {world} ranks", batch)
@@ -113,28 +118,35 @@ def _why_no_search(search: bool) -> str:
 
 
 class _Session:
-    """One model, its engine and its loader."""
+    """Measures the steps of one model, its engine and its loader."""
 
-    def __init__(self, config: Config, ranks: Ranks, steps: int, synthetic: bool, out: Path):
+    def __init__(
+        self,
+        config: Config,
+        counts: StepCounts,
+        ranks: Ranks,
+        steps: int,
+        synthetic: bool,
+        out: Path,
+    ):
         self.config, self.ranks, self.steps, self.out = config, ranks, steps, out
+        self.counts, self.parts = counts, step_parts(config.encoder.modality)
         self.half = takes_bf16(config.train.precision, ranks.device)
         self.memory = Memory(ranks.device)
         self.timeline: Timeline | None = None
         self.synthetic = synthetic
         torch.manual_seed(config.run.seed)
         self.model = TwoTowers(config, weights=not synthetic)
-        self.text = TextShape.of(self.model.text.inner.config)
-        check_that_it_fits(config, self.model, ranks)
         if ranks.first:
             out.mkdir(parents=True, exist_ok=True)
 
     def run(self) -> Profile:
-        """All that is measured, in turn."""
+        """Take every measurement, one after the other."""
         extra = TRACED + 2
-        with ExitStack() as watching:
-            watching.enter_context(watched_collectives(lambda: self.timeline))
+        with ExitStack() as hooks:
+            hooks.enter_context(timed_collectives(lambda: self.timeline))
             engine = make_engine(self.config, self.model, self.ranks)
-            engine = watching.enter_context(watched(engine, lambda: self.timeline))
+            engine = hooks.enter_context(timed_engine(engine, lambda: self.timeline))
             self._begin(engine, WARM_UP + self.steps + extra)
             try:
                 for _ in range(WARM_UP):
@@ -152,10 +164,10 @@ class _Session:
         return self._result(*timed, sent, files, ceiling)
 
     def _begin(self, engine: Engine, steps: int) -> None:
-        """What the trainer's loop has before its first step."""
+        """Set up what the trainer's loop has before its first step."""
         config, ranks = self.config, self.ranks
         if self.synthetic:
-            loader = SyntheticLoader(config, self.model.text.inner.config, ranks)
+            loader = SyntheticLoader(config, self.model.text, ranks)
             per_epoch = loader.steps_per_epoch
         else:
             loader = TrainingLoader(
@@ -166,7 +178,7 @@ class _Session:
         self.run_steps = 1000 * per_epoch
         self.engine = engine
         self.gradients = Gradients(config, ranks, engine, self.run_steps, per_epoch)
-        batches = waited_for(
+        batches = timed_batches(
             loader.batches(0, steps, times=self.gradients.reads), lambda: self.timeline
         )
         self.masks: list[Tensor] = []
@@ -200,10 +212,7 @@ class _Session:
         memory = {"peak": self.memory.peak(), "steady": self.memory.steady()}
         self.timeline = None
         lengths = [[n for mask in masks for n in mask.sum(1).tolist()] for masks in seen]
-        kept, world = kept_patches(self.config.mask, self.config.audio.grid), self.ranks.world
-        by_step = [
-            step_flop(self.config, self.text, some, kept=kept, world=world) for some in lengths
-        ]
+        by_step = [self.counts.flop(some, self.ranks.world) for some in lengths]
         flop = {part: _mean([step[part] for step in by_step]) for part in by_step[0]}
         computed = sum(mask.numel() for masks in seen for mask in masks)
         return seconds, memory, flop, sum(map(sum, lengths)) / computed
@@ -259,7 +268,8 @@ class _Session:
     ) -> Profile:
         each = sorted(sum(step.values()) for step in seconds)
         step_s = sum(each) / len(each)
-        parts = {name: sum(step[name] for step in seconds) / len(seconds) for name in PARTS}
+        seconds = [{part: step.get(part, 0.0) for part in self.parts} for step in seconds]
+        parts = {part: sum(step[part] for step in seconds) / len(seconds) for part in self.parts}
         total = sum(f.total for f in flop.values())
         return {
             "config": self.config.run.name,
@@ -282,7 +292,7 @@ class _Session:
             "real_tokens": real_tokens,
             "flop_per_s": total / step_s,
             "ceiling_flop_per_s": ceiling,
-            "share_of_ceiling": total / step_s / ceiling,
+            "utilisation": total / step_s / ceiling,
             "memory_mib": {name: n / 2**20 for name, n in memory.items()},
             "memory_is": self.memory.what,
             "allocated_in_a_step_mib": self._step_bytes(memory) / 2**20,

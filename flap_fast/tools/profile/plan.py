@@ -1,11 +1,10 @@
 """`flap plan`: memory, communication and time of a step on ranks that are not here.
 
-    step = FLOP / (ceiling x share) + optimizer + exposed communication
+    step = FLOP / (peak x MFU) + optimizer + exposed communication
 
-Parameters are counted on the model itself, FLOP, bytes and memory follow from the formulas of
-`flop`, `traffic` and `footprint`; tests hold those against PyTorch's counts. What a
-device and a link can do is assumed, printed, and settable. Latencies, loading and evaluation are
-left out.
+FLOP, memory and what the losses send are counted on fake tensors (`counts`, `memory`); what the
+engine sends and holds follows from the formulas of `traffic` and `states`. What a device and a link
+can do is assumed, printed, and settable. Latencies, loading and evaluation are left out.
 """
 
 from __future__ import annotations
@@ -19,15 +18,15 @@ import torch
 
 from flap_fast.checks import require
 from flap_fast.config import Config, check_micro_batch
-from flap_fast.model.masking import kept_patches
 from flap_fast.model.two_towers import takes_bf16
-from flap_fast.tools.profile.flop import Flop, scheme_in_force, step_flop, two_passes
-from flap_fast.tools.profile.footprint import Footprint, Sizes, divisors, footprint
-from flap_fast.tools.profile.known import check_formulas
+from flap_fast.tools.profile.counts import StepCounts, loss_times, two_passes
+from flap_fast.tools.profile.memory import Footprint, divisors, footprint, parameters
 from flap_fast.tools.profile.states import Parameters
 from flap_fast.tools.profile.synthetic import LONGEST
-from flap_fast.tools.profile.traffic import engine_traffic, loss_traffic, sent_bytes
+from flap_fast.tools.profile.trace import Flop
+from flap_fast.tools.profile.traffic import engine_traffic, sent_bytes
 from flap_fast.train.engine import BUCKET_NUMBERS
+from flap_kernels.infonce.distributed import REPLICATED_ROWS
 
 # Fused Adam reads weight, gradient and both moments, and writes all but the gradient, in float32.
 _ADAM_BYTES = 7 * 4
@@ -41,8 +40,8 @@ class Machine:
     nodes: int = 1
     tflops: float = 790.0
     """What a rank does at most, in the run's precision: an H100's dense bf16 products."""
-    share: float = 0.5
-    """Of that, over a whole step."""
+    mfu: float = 0.5
+    """Model FLOP utilisation: the fraction of that over a whole step."""
     link_bytes_per_s: float = 50e9
     """What a rank sends between nodes: a 400 Gb/s adapter for each GPU."""
     local_bytes_per_s: float = 400e9
@@ -52,7 +51,7 @@ class Machine:
     memory_bytes_per_s: float = 3e12
     """Read and written, for the optimizer."""
     host_bytes_per_s: float = 25e9
-    """The same of a CPU's memory, for each rank, where train.offload has the optimizer there."""
+    """The same of a CPU's memory, for each rank, where train.offload keeps the optimizer."""
     host_link_bytes_per_s: float = 50e9
     """Between a GPU and its CPU's memory, one way."""
     caption_tokens: int = LONGEST
@@ -65,7 +64,7 @@ class Machine:
         rule = f"be a multiple of the {self.nodes} nodes"
         each = self.nodes * max(1, self.gpus // self.nodes)
         require(self.gpus % self.nodes == 0, "--gpus", rule, self.gpus, f"for example {each}")
-        require(0 < self.share <= 1, "--share", "be in (0, 1]", self.share)
+        require(0 < self.mfu <= 1, "--mfu", "be in (0, 1]", self.mfu)
         require(self.tflops > 0, "--tflops", "be above 0", self.tflops)
         require(self.memory_gib > 0, "--memory-gib", "be above 0", self.memory_gib)
         require(self.caption_tokens > 0, "--caption-tokens", "be above 0", self.caption_tokens)
@@ -100,7 +99,7 @@ class Plan:
     parameters: Parameters
     memory: Footprint
     largest_clips: int
-    """The most a rank can take in micro-batches as they are set, by the same formulas."""
+    """The most a rank can take in micro-batches as they are set, by the same counts."""
     largest_micro_batch: int
     """The most of its clips that a rank can take at a time; 0 if not even one fits."""
     micro_batches: int
@@ -135,7 +134,7 @@ class Plan:
             first = f"set train.micro_batch={some}, "
         return (
             f"error: a rank's step must fit in {self.machine.memory_gib:g} GiB, got "
-            f"{self.memory.peak / 2**30:.1f} by these formulas; {first}"
+            f"{self.memory.peak / 2**30:.1f} by this estimate; {first}"
             "train.checkpoint_activations=true, a higher train.zero_stage or more --gpus"
         )
 
@@ -144,7 +143,7 @@ def plan(config: Config, machine: Machine) -> Plan:
     """Predict a step.
 
     Raises:
-        ConfigError: ranks that cannot share the batch or the nodes, or what no formula counts.
+        ConfigError: the batch or the ranks cannot be divided evenly, or the engine cannot do it.
     """
     machine.check()
     batch, world = config.train.global_batch, machine.gpus
@@ -161,48 +160,64 @@ def plan(config: Config, machine: Machine) -> Plan:
     rule = "be 'none' in plain PyTorch"
     remedy = "set train.engine=deepspeed"
     require(engine == "deepspeed" or offload == "none", "train.offload", rule, offload, remedy)
-    return _plan(config, machine, Sizes.of(check_formulas(config)), engine)
+    return _plan(config, machine, engine)
 
 
-def _plan(config: Config, machine: Machine, sizes: Sizes, engine: str) -> Plan:
+def _plan(config: Config, machine: Machine, engine: str) -> Plan:
     world = machine.gpus
     clips = config.train.global_batch // world
     half = takes_bf16(config.train.precision, torch.device("cuda"))
-    lengths = [min(machine.caption_tokens, config.text.max_tokens)] * clips
-    kept = kept_patches(config.mask, config.audio.grid)
-    flop = step_flop(config, sizes.text, lengths, kept=kept, world=world)
-    rate = machine.tflops * 1e12 * machine.share
+    tokens = min(machine.caption_tokens, config.text.max_tokens)
+    counts = StepCounts(config, half=half)
+    flop = counts.flop([tokens] * clips * len(config.loss.sentences), world)
+    rate = machine.tflops * 1e12 * machine.mfu
     stage = config.train.zero_stage if engine == "deepspeed" else 0
 
     def memory(clips: int, **train: Any) -> Footprint:
         setting = config.model_copy(update={"train": config.train.model_copy(update=train)})
-        some = lengths[:1] * clips
-        return footprint(setting, sizes, some, world, engine=engine, kept=kept, half=half)
+        return footprint(setting, counts, clips, tokens, world, engine=engine)
 
     limit = machine.memory_gib * 2**30
     at_once = config.train.micro_batch or 1
+
+    def largest(clips: int) -> int:
+        """The most clips of a rank that fit, by the losses of about so many."""
+        batch = clips * world
+        return at_once * _largest(lambda n: memory(n * at_once, global_batch=batch).peak, limit)
+
+    fits = memory(clips).peak <= limit
     fitting = (m for m in divisors(clips) if memory(clips, micro_batch=m).peak <= limit)
     return Plan(
         machine=machine,
         engine=engine,
         stage=stage,
-        scheme=scheme_in_force(config, clips, world),
+        scheme=_scheme(config, clips, world),
         precision="bf16" if half else "fp32",
         clips=clips,
-        parameters=sizes.parameters,
+        parameters=parameters(counts),
         memory=memory(clips),
-        largest_clips=at_once * _largest(lambda n: memory(n * at_once).peak, limit),
+        largest_clips=largest(clips) if fits else largest(largest(clips) or clips),
         largest_micro_batch=max(fitting, default=0),
         micro_batches=config.train.micro_batches(world),
         flop=flop,
         compute_s=sum(f.total for f in flop.values()) / rate,
-        optimizer_s=_optimizer_s(config, machine, sizes.parameters, stage),
-        exchanges=_exchanges(config, machine, sizes, clips, stage, flop, rate),
+        optimizer_s=_optimizer_s(config, machine, parameters(counts), stage),
+        exchanges=_exchanges(config, machine, counts, clips, stage, flop, rate),
     )
 
 
+def _scheme(config: Config, clips: int, world: int) -> str:
+    """How `distributed_infonce` divides the work: `alone`, `replicated` or `sharded`."""
+    scheme = config.loss.contrastive.scheme
+    if world == 1:
+        return "alone"
+    if scheme == "auto":
+        return "replicated" if clips <= REPLICATED_ROWS else "sharded"
+    return scheme
+
+
 def _optimizer_s(config: Config, machine: Machine, parameters: Parameters, stage: int) -> float:
-    """Adam over a rank's share; on a CPU, with gradients going down and weights coming up."""
+    """Seconds of Adam over a rank's slice; on a CPU, with gradients and weights sent to and fro."""
     numbers = parameters.trained / (machine.gpus if stage else 1)
     if config.train.offload == "none":
         return _ADAM_BYTES * numbers / machine.memory_bytes_per_s
@@ -213,22 +228,26 @@ def _optimizer_s(config: Config, machine: Machine, parameters: Parameters, stage
 def _exchanges(
     config: Config,
     machine: Machine,
-    sizes: Sizes,
+    counts: StepCounts,
     clips: int,
     stage: int,
     flop: dict[str, Flop],
     rate: float,
 ) -> dict[str, Exchange]:
-    world, parts = machine.gpus, config.train.micro_batches(machine.gpus)
+    world, micro_batches = machine.gpus, config.train.micro_batches(machine.gpus)
     engine = engine_traffic(
         stage,
-        sizes.groups,
+        counts.groups,
         world,
-        micro_batches=parts,
+        micro_batches=micro_batches,
         passes=2 if two_passes(config, world) else 1,
         offload=config.train.offload != "none",
     )
-    phases = loss_traffic(config, clips, world) | {
+    times = loss_times(config, world)
+    loss = counts.loss(clips // times, world)
+    phases = {
+        "forward": Counter({kind: times * n for kind, n in loss.forward.items()}),
+        "backward": Counter({kind: times * n for kind, n in loss.backward.items()}),
         "gradients": engine["backward"],
         "weights": engine.get("forward", Counter()) + engine["step"],
     }
@@ -238,9 +257,9 @@ def _exchanges(
     if stage:
         # Buckets go out as the backward goes on; nothing hides the last one of a reduction.
         # ZeRO 1 reduces in the last micro-batch's backward alone, 2 and 3 in each.
-        buckets = -(-sizes.parameters.trained // BUCKET_NUMBERS)
+        buckets = -(-parameters(counts).trained // BUCKET_NUMBERS)
         hidden = sum(f.backward + f.recomputed for f in flop.values()) / rate
-        hidden /= parts if stage == 1 else 1
+        hidden /= micro_batches if stage == 1 else 1
         reduced = seconds["gradients"]
         exposed["gradients"] = max(reduced / buckets, reduced - hidden)
     if stage == 3 and not two_passes(config, world):  # gathered ahead of the forward that uses them
@@ -266,6 +285,11 @@ def _largest(peak: Any, limit: float) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if peak(middle) <= limit else (low, middle)
     return low
+
+
+def default_gpus(config: Config) -> int:
+    """Ranks of a plan that names none: 8, or the one that plain PyTorch takes."""
+    return 1 if config.train.engine == "plain" else Machine.gpus
 
 
 _UNITS = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "": 1.0}

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, cast
@@ -36,13 +37,13 @@ from flap_fast.losses import total_loss
 from flap_fast.model.two_towers import Outputs, TwoTowers
 from flap_fast.ranks import Ranks
 from flap_fast.tools.profile.device import Memory, free_bytes
-from flap_fast.tools.profile.footprint import divisors, held_bytes
+from flap_fast.tools.profile.memory import divisors, held_bytes
 from flap_fast.tools.profile.synthetic import SyntheticLoader, without_files
 from flap_fast.train.engine import PlainEngine
 from flap_fast.train.step import Gradients
 
 # Of the memory that is free on a CPU: the rest of the machine wants to live too.
-_SHARE = 0.8
+_SAFE = 0.8
 
 
 @dataclass(frozen=True)
@@ -220,22 +221,24 @@ class Attempts:
     def _held(self, clips: int) -> list[Tensor]:
         """What a step holds of clips in other micro-batches, written to: memory that counts."""
         device = self._ranks.device
-        sizes = held_bytes(self._config, clips, on_gpu=device.type == "cuda").values()
-        return [torch.ones(n // 4, device=device) for n in sizes]
+        media_bytes = 4 * prod(self._config.encoder.input_shape(self._config.fusion))
+        sizes = held_bytes(self._config, clips, media_bytes, on_gpu=device.type == "cuda")
+        return [torch.ones(n // 4, device=device) for n in sizes.values()]
 
     def _lose(self) -> None:
         """The losses between as many embeddings as a whole step has, and their gradients."""
         whole, device = self._config.train.global_batch, self._ranks.device
-        rows = (torch.randn(whole, self._config.joint.width, device=device) for _ in range(2))
-        audio, text = (normalize(x, dim=1).requires_grad_() for x in rows)
-        numbers = {"scale": torch.tensor(10.0, device=device), "recon": audio.new_zeros(())}
-        outputs = cast(Outputs, {"media": audio, "text": text, **numbers})
-        total_loss(outputs, self._config)["total"].backward()
+        width, names = self._config.joint.width, ("media", *self._config.loss.sentences)
+        rows = {name: torch.randn(whole, width, device=device) for name in names}
+        outputs = {name: normalize(x, dim=1).requires_grad_() for name, x in rows.items()}
+        del rows
+        outputs["scale"] = torch.tensor(10.0, device=device)
+        outputs["recon"] = torch.zeros((), device=device)
+        total_loss(cast(Outputs, outputs), self._config)["total"].backward()
 
     def _step(self, config: Config) -> None:
-        encoder = self._engine.module.text.inner.config
         gradients = Gradients(config, self._ranks, self._engine, 1000, 1000)
-        loader = SyntheticLoader(config, encoder, self._ranks)
+        loader = SyntheticLoader(config, self._engine.module.text, self._ranks)
         gradients(1, loader.batches(0, 1, times=gradients.reads))
         self._engine.step(config.optim.lr)
         if self._ranks.device.type == "cuda":
@@ -262,8 +265,8 @@ def _expected(done: Sequence[Trial], clips: int, what: str) -> float:
 
 
 def _bound_memory() -> int:
-    """Keep this process within its share of what is free; gives that share."""
-    limit = int(_SHARE * free_bytes(torch.device("cpu")))
+    """Keep this process within a safe fraction of what is free; gives those bytes."""
+    limit = int(_SAFE * free_bytes(torch.device("cpu")))
     with suppress(OSError):  # not Linux: the line through the peaks is then all there is
         Path("/proc/self/oom_score_adj").write_text("1000")
     if sys.platform == "linux":

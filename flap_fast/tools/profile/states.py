@@ -1,4 +1,4 @@
-"""What a rank holds between forward and update whatever its batch, by engine, stage and offload.
+"""Bytes that a rank holds whatever its batch, by engine, ZeRO stage and offload.
 
 Of DeepSpeed 0.19.8, as its tensors were counted on CPU ranks; all of it in fp32.
 """
@@ -11,7 +11,7 @@ from typing import Literal
 from flap_fast.train.engine import BUCKET_NUMBERS
 
 _FLOAT = 4
-# ZeRO-3 keeps what it gathered from forward to backward below so many numbers.
+# Below so many numbers, ZeRO-3 keeps from the forward to the backward what it gathered.
 _LIVE_NUMBERS = 10**9
 
 
@@ -32,20 +32,18 @@ class States:
     on_device: dict[str, int]
     on_cpu: dict[str, int]
     gradients: Literal["come", "add up", "stay"]
-    """As activations go, or over micro-batches, or in a buffer that is always there."""
+    """Allocated as activations are freed, or added up over micro-batches, or in a fixed buffer."""
 
-    def peak(self, early: int, late: int, *, apart: int = 0) -> int:
-        """The most on the device.
+    @property
+    def with_gradients(self) -> int:
+        """All bytes on the device."""
+        return sum(self.on_device.values())
 
-        Args:
-            early: what the forward has made before a backward.
-            late: what the end of a backward needs.
-            apart: what is there before the first backward begins, and not with `early`.
-        """
-        every = sum(self.on_device.values())
-        none_yet = every if self.gradients == "stay" else every - self.on_device["gradients"]
-        forward = none_yet if self.gradients == "come" else every
-        return max(none_yet + apart, forward + early, every + late)
+    @property
+    def without_gradients(self) -> int:
+        """Bytes on the device before the first backward."""
+        stay = self.gradients == "stay"
+        return self.with_gradients - (0 if stay else self.on_device["gradients"])
 
 
 def state_bytes(
@@ -72,24 +70,24 @@ def state_bytes(
         flat = trained if engine == "deepspeed" and world > 1 else 0  # gradients to be reduced
         whole = {"gradients": trained, "optimizer": 2 * trained, "engine": flat}
         return States(_in_bytes({"weights": everything} | whole), {}, gradients)
-    share, shard = -(-trained // world), -(-everything // world)
-    # The optimizer works on a copy of its share of the weights.
+    rank_slice, shard = -(-trained // world), -(-everything // world)
+    # The optimizer works on a copy of its slice of the weights.
     device = {
         "weights": everything,
         # ZeRO 1 reduces none before the last micro-batch.
-        "gradients": trained if stage == 1 and several else share,
-        "optimizer": 3 * share,
+        "gradients": trained if stage == 1 and several else rank_slice,
+        "optimizer": 3 * rank_slice,
         "engine": (2 if overlap else 1) * BUCKET_NUMBERS,
     }
     if stage == 3:
         device["weights"] = shard + min(everything, _LIVE_NUMBERS)
     cpu = {}
     if offload != "none":
-        cpu = {"optimizer": device.pop("optimizer"), "gradients": share, "engine": share}
+        cpu = {"optimizer": device.pop("optimizer"), "gradients": rank_slice, "engine": rank_slice}
         device["optimizer"] = 0
         if stage < 3:
-            if stage == 2 and several:  # added up apart; what two ranks share is whole on both
-                cpu["gradients"] += share + parameters.largest
+            if stage == 2 and several:  # added up apart; what two ranks rank_slice is whole on both
+                cpu["gradients"] += rank_slice + parameters.largest
             # A buffer of the largest parameter on both sides.
             cpu["engine"] += parameters.largest
             device["engine"] += parameters.largest

@@ -1,4 +1,4 @@
-"""A profile and a plan as a person reads them: at most 80 columns, also through a pipe."""
+"""Tables of a profile and of a plan: at most 80 columns, also through a pipe."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MIB = 2**20
 
 
 def profile_table(found: dict[str, Any]) -> RenderableType:
-    """What `flap profile` prints of a profile.json."""
+    """The output of `flap profile`, from a profile.json."""
     step_ms, ceiling = found["step_ms"], found["ceiling_flop_per_s"]
     least, median, most = found["step_ms_least_median_most"]
     unit, name = (1e12, "TFLOP") if ceiling >= 1e12 else (1e9, "GFLOP")
@@ -54,7 +54,7 @@ def _passes(found: dict[str, Any]) -> str:
 
 
 def plan_table(planned: Plan) -> RenderableType:
-    """What `flap plan` prints."""
+    """The output of `flap plan`."""
     return Group(
         Text(_head(planned)), _memory(planned), _time(planned), Text(_assumptions(planned.machine))
     )
@@ -103,7 +103,7 @@ def _memory(planned: Plan) -> Table:
 
 def _time(planned: Plan) -> Table:
     table = _table("a step", "GFLOP", "MB sent", "ms", "exposed ms")
-    rate = planned.machine.tflops * planned.machine.share * 1e12
+    rate = planned.machine.tflops * planned.machine.mfu * 1e12
     for name, flop in planned.flop.items():
         ms = f"{flop.total / rate * 1000:.2f}"
         table.add_row(name, f"{flop.total / 1e9:,.0f}", "", ms, ms)
@@ -125,8 +125,8 @@ def _assumptions(machine: Machine) -> str:
         return f"{bytes_per_s / 1e9:g}GB/s"
 
     lines = (
-        f"--tflops {machine.tflops:g}: the most a rank does; --share {machine.share:g} of it "
-        "in a step",
+        f"--tflops {machine.tflops:g}: the most a rank does; --mfu {machine.mfu:g}: the fraction "
+        "of it in a step",
         f"--link {rate(machine.link_bytes_per_s)}: what a rank sends between nodes",
         f"--local-link {rate(machine.local_bytes_per_s)}: what it sends inside of a node",
         f"--memory-gib {machine.memory_gib:g}, --memory-rate {rate(machine.memory_bytes_per_s)}",
@@ -147,8 +147,8 @@ def _table(*headings: str) -> Table:
     return table
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f} %"
 
 
 def _rates(flop: int, ms: float, ceiling: float, unit: float) -> tuple[str, str, str]:

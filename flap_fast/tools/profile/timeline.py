@@ -1,15 +1,14 @@
 """Which part of a step runs when, without a wait in between.
 
 A mark ends one part and begins another, so the parts of a step add up to the step. On a CPU a mark
-is the clock; on a GPU an event in its stream, which no one waits for. The backward is split by the
-gradients that arrive: autograd goes back through the loss first, then through the towers in the
-opposite order of their forward, one after the other.
+is the clock; on a GPU an event in its stream, which nothing waits for.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
@@ -19,28 +18,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from flap_fast.model.two_towers import TwoTowers
-from flap_fast.train.engine import Engine
-
-# In the order of a step, as far as they have one: each micro-batch is waited for.
-PARTS = (
-    "data wait",
-    "audio tower",
-    "text tower",
-    "decoder",
-    "loss",
-    "optimizer",
-    "communication",
-    "other",
+from flap_fast.tools.profile.parts import (
+    COMMUNICATION,
+    DATA_WAIT,
+    LOSS,
+    OPTIMIZER,
+    OTHER,
+    marked,
 )
-_WAIT, _REST = PARTS[0], PARTS[-1]
-# The modules of a model whose time is a part's.
-_MODULES = {
-    "audio": "audio tower",
-    "audio_head": "audio tower",
-    "text": "text tower",
-    "text_head": "text tower",
-    "decoder": "decoder",
-}
+from flap_fast.train.engine import Engine
 
 
 class Timeline:
@@ -56,15 +42,15 @@ class Timeline:
         self._begins: set[int] = set()
         self._thread = threading.get_ident() if ranges else None
         self._range: Any = None
-        self.part = _REST
+        self.part = OTHER
 
     def begin_step(self) -> None:
-        """A step begins: with whatever is no part's."""
+        """Begin a step, with whatever belongs to no other part."""
         self._begins.add(len(self._marks))
-        self.mark(_REST)
+        self.mark(OTHER)
 
     def mark(self, part: str) -> None:
-        """From here on it is this part."""
+        """Begin a part."""
         self.part = part
         self._marks.append((part, self._now()))
         if threading.get_ident() == self._thread:
@@ -74,7 +60,7 @@ class Timeline:
 
     @contextmanager
     def within(self, part: str) -> Iterator[None]:
-        """This part inside, and after it the one before."""
+        """Inside, time goes to this part; after it, to the one before."""
         before = self.part
         self.mark(part)
         try:
@@ -83,19 +69,19 @@ class Timeline:
             self.mark(before)
 
     def end(self) -> None:
-        """The last mark."""
-        self.mark(_REST)
+        """End the last part."""
+        self.mark(OTHER)
         self._end_range()
 
     def steps(self) -> list[dict[str, float]]:
-        """Seconds of each part, step by step; waits for the GPU."""
+        """Seconds of the parts of each step; waits for the GPU."""
         if self._on_gpu:
             torch.cuda.synchronize()
         found: list[dict[str, float]] = []
         pairs = zip(self._marks, self._marks[1:], strict=False)
         for at, ((part, begin), (_, end)) in enumerate(pairs):
             if at in self._begins:
-                found.append(dict.fromkeys(PARTS, 0.0))
+                found.append(defaultdict(float))
             if found:
                 found[-1][part] += self._between(begin, end)
         return found
@@ -120,43 +106,33 @@ Now = Callable[[], Timeline | None]
 """Gives the timeline in use, if there is one."""
 
 
-def waited_for(batches: Iterator[Any], now: Now) -> Iterator[Any]:
-    """The batches, with a mark around the wait for each."""
+def timed_batches(batches: Iterator[Any], now: Now) -> Iterator[Any]:
+    """The batches; the wait for each is the part `data wait`."""
     while True:
         timeline = now()
         if timeline:
-            timeline.mark(_WAIT)
+            timeline.mark(DATA_WAIT)
         batch = next(batches, None)
         if timeline:
-            timeline.mark(_REST)
+            timeline.mark(OTHER)
         if batch is None:
             return
         yield batch
 
 
 @contextmanager
-def watched(engine: Engine, now: Now) -> Iterator[Engine]:
-    """The engine, with a mark wherever a part of its step begins.
-
-    After a forward comes the loss: what is done with the embeddings, in two passes for each
-    micro-batch and for all of them.
-    """
+def timed_engine(engine: Engine, now: Now) -> Iterator[Engine]:
+    """The engine, with a mark wherever a part of its step begins."""
 
     def mark(part: str) -> None:
         if timeline := now():
             timeline.mark(part)
 
-    with ExitStack() as hooks:
-        for name, part in _MODULES.items():
-            module = getattr(engine.module, name, None)
-            if isinstance(module, nn.Module):
-                _watch_module(module, part, mark, hooks)
-        after = engine.module.register_forward_hook(lambda *_: mark("loss"))
-        hooks.callback(after.remove)
-        yield cast(Engine, _Watched(engine, mark))  # the rest goes through to it
+    with marked(engine.module, mark):
+        yield cast(Engine, _MarkedEngine(engine, mark))  # the rest goes through to it
 
 
-class _Watched:
+class _MarkedEngine:
     """An engine whose backward begins in the loss, and whose step is the optimizer's."""
 
     def __init__(self, engine: Engine, mark: Callable[[str], None]):
@@ -172,45 +148,18 @@ class _Watched:
         return self._engine.model
 
     def backward(self, loss: Tensor) -> None:
-        self._mark("loss")
+        self._mark(LOSS)
         self._engine.backward(loss)
-        self._mark(_REST)
+        self._mark(OTHER)
 
     def step(self, lr: float) -> Tensor:
-        self._mark("optimizer")
+        self._mark(OPTIMIZER)
         norm = self._engine.step(lr)
-        self._mark(_REST)
+        self._mark(OTHER)
         return norm
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
-
-
-def _watch_module(
-    module: nn.Module, part: str, mark: Callable[[str], None], hooks: ExitStack
-) -> None:
-    def before(*_: Any) -> None:
-        mark(part)
-
-    def after(_: nn.Module, __: Any, output: Any) -> None:
-        for tensor in _tensors(output):
-            if tensor.requires_grad:
-                # Runs as its gradient is there, before what made the tensor is gone through.
-                tensor.register_hook(lambda _: mark(part))
-        mark(_REST)
-
-    hooks.callback(module.register_forward_pre_hook(before).remove)
-    hooks.callback(module.register_forward_hook(after).remove)
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, dict):
-        yield from _tensors(list(output.values()))
-    elif isinstance(output, (list, tuple)):
-        for one in output:
-            yield from _tensors(one)
 
 
 # Whatever of these a PyTorch has; a name it lacks is not called either.
@@ -231,33 +180,33 @@ _COLLECTIVES = (
 
 
 @contextmanager
-def watched_collectives(timeline: Now) -> Iterator[None]:
-    """Inside, a collective that is waited for is `communication`; one that overlaps is not.
+def timed_collectives(timeline: Now) -> Iterator[None]:
+    """Inside, waiting for a collective is the part `communication`; one that overlaps is not.
 
     Open it before the engine is made: DeepSpeed takes hold of the functions then.
     """
     with ExitStack() as patches:
         for name in _COLLECTIVES:
             if (real := getattr(dist, name, None)) is not None:
-                setattr(dist, name, _watched_collective(real, timeline))
+                setattr(dist, name, _timed_collective(real, timeline))
                 patches.callback(setattr, dist, name, real)
         yield
 
 
-def _watched_collective(real: Callable[..., Any], timeline: Now) -> Any:
+def _timed_collective(real: Callable[..., Any], timeline: Now) -> Any:
     def collective(*arguments: Any, **options: Any) -> Any:
         now = timeline()
         if now is None:
             return real(*arguments, **options)
-        with now.within("communication"):
+        with now.within(COMMUNICATION):
             work = real(*arguments, **options)
-        return work if work is None else _WatchedWork(work, timeline)
+        return work if work is None else _TimedWork(work, timeline)
 
     return collective
 
 
-class _WatchedWork:
-    """A collective on its way: waiting for it is communication."""
+class _TimedWork:
+    """A collective that runs: waiting for it is communication."""
 
     def __init__(self, work: Any, timeline: Now):
         self._work, self._timeline = work, timeline
@@ -266,7 +215,7 @@ class _WatchedWork:
         now = self._timeline()
         if now is None:
             return self._work.wait(*arguments)
-        with now.within("communication"):
+        with now.within(COMMUNICATION):
             return self._work.wait(*arguments)
 
     def __getattr__(self, name: str) -> Any:

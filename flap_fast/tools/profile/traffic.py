@@ -1,4 +1,4 @@
-"""Bytes that a rank sends in a step: by formula, and counted on the collectives themselves.
+"""Bytes that a rank sends in a step: DeepSpeed's by formula; any, counted on the collectives.
 
 A collective of W ranks, n bytes being the whole of it (what an all-gather gives, what a
 reduce-scatter takes, the tensor of an all-reduce), has each rank send
@@ -14,20 +14,17 @@ speak of n by kind, so that they can be compared in whole numbers.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flap_fast.config import Config
-from flap_fast.tools.profile.flop import cyclic_form, loss_times, scheme_in_force
+from flap_fast.tools.profile.parts import tensors_in
 
-# The share of n that each rank sends, in units of (W-1)/W.
+# The fraction of n that each rank sends, in units of (W-1)/W.
 _TIMES = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "broadcast": 1, "reduce": 1}
-_BFLOAT, _FLOAT, _DOUBLE = 2, 4, 8
-# DeepSpeed aligns a rank's part of a flat group of parameters to this many numbers.
+_FLOAT, _DOUBLE = 4, 8
+# DeepSpeed aligns a rank's slice of a flat group of parameters to this many numbers.
 _ALIGNED = 2
 # ZeRO-3 shards no parameter of at most so many numbers; its default, as deepspeed_config leaves it.
 _PERSISTENT = 100_000
@@ -39,48 +36,6 @@ Traffic = Counter[str]
 def sent_bytes(traffic: Traffic, world: int) -> float:
     """What one rank sends."""
     return sum(_TIMES[kind] * n for kind, n in traffic.items()) * (world - 1) / world
-
-
-def loss_traffic(config: Config, clips: int, world: int) -> dict[str, Traffic]:
-    """Of all losses in `forward` and in `backward` of a step, `clips` a rank."""
-    times = loss_times(config, world)
-    found = {"forward": Counter(), "backward": Counter()}
-    for losses in (contrastive_traffic, cyclic_traffic):
-        for phase, traffic in losses(config, clips // times, world).items():
-            found[phase].update({kind: times * n for kind, n in traffic.items()})
-    return found
-
-
-def contrastive_traffic(config: Config, clips: int, world: int) -> dict[str, Traffic]:
-    """Of InfoNCE in `forward` and in `backward`, `clips` a rank; sums are float32."""
-    B, d = clips * world, config.joint.width
-    embedding = _BFLOAT if config.loss.contrastive.precision == "bf16" else _FLOAT
-    sides = 2 if config.loss.contrastive.direction == "symmetric" else 1
-    scheme = scheme_in_force(config, clips, world)
-    if scheme == "alone" or not config.loss.contrastive.weight:
-        return {"forward": Counter(), "backward": Counter()}
-    if scheme == "replicated":
-        # Audio and text; then of each clip its sums and its positive.
-        forward = Counter(all_gather=B * (embedding * 2 * d + _FLOAT * (sides + 1)))
-        return {"forward": forward, "backward": Counter()}
-    forward = Counter(all_gather=embedding * B * d)
-    # Columns' maxima with the positives, then columns' sums with the loss; or the loss alone.
-    columns = config.loss.contrastive.direction != "a2t"
-    forward["all_reduce"] = _FLOAT * (2 * B + B + 1 if columns else 1)
-    return {"forward": forward, "backward": Counter(reduce_scatter=_FLOAT * B * d)}
-
-
-def cyclic_traffic(config: Config, clips: int, world: int) -> dict[str, Traffic]:
-    """Of the cyclic terms: audio and text of all, or three (d, d) matrices; nothing in backward."""
-    B, d, form = clips * world, config.joint.width, cyclic_form(config, clips, world)
-    forward: Traffic = Counter()
-    if form and world > 1:
-        if form == "gram":
-            forward["all_reduce"] = _FLOAT * 3 * d**2
-        else:
-            forward["all_gather"] = _FLOAT * B * 2 * d
-            forward["all_reduce"] = _FLOAT * 2
-    return {"forward": forward, "backward": Counter()}
 
 
 def engine_traffic(
@@ -145,7 +100,7 @@ class CountTraffic(TorchDispatchMode):
         if func.namespace == "c10d" and (found := _OPERATORS.get(func._schema.name[6:])):
             kind, argument = found
             self.traffic[kind] += sum(
-                x.numel() * x.element_size() for x in _tensors(args[argument])
+                x.numel() * x.element_size() for x in tensors_in(args[argument])
             )
             self.calls[kind] += 1
         elif func.namespace == "c10d" and "barrier" not in func._schema.name:
@@ -166,11 +121,3 @@ _OPERATORS = {
     "broadcast_": ("broadcast", 0),
     "reduce_": ("reduce", 0),
 }
-
-
-def _tensors(value: Any) -> Iterable[Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for one in value:
-            yield from _tensors(one)

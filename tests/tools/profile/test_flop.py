@@ -1,75 +1,27 @@
-"""A step's products, and PyTorch's own count of them."""
+"""FLOP of a step: PyTorch's counter on a real one, closed forms by hand, parts that add up."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from flap_fast.model.masking import kept_patches
+from flap_fast.config import Config
+from flap_fast.config.file import load_config
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks
-from flap_fast.tools.profile.flop import TextShape, contrastive_flop, decoder_flop, step_flop
+from flap_fast.tools.profile.counts import StepCounts
 from flap_fast.tools.profile.synthetic import SyntheticLoader
+from flap_fast.tools.profile.trace import formulas
 from flap_fast.train.engine import PlainEngine
 from flap_fast.train.step import Gradients
-from flap_kernels.infonce.backend import Targets, losses_and_sums
-from flap_kernels.infonce.torch_tiled import TorchTiled
 from flap_kernels.masked_mse import _masked_mse, _masked_mse_backward
-from tests.tiny import tiny
-
-# Ops of ours, which PyTorch's counter cannot look into, and products that it leaves out.
-OURS: dict[Any, Any] = {}
-
-
-def counted_as(*operators: Any):
-    def add(function: Any) -> Any:
-        return [OURS.update({operator: function}) for operator in operators] and function
-
-    return add
-
-
-@counted_as(torch.ops.flap_kernels.patch_embed)
-def embedding_flops(mel, keep, weight, *_, out_shape, **__) -> int:
-    return 2 * keep[0] * keep[1] * weight[0] * weight[1]
-
-
-@counted_as(torch.ops.flap_kernels.patch_embed_backward)
-def embedding_backward_flops(grad, *_, out_shape, **__) -> int:
-    weight, _ = out_shape
-    return 2 * grad[0] * grad[1] * weight[0] * weight[1]
-
-
-@counted_as(torch.ops.flap_kernels.masked_mse)
-def error_flops(hidden, weight, *_, **__) -> int:
-    return 2 * hidden[0] * hidden[1] * weight[0] * weight[1]
-
-
-@counted_as(torch.ops.flap_kernels.masked_mse_backward)
-def error_backward_flops(grad, hidden, weight, *_, **__) -> int:
-    return 3 * error_flops(hidden, weight)
-
-
-@counted_as(torch.ops.flap_kernels.infonce)
-def infonce_flops(audio, text, *_, **__) -> int:
-    return 2 * audio[0] * text[0] * audio[1]
-
-
-@counted_as(torch.ops.flap_kernels.infonce_backward)
-def infonce_backward_flops(audio, text, *_, **__) -> int:
-    return 3 * infonce_flops(audio, text)
-
-
-@counted_as(torch.ops.aten.addmm_)
-def added_product_flops(_, left, right, **__) -> int:
-    return 2 * left[0] * left[1] * right[1]
+from tests.tiny import HTSAT, tiny, tiny_clip
 
 
 def counter() -> FlopCounterMode:
-    return FlopCounterMode(display=False, custom_mapping=OURS)
+    return FlopCounterMode(display=False, custom_mapping=formulas())
 
 
 def test_inside_of_the_masked_error_there_are_as_many_products_as_it_is_counted_for():
@@ -77,12 +29,16 @@ def test_inside_of_the_masked_error_there_are_as_many_products_as_it_is_counted_
     hidden, weight, bias = torch.randn(2, 3, 8), torch.randn(16, 8), torch.randn(16)
     mel, drop = torch.randn(2, 16, 8), torch.arange(3).expand(2, 3)
     rest = (hidden, weight, bias, mel, drop, 4, True, torch.float32)
-    with counter() as forward:
-        _masked_mse._init_fn(*rest)
-    with counter() as backward:
-        _masked_mse_backward._init_fn(torch.ones(()), *rest)
-    assert forward.get_total_flops() == error_flops((2, 3, 8), (16, 8)) == 2 * 6 * 8 * 16
-    assert backward.get_total_flops() == error_backward_flops((), (2, 3, 8), (16, 8))
+    one, ours = torch.ones(()), torch.ops.flap_kernels
+    for inside, operator, arguments, products in (
+        (_masked_mse, ours.masked_mse, rest, 1),
+        (_masked_mse_backward, ours.masked_mse_backward, (one, *rest), 3),
+    ):
+        with counter() as within:
+            inside._init_fn(*arguments)
+        with counter() as outside:
+            operator(*arguments)
+        assert within.get_total_flops() == outside.get_total_flops() == products * 2 * 6 * 8 * 16
 
 
 RECON = ("loss.recon.weight=1", "decoder.width=16", "decoder.depth=3", "decoder.heads=2")
@@ -114,25 +70,52 @@ MICRO = "train.micro_batch=2"
 def test_a_steps_products_are_as_many_as_pytorch_counts_in_the_trainers_step(overrides: tuple):
     """Of the trainer's own passes, on captions of several lengths."""
     config = tiny("train.global_batch=6", *overrides)
+    lengths, counted = products_of_a_step(config)
+    assert len(set(lengths)) > 1
+    parts = StepCounts(config, half=False).flop(lengths)
+    assert sum(part.total for part in parts.values()) == counted
+
+
+SIMCSE, NLI = ("text.dropout=0.1", "loss.simcse.weight=1"), ("loss.nli.weight=1",)
+FUSION = ("fusion.type=aff_2d",)
+OTHERS = [
+    tiny(*HTSAT, "train.global_batch=6", "audio.drop_path=0.1"),
+    tiny(*HTSAT, "train.global_batch=6", "train.checkpoint_activations=true"),
+    tiny(*FUSION, "train.global_batch=6"),
+    tiny(*SIMCSE, "train.global_batch=6", MICRO),
+    tiny(*SIMCSE, *NLI, "loss.simcse.on=nli", "train.global_batch=6"),
+    tiny_clip(*NLI, "train.global_batch=6", MICRO),
+    tiny(*NLI, *RECON, "loss.contrastive.weight=0", "train.global_batch=6"),
+    tiny(*RECON, "loss.contrastive.weight=0", "train.global_batch=6"),
+]
+
+
+@pytest.mark.parametrize("config", OTHERS)
+def test_other_encoders_and_losses_are_counted_as_they_are(config: Config):
+    lengths, counted = products_of_a_step(config)
+    parts = StepCounts(config, half=False).flop(lengths)
+    assert sum(part.total for part in parts.values()) == counted
+
+
+def products_of_a_step(config: Config) -> tuple[list[int], int]:
+    """The tokens of a step's sentences, and what PyTorch counts in it."""
     engine = PlainEngine(config, TwoTowers(config).train(), Ranks())
-    encoder = engine.module.text.inner.config
     gradients = Gradients(config, Ranks(), engine, 1000, 1000)
-    loader = SyntheticLoader(config, encoder, Ranks())
+    loader = SyntheticLoader(config, engine.module.text, Ranks())
     batches = list(loader.batches(0, 1, times=gradients.reads))
-    # Attention as plain products: the counter does not know the CPU's fused one.
+    # Attention as plain products: PyTorch's own registry does not have the CPU's fused one.
     with sdpa_kernel(SDPBackend.MATH), counter() as counted:
         gradients(1, iter(batches))
     first = batches[: config.train.micro_batches(1)]
     lengths = [n for batch in first for n in batch.attention_mask.sum(1).tolist()]
-    assert len(set(lengths)) > 1
-    kept = kept_patches(config.mask, config.audio.grid)
-    parts = step_flop(config, TextShape.of(encoder), lengths, kept=kept)
-    assert counted.get_total_flops() == sum(part.total for part in parts.values())
+    if config.text.encoder == "clip":  # computes the padding, too
+        lengths = [max(lengths)] * len(lengths)
+    return lengths, counted.get_total_flops()
 
 
 def test_what_a_second_pass_adds_is_a_forward_of_the_towers():
     whole, halves = (
-        step_flop(tiny("train.global_batch=4", *more), TextShape(32, 2, 2, 128), [9] * 4, kept=30)
+        StepCounts(tiny("train.global_batch=4", *more), half=False).flop([9] * 4)
         for more in (RECON, (*RECON, "train.micro_batch=2"))
     )
     for name, part in whole.items():
@@ -141,36 +124,56 @@ def test_what_a_second_pass_adds_is_a_forward_of_the_towers():
 
 
 @pytest.mark.parametrize(("world", "scheme"), [(1, "auto"), (4, "sharded"), (4, "replicated")])
-def test_the_losss_products_are_as_many_as_pytorch_counts(world: int, scheme: str):
-    """Of a rank with 6 of its ranks' clips: sums, then gradients, as each scheme asks for them."""
+def test_the_losss_products_by_hand(world: int, scheme: str):
+    """Of a rank with 6 clips: logits, once more in the backward, and both gradients."""
     config = tiny(f"loss.contrastive.scheme={scheme}")
-    d = config.joint.width
-    mine, others = torch.randn(6, d), torch.randn(6 * world, d)
-    scale = torch.tensor(5.0)
-    backend, targets = TorchTiled(), Targets()
-    with counter() as counted:
-        # Replicated: its audio against all text, and its text against all audio.
-        for _ in range(2 if scheme == "replicated" else 1):
-            found = backend.sums(mine, others, scale, targets)
-            assert found.row_lse_negatives is not None
-            assert found.column_lse_negatives is not None
-            row, column = (
-                losses_and_sums(lse, torch.zeros(()))[1]
-                for lse in (found.row_lse_negatives, found.column_lse_negatives)
-            )
-            one, both = torch.ones(()), scheme != "replicated"
-            backend.gradients(mine, others, scale, row, column, one, targets, y_wanted=both)
-    assert counted.get_total_flops() == contrastive_flop(config, 6, world).total
-    least = 8 * 6 * 6 * world * d
-    assert counted.get_total_flops() == (1.5 * least if scheme == "replicated" else least)
+    loss = StepCounts(config, half=False).loss(6, world)
+    least = 8 * 6 * 6 * world * config.joint.width
+    # Replicated, a rank takes its clips against all captions and its captions against all clips.
+    assert loss.flop.total == (1.5 * least if scheme == "replicated" else least)
 
 
-def test_flaps_decoder_adds_what_the_specification_says():
-    """SPEC 14: 61.9 G multiply-adds for 8 clips (4 x 512, 513 tokens), all patches predicted.
+def test_vit_b_by_hand():
+    """12 blocks of 307 tokens, 768 wide, and the kept patches' embedding and head."""
+    config = load_config(None, ("text.folder=models/nowhere",))
+    n, D, P, joint = 306 + 1, 768, 256, 512
+    block = n * 12 * D**2 + 2 * n**2 * D
+    embed, head = 306 * P * D, D * joint + joint**2
+    flop = StepCounts(config, half=True).flop([24])["audio tower"]
+    assert flop.forward == 2 * (12 * block + embed + head)
+    assert flop.backward == 2 * (2 * 12 * block + embed + 2 * head)  # patches want no gradient
+    assert (flop.recomputed, flop.first_pass) == (0, 0)
 
-    We predict but the 206 of 512 that are dropped.
+
+def test_htsat_costs_what_it_did():
+    """Pinned: forward and backward of a clip through LAION-CLAP's HTSAT and its head."""
+    config = load_config(None, ("audio.encoder=htsat", "text.folder=models/nowhere"))
+    flop = StepCounts(config, half=True).flop([24])["audio tower"]
+    assert flop.total / 1e9 == pytest.approx(35.450, abs=0.0005)
+
+
+def test_flaps_decoder_adds_what_the_paper_says():
+    """61.9 G multiply-adds for 8 clips (4 x 512, 513 tokens), all patches predicted.
+
+    We predict but the 206 of 512 that are dropped. Source: FLAP, section 6.3.
     """
-    config = tiny("audio.size=base", "audio.width=768", "audio.duration_s=10", "audio.frames=1024")
+    config = load_config(None, ("loss.recon.weight=1", "text.folder=models/nowhere"))
     norms, rest = 8 * 9 * 5 * 513 * 512, 8 * 306 * 512 * 256
-    flop = decoder_flop(config, 8, 306).forward
+    flop = StepCounts(config, half=True).flop([24] * 8)["decoder"].forward
     assert (flop / 2 + norms + rest) / 1e9 == pytest.approx(61.9, abs=0.05)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 13, 24, 40])
+def test_between_lengths_a_captions_products_are_interpolated_exactly(tokens: int):
+    config = tiny()
+    counts = StepCounts(config, half=False)
+    several = counts.flop([8, tokens])["text tower"]
+    alone = [counts.flop([n])["text tower"] for n in (8, tokens)]
+    assert several.total == sum(one.total for one in alone)
+
+
+def test_products_grow_as_the_clips_do():
+    counts = StepCounts(tiny(*HTSAT), half=False)
+    few, many = (counts._traced(clips, 8)[0] for clips in (2, 4))
+    assert few.keys() == many.keys()
+    assert all(many[part].total == 2 * few[part].total for part in few)

@@ -19,33 +19,38 @@ from typer.testing import CliRunner
 from flap_fast.__main__ import app
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
-from flap_fast.config.file import dump_config
+from flap_fast.config.file import dump_config, load_config
 from flap_fast.losses import total_loss
-from flap_fast.model.masking import kept_patches
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks
 from flap_fast.tools.profile import fits
 from flap_fast.tools.profile import search as searching
+from flap_fast.tools.profile.counts import StepCounts
 from flap_fast.tools.profile.device import Memory, free_bytes, measure_ceiling, resident_bytes
-from flap_fast.tools.profile.footprint import Sizes, footprint
 from flap_fast.tools.profile.measure import profile
+from flap_fast.tools.profile.memory import footprint
+from flap_fast.tools.profile.parts import step_parts
 from flap_fast.tools.profile.search import Attempts, Trial, largest, search, trials
-from flap_fast.tools.profile.synthetic import SyntheticLoader, caption_lengths, without_files
+from flap_fast.tools.profile.synthetic import (
+    SyntheticLoader,
+    caption_lengths,
+    without_files,
+)
 from flap_fast.tools.profile.tables import profile_table
 from flap_fast.tools.profile.timeline import (
-    PARTS,
     Timeline,
-    waited_for,
-    watched,
-    watched_collectives,
+    timed_batches,
+    timed_collectives,
+    timed_engine,
 )
 from flap_fast.train.engine import PlainEngine
 from flap_fast.train.step import Gradients
 from tests.ranks import on_ranks
-from tests.tiny import tiny
+from tests.tiny import HTSAT, tiny, tiny_clip
 from tests.tools.profile.live import Live
 
 CPU = torch.device("cpu")
+PARTS = step_parts("audio")
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +80,8 @@ def test_speed_is_clips_over_time_and_flop_over_time(found: tuple[dict[str, Any]
     assert result["clips_per_s"] == pytest.approx(4 / result["step_ms"] * 1000)
     total = sum(part["total"] for part in result["flop"].values())
     assert result["flop_per_s"] == pytest.approx(total / result["step_ms"] * 1000)
-    assert result["share_of_ceiling"] == result["flop_per_s"] / result["ceiling_flop_per_s"]
-    assert 0 < result["share_of_ceiling"] < 1
+    assert result["utilisation"] == result["flop_per_s"] / result["ceiling_flop_per_s"]
+    assert 0 < result["utilisation"] < 1
     assert 0 < result["real_tokens"] < 1  # captions of several lengths, padded to the longest
     # Three quarters of a forward and backward are the activations that a step allocates at least.
     assert 0.1 < result["allocated_in_a_step_mib"] < 50
@@ -121,13 +126,13 @@ def slow_parts(config: Config, sleeps: dict[str, float]) -> tuple[dict[str, floa
             continue
         head = engine.module.get_submodule(name)
         head.register_forward_hook(lambda _, __, out, s=seconds: Sleep.apply(out, s))
-    loader = SyntheticLoader(config, engine.module.text.inner.config, Ranks())
+    loader = SyntheticLoader(config, engine.module.text, Ranks())
     timeline = Timeline(CPU)
-    with watched(engine, lambda: timeline) as engine:
+    with timed_engine(engine, lambda: timeline) as engine:
         gradients = Gradients(config, Ranks(), engine, 1000, 1000)
         real = loader.batches(0, 2, times=gradients.reads)
         late = (sleep(sleeps["batch"]) or batch for batch in real) if "batch" in sleeps else real
-        batches = waited_for(late, lambda: timeline)
+        batches = timed_batches(late, lambda: timeline)
         for step in (1, 2):
             timeline.begin_step()
             gradients(step, batches)
@@ -175,9 +180,9 @@ def communicating():
     timeline = Timeline(CPU)
     engine = PlainEngine(config, TwoTowers(config), ranks)
     real = dist.all_reduce
-    with watched_collectives(lambda: timeline):
-        batch = next(SyntheticLoader(config, engine.module.text.inner.config, ranks).batches(0, 1))
-        with watched(engine, lambda: timeline) as engine:
+    with timed_collectives(lambda: timeline):
+        batch = next(SyntheticLoader(config, engine.module.text, ranks).batches(0, 1))
+        with timed_engine(engine, lambda: timeline) as engine:
             timeline.begin_step()
             outputs = engine.model(batch.media, batch.ids, batch.attention_mask, None)
             dist.barrier()
@@ -210,10 +215,84 @@ def test_synthetic_captions_are_as_long_as_they_are_said_to_be():
     assert caption_lengths(4, 77) == [24, 17, 10, 20]
     assert caption_lengths(3, 12) == [12, 10, 8]
     config = tiny("train.global_batch=4")
-    encoder = TwoTowers(config).text.inner.config
-    batch = next(SyntheticLoader(config, encoder, Ranks()).batches(0, 1))
+    text: Any = TwoTowers(config).text
+    batch = next(SyntheticLoader(config, text, Ranks()).batches(0, 1))
     assert batch.attention_mask.sum(1).tolist() == [24, 17, 10, 20]
-    assert ((batch.ids == encoder.pad_token_id) == (batch.attention_mask == 0)).all()
+    assert ((batch.ids == text.pad_token_id) == (batch.attention_mask == 0)).all()
+
+
+_SMALL_TEXT = ("text.width=32", "text.depth=2", "text.heads=2", "joint.width=16")
+_SMALL_MEDIA = {
+    "vit": (
+        *("audio.size=tiny", "audio.width=32", "audio.depth=2", "audio.heads=2"),
+        *("audio.duration_s=1.0", "audio.frames=112"),
+    ),
+    "htsat": ("audio.width=16", "audio.depths=[2, 2]", "audio.duration_s=1.0", "audio.frames=101"),
+    "resnet50": ("image.width=8", "image.layers=[1,1,1,1]", "image.resolution=32"),
+}
+
+
+def shrunk(file: Path) -> Config:
+    """A shipped config with small encoders, in batches of 4."""
+    config = load_config(file)
+    small = [*_SMALL_TEXT, *_SMALL_MEDIA[config.encoder.encoder]]
+    small += ["train.global_batch=4", "train.micro_batch=null", "frontend.threads=1"]
+    if hasattr(config.text, "folder"):
+        small += ["text.folder=null"]
+    if config.loss.recon.weight:
+        small += ["decoder.width=16", "decoder.depth=1", "decoder.heads=2"]
+    return load_config(file, small)
+
+
+def kinds() -> dict[str, Path]:
+    """A shipped config for each set of encoders, fusion and losses."""
+    found: dict[tuple, Path] = {}
+    for file in sorted(Path("configs").glob("*.yaml")):
+        config = load_config(file)
+        encoders = config.encoder.encoder, config.text.encoder
+        found.setdefault((*encoders, config.fusion.type, *config.loss.active), file)
+    return {file.stem: file for file in found.values()}
+
+
+@pytest.mark.parametrize("name", kinds())
+def test_every_kind_of_shipped_config_is_profiled_without_files(name: str, tmp_path: Path):
+    config = shrunk(kinds()[name])
+    found = profile(config, steps=1, synthetic=True, search=False, out=tmp_path)
+    assert found is not None
+    modality = config.encoder.modality
+    assert list(found["parts_ms"]) == list(step_parts(modality))
+    for part in (f"{modality} tower", "text tower", "loss"):
+        assert found["parts_ms"][part] > 0
+        assert found["flop"][part]["total"] > 0
+
+
+OTHERS = [
+    tiny(*HTSAT),
+    tiny("fusion.type=aff_2d"),
+    tiny("text.dropout=0.1", "loss.simcse.weight=1", "loss.nli.weight=1", "train.micro_batch=4"),
+    tiny("loss.contrastive.weight=0", "loss.recon.weight=1", "decoder.width=16"),
+    tiny_clip(),
+    tiny_clip("text.tokenizer=package:nowhere", "loss.nli.weight=1"),
+]
+
+
+def test_a_tokenizer_that_is_not_here_has_clips_vocabulary_in_its_place():
+    config = tiny_clip("text.tokenizer=package:nowhere")
+    with without_files(config) as complete, torch.device("meta"):
+        text: Any = TwoTowers(complete, weights=False).text
+    assert text.vocabulary == len(text.token_embedding.weight) == 49_408
+
+
+@pytest.mark.parametrize("config", OTHERS)
+def test_batches_have_all_sentences_and_the_shape_of_the_encoders_input(config: Config):
+    with without_files(config) as complete:
+        model = TwoTowers(complete, weights=False)
+        loader = SyntheticLoader(complete, model.text, Ranks())
+    batch = next(loader.batches(0, 1))
+    clips, sentences = len(batch.media), len(config.loss.sentences)
+    assert batch.media.shape[1:] == config.encoder.input_shape(config.fusion)
+    assert len(batch.ids) == len(batch.attention_mask) == clips * sentences
+    assert (batch.longer is not None) == config.fusion.on
 
 
 def test_a_batch_that_would_take_the_machine_down_is_refused_before_it_is_made(
@@ -227,7 +306,7 @@ def test_a_batch_that_would_take_the_machine_down_is_refused_before_it_is_made(
     with pytest.raises(ConfigError, match=r"micro_batch must fit in 70% .*; try .*_batch=\d+$"):
         profile(config, synthetic=True, search=False)
     monkeypatch.setattr(fits, "free_bytes", lambda _: 2**20)
-    with pytest.raises(ConfigError, match="not even one clip does: take a smaller tower"):
+    with pytest.raises(ConfigError, match="not even one clip does: take a smaller encoder"):
         profile(tiny(), synthetic=True, search=False)
 
 
@@ -292,18 +371,17 @@ def test_the_search_stops_where_the_next_trial_would_take_too_long():
 def two_micro_batches():
     """Their trials, and the difference of their peaks by formula."""
     config = tiny("audio.width=64", "audio.depth=4", "train.global_batch=512")
-    attempt = Attempts(config, CPU)
+    attempt, counts = Attempts(config, CPU), StepCounts(config, half=False, on_gpu=False)
     few, many = (
         footprint(
             config.model_copy(
                 update={"train": config.train.model_copy(update={"micro_batch": clips})}
             ),
-            Sizes.of(attempt._engine.module),
-            [24] * 512,
+            counts,
+            512,
+            24,
             1,
             engine="plain",
-            kept=kept_patches(config.mask, config.audio.grid),
-            half=False,
             on_gpu=False,
         ).peak
         for clips in (2, 256)

@@ -1,0 +1,281 @@
+"""What a step costs by PyTorch's own account: FLOP by part, bytes kept, bytes sent by the losses.
+
+The trainer's own pieces run on fake tensors: the model's forward and backward on few clips, and the
+losses once on as many embeddings as a step has. A tower's FLOP are proportional to its clips, and a
+text tower's a polynomial of second degree in a caption's tokens. Bytes kept are a line through
+those of two sizes, operator by operator.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cached_property
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from flap_fast.config import Config
+from flap_fast.losses import total_loss
+from flap_fast.model.two_towers import Outputs, TwoTowers
+from flap_fast.tools.profile.fake import (
+    FakeMode,
+    attention_without_dropout,
+    fake_batch,
+    fake_model,
+    fake_ranks,
+    traceable,
+)
+from flap_fast.tools.profile.parts import DECODER, LOSS, marked, tower
+from flap_fast.tools.profile.trace import Array, Flop, Trace
+from flap_fast.tools.profile.traffic import CountTraffic, Traffic
+from flap_fast.train.optimizers import parameter_groups
+from flap_fast.train.step import model_inputs, patch_mask_of
+
+_CLIPS = 2, 4
+_LONGEST = 24
+
+
+@dataclass(frozen=True)
+class LossCounts:
+    """The losses of one rank, over its clips or a micro-batch of them."""
+
+    flop: Flop
+    forward: Traffic
+    backward: Traffic
+    peak_bytes: int
+    """The most that tensors take, beside the embeddings."""
+    compared: tuple[str, ...]
+    """The outputs of the model that get a gradient."""
+
+
+@dataclass(frozen=True)
+class TowerBytes:
+    """Bytes live after each operator of a forward and backward of the model, less its weights."""
+
+    kept: Array
+    """Activations and temporaries."""
+    batch: Array
+    """The batch's own media, until nothing needs them."""
+    gradients: Array
+    """Of the parameters, had they none before."""
+    parts: dict[str, int]
+    """What each part's forward left."""
+    forward: int
+    """The operators of the forward."""
+
+    def extended(self, other: TowerBytes, factor: float) -> TowerBytes:
+        """This and `factor` times the difference from this to `other`."""
+
+        def line(a: Any, b: Any) -> Any:
+            return a + factor * (b - a)
+
+        return TowerBytes(
+            line(self.kept, other.kept),
+            line(self.batch, other.batch),
+            line(self.gradients, other.gradients),
+            {part: int(line(n, other.parts[part])) for part, n in self.parts.items()},
+            self.forward,
+        )
+
+    def coarse(self) -> TowerBytes:
+        """The most of the forward, and of the backward."""
+        phases = [0, self.forward]
+        kept, batch, gradients = (
+            np.maximum.reduceat(x, phases) for x in (self.kept, self.batch, self.gradients)
+        )
+        return TowerBytes(kept, batch, gradients, self.parts, 1)
+
+
+class StepCounts:
+    """What is counted of a config's step; each count is made when it is first asked for.
+
+    Args:
+        half: bf16 autocast is on.
+        on_gpu: attention keeps no probabilities, with dropout or not.
+
+    Raises:
+        RuntimeError: this process is in a process group already.
+    """
+
+    def __init__(self, config: Config, *, half: bool, on_gpu: bool = True):
+        self.config = traceable(config, half=half)
+        self._on_gpu, self._mode = on_gpu, FakeMode()
+        self._losses: dict[Any, LossCounts] = {}
+        self._towers: dict[tuple[int, int], tuple[dict[str, Flop], TowerBytes]] = {}
+
+    @cached_property
+    def model(self) -> TwoTowers:
+        """The model, of fake tensors."""
+        return fake_model(self.config, self._mode)
+
+    @cached_property
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """Numbers in each trained parameter, by group of the optimizer."""
+        return tuple(tuple(p.numel() for p in group) for group in parameter_groups(self.model))
+
+    @property
+    def frozen(self) -> int:
+        """Numbers in all parameters that are not trained."""
+        return sum(p.numel() for p in self.model.parameters() if not p.requires_grad)
+
+    def flop(self, lengths: Sequence[int], world: int = 1) -> dict[str, Flop]:
+        """FLOP of one rank's step, by part.
+
+        Args:
+            lengths: the tokens of each sentence of its clips: real ones for what the step is worth,
+                padded ones for what it costs.
+            world: ranks, each with as many clips.
+        """
+        config = self.config
+        sentences = len(config.loss.sentences)
+        clips, points = len(lengths) // sentences, self._points(lengths)
+        traced = {n: self._traced(_CLIPS[0], n)[0] for n in points}
+        found = {part: _scaled(f, clips, _CLIPS[0]) for part, f in traced[points[0]].items()}
+        rows = _CLIPS[0] * sentences
+        by_length = {n: flop[tower("text")] for n, flop in traced.items()}
+        found[tower("text")] = _sum(
+            _scaled(_interpolated(by_length, n), many, rows) for n, many in Counter(lengths).items()
+        )
+        if two_passes(config, world):  # the decoder rests in the first
+            found = {
+                part: f if part == DECODER else replace(f, first_pass=f.forward)
+                for part, f in found.items()
+            }
+        times = loss_times(config, world)
+        return found | {LOSS: _scaled(self.loss(clips // times, world).flop, times)}
+
+    def loss(self, clips: int, world: int = 1) -> LossCounts:
+        """The losses over so many clips of each rank, once."""
+        key = clips, world
+        if key not in self._losses:
+            self._losses[key] = self._count_losses(clips, world)
+        return self._losses[key]
+
+    def loss_bytes(self, clips: int, world: int, *, counted: int) -> int:
+        """The most that the losses over so many clips take, by a line from those of `counted`.
+
+        They grow faster than the clips, up to a tile: for fewer the line to nothing is above.
+        """
+        one = self.loss(counted, world).peak_bytes
+        if clips <= counted:
+            return one * clips // counted
+        two = self.loss(2 * counted, world).peak_bytes
+        return one + (two - one) * (clips - counted) // counted
+
+    def towers(self, clips: int, tokens: int) -> TowerBytes:
+        """Bytes of a forward and backward on so many clips, with sentences of so many tokens."""
+        few, many = (self._traced(n, tokens)[1] for n in _CLIPS)
+        if len(few.kept) != len(many.kept):  # operators that depend on the clips
+            few, many = few.coarse(), many.coarse()
+        return few.extended(many, (clips - _CLIPS[0]) / (_CLIPS[1] - _CLIPS[0]))
+
+    @cached_property
+    def media_bytes(self) -> int:
+        """Of one clip, as the model takes it."""
+        return fake_batch(self.config, 1, 1, self._mode).media.nbytes
+
+    def _points(self, lengths: Sequence[int]) -> list[int]:
+        """Tokens of the captions to count with: of all the same length, or of three."""
+        if len(set(lengths)) == 1:
+            return [lengths[0]]
+        longest = min(_LONGEST, self.config.text.max_tokens)
+        return sorted({max(1, longest * n // 3) for n in (1, 2, 3)})
+
+    def _count_losses(self, clips: int, world: int) -> LossCounts:
+        config, width = self.config, self.config.joint.width
+        names = ("media", *config.loss.sentences)
+        with fake_ranks(world), self._mode:
+            outputs = {name: torch.empty(clips, width, requires_grad=True) for name in names}
+            outputs |= {n: torch.empty((), requires_grad=True) for n in ("scale", "recon")}
+            with Trace(outputs.values()) as trace:
+                with CountTraffic() as forward:
+                    total = total_loss(cast(Outputs, outputs), config)["total"]
+                trace.in_backward = True
+                with CountTraffic() as backward:
+                    total.backward()
+        flop = _sum(trace.flop().values())
+        compared = tuple(name for name, x in outputs.items() if x.grad is not None)
+        peak = int(trace.live()[0].max())
+        return LossCounts(flop, forward.traffic, backward.traffic, peak, compared)
+
+    def _traced(self, clips: int, tokens: int) -> tuple[dict[str, Flop], TowerBytes]:
+        if (clips, tokens) not in self._towers:
+            self._towers[clips, tokens] = self._trace(clips, tokens)
+        return self._towers[clips, tokens]
+
+    def _trace(self, clips: int, tokens: int) -> tuple[dict[str, Flop], TowerBytes]:
+        config, model = self.config, self.model
+        compared = self.loss(_CLIPS[0]).compared
+        weights = [*model.parameters(), *model.buffers()]
+        ends: list[tuple[str, int]] = []
+        batch = fake_batch(config, clips, tokens, self._mode)
+        attention = attention_without_dropout() if self._on_gpu else nullcontext()
+        with self._mode, attention, Trace(weights) as trace:
+
+            def mark(part: str) -> None:
+                if not trace.in_backward:
+                    ends.append((trace.part, trace.operators))
+                trace.mark(part)
+
+            with marked(model, mark):
+                media = {trace.hold(batch.media)}
+                # Far from the end of a run, and from an unmasked tail.
+                mask = patch_mask_of(batch, config, 1000, 1)
+                inputs: Any = model_inputs(batch, mask, config)
+                outputs = cast(dict[str, torch.Tensor], model(**inputs))
+                del batch, mask, inputs
+                trace.in_backward, forward = True, trace.operators
+                trace.mark(LOSS)
+                ends.append((LOSS, forward))
+                backward = [outputs[n] for n in compared if outputs[n].requires_grad]
+                pulls = [torch.ones_like(x) for x in backward]
+                if backward:
+                    torch.autograd.backward(backward, pulls)
+        gradients = {trace.hold(p.grad) for p in model.parameters() if p.grad is not None}
+        live = trace.live(media, gradients)
+        model.zero_grad(set_to_none=True)
+        parts: Counter[str] = Counter()
+        before = 0
+        for part, operators in ends:
+            now = int(live[0][operators - 1] + live[2][operators - 1]) if operators else 0
+            parts[part] += now - before
+            before = now
+        found = TowerBytes(live[2], live[0], live[1], dict(parts), forward)
+        return trace.flop(), found
+
+
+def two_passes(config: Config, world: int) -> bool:
+    """Whether micro-batches go through the towers twice."""
+    return config.train.micro_batches(world) > 1 and config.train.accumulation == "exact"
+
+
+def loss_times(config: Config, world: int) -> int:
+    """How many times a step takes the losses."""
+    return config.train.micro_batches(world) if config.train.accumulation == "local" else 1
+
+
+def _scaled(flop: Flop, times: int, parts: int = 1) -> Flop:
+    return Flop(**{name: value * times // parts for name, value in vars(flop).items()})
+
+
+def _sum(flops: Iterable[Flop]) -> Flop:
+    total: Counter[str] = Counter()
+    for flop in flops:
+        total.update(vars(flop))
+    return Flop(**total)
+
+
+def _interpolated(by_length: dict[int, Flop], tokens: int) -> Flop:
+    """The polynomial through some lengths' FLOP (Lagrange's form, in whole numbers)."""
+    found = dict.fromkeys(vars(Flop()), Fraction())
+    for n, flop in by_length.items():
+        weight = Fraction(1)
+        for m in by_length.keys() - {n}:
+            weight *= Fraction(tokens - m, n - m)
+        found = {name: value + weight * getattr(flop, name) for name, value in found.items()}
+    return Flop(**{name: round(value) for name, value in found.items()})

@@ -1,0 +1,126 @@
+"""Models, batches and ranks of fake tensors: shapes go through a step, nothing is computed.
+
+Fake tensors say they are on the CPU: there autocast to bfloat16 exists, captions are packed, and
+attention is a fused operator, as on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn import functional
+
+from flap_fast.config import Config
+from flap_fast.data.batch import Batch
+from flap_fast.model.two_towers import TwoTowers
+from flap_fast.tools.profile.parts import tensors_in
+from flap_fast.tools.profile.synthetic import without_files
+
+
+class FakeMode(FakeTensorMode):
+    """Fake tensors beside real ones on the host, which decide shapes: masks of captions, `longer`.
+
+    Operators on real tensors alone are computed. A fake number that is asked for is 1.
+    """
+
+    def __init__(self):
+        super().__init__(allow_non_fake_inputs=True)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # asked all the time
+            return args[0].fake_device
+        given = {isinstance(x, FakeTensor) for x in tensors_in((args, kwargs))}
+        if func is torch.ops.aten._local_scalar_dense.default and given == {True}:
+            return torch.ones((), dtype=args[0].dtype, device="cpu").numpy().item()
+        if given == {False}:
+            return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+@contextmanager
+def attention_without_dropout() -> Iterator[None]:
+    """Inside, attention has no dropout: a GPU's fused one keeps no probabilities with it either."""
+    real = functional.scaled_dot_product_attention
+
+    def attention(*tensors: Any, **options: Any) -> Tensor:
+        return real(*tensors, **{**options, "dropout_p": 0.0})
+
+    # Not by a TorchFunctionMode: in the backward, where blocks are recomputed, none is active.
+    functional.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = real
+
+
+def traceable(config: Config, *, half: bool) -> Config:
+    """The config with PyTorch's attention, and a precision that does not depend on the device."""
+    precision = "bf16" if half else "fp32"
+    found = {"train": config.train.model_copy(update={"precision": precision})}
+    for name in ("audio", "image", "text"):
+        section: Any = getattr(config, name)
+        if getattr(section, "attention", "sdpa") != "sdpa":
+            found[name] = section.model_copy(update={"attention": "sdpa"})
+    return config.model_copy(update=found)
+
+
+def fake_model(config: Config, mode: FakeMode) -> TwoTowers:
+    """The config's model in training, with fake weights; needs no file."""
+    with without_files(config) as complete, torch.device("meta"):
+        model = TwoTowers(complete, weights=False).train()
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                value = _faked(weight, mode)
+                module._parameters[name] = nn.Parameter(value, weight.requires_grad)
+        for name, value in module._buffers.items():
+            if value is not None:
+                module._buffers[name] = _faked(value, mode)
+    return model
+
+
+def fake_batch(config: Config, clips: int, tokens: int, mode: FakeMode) -> Batch:
+    """A batch with `tokens` in each sentence; with fusion, every clip is longer than the window."""
+    rows = clips * len(config.loss.sentences)
+    with mode:
+        media = torch.empty(clips, *config.encoder.input_shape(config.fusion))
+        ids = torch.empty(rows, tokens, dtype=torch.int64)
+        sample_index = torch.empty(clips, dtype=torch.int64)
+    attention_mask = torch.ones(rows, tokens, dtype=torch.int64)
+    longer = torch.ones(clips, dtype=torch.bool) if config.fusion.on else None
+    return Batch(media, ids, attention_mask, sample_index, np.arange(clips), 0, longer)
+
+
+@contextmanager
+def fake_ranks(world: int) -> Iterator[None]:
+    """Inside, torch.distributed is rank 0 of `world`, and its collectives do nothing.
+
+    Raises:
+        RuntimeError: this process is in a process group.
+    """
+    joined = dist.is_available() and dist.is_initialized()
+    if joined and not (world == dist.get_world_size() == 1):
+        raise RuntimeError("fake ranks must come before the process joins its real ones")
+    if world == 1:
+        yield
+        return
+    # PyTorch's own for estimates like these; to import it is to register it.
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _faked(x: Tensor, mode: FakeMode) -> Tensor:
+    with mode:
+        return torch.empty(x.shape, dtype=x.dtype)

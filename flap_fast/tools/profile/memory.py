@@ -1,0 +1,113 @@
+"""Memory of a rank: what it holds between steps, and what a step adds.
+
+    states       weights, gradients, Adam's moments, by engine, ZeRO stage and offload (`states`)
+    activations  what the forward leaves for the backward, counted on fake tensors (`counts`)
+    loss         gathered embeddings, logits by tile, gradients, counted likewise
+    held         of micro-batches: embeddings of all, and media that are not decoded again
+
+With micro-batches, activations are those of one, and gradients are held all the time.
+
+Left out: the front end, allocators' rounding and fragments, and what an operator allocates and
+frees within itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flap_fast.config import Config
+from flap_fast.tools.profile.counts import StepCounts
+from flap_fast.tools.profile.parts import OTHER
+from flap_fast.tools.profile.states import Parameters, state_bytes
+
+_FLOAT = 4
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of a rank, by name, and the most at one time."""
+
+    states: dict[str, int]
+    on_cpu: dict[str, int]
+    """What train.offload keeps in the CPU's memory; not in the peak."""
+    activations: dict[str, int]
+    loss: dict[str, int]
+    held: dict[str, int]
+    peak: int
+
+
+def footprint(
+    config: Config,
+    counts: StepCounts,
+    clips: int,
+    tokens: int,
+    world: int,
+    *,
+    engine: str,
+    on_gpu: bool = True,
+) -> Footprint:
+    """Memory of a rank with so many clips, in micro-batches of train.micro_batch of them.
+
+    Args:
+        counts: of this config, whatever its train.micro_batch.
+        tokens: of each sentence as it is computed, with its padding.
+        engine: `plain` or `deepspeed`.
+        on_gpu: decides what train.replay=auto keeps, and whether gradients are reduced early.
+    """
+    at_once = min(clips, config.train.micro_batch or clips)
+    several = clips > at_once
+    both = several and config.train.accumulation == "exact"
+    states = state_bytes(
+        engine,
+        config.train.zero_stage,
+        parameters(counts),
+        world,
+        overlap=on_gpu,
+        offload=config.train.offload,
+        micro_batches=-(-clips // at_once),
+    )
+    counted = config.train.global_batch // world
+    loss = counts.loss_bytes(clips if both else at_once, world, counted=counted)
+    held = held_bytes(config, clips, counts.media_bytes, on_gpu=on_gpu) if several else {}
+    towers = counts.towers(at_once, tokens)
+    live = towers.kept if both else towers.kept + towers.batch
+    if both and "media" not in held:  # a second pass's are there through its backward
+        held["media"] = at_once * counts.media_bytes
+    every, none_yet = states.with_gradients, states.without_gradients
+    if states.gradients == "come":
+        scale = states.on_device["gradients"] / max(1, _FLOAT * parameters(counts).trained)
+        steps = none_yet + live + scale * towers.gradients
+        before = none_yet
+    else:  # a gradient is new before it is added up
+        new = towers.gradients.copy()
+        new[1:] -= towers.gradients[:-1]
+        steps = every + live + new
+        before = every
+    forward = max(0, towers.forward - 1)
+    losses = none_yet + loss if both else before + live[forward] + loss
+    peak = int(max(steps.max(), losses)) + sum(held.values())
+    parts = ("media" if part == OTHER else part for part in towers.parts)
+    activations = {part: n for part, n in zip(parts, towers.parts.values(), strict=True) if n > 0}
+    return Footprint(states.on_device, states.on_cpu, activations, {"loss": loss}, held, peak)
+
+
+def parameters(counts: StepCounts) -> Parameters:
+    """How many numbers a counted model has."""
+    every = [n for group in counts.groups for n in group]
+    return Parameters(sum(every), counts.frozen, max(every))
+
+
+def held_bytes(config: Config, clips: int, media_bytes: int, *, on_gpu: bool) -> dict[str, int]:
+    """Bytes of a step's micro-batches, from the first pass to the second, by name."""
+    # Each embedding, all of them joined, and their gradients.
+    embeddings = 1 + len(config.loss.sentences)
+    found = {"embeddings": 3 * _FLOAT * clips * embeddings * config.joint.width}
+    keeps = config.train.replay == "keep" or (config.train.replay == "auto" and on_gpu)
+    if keeps and config.train.accumulation == "exact":
+        found["media"] = clips * media_bytes
+    return found
+
+
+def divisors(clips: int) -> list[int]:
+    """The micro-batches that so many clips can be taken in, smallest first."""
+    return [n for n in range(1, clips + 1) if clips % n == 0]

@@ -1,0 +1,126 @@
+"""FLOP and live bytes of everything that runs inside a mode, by part of the step.
+
+FLOP are PyTorch's own formulas (`torch.utils.flop_counter`), two a multiply-add, and those that
+`flap_kernels` registers beside its operators. Bytes are those of the storages that operators give,
+until the last tensor lets go of one; what an operator allocates and frees within itself is not
+seen.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count, shape_wrapper
+
+from flap_fast.tools.profile.parts import tensors_in
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Flop:
+    """Floating-point operations of one part of a step."""
+
+    forward: int = 0
+    backward: int = 0
+    recomputed: int = 0
+    """A second forward of blocks, with train.checkpoint_activations."""
+    first_pass: int = 0
+    """The forward without a graph of all micro-batches, where a step has two passes."""
+
+    @property
+    def total(self) -> int:
+        """The sum of all phases."""
+        return self.forward + self.backward + self.recomputed + self.first_pass
+
+
+class Trace(TorchDispatchMode):
+    """Counts what runs inside; `part` and `in_backward` say on whose account."""
+
+    def __init__(self, given: Iterable[Tensor] = ()):
+        super().__init__()
+        self.part = "other"
+        self.in_backward = False
+        self._formulas = {op: shape_wrapper(f) for op, f in formulas().items()} | flop_registry
+        self._flop: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+        self._serial: dict[int, int] = {}
+        self._changes: list[tuple[int, int]] = []
+        self._ends: list[int] = []
+        for tensor in given:  # weights: they are there before and after
+            self._serial[id(tensor.untyped_storage())] = -1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:  # asked all the time
+            return func(*args)
+        result = func(*args, **kwargs)
+        if formula := self._formulas.get(func._overloadpacket):
+            phase = "forward"
+            if self.in_backward:  # autograd's own products run without grad mode
+                phase = "recomputed" if torch.is_grad_enabled() else "backward"
+            self._flop[self.part][phase] += formula(*args, **kwargs, out_val=result)
+        for leaf in tensors_in(result):
+            if isinstance(leaf, FakeTensor):
+                self.hold(leaf)
+        self._ends.append(len(self._changes))
+        return result
+
+    def mark(self, part: str) -> None:
+        """From here on it is this part."""
+        self.part = part
+
+    def hold(self, tensor: Tensor) -> int:
+        """Count a tensor's storage as long as it lives; gives the storage's number."""
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key not in self._serial:
+            self._serial[key] = serial = len(self._changes)
+            size = storage.nbytes()
+            self._changes.append((serial, size))
+            weakref.finalize(storage, self._drop, key, size)
+        return self._serial[key]
+
+    @property
+    def operators(self) -> int:
+        """How many have run."""
+        return len(self._ends)
+
+    def flop(self) -> dict[str, Flop]:
+        """FLOP by part."""
+        return {part: Flop(**phases) for part, phases in self._flop.items()}
+
+    def live(self, *groups: set[int]) -> list[Array]:
+        """Bytes after each operator: of the storages of each group of numbers, then of the rest."""
+        group_of = {serial: n for n, group in enumerate(groups) for serial in group}
+        changes = np.zeros((len(self._changes) + 1, len(groups) + 1), dtype=np.int64)
+        for n, (serial, size) in enumerate(self._changes):
+            changes[n + 1, group_of.get(serial, len(groups))] = size
+        return list(changes.cumsum(0)[self._ends].T)
+
+    def _drop(self, key: int, size: int) -> None:
+        self._changes.append((self._serial.pop(key), -size))
+
+
+def formulas() -> dict[Any, Any]:
+    """FLOP of operators that PyTorch's registry leaves out, from the shapes of their arguments."""
+    aten = torch.ops.aten
+    return {
+        aten.addmm_: lambda _, a, b, **__: 2 * prod(a) * b[1],
+        aten._scaled_dot_product_flash_attention_for_cpu: (
+            lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+        ),
+        # Four products; scores that a kernel computes again are not the model's.
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda _, q, k, v, *__, **___: 2 * sdpa_flop_count(q, k, v)
+        ),
+    }
