@@ -82,7 +82,7 @@ class TrainingLoader:
                 pending.append(batch)
                 yield EncodedBatch(batch.encoded, batch.positions)
 
-        inputs = self._preprocessor.stream(encoded(), len(micro_batch_rows(train, self._ranks, 0)))
+        inputs = self._preprocessor.stream(encoded(), train.micro_clips(world))
         for _ in product(*order):
             try:
                 media = next(inputs)

@@ -66,6 +66,5 @@ class Sampler:
 
 def micro_batch_rows(train: Train, ranks: Ranks, micro: int) -> np.ndarray:
     """(B,) int64: the rows of the global batch that are this rank's micro-batch `micro`."""
-    micro_batches = train.micro_batches(ranks.world)
-    clips = train.global_batch // ranks.world // micro_batches
-    return np.arange(clips) + (ranks.rank * micro_batches + micro) * clips
+    clips = train.micro_clips(ranks.world)
+    return np.arange(clips) + (ranks.rank * train.micro_batches(ranks.world) + micro) * clips

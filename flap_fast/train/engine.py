@@ -237,11 +237,6 @@ def sync_batch_norms(model: nn.Module, ranks: Ranks) -> None:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
-def micro_batch_clips(config: Config, world: int) -> int:
-    """Clips of one micro-batch of a rank."""
-    return config.train.global_batch // world // config.train.micro_batches(world)
-
-
 def deepspeed_config(config: Config, ranks: Ranks) -> dict[str, Any]:
     """DeepSpeed's configuration."""
     on_gpu = ranks.device.type == "cuda"
@@ -249,7 +244,7 @@ def deepspeed_config(config: Config, ranks: Ranks) -> dict[str, Any]:
     offload = {"none": (), "optimizer": ("optimizer",), "all": ("optimizer", "param")}
     on_cpu = {"device": "cpu", "pin_memory": on_gpu}
     return {
-        "train_micro_batch_size_per_gpu": micro_batch_clips(config, ranks.world),
+        "train_micro_batch_size_per_gpu": config.train.micro_clips(ranks.world),
         "gradient_accumulation_steps": config.train.micro_batches(ranks.world),
         "train_batch_size": config.train.global_batch,
         # Set even when off: DeepSpeed's default clips at 1.0.

@@ -38,7 +38,7 @@ from flap_fast.losses import total_loss
 from flap_fast.model.masking import patch_mask
 from flap_fast.model.two_towers import ModelInputs, Outputs
 from flap_fast.ranks import Ranks
-from flap_fast.train.engine import Engine, micro_batch_clips
+from flap_fast.train.engine import Engine
 from flap_kernels import PatchMask
 
 
@@ -193,7 +193,7 @@ def _detached(values: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _warn_of_fewer_negatives(config: Config, world: int) -> None:
-    clips = world * micro_batch_clips(config, world)
+    clips = world * config.train.micro_clips(world)
     Console(stderr=True).print(
         f"train.accumulation=local contrasts a clip with the {clips} of its micro-batch over all "
         f"ranks, not with the {config.train.global_batch} of train.global_batch; "

@@ -8,6 +8,8 @@ Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -29,14 +31,29 @@ def philox_words(seed: int, stream: int, counters: Tensor, count: int) -> Tensor
         count: how many words; four of them come from one block.
     """
     counters = counters.long()
-    block = torch.arange(-(-count // 4), device=counters.device).expand(len(counters), -1)
-    c0, c1 = (counters & LOW)[:, None], (counters >> 32)[:, None]
-    c2, c3 = block, torch.zeros_like(block)
-    key0, key1 = seed & LOW, stream & LOW
+    blocks = torch.arange(-(-count // 4), device=counters.device)
+    counter = (
+        (counters & LOW)[:, None],
+        (counters >> 32)[:, None],
+        blocks,
+        torch.zeros_like(blocks),
+    )
+    words = philox(torch.broadcast_tensors(*counter), seed & LOW, stream & LOW)
+    return (torch.stack(words, -1) >> 8).flatten(1)[:, :count]
+
+
+def philox(counter: Sequence[Tensor], key0: int, key1: int) -> list[Tensor]:
+    """Philox4x32-10: the four words of each counter.
+
+    Args:
+        counter: four int64 tensors of one shape that hold 32-bit words, the lowest first.
+        key0, key1: the key's 32-bit words.
+    """
+    c0, c1, c2, c3 = counter
     for _ in range(10):
         # The product wraps at 2**64, which leaves all 64 bits right; only the shift is masked.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1 = (p1 >> 32 & LOW) ^ c1 ^ key0, p1 & LOW
         c2, c3 = (p0 >> 32 & LOW) ^ c3 ^ key1, p0 & LOW
         key0, key1 = (key0 + _WEYL[0]) & LOW, (key1 + _WEYL[1]) & LOW
-    return (torch.stack([c0, c1, c2, c3], -1) >> 8).flatten(1)[:, :count]
+    return [c0, c1, c2, c3]

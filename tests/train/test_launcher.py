@@ -114,7 +114,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_the_run_goes_on(config: Path):
     done = len(rows(config, "flap"))
     assert 3 <= done < STEPS
     assert f"stopped after step {done}, saved in" in printed
-    assert "Go on with the same command and --resume" in printed
+    assert "Continue with the same command and --resume" in printed
     assert "Traceback" not in printed
     train(load_config(config), resume=True)
     assert len(losses(config, "flap")) == STEPS
@@ -138,7 +138,7 @@ def test_a_run_resumes_under_other_launchers_with_the_losses_of_one_process(
     process = start(one, config, "train.zero_stage=3")
     printed = interrupt(process, config, "flap")
     assert process.returncode != 0, printed
-    assert "Go on with the same command and --resume" in printed
+    assert "Continue with the same command and --resume" in printed
     assert 3 <= len(rows(config, "flap")) < STEPS
 
     for launcher, stage in on_two_nodes:

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from flap_kernels.precision import float32_products
 from torch import Tensor
 
 from flap_fast.config import Audio
-from flap_fast.data.preprocess.log_mel import pad_frames, to_16_bits, true_float32
+from flap_fast.data.preprocess.log_mel import pad_frames, to_16_bits
 
 FLOOR = 1e-10
 # Slaney's scale: linear below 1 kHz, then 27 steps to each factor of 6.4.
@@ -55,7 +56,7 @@ class ClapLogMel:
     def _log_mel(self, wave: Tensor) -> Tensor:
         """(B, samples + 1024) with its ends -> (B, frames, F)."""
         size, hop = self.audio.window, self.audio.hop
-        with torch.autocast(wave.device.type, enabled=False), true_float32():
+        with torch.autocast(wave.device.type, enabled=False), float32_products("ieee"):
             spectrum = torch.stft(
                 wave, size, hop, window=self.window, center=False, return_complex=True
             )

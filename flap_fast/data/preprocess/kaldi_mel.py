@@ -18,10 +18,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from flap_kernels.precision import float32_products
 from torch import Tensor
 
 from flap_fast.config import Audio
-from flap_fast.data.preprocess.log_mel import pad_frames, to_16_bits, true_float32
+from flap_fast.data.preprocess.log_mel import pad_frames, to_16_bits
 
 FLOOR = 2.0**-23
 PREEMPHASIS = 0.97
@@ -49,7 +50,7 @@ class KaldiLogMel:
 
     def _log_mel(self, wave: Tensor) -> Tensor:
         frames = wave.unfold(1, self.audio.window, self.audio.hop)
-        with torch.autocast(wave.device.type, enabled=False), true_float32():
+        with torch.autocast(wave.device.type, enabled=False), float32_products("ieee"):
             parts = frames @ self.spectrum.T
             real, imaginary = parts.chunk(2, -1)
             power = real.square_().add_(imaginary.square_())

@@ -35,14 +35,3 @@ def to_16_bits(wave: Tensor) -> Tensor:
 def normalise(logmel: Tensor, audio: Audio) -> Tensor:
     """AudioSet's statistics: `(v - mean) / (2 std)`; a padded row becomes 0.467."""
     return (logmel - audio.mean) / (2 * audio.std)
-
-
-class true_float32:
-    """Matrix products in float32 inside, never in TF32."""
-
-    def __enter__(self):
-        self.before = torch.backends.cuda.matmul.fp32_precision
-        torch.backends.cuda.matmul.fp32_precision = "ieee"
-
-    def __exit__(self, *_):
-        torch.backends.cuda.matmul.fp32_precision = self.before

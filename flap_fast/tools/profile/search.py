@@ -181,7 +181,7 @@ class Attempts:
         print(json.dumps({"begun": clips}), flush=True)
         if not self._warm:  # what only a first step costs: the optimizer's moments, libraries
             self._warm = True
-            self._step(self._part(1))
+            self._step(self._part(min(2, self._config.train.global_batch)))
         self._memory.begin()
         try:
             begun = time.perf_counter()
