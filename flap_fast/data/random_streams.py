@@ -14,8 +14,9 @@ from __future__ import annotations
 from enum import IntEnum
 
 import numpy as np
-from flap_kernels.philox import philox_words
 from torch import Tensor
+
+from flap_kernels.philox import philox_words
 
 
 class Stream(IntEnum):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from flap_kernels.philox import philox
 
 from flap_fast.data.random_streams import Stream, permutation, uniforms
+from flap_kernels.philox import philox
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from flap_kernels.precision import float32_products
 from torch import Tensor
 
 from flap_fast.config import Audio
 from flap_fast.data.preprocess.log_mel import pad_frames, to_16_bits
+from flap_kernels.precision import float32_products
 
 FLOOR = 1e-10
 # Slaney's scale: linear below 1 kHz, then 27 steps to each factor of 6.4.

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from flap_kernels.precision import float32_products
 from torch import Tensor
 
 from flap_fast.config import Audio
 from flap_fast.data.preprocess.log_mel import pad_frames, to_16_bits
+from flap_kernels.precision import float32_products
 
 FLOOR = 2.0**-23
 PREEMPHASIS = 0.97
