@@ -123,7 +123,7 @@ def test_the_two_matrices_are_not_each_others():
         assert held.max() < 14_000
 
 
-def test_another_band_is_the_aheadown():
+def test_another_band_is_the_settings_own():
     extractor = ClapFeatureExtractor(frequency_min=0, frequency_max=12_000)
     matrix = mel_matrix(settings(low_hz=0, high_hz=12_000))
     assert np.allclose(matrix.T, extractor.mel_filters_slaney, atol=1e-12)
