@@ -181,7 +181,7 @@ def test_a_kernel_that_errs_is_found_out(copy: Path):
 
 
 def test_a_kernel_without_programs_is_refused(copy: Path):
-    asked = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/bench/test_static.py")
+    asked = ("-m", "pytest", "-p", "no:cacheprovider", "tests/bench/test_static.py")
     (copy / "tests/bench").mkdir()
     shutil.copy(ROOT / "tests/bench/test_static.py", copy / "tests/bench")
     tested = python(copy, *asked, "-k", "every_kernel_has_its_programs")
