@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from flap_fast.evaluate.evaluation import Evaluation
+from flap_fast.losses.base import Loss
+from flap_fast.preparation.sources.layout import Source
 
 ROOT = Path(__file__).parents[1]
 
@@ -176,3 +181,14 @@ def test_a_loss_is_a_file_and_a_line_and_trains_alone(copy: Path, prepared: Path
     assert "contrastive" not in first
     shown = flap(copy, "config", "show", copy / "runs/distance/config.yaml")
     assert "distance:\n    weight: 0.5" in shown
+
+
+def test_the_pages_examples_are_records():
+    """The Python of docs/adding.md runs as it stands and gives the records that it speaks of."""
+    text = (ROOT / "docs/adding.md").read_text()
+    found = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, found)
+    assert issubclass(found["Distance"], Loss)
+    assert isinstance(found["EVALUATION"], Evaluation)
+    assert isinstance(found["FSD"], Source)

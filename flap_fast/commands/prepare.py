@@ -24,7 +24,8 @@ def prepare(
     ],
     out: Annotated[Path, typer.Argument(help="Gets OUT/SPLIT/*.tar and OUT/rejected.jsonl.")],
     source: Annotated[
-        str | None, typer.Option(help=f"A published layout: {', '.join(SOURCES)}; see README.")
+        str | None,
+        typer.Option(help=f"Published layout: {', '.join(SOURCES)}; see docs/data.md."),
     ] = None,
     cache: Annotated[
         str | None, typer.Option(help="mel: write log-mels in fp16, with --config's front end.")

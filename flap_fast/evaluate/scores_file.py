@@ -31,7 +31,7 @@ def read_scores(file: Path) -> Scores:
 
     try:
         return upgraded({**json.loads(file.read_text(), parse_constant=refuse)})
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         remedy = "remove it, or name another file with --out"
         raise ConfigError(f"{file} must be an object in JSON: {error}; {remedy}") from None
 

@@ -53,6 +53,7 @@ def prepare(
     retry: bool = False,
     distributor: Distributor = "threads",
     show: bool = True,
+    part: ShardRange | None = None,
 ) -> Prepared:
     """Write the shards of every split; go on where an earlier call stopped.
 
@@ -63,11 +64,13 @@ def prepare(
         shard_range: write these shards alone; the call that finds all finished writes the rest.
         retry: prepare shards with rejected clips anew.
         distributor: threads of this process, or the running Ray cluster.
+        part: the former name of shard_range.
 
     Raises:
         ManifestError: see `read_manifest`; also when OUT holds shards of another manifest or rate,
             or by another hand.
     """
+    shard_range = shard_range or part
     entries = read_manifest(Path(manifest)) if isinstance(manifest, (str, Path)) else manifest
     tasks = list(shard_tasks(entries, shard_clips))
     writer = ShardWriter(Path(out).absolute(), _clip_encoder(sample_rate_hz, cache))

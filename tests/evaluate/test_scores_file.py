@@ -71,7 +71,16 @@ def test_a_file_of_sounds_is_read_as_it_is(tmp_path: Path):
     assert read_scores(tmp_path / "none.json") == {}
 
 
-@pytest.mark.parametrize("text", ["[1]", "{", '{"geometry": NaN}', '{"retrieval": 3}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1]",
+        "{",
+        '{"geometry": NaN}',
+        '{"retrieval": 3}',
+        '{"retrieval": {"val": {"sense": "image"}}}',
+    ],
+)
 def test_what_is_no_file_of_scores_is_refused(text: str, tmp_path: Path):
     (tmp_path / "eval.json").write_text(text)
     with pytest.raises(ConfigError, match=r"eval\.json must be an object in JSON"):

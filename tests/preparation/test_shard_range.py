@@ -35,6 +35,12 @@ def test_parts_of_several_machines_are_the_bytes_of_one(corpus, prepared, tmp_pa
     assert contents(tmp_path) == contents(prepared)
 
 
+def test_a_shard_range_is_taken_under_its_former_name(corpus, tmp_path):
+    done = prepare(corpus, tmp_path, shard_clips=7, part=ShardRange(2, 5), show=False)
+    assert (done.shards, done.unfinished) == (1, 4)
+    assert [file.name for file in tmp_path.rglob("*.tar")] == ["1.tar"]
+
+
 def test_every_shard_is_one_parts_and_one_call_does_what_parts_left(corpus, prepared, tmp_path):
     written: set[str] = set()
     for number in (2, 4):

@@ -1,6 +1,6 @@
 """The registry of sources: published data sets that `flap prepare --source NAME` reads.
 
-One line here adds the `Source` of a file, in the order in which messages and the README list them.
+One line here adds the `Source` of a file, in the order of messages and of docs/data.md.
 """
 
 # ruff: noqa: F401 - SOURCES finds the records by their type
@@ -22,7 +22,7 @@ SOURCES = {source.name: source for source in list(globals().values()) if isinsta
 
 
 def sources_table() -> str:
-    """The README's table of sources."""
+    """The table of sources in docs/data.md."""
     rows = ["| source | what FOLDER holds | splits |", "|---|---|---|"]
     rows += [f"| `{s.name}` | {s.folder} | {s.splits} |" for s in SOURCES.values()]
     return "\n".join(rows)

@@ -24,7 +24,7 @@ class Source:
     """The name for `--source`."""
     kind: Literal["sounds", "images", "sounds or images", "sentences"]
     folder: str
-    """What its folder holds, for the README's table."""
+    """What its folder holds, for the table in docs/data.md."""
     splits: str
     read: Callable[[Path], Any]
     """The folder -> a list of `Entry`; of sentences the rows of each split. Raises `ManifestError`

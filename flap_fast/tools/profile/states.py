@@ -86,7 +86,7 @@ def state_bytes(
         cpu = {"optimizer": device.pop("optimizer"), "gradients": rank_slice, "engine": rank_slice}
         device["optimizer"] = 0
         if stage < 3:
-            if stage == 2 and several:  # added up apart; what two ranks rank_slice is whole on both
+            if stage == 2 and several:  # added up apart; what two ranks divide is whole on both
                 cpu["gradients"] += rank_slice + parameters.largest
             # A buffer of the largest parameter on both sides.
             cpu["engine"] += parameters.largest
