@@ -31,7 +31,7 @@ def _programs(arch: Arch) -> tuple[Program, ...]:
             name="scatter_tokens",
             kernel=unshuffle_tokens_kernel,
             signature={
-                # What is absent is passed as something, and not read.
+                # Absent pointers get a dummy tensor; the kernel never reads it.
                 **dict.fromkeys(("y_ptr", "token_ptr", "position_ptr", "out_ptr"), "*bf16"),
                 "ids_restore_ptr": "*i64",
                 "N": N,

@@ -30,7 +30,7 @@ def _programs(arch: Arch) -> tuple[Program, ...]:
             bytes_moved=288 * 8 * (1 + 2 * C * R),
         )
         for name, C, R, columns, rows, shared in (
-            ("draw_patch_mask_1d", 512, 1, 308, None, True),
+            ("draw_patch_mask_1d", 512, 1, 307, None, True),
             ("draw_patch_mask_2d", 64, 8, 51, 6, True),
             ("draw_patch_mask_2d_unshared", 64, 8, 51, 6, False),
         )

@@ -79,6 +79,7 @@ def _draw(key, sample, n):
     low = (sample & 0xFFFFFFFF).to(tl.uint32) + tl.zeros_like(block).to(tl.uint32)
     high = (sample >> 32).to(tl.uint32) + tl.zeros_like(block).to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(key, low, high, block, tl.zeros_like(block))
+    # word[n] = Philox4x32-10(...)[n % 4] >> 8
     lane = n % 4
     word = tl.where(lane == 0, w0, tl.where(lane == 1, w1, tl.where(lane == 2, w2, w3)))
     return (word >> 8).to(tl.int32)

@@ -95,6 +95,7 @@ def load_patches(
     corner = b.to(tl.int64) * stride_mb + time * stride_mt + freq * stride_mf
     pixel = (offs_p // P) * stride_mt + (offs_p % P) * stride_mf
     mask = mask_row[:, None] & (offs_p < P * P)[None, :]
+    # patch(mel[b], n)[p] = mel[b, P (n // A) + p // P, P (n % A) + p % P]
     return tl.load((mel_ptr + corner)[:, None] + pixel[None, :], mask=mask, other=0.0)
 
 
@@ -125,12 +126,13 @@ def pack_patches_kernel(
     x = load_patches(
         mel_ptr, b, n, valid, patches_per_row, stride_mb, stride_mt, stride_mf, P, PIXELS
     )
+    # out[row, :P * P] = patch(mel[b], n)
     x = tl.where(valid[:, None], x.to(tl.float32), float("nan"))
     offs_p = tl.arange(0, PIXELS)
     at = (out_ptr + offs_row.to(tl.int64) * width)[:, None]
     mask = mask_row[:, None] & (offs_p < P * P)[None, :]
     tl.store(at + offs_p[None, :], x.to(out_ptr.dtype.element_ty), mask=mask)
-    # The column of ones, then zeros up to a whole line.
+    # out[row, P * P:] = 1, then zeros up to `width`
     offs_tail = tl.arange(0, TAIL)
     one = tl.zeros([BLOCK_ROWS, TAIL], dtype=tl.float32) + (offs_tail == 0).to(tl.float32)[None, :]
     mask = mask_row[:, None] & (offs_tail < width - P * P)[None, :]
