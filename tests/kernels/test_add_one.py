@@ -155,7 +155,7 @@ def test_a_kernel_is_a_file_and_a_line_and_then_tested_compiled_and_timed(copy: 
 
     compiled = python(copy, "-m", "bench.static", "--kernel", "scale_tokens", "--arch", "90")
     assert compiled.returncode == 0, compiled.stderr[-2000:]
-    assert compiled.stdout.splitlines()[-1] == "static: 1 programs, 0 faults"
+    assert compiled.stdout.splitlines()[-1] == "static: 1 program, 0 faults"
 
     code = "from bench.tasks import tasks; print(*{t.op for t in tasks('cuda', quick=True)})"
     timed = python(copy, "-c", code)
