@@ -1,4 +1,4 @@
-"""A `Config` from a YAML file and overrides, and back; errors that say what to write instead."""
+"""Reads a `Config` from a YAML file and overrides, and writes it; errors suggest a remedy."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def dump_config(config: Config) -> str:
 
 
 def _read_yaml(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A file's settings over those of its base, and that one's."""
+    """Settings of a file merged over those of its chain of bases."""
     what = f"the base of {above[-1]}" if above else "the config"
     require(file.is_file(), what, "be an existing YAML file", file)
     require(file.resolve() not in above, what, "not lead back to itself", file)
@@ -67,7 +67,7 @@ def _read_yaml(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _over(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
-    """Section by section, setting by setting; `section: null` and lists replace."""
+    """Merge setting by setting; `section: null` and lists replace."""
     both = {
         name: _over(base[name], value)
         for name, value in tree.items()
@@ -77,7 +77,7 @@ def _over(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _drop_other_length(below: dict[str, Any], above: dict[str, Any]) -> None:
-    """`train.steps` above takes the place of `train.epochs` below, and the other way round."""
+    """Let `train.steps` of the upper file replace `train.epochs` of its base, and vice versa."""
     mine, theirs = above.get("train"), below.get("train")
     if isinstance(mine, dict) and isinstance(theirs, dict):
         for one, other in (("steps", "epochs"), ("epochs", "steps")):
@@ -93,9 +93,9 @@ def _parse(text: str | bytes, what: str) -> Any:
 
 
 class _OnceLoader(yaml.SafeLoader):
-    """Refuses a name that stands twice in a section; PyYAML drops the first one silently.
+    """Refuses duplicate names in a section, of which PyYAML silently drops the first.
 
-    And reads `on` as the name that it is, where YAML 1.1 has it for `true`.
+    Reads `on` as a name, which YAML 1.1 reads as `true`.
     """
 
     def construct_mapping(self, node, deep=False):
@@ -160,7 +160,7 @@ _WORDS = {
 
 
 def _section(names: Sequence[str], encoder: Any) -> Any:
-    """The class of a section; `encoder` is the first one's where that is an encoder's."""
+    """The class of a section; of an encoder's section, the class that `encoder` selects."""
     section: Any = Config
     for number, name in enumerate(names):
         field = section.model_fields[name].annotation

@@ -1,4 +1,4 @@
-"""Enriched captions: captions.jsonl, written by `flap enrich`, and the choice of captions.
+"""Enriched captions from captions.jsonl, which `flap enrich` writes, and the choice of captions.
 
     FOLDER/captions.jsonl     {"id": ..., "original": ..., "caption": ..., ...}, a line each
 

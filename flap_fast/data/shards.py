@@ -38,7 +38,7 @@ _OPEN_FILES = 256
 
 
 class ShardError(ValueError):
-    """A shard that cannot be read: which, why, and what to do."""
+    """A shard that cannot be read; the message gives the reason and the remedy."""
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ Picture = str | Path | pillow.Image | np.ndarray
 
 
 class BadImage(Unusable):
-    """A picture that cannot be used, and why."""
+    """An image that cannot be used, and the reason."""
 
 
 def read_image(source: Path | bytes, resolution: int) -> np.ndarray:
@@ -51,7 +51,7 @@ def read_image(source: Path | bytes, resolution: int) -> np.ndarray:
 
 
 def any_square(picture: Picture, number: int, resolution: int) -> np.ndarray:
-    """The middle square of any picture, (R, R, 3) uint8; raises `BadImage` with its name."""
+    """The middle square of any image, (R, R, 3) uint8; raises `BadImage` with its name."""
     named = isinstance(picture, (str, Path))
     try:
         if isinstance(picture, (str, Path)):
@@ -68,7 +68,7 @@ def any_square(picture: Picture, number: int, resolution: int) -> np.ndarray:
 
 
 def square(picture: pillow.Image, resolution: int) -> np.ndarray:
-    """The middle square of a picture in RGB, (R, R, 3) uint8; raises `BadImage` for a strip."""
+    """The middle square of an RGB image, (R, R, 3) uint8; raises `BadImage` for a strip."""
     width, height = picture.size
     if max(width, height) > _LONGEST * min(width, height):
         raise BadImage(f"a strip: {width} x {height} pixels")
@@ -80,7 +80,7 @@ def square(picture: pillow.Image, resolution: int) -> np.ndarray:
 
 
 def decoded(source: Path | bytes) -> pillow.Image:
-    """The whole picture in its file's own colours; raises `BadImage`."""
+    """The whole image in the colours of its file; raises `BadImage`."""
     if isinstance(source, Path) and not os.path.isfile(source):  # a name may be too long to ask
         raise BadImage("missing: no such file")
     try:
@@ -105,7 +105,7 @@ def rgb(picture: pillow.Image) -> pillow.Image:
 
 
 def _margin(spare: int) -> int:
-    """Half of what is too much, halves rounded to even as Python rounds: 1 -> 0, 3 -> 2."""
+    """Half of the excess, rounded half to even as in Python: 1 -> 0, 3 -> 2."""
     return spare // 2 + (spare % 4 == 3)
 
 
