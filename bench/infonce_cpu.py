@@ -4,7 +4,7 @@
 
 Forward and backward in float32, one process, both with a learnable scale. Ours is the backend in
 plain PyTorch: tile by tile, one exponential a logit. The ratios are printed last. --write stores
-the result in bench/results and makes bench/RESULTS.md anew.
+the result in bench/results and rewrites bench/RESULTS.md.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python -m bench.loading [--write]      about a minute; uses all cores; run nothing else
 
 A pass builds a loader of bench/loaders.py, lets its queues fill and times the batches that follow;
-passes take turns. --write stores the result in bench/results and makes bench/RESULTS.md anew.
+passes take turns. --write stores the result in bench/results and rewrites bench/RESULTS.md.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
     python -m bench.reproduce prepare MANIFEST [--write]       `flap prepare`, three times
     python -m bench.reproduce sentences STS-FILE [--write]     MiniLM on STS-B's sts-test.csv, say
 
---write stores the table in bench/results and makes bench/RESULTS.md anew. The commands are run as a
+--write stores the table in bench/results and rewrites bench/RESULTS.md. The commands are run as a
 user would run them, in processes of their own.
 """
 

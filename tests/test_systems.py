@@ -51,7 +51,7 @@ ROBERTA, HEADS, SCALE = 124_645_632, 2 * (768 * 512 + 512 + 512 * 512 + 512), 1
 # From 768 to 512 numbers, a mask token, four blocks, a norm, 256 pixels.
 DECODER = 768 * 512 + 512 + 512 + 4 * (12 * 512**2 + 13 * 512) + 2 * 512 + 512 * 256 + 256
 CLIP = 102_007_137
-# GFLOPs of the audio encoder over 8 clips (SPEC 14), by what is masked.
+# GFLOPs of the audio encoder over 8 clips, by what is masked.
 MASKED = {"none": 388.58, "1d": 224.3, "2d": 223.5}
 
 

@@ -38,7 +38,7 @@ def prepare(
     shard_clips: Annotated[int, typer.Option(help="Clips a shard.")] = 512,
     threads: Annotated[int, typer.Option(help="Decoding threads; 0 takes all cores.")] = 0,
     retry: Annotated[
-        bool, typer.Option("--retry", help="Prepare shards with rejected clips anew.")
+        bool, typer.Option("--retry", help="Prepare shards with rejected clips again.")
     ] = False,
     shard_range: ShardRangeOption = None,
     distributor: DistributorOption = "threads",

@@ -60,8 +60,8 @@ def prepare(
         manifest: its file, or clips that a reader of `sources` found.
         threads: decoding threads; 0 takes all cores.
         cache: write the log-mels of this front end instead of sounds.
-        shard_range: write these shards alone; the call that finds all finished writes the rest.
-        retry: prepare shards with rejected clips anew.
+        shard_range: write only these shards; the call that finds all finished writes the rest.
+        retry: prepare shards with rejected clips again.
         distributor: threads of this process, or the running Ray cluster.
 
     Raises:
@@ -99,7 +99,7 @@ def write_shards(
     *,
     threads: int,
 ) -> None:
-    """Write these shards, clips encoded on threads, across the shards' borders."""
+    """Write these shards; threads encode clips across the shards' borders."""
 
     def encode(entry: Entry) -> tuple[str, bytes] | str:
         try:
