@@ -200,7 +200,7 @@ def _index(
     clips = _parse_index(index) if index.is_file() else _scan(file)
     size = file.stat().st_size
     wanted = [ending for kind in kinds for ending in KINDS[kind]]
-    what = f"a picture ({', '.join(IMAGES)})" if kinds[0] == "images" else "a sound"
+    what = f"an image ({', '.join(IMAGES)})" if kinds[0] == "images" else "a sound"
     rows, plain, endings = [], [], set()
     for key, files in clips:
         ending = next((ending for ending in wanted if ending in files), "")

@@ -3,7 +3,7 @@
     runs/NAME/profile/profile.json      clips/s, the step by part, memory, FLOP/s, the ceiling
                       trace.json.gz     two steps, for ui.perfetto.dev or chrome://tracing
                       memory.pickle     a GPU's allocations in a step, for pytorch.org/memory_viz
-                      profile.png       the same in a picture (`flap_fast.report.profile`)
+                      profile.png       the same as a figure (`flap_fast.report.profile`)
 
 Steps are the trainer's, on the run's own loader or on random batches; logs and checkpoints are left
 out. Parts are those of the first rank. FLOP are those that `counts` finds for the captions' own
