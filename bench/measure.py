@@ -3,7 +3,7 @@
 Time on a GPU: device events around the call, its L2 cache emptied before each; launches count, as
 far as the device waits for them (`graphed` leaves them out). On a CPU: the wall clock. Calls that
 are compared take turns, so that what disturbs the machine disturbs them alike. Medians, and the
-20th and 80th percentile beside them.
+20th and 80th percentile with them.
 
 Peak memory is what a call adds to what was there before it, its results included. On a GPU: what
 PyTorch's allocator hands out, which is all that the providers here use. On a CPU: resident pages

@@ -18,7 +18,7 @@ from flap_fast.encoders import ENCODERS
 def load_config(file: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file and apply overrides such as `mask.kind=1d`.
 
-    `base: OTHER.yaml` in a file takes the settings of the file beside it that this one leaves out.
+    `base: OTHER.yaml` in a file takes missing settings from another file in its folder.
 
     Raises:
         ConfigError: an unreadable file, an unknown name, a value against its rule.
@@ -60,7 +60,7 @@ def _read_yaml(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = tree.pop("base", None)
     if base is None:
         return tree
-    require(isinstance(base, str), f"base in {file}", "name a YAML file beside it", base)
+    require(isinstance(base, str), f"base in {file}", "name a YAML file in the same folder", base)
     below = _read_yaml(file.parent / base, (*above, file.resolve()))
     _drop_other_length(below, tree)
     return _over(below, tree)

@@ -1,7 +1,7 @@
 """WebDataset tar shards on disk: written once, read at any clip.
 
     FOLDER/0.tar 1.tar ...    KEY.flac + KEY.json for each clip, LAION's layout; of images KEY.jpg
-                              or KEY.png + KEY.json, or KEY.txt with a caption alone; KEY.npy, a
+                              or KEY.png + KEY.json, or KEY.txt with only a caption; KEY.npy, a
                               cached log-mel, in place of the sound
     FOLDER/0.idx 1.idx ...    offset and size of each file of a clip in the tar (DALI's format)
     FOLDER/sizes.json         {"0.tar": clips, ...}

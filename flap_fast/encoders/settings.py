@@ -41,7 +41,7 @@ class Encoder(Section):
     """The encoder's name: a `Literal` of each arm."""
 
     moved: ClassVar[dict[str, tuple[object, ...]]] = {}
-    """Settings that are another encoder's today and stood beside this one's in older files, with
+    """Settings that now belong to another encoder but were in this section in older files, with
     the values that meant nothing here: they are dropped."""
 
     @model_validator(mode="before")

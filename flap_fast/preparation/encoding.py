@@ -86,7 +86,7 @@ def read_source(entry: Entry) -> Path | bytes | EncodedImage:
     Raises:
         Unusable: the row has neither captions nor labels, or the image is unreadable.
     """
-    if not entry.captions and not entry.labels:  # a clip with labels alone can be classified
+    if not entry.captions and not entry.labels:  # a clip with only labels can be classified
         raise Unusable("captionless")
     if entry.inside is None:
         return _encoded_image(entry.audio) if entry.image else entry.audio
@@ -109,7 +109,7 @@ _AS_IT_IS = {
 
 def _encoded_image(source: Path | bytes) -> EncodedImage:
     """The image's file, or a PNG of it; raises `BadImage` with the reason for rejecting it."""
-    # Pillow and PyTorch take time to import, which sounds alone need not pay.
+    # Pillow and PyTorch take time to import, which sounds do not need.
     from flap_fast.data.preprocess.image import decoded, rgb, square
 
     image = decoded(source)

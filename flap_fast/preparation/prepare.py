@@ -4,8 +4,8 @@
     OUT/rejected.jsonl                     what could not be used, and why
     OUT/.prepare/                          which shards are finished, for going on after a stop
 
-Shard K of a split holds rows K*n .. K*n+n-1 of that split: what it contains depends on the
-manifest alone, so stopping anywhere and going on gives the same bytes, and so does any division of
+Shard K of a split holds rows K*n .. K*n+n-1 of that split: its contents depend only on the
+manifest, so stopping anywhere and resuming gives the same bytes, and so does any division of
 the work among machines.
 """
 

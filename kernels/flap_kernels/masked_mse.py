@@ -262,7 +262,7 @@ def masked_mse(
     two from float32 sums, without atomics.
 
     Args:
-        hidden: (B, M, H), the masked patches alone, in the order of `ids_drop`:
+        hidden: (B, M, H), only the masked patches, in the order of `ids_drop`:
             `gather_tokens(x, ids_drop)` of a decoder's output. So its last LayerNorm, too, can
             leave out the others.
         weight: (P * P, H), the side P of a patch follows from it.

@@ -127,10 +127,10 @@ def test_pictures_that_cannot_be_used_are_rejected_with_the_reason(tmp_path):
         ([{"image": "a.png"}, {"audio": "a.wav"}], ":2: a manifest must name sounds or images"),
         ([{"image": "a.png", "audio": "a.wav"}], ":1: a row must have audio or image, got both"),
         ([{"image": 3}], ":1: image must name an image file, got 3"),
-        ([{"image": "a.png", "start_s": 1}], ":1: start_s and duration_s are of sounds"),
+        ([{"image": "a.png", "start_s": 1}], ":1: start_s and duration_s are for sounds"),
     ],
 )
-def test_a_manifest_that_mixes_sounds_and_pictures_is_refused(tmp_path, rows, message):
+def test_a_manifest_that_mixes_sounds_and_images_is_refused(tmp_path, rows, message):
     with pytest.raises(ManifestError, match=message):
         read_manifest(write_manifest(tmp_path, rows))
 

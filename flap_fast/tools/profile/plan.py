@@ -256,7 +256,7 @@ def _exchanges(
     exposed = dict(seconds)
     if stage:
         # Buckets go out as the backward goes on; nothing hides the last one of a reduction.
-        # ZeRO 1 reduces in the last micro-batch's backward alone, 2 and 3 in each.
+        # ZeRO 1 reduces only in the last micro-batch's backward, 2 and 3 in each.
         buckets = -(-parameters(counts).trained // BUCKET_NUMBERS)
         hidden = sum(f.backward + f.recomputed for f in flop.values()) / rate
         hidden /= micro_batches if stage == 1 else 1

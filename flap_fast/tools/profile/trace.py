@@ -1,7 +1,7 @@
 """FLOP and allocated bytes of the operators that run inside a mode, by part of the step.
 
 FLOP are PyTorch's own formulas (`torch.utils.flop_counter`), two a multiply-add, and those that
-`flap_kernels` registers beside its operators. Bytes are those of the storages that operators give,
+`flap_kernels` registers with its operators. Bytes are those of the storages that operators give,
 until the last tensor lets go of one; what an operator allocates and frees within itself is not
 seen.
 """
