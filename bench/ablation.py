@@ -97,7 +97,7 @@ def main() -> None:
 def _score(
     systems: dict[str, tuple[str, ...]], name: str, seed: int, steps: int
 ) -> dict[str, float]:
-    """A run's scores on the validation clips; trains it if it was not trained before."""
+    """Scores of a run on the validation clips; trains the run first if necessary."""
     folder = f"{name}-{seed}-{steps}".replace("/", "_").replace(" ", "_").replace("+", "and")
     done = _RUNS / folder / "eval.json"
     if not done.is_file():
@@ -118,7 +118,7 @@ def _gflops(overrides: tuple[str, ...]) -> float:
 
 
 def _throughput(name: str, overrides: tuple[str, ...]) -> float:
-    """Median clips/s of some steps after the first few, of one run with one thread."""
+    """Median clips/s of a run's steps after warm-up, with one thread."""
     folder = f"timed-{name}".replace("/", "_").replace(" ", "_").replace("+", "and")
     shutil.rmtree(_RUNS / folder, ignore_errors=True)
     _train(folder, f"train.steps={_TIMED_STEPS}", "log.every_steps=1", "data.val=[]", *overrides)

@@ -1,4 +1,4 @@
-"""The ops of `flap_kernels` beside their peers, forward and backward, by pytest-benchmark.
+"""The ops of `flap_kernels` against their peers, forward and backward, with pytest-benchmark.
 
     pytest bench/bench_kernels.py -k infonce
 

@@ -1,4 +1,4 @@
-"""An interpreted run is never a benchmark."""
+"""Refuses to run benchmarks under Triton's interpreter."""
 
 import pytest
 
@@ -6,6 +6,6 @@ from flap_kernels.launch import interpreted
 
 
 def pytest_configure() -> None:
-    """Refuse before anything is timed."""
+    """Exit under Triton's interpreter, before anything is timed."""
     if interpreted():
         pytest.exit("a benchmark must not be interpreted: unset TRITON_INTERPRET", returncode=2)

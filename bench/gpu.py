@@ -1,4 +1,4 @@
-"""Everything that a GPU is needed for, in one command: tests first, then times and memory.
+"""All GPU tests and benchmarks in one command: tests first, then time and memory.
 
     python -m bench.gpu            on a CUDA device, within 9 minutes (--quick: within 2)
     python -m bench.gpu --device cpu --quick      the same code at small sizes, to try it
@@ -33,12 +33,12 @@ from bench.tasks import Task, providers, tasks
 from flap_kernels.launch import interpreted
 
 _COMMAND = (sys.executable, "-m", "bench.sweep")
-# Seconds: for all, for the tests, for one task's rounds, for one thing that may hang.
+# Time limits in seconds: in all, of the tests, of one task's rounds, of one call that may hang.
 _LIMITS = {False: (530.0, 170.0, 10.0, 90.0), True: (110.0, 40.0, 3.0, 30.0)}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command; returns its exit status."""
     begun = time.monotonic()
     asked = _parser().parse_args(arguments)
     if asked.device == "cuda" and not torch.cuda.is_available():
@@ -91,8 +91,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="fewer sizes and tests")
     parser.add_argument("--minutes", type=float, help="end within this time")
-    parser.add_argument("--ops", default="", help="only these, by comma")
-    parser.add_argument("--without", default="", help="no provider with one of these in its name")
+    parser.add_argument("--ops", default="", help="only these ops, separated by commas")
+    parser.add_argument(
+        "--without", default="", help="skip providers whose names contain one of these"
+    )
     parser.add_argument("--out", help="folder (bench; scratch/bench on a CPU)")
     return parser
 
@@ -110,10 +112,10 @@ def sweep(
     hang_s: float,
     without: list[str],
 ) -> list[Row]:
-    """The rows of every task; of those that time did not reach, rows that say so.
+    """The rows of all tasks; tasks that were not reached in time get rows with status `no time`.
 
-    `deadline` is a reading of time.monotonic(). A process that dies or hangs is started again
-    without the provider that it was at.
+    `deadline` is in the time of time.monotonic(). A process that dies or hangs is restarted
+    without the provider that it was running.
     """
     barred: dict[str, dict[str, str]] = {task.name: {} for task in order}
     for task in order:
@@ -131,7 +133,7 @@ def sweep(
         if stage in barred[task.name] or stage in ("", "arguments", "timing"):
             done[number] = _without_numbers(task, device, "failed", f"{why}, at {stage or 'start'}")
             continue
-        # A peer that takes its process down once is not given another chance to.
+        # A peer that crashed its process once is not run again.
         again = [t for t in order if t.op == task.op and stage != ours(device)]
         for other in (task, *again):
             barred[other.name].setdefault(stage, f"failed: {why}, at {task.name}")
@@ -152,7 +154,7 @@ def _work(
     barred: dict[str, dict[str, str]],
     done: dict[int, list[Row]],
 ) -> tuple[int, str, str] | None:
-    """Let a process work, and fill `done`. Where it fails: the task, the stage and the reason."""
+    """Run tasks in a process and fill `done`; returns the task, stage and reason of a failure."""
     with tempfile.TemporaryDirectory() as folder:
         order, results, log = (Path(folder) / name for name in ("order", "results", "log"))
         results.touch()
@@ -178,7 +180,7 @@ def _work(
                     return None
                 if ended:
                     return number, stage, f"its process ended: {_last_line(log)}"
-                # Importing, and timing all providers, have the time of two.
+                # Imports, and the timing of all providers, get twice the limit.
                 limit_s = 2 * hang_s if stage in ("", "timing") else hang_s
                 if now - since > limit_s:
                     return number, stage, f"longer than {limit_s:g} s"
@@ -187,7 +189,7 @@ def _work(
 
 @contextmanager
 def _process(order: Path, results: Path, log: Path) -> Iterator[subprocess.Popen]:
-    """A process of bench/sweep.py, ended in any case."""
+    """Start bench/sweep.py in a process, which is killed on exit."""
     with log.open("w") as output:
         process = subprocess.Popen(
             [*_COMMAND, str(order), str(results)],
@@ -203,7 +205,7 @@ def _process(order: Path, results: Path, log: Path) -> Iterator[subprocess.Popen
 
 
 def _complete(lines: Any) -> Iterator[str]:
-    """The lines that have been written to their end; half a line is left for the next time."""
+    """Yield the complete lines; an incomplete last line is left for the next call."""
     while True:
         at = lines.tell()
         line = lines.readline()

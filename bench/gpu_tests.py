@@ -1,4 +1,4 @@
-"""The kernels' tests on a GPU, compiled: no time counts where one is red.
+"""Runs the kernels' tests on a GPU, compiled: times do not count if a test fails.
 
 They run in a process of their own, those marked `gpu` of tests/kernels. Files that import what this
 machine lacks (pydantic, say, which the trainer needs and the kernels do not) are left out by name.
@@ -22,9 +22,9 @@ _OURS = ("flap_fast", "flap_kernels", "tests", "bench")
 
 
 def run(device: str, *, quick: bool, limit_s: float) -> dict[str, Any]:
-    """What the tests came to: status `passed`, `failed`, `not finished` or `not run`, and counts.
+    """Results of the tests: status `passed`, `failed`, `not finished` or `not run`, and counts.
 
-    `quick` runs test_every_kernel.py alone.
+    `quick` runs only test_every_kernel.py.
     """
     if device != "cuda":
         return {"status": "not run", "reason": "no GPU; `make test` interprets the kernels"}
@@ -37,9 +37,9 @@ def run(device: str, *, quick: bool, limit_s: float) -> dict[str, Any]:
 
 
 def _pytest(report: Path, quick: bool, limit_s: float) -> bool:
-    """Run the tests; whether they came to their end."""
+    """Run the tests; returns whether they finished."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", f"--junit-xml={report}", "-q"]
-    # Nothing of the trainer's: its options name plugins, its conftest reads sounds.
+    # Without the project's pytest options (they name plugins) and its conftest (it reads sounds).
     command += ["-o", "addopts=", "--confcutdir=tests/kernels", "-p", "no:cacheprovider"]
     command += ["--continue-on-collection-errors", "--tb=short"]
     if importlib.util.find_spec("xdist"):
@@ -59,7 +59,7 @@ def _pytest(report: Path, quick: bool, limit_s: float) -> bool:
 
 
 def _counts(xml: str) -> dict[str, Any]:
-    """Counts, failures by name, and the files left out with what they need."""
+    """Counts, names of failed tests, and skipped files with the packages that they need."""
     counts = {"passed": 0, "failed": 0, "skipped": 0}
     left_out: dict[str, str] = {}
     red: list[str] = []
@@ -80,18 +80,18 @@ def _counts(xml: str) -> dict[str, Any]:
 
 
 def _missing(text: str) -> str:
-    """The package, not one of ours, whose absence kept a file from being read; or nothing."""
+    """Name of the missing third-party package that a file failed to import; empty if none."""
     found = re.findall(r"ModuleNotFoundError: No module named '([^'.]+)", text)
     return found[-1] if found and found[-1] not in _OURS else ""
 
 
 def is_red(found: dict[str, Any]) -> bool:
-    """Whether the times must not be believed."""
+    """Whether a test failed, so that times do not count."""
     return found["status"] in ("failed", "not finished")
 
 
 def sentence(found: dict[str, Any]) -> str:
-    """What the tests came to, in one sentence."""
+    """Results of the tests in one sentence."""
     if "passed" not in found:
         return f"GPU tests, compiled: {found['status']} ({found['reason']})."
     text = (

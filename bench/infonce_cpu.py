@@ -1,10 +1,10 @@
-"""InfoNCE on a CPU against open_clip's form: time in turns, and extra peak memory.
+"""InfoNCE on a CPU against open_clip's loss: interleaved timings, and extra peak memory.
 
-    python -m bench.infonce_cpu [--write]      about 2 minutes; all cores, so leave them alone
+    python -m bench.infonce_cpu [--write]      about 2 minutes; uses all cores; run nothing else
 
 Forward and backward in float32, one process, both with a learnable scale. Ours is the backend in
 plain PyTorch: tile by tile, one exponential a logit. The ratios are printed last. --write stores
-the result in bench/results and makes bench/RESULTS.md anew.
+the result in bench/results and rewrites bench/RESULTS.md.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ FUNCTIONS: dict[str, Function] = {OURS: infonce, PEER: open_clip_form}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.infonce_cpu")
-    parser.add_argument("--rounds", type=int, default=7, help="of each, in turns")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of each, interleaved")
     parser.add_argument("--write", action="store_true", help="store the result")
     asked = parser.parse_args(arguments)
     facts = machine("cpu")
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def measure(B: int, B_large: int, rounds: int) -> dict[str, Any]:
-    """Rows of both at B, of ours at B_large, and the figures that the targets are about."""
+    """Rows of both at B and of ours at B_large, and the figures that the targets read."""
     steps = {name: _step(function, B) for name, function in FUNCTIONS.items()}
     found = {name: step() for name, step in steps.items()}
     peaks = {name: _peak(step) for name, step in steps.items()}
@@ -91,7 +91,7 @@ def measure(B: int, B_large: int, rounds: int) -> dict[str, Any]:
 
 
 def _step(function: Function, B: int, *, float64: bool = False) -> Callable[[], list[Tensor]]:
-    """The loss and its gradients, in float32 or by the same tiles in float64."""
+    """Loss and gradients in float32, or in float64 by the same tiles."""
     given = pairs(B, "cpu")
     if float64:
         given = {name: x.detach().double().requires_grad_() for name, x in given.items()}

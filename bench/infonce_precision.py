@@ -1,10 +1,10 @@
-"""What InfoNCE's precisions cost: errors of the loss and its gradients against float64.
+"""InfoNCE's error by precision: loss and gradients against float64.
 
     python -m bench.infonce_precision [--clips 4608]      half a minute on a CPU
 
 `ieee` is the op itself. `tf32` and `bf16` round the operands by hand, as the kernels do, in all
 three products (the logits, and dlogits with the embeddings of either); sums stay in float32. Tests
-hold the kernels to that. `cut off` is tf32 as tensor cores alone would make it. Speed is for a GPU
+hold the kernels to that. `cut off` is tf32 as tensor cores truncate it. Speed is for a GPU
 to say.
 """
 
@@ -26,7 +26,7 @@ NAMES = ("loss", "gradient of audio", "gradient of text", "gradient of scale")
 
 
 def cut_off(x: Tensor) -> Tensor:
-    """Float32 with 10 bits of its fraction: what tensor cores make of it."""
+    """Float32 truncated to 10 bits of its fraction, as tensor cores read it."""
     return (x.view(torch.int32) & -0x2000).view(torch.float32)
 
 
@@ -64,7 +64,7 @@ def rounded(audio: Tensor, text: Tensor, scale: Tensor, precision: str) -> list[
 
 
 def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
-    """The norm of each difference over the norm of what is right, in the order of `NAMES`."""
+    """Norm of each error over the norm of the exact value, in the order of `NAMES`."""
     pairs = zip(found, exact, strict=True)
     return [((x.double() - true).norm() / true.norm()).item() for x, true in pairs]
 
@@ -89,14 +89,14 @@ def alike(B: int, d: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def loss_and_gradients(function: Callable[..., Tensor], *given: Tensor) -> list[Tensor]:
-    """Of a loss of (audio, text, scale)."""
+    """The value and the gradients of a loss of (audio, text, scale)."""
     leaves = [x.detach().clone().requires_grad_() for x in given]
     loss = function(*leaves)
     return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.infonce_precision")
     parser.add_argument("--clips", type=int, default=4608)
     asked = parser.parse_args(arguments)

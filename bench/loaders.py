@@ -100,7 +100,7 @@ def threaded(shards: Shards) -> Batches:
 
 
 def usual(sound: bytes) -> Tensor:
-    """One clip the way most trainers read it, (samples,)."""
+    """One clip read with soundfile and torchaudio, as most trainers do, (samples,)."""
     wave, rate = soundfile.read(io.BytesIO(sound), dtype="float32", always_2d=True)
     mono = torch.from_numpy(wave).mean(1)
     return torchaudio.functional.resample(mono, rate, RATE_HZ)[: RATE_HZ * SECONDS]
@@ -175,7 +175,7 @@ class LoaderCase:
 
 
 def drain(batches: Batches) -> None:
-    """Take the batches that are timed."""
+    """Consume the batches that are timed."""
     for _ in range(TIMED):
         assert next(batches).shape == (BATCH, RATE_HZ * SECONDS)
 

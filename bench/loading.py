@@ -1,9 +1,9 @@
 """Clips per second from FLAC shards to waveforms at 16 kHz: DALI against soundfile + torchaudio.
 
-    python -m bench.loading [--write]      about a minute; all cores, so leave them alone
+    python -m bench.loading [--write]      about a minute; uses all cores; run nothing else
 
 A pass builds a loader of bench/loaders.py, lets its queues fill and times the batches that follow;
-passes take turns. --write stores the result in bench/results and makes bench/RESULTS.md anew.
+passes take turns. --write stores the result in bench/results and rewrites bench/RESULTS.md.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ def measure(clips: int, rounds: int) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.loading")
-    parser.add_argument("--rounds", type=int, default=5, help="of each, in turns")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of each, interleaved")
     parser.add_argument("--clips", type=int, default=64)
     parser.add_argument("--write", action="store_true", help="store the result")
     asked = parser.parse_args(arguments)
@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
     for peer, ending in (("the fastest peer", ""), ("one core", "_one_core")):
         print(
             f"DALI on 16 kHz shards over {peer}: {figures['same_shards' + ending]:.2f} on the same "
-            f"shards (goal >= 2), {figures['usual_path' + ending]:.2f} from 48 kHz (goal >= 8)"
+            f"shards (target >= 2), {figures['usual_path' + ending]:.2f} from 48 kHz (target >= 8)"
         )
     return 0
 

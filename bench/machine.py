@@ -1,4 +1,4 @@
-"""What a measured row needs to be made again: the hardware, the versions and the commit."""
+"""What is needed to reproduce a measurement: the hardware, the versions and the commit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def machine(device: str) -> dict[str, Any]:
-    """The facts by name; `dirty` is None and `commit` unknown where there is no git."""
+    """Hardware, versions and commit by name; without git `dirty` is None and `commit` unknown."""
     try:
         from triton import __version__ as triton
     except ModuleNotFoundError:
@@ -66,7 +66,7 @@ def _total_memory() -> int:
 
 
 def _run(*command: str) -> str | None:
-    """What a program prints; None where it is missing or fails."""
+    """Output of a program; None if it is missing or fails."""
     if shutil.which(command[0]) is None:
         return None
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -74,7 +74,7 @@ def _run(*command: str) -> str | None:
 
 
 def slug(facts: dict[str, Any]) -> str:
-    """DEVICE-DATE-COMMIT, without characters that a shell or a URL minds."""
+    """DEVICE-DATE-COMMIT, without characters that are special in a shell or a URL."""
     text = "-".join((facts["device"], facts["date"][:10], facts["commit"]))
     return re.sub(r"[^A-Za-z0-9.]+", "-", text)
 

@@ -1,4 +1,4 @@
-"""A Triton program compiled for a GPU that need not be here, and what its machine code uses.
+"""Compiles a Triton program for a GPU, present or not, and reads what its machine code uses.
 
 `cuobjdump`, which ships inside Triton, prints registers, stack and the instructions (SASS).
 """
@@ -33,7 +33,7 @@ _PATTERNS = {
 
 @dataclass(frozen=True)
 class MachineCode:
-    """What one program takes on one chip."""
+    """Resources of one program on one chip."""
 
     registers: int
     """Of a thread."""
@@ -55,7 +55,7 @@ class MachineCode:
 
 
 def compiled(program: Program, arch: Arch) -> MachineCode:
-    """Compile for the chip. Raises what Triton and ptxas raise, and RuntimeError if interpreted."""
+    """Compile for a chip; raises errors of Triton and ptxas, and RuntimeError if interpreted."""
     if interpreted():
         raise RuntimeError("TRITON_INTERPRET must be unset: interpreted kernels do not compile")
     signature, constants, attributes = specialised(program)
@@ -77,7 +77,7 @@ def compiled(program: Program, arch: Arch) -> MachineCode:
 
 
 def specialised(program: Program) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
-    """Types, constants and attributes that Triton's launcher would make of the arguments.
+    """Types, constants and attributes that Triton's launcher would derive from the arguments.
 
     It takes an integer of 1 for a constant, and notes which integers are multiples of 16 and which
     pointers are aligned to 16 bytes: those of whole tensors are.

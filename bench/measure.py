@@ -1,9 +1,9 @@
-"""Time and peak memory of a call, and the limits of a device, one way for every benchmark.
+"""Measures time and peak memory of a call, and a device's limits, for all benchmarks.
 
 Time on a GPU: device events around the call, its L2 cache emptied before each; launches count, as
 far as the device waits for them (`graphed` leaves them out). On a CPU: the wall clock. Calls that
 are compared take turns, so that what disturbs the machine disturbs them alike. Medians, and the
-20th and 80th percentile beside them.
+20th and 80th percentile with them.
 
 Peak memory is what a call adds to what was there before it, its results included. On a GPU: what
 PyTorch's allocator hands out, which is all that the providers here use. On a CPU: resident pages
@@ -31,14 +31,14 @@ from flap_kernels.launch import interpreted
 
 Call = Callable[[], object]
 
-# On a GPU each call runs this often in a row, then the next provider's turn comes.
+# On a GPU each call runs this many times in a row before the next provider's.
 _TURNS, _IN_A_ROW = 4, 25
 _MOST_ROUNDS = 100
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What a call took, over its rounds."""
+    """Time of a call over its rounds."""
 
     median_ms: float
     low_ms: float
@@ -49,7 +49,7 @@ class Timing:
 
     @classmethod
     def of(cls, times_ms: list[float]) -> Timing:
-        """That of some measured times, one at least."""
+        """The statistics of one or more measured times."""
         ranked = sorted(times_ms)
         at = [ranked[round(fraction * (len(ranked) - 1))] for fraction in (0.2, 0.8)]
         return cls(statistics.median(ranked), at[0], at[1], len(ranked))
@@ -58,7 +58,7 @@ class Timing:
 def interleaved(
     calls: Mapping[str, Call], device: str, *, budget_s: float, least_rounds: int = 3
 ) -> dict[str, Timing]:
-    """Time calls that have run before, in turns, for about `budget_s` in all.
+    """Time warmed-up calls, interleaved, for about `budget_s` in all.
 
     Each gets `least_rounds` even if that takes longer. Raises RuntimeError under Triton's
     interpreter: such a time says nothing.
@@ -127,7 +127,7 @@ def _larger_than_l2() -> Tensor:
 
 
 def graphed(call: Call) -> Call:
-    """The replay of a CUDA graph of the call: what the device does, without the launches.
+    """The replay of a CUDA graph of the call: device time without launch overhead.
 
     Raises RuntimeError where a call cannot be captured, because it waits for the device.
     """
@@ -149,7 +149,7 @@ def graphed(call: Call) -> Call:
 
 
 def peak_bytes(call: Call, device: str) -> int | None:
-    """What the call, which has run before, adds at most; None where the system does not tell."""
+    """Peak memory that a warmed-up call adds; None where the system does not report it."""
     gc.collect()
     if device == "cuda":
         _larger_than_l2()
@@ -163,7 +163,7 @@ def peak_bytes(call: Call, device: str) -> int | None:
         return torch.cuda.max_memory_allocated() - before
     _give_freed_memory_back()
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is there
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current size
     except OSError:
         return None
     before = _resident("VmRSS")
@@ -180,19 +180,19 @@ def _give_freed_memory_back() -> None:
 
 
 def _resident(field: str) -> int:
-    """A size of this process from /proc/self/status, in bytes."""
+    """A size of this process in bytes, from /proc/self/status."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile of a function, at the very sizes it is called with."""
+    """torch.compile of a function with static shapes."""
     return torch.compile(function, dynamic=False)
 
 
 @cache
 def why_not_compiled(device: str) -> str | None:
-    """Why torch.compile does not work here, a missing C++ compiler for one; None if it does."""
+    """Why torch.compile does not work here (for example, no C++ compiler); None if it does."""
     try:
         compiled(torch.sin)(torch.ones(3, device=device))
     except Exception as error:
@@ -208,7 +208,7 @@ def reason(error: BaseException) -> str:
 
 
 def ceilings(device: str, *, size: int = 8192, copy_mib: int = 1024) -> dict[str, float]:
-    """The two limits of this machine, from a library product and a copy of random data.
+    """Peak FLOP/s and bandwidth of this machine, from a library product and a copy of random data.
 
     `matmul_tflops` in bfloat16 on a GPU, float32 on a CPU; `copy_tb_per_s` counts bytes read plus
     bytes written.

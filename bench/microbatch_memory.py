@@ -1,4 +1,4 @@
-"""Peak memory of steps with cached gradients: it follows the micro-batch, not batch or ranks.
+"""Peak memory of steps with cached gradients: it depends on the micro-batch, not batch or ranks.
 
     python -m bench.microbatch_memory [--write]      some minutes; 2048 clips of noise, tiny towers
 
@@ -104,7 +104,7 @@ def write_shards(folder: Path, clips: int) -> None:
 
 
 def peak_mib(folder: Path, ranks: int, clips: int, replay: str) -> float:
-    """The peak memory of a training's ranks, of the rank that took most."""
+    """The largest peak memory among the ranks of a training."""
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]

@@ -4,8 +4,8 @@
 
 CAPTIONS is a CSV with a column `caption`, or a file of one caption a line. Without settings: the
 shape of RoBERTa-base, random weights, dropout as in training. A step is forward and backward, of a
-frozen tower forward alone. FLOP are PyTorch's count over batches without values, a multiply-add as
-two; times are medians over rounds in which the ways take turns on the same batch, and a ratio is
+frozen tower only forward. FLOP are PyTorch's count over batches without values, a multiply-add as
+two; times are medians over rounds in which the layouts take turns on the same batch, and a ratio is
 the median of its rounds' ratios. On a CPU that others use too, `--clock cpu` counts the time that
 this process was given instead of the time that went by.
 """
@@ -37,7 +37,7 @@ from flap_fast.data.tokenize import tokenizer
 from flap_fast.encoders.roberta.model import TransformersText
 from flap_fast.encoders.roberta.settings import RobertaSettings
 
-WAYS = ("packed", "padded", "padded_77")
+LAYOUTS = ("packed", "padded", "padded_77")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 Captions = tuple[Tensor, Tensor]
 
@@ -69,25 +69,28 @@ def main() -> None:
         "text": text.model_dump(mode="json", exclude={"folder", "tokenizer"}),
         "tokenizer": args.tokens,
         "gflop_per_caption": {
-            way: round(count / 1e9 / args.batch / args.counted, 3) for way, count in flop.items()
+            layout: round(count / 1e9 / args.batch / args.counted, 3)
+            for layout, count in flop.items()
         },
-        "step_ms": {way: round(statistics.median(ms), 1) for way, ms in times.items()},
-        "step_ms_range": {way: [round(min(ms), 1), round(max(ms), 1)] for way, ms in times.items()},
+        "step_ms": {layout: round(statistics.median(ms), 1) for layout, ms in times.items()},
+        "step_ms_range": {
+            layout: [round(min(ms), 1), round(max(ms), 1)] for layout, ms in times.items()
+        },
         "clock": args.clock,
         "rounds": args.rounds,
         "batches_counted": args.counted,
         "machine": machine(device),
         "packed_over": {
-            way: {
-                "flop": round(flop["packed"] / flop[way], 3),
+            layout: {
+                "flop": round(flop["packed"] / flop[layout], 3),
                 "time": round(
                     statistics.median(
-                        a / b for a, b in zip(times["packed"], times[way], strict=True)
+                        a / b for a, b in zip(times["packed"], times[layout], strict=True)
                     ),
                     3,
                 ),
             }
-            for way in WAYS[1:]
+            for layout in LAYOUTS[1:]
         },
     }
     if args.out:
@@ -101,7 +104,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("captions", type=Path)
     parser.add_argument("settings", nargs="*", help="text.NAME=VALUE")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=9, help="steps of each way")
+    parser.add_argument("--rounds", type=int, default=9, help="steps of each layout")
     parser.add_argument("--timed", type=int, default=3, help="batches that the rounds go through")
     parser.add_argument("--counted", type=int, default=20, help="batches whose FLOP are counted")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
@@ -120,17 +123,17 @@ def read_captions(file: Path) -> list[str]:
         return [line.strip() for line in lines if line.strip()]
 
 
-def laid_out(way: str, batch: Captions, pad: int) -> Captions:
-    """A batch as a way gets it; the tokenizer pads to the batch's longest, to a multiple of 8."""
-    if way != "padded_77":
+def in_layout(layout: str, batch: Captions, pad: int) -> Captions:
+    """A batch in a layout; the tokenizer pads to the batch's longest, to a multiple of 8."""
+    if layout != "padded_77":
         return batch
     ids, mask = batch
     more = 77 - ids.shape[1]  # negative where a caption of 77 was padded to 80
     return functional.pad(ids, (0, more), value=pad), functional.pad(mask, (0, more))
 
 
-def step(model: TransformersText, way: str, batch: Captions, device: torch.device) -> None:
-    model.packing = "packed" if way == "packed" else "padded"
+def step(model: TransformersText, layout: str, batch: Captions, device: torch.device) -> None:
+    model.packing = "packed" if layout == "packed" else "padded"
     model.zero_grad()
     ids, mask = batch
     with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
@@ -147,19 +150,19 @@ def time_steps(
     device: torch.device,
     clock: Callable[[], float],
 ) -> dict[str, list[float]]:
-    """Milliseconds of each way's steps, after one that does not count."""
-    taken: dict[str, list[float]] = {way: [] for way in WAYS}
-    for way in WAYS:
-        step(model, way, laid_out(way, batches[0], pad), device)
+    """Milliseconds of each layout's steps, after one warm-up step."""
+    taken: dict[str, list[float]] = {layout: [] for layout in LAYOUTS}
+    for layout in LAYOUTS:
+        step(model, layout, in_layout(layout, batches[0], pad), device)
     for number in range(rounds):
-        turn = number % len(WAYS)
-        for way in WAYS[turn:] + WAYS[:turn]:
-            batch = laid_out(way, batches[number % len(batches)], pad)
+        turn = number % len(LAYOUTS)
+        for layout in LAYOUTS[turn:] + LAYOUTS[:turn]:
+            batch = in_layout(layout, batches[number % len(batches)], pad)
             wait(device)
             start = clock()
-            step(model, way, batch, device)
+            step(model, layout, batch, device)
             wait(device)
-            taken[way].append((clock() - start) * 1e3)
+            taken[layout].append((clock() - start) * 1e3)
     return taken
 
 
@@ -169,24 +172,24 @@ def wait(device: torch.device) -> None:
 
 
 def count_flop(model: TransformersText, batches: list[Captions], pad: int) -> dict[str, int]:
-    """FLOP of each way over all batches."""
+    """FLOP of each layout over all batches."""
     flop: dict[str, int] = {}
-    for way in WAYS:
+    for layout in LAYOUTS:
         counter = FlopCounterMode(display=False)
         # Attention as plain products, which the counter knows on every device.
         with sdpa_kernel(SDPBackend.MATH), counter:
             for batch in batches:
-                ids, mask = laid_out(way, batch, pad)
+                ids, mask = in_layout(layout, batch, pad)
                 # The products of padding are those of a pack in which padding counts as tokens:
                 # transformers' own pass asks a mask for its values, and here there are none.
-                mask = mask if way == "packed" else torch.ones_like(mask)
+                mask = mask if layout == "packed" else torch.ones_like(mask)
                 step(model, "packed", (ids, mask), torch.device("meta"))
-        flop[way] = counter.get_total_flops()
+        flop[layout] = counter.get_total_flops()
     return flop
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the numbers depend on besides the code."""
+    """The hardware and versions that the numbers depend on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     return {
         "device": name,

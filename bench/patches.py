@@ -26,7 +26,7 @@ MASK = {
 
 
 def _whole_index(index: Tensor, width: int) -> Tensor:
-    """AudioMAE's index for a gather: the number of each token, written once for each feature."""
+    """AudioMAE's index for a gather: each token's index, repeated for each feature."""
     return index.unsqueeze(-1).repeat(1, 1, width)
 
 
@@ -67,7 +67,7 @@ def reconstruction(
     ids_drop: Tensor,
     ids_restore: Tensor,
 ) -> Tensor:
-    """The error of the masked patches from what a decoder gives for all of them, (B, N, H)."""
+    """Mean squared error of the masked patches; `x` (B, N, H) is a decoder's output for all."""
     return masked_mse(gather_tokens(x, ids_drop), weight, bias, mel, ids_drop, norm_pix=True)
 
 
@@ -77,11 +77,11 @@ AUDIOMAE: dict[str, Callable[..., Tensor]] = {
     "unshuffle_tokens": _unshuffle,
     "reconstruction": _reconstruction,
 }
-"""By the name of what they are held against, and with its arguments."""
+"""By the name of the op that they are compared with, which takes the same arguments."""
 
 
 def arguments(op: str, B: int, device: str) -> dict[str, Any]:
-    """What the op is called with, by name; leaves take gradients.
+    """Keyword arguments of an op; leaves require gradients.
 
     On a GPU tokens are bfloat16, as autocast leaves them; weights and log-mels are float32.
     """

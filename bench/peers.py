@@ -1,4 +1,4 @@
-"""Who else computes InfoNCE: each peer as (audio, text, scale) -> (), called as its authors say.
+"""Peers of InfoNCE, each as (audio, text, scale) -> (), called as its authors document.
 
 Both directions, mean over the batch, all of them; a peer of one direction is called twice. What a
 peer cannot do or does otherwise stands in its `note`. Peers are other people's packages, and none
@@ -21,7 +21,7 @@ from bench.measure import compiled
 from flap_kernels import infonce
 from flap_kernels.infonce import infonce_reference
 
-# 1 / 0.07, where training starts. Some peers take it as a number: it is fixed for all.
+# 1 / 0.07, the value at the start of training. Fixed for all, since some peers take a number.
 SCALE = 1 / 0.07
 
 Function = Callable[..., Any]
@@ -34,15 +34,15 @@ class Provider:
     function: Function
     version: str = ""
     logit_bytes: float = 0.0
-    """Bytes that it certainly holds at once for each of the B x B logits."""
+    """Least peak memory for each of the B x B logits, in bytes."""
     learns_scale: bool = True
     same: bool = True
-    """Whether it is the same function, so that its result can be checked."""
+    """Whether it computes the same function, so that its result can be checked."""
     note: str = ""
 
 
 def open_clip_form(audio: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    """The loss as open_clip's trainer spells it on one process: two matrices, two losses."""
+    """The loss of open_clip's trainer in one process: two matrices, two losses."""
     target = torch.arange(len(audio), device=audio.device)
     by_audio = scale * audio @ text.T
     by_text = scale * text @ audio.T
@@ -50,7 +50,7 @@ def open_clip_form(audio: Tensor, text: Tensor, scale: Tensor) -> Tensor:
 
 
 def _both_directions(one_direction: Function) -> Function:
-    """The mean of a loss of rows against columns, and of columns against rows."""
+    """Mean of a loss over rows against columns and over columns against rows."""
 
     def loss(audio: Tensor, text: Tensor, scale: Tensor) -> Tensor:
         target = torch.arange(len(audio), device=audio.device)
@@ -153,12 +153,12 @@ def _siglip() -> Provider:
 
 
 def ours(device: str) -> str:
-    """What our own rows are called: a CPU runs plain PyTorch, not the kernels."""
+    """Name of our provider on a device: a CPU runs plain PyTorch, not the kernels."""
     return "ours" if device == "cuda" else "ours, plain PyTorch"
 
 
 def infonce_providers(device: str) -> dict[str, Callable[[], Provider]]:
-    """Every implementation of InfoNCE by name; each is made when it is called."""
+    """All implementations of InfoNCE by name; each is constructed when it is called."""
     return {
         ours(device): lambda: Provider(infonce),
         "reference": lambda: Provider(infonce_reference, logit_bytes=12.0),

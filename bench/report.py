@@ -1,4 +1,4 @@
-"""bench/results/*.json -> bench/RESULTS.md.
+"""Writes bench/RESULTS.md from bench/results/*.json.
 
     python -m bench.report [FOLDER]
 
@@ -39,14 +39,14 @@ def write(folder: Path) -> None:
 
 
 def read(folder: Path) -> list[Result]:
-    """The results, the newest first; files without a `kind` are other programs'."""
+    """Results, newest first; files without a `kind` belong to other programs."""
     found = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
     mine = [result for result in found if isinstance(result, dict) and "kind" in result]
     return sorted(mine, key=lambda result: result["machine"]["date"], reverse=True)
 
 
 def newest_by_device(results: list[Result], kind: str) -> list[Result]:
-    """One result of a kind for each device; one in full rather than a quick one."""
+    """The newest result of a kind for each device; full results before quick ones."""
     found: dict[str, Result] = {}
     for result in sorted(results, key=lambda result: result.get("quick", False)):
         if result["kind"] == kind:
@@ -136,7 +136,7 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _utilisation(row: dict[str, Any], limits: dict[str, float]) -> str:
-    """The least time that arithmetic and traffic allow, over the measured one."""
+    """Least time that arithmetic and traffic allow, divided by the measured time."""
     least_ms = max(
         row["flops"] / limits["matmul_tflops"] / 1e9,
         row["bytes_moved"] / limits["copy_tb_per_s"] / 1e9,
@@ -145,7 +145,7 @@ def _utilisation(row: dict[str, Any], limits: dict[str, float]) -> str:
 
 
 def _missing(rows: list[dict[str, Any]]) -> str:
-    """Who has no number, and why: one line for each reason."""
+    """Providers without a measurement, one line for each reason."""
     found: dict[tuple[str, str, str], list[str]] = {}
     for row in rows:
         if row["status"] != "measured":
@@ -213,7 +213,7 @@ _SECTIONS = {
 
 
 def sweep_table(result: Result) -> str:
-    """The sweep for a terminal: what was measured forward and backward, and what was not."""
+    """Terminal table of a sweep: measured forward and backward, and what was not measured."""
     rows = [["op", "B", "provider", "ms", "20-80 %", "peak MiB", "TFLOP/s", "of limit", "error"]]
     for row in result["rows"]:
         if row["status"] == "measured" and (not row["launches"] or row["gradients_mib"] is None):

@@ -25,7 +25,7 @@ def ablation(result: Result) -> str:
 
 
 def ablation_table(result: Result) -> str:
-    """Scores in percent with their spread over seeds, beside what the system costs."""
+    """Scores in percent with their spread over seeds, and the cost of each system."""
     metrics = list(result["rows"][0]["scores"][0])
     rows = [["system", *metrics, "GFLOP a clip", "clips/s, one thread"]]
     for row in result["rows"]:
@@ -39,7 +39,7 @@ def ablation_table(result: Result) -> str:
 
 
 def microbatch_memory(result: Result) -> str:
-    """What micro-batches take, over batch sizes and ranks."""
+    """Peak memory of micro-batches over batch sizes and ranks."""
     rows = [["ranks", "global batch", "train.replay", "peak MiB above what was loaded"]]
     for row in result["rows"]:
         cells = row["ranks"], row["global_batch"], row["replay"], number(row["peak_mib"])
@@ -59,7 +59,7 @@ def microbatch_memory(result: Result) -> str:
 
 
 def reproduced(result: Result) -> str:
-    """What a command of README says."""
+    """Numbers that a command of README.md printed."""
     name = result["kind"].removeprefix("reproduce_")
     return "\n".join(
         [

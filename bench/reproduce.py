@@ -1,11 +1,11 @@
-"""The numbers of README.md that a command gives: run it, and store what it says.
+"""Reproduces numbers of README.md: runs a command and stores its results.
 
     python -m bench.reproduce precision [--write]              half a minute
     python -m bench.reproduce demo [--write]                   three trainings of five minutes each
     python -m bench.reproduce prepare MANIFEST [--write]       `flap prepare`, three times
     python -m bench.reproduce sentences STS-FILE [--write]     MiniLM on STS-B's sts-test.csv, say
 
---write stores the table in bench/results and makes bench/RESULTS.md anew. The commands are run as a
+--write stores the table in bench/results and rewrites bench/RESULTS.md. The commands are run as a
 user would run them, in processes of their own.
 """
 
@@ -60,7 +60,7 @@ def demo() -> Reproduced:
 
 
 def prepare(manifest: str) -> Reproduced:
-    """Clips a second, decoding, resampling and writing; the process' start included."""
+    """Clips per second of decoding, resampling and writing, including the start of the process."""
     taken, clips = [], 0
     for _ in range(REPEATS):
         with tempfile.TemporaryDirectory() as out:
@@ -89,7 +89,7 @@ def sentences(file: str) -> Reproduced:
 
 
 def flap(*arguments: str) -> None:
-    """The command `flap`, from the project's root."""
+    """Run `flap` in the project's root."""
     command = [sys.executable, "-m", "flap_fast", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -97,7 +97,7 @@ def flap(*arguments: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.reproduce")
     parser.add_argument("--write", action="store_true", help="store the result")
     named = parser.add_subparsers(dest="number", required=True)

@@ -1,4 +1,4 @@
-"""The kernels' compile report: what each program takes on three chips, without any of them.
+"""The kernels' compile report: resources of each program on three chips; needs no GPU.
 
     python -m bench.static [--kernel NAME] [--arch 90] [--json FILE]
 
@@ -32,7 +32,7 @@ SHARED_BYTES: dict[int, int] = {80: 163 * KIB, 90: 227 * KIB, 100: 227 * KIB}
 """The most shared memory of a block; a multiprocessor has 1 KiB more."""
 TENSOR_MEMORY_COLUMNS = 512
 
-Job = tuple[str, str, Arch]
+Compilation = tuple[str, str, Arch]
 """A kernel, one of its programs, a chip."""
 
 
@@ -47,17 +47,17 @@ class Row:
     """Sizes of its blocks, and its warps and stages."""
     num_warps: int
     matrix_product: bool
-    """Whether tensor cores must show."""
+    """Whether the code must use tensor cores."""
     bytes_moved: float
     """Least traffic of a launch."""
     flops: float
     code: MachineCode | None
     error: str = ""
-    """Why there is no code."""
+    """Why it does not compile."""
 
     @property
     def faults(self) -> list[str]:
-        """What is wrong, with what to do; nothing, as it should be."""
+        """Faults with their remedies; empty if there are none."""
         code, limit = self.code, SHARED_BYTES[self.arch]
         if code is None:
             return [f"does not compile: {self.error}"]
@@ -68,7 +68,9 @@ class Row:
                 "of it; take a smaller tile, more warps or fewer live values"
             )
         if self.matrix_product and not code.tensor_core:
-            found.append(f"has no {TENSOR_CORE[self.arch]}: its product misses the tensor cores")
+            found.append(
+                f"has no {TENSOR_CORE[self.arch]}: its product does not use the tensor cores"
+            )
         if code.shared_bytes > limit:
             found.append(
                 f"takes {code.shared_bytes} bytes of shared memory, a block has {limit}; "
@@ -83,7 +85,7 @@ class Row:
 
     @property
     def resident(self) -> int:
-        """How many blocks fit on a multiprocessor at a time; 0 if none does."""
+        """Number of blocks that fit on a multiprocessor at a time; 0 if it does not compile."""
         if self.code is None:
             return 0
         registers = 256 * math.ceil(self.code.registers * 32 / 256) * self.num_warps
@@ -101,29 +103,29 @@ def rows(kernels: Sequence[str] | None = None, arches: Sequence[Arch] = ARCHES) 
     """
     if interpreted():
         raise RuntimeError("TRITON_INTERPRET must be unset: interpreted kernels do not compile")
-    jobs = [job for name in kernels or PAPER for job in _jobs(name, arches)]
+    compilations = [each for name in kernels or PAPER for each in _compilations(name, arches)]
     # Another process takes as long to start as several programs to compile.
-    processes = min(os.cpu_count() or 1, math.ceil(len(jobs) / 12))
+    processes = min(os.cpu_count() or 1, math.ceil(len(compilations) / 12))
     with _fresh_cache():
         if processes == 1:
-            return [_row(job) for job in jobs]
+            return [_row(compilation) for compilation in compilations]
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(processes, mp_context=spawn) as pool:
-            return list(pool.map(_row, jobs))
+            return list(pool.map(_row, compilations))
 
 
-def _jobs(kernel: str, arches: Sequence[Arch]) -> list[Job]:
-    """What to compile for a kernel: a program for each chip, then the next program."""
-    found: list[Job] = [
+def _compilations(kernel: str, arches: Sequence[Arch]) -> list[Compilation]:
+    """A kernel's compilations: a program for each chip, then the next program."""
+    found: list[Compilation] = [
         (kernel, p.name, arch) for arch in arches for p in PAPER[kernel].programs(arch)
     ]
     names = list(dict.fromkeys(name for _, name, _ in found))
-    return sorted(found, key=lambda job: names.index(job[1]))
+    return sorted(found, key=lambda compilation: names.index(compilation[1]))
 
 
 @contextmanager
 def _fresh_cache() -> Iterator[None]:
-    """What is reported was compiled now, by this compiler."""
+    """Compile into an empty Triton cache, so that the installed compiler is what is reported."""
     before = os.environ.get("TRITON_CACHE_DIR")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder
@@ -136,13 +138,13 @@ def _fresh_cache() -> Iterator[None]:
                 os.environ["TRITON_CACHE_DIR"] = before
 
 
-def _row(job: Job) -> Row:
-    kernel, name, arch = job
+def _row(compilation: Compilation) -> Row:
+    kernel, name, arch = compilation
     program = next(p for p in PAPER[kernel].programs(arch) if p.name == name)
     code, error = None, ""
     try:
         code = compiled(program, arch)
-    except Exception as failed:  # of any kind: it stands in the report, among the faults
+    except Exception as failed:  # of any type: the report lists it among the faults
         lines = [line for line in str(failed).splitlines() if line.strip()]
         error = f"{type(failed).__name__}: {lines[-1] if lines else ''}"
     return Row(
@@ -210,12 +212,12 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def faults(found: Sequence[Row]) -> list[str]:
-    """Everything that is wrong, a line each."""
+    """All faults, one line each."""
     return [f"{row.program} on sm_{row.arch} {fault}" for row in found for fault in row.faults]
 
 
 def report(found: Sequence[Row]) -> str:
-    """The table, the faults and the verdict."""
+    """The table, the faults and a summary line."""
     wrong = faults(found)
     counts = ((len(found), "program"), (len(wrong), "fault"))
     verdict = "static: " + ", ".join(f"{n} {noun}{'s' * (n != 1)}" for n, noun in counts)
@@ -241,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def as_json(found: Sequence[Row]) -> dict[str, object]:
-    """The same for other programs: the compiler, and each row with its faults."""
+    """The report as JSON: the compiler, and each row with its faults."""
     listed = [{**asdict(row), "resident": row.resident, "faults": row.faults} for row in found]
     return {"triton": triton.__version__, "rows": listed}
 

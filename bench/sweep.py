@@ -1,10 +1,10 @@
-"""Measures tasks one after the other: the process that bench/gpu.py starts, and may have to end.
+"""Measures tasks in sequence, in a process that bench/gpu.py starts, and kills if it hangs.
 
     python -m bench.sweep ORDER RESULTS
 
-ORDER is JSON: the device, the tasks, which provider not to touch again and why, and how long one
-may take. To RESULTS go lines of JSON: `begin` before each thing that can crash or hang, `rows` when
-a task is done. A peer's kernel that reads out of bounds takes this process down, and no other.
+ORDER is JSON: the device, the tasks, the providers to skip and why, and the time for one task.
+RESULTS gets lines of JSON: `begin` before each call that can crash or hang, `rows` when a task is
+done. A peer's kernel that reads out of bounds crashes only this process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bench.tasks import Problem, Task, exact, forward, gradients, problem, provi
 
 Begin = Callable[[str], None]
 
-# A call shorter than this is mostly launches, if anything: what the device does is timed as well.
+# Calls shorter than this may be bound by launches, so the device time is measured as well.
 _LAUNCHES_MS = 3.0
 
 FORWARD, BOTH = "forward", "forward + backward"
@@ -33,7 +33,7 @@ FORWARD, BOTH = "forward", "forward + backward"
 
 @dataclass
 class Row:
-    """One provider at one task, or why it has no number."""
+    """Measurements of one provider at one task, or the reason why there are none."""
 
     op: str
     B: int | None
@@ -46,23 +46,23 @@ class Row:
     version: str = ""
     note: str = ""
     launches: bool = True
-    """False: the replay of a CUDA graph, what the device does alone."""
+    """False: the replay of a CUDA graph, device time only."""
     median_ms: float | None = None
     low_ms: float | None = None
     high_ms: float | None = None
     rounds: int = 0
     peak_mib: float | None = None
-    """Above the arguments; the gradients, which are among it, beside it."""
+    """Above the arguments; includes the gradients, which `gradients_mib` gives."""
     gradients_mib: float | None = None
     error: float | None = None
     """The largest relative error of the result and of all gradients, against float64."""
     flops: float = 0.0
     bytes_moved: float = 0.0
-    """What our op does at least, forward and backward: its arithmetic with what it computes again
-    in place of keeping it. A provider that keeps the logits does less, and may pass the limit."""
+    """Least FLOP of our op, forward and backward, including what it recomputes instead of storing.
+    A provider that stores the logits does less, and may exceed the limit."""
 
     def timed(self, timing: Timing, **changes: Any) -> Row:
-        """The same, measured."""
+        """This row with measured times."""
         values = {**asdict(self), **asdict(timing), "status": "measured", **changes}
         return Row(**values)
 
@@ -75,12 +75,12 @@ def measure(
     barred: dict[str, str],
     begin: Begin = lambda stage: None,
 ) -> list[Row]:
-    """Every provider's rows at a task; `barred` has `STATUS: REASON` of those not to be run."""
+    """Rows of all providers at a task; `barred` has `STATUS: REASON` of the providers to skip."""
     if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()  # each size is compiled anew, and the count of them is limited
+        torch._dynamo.reset()  # each size is recompiled, and PyTorch limits recompilations
     begin("arguments")
     asked = problem(task, device)
-    # draw_patch_mask has nothing to go back through: its forward is all of it.
+    # draw_patch_mask has no backward.
     what = BOTH if asked.leaves else FORWARD
     truth = {} if "truth" in barred else _truth(task, asked, begin)
     rows: dict[str, Row] = {}
@@ -107,7 +107,7 @@ def measure(
         except torch.OutOfMemoryError as error:
             rows[name].status, rows[name].reason = "too large", reason(error)
             _still_alive(device)
-        except Exception as error:  # a peer's, whatever it is: it stands in the row
+        except Exception as error:  # any error of a peer: reported in its row
             rows[name].reason = reason(error)
             _still_alive(device)
         else:
@@ -126,7 +126,7 @@ def _timed(
     barred: dict[str, str],
     begin: Begin,
 ) -> list[Row]:
-    """The rows with times of many rounds, then those of the forward, and of graphs."""
+    """The rows with times over many rounds, then rows of the forward pass and of CUDA graphs."""
     begin("timing")
     both = {name: run.both for name, run in runs.items()}
     for name, timing in interleaved(both, device, budget_s=budget_s).items():
@@ -140,7 +140,7 @@ def _timed(
     if device == "cuda":
         for name, run in runs.items():
             long = (rows[name].median_ms or 0) > _LAUNCHES_MS
-            # Peers are packages with a version: some wait for the device, which breaks a capture.
+            # Peers are packages with a version: some synchronise, which breaks a capture.
             if long or rows[name].version or name + "/graph" in barred:
                 continue
             begin(name + "/graph")
@@ -150,7 +150,7 @@ def _timed(
             for call, changes in calls.values():
                 try:
                     timing = interleaved({name: graphed(call)}, device, budget_s=0.5)[name]
-                except RuntimeError:  # it waits for the device: such a call has no graph
+                except RuntimeError:  # it synchronises: such a call has no graph
                     _still_alive(device)
                     continue
                 more.append(rows[name].timed(timing, launches=False, **changes))
@@ -179,7 +179,7 @@ class _Run:
 
 
 def _first(run: _Run, row: Row, truth: dict[str, Tensor], device: str) -> None:
-    """The first calls: compiles, checks the results, then measures memory."""
+    """Run the first calls: compile, check the results, then measure memory."""
     outputs = run.forward()
     first = outputs[0]
     if run.leaves and first.ndim:
@@ -195,7 +195,7 @@ def _first(run: _Run, row: Row, truth: dict[str, Tensor], device: str) -> None:
 
 
 def _truth(task: Task, asked: Problem, begin: Begin) -> dict[str, Tensor]:
-    """The result and the gradients in float64; none where that costs too much."""
+    """The result and the gradients in float64; none if that costs too much."""
     function = exact(task.op, task.B)
     if function is None:
         return {}
@@ -213,22 +213,22 @@ def _truth(task: Task, asked: Problem, begin: Begin) -> dict[str, Tensor]:
 
 
 def _upstream(like: Tensor) -> Tensor:
-    """A gradient for an output: the same numbers in every type."""
+    """A gradient of an output, the same numbers for every dtype."""
     draw = torch.Generator(like.device).manual_seed(1)
     drawn = torch.randn(like.shape, generator=draw, device=like.device)
     return drawn.bfloat16().to(like.dtype)
 
 
 def _relative(found: Tensor, truth: Tensor) -> float:
-    """The largest error over the largest value."""
+    """Largest error divided by the largest value."""
     largest = truth.abs().max().double()
     return ((found.double() - truth).abs().max() / largest.clamp(min=1e-300)).item()
 
 
 def _too_large(task: Task, provider: Provider, device: str) -> str:
-    """Why a provider of B x B logits is not even tried; empty if it is."""
+    """Why a provider with B x B logits is skipped; empty if it is not."""
     need = provider.logit_bytes * (task.B or 0) ** 2
-    # On a CPU, a process that takes more than there is is ended by the system: stay far away.
+    # On a CPU, the system kills a process that runs out of memory: keep a large margin.
     room = 0.95 * torch.cuda.mem_get_info()[1] if device == "cuda" else 0.5 * _available_bytes()
     if need <= room:
         return ""
@@ -243,14 +243,14 @@ def _available_bytes() -> float:
 
 
 def _still_alive(device: str) -> None:
-    """Raise if the device serves this process no more: the next one is started without it."""
+    """Raise if the device is unusable in this process, so that a new one is started."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
 
 def main() -> None:
-    """Work through an order."""
+    """Measure the tasks of an ORDER file."""
     order = json.loads(Path(sys.argv[1]).read_text())
     device = order["device"]
     assert ours(device)

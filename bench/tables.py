@@ -1,4 +1,4 @@
-"""How RESULTS.md writes numbers, tables, and where they were measured."""
+"""Formats RESULTS.md's numbers, tables and machines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def facts(machine: dict[str, Any]) -> str:
 
 
 def markdown(rows: list[list[str]]) -> str:
-    """A table, its head first."""
+    """A Markdown table; the first row is its head."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 

@@ -1,4 +1,4 @@
-"""What the project wants of its speed and memory, and how a result says whether it has it."""
+"""The project's targets for speed and memory, and how they are read from results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Relation = Literal["<=", ">="]
 
 @dataclass(frozen=True)
 class Target:
-    """One target. `value` reads a result of `kind`; None where that did not measure it."""
+    """One target. `value` reads a result of `kind`; None if the result does not hold it."""
 
     what: str
     kind: Literal["sweep", "infonce_cpu", "loading", "step"]
@@ -24,15 +24,15 @@ class Target:
     unit: str
     value: Value
     device: str = ""
-    """A piece of the device's name: the target is for that one."""
+    """Part of the device's name: the target is for that device."""
 
     def met(self, value: float) -> bool:
-        """Whether a value is what the target wants."""
+        """Whether a value meets the target."""
         return value <= self.bound if self.relation == "<=" else value >= self.bound
 
 
 def _row(result: Result, op: str, B: int, provider: str, **wanted: Any) -> dict[str, Any] | None:
-    """The measured row of a sweep, or None."""
+    """A measured row of a sweep, or None."""
     wanted = {"launches": True, "call": "forward + backward", **wanted}
     for row in result["rows"]:
         same = (row["op"], row["B"], row["provider"]) == (op, B, provider)
@@ -50,7 +50,7 @@ def _time(op: str, B: int, factor: float = 1.0, **wanted: Any) -> Value:
 
 
 def _against(B: int, *peers: str) -> Value:
-    """How many times the fastest of these peers takes as long."""
+    """Time of the fastest of these peers divided by ours."""
 
     def value(result: Result) -> float | None:
         mine = _row(result, "infonce", B, ours("cuda"))
@@ -80,7 +80,7 @@ def _rate(B: int) -> Value:
 
 
 def _named(name: str) -> Value:
-    """A figure that the result holds under its own name."""
+    """A figure of the result, by name."""
     return lambda result: result.get("figures", {}).get(name)
 
 

@@ -1,4 +1,4 @@
-"""What bench/gpu.py measures: an op at a batch size, and everyone who computes it."""
+"""The tasks of bench/gpu.py: an op at a batch size, and its providers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _OF_PATCHES = ("patch_embed", "masked_mse", "reconstruction", "gather_tokens", "
 
 @dataclass(frozen=True)
 class Task:
-    """An op at a batch size; `B` is None for a kernel that only its own `inputs` can call."""
+    """An op at a batch size; `B` is None for a kernel that is called with its own `inputs`."""
 
     op: str
     B: int | None
@@ -35,12 +35,12 @@ class Task:
 
     @property
     def name(self) -> str:
-        """For messages and tables."""
+        """Name for messages and tables."""
         return f"{self.op} B={self.B}" if self.B else f"{self.op} ({self.size})"
 
 
 def tasks(device: str, *, quick: bool) -> list[Task]:
-    """What is measured, the most important first: time may run out."""
+    """The tasks to measure, the most important first, since time may run out."""
     if device == "cpu":
         sizes = [Task("infonce", 256), Task("infonce", 512), Task("cyclic", 256)]
         return sizes + [Task(op, 2) for op in (*_OF_PATCHES, "draw_patch_mask")] + _others("odd")
@@ -59,7 +59,7 @@ def tasks(device: str, *, quick: bool) -> list[Task]:
 
 
 def _others(size: Size) -> list[Task]:
-    """Kernels without arguments of their own here: their `inputs` say on what to try them."""
+    """Kernels for which this file has no arguments: their own `inputs` are used."""
     assert size in get_args(Size)
     supported = ("infonce", "draw_patch_mask", *_OF_PATCHES)
     return [Task(op, None, size) for op in KERNELS if op not in supported]
@@ -67,12 +67,12 @@ def _others(size: Size) -> list[Task]:
 
 @dataclass(frozen=True)
 class Problem:
-    """A task's arguments, drawn, and the least that any function to compute it must do."""
+    """Random arguments of a task, and its least arithmetic and traffic."""
 
     given: dict[str, Any]
     flops: float
     bytes_moved: float
-    """Forward and backward; 0 where nobody has counted."""
+    """Forward and backward; 0 if not counted."""
 
     @property
     def leaves(self) -> dict[str, Tensor]:
@@ -82,7 +82,7 @@ class Problem:
 
 
 def problem(task: Task, device: str) -> Problem:
-    """The arguments of a task on a device, the same ones for every provider."""
+    """Arguments of a task on a device, the same for every provider."""
     draw = torch.Generator(device).manual_seed(0)
     if task.op in ("infonce", "cyclic"):
         assert task.B is not None
@@ -107,7 +107,7 @@ def problem(task: Task, device: str) -> Problem:
 
 
 def pairs(B: int, device: str, dtype: torch.dtype | None = None) -> dict[str, Any]:
-    """Matched unit rows, as a model gives them early in training, and the scale: three leaves."""
+    """Matched unit rows, as early in training, and the scale: three leaves."""
     draw = torch.Generator(device).manual_seed(0)
     dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
     audio = F.normalize(torch.randn(B, D, generator=draw, device=device), dim=1)
@@ -119,7 +119,7 @@ def pairs(B: int, device: str, dtype: torch.dtype | None = None) -> dict[str, An
 
 
 def providers(op: str, device: str) -> dict[str, Callable[[], Provider]]:
-    """Who computes the op: ours first, then its reference, then others."""
+    """Providers of an op: ours first, then its reference, then peers."""
     if op == "infonce":
         return infonce_providers(device)
     mine: Function
@@ -145,9 +145,9 @@ def providers(op: str, device: str) -> dict[str, Callable[[], Provider]]:
 
 
 def exact(op: str, B: int | None) -> Function | None:
-    """What the op is held against, in float64: its reference, where B x B numbers have room."""
+    """The float64 reference of an op, where memory suffices for B x B numbers."""
     if op in ("infonce", "cyclic") and (B or 0) > _MOST_SQUARED:
-        # In float64 the backend in plain PyTorch, which the tests hold against the reference.
+        # In float64 the backend in plain PyTorch, which the tests compare with the reference.
         return infonce if op == "infonce" and (B or 0) <= _MOST_CHECKED else None
     if op == "reconstruction":
         return AUDIOMAE[op]
@@ -155,7 +155,7 @@ def exact(op: str, B: int | None) -> Function | None:
 
 
 def forward(function: Function, task_op: str, given: dict[str, Any]) -> tuple[Tensor, ...]:
-    """The op's outputs; the ops of a model run in bfloat16 autocast on a GPU, as they would."""
+    """Outputs of the op; a model's ops run in bfloat16 autocast on a GPU, as in training."""
     autocast = torch.cuda.is_available() and task_op not in ("infonce", "cyclic")
     with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
         found = function(**given)
@@ -165,5 +165,5 @@ def forward(function: Function, task_op: str, given: dict[str, Any]) -> tuple[Te
 def gradients(
     first: Tensor, leaves: Mapping[str, Tensor], upstream: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """Those of the leaves, without sums into `.grad`; of no leaves, none."""
+    """Gradients of the leaves, without accumulation into `.grad`; none without leaves."""
     return torch.autograd.grad(first, list(leaves.values()), upstream) if leaves else ()

@@ -1,8 +1,8 @@
-"""How a wrong setting is refused: its name, the rule, the value, the remedy."""
+"""Checks of settings; errors give the name, the rule, the value and the remedy."""
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be."""
+    """An invalid setting."""
 
 
 def require(holds: bool, name: str, rule: str, value: object, remedy: str | None = None) -> None:

@@ -27,7 +27,7 @@ Folders = Annotated[
 
 
 class Mark(Enum):
-    """What a setting implies outside of its own section."""
+    """An effect of a setting outside its own section."""
 
     MEANS_WEIGHTS = "part of what weights mean, and no tensor's shape tells it"
     FREE_ON_RESUME = "may change when a run is resumed: it moves no weight"

@@ -498,7 +498,7 @@ def test_a_config_takes_from_its_base_what_it_leaves_out(tmp_path: Path):
     [
         ("nowhere.yaml", r"the base of .*a\.yaml must be an existing YAML file, got '.*nowhere"),
         ("a.yaml", "the base of .*a.yaml must not lead back to itself"),
-        ("[a.yaml]", "base in .*a.yaml must name a YAML file beside it"),
+        ("[a.yaml]", "base in .*a.yaml must name a YAML file in the same folder"),
     ],
 )
 def test_a_base_that_cannot_be_is_refused(base: str, message: str, tmp_path: Path):

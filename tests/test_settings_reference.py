@@ -26,7 +26,7 @@ def sections() -> list[type[Section]]:
 
 def test_the_page_is_made_of_the_fields():
     remedy = "python -m flap_fast.config.reference > docs/settings.md"
-    assert PAGE.read_text() == settings_reference(), f"make it anew: {remedy}"
+    assert PAGE.read_text() == settings_reference(), f"write it again: {remedy}"
 
 
 def test_every_setting_stands_there_with_its_docstring():

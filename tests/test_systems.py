@@ -51,7 +51,7 @@ ROBERTA, HEADS, SCALE = 124_645_632, 2 * (768 * 512 + 512 + 512 * 512 + 512), 1
 # From 768 to 512 numbers, a mask token, four blocks, a norm, 256 pixels.
 DECODER = 768 * 512 + 512 + 512 + 4 * (12 * 512**2 + 13 * 512) + 2 * 512 + 512 * 256 + 256
 CLIP = 102_007_137
-# GFLOPs of the audio encoder over 8 clips (SPEC 14), by what is masked.
+# GFLOPs of the audio encoder over 8 clips, by what is masked.
 MASKED = {"none": 388.58, "1d": 224.3, "2d": 223.5}
 
 
@@ -173,10 +173,10 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", systems())
 def test_a_system_learns_32_pairs_by_heart(name: str, pairs: Path):
     """With its own losses, masks and augmentation: R@1 is 100 % both ways."""
-    sense = "pictures" if name in OF_CLIP else "sounds"
+    folder = "pictures" if name in OF_CLIP else "sounds"
     small = _CLIP if name in OF_CLIP else _HTSAT if name in OF_CLAP else _VIT
     small += _LITERAL if name == "flap_literal" else ()
-    data = (f"data.train={pairs}/{sense}/train", "data.val=[]", f"data.nli={pairs}/nli")
+    data = (f"data.train={pairs}/{folder}/train", "data.val=[]", f"data.nli={pairs}/nli")
     config = load_config(CONFIGS / f"{name}.yaml", [*_ALL, *small, *data])
     torch.manual_seed(0)
     engine = PlainEngine(config, TwoTowers(config).train(), Ranks())

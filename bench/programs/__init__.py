@@ -1,4 +1,4 @@
-"""The papers' sizes: what each kernel launches there, by the name that `KERNELS` has it under.
+"""The papers' sizes: the programs that each kernel launches, by its name in `KERNELS`.
 
 A kernel's programs are one file here with a `PAPER` and one line below.
 """

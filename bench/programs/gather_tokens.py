@@ -1,4 +1,4 @@
-"""What `gather_tokens` launches: a gather forward, a scatter backward."""
+"""Programs that `gather_tokens` launches: a gather forward, a scatter backward."""
 
 from __future__ import annotations
 

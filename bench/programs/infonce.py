@@ -1,4 +1,4 @@
-"""What `infonce` launches on each chip at the paper's global batch, for the compile report."""
+"""Programs that `infonce` launches on each chip at the paper's global batch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _VARIANTS: dict[str, tuple[torch.dtype, Float32Precision, bool]] = {
 
 
 def _programs(arch: Arch) -> tuple[Program, ...]:
-    """Both directions of the loss, forward and backward, a variant each."""
+    """Both directions of the loss, forward and backward, one program per variant."""
     found = [_add_partial_lse(arch)]
     for variant in _VARIANTS:
         found += [_lse_negatives(arch, variant), _dlogits(arch, variant)]
@@ -93,7 +93,7 @@ def _add_partial_lse(arch: Arch) -> Program:
 
 
 def _block(M: int, dtype: torch.dtype, ids: bool) -> dict[str, str | int]:
-    """The rows and columns of a block of logits, and what is looked up beside them."""
+    """Rows and columns of a block of logits, and the vectors that belong to them."""
     rows = pointer(dtype)
     return {
         "x_ptr": rows,

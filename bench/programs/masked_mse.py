@@ -1,4 +1,4 @@
-"""What `masked_mse` launches: the whole forward, a chunk of rows backward."""
+"""Programs that `masked_mse` launches: the whole forward, a chunk of rows backward."""
 
 from __future__ import annotations
 

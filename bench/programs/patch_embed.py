@@ -1,4 +1,4 @@
-"""What `patch_embed` launches: the embedding forward, the packing of patches backward."""
+"""Programs that `patch_embed` launches: the embedding forward, the packing of patches backward."""
 
 from __future__ import annotations
 

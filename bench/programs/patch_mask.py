@@ -1,4 +1,4 @@
-"""What `draw_patch_mask` launches, for 1-D and 2-D masks."""
+"""Programs that `draw_patch_mask` launches, for 1-D and 2-D masks."""
 
 from __future__ import annotations
 

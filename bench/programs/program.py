@@ -1,4 +1,4 @@
-"""A kernel's programs: what its op launches at the paper's sizes, for the compile report."""
+"""The programs that a kernel's op launches at the paper's sizes, for the compile report."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ARCHES: tuple[Arch, ...] = (80, 90, 100)
 
 
 def pointer(dtype: torch.dtype) -> str:
-    """How Triton writes the type of a pointer to this one."""
+    """Triton's name for the type of a pointer to this type."""
     return {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}[dtype]
 
 
@@ -56,10 +56,10 @@ class Program:
 
 @dataclass(frozen=True)
 class PaperSizes:
-    """A kernel at the paper's sizes."""
+    """The programs of a kernel at the paper's sizes."""
 
     programs: Callable[[Arch], tuple[Program, ...]]
-    """What the op launches on a chip."""
+    """The programs that the op launches on a chip."""
     bytes_moved: float = 0.0
     """Least traffic of the op, forward and backward, in bfloat16; 0 where it is not counted."""
     flops: float = 0.0
@@ -67,5 +67,5 @@ class PaperSizes:
 
 
 def shaped(*sizes: int) -> Tensor:
-    """A contiguous tensor without memory, for its strides."""
+    """A contiguous tensor on the meta device, for its strides."""
     return torch.empty(sizes, device="meta")

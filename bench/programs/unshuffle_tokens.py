@@ -1,4 +1,4 @@
-"""What `unshuffle_tokens` launches, forward and backward."""
+"""Programs that `unshuffle_tokens` launches, forward and backward."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def prepare(
     shard_clips: Annotated[int, typer.Option(help="Clips a shard.")] = 512,
     threads: Annotated[int, typer.Option(help="Decoding threads; 0 takes all cores.")] = 0,
     retry: Annotated[
-        bool, typer.Option("--retry", help="Prepare shards with rejected clips anew.")
+        bool, typer.Option("--retry", help="Prepare shards with rejected clips again.")
     ] = False,
     shard_range: ShardRangeOption = None,
     distributor: DistributorOption = "threads",
@@ -47,8 +47,8 @@ def prepare(
     """Decode every clip once and write WebDataset shards; goes on where it was stopped."""
     from flap_fast.preparation.prepare import prepare as write_shards
 
-    known = ", ".join(SOURCES)
-    require(source is None or source in SOURCES, "--source", f"be one of {known}", source)
+    names = ", ".join(SOURCES)
+    require(source is None or source in SOURCES, "--source", f"be one of {names}", source)
     require(cache in (None, "mel"), "--cache", "be mel", cache)
     require(shard_clips >= 1, "--shard-clips", "be at least 1", shard_clips)
     require(threads >= 0, "--threads", "be at least 0", threads)
@@ -56,7 +56,7 @@ def prepare(
     audio = _front_end(config, sample_rate_hz)
     if source is None and data.is_dir():
         shards = any(data.glob("*.tar")) or any(data.glob("*/*.tar"))
-        require(shards, "--source", f"be given for a folder, one of {known}", "nothing")
+        require(shards, "--source", f"be given for a folder, one of {names}", "nothing")
         source = "shards"
     found = None if source is None else SOURCES[source]
     if found is not None:

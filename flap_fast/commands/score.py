@@ -40,7 +40,9 @@ def evaluate(
     crop: Annotated[str | None, typer.Option(help=_CROP)] = None,
     templates: Annotated[str | None, typer.Option(help=_TEMPLATES)] = None,
     classes: Annotated[Path | None, typer.Option(help=_CLASSES)] = None,
-    pool: Annotated[str, typer.Option(help="Of a text encoder alone: mean, cls, pooler.")] = "mean",
+    pool: Annotated[
+        str, typer.Option(help="Pooling of a text encoder without a model: mean, cls, pooler.")
+    ] = "mean",
 ) -> None:
     """Score a model: retrieval, zero-shot, geometry, sentences, FLOPs. Also under torchrun."""
     from flap_fast.evaluate.run import score
@@ -83,7 +85,7 @@ def open_model(
     ranks: Ranks,
     classes: tuple[str, ...] = (),
 ) -> EvaluatedModel:
-    """A checkpoint, or a text encoder alone, ready to be evaluated.
+    """A checkpoint or only a text encoder, ready for evaluation.
 
     Args:
         settings: of the section `eval`; None leaves what the run had.

@@ -1,4 +1,4 @@
-"""Every setting of a run, with its unit and its check, in one frozen tree.
+"""All settings of a run, with units and checks, in one frozen tree.
 
     YAML file  ->  overrides `a.b=c`  ->  Config  ->  `flap config show`
 
@@ -84,8 +84,8 @@ class Data(Section):
 
 class Frontend(Section):
     backend: Literal["auto", "dali_wave", "dali_mel", "torch"] = "auto"
-    """The decoder: DALI, and the exact log-mel on the device (`auto` where DALI is installed), DALI
-    alone (an approximation of Kaldi's mel), or the PyTorch reference implementation."""
+    """The decoder: DALI, and the exact log-mel on the device (`auto` where DALI is installed), only
+    DALI (an approximation of Kaldi's mel), or the PyTorch reference implementation."""
     threads: Annotated[CountOrZero, FREE_ON_RESUME] = 0
     """Decoding threads per rank; 0 divides the machine's cores among its ranks."""
     prefetch: Annotated[Count, FREE_ON_RESUME] = 2
@@ -93,7 +93,7 @@ class Frontend(Section):
 
 
 def _told_apart(arms: tuple[type[Encoder], ...]) -> Any:
-    """The union of the encoders' settings, told apart by `encoder`; the first is the default."""
+    """The union of the encoders' settings, discriminated by `encoder`; the first is the default."""
     default = arms[0].name()
 
     def name(value: Any) -> Any:
@@ -142,7 +142,7 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _follow(cls, tree):
-        """Defaults of a section that follow another one."""
+        """Fill in defaults that depend on other sections."""
         return rules.with_defaults(tree) if tree is None or isinstance(tree, dict) else tree
 
     @model_validator(mode="after")
@@ -153,7 +153,7 @@ class Config(Section):
 
     @property
     def encoder(self) -> MediaEncoder:
-        """The settings of the encoder in force: of images where `image` is set, else of sounds."""
+        """The settings of the media encoder: `image` if it is set, else `audio`."""
         return self.audio if self.image is None else self.image
 
     @property

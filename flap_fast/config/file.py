@@ -1,4 +1,4 @@
-"""A `Config` from a YAML file and overrides, and back; errors that say what to write instead."""
+"""Reads a `Config` from a YAML file and overrides, and writes it; errors suggest a remedy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flap_fast.encoders import ENCODERS
 def load_config(file: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file and apply overrides such as `mask.kind=1d`.
 
-    `base: OTHER.yaml` in a file takes the settings of the file beside it that this one leaves out.
+    `base: OTHER.yaml` in a file takes missing settings from another file in its folder.
 
     Raises:
         ConfigError: an unreadable file, an unknown name, a value against its rule.
@@ -50,7 +50,7 @@ def dump_config(config: Config) -> str:
 
 
 def _read_yaml(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A file's settings over those of its base, and that one's."""
+    """Settings of a file merged over those of its chain of bases."""
     what = f"the base of {above[-1]}" if above else "the config"
     require(file.is_file(), what, "be an existing YAML file", file)
     require(file.resolve() not in above, what, "not lead back to itself", file)
@@ -60,14 +60,14 @@ def _read_yaml(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = tree.pop("base", None)
     if base is None:
         return tree
-    require(isinstance(base, str), f"base in {file}", "name a YAML file beside it", base)
+    require(isinstance(base, str), f"base in {file}", "name a YAML file in the same folder", base)
     below = _read_yaml(file.parent / base, (*above, file.resolve()))
     _drop_other_length(below, tree)
     return _over(below, tree)
 
 
 def _over(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
-    """Section by section, setting by setting; `section: null` and lists replace."""
+    """Merge setting by setting; `section: null` and lists replace."""
     both = {
         name: _over(base[name], value)
         for name, value in tree.items()
@@ -77,7 +77,7 @@ def _over(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _drop_other_length(below: dict[str, Any], above: dict[str, Any]) -> None:
-    """`train.steps` above takes the place of `train.epochs` below, and the other way round."""
+    """Let `train.steps` of the upper file replace `train.epochs` of its base, and vice versa."""
     mine, theirs = above.get("train"), below.get("train")
     if isinstance(mine, dict) and isinstance(theirs, dict):
         for one, other in (("steps", "epochs"), ("epochs", "steps")):
@@ -93,9 +93,9 @@ def _parse(text: str | bytes, what: str) -> Any:
 
 
 class _OnceLoader(yaml.SafeLoader):
-    """Refuses a name that stands twice in a section; PyYAML drops the first one silently.
+    """Refuses duplicate names in a section, of which PyYAML silently drops the first.
 
-    And reads `on` as the name that it is, where YAML 1.1 has it for `true`.
+    Reads `on` as a name, which YAML 1.1 reads as `true`.
     """
 
     def construct_mapping(self, node, deep=False):
@@ -160,7 +160,7 @@ _WORDS = {
 
 
 def _section(names: Sequence[str], encoder: Any) -> Any:
-    """The class of a section; `encoder` is the first one's where that is an encoder's."""
+    """The class of a section; of an encoder's section, the class that `encoder` selects."""
     section: Any = Config
     for number, name in enumerate(names):
         field = section.model_fields[name].annotation

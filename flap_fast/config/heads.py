@@ -1,4 +1,4 @@
-"""The sections `joint` and `decoder`: what joins the encoders, and what reconstructs."""
+"""The sections `joint` and `decoder`: projection heads, and masked reconstruction."""
 
 from __future__ import annotations
 

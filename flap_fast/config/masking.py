@@ -12,7 +12,7 @@ class Fusion(Section):
     type: Literal[
         "none", "aff_2d", "iaff_2d", "daf_2d", "channel_map", "aff_1d", "iaff_1d", "daf_1d"
     ] = "none"
-    """What becomes of clips longer than audio.duration_s: cropped, or whole beside three pieces.
+    """How clips longer than audio.duration_s are used: cropped, or whole and with three pieces.
     The pieces join the patches' embeddings (`_2d`) or the log-mel (`_1d`) by attention, by iterated
     attention or by a sum, or are channels of the patch embedding. LAION's is `aff_2d`."""
     max_duration_s: Positive = 30.0
@@ -23,7 +23,7 @@ class Fusion(Section):
 
     @property
     def on(self) -> bool:
-        """Whether longer clips are seen whole."""
+        """Whether longer clips are encoded whole."""
         return self.type != "none"
 
     @property
@@ -32,7 +32,7 @@ class Fusion(Section):
         return 4 if self.on else 1
 
     def longest(self, audio: Audio) -> int:
-        """Samples at most that are kept of a clip."""
+        """Largest number of samples kept of a clip."""
         if not self.on:
             return audio.samples
         return round(self.max_duration_s * audio.sample_rate_hz)
@@ -46,7 +46,7 @@ class SpecAug(Section):
     stripes: Count = 1
     """Masks of each kind. HTSAT's defaults are 2 of up to 63 frames and 2 of up to 7 bins."""
     domain: Literal["pre_norm", "post_norm"] = "pre_norm"
-    """Zeros before normalisation (AudioMAE's order) or after; HTSAT's lie behind its BatchNorm."""
+    """Zeros before normalisation (AudioMAE's order) or after; for HTSAT, after its BatchNorm."""
 
 
 class Mask(Section):
@@ -63,6 +63,6 @@ class Mask(Section):
     shared_inner: bool = True
     """2-D: one draw of frequency rows a clip, or one for each time column."""
     rounding: Literal["floor", "round", "ceil"] = "floor"
-    """How a kept count becomes whole."""
+    """How a kept count is rounded."""
     unmasked_tail_epochs: CountOrZero = 0
     """Epochs at the end that train without masking (FLIP)."""

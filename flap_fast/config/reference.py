@@ -72,7 +72,7 @@ def _values(field: FieldInfo) -> str:
 
 
 def _type(annotation: Any) -> str:
-    """A type as YAML has it."""
+    """A type as YAML writes it."""
     origin, inside = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _type(inside[0])
@@ -88,7 +88,7 @@ def _type(annotation: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value as YAML has it."""
+    """A value as YAML writes it."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, tuple):

@@ -1,4 +1,4 @@
-"""What sections imply for one another: defaults that follow, values that exclude each other."""
+"""Rules between sections: dependent defaults, and values that exclude each other."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 def encoder_class(section: str, tree: object) -> type[Encoder] | None:
-    """The arm that a section's tree names; None of an unknown name, which pydantic refuses."""
+    """The encoder class that a section's tree names; None if unknown, which pydantic refuses."""
     arms = ENCODERS[section]
     named = tree.get("encoder") if isinstance(tree, dict) else getattr(tree, "encoder", None)
     return arms.get(str(named)) if named is not None else next(iter(arms.values()))
 
 
 def with_defaults(tree: dict[str, Any] | None) -> dict[str, Any]:
-    """The tree with the defaults that the encoder in force and fusion bring to other sections."""
+    """The tree with the defaults that the encoder and fusion set in other sections."""
     tree = dict(tree or {})
     section = "audio" if tree.get("image") is None else "image"
     encoder = encoder_class(section, tree.get(section))
@@ -35,13 +35,13 @@ def with_defaults(tree: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _fill(tree: dict[str, Any], section: str, defaults: dict[str, Any]) -> None:
-    """Fill in what a section does not say, unless it was checked already."""
+    """Fill in missing settings of a section, unless it has been checked already."""
     if tree.get(section) is None or isinstance(tree[section], dict):
         tree[section] = {**defaults, **(tree.get(section) or {})}
 
 
 def check_encoder(config: Config) -> None:
-    """Raise `ConfigError` for what the encoder in force cannot do, in its own words."""
+    """Raise `ConfigError` with the encoder's message for settings that it does not support."""
     encoder = config.encoder
     if encoder is not config.audio:
         given = config.audio.model_dump(exclude_defaults=True)
@@ -106,7 +106,7 @@ def check_sections(config: Config) -> None:
 
 
 def check_before_loading(config: Config, world: int) -> None:
-    """Raise `ConfigError` for what a run of `world` ranks would only trip over later."""
+    """Raise `ConfigError` for faults that a run of `world` ranks would only meet later."""
     batch = config.train.global_batch
     require(
         batch % world == 0,

@@ -14,7 +14,7 @@ Recomputed = Literal["audio", "text", "decoder"]
 
 
 def _named(value: object) -> object:
-    """`true`, `false` and a single name as the names they stand for."""
+    """Expand `true`, `false` and a single name to the names that they mean."""
     if isinstance(value, bool):
         return get_args(Recomputed) if value else ()
     return (value,) if isinstance(value, str) else value
@@ -37,8 +37,8 @@ class Optim(Section):
     @model_validator(mode="after")
     def _decays(self):
         rule = "be 0 with optim.name = adam, which would add it to the gradient"
-        fits = self.name == "adamw" or self.weight_decay == 0
-        require(fits, "optim.weight_decay", rule, self.weight_decay, "set optim.name=adamw")
+        supported = self.name == "adamw" or self.weight_decay == 0
+        require(supported, "optim.weight_decay", rule, self.weight_decay, "set optim.name=adamw")
         return self
 
 
@@ -51,11 +51,11 @@ class Train(Section):
     global_batch: Count = 2304
     """Clips contrasted with one another in a step, over all ranks."""
     micro_batch: Count | None = None
-    """Clips that a rank's encoders process at a time; all of its clips when not given. The step
-    takes the memory of so many, and one more forward. BatchNorm normalises each by itself."""
+    """Clips that a rank's encoders process at a time; all of its clips if not given. A step takes
+    the memory of one micro-batch, and one more forward. BatchNorm normalises within each."""
     accumulation: Literal["exact", "local"] = "exact"
     """How micro-batches are contrasted: over the whole global batch, with cached gradients
-    (GradCache: two passes, the gradients of one), or each by itself (one pass, fewer negatives)."""
+    (GradCache: two passes, the gradients of one), or within each (one pass, fewer negatives)."""
     replay: Annotated[Literal["auto", "keep", "decode"], FREE_ON_RESUME] = "auto"
     """Inputs of GradCache's second pass: log-mels cached on the device (`keep`, 0.5 MB for 10 s of
     sound), or decoded again. `auto` caches on a GPU and decodes on a CPU."""
@@ -64,11 +64,11 @@ class Train(Section):
     steps: Count | None = None
     """Optimizer steps, instead of epochs; one of the two is given, the other left out or null."""
     init_from: Path | None = None
-    """A model folder or a run whose weights a new run begins with (`flap import` writes folders);
-    a decoder that it lacks begins at random."""
+    """A model folder or a run whose weights initialise a new run (`flap import` writes folders);
+    a decoder that it lacks is initialised at random."""
     init_audio_from: Path | None = None
-    """The same for the encoder of sounds alone: an imported AudioMAE, a model folder or a run;
-    feature fusion that it lacks begins at random."""
+    """The same for only the audio encoder: an imported AudioMAE, a model folder or a run; feature
+    fusion that it lacks is initialised at random."""
     engine: Annotated[Literal["auto", "plain", "deepspeed"], FREE_ON_RESUME] = "auto"
     """`auto`: DeepSpeed under a launcher, plain PyTorch in a single process."""
     zero_stage: Annotated[Literal[0, 1, 2, 3], FREE_ON_RESUME] = 1
@@ -82,7 +82,7 @@ class Train(Section):
     checkpoint_activations: Annotated[
         tuple[Recomputed, ...], BeforeValidator(_named), FREE_ON_RESUME
     ] = ()
-    """Activation checkpointing: the blocks of these are computed again in the backward pass; some
+    """Activation checkpointing: the blocks of these are recomputed in the backward pass; some
     of `audio`, `text` and `decoder`, or `true` for all of them."""
     compile: bool = False
     """torch.compile the audio encoder's blocks (and the decoder's), whose shapes never change in
@@ -102,7 +102,7 @@ class Train(Section):
         if self.steps:
             given = self.epochs if "epochs" in self.model_fields_set else None
             rule = f"be left out with train.steps = {self.steps}"
-            remedy = "set train.steps=null, or train.epochs=null for so many steps"
+            remedy = "set train.steps=null, or train.epochs=null to train by steps"
             require(given is None, "train.epochs", rule, given, remedy)
             object.__setattr__(self, "epochs", None)
         require(
@@ -118,8 +118,10 @@ class Train(Section):
     def _offloads(self):
         lowest = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
         rule = f"be at least {lowest} with train.offload = {self.offload}"
-        fits = self.zero_stage >= lowest
-        require(fits, "train.zero_stage", rule, self.zero_stage, f"set train.zero_stage={lowest}")
+        supported = self.zero_stage >= lowest
+        require(
+            supported, "train.zero_stage", rule, self.zero_stage, f"set train.zero_stage={lowest}"
+        )
         return self
 
 

@@ -15,15 +15,15 @@ from torch import Tensor
 
 
 class EncodedBatch(NamedTuple):
-    """The bytes of B clips, and where each is to be cropped."""
+    """The bytes of B clips, and their crop positions."""
 
     clips: list[bytes]
     positions: np.ndarray
-    """(B,) or (B, draws) in [0, 1): the crop position, then those of fusion's pieces."""
+    """(B,) or (B, P) in [0, 1): the crop position, then those of fusion's pieces."""
 
 
 class DecodedBatch(NamedTuple):
-    """B decoded clips, as every decoder gives them."""
+    """B decoded clips, the output of all decoders."""
 
     media: Tensor
     """(B, samples) waveforms or (B, frames, F) log-mels (float16 from a cache), zeros behind the
@@ -31,7 +31,7 @@ class DecodedBatch(NamedTuple):
     lengths: Tensor
     """(B,) int64 on the CPU: samples, frames or rows of each clip."""
     positions: Tensor
-    """(B, draws) float64 on the CPU: the positions that came with each clip, in [0, 1)."""
+    """(B, P) float64 on the CPU: the positions that came with each clip, in [0, 1)."""
 
 
 class MediaInput(NamedTuple):
@@ -78,7 +78,7 @@ def stack_clips(clips: list[np.ndarray], positions: np.ndarray) -> DecodedBatch:
     """Decoded clips of any lengths as one tensor, zeros behind the shorter ones.
 
     Args:
-        positions: (B,) or (B, draws), see `EncodedBatch`.
+        positions: (B,) or (B, P), see `EncodedBatch`.
     """
     lengths = [len(clip) for clip in clips]
     if min(lengths) == max(lengths):
@@ -87,12 +87,12 @@ def stack_clips(clips: list[np.ndarray], positions: np.ndarray) -> DecodedBatch:
         media = np.zeros((len(clips), max(lengths)), np.float32)
         for row, clip in zip(media, clips, strict=True):
             row[: len(clip)] = clip
-    draws = torch.from_numpy(np.asarray(positions, np.float64).reshape(len(clips), -1))
-    return DecodedBatch(torch.from_numpy(media), torch.tensor(lengths), draws)
+    crops = torch.from_numpy(np.asarray(positions, np.float64).reshape(len(clips), -1))
+    return DecodedBatch(torch.from_numpy(media), torch.tensor(lengths), crops)
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device that the host does not wait for: to a GPU through pinned memory."""
+    """An asynchronous copy on the device; to a GPU through pinned memory."""
     if device.type == "cuda" and not x.is_cuda:
         x = x.pin_memory()
     return x.to(device, non_blocking=True)

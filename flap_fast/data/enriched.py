@@ -1,4 +1,4 @@
-"""Enriched captions: captions.jsonl, written by `flap enrich`, and the choice of captions.
+"""Enriched captions from captions.jsonl, which `flap enrich` writes, and the choice of captions.
 
     FOLDER/captions.jsonl     {"id": ..., "original": ..., "caption": ..., ...}, a line each
 
@@ -113,6 +113,6 @@ def _read(file: Path) -> dict[int, str]:
             except (ValueError, KeyError, TypeError) as error:
                 raise ConfigError(
                     f"{file}:{number} must hold id, original and caption: {error!r}; "
-                    "write it anew with flap enrich"
+                    "write it again with flap enrich"
                 ) from None
     return found

@@ -1,4 +1,4 @@
-"""Shards -> training batches, in an order that the seed alone decides."""
+"""Shards -> training batches, in an order that depends only on the seed."""
 
 from __future__ import annotations
 

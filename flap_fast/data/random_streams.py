@@ -1,4 +1,4 @@
-"""Counter-based random numbers: a function of the seed, the stream and the sample index alone.
+"""Counter-based random numbers: a function of only the seed, the stream and the sample index.
 
     words = Philox4x32-10(key = (seed, stream), counter = (index_lo, index_hi, block, 0))
     u     = (word >> 8) * 2**-24                     in [0, 1), exact in float32
@@ -48,6 +48,6 @@ def uniforms(seed: int, stream: Stream, sample_index: Tensor, count: int) -> Ten
 def permutation(
     seed: int, epoch: int, count: int, salt: int = 0, stream: Stream = Stream.ORDER
 ) -> np.ndarray:
-    """A random permutation, (count,) int64, a function of its arguments alone."""
+    """A random permutation, (count,) int64, a function of only its arguments."""
     key = np.random.SeedSequence([seed, int(stream), epoch, salt])
     return np.random.Generator(np.random.Philox(key)).permutation(count)

@@ -1,4 +1,4 @@
-"""The order of samples: a function of the seed and the step alone."""
+"""The order of samples: a function of only the seed and the step."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
     FILE.jsonl     {"premise": "A man sings.", "entailment": "Someone sings.", "contradiction": ...}
     FILE.tsv .csv  the same columns, or SimCSE's: sent0, sent1, hard_neg
 
-Triples have a sampler of their own, a function of the seed and the step alone, with epochs of
+Triples have a separate sampler, a function of only the seed and the step, with epochs of
 their own.
 """
 

@@ -1,7 +1,7 @@
 """WebDataset tar shards on disk: written once, read at any clip.
 
     FOLDER/0.tar 1.tar ...    KEY.flac + KEY.json for each clip, LAION's layout; of images KEY.jpg
-                              or KEY.png + KEY.json, or KEY.txt with a caption alone; KEY.npy, a
+                              or KEY.png + KEY.json, or KEY.txt with only a caption; KEY.npy, a
                               cached log-mel, in place of the sound
     FOLDER/0.idx 1.idx ...    offset and size of each file of a clip in the tar (DALI's format)
     FOLDER/sizes.json         {"0.tar": clips, ...}
@@ -38,7 +38,7 @@ _OPEN_FILES = 256
 
 
 class ShardError(ValueError):
-    """A shard that cannot be read: which, why, and what to do."""
+    """A shard that cannot be read; the message gives the reason and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def _index(
     clips = _parse_index(index) if index.is_file() else _scan(file)
     size = file.stat().st_size
     wanted = [ending for kind in kinds for ending in KINDS[kind]]
-    what = f"a picture ({', '.join(IMAGES)})" if kinds[0] == "images" else "a sound"
+    what = f"an image ({', '.join(IMAGES)})" if kinds[0] == "images" else "a sound"
     rows, plain, endings = [], [], set()
     for key, files in clips:
         ending = next((ending for ending in wanted if ending in files), "")

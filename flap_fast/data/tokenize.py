@@ -65,7 +65,7 @@ _ON_THE_INDEX = {"open_clip": "--no-deps open_clip_torch"}
 
 
 def _clip_tokenizer(file: Path) -> Any:
-    """CLIP's byte-pair encoding: 256 bytes, these as ends of words, the merges, and two marks.
+    """CLIP's byte-pair encoding: 256 bytes, the same as word ends, the merges, two special tokens.
 
     The file has more merges than CLIP uses. Unlike OpenAI's code, which mends HTML's entities and
     broken encodings in a text first, this one takes it as it is.

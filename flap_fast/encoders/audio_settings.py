@@ -1,4 +1,4 @@
-"""The base classes of the audio encoders' settings: the front end, and what masking works with."""
+"""The base classes of the audio encoders' settings: front end, and encoders with patches."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Audio(Section):
     std: Annotated[Positive, MEANS_WEIGHTS, AFTER_FRONT_END] = 4.5689974
     """Standard deviation; log-mels are divided by 2 * std. 0.5 with audio.mel = clap."""
     filling: Literal["repeatpad", "pad", "repeat"] = "repeatpad"
-    """How a short clip is filled: whole repeats then zeros, zeros, or repeats cut off."""
+    """How a short clip is padded: whole repeats then zeros, only zeros, or truncated repeats."""
 
     @model_validator(mode="before")
     @classmethod
@@ -83,7 +83,7 @@ class Audio(Section):
         return self.sample_rate_hz // 100
 
     def frames_of(self, samples):
-        """Frames of a sound: those that fit whole into it (Kaldi), or one at each shift (CLAP).
+        """Number of frames of a sound: only whole frames (Kaldi), or one per shift (CLAP).
 
         Of a number, or of a tensor of them.
         """
@@ -102,8 +102,8 @@ class Audio(Section):
         require(self.samples >= least, "audio.duration_s", rule, self.duration_s)
         if self.mel == "clap":
             rule = f"be in (audio.low_hz = {self.low_hz:g}, half of audio.sample_rate_hz]"
-            fits = self.low_hz < self.high_hz <= self.sample_rate_hz / 2
-            require(fits, "audio.high_hz", rule, self.high_hz)
+            valid = self.low_hz < self.high_hz <= self.sample_rate_hz / 2
+            require(valid, "audio.high_hz", rule, self.high_hz)
         self._check_frames(self.frames_of(self.samples))
         return self
 
@@ -151,7 +151,7 @@ class AudioEncoder(MediaEncoder, Audio):
 
 
 class PatchEncoder(AudioEncoder):
-    """The settings of an audio encoder that masking and a decoder can work with.
+    """The settings of an audio encoder that supports masking and a decoder.
 
     Its tokens are those of the patches kept, in their order, behind `prefix_tokens` others.
     """
@@ -175,5 +175,5 @@ class PatchEncoder(AudioEncoder):
         return 0
 
     def positions(self, width: int) -> Tensor:
-        """(N, width) float32: what is added to the patches' embeddings."""
+        """(N, width) float32: positions that are added to the patches' embeddings."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""What every encoder of sounds or images gives, and the check of its input."""
+"""The output of the media encoders, and the check of their input."""
 
 from __future__ import annotations
 

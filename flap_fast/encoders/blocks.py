@@ -21,7 +21,7 @@ LAYER_NORM_EPS = 1e-6
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention without a mask, (B, L, D) -> (B, L, D)."""
+    """Unmasked multi-head self-attention, (B, L, D) -> (B, L, D)."""
 
     def __init__(self, width: int, heads: int, backend: str = "sdpa"):
         super().__init__()
@@ -44,7 +44,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two layers with an exact GELU between, four times as wide inside."""
+    """Two layers with an exact GELU; the hidden width is four times as large."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -56,7 +56,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm block; in training each branch of a clip is left out with `drop_path`.
+    """One pre-norm block; in training each branch of a clip is dropped with rate `drop_path`.
 
     Drop-path is drawn outside of `forward`: so all blocks are one function of tensors, whatever
     their rates, and a compiled block draws no random numbers.

@@ -1,4 +1,4 @@
-"""Feature fusion of a longer clip: its whole with three pieces, as log-mels or as patches.
+"""Feature fusion of a longer clip: the whole clip with three pieces, as log-mels or patches.
 
     local = pieces, three times as coarse in time, one after the other, zeros behind
     u = whole + local;  g = sigmoid(local_att(u) + global_att(u))
@@ -121,7 +121,7 @@ def fuse_rows(
 
 
 def piece_patches(width: int, patch: int, time: int) -> nn.Conv2d:
-    """The 2-D forms' embedding of pieces, three times as long in time (axis 2 or 3)."""
+    """The embedding of pieces in 2-D fusion, with three times the stride in time (axis 2 or 3)."""
     size = (3 * patch, patch) if time == 2 else (patch, 3 * patch)
     return nn.Conv2d(1, width, size, size)
 
@@ -129,7 +129,7 @@ def piece_patches(width: int, patch: int, time: int) -> nn.Conv2d:
 def fuse_patches(
     embed: nn.Module, model: nn.Module, whole: Tensor, pieces: Tensor, longer: Tensor, *, time: int
 ) -> Tensor:
-    """The 2-D forms: patches (B, D, ., .) of the whole, fused with those of the pieces.
+    """2-D fusion: patches (B, D, ., .) of the whole clip, fused with patches of the pieces.
 
     Args:
         embed: `piece_patches`.
@@ -146,13 +146,13 @@ def fuse_patches(
 
 
 def piece_mels(mel_bins: int) -> nn.Module:
-    """The 1-D forms' reduction of pieces to a third in time."""
+    """The reduction of pieces to a third in time, for 1-D fusion."""
     conv = nn.Conv1d(mel_bins, mel_bins, kernel_size=5, stride=3, padding=2)
     return Normed(conv, nn.BatchNorm1d(mel_bins))
 
 
 def fuse_mels(reduce: nn.Module, model: nn.Module, mel: Tensor, longer: Tensor) -> Tensor:
-    """The 1-D forms: (B, 4, T, F) -> (B, 1, T, F).
+    """1-D fusion: (B, 4, T, F) -> (B, 1, T, F).
 
     Args:
         reduce: `piece_mels`.
@@ -167,7 +167,7 @@ def fuse_mels(reduce: nn.Module, model: nn.Module, mel: Tensor, longer: Tensor) 
 
 
 def _fit(x: Tensor, size: int, axis: int) -> Tensor:
-    """Cut along an axis, or zeros behind."""
+    """Truncate or zero-pad at the end of an axis."""
     if x.shape[axis] >= size:
         return x.narrow(axis, 0, size)
     shape = list(x.shape)

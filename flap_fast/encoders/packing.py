@@ -1,4 +1,4 @@
-"""Captions laid end to end: padding is neither embedded nor multiplied nor attended to.
+"""Packed captions: padding is neither embedded nor multiplied nor attended to.
 
     mask (B, L) -> Pack;   q, k, v (N, H, d), Pack -> (N, H, d)
 
@@ -97,7 +97,7 @@ def _sent(x: Tensor, device: torch.device) -> Tensor:
 def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, pack: Pack, *, dropout: float = 0.0, backend: str = "sdpa"
 ) -> Tensor:
-    """(N, H, d) three times -> (N, H, d): each token attends to its own caption alone.
+    """(N, H, d) three times -> (N, H, d): each token attends only to its own caption.
 
     Args:
         dropout: of the attention probabilities.
@@ -122,7 +122,7 @@ def packed_attention(
 
 
 def varlen_serves(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
-    """Whether PyTorch's variable-length flash attention takes such heads."""
+    """Whether PyTorch's variable-length flash attention supports these heads."""
     return (
         device.type == "cuda"
         and dtype in (torch.float16, torch.bfloat16)

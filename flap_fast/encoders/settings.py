@@ -1,4 +1,4 @@
-"""What every encoder says of itself: the base classes of the encoders' settings.
+"""The base classes of the encoders' settings.
 
 An encoder is a folder: `encoders/NAME/settings.py` has its section, one arm of a union told apart
 by `encoder`, and `encoders/NAME/model.py` its module. Nothing outside of the folder asks for the
@@ -41,7 +41,7 @@ class Encoder(Section):
     """The encoder's name: a `Literal` of each arm."""
 
     moved: ClassVar[dict[str, tuple[object, ...]]] = {}
-    """Settings that are another encoder's today and stood beside this one's in older files, with
+    """Settings that now belong to another encoder but were in this section in older files, with
     the values that meant nothing here: they are dropped."""
 
     @model_validator(mode="before")
@@ -62,7 +62,7 @@ class Encoder(Section):
         return cls.model_fields["encoder"].default
 
     def meaning(self) -> dict[str, Any]:
-        """The settings that its weights mean and no tensor's shape tells, by name."""
+        """The settings that its weights depend on and no tensor's shape determines, by name."""
         return self.marked(MEANS_WEIGHTS)
 
 
@@ -72,7 +72,7 @@ class MediaEncoder(Encoder):
     modality: ClassVar[Literal["audio", "image"]]
     """The section of the config, the prefix of its weights' names, and the word in tables."""
     can: ClassVar[frozenset[Ability]] = frozenset()
-    """What it can do beside encoding."""
+    """Optional features that it supports."""
     why_not: ClassVar[dict[Ability, str]] = {}
     """Why it cannot do the rest: the end of a sentence "with audio.encoder = NAME, ..."."""
     specaug: ClassVar[Literal["before", "inside", "none"]] = "none"
@@ -84,7 +84,7 @@ class MediaEncoder(Encoder):
 
     @property
     def named(self) -> str:
-        """How an error speaks of it: `audio.encoder = vit`."""
+        """Its name in errors: `audio.encoder = vit`."""
         return f"{self.modality}.encoder = {self.encoder}"
 
     @property
@@ -93,7 +93,7 @@ class MediaEncoder(Encoder):
         return 0, 0
 
     def input_shape(self, fusion: Fusion) -> tuple[int, ...]:
-        """The shape of one clip as the encoder takes it."""
+        """The shape of one clip in the encoder's input."""
         raise NotImplementedError
 
     def build(self, config: Config, *, recompute: bool = False) -> nn.Module:
@@ -108,7 +108,7 @@ class MediaEncoder(Encoder):
 
 
 class ImageEncoder(MediaEncoder):
-    """The settings of an image encoder; the section `image` puts it in the audio one's place."""
+    """The settings of an image encoder; the section `image` replaces the audio encoder by it."""
 
     resolution: Annotated[int, Field(ge=32, multiple_of=32)] = 224
     """Side of the model's square input: the shorter side is resized to it, the middle cut out."""
@@ -153,7 +153,7 @@ class TextEncoder(Encoder):
     dropout: Ratio = 0.1
     """Dropout everywhere in the encoder."""
     freeze: bool = False
-    """Keep the encoder as it is and train the projection alone."""
+    """Keep the encoder frozen and train only the projection."""
 
     @property
     def tokenizer_files(self) -> tuple[str, str]:
@@ -161,7 +161,7 @@ class TextEncoder(Encoder):
         return "text.tokenizer", self.tokenizer
 
     def with_files(self, folder: str) -> TextEncoder:
-        """The same settings, its files (config, tokenizer) taken from a model's text/."""
+        """The same settings with the files (config, tokenizer) of a model's text/."""
         return self.model_copy(update={"tokenizer": folder})
 
     def build(self, *, recompute: bool = False, weights: bool = True) -> nn.Module:

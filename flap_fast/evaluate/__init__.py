@@ -1,6 +1,6 @@
-"""The evaluations: one file and one line each. `flap eval`, its tables and the report follow it.
+"""The registry of evaluations, which `flap eval`, its tables and the report use.
 
-Names alone: a file is imported when it is asked for, so that `flap --help` does not load PyTorch.
+Only names: a file is imported on first use, so that `flap --help` does not load PyTorch.
 """
 
 from __future__ import annotations

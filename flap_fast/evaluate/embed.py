@@ -116,9 +116,9 @@ def finite(rows: Tensor, name: Callable[[int], str]) -> Tensor:
 
 
 def _in_step(batches: Iterator[MediaInput], ranks: Ranks) -> Iterator[MediaInput]:
-    """The same batches; all ranks raise when one of them cannot read its batch.
+    """Yield the same batches; all ranks raise if one of them cannot read its batch.
 
-    A rank that raised alone would leave the others waiting for its rows, or for its weights.
+    If only one rank raised, the others would wait forever for its rows, or for its weights.
     """
     while True:
         found, bad = None, None
@@ -136,7 +136,7 @@ def _in_step(batches: Iterator[MediaInput], ranks: Ranks) -> Iterator[MediaInput
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients inside; afterwards the mode before."""
+    """A context in evaluation mode and without gradients; restores the mode."""
     training = model.training
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""The model to evaluate, as functions: two towers, or a text encoder alone."""
+"""The model to evaluate, as functions: two towers, or only a text encoder."""
 
 from __future__ import annotations
 

@@ -66,9 +66,10 @@ def masking_flops(config: Config, clips: int = CLIPS) -> list[dict[str, Any]]:
 
 
 def _counter(config: Config) -> Callable[[int | None], tuple[int, int]]:
-    """K, or None for all patches -> multiply-adds of one clip: all patches embedded, K of them."""
+    """A function of K (None for all patches) that returns the multiply-adds of one clip: with all
+    patches embedded, and with K of them."""
     modality = config.encoder.modality
-    # Attention by PyTorch alone: xformers may not be there, and takes no tensors without data.
+    # Only PyTorch's attention: xformers may not be there, and takes no tensors without data.
     section = getattr(config, modality)
     attention = {"attention": "sdpa"} if hasattr(section, "attention") else {}
     plain = {"fusion": Fusion(), modality: section.model_copy(update=attention)}

@@ -1,4 +1,4 @@
-"""How the embeddings lie on the sphere: alignment of pairs, uniformity of each side.
+"""Geometry of the embeddings: alignment of pairs, uniformity of each modality.
 
     alignment  = mean over captions of |m - t|^2                              (0 is best)
     uniformity = ln mean over pairs i < j of exp(-2 |z_i - z_j|^2)            (low is even)
@@ -52,7 +52,7 @@ def geometry(
 
 
 def require_captions(captions: int) -> None:
-    """Fail unless there are captions."""
+    """Raise `ConfigError` unless there are captions."""
     require(captions > 0, "the geometry of pairs", "have captions", "none")
 
 
@@ -64,7 +64,7 @@ def alignment(media: Tensor, text: Tensor, clip_of_caption: Tensor) -> float:
 
 
 def uniformity(rows: Tensor, ranks: Ranks) -> float | None:
-    """Over all pairs of unit rows (N, d), in [-8, 0]; None of a single row, which has no pair."""
+    """Uniformity over all pairs of unit rows (N, d), in [-8, 0]; None for a single row."""
     tiles = rows.float().split(_TILE)
     pairs = [(i, j) for i in range(len(tiles)) for j in range(i, len(tiles))]
     total = torch.zeros(1, dtype=torch.float64, device=rows.device)

@@ -55,7 +55,7 @@ class Fitted:
 def fit(
     x: Tensor, y: Tensor, fits: Sequence[Fit], random_state: np.random.RandomState | None = None
 ) -> Fitted:
-    """Train all fits; those with equally many rows, which see the same order, together."""
+    """Train all fits; those with equal numbers of rows share an order and are batched."""
     C = int(y.max()) + 1
     weight = x.new_empty(len(fits), x.shape[1] + 1, C)
     accuracy = torch.empty(len(fits), dtype=torch.float64, device=x.device)
@@ -101,7 +101,7 @@ def _fit_together(
 
 
 def _first_weights(features: int, classes: int) -> Tensor:
-    """(D + 1, C): those of a fresh `nn.Linear` under SentEval's seed, the bias last."""
+    """(D + 1, C): initial weights of an `nn.Linear` under SentEval's seed, the bias last."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         linear = nn.Linear(features, classes)
@@ -123,7 +123,7 @@ def _gradient(x: Tensor, y: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
 
 @dataclass
 class _Adam:
-    """Adam on a stack of problems, of which those that are done leave."""
+    """Adam on a stack of problems; finished problems are removed."""
 
     weight: Tensor
     mean: Tensor
@@ -148,7 +148,7 @@ class _Adam:
 def stratified_folds(
     classes: np.ndarray, folds: int, seed: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(train, test) indices of each fold, every class spread evenly, rows of a class mixed.
+    """(train, test) indices of each fold, stratified by class and shuffled within a class.
 
     The folds of scikit-learn's `StratifiedKFold(folds, shuffle=True, random_state=seed)`, which
     SentEval uses.

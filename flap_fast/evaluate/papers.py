@@ -1,4 +1,4 @@
-"""What the papers report: rows to stand beside ours. Percentages as printed.
+"""Results of the papers, for comparison with ours; percentages as printed.
 
 FLAP's Clotho rows are of the official evaluation split, the language-encoder paper's of the
 official validation split; both use five captions a clip.
@@ -45,7 +45,7 @@ class Precision(NamedTuple):
 
 
 class Classified(NamedTuple):
-    """Zero-shot top-1 with one template and with many; empty where there is none."""
+    """Zero-shot top-1 with one template and with many; empty if not reported."""
 
     system: str
     source: str

@@ -1,4 +1,4 @@
-"""How often a clip finds its captions, and a caption its clip.
+"""Retrieval of captions by clips and of clips by captions.
 
     text_to_media   each of M captions ranks N clips; one is right        (of sounds FLAP's T-A)
     media_to_text   each of N clips ranks M captions; its own are right   (of sounds FLAP's A-T)
@@ -76,7 +76,7 @@ def directions_of(scores: dict[str, Any]) -> tuple[str, str]:
 
 
 def require_captions(captioned: int, clips: int, modality: str) -> None:
-    """Fail unless all clips have captions."""
+    """Raise `ConfigError` unless all clips have captions."""
     if captioned < clips:
         raise ConfigError(
             f"each of the {clips} {'sounds' if modality == 'audio' else modality + 's'} must have "
@@ -116,7 +116,7 @@ def answer_positions(
 
 
 def _positions(cosines: Tensor, wanted: Tensor) -> Tensor:
-    """(Q,) positions of each row's wanted column: how many others are not surely behind it."""
+    """(Q,) positions of each row's target column: how many others do not score strictly lower."""
     own = cosines.gather(1, wanted[:, None])
     behind = torch.arange(cosines.shape[1], device=cosines.device) >= wanted[:, None]
     behind = behind.logical_and_(cosines == own).logical_or_(cosines < own)
@@ -200,7 +200,7 @@ def chance_of_any(right: Tensor, answers: int) -> dict[str, float]:
 
 
 def _missed(answers: int, own: int, k: int) -> float:
-    """The probability that none of a query's `own` answers is among k random ones."""
+    """Probability that none of a query's `own` answers is among k random ones."""
     k = min(k, answers)
     return math.comb(answers - own, k) / math.comb(answers, k)
 

@@ -41,7 +41,7 @@ def evaluate(
 
 
 def score(model: EvaluatedModel, data: Sequence[Path], tasks: Sequence[str] = ()) -> Scores:
-    """All tasks on the data that each is for, the same on all ranks. Collective.
+    """Scores of all tasks on their data, the same on all ranks. Collective.
 
     Args:
         data: folders of shards, files or folders of sentences.
@@ -93,7 +93,7 @@ _CALLED: dict[Data, str] = {
 
 
 def _check(tasks: Sequence[str], kinds: dict[Path, Data]) -> None:
-    """Fail unless each task has data and all data has a task."""
+    """Raise `ConfigError` unless each task has data and all data has a task."""
     require(bool(tasks), "DATA or --tasks", "say what to score", "neither")
     for task in tasks:
         require(task in TASKS, "a task", f"be one of {', '.join(TASKS)}", task)
@@ -107,12 +107,12 @@ def _check(tasks: Sequence[str], kinds: dict[Path, Data]) -> None:
 
 
 def holds_sentences(path: Path) -> bool:
-    """Whether these are sentences: a file, or a folder with one of SentEval's."""
+    """Whether a path holds sentences: a file, or a folder with one of SentEval's files."""
     return path.is_file() or any((path / name).is_dir() for name in _SENTEVAL)
 
 
 def names(folders: Sequence[Path]) -> dict[str, Path]:
-    """Each folder under its own name, with its parents' names where two are the same."""
+    """Folders by name, with their parents' names if two names are equal."""
     resolved = [folder.resolve() for folder in folders]
     out: dict[str, Path] = {}
     for folder, whole in zip(folders, resolved, strict=True):

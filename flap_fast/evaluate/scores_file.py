@@ -1,4 +1,4 @@
-"""eval.json: reading, also files that older versions wrote, writing, and merging."""
+"""Reads (also files of older versions), writes and merges eval.json."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Scores = dict[str, Any]
 
 
 def write_scores(file: Path, scores: Scores) -> None:
-    """Write the JSON, whole or not at all."""
+    """Write the JSON atomically."""
     write_atomically(file, (json.dumps(scores, indent=1, allow_nan=False) + "\n").encode())
 
 
 def read_scores(file: Path) -> Scores:
-    """The scores in a file, under the names that are written today; empty if there is no file.
+    """The scores in a file, under the current names; empty if there is no file.
 
     Raises:
         ConfigError: the file is not an object in JSON.
@@ -37,7 +37,7 @@ def read_scores(file: Path) -> Scores:
 
 
 def upgraded(scores: Scores) -> Scores:
-    """Scores under the names that are written today.
+    """Scores under the current names.
 
     Older versions called an image encoder's scores `audio_to_text`, `text_to_audio` and
     `uniformity_audio`, and marked retrieval and zero-shot with "sense": "image".
@@ -70,7 +70,7 @@ def upgraded(scores: Scores) -> Scores:
 
 
 def merged(before: Scores, scores: Scores) -> Scores:
-    """Earlier scores updated by new ones; those of a name that means other data now are dropped."""
+    """Earlier scores updated by new ones; scores whose name now means other data are dropped."""
     data = scores["data"]
     moved = {name for name, path in before.get("data", {}).items() if data.get(name, path) != path}
     found: Scores = {}

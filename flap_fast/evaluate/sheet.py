@@ -1,4 +1,4 @@
-"""One table of scores, and how it looks in Markdown, LaTeX (booktabs) and the terminal."""
+"""One table of scores, formatted as Markdown, LaTeX (booktabs) or for the terminal."""
 
 from __future__ import annotations
 

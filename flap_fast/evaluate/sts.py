@@ -136,7 +136,7 @@ def _year(folder: Path, subsets: tuple[str, ...]) -> Pairs:
 
 
 def _benchmark(file: Path) -> Pairs:
-    """Genre, file, year, number, judgement, sentences; sometimes a licence behind them."""
+    """STS-B: genre, file, year, number, judgement, sentences; sometimes then a licence."""
     pairs = Pairs([], [], [])
     for number, line in enumerate(_lines(file), 1):
         if line.strip():
@@ -145,7 +145,7 @@ def _benchmark(file: Path) -> Pairs:
 
 
 def _sick(file: Path) -> Pairs:
-    """Number, sentences, relatedness, entailment, under a header."""
+    """SICK-R: number, sentences, relatedness, entailment, below a header."""
     pairs = Pairs([], [], [])
     for number, line in enumerate(_lines(file)[1:], 2):
         if line.strip():
@@ -173,7 +173,7 @@ def _add(
 
 
 def _lines(file: Path) -> list[str]:
-    """The lines of a SentEval file: quotes mean nothing, and only a newline ends a line."""
+    """The lines of a SentEval file: quotes are not special, and only a newline ends a line."""
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -28,7 +28,7 @@ def latex(scores: dict[str, Any]) -> str:
 
 
 def terminal(scores: dict[str, Any]) -> Iterator[Group | Table]:
-    """Our scores alone, without the papers' rows."""
+    """Only our scores, without the papers' rows."""
     for task in TASKS:
         if task not in scores:
             continue

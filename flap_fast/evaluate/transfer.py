@@ -60,7 +60,7 @@ class Examples:
 
     @classmethod
     def of(cls, rows: Sequence[tuple[tuple[str, ...], int]]) -> Examples:
-        """In SentEval's order: by length in words, then by class; the folds depend on it."""
+        """Examples in SentEval's order, which the folds depend on: by words, then by class."""
         ordered = sorted(rows, key=lambda row: (*(len(s.split()) for s in row[0]), row[1]))
         return cls([row[0] for row in ordered], np.array([row[1] for row in ordered]))
 

@@ -189,8 +189,8 @@ def why_no_clap_text(export: Export) -> str:
     encoder = export.text_config
     roberta = encoder is not None and encoder.model_type == "roberta"
     text = export.config.text
-    fits = roberta and isinstance(text, RobertaSettings) and text.pool == "pooler"
-    return "" if fits else "its text encoder is no RoBERTa with a pooler"
+    supported = roberta and isinstance(text, RobertaSettings) and text.pool == "pooler"
+    return "" if supported else "its text encoder is no RoBERTa with a pooler"
 
 
 def _write_settings(folder: Path, config: Config, encoder: Any) -> None:

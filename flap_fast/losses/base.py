@@ -38,7 +38,7 @@ class Outputs(TypedDict):
 
 
 class Loss(Section):
-    """A section of `loss`, and what it computes.
+    """A section of `loss`, and the loss that it configures.
 
     A loss of one term has a field `weight`; another overrides `weights`.
     """
@@ -55,7 +55,7 @@ class Loss(Section):
 
     @property
     def sentences(self) -> tuple[str, ...]:
-        """What the text encoder must embed for it beside the captions (`text`), by name.
+        """Further sentences that the text encoder must embed for it besides `text`, by name.
 
         `_again` names the same sentence under another dropout; the others are data.nli's.
         """

@@ -1,4 +1,4 @@
-"""Cyclic consistency: cosines are the same either way round, over the clips of all ranks.
+"""Cyclic consistency (CyCLIP): symmetric cosines, over the clips of all ranks.
 
     cyclic_cross = sum_jk (a_j . t_k - a_k . t_j)^2 / B
     cyclic_in    = sum_jk (a_j . a_k - t_j . t_k)^2 / B

@@ -2,7 +2,7 @@
 
     L = mean over clips, dropped patches and their pixels of (predicted - patch)^2
 
-The model's forward computes the error, beside the decoder's last layer: so neither predictions nor
+The model's forward computes the error with the decoder's last layer: so neither predictions nor
 targets are stored, and ZeRO-3 has that layer's weights gathered.
 
 Source: FLAP, arXiv 2311.01615, Eq. 2; per-patch normalisation is AudioMAE's, arXiv 2207.06405.

@@ -1,4 +1,4 @@
-"""SimCSE: a sentence and itself under another dropout, against the other sentences of all ranks.
+"""SimCSE: two dropout views of a sentence, against the other sentences of all ranks.
 
     S = z z+^T / temperature
     L = mean(logsumexp_row(S) - diag(S))

@@ -3,7 +3,7 @@
     tokens (B, [1 +] K, D) -> linear, mask tokens in the gaps, positions (B, [1 +] N, H) -> blocks
         -> the M patches dropped (B, M, H) -> norm, linear, compared with the log-mel: ()
 
-The last norm and layer see the dropped patches alone, and neither what they predict nor what they
+The last norm and layer see only the dropped patches, and neither what they predict nor what they
 are compared with is stored.
 
     B clips   N = K + M patches of a clip   D encoder's width   H decoder's width
@@ -80,7 +80,7 @@ class Decoder(nn.Module):
         return self.pred(self.norm(x), mel, mask.ids_drop)
 
     def _idle(self, tokens: Tensor, mel: Tensor) -> Tensor:
-        """0 where nothing is dropped, with a gradient of 0 to every parameter.
+        """0 if nothing is dropped, with a gradient of 0 to every parameter.
 
         ZeRO-3 steps a parameter that gets none on its gradient of the step before.
         """

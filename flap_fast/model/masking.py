@@ -1,10 +1,10 @@
-"""Which patches training keeps: how many; `draw_patch_mask` draws which, as indices.
+"""The number of patches that training keeps, and the mask of a batch by `draw_patch_mask`.
 
     1-D   K of the N patches (or whole time columns of them)
     2-D   k_time of the time columns and, in each, k_freq of the frequency rows: K = k_time * k_freq
 
-Every clip keeps as many, so batches stay rectangular. Indices ascend. Draws are keyed by the sample
-index: the same for any number of ranks.
+Each clip keeps equally many, so batches are rectangular. Indices ascend. Random numbers are keyed
+by the sample index: the same for any number of ranks.
 
 Source: FLAP, arXiv 2311.01615, section 3.
 """

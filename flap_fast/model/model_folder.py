@@ -1,4 +1,4 @@
-"""A trained model as a folder, and back.
+"""Writes and reads a trained model as a folder.
 
     FOLDER/model.safetensors   fp32 weights, this project's names
     FOLDER/config.yaml         the config it was trained with
@@ -26,7 +26,7 @@ from flap_fast.data.tokenize import tokenizer
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.section import MEANS_WEIGHTS
 
-# The weights of an audio tower alone, and of AudioMAE's decoder, if it was asked for.
+# The weights of only an audio tower, and of AudioMAE's decoder if requested.
 TOWER = "audio.safetensors"
 # Parts that a run may add to the weights it begins with: they begin at random.
 _DECODER = "decoder."
@@ -34,7 +34,7 @@ _FUSION = ("mel_conv1d.", "mel_conv2d.", "fusion_model.")
 
 
 def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file, as transformers also reads it.
+    """Write a safetensors file that transformers can also read.
 
     Raises:
         OSError: it cannot be written; on a full disk, most often.
@@ -58,7 +58,7 @@ def save_model(folder: Path, config: Config, model: TwoTowers, weights: dict[str
 
 
 def save_text_files(config: Config, model: TwoTowers, folder: Path) -> None:
-    """Write the text encoder's config and tokenizer; a checkpoint opens with them alone."""
+    """Write the text encoder's config and tokenizer, which suffice to open a checkpoint."""
     model.text.save_config(folder)  # type: ignore[operator]
     tokenizer(config.text).inner.save_pretrained(folder)
 
@@ -129,7 +129,7 @@ def put_weights(model: TwoTowers, folder: Path) -> None:
 
 
 def put_first_weights(model: TwoTowers, config: Config) -> None:
-    """Put what train.init_from or train.init_audio_from name into a new model.
+    """Put the weights that train.init_from or train.init_audio_from name into a new model.
 
     A decoder, and for an audio encoder what fuses, begin at random where the folder has none.
 
@@ -143,9 +143,9 @@ def put_first_weights(model: TwoTowers, config: Config) -> None:
         _put_parts(model, folder / "model.safetensors", ("",), new=(_DECODER,))
     if config.train.init_audio_from:
         path = config.train.init_audio_from
-        alone = (path / TOWER).is_file()
-        folder = path if alone else model_folder(path)
-        file = folder / (TOWER if alone else "model.safetensors")
+        audio_only = (path / TOWER).is_file()
+        folder = path if audio_only else model_folder(path)
+        file = folder / (TOWER if audio_only else "model.safetensors")
         _same_meaning(config, folder, (media, _DECODER))
         _put_parts(model, file, (media, _DECODER), new=(_DECODER, *_FUSION))
 
@@ -161,7 +161,7 @@ def _same_meaning(config: Config, folder: Path, parts: tuple[str, ...]) -> None:
 
 
 def _meaning(config: Config) -> dict[str, object]:
-    """The settings that a config's weights mean and no shape tells, by name."""
+    """The settings that a config's weights depend on and that shapes do not determine, by name."""
     sections = {config.encoder.modality: config.encoder.meaning(), "text": config.text.meaning()}
     if config.loss.recon.weight:
         sections["decoder"] = config.decoder.marked(MEANS_WEIGHTS)

@@ -25,7 +25,7 @@ from flap_kernels import PatchMask
 
 
 class ModelInputs(TypedDict):
-    """What `TwoTowers.forward` is called with, by name."""
+    """The keyword arguments of `TwoTowers.forward`."""
 
     media: Tensor
     """(B, 1, T, F) float32; (B, 4, T, F) with fusion; images: (B, 3, R, R)."""
@@ -79,7 +79,7 @@ class TwoTowers(nn.Module):
 
     @property
     def head(self) -> nn.Module | None:
-        """The media encoder's map into the joint space; None where its vector lies there."""
+        """The media encoder's projection to the joint space; None if its output lies there."""
         return getattr(self, f"{self.modality}_head", None)
 
     def forward(
@@ -92,7 +92,7 @@ class TwoTowers(nn.Module):
         erase: Tensor | None = None,
         longer: Tensor | None = None,
     ) -> Outputs:
-        """Embed both sides of B pairs; the arguments are those of `ModelInputs`."""
+        """Embed media and captions of B pairs; the arguments are those of `ModelInputs`."""
         scale = _Clamp.apply(self.logit_scale, self.max_logit_scale).exp().squeeze(0)
         ids_keep = None if mask is None else mask.ids_keep
         media_rows, tokens = self._encode(media, ids_keep, erase, longer)
@@ -109,7 +109,7 @@ class TwoTowers(nn.Module):
     def embed_media(
         self, media: Tensor, ids_keep: Tensor | None = None, *, longer: Tensor | None = None
     ) -> Tensor:
-        """Embeddings (B, d) of media as `ModelInputs` has them, unit norm, float32."""
+        """Embeddings (B, d) of media as in `ModelInputs`, unit norm, float32."""
         return self._encode(media, ids_keep, None, longer)[0]
 
     def _encode(

@@ -61,7 +61,7 @@ class CachedMelEncoder:
         """The log-mel of the sound that training would read; raises `BadSound`."""
         source = read_source(entry)
         if isinstance(source, EncodedImage):
-            raise BadSound("a picture: it has no log-mel")
+            raise BadSound("an image: it has no log-mel")
         rate = self.audio.sample_rate_hz
         if isinstance(source, bytes):
             wave = checked_wave(entry, source, rate)

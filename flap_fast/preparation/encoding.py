@@ -84,22 +84,22 @@ def read_source(entry: Entry) -> Path | bytes | EncodedImage:
     """A clip's sound, as a file or as the bytes in a tar, or its image.
 
     Raises:
-        Unusable: the row has neither captions nor labels, or the picture is none.
+        Unusable: the row has neither captions nor labels, or the image is unreadable.
     """
-    if not entry.captions and not entry.labels:  # a clip with labels alone can be classified
+    if not entry.captions and not entry.labels:  # a clip with only labels can be classified
         raise Unusable("captionless")
     if entry.inside is None:
-        return _picture(entry.audio) if entry.image else entry.audio
+        return _encoded_image(entry.audio) if entry.image else entry.audio
     if not entry.audio.is_file():
         raise Unusable("missing: no such file")
     with entry.audio.open("rb") as file:
         file.seek(entry.inside[0])
         data = file.read(entry.inside[1])
-    return _picture(data) if data.startswith(_PICTURES) and data[8:12] != b"WAVE" else data
+    return _encoded_image(data) if data.startswith(_IMAGE_MAGIC) and data[8:12] != b"WAVE" else data
 
 
 # How JPEG, PNG and WebP begin; WAVE begins as the last.
-_PICTURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF")
+_IMAGE_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF")
 _AS_IT_IS = {
     (kind, mode): ending
     for kind, ending in (("JPEG", "jpg"), ("PNG", "png"))
@@ -107,17 +107,17 @@ _AS_IT_IS = {
 }
 
 
-def _picture(source: Path | bytes) -> EncodedImage:
-    """The picture's file, or a PNG of it; raises `BadImage` with the reason for rejecting it."""
-    # Pillow and PyTorch take time to import, which sounds alone need not pay.
+def _encoded_image(source: Path | bytes) -> EncodedImage:
+    """The image's file, or a PNG of it; raises `BadImage` with the reason for rejecting it."""
+    # Pillow and PyTorch take time to import, which sounds do not need.
     from flap_fast.data.preprocess.image import decoded, rgb, square
 
-    picture = decoded(source)
-    colours = rgb(picture)
+    image = decoded(source)
+    colours = rgb(image)
     square(colours, 1)  # a strip is rejected here, not in training
     # RGBA, palettes, CMYK, 16 bits: each decoder has its own way with them.
-    ending = _AS_IT_IS.get((str(picture.format), picture.mode))
-    if ending is not None and "transparency" not in picture.info:
+    ending = _AS_IT_IS.get((str(image.format), image.mode))
+    if ending is not None and "transparency" not in image.info:
         return EncodedImage(ending, source if isinstance(source, bytes) else source.read_bytes())
     buffer = io.BytesIO()
     colours.save(buffer, "PNG")

@@ -28,8 +28,8 @@ _KNOWN = ("audio", "image", "caption", "captions", "id", "split", "labels", "sta
 Row = tuple[Path, int, dict[str, Any]]
 """A row's file, its line and its cells."""
 
-# Endings of files that are pictures.
-PICTURES = ("jpg", "jpeg", "png", "webp")
+# Endings of image files.
+IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 _FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -47,7 +47,7 @@ class Entry:
     duration_s: float | None = None
     original: dict[str, Any] = field(default_factory=dict)
     image: bool = False
-    """`audio` is a picture."""
+    """`audio` is an image."""
     inside: tuple[int, int] | None = None
     """Offset and size of the media in `audio`, a tar."""
     more: dict[str, Any] = field(default_factory=dict)
@@ -90,7 +90,7 @@ def collect(rows: Iterable[Row], folder: Path, called: str) -> list[Entry]:
         other = next(iter(clips.values()), entry)
         if entry.image != other.image:
             raise ManifestError(
-                f"{file}:{line}: a manifest must name sounds or pictures throughout, got both; "
+                f"{file}:{line}: a manifest must name sounds or images throughout, got both; "
                 "split it in two"
             )
         piece = (entry.split, entry.audio, entry.start_s, entry.duration_s)
@@ -119,10 +119,10 @@ def _entry(file: Path, line: int, row: dict[str, Any], folder: Path) -> Entry:
     if image and _given(row, "audio"):
         raise ManifestError(f"{file}:{line}: a row must have audio or image, got both")
     if not isinstance(audio, str) or not audio:
-        what = "image must name a picture" if image else "audio must name a sound file"
+        what = "image must name an image file" if image else "audio must name a sound file"
         raise ManifestError(f"{file}:{line}: {what}, got {audio!r}")
     path = folder / audio
-    image = image or path.suffix.lower().lstrip(".") in PICTURES
+    image = image or path.suffix.lower().lstrip(".") in IMAGE_ENDINGS
     try:
         start_s = float(row["start_s"]) if _given(row, "start_s") else 0.0
         duration_s = float(row["duration_s"]) if _given(row, "duration_s") else None
@@ -136,7 +136,7 @@ def _entry(file: Path, line: int, row: dict[str, Any], folder: Path) -> Entry:
             f"got {start_s:g} and {duration_s}"
         )
     if image and (start_s or duration_s is not None):
-        raise ManifestError(f"{file}:{line}: start_s and duration_s are of sounds, not of pictures")
+        raise ManifestError(f"{file}:{line}: start_s and duration_s are for sounds, not for images")
     split = str(row["split"]) if _given(row, "split") else "train"
     if not _FOLDER.fullmatch(split):
         raise ManifestError(

@@ -4,8 +4,8 @@
     OUT/rejected.jsonl                     what could not be used, and why
     OUT/.prepare/                          which shards are finished, for going on after a stop
 
-Shard K of a split holds rows K*n .. K*n+n-1 of that split: what it contains depends on the
-manifest alone, so stopping anywhere and going on gives the same bytes, and so does any division of
+Shard K of a split holds rows K*n .. K*n+n-1 of that split: its contents depend only on the
+manifest, so stopping anywhere and resuming gives the same bytes, and so does any division of
 the work among machines.
 """
 
@@ -61,8 +61,8 @@ def prepare(
         manifest: its file, or clips that a reader of `sources` found.
         threads: decoding threads; 0 takes all cores.
         cache: write the log-mels of this front end instead of sounds.
-        shard_range: write these shards alone; the call that finds all finished writes the rest.
-        retry: prepare shards with rejected clips anew.
+        shard_range: write only these shards; the call that finds all finished writes the rest.
+        retry: prepare shards with rejected clips again.
         distributor: threads of this process, or the running Ray cluster.
         part: the former name of shard_range.
 
@@ -102,7 +102,7 @@ def write_shards(
     *,
     threads: int,
 ) -> None:
-    """Write these shards, clips encoded on threads, across the shards' borders."""
+    """Write these shards; threads encode clips across the shards' borders."""
 
     def encode(entry: Entry) -> tuple[str, bytes] | str:
         try:

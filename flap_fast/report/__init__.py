@@ -1,1 +1,1 @@
-"""Figures of what a run sees and does; reads run folders, and nothing imports it but the CLI."""
+"""Figures and reports of runs; reads run folders. Only the CLI imports it."""

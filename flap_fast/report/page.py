@@ -23,7 +23,7 @@ from flap_fast.report.run import RunFacts, read_run
 
 
 def report(folder: Path, out: Path | None = None, *, others: Sequence[Path] = ()) -> Path:
-    """Write the page of a run; gives the file, RUN/report.html when not named.
+    """Write the page of a run; returns the file, by default RUN/report.html.
 
     Args:
         others: folders of other runs, drawn with it in recall over GFLOPs.

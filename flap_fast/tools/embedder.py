@@ -21,7 +21,7 @@ from flap_fast.checks import ConfigError, require
 from flap_fast.config import Config
 from flap_fast.data.batch import stack_clips
 from flap_fast.data.preprocess.fusion import PIECES
-from flap_fast.data.preprocess.image import Picture, any_square
+from flap_fast.data.preprocess.image import ImageSource, any_square
 from flap_fast.data.preprocess.preprocessor import make_preprocessor
 from flap_fast.data.preprocess.waveform import BadSound
 from flap_fast.data.tokenize import Tokenizer, tokenizer
@@ -139,7 +139,7 @@ class Embedder:
                         waiting, crops = [], 0
                 yield from self._finish(waiting, batch)
 
-    def embed_image(self, images: Sequence[Picture], batch: int = 64) -> Tensor:
+    def embed_image(self, images: Sequence[ImageSource], batch: int = 64) -> Tensor:
         """Embed images: (N, d) unit rows, float32, on the CPU.
 
         Args:
@@ -157,7 +157,7 @@ class Embedder:
         if isinstance(images, (str, Path)):
             raise TypeError(f"images must be a list, got one: ['{images}']")
 
-        def decode(numbered: tuple[int, Picture]) -> np.ndarray:
+        def decode(numbered: tuple[int, ImageSource]) -> np.ndarray:
             return any_square(numbered[1], numbered[0], encoder.resolution)
 
         rows = torch.empty(len(images), self.config.joint.width)
@@ -189,13 +189,13 @@ class Embedder:
         templates = templates or _TEMPLATES[self.config.encoder.modality]
         return class_vectors(self.embed_text, labels, prompts(templates))
 
-    def rank(self, sound: Sound | Picture, captions: Sequence[str]) -> list[tuple[str, float]]:
+    def rank(self, sound: Sound | ImageSource, captions: Sequence[str]) -> list[tuple[str, float]]:
         """Return captions with their cosine similarities to a sound or image, best first."""
         cosines = (self.embed_text(captions) @ self._embed_one(sound)[0]).tolist()
         return sorted(zip(captions, cosines, strict=True), key=lambda pair: -pair[1])
 
     def classify(
-        self, sound: Sound | Picture, labels: Sequence[str], templates: str | None = None
+        self, sound: Sound | ImageSource, labels: Sequence[str], templates: str | None = None
     ) -> list[tuple[str, float]]:
         """Return classes with their probabilities for a sound or image, best first (zero-shot)."""
         vectors = self.embed_labels(labels, templates)

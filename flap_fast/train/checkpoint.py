@@ -161,7 +161,7 @@ def latest(folder: Path) -> Path | None:
 
 
 def _fsync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, would survive a power cut."""
+    """Flush a file's bytes or a folder's entries to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

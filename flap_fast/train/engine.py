@@ -5,7 +5,7 @@
     grad_norm = engine.step(lr)        once per step
 
 Both engines give the same numbers on one process, and either resumes what the other saved, over any
-number of ranks. DeepSpeed's configuration is built here from ours alone. Only this file imports
+number of ranks. DeepSpeed's configuration is built here from ours. Only this file imports
 deepspeed.
 """
 
@@ -61,7 +61,7 @@ class Engine(Protocol):
         ...
 
     def step(self, lr: float) -> Tensor:
-        """Clip gradients, update weights, clear gradients; gives the norm before clipping, ()."""
+        """Clip gradients, update weights, clear gradients; returns the norm before clipping, ()."""
         ...
 
     def weights(self) -> dict[str, Tensor]:

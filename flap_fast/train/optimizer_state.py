@@ -102,7 +102,9 @@ class OptimizerState:
             ConfigError: the file cannot be read, or is of another model.
         """
         saved = self._read(file)
-        on_device = bool(self._optimizer.defaults["fused"])  # a fused Adam counts beside the key
+        on_device = bool(
+            self._optimizer.defaults["fused"]
+        )  # a fused Adam counts steps on the device
         for name, _, start, numel, key, offset in self._fragments:
             step = saved.get(f"{name}/step")
             if step is None:

@@ -1,4 +1,4 @@
-"""What a run has before its first step: checked settings, data, model, engine, observers."""
+"""Sets up a run before its first step: checked settings, data, model, engine, observers."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def set_up(config: Config, ranks: Ranks, start: Path | None, open_files: ExitSta
 
 
 def _model(config: Config, start: Path | None) -> TwoTowers:
-    """The model with the weights of a checkpoint, or those that a new run starts with."""
+    """The model with the weights of a checkpoint, or with initial weights."""
     torch.manual_seed(config.run.seed)
     model = TwoTowers(config, weights=start is None and config.train.init_from is None)
     if start:

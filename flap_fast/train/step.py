@@ -103,7 +103,8 @@ class Gradients:
             batch = next(again)
             if (batch.clips != clips[micro]).any():
                 raise ShardError(
-                    f"step {step}: a clip could be read once and not again; set train.replay=keep"
+                    f"step {step}: a clip was readable in the first pass but not in the second; "
+                    "set train.replay=keep"
                 )
             micro_outputs = self._forward(batch, step, micro)
             self._engine.backward(_surrogate_loss(micro_outputs, cache, micro, len(clips)))

@@ -1,4 +1,4 @@
-"""The ops of flap_fast that PyTorch does not do fast, or not exactly. Needs torch; uses triton.
+"""Ops of flap_fast for which PyTorch is slow or inexact. Requires torch; uses triton.
 
 `KERNELS` names every op that has a kernel: what it names is tested, compiled and timed.
 """

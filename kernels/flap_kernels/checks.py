@@ -1,4 +1,4 @@
-"""Checks of arguments, shared by the public ops: one sentence that says name, rule and value."""
+"""Argument checks of the public ops; errors are one sentence with name, rule and value."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_shape(name: str, x: Tensor, shape: Sequence[int | None], legend: str) -> None:
-    """Fail unless `x` has this shape; None stands for any size, `legend` says it in letters."""
+    """Raise unless `x` has this shape; None allows any size, `legend` is the shape in letters."""
     matches = x.ndim == len(shape) and all(
         want is None or have == want for have, want in zip(x.shape, shape, strict=True)
     )
@@ -21,21 +21,21 @@ def check_shape(name: str, x: Tensor, shape: Sequence[int | None], legend: str) 
 
 
 def check_floats(**tensors: Tensor) -> None:
-    """Fail unless each is of a floating type that the ops compute with."""
+    """Raise unless all have a floating dtype that the ops support."""
     for name, x in tensors.items():
         if x.dtype not in FLOATS:
             raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
 
 
 def check_integers(**tensors: Tensor) -> None:
-    """Fail unless each is int32 or int64."""
+    """Raise unless all are int32 or int64."""
     for name, x in tensors.items():
         if x.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{name} must be int32 or int64, got {x.dtype}")
 
 
 def check_inside(name: str, index: Tensor, N: int) -> None:
-    """Fail unless all lie in [0, N). Looks on the CPU alone: elsewhere, it would wait."""
+    """Raise unless all values are in [0, N). Checked only on the CPU: a GPU would synchronise."""
     if index.device.type == "cpu" and index.numel():
         low, high = (bound.item() for bound in index.aminmax())
         if low < 0 or high >= N:
@@ -43,7 +43,7 @@ def check_inside(name: str, index: Tensor, N: int) -> None:
 
 
 def check_together(**tensors: Tensor) -> None:
-    """Fail unless all lie on one device."""
+    """Raise unless all are on one device."""
     devices = {name: x.device for name, x in tensors.items()}
     if len(set(devices.values())) > 1:
         found = ", ".join(f"{name} on {device}" for name, device in devices.items())
@@ -51,12 +51,12 @@ def check_together(**tensors: Tensor) -> None:
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Fail unless the value is one of the choices."""
+    """Raise unless the value is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def check_above(name: str, value: float | None, bound: float) -> None:
-    """Fail unless the value is None or above the bound."""
+    """Raise unless the value is None or above the bound."""
     if value is not None and not value > bound:
         raise ValueError(f"{name} must be above {bound:g}, got {value:g}")

@@ -1,4 +1,4 @@
-"""cyclic: how far similarities are from being the same both ways round, of CyCLIP.
+"""cyclic: the cyclic consistency losses of CyCLIP.
 
     cross_modal = sum_jk (a_j . t_k - a_k . t_j)^2 / B      (C-cyclic, L_C)
     in_modal    = sum_jk (a_j . a_k - t_j . t_k)^2 / B      (I-cyclic, L_I)
@@ -53,7 +53,7 @@ def cyclic_reference(audio: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def form_in_force(form: Form, B: int, D: int) -> Form:
-    """The form that `auto` takes: fewer products, forward + backward (24 b B D or 14 b D D)."""
+    """The form that `auto` selects: the one with fewer products (24 b B D or 14 b D D)."""
     return ("gram" if 24 * B > 14 * D else "tiled") if form == "auto" else form
 
 
@@ -65,7 +65,7 @@ def cyclic(
     form: Form = "auto",
     equal_sizes: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The cross-modal and the in-modal cyclic loss over the clips of all ranks, () float32 each.
+    """The cross-modal and in-modal cyclic losses over the clips of all ranks, () float32 each.
 
     `audio` and `text` are this rank's unit rows (b, D); computed in float32, under autocast too.
     On one rank, or without torch.distributed, B = b. `equal_sizes` promises that all ranks hold as
@@ -93,7 +93,7 @@ def cyclic(
 
 @contextmanager
 def _float32(x: Tensor) -> Iterator[None]:
-    """Products as they are written, whatever autocast and TF32 are outside."""
+    """A context in which products are computed without autocast and TF32."""
     with without_autocast(x.device), float32_products("ieee"):
         yield
 
@@ -175,7 +175,7 @@ class _Gram(torch.autograd.Function):
 
 
 def _tiles(both: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor, slice]]:
-    """Audio and text of some rows at a time, and which rows."""
+    """Yield tiles of audio and text rows, and the range of each tile."""
     for start in range(0, len(both), _TILE):
         rows = slice(start, min(start + _TILE, len(both)))
         audio, text = both[rows].to(dtype).chunk(2, dim=1)

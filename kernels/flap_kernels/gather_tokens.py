@@ -1,4 +1,4 @@
-"""gather_tokens: the tokens that masking left, packed.
+"""gather_tokens: the kept tokens of each clip, packed.
 
     y[b, k, :] = x[b, ids_keep[b, k], :]
 
@@ -30,7 +30,7 @@ from flap_kernels.unshuffle_tokens import blocks, clip_rows, spread
 
 
 def gather_tokens_reference(x: Tensor, ids_keep: Tensor) -> Tensor:
-    """The kept tokens, by PyTorch's gather: what `gather_tokens` means."""
+    """The reference of `gather_tokens`: the kept tokens, by PyTorch's gather."""
     return x.gather(1, ids_keep.long()[..., None].expand(-1, -1, x.shape[-1]))
 
 

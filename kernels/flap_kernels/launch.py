@@ -1,4 +1,4 @@
-"""The one import of Triton in this package, and which tensors its kernels serve.
+"""The only import of Triton in this package, and the check whether kernels support a tensor.
 
 Without Triton, `jit` leaves a kernel undecorated and `tl` is empty; kernels are then never
 called, since `runs_triton` says no to every tensor.
@@ -32,7 +32,7 @@ else:
         triton, tl, HAS_TRITON = None, None, False
 
         def jit(function=None, **_):
-            """Leave the kernel as it is."""
+            """Return the kernel unchanged."""
             return function if function is not None else jit
 
 
@@ -53,12 +53,12 @@ def interpreted() -> bool:
 
     Triton reads the variable when a kernel is decorated: set it before the first import.
     """
-    # What Triton takes for a yes.
+    # The values that Triton reads as true.
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 def runs_triton(*tensors: Tensor) -> bool:
-    """Whether the kernels serve these tensors; if not, plain PyTorch does."""
+    """Whether the kernels support these tensors; otherwise plain PyTorch is used."""
     if not HAS_TRITON or any(x.dtype.itemsize > 4 and x.is_floating_point() for x in tensors):
         return False  # float64 is for checking, in plain PyTorch
     if interpreted():
@@ -67,7 +67,7 @@ def runs_triton(*tensors: Tensor) -> bool:
 
 
 def ceil_div(size: int, block: int) -> int:
-    """How many blocks cover the size."""
+    """Number of blocks that cover the size."""
     return -(-size // block)
 
 

@@ -1,4 +1,4 @@
-"""masked_mse: how far a decoder's last layer is from the masked patches of the log-mel.
+"""masked_mse: mean squared error of a decoder's last layer against the masked patches.
 
     e[b, m, :] = weight @ hidden[b, m] + bias - target(b, ids_drop[b, m])
     loss       = mean of e**2 over B, M and P * P
@@ -50,7 +50,7 @@ EPS = 1e-6
 def masked_mse_reference(
     hidden: Tensor, weight: Tensor, bias: Tensor, mel: Tensor, ids_drop: Tensor, *, norm_pix: bool
 ) -> Tensor:
-    """The mean squared error, from stored predictions: what `masked_mse` means."""
+    """The reference of `masked_mse`: the mean squared error of stored predictions."""
     total_dtype = accumulator_dtype(weight.dtype)
     patch = round(len(weight) ** 0.5)
     target = patch_rows(mel, clips(ids_drop), ids_drop.long(), patch).to(total_dtype)
@@ -68,7 +68,7 @@ _CHUNK_ROWS_ELSEWHERE = 4_096
 
 @dataclass(frozen=True)
 class _Layer:
-    """What both directions read: rows of hidden (B * M, H), and what they are compared with."""
+    """Inputs of forward and backward: rows of hidden (B * M, H) and their targets."""
 
     hidden: Tensor
     weight: Tensor
@@ -101,19 +101,19 @@ class _Layer:
         return torch.stack([self._errors(chunk).square_().sum() for chunk in self.chunks()]).sum()
 
     def prediction_gradient(self, chunk: slice, upstream: Tensor) -> tuple[Tensor, Tensor]:
-        """Of some rows, in the product's type; and the sums of its columns, before rounding."""
+        """dprediction of some rows, in the product's dtype, and its column sums before rounding."""
         product = self.weight.dtype
         if not self.on_triton:
             e = self._errors(chunk).mul_(upstream * (2.0 / (len(self.hidden) * self.pixels)))
             return e.to(product), e.sum(0)
-        # The interpreter cuts float32 to bfloat16 where a GPU rounds: there PyTorch rounds.
+        # The interpreter truncates float32 to bfloat16 where a GPU rounds, so PyTorch rounds there.
         stored = torch.float32 if interpreted() else product
         e = self.mel.new_empty((chunk.stop - chunk.start, self.pixels), dtype=stored)
         sums = self._launch(chunk, upstream, e)
         return e.to(product), sums.sum(0)
 
     def _errors(self, chunk: slice) -> Tensor:
-        """e of some rows, by two passes of PyTorch: what the product is to be added to, and it."""
+        """e of some rows, in PyTorch: the negative target, then the product added to it."""
         row = torch.arange(chunk.start, chunk.stop, device=self.ids_drop.device)
         n = self.ids_drop.flatten()[chunk].long()
         x = patch_rows(self.mel, row // self.ids_drop.shape[1], n, self.patch).to(self.total_dtype)
@@ -128,7 +128,7 @@ class _Layer:
         return add_product(e, self.hidden[chunk].to(self.weight.dtype), self.weight.T)
 
     def _launch(self, chunk: slice, upstream: Tensor | None, error: Tensor | None) -> Tensor:
-        """Each program's number: its sum of squares, or with `error` the sums of its columns."""
+        """Launch; returns each program's sum of squares, or with `error` its column sums."""
         rows = chunk.stop - chunk.start
         tile = tiles(self.pixels, self.weight.dtype, float32_precision())
         programs = ceil_div(rows, tile["BLOCK_ROWS"])
@@ -204,7 +204,7 @@ def _masked_mse_backward(
     norm_pix: bool,
     product: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of hidden, in its type, and of weight and bias, at least float32."""
+    """The gradients of hidden, in its dtype, and of weight and bias, at least float32."""
     layer = _Layer(hidden.flatten(0, 1), weight.to(product), bias, mel, ids_drop, patch, norm_pix)
     hidden_grad = torch.empty_like(layer.hidden, memory_format=torch.contiguous_format)
     weight_grad = torch.zeros(weight.shape, dtype=layer.total_dtype, device=weight.device)
@@ -262,7 +262,7 @@ def masked_mse(
     two from float32 sums, without atomics.
 
     Args:
-        hidden: (B, M, H), the masked patches alone, in the order of `ids_drop`:
+        hidden: (B, M, H), only the masked patches, in the order of `ids_drop`:
             `gather_tokens(x, ids_drop)` of a decoder's output. So its last LayerNorm, too, can
             leave out the others.
         weight: (P * P, H), the side P of a patch follows from it.

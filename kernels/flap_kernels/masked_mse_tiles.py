@@ -1,4 +1,4 @@
-"""The kernel of `masked_mse`: a tile of masked patches, their prediction and how far it is off.
+"""The kernel of `masked_mse`: a tile of masked patches, their predictions and errors.
 
     e[r, :] = weight @ hidden[r] + bias - target(r)          for r in a span of the B * M rows
 
@@ -54,7 +54,7 @@ def masked_mse_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Rows `first` to `first + rows` of all B * M: the sum of their squares, or e scaled."""
+    """Compute the sum of squares, or e scaled, of rows `first` to `first + rows` of all B * M."""
     pid = tl.program_id(0)
     offs_row = pid * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     offs_p = tl.arange(0, PIXELS)
@@ -104,7 +104,7 @@ def masked_mse_kernel(
 
 
 def tiles(pixels: int, dtype: torch.dtype, precision: str) -> dict[str, Any]:
-    """A tile holds whole patches, for their mean and variance."""
+    """The tile sizes; a tile holds whole patches, for their mean and variance."""
     power_of_2 = triton.next_power_of_2(max(16, pixels))
     rows, columns, warps, stages = 64, 64, 8, 2
     if dtype.itemsize == 4:

@@ -1,4 +1,4 @@
-"""patch_embed: from a log-mel to the embeddings of the patches that masking left.
+"""patch_embed: the embeddings of a log-mel's kept patches.
 
     y[b, k, :] = weight @ patch(mel[b], ids_keep[b, k]) + bias + position[ids_keep[b, k], :]
 
@@ -48,7 +48,7 @@ from flap_kernels.spec import Inputs, Kernel, Size
 def patch_embed_reference(
     mel: Tensor, ids_keep: Tensor, weight: Tensor, bias: Tensor, position: Tensor
 ) -> Tensor:
-    """The embedded patches, by gather, product and two sums: what `patch_embed` means."""
+    """The reference of `patch_embed`: the embedded patches, by gather, product and two sums."""
     patch = round(weight.shape[1] ** 0.5)
     rows = patch_rows(mel, clips(ids_keep), ids_keep.long(), patch)
     return torch.nn.functional.linear(rows, weight, bias) + position[ids_keep.long()]
@@ -117,7 +117,7 @@ def patch_embed_kernel(
 
 
 def tiles(pixels: int, dtype: torch.dtype, precision: str) -> dict[str, Any]:
-    """A tile of patches stays in shared memory while the weight streams by.
+    """The tile sizes; a tile of patches stays in shared memory while the weight is streamed.
 
     Small enough for three programs on a multiprocessor, so that one's gather hides behind the
     products of the others. float32: `ieee` products hold both factors in registers.
@@ -183,7 +183,7 @@ def _plain(mel, ids_keep, weight, bias, position, patch, dtype):
     total_dtype = accumulator_dtype(weight.dtype)
     ids_keep = ids_keep.long()
     rows = patch_rows(mel, clips(ids_keep), ids_keep, patch).flatten(0, 1).to(weight.dtype)
-    # Bias and positions are what the product is added to: no pass of their own over the output.
+    # The product is added to bias and positions, which saves a pass over the output.
     out = (position.to(total_dtype) + bias).index_select(0, ids_keep.flatten())
     return add_product(out, rows, weight.T).to(dtype).unflatten(0, ids_keep.shape)
 
@@ -202,7 +202,7 @@ def _patch_embed_flop(mel, ids_keep, weight, *_, **__) -> int:
 def _patch_embed_backward(
     grad: Tensor, mel: Tensor, ids_keep: Tensor, patch: int, product: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of weight and bias, not narrower than float32."""
+    """The gradients of weight and bias, at least float32."""
     rows = pack_patches(mel, ids_keep, patch, product)
     grad = grad.flatten(0, 1).to(product)
     total_dtype = accumulator_dtype(product)
@@ -251,7 +251,7 @@ def _backward(ctx, grad):
 
 
 def _unpatched(rows: Tensor, mel: Tensor, patch: int) -> Tensor:
-    """(B, N, P * P) -> a log-mel in the type of `mel`."""
+    """(B, N, P * P) -> a log-mel in the dtype of `mel`."""
     cells = rows.unflatten(2, (patch, patch)).unflatten(1, (-1, mel.shape[2] // patch))
     return cells.transpose(2, 3).reshape(mel.shape).to(mel.dtype)
 
@@ -268,7 +268,7 @@ def patch_embed(
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The embeddings of the patches that stay, positions added, (B, K, D).
+    """The embeddings of the kept patches with their positions added, (B, K, D).
 
     Under autocast the product's factors are rounded to autocast's type, else to the weight's; it
     is summed, and bias and position are added, in float32. Gradients of weight and bias come from

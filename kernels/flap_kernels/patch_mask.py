@@ -1,4 +1,4 @@
-"""draw_patch_mask: which patches of each clip stay, drawn on the device from its sample index.
+"""draw_patch_mask: each clip's kept patches, drawn on the device from its sample index.
 
     word[n]  = Philox4x32-10(key = (seed, stream), counter = (s_lo, s_hi, n // 4, 0))[n % 4]
     lowest_k = the k patches of least word >> 8; ties go to the smaller index
@@ -53,7 +53,7 @@ def draw_patch_mask_reference(
     rows: int | None,
     shared: bool,
 ) -> PatchMask:
-    """The mask of each clip, by sorting: what `draw_patch_mask` means."""
+    """The reference of `draw_patch_mask`: the mask of each clip, by sorting."""
     C, R = grid
     stay = _lowest(philox_words(seed, streams[0], sample_index, C), columns)
     stay = stay[:, :, None].expand(-1, -1, R)
@@ -66,14 +66,14 @@ def draw_patch_mask_reference(
 
 
 def _lowest(words: Tensor, k: int) -> Tensor:
-    """True at the k lowest of the last axis; ties go to the smaller index."""
+    """True at the k lowest values of the last axis; ties go to the smaller index."""
     order = words.argsort(dim=-1, stable=True)
     return torch.zeros_like(words, dtype=torch.bool).scatter_(-1, order[..., :k], True)
 
 
 @jit
 def _draw(key, sample, n):
-    """The word of each index in `n`, as int32 in [0, 2**24)."""
+    """The random word of each index in `n`, as int32 in [0, 2**24)."""
     # Four neighbours share a block and each computes all of it: 10 rounds cost less than a shuffle.
     block = n // 4
     low = (sample & 0xFFFFFFFF).to(tl.uint32) + tl.zeros_like(block).to(tl.uint32)
@@ -218,7 +218,7 @@ def draw_patch_mask(
     rows: int | None,
     shared: bool,
 ) -> PatchMask:
-    """The patches that each clip keeps, a function of the seed and of the clip's sample index.
+    """The patches that each clip keeps: a function of the seed and the clip's sample index.
 
     1-D masking of single patches is a grid of (N, 1) with `rows` None; of whole frames, the grid
     of patches with `rows` None; 2-D masking gives both counts.

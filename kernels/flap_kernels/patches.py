@@ -1,4 +1,4 @@
-"""Where a patch lies in a log-mel, for the ops that read patches straight from it.
+"""Offsets of patches in a log-mel, for the ops that read patches directly from it.
 
     patch n of clip b, pixel p = mel[b, P (n // A) + p // P, P (n % A) + p % P]
 
@@ -25,7 +25,7 @@ from flap_kernels.checks import (
 )
 from flap_kernels.launch import ceil_div, jit, runs_triton, tl, triton
 
-# A tile of larger patches does not fit in shared memory: the plain path serves them.
+# A tile of larger patches does not fit in shared memory: plain PyTorch is used.
 MOST_PIXELS = 32 * 32
 
 
@@ -48,7 +48,7 @@ def clips(index: Tensor) -> Tensor:
 
 
 def check_patches(mel: Tensor, name: str, index: Tensor, pixels: int) -> int:
-    """The side of a patch of so many pixels, after the checks of a log-mel and of its patches."""
+    """Check a log-mel and its patches; returns the side of a patch."""
     patch = isqrt(pixels)
     check_shape("mel", mel, (None, None, None), "(B, T, F)")
     check_floats(mel=mel)
@@ -66,7 +66,7 @@ def check_patches(mel: Tensor, name: str, index: Tensor, pixels: int) -> int:
 
 @jit
 def load_index(index_ptr, row, mask_row, K, stride_b, stride_k):
-    """The clip of each row of a flat (B * K), and what the index names valid; both int32."""
+    """The clip of each row of a flat (B * K), and its patch index, 0 if masked; both int32."""
     b = row // K
     at = index_ptr + b.to(tl.int64) * stride_b + (row % K).to(tl.int64) * stride_k
     return b, tl.load(at, mask=mask_row, other=0).to(tl.int32)
@@ -140,13 +140,13 @@ def pack_patches_kernel(
 
 
 def pack_tile(pixels: int) -> dict[str, int]:
-    """4,096 pixels, or one patch; and a tail of 16 bytes at least."""
+    """The tile of `pack_patches`: 4,096 pixels or one patch, and a tail of at least 16 bytes."""
     power_of_2 = triton.next_power_of_2(pixels)
     return {"PIXELS": power_of_2, "TAIL": 8, "BLOCK_ROWS": max(1, 4096 // power_of_2)}
 
 
 def pack_patches(mel: Tensor, index: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
-    """The patches named, a row each, and behind the pixels a 1, then zeros: (B * K, P * P + 8).
+    """The patches of an index, one per row: pixels, then a 1, then zeros, (B * K, P * P + 8).
 
     With the 1, one product gives a layer's weight gradient and, in its last column, the bias'.
     """

@@ -1,4 +1,4 @@
-"""Random numbers that are a function of seed, stream and counter alone: Philox4x32-10.
+"""Counter-based random numbers, a function of seed, stream and counter: Philox4x32-10.
 
     word[n] = Philox4x32-10(key = (seed, stream), counter = (c_lo, c_hi, n // 4, 0))[n % 4]
 

@@ -1,4 +1,4 @@
-"""In which type factors are multiplied and sums are kept, on every device.
+"""The dtypes of products and of accumulators, on every device.
 
 total = beta * total + alpha * a @ b          summed in total's type, whatever a and b are
 """
@@ -16,16 +16,16 @@ from torch import Tensor
 from flap_kernels.launch import interpreted
 
 Float32Precision = Literal["ieee", "tf32"]
-"""How float32 factors are multiplied: as they are, or rounded to TF32 for tensor cores."""
+"""How float32 factors are multiplied: in full precision, or rounded to TF32 for tensor cores."""
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type in which sums over inputs of this type are kept: float32, or float64 for float64."""
+    """The accumulator's dtype for inputs of this dtype: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def product_dtype(weight: Tensor) -> torch.dtype:
-    """The type that a product's factors are rounded to: autocast's where it is on."""
+    """The dtype that a product's factors are rounded to: autocast's, if it is on."""
     device = weight.device.type
     # The meta device has no autocast, and asking for its state raises.
     narrow = device != "meta" and weight.dtype.itemsize <= 4 and torch.is_autocast_enabled(device)
@@ -33,7 +33,7 @@ def product_dtype(weight: Tensor) -> torch.dtype:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """A context in which products on this device keep the types of their factors."""
+    """A context without autocast on this device."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
@@ -41,7 +41,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 def float32_products(precision: Float32Precision) -> Iterator[None]:
     """A context in which the library's float32 products on a GPU have this precision.
 
-    Whatever the program has set comes back at the end.
+    The earlier setting is restored on exit.
     """
     settings = torch.backends.cuda.matmul
     before = settings.fp32_precision
@@ -53,12 +53,12 @@ def float32_products(precision: Float32Precision) -> Iterator[None]:
 
 
 def float32_precision() -> Float32Precision:
-    """How a kernel is to multiply float32: as PyTorch's own products are set to."""
+    """The float32 precision of a kernel's products: the setting of PyTorch's own."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, *, beta: int = 1, alpha: int = 1) -> Tensor:
-    """Computes `total = beta * total + alpha * a @ b` in place, beta 0 or 1, and returns `total`.
+    """Compute `total = beta * total + alpha * a @ b` in place, beta 0 or 1; returns `total`.
 
     With `beta=0` what `total` holds is not read. On a GPU a product of bfloat16 is summed onto
     float32 without rounding; on a CPU, where PyTorch has no such product, it is rounded first.

@@ -1,4 +1,4 @@
-"""The record of a kernel: its op, its reference implementation, and on what to try them.
+"""The record of a kernel: its op, its reference implementation, and their test inputs.
 
 A new kernel is one file with a `KERNEL` of this type and one line in `KERNELS`. In the repository,
 tests/kernels/test_every_kernel.py then holds it to its reference and asks for its programs in
@@ -23,18 +23,18 @@ class Inputs:
     """The keyword arguments of one call."""
 
     arguments: Mapping[str, Any]
-    """Tensors that are not integers are float64: the tests round them to the type they try."""
+    """Tensors that are not integers are float64; tests round them to the dtype under test."""
     differentiable: tuple[str, ...]
-    """The arguments that take gradients."""
+    """The arguments that require gradients."""
     float32: tuple[str, ...] = ()
-    """The arguments that stay float32 where the others are of a narrower type."""
+    """The arguments that stay float32 if the others have a narrower dtype."""
 
     def cast(self, dtype: torch.dtype) -> dict[str, Any]:
-        """The arguments as fresh leaves in this type; integers and settings as they are."""
+        """The arguments as new leaves in this dtype; integers and settings unchanged."""
         return {name: self._leaf(name, value, dtype) for name, value in self.arguments.items()}
 
     def rounded(self, dtype: torch.dtype) -> Inputs:
-        """The same in float64, with values that the type can hold exactly."""
+        """The inputs in float64, rounded to values that are exact in this dtype."""
         cast = {name: _as_double(value) for name, value in self.cast(dtype).items()}
         return Inputs(cast, self.differentiable, self.float32)
 
@@ -53,13 +53,13 @@ def _as_double(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Kernel:
-    """An op, what it means, and on what to try it."""
+    """An op, its reference implementation and its test inputs."""
 
     name: str
     op: Callable[..., Any]
     """The public op. Returns a tensor or a tuple of tensors."""
     reference: Callable[..., Any]
-    """The same in plain PyTorch, in the precision of its inputs: takes the same arguments."""
+    """The reference in plain PyTorch, in the precision of its inputs; takes the same arguments."""
     inputs: Callable[[Size, torch.Generator], Inputs]
     """The arguments at a size, drawn from the generator and on its device."""
     slack: float = 2.0

@@ -1,4 +1,4 @@
-"""unshuffle_tokens: kept tokens in the order of patches, mask tokens between, positions added.
+"""unshuffle_tokens: a decoder's input from kept tokens, mask tokens and positions.
 
     y'[b, n, :] = (y[b, i, :] if i < K else mask_token) + position[n, :],  i = ids_restore[b, n]
 
@@ -27,7 +27,7 @@ from flap_kernels.spec import Inputs, Kernel, Size
 def unshuffle_tokens_reference(
     y: Tensor, ids_restore: Tensor, mask_token: Tensor, position: Tensor
 ) -> Tensor:
-    """The decoder's input, by appending one mask token to each clip: what the op means."""
+    """The reference of `unshuffle_tokens`, by appending one mask token to each clip."""
     full = torch.cat([y, mask_token.expand(len(y), 1, -1)], 1)
     slot = ids_restore.long().clamp(max=y.shape[1])
     return full.gather(1, slot[..., None].expand(-1, -1, y.shape[2])) + position
@@ -35,7 +35,7 @@ def unshuffle_tokens_reference(
 
 @jit
 def clip_rows(count, BLOCK_ROWS: tl.constexpr):
-    """The clip of this program and its rows in it, int64; one division for the whole program."""
+    """The clip of this program and its rows in the clip, int64; one division per program."""
     tiles = tl.cdiv(count, BLOCK_ROWS)
     pid = tl.program_id(0)
     rows = pid % tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -125,7 +125,7 @@ def unshuffle_tokens_backward_kernel(
 
 
 def blocks(D: int) -> dict[str, int]:
-    """The tile that moves rows of this width: 4,096 numbers, in whole lines of memory."""
+    """The tile for rows of this width: 4,096 elements, in whole lines of memory."""
     block_d = min(512, triton.next_power_of_2(D))
     return {"BLOCK_ROWS": 4096 // block_d, "BLOCK_D": block_d}
 
@@ -190,7 +190,7 @@ def _(y, ids_restore, mask_token, position, dtype):
 def _unshuffle_tokens_backward(
     grad: Tensor, ids_restore: Tensor, K: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of `y`, in its type, and of the mask token, not narrower than float32."""
+    """The gradients of `y`, in its dtype, and of the mask token, at least float32."""
     y_grad, token_grad = _empty_gradients(grad, ids_restore, K, dtype)
     if not runs_triton(grad):
         order, b = inverse(ids_restore), clips(ids_restore)
@@ -258,7 +258,7 @@ def unshuffle_tokens(
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """A decoder's input, (B, N, D): its kept tokens, mask tokens elsewhere, positions added.
+    """A decoder's input, (B, N, D): kept tokens, mask tokens elsewhere, positions added.
 
     To carry a [CLS] token along, count it as a patch: `y` with it in front, `ids_restore` one
     longer and one higher behind a leading 0, a first row of zeros in `position`.

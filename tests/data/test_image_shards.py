@@ -115,7 +115,7 @@ def test_pictures_that_cannot_be_used_are_rejected_with_the_reason(tmp_path):
     lines = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
     rejected = {Path(row["image"]).name: row["reason"] for row in map(json.loads, lines)}
     assert "runcated" in rejected["cut.jpg"]
-    assert rejected["text.png"].startswith("unreadable: no kind of picture")
+    assert rejected["text.png"].startswith("unreadable: unknown image format")
     assert rejected["strip.png"] == "a strip: 120 x 2 pixels"
     assert rejected["no"] == "missing: no such file"
     assert rejected["good.jpg"] == "captionless"
@@ -124,13 +124,13 @@ def test_pictures_that_cannot_be_used_are_rejected_with_the_reason(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"image": "a.png"}, {"audio": "a.wav"}], ":2: a manifest must name sounds or pictures"),
+        ([{"image": "a.png"}, {"audio": "a.wav"}], ":2: a manifest must name sounds or images"),
         ([{"image": "a.png", "audio": "a.wav"}], ":1: a row must have audio or image, got both"),
-        ([{"image": 3}], ":1: image must name a picture, got 3"),
-        ([{"image": "a.png", "start_s": 1}], ":1: start_s and duration_s are of sounds"),
+        ([{"image": 3}], ":1: image must name an image file, got 3"),
+        ([{"image": "a.png", "start_s": 1}], ":1: start_s and duration_s are for sounds"),
     ],
 )
-def test_a_manifest_that_mixes_sounds_and_pictures_is_refused(tmp_path, rows, message):
+def test_a_manifest_that_mixes_sounds_and_images_is_refused(tmp_path, rows, message):
     with pytest.raises(ManifestError, match=message):
         read_manifest(write_manifest(tmp_path, rows))
 
@@ -159,7 +159,7 @@ def test_shards_of_the_other_sense_are_refused(tmp_path, shards):
     with pytest.raises(ShardError, match=r"must have a sound and a .json, got \['png', 'json'\]"):
         open_shards([shards])
     tar(tmp_path / "0.tar", {"1.flac": b"fLaC", "1.json": b"{}"})
-    with pytest.raises(ShardError, match=r"must have a picture \(jpg, jpeg, png\) and a .json"):
+    with pytest.raises(ShardError, match=r"must have an image \(jpg, jpeg, png\) and a .json"):
         open_shards([tmp_path], ("images",))
 
 

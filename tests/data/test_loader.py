@@ -95,9 +95,9 @@ def test_a_batch_is_what_its_sample_indices_say(config):
 def test_any_number_of_ranks_sees_the_same_batches(config, backend, world):
     config = with_(config, "frontend", backend=backend)
     whole = batches(config, 0, 4)
-    shares = [batches(config, 0, 4, rank, world) for rank in range(world)]
+    by_rank = [batches(config, 0, 4, rank, world) for rank in range(world)]
     for step, batch in enumerate(whole):
-        parts = [share[step] for share in shares]
+        parts = [rank_batches[step] for rank_batches in by_rank]
         assert torch.cat([part.sample_index for part in parts]).equal(batch.sample_index)
         assert np.concatenate([part.clips for part in parts]).tolist() == batch.clips.tolist()
         assert [*chain.from_iterable(map(captions, parts))] == captions(batch)
@@ -236,12 +236,12 @@ def test_a_corrupt_clip_is_replaced_alike_on_any_number_of_ranks(good, tmp_path,
     spoilt = with_(good, "data", train=(shards_of(tmp_path / "bad", bad),))
     spoilt = with_(spoilt, "frontend", backend="dali_wave")
     whole = batches(spoilt, 0, 6)
-    shares = [batches(spoilt, 0, 6, rank, world) for rank in range(world)]
+    by_rank = [batches(spoilt, 0, 6, rank, world) for rank in range(world)]
     for step, batch in enumerate(whole):
-        clips = np.concatenate([share[step].clips for share in shares])
+        clips = np.concatenate([rank_batches[step].clips for rank_batches in by_rank])
         assert clips.tolist() == batch.clips.tolist()
         assert not {5, 6, 11} & set(clips.tolist())
-        mel = torch.cat([share[step].media for share in shares])
+        mel = torch.cat([rank_batches[step].media for rank_batches in by_rank])
         assert (mel - batch.media).abs().max() < 1e-4
 
 

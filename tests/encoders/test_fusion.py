@@ -45,7 +45,7 @@ def norms(model: nn.Module) -> list[nn.BatchNorm2d]:
     return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]  # type: ignore[misc]
 
 
-def heard(audio: AudioEncoder, clips: int = 4) -> Tensor:
+def longer_mels(audio: AudioEncoder, clips: int = 4) -> Tensor:
     torch.manual_seed(1)
     return torch.randn(clips, 4, audio.frames, audio.mel_bins)
 
@@ -68,7 +68,7 @@ def test_a_channel_map_is_a_convolution_of_four_channels():
     """transformers' builds one and then asks its batch for one channel: compared without it."""
     for audio in (SMALL, VIT):
         name = "htsat" if audio is SMALL else "vit"
-        model, mel = encoder(name, "channel_map").eval(), heard(audio)
+        model, mel = encoder(name, "channel_map").eval(), longer_mels(audio)
         conv = model.patch_embed.proj if name == "htsat" else model.patch_embed
         assert conv.weight.shape == (audio.width, 4, audio.patch, audio.patch)  # type: ignore[union-attr]
         with torch.no_grad():
@@ -147,7 +147,7 @@ def test_names_are_laions():
 @pytest.mark.parametrize("type", TYPES)
 @pytest.mark.parametrize("name", AUDIO)
 def test_every_form_trains_every_weight_of_its_own(name, type):
-    model, mel = encoder(name, type).train(), heard(AUDIO[name])
+    model, mel = encoder(name, type).train(), longer_mels(AUDIO[name])
     # All four: with two, a norm's output is the same two numbers, and what is before it idle.
     model(mel, longer=~NONE).pooled.square().sum().backward()
     idle = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()}
@@ -158,7 +158,7 @@ def test_every_form_trains_every_weight_of_its_own(name, type):
 @pytest.mark.parametrize("type", [type for type in TYPES if type != "channel_map"])
 @pytest.mark.parametrize("name", AUDIO)
 def test_a_short_clip_is_its_first_channel_and_a_longer_one_is_not(name, type):
-    model, mel = encoder(name, type).eval(), heard(AUDIO[name])
+    model, mel = encoder(name, type).eval(), longer_mels(AUDIO[name])
     other = mel.clone()
     other[:, 1:] = 0
     with torch.no_grad():
@@ -175,7 +175,7 @@ def test_a_short_clip_is_its_first_channel_and_a_longer_one_is_not(name, type):
 @pytest.mark.parametrize("name", AUDIO)
 def test_a_batch_without_longer_clips_leaves_the_norms_alone(name):
     """In evaluation the fusion is run and dropped; in training, with force_one off, not run."""
-    model, mel = encoder(name, "aff_2d"), heard(AUDIO[name])
+    model, mel = encoder(name, "aff_2d"), longer_mels(AUDIO[name])
     before = copy.deepcopy(model.state_dict())
     calls: list[int] = []
     fusion = (model.patch_embed if isinstance(model, HTSAT) else model).fusion_model
@@ -234,7 +234,7 @@ def test_the_papers_vit_has_63_rows_of_pieces_in_64():
 
 def test_masking_comes_after_the_fusion():
     """The kept tokens are those of the whole fused grid."""
-    model, mel = vit("aff_2d").eval(), heard(VIT)
+    model, mel = vit("aff_2d").eval(), longer_mels(VIT)
     keep = torch.stack([torch.arange(0, 56, 3)] * 4)
     seen: list[Tensor] = []
     model.blocks.register_forward_hook(lambda *given: seen.append(given[1][0]))
@@ -248,7 +248,7 @@ def test_masking_comes_after_the_fusion():
 
 def test_short_clips_cost_a_fused_vit_nothing_but_its_norms_of_none():
     """Its embedding of whole clips is the plain one's."""
-    fused, plain, mel = encoder("vit", "aff_2d").eval(), ViT(VIT).eval(), heard(VIT)
+    fused, plain, mel = encoder("vit", "aff_2d").eval(), ViT(VIT).eval(), longer_mels(VIT)
     plain.load_state_dict({n: v for n, v in fused.state_dict().items() if n in plain.state_dict()})
     with torch.no_grad():
         wanted, found = plain(mel[:, :1]).pooled, fused(mel, longer=NONE).pooled
@@ -256,7 +256,7 @@ def test_short_clips_cost_a_fused_vit_nothing_but_its_norms_of_none():
 
 
 def test_norms_are_float32_under_autocast():
-    model, mel = encoder("vit", "aff_2d").train(), heard(VIT)
+    model, mel = encoder("vit", "aff_2d").train(), longer_mels(VIT)
     types: set[torch.dtype] = set()
     for norm in norms(model):
         norm.register_forward_hook(lambda *given: types.update((given[1][0].dtype, given[2].dtype)))
@@ -270,6 +270,6 @@ def test_the_number_of_channels_is_checked(name):
     audio = AUDIO[name]
     size = f"{audio.frames}, {audio.mel_bins}"
     with pytest.raises(ValueError, match=rf"media must be \(B, 4, {size}\), got \(4, 1, {size}\)"):
-        encoder(name, "aff_2d")(heard(audio)[:, :1])
+        encoder(name, "aff_2d")(longer_mels(audio)[:, :1])
     with pytest.raises(ValueError, match=rf"media must be \(B, 1, {size}\), got \(4, 4, {size}\)"):
-        encoder(name, "none")(heard(audio))
+        encoder(name, "none")(longer_mels(audio))

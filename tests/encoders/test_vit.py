@@ -32,7 +32,7 @@ def test_positions_are_sines_and_cosines_of_frequency_then_of_time(layout: str):
 
 
 def test_a_count_that_is_whole_but_for_rounding_is_whole():
-    """100 (1 - 0.9) is 9.999999999999998, and 10 (1 - 0.7) is 3.0000000000000004 (SPEC D5)."""
+    """100 (1 - 0.9) is 9.999999999999998, and 10 (1 - 0.7) is 3.0000000000000004."""
     assert kept(100, 0.9, "floor") == 10
     assert kept(10, 0.7, "ceil") == 3
     assert [kept(51, 0.5, rounding) for rounding in ("floor", "round", "ceil")] == [25, 26, 26]

@@ -23,7 +23,7 @@ from flap_fast.ranks import Ranks
 
 # Cosines of two sounds (rows) with five captions; captions 0 to 2 are of sound 0, 3 and 4 of 1.
 COSINES = torch.tensor([[0.9, 0.5, 0.7, 0.8, 0.1], [0.2, 0.6, 0.3, 0.6, 0.4]])
-OWNER = torch.tensor([0, 0, 0, 1, 1])
+CLIP_OF_CAPTION = torch.tensor([0, 0, 0, 1, 1])
 
 
 def by_hand(ranks: list[int], clip_of_caption: list[int], sounds: int) -> dict[str, float]:
@@ -36,11 +36,23 @@ def as_embeddings(cosines: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_captions_find_their_sounds():
-    assert media_positions(*as_embeddings(COSINES), OWNER, Ranks()).tolist() == [0, 1, 0, 1, 0]
+    assert media_positions(*as_embeddings(COSINES), CLIP_OF_CAPTION, Ranks()).tolist() == [
+        0,
+        1,
+        0,
+        1,
+        0,
+    ]
 
 
 def test_sounds_find_their_captions():
-    assert caption_positions(*as_embeddings(COSINES), OWNER, Ranks()).tolist() == [0, 3, 2, 1, 2]
+    assert caption_positions(*as_embeddings(COSINES), CLIP_OF_CAPTION, Ranks()).tolist() == [
+        0,
+        3,
+        2,
+        1,
+        2,
+    ]
 
 
 def test_of_equal_scores_the_smaller_index_comes_first():

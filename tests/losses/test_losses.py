@@ -108,7 +108,7 @@ def test_nli_of_two_triples_by_hand():
 
 
 def by_formula(z: Tensor, columns: Tensor) -> list[Tensor]:
-    """The loss, and its gradients by G = (P - I) / B, of temperature 0.05 (SPEC 6.4)."""
+    """The loss, and its gradients by G = (P - I) / B, of temperature 0.05."""
     logits = 20 * z @ columns.T
     shares = logits.softmax(1)
     G = (shares - torch.eye(len(z), len(columns), dtype=z.dtype)) / len(z)

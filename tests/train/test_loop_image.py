@@ -167,7 +167,7 @@ def test_weight_decay_leaves_positions_alone():
     assert {"image.bn1.weight", "text.ln_final.weight", "logit_scale"} <= others
 
 
-def test_a_run_cannot_go_on_with_the_other_sense():
+def test_a_run_cannot_resume_with_the_other_modality():
     """Also where `image` goes away, and its settings with it."""
     there = {name for name, _, _ in differences(tiny(), tiny_clip())}
     back = {name for name, _, _ in differences(tiny_clip(), tiny())}

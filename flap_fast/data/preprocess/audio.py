@@ -47,7 +47,7 @@ class AudioPreprocessor:
             _warn_of_rate(shards, config.audio.sample_rate_hz)
 
     def stream(self, batches: Iterator[EncodedBatch], batch: int) -> Iterator[MediaInput]:
-        """Preprocess batches in order; raises `BadSound` at the turn of one with a bad clip."""
+        """Preprocess batches in order; raises `BadSound` when it reaches a bad clip."""
         decoder = make_decoder(
             batches,
             batch,

@@ -4,8 +4,8 @@
                      of audio.duration_s where the clip is no longer and was filled
     frontend.json    in the shards' folder: every setting that the numbers depend on
 
-A longer clip is cropped at a frame (10 ms), which Kaldi's frames allow: each sees its own 25 ms of
-sound alone. Statistics and rows of zeros come with the batch, so that they may still be changed.
+A longer clip is cropped at a frame (10 ms), which Kaldi's frames allow: each sees only its 25 ms of
+sound. Statistics and rows of zeros come with the batch, so that they may still be changed.
 """
 
 from __future__ import annotations

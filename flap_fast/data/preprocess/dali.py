@@ -75,7 +75,7 @@ class DaliDecoder:
                 raise
             return (
                 [np.frombuffer(clip, np.uint8) for clip in clips],
-                [np.asarray(draws, np.float64).reshape(-1) for draws in positions],
+                [np.asarray(row, np.float64).reshape(-1) for row in positions],
             )
 
         on_gpu = device.type == "cuda"

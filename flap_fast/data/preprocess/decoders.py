@@ -55,8 +55,8 @@ class ThreadedDecoder:
         self, clips: list[bytes], positions: np.ndarray
     ) -> tuple[list[Future[np.ndarray]], np.ndarray]:
         begun = [
-            self._pool.submit(self._decode, clip, float(np.ravel(draws)[0]))
-            for clip, draws in zip(clips, positions, strict=True)
+            self._pool.submit(self._decode, clip, float(np.ravel(row)[0]))
+            for clip, row in zip(clips, positions, strict=True)
         ]
         return begun, positions
 
@@ -94,7 +94,7 @@ def make_decoder(
 
 
 def decoding_backend(frontend: Frontend) -> str:
-    """The back end in force: `auto` is DALI's where it is installed.
+    """The decoding backend to use: `auto` is DALI if it is installed.
 
     Raises:
         ConfigError: DALI is asked for and not installed.

@@ -57,7 +57,7 @@ class MelFrontEnd:
 
 
 def _groups_by_length(frames: Tensor, chunk: int) -> Iterator[Tensor]:
-    """Rows by falling length, as many at a time as cost no more than the batch at one piece each.
+    """Groups of rows by decreasing length, each no larger in total than the batch of single crops.
 
     One long clip then costs its own length, not that of all others padded to it.
     """

@@ -1,4 +1,4 @@
-"""A clip longer than the encoder's input, as four channels: all of it, and three pieces.
+"""Clips longer than the encoder's input as four channels: the whole clip and three pieces.
 
     [whole, front, middle, back]  (4, C, F)        of a log-mel of M frames, M >= C
 

@@ -33,12 +33,12 @@ from flap_fast.ranks import Ranks
 # A side 50 times as long as the other is a strip: gigabytes once its shorter side is enlarged.
 _LONGEST = 50
 
-Picture = str | Path | pillow.Image | np.ndarray
+ImageSource = str | Path | pillow.Image | np.ndarray
 """A file, one of Pillow's images, or an (h, w, 3) uint8 array."""
 
 
 class BadImage(Unusable):
-    """A picture that cannot be used, and why."""
+    """An image that cannot be used, and the reason."""
 
 
 def read_image(source: Path | bytes, resolution: int) -> np.ndarray:
@@ -50,62 +50,62 @@ def read_image(source: Path | bytes, resolution: int) -> np.ndarray:
     return square(rgb(decoded(source)), resolution)
 
 
-def any_square(picture: Picture, number: int, resolution: int) -> np.ndarray:
-    """The middle square of any picture, (R, R, 3) uint8; raises `BadImage` with its name."""
-    named = isinstance(picture, (str, Path))
+def any_square(image: ImageSource, number: int, resolution: int) -> np.ndarray:
+    """The middle square of any image, (R, R, 3) uint8; raises `BadImage` with its name."""
+    named = isinstance(image, (str, Path))
     try:
-        if isinstance(picture, (str, Path)):
-            return read_image(Path(picture), resolution)
-        if isinstance(picture, np.ndarray):
-            shape, dtype = picture.shape, picture.dtype
-            if dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or not picture.size:
+        if isinstance(image, (str, Path)):
+            return read_image(Path(image), resolution)
+        if isinstance(image, np.ndarray):
+            shape, dtype = image.shape, image.dtype
+            if dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or not image.size:
                 raise BadImage(f"an array must be (h, w, 3) uint8, got {shape} {dtype}")
-            picture = pillow.fromarray(picture)
-        return square(rgb(picture), resolution)
+            image = pillow.fromarray(image)
+        return square(rgb(image), resolution)
     except BadImage as why:
-        name = picture if named else f"image number {number}"
+        name = image if named else f"image number {number}"
         raise BadImage(f"{name}: {why}") from None
 
 
-def square(picture: pillow.Image, resolution: int) -> np.ndarray:
-    """The middle square of a picture in RGB, (R, R, 3) uint8; raises `BadImage` for a strip."""
-    width, height = picture.size
+def square(image: pillow.Image, resolution: int) -> np.ndarray:
+    """The middle square of an RGB image, (R, R, 3) uint8; raises `BadImage` for a strip."""
+    width, height = image.size
     if max(width, height) > _LONGEST * min(width, height):
         raise BadImage(f"a strip: {width} x {height} pixels")
     shorter = min(width, height)
     sides = (resolution * width // shorter, resolution * height // shorter)
     left, top = (_margin(side - resolution) for side in sides)
-    picture = picture.resize(sides, pillow.Resampling.BICUBIC)
-    return np.asarray(picture.crop((left, top, left + resolution, top + resolution)))
+    image = image.resize(sides, pillow.Resampling.BICUBIC)
+    return np.asarray(image.crop((left, top, left + resolution, top + resolution)))
 
 
 def decoded(source: Path | bytes) -> pillow.Image:
-    """The whole picture in its file's own colours; raises `BadImage`."""
+    """The whole image in the colours of its file; raises `BadImage`."""
     if isinstance(source, Path) and not os.path.isfile(source):  # a name may be too long to ask
         raise BadImage("missing: no such file")
     try:
-        picture = pillow.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-        picture.load()
+        image = pillow.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        image.load()
     except pillow.DecompressionBombError as error:  # above 180 million pixels
         raise BadImage(f"too large: {error}") from None
     except UnidentifiedImageError:
-        raise BadImage("unreadable: no kind of picture that is known") from None
+        raise BadImage("unreadable: unknown image format") from None
     except (OSError, RuntimeError, SyntaxError, ValueError) as error:  # Pillow's many readers
         raise BadImage(f"unreadable: {error}") from None
-    return picture
+    return image
 
 
-def rgb(picture: pillow.Image) -> pillow.Image:
+def rgb(image: pillow.Image) -> pillow.Image:
     """Red, green and blue of 8 bits; transparency is dropped. Raises `BadImage`."""
-    if picture.mode.startswith("I;16"):  # Pillow's own conversion takes the low byte
-        picture = pillow.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    if picture.mode in ("I", "F"):
-        raise BadImage(f"unreadable: pixels of 32 bits (mode {picture.mode})")
-    return picture.convert("RGB")
+    if image.mode.startswith("I;16"):  # Pillow's own conversion takes the low byte
+        image = pillow.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise BadImage(f"unreadable: pixels of 32 bits (mode {image.mode})")
+    return image.convert("RGB")
 
 
 def _margin(spare: int) -> int:
-    """Half of what is too much, halves rounded to even as Python rounds: 1 -> 0, 3 -> 2."""
+    """Half of the excess, rounded half to even as in Python: 1 -> 0, 3 -> 2."""
     return spare // 2 + (spare % 4 == 3)
 
 
@@ -122,7 +122,7 @@ class ImagePreprocessor:
         )
 
     def stream(self, batches: Iterator[EncodedBatch], batch: int) -> Iterator[MediaInput]:
-        """Preprocess batches in order; raises `BadImage` at the turn of one with a bad image."""
+        """Preprocess batches in order; raises `BadImage` when it reaches a bad image."""
         decoder = make_decoder(
             batches,
             batch,

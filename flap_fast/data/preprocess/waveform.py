@@ -1,4 +1,4 @@
-"""One sound file or its bytes -> one mono waveform at the rate asked for (CPU, NumPy).
+"""One sound file or its bytes -> one mono waveform at a given rate (CPU, NumPy).
 
 The reference implementation of what DALI decodes; `prepare` and evaluation of plain files use it as
 well. Files: whatever libsndfile reads (WAV, FLAC, OGG, MP3).
@@ -16,20 +16,20 @@ import soxr
 
 from flap_fast.config import Audio, Fusion
 
-# Frames read at a time: a header may promise any number of them, memory is for those that come.
+# Frames read at a time: a header may claim any number, but memory is only used for real ones.
 _BLOCK = 2**20
 
 
 class Unusable(ValueError):
-    """A clip that cannot be used, and why."""
+    """A clip that cannot be used, and the reason."""
 
 
 class BadSound(Unusable):
-    """A sound that cannot be used, and why."""
+    """A sound that cannot be used, and the reason."""
 
 
 class Unread(BadSound):
-    """A sound that the system refused to read; another time it may not."""
+    """A sound that the system failed to read; a retry may succeed."""
 
 
 # libsndfile's code for it.
@@ -94,7 +94,7 @@ class _Forward(soundfile.SoundFile):
 
 
 def _blocks(file: _Forward, frames: int) -> np.ndarray:
-    """(samples, channels) float32: at most `frames` from where the file stands, up to its end."""
+    """(samples, channels) float32: at most `frames` from the current position, up to the end."""
     blocks: list[np.ndarray] = []
     while not blocks or (frames and len(blocks[-1]) == _BLOCK):
         blocks.append(file.read(min(frames, _BLOCK), dtype="float32", always_2d=True))

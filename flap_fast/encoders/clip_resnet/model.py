@@ -74,7 +74,7 @@ class ClipResNet(nn.Module):
 class Bottleneck(nn.Module):
     """(B, C, H, W) -> (B, 4 inner, H / stride, W / stride): 1x1, 3x3, [mean], 1x1, and the rest.
 
-    The last norm's weight is 0 at first: training starts from the shortcuts alone.
+    The last norm's weight is 0 at first: training starts from only the shortcuts.
     """
 
     def __init__(self, channels: int, inner: int, stride: int):

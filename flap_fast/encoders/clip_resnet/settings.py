@@ -24,13 +24,13 @@ class ClipResNetSettings(ImageEncoder):
     encoder: Annotated[Literal["resnet50"], MEANS_WEIGHTS] = "resnet50"
     """CLIP's ResNet: a stem of three convolutions, blurred strides, pooling by attention."""
     width: Annotated[int, Field(ge=2, multiple_of=2)] = 64
-    """Channels behind the stem; the pooled vector is 32 times as wide, in heads of 64."""
+    """Channels after the stem; the pooled vector has 32 times as many, in heads of 64."""
     layers: tuple[Count, Count, Count, Count] = (3, 4, 6, 3)
     """Bottlenecks of each stage: ResNet-50's."""
 
     @property
     def heads(self) -> int:
-        """Heads of the pooling, 64 numbers wide each, as in all of CLIP's ResNets."""
+        """Heads of the pooling, of width 64 as in all of CLIP's ResNets."""
         return self.width * 32 // 64
 
     def build(self, config: Config, *, recompute: bool = False) -> nn.Module:

@@ -27,7 +27,7 @@ from flap_fast.encoders.clip_text.settings import ClipTextSettings
 
 
 class ClipText(nn.Module):
-    """(B, L) token ids and mask -> (B, D) float32; random weights, a checkpoint brings others."""
+    """(B, L) token ids and mask -> (B, D) float32; initialised at random."""
 
     # No transformers model, whose sizes the formulas of FLOP and memory ask: they refuse it.
     inner: Any = None
@@ -48,7 +48,7 @@ class ClipText(nn.Module):
             self.requires_grad_(False)
 
     def save_config(self, folder: Path) -> None:
-        """Nothing to write: all sizes stand in the model's config.yaml."""
+        """Write nothing: all sizes are in the model's config.yaml."""
 
     def train(self, mode: bool = True) -> ClipText:
         """A frozen tower never trains: its dropout stays off."""

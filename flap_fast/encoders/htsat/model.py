@@ -137,7 +137,7 @@ class PatchEmbed(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks on one grid, every second one with its windows shifted; then a merge, but at the end.
+    """Blocks on one grid, every second one with shifted windows; then a merge, except at the end.
 
     (B, N, D) -> (B, N / 4, 2 D), or (B, N, D).
     """
@@ -164,7 +164,7 @@ class Stage(nn.Module):
 
 
 class SwinBlock(nn.Module):
-    """One pre-norm block; in training each branch of a clip is left out with `drop_path`."""
+    """One pre-norm block; in training each branch of a clip is dropped with rate `drop_path`."""
 
     def __init__(
         self, width: int, heads: int, grid: int, window: int, shift: int, drop_path: float

@@ -56,15 +56,19 @@ class TransformersText(nn.Module):
         elif text.pool != "pooler":
             self.inner.pooler = None  # no weights without a gradient
         family, self.positions = self.inner.config.model_type, _positions(self.inner)
-        known = any(hasattr(self.inner.config, name) for name in _DROPOUTS)
+        has_dropout = any(hasattr(self.inner.config, name) for name in _DROPOUTS)
         rule = f"be 0 for '{family}', whose dropouts have unknown names"
         require(
-            text.dropout == 0 or known, "text.dropout", rule, text.dropout, "set text.dropout=0"
+            text.dropout == 0 or has_dropout,
+            "text.dropout",
+            rule,
+            text.dropout,
+            "set text.dropout=0",
         )
         rule = f"be at most {self.positions}, the positions of this '{family}'"
-        fits = self.positions is None or text.max_tokens <= self.positions
+        supported = self.positions is None or text.max_tokens <= self.positions
         remedy = f"set text.max_tokens={self.positions}"
-        require(fits, "text.max_tokens", rule, text.max_tokens, remedy)
+        require(supported, "text.max_tokens", rule, text.max_tokens, remedy)
         if text.packing == "packed":
             rule = f"be auto or padded: '{family}' is none of {FAMILIES}"
             require(is_bert(self.inner), "text.packing", rule, text.packing)
@@ -78,7 +82,7 @@ class TransformersText(nn.Module):
 
     @property
     def vocabulary(self) -> int:
-        """Tokens of its table."""
+        """Number of tokens in the embedding table."""
         return self.inner.config.vocab_size
 
     @property
@@ -107,7 +111,7 @@ class TransformersText(nn.Module):
         return embed(ids, attention_mask)
 
     def packs(self, device: torch.device) -> bool:
-        """Whether captions are packed on a device, in the precision now in force."""
+        """Whether captions are packed on a device, at the current precision."""
         if self.packing != "auto" or not is_bert(self.inner):
             return self.packing == "packed"
         if device.type != "cuda":
@@ -168,7 +172,7 @@ def _from_folder(text: RobertaSettings, weights: bool):
 
 
 def _random(text: RobertaSettings):
-    """RoBERTa's shape with the tokenizer's vocabulary; LayerNorm's epsilon is the released one."""
+    """A random RoBERTa with the tokenizer's vocabulary and the released LayerNorm epsilon."""
     inner = tokenizer(text).inner
     config = RobertaConfig(
         vocab_size=len(inner),
@@ -195,7 +199,7 @@ def _set_dropout(config: Any, dropout: float) -> None:
 
 
 def _positions(inner: Any) -> int | None:
-    """Tokens that an encoder's table of positions is for; RoBERTa's begins behind its pad."""
+    """Number of tokens that the position table supports; RoBERTa's starts after its pad."""
     table = getattr(getattr(inner, "embeddings", None), "position_embeddings", None)
     if not isinstance(table, nn.Embedding):
         return None

@@ -1,4 +1,4 @@
-"""BERT and its relatives over packed captions: their own modules and weights, in their order.
+"""BERT-like encoders on packed captions, with their own modules and weights.
 
     ids (B, L), Pack -> states (N, D)
 
@@ -24,7 +24,7 @@ FAMILIES = ", ".join(_COUNTS_FROM_PAD)
 
 
 def is_bert(inner: Any) -> bool:
-    """Whether `packed_states` can run a model: an encoder of these families, positions learned."""
+    """Whether `packed_states` supports a model: a BERT-like encoder with learned positions."""
     config = inner.config
     return (
         config.model_type in _COUNTS_FROM_PAD

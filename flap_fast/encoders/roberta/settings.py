@@ -1,4 +1,4 @@
-"""Settings of a transformers text encoder: RoBERTa, or what a folder holds."""
+"""Settings of a transformers text encoder: RoBERTa, or the model in a folder."""
 
 from __future__ import annotations
 
@@ -56,6 +56,6 @@ class RobertaSettings(TextEncoder):
             self.width,
         )
         rule = "be 'sdpa' with text.packing = padded"
-        fits = self.attention == "sdpa" or self.packing != "padded"
-        require(fits, "text.attention", rule, self.attention, "set text.packing=auto")
+        supported = self.attention == "sdpa" or self.packing != "padded"
+        require(supported, "text.attention", rule, self.attention, "set text.packing=auto")
         return self

@@ -1,4 +1,4 @@
-"""FLAP's audio encoder: a ViT over the patches of a log-mel that masking keeps.
+"""FLAP's audio encoder: a ViT over the kept patches of a log-mel.
 
     mel (B, 1, T, F) -> patches (B, N, P^2) -> kept, embedded, positions added (B, K, D) -> blocks
         -> tokens (B, [1 +] K, D), pooled (B, D)

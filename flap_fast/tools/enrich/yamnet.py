@@ -69,8 +69,8 @@ class Yamnet:
             self._session, scales = _open(file)
         (given,), (wanted,) = self._session.get_outputs(), self._session.get_inputs()
         rule = f"map patches of {_FRAMES} x {_BINS} to {len(self._names)} classes"
-        fits = (wanted.shape[-2:], given.shape[-1]) == ([_FRAMES, _BINS], len(self._names))
-        require(fits, "--tagger", rule, f"{wanted.shape} to {given.shape}")
+        supported = (wanted.shape[-2:], given.shape[-1]) == ([_FRAMES, _BINS], len(self._names))
+        require(supported, "--tagger", rule, f"{wanted.shape} to {given.shape}")
         self._input, self._in, self._out = wanted.name, scales[wanted.name], scales[given.name]
 
     def __call__(self, wave: np.ndarray) -> list[tuple[str, float]]:

@@ -1,4 +1,4 @@
-"""What a step costs by PyTorch's own account: FLOP by part, bytes kept, bytes sent by the losses.
+"""Counts of a step from PyTorch: FLOP by part, bytes allocated, bytes sent by the losses.
 
 The trainer's own pieces run on fake tensors: the model's forward and backward on few clips, and the
 losses once on as many embeddings as a step has. A tower's FLOP are proportional to its clips, and a
@@ -48,28 +48,28 @@ class LossCounts:
     forward: Traffic
     backward: Traffic
     peak_bytes: int
-    """The most that tensors take, beside the embeddings."""
+    """Peak of all tensors but the embeddings."""
     compared: tuple[str, ...]
     """The outputs of the model that get a gradient."""
 
 
 @dataclass(frozen=True)
 class TowerBytes:
-    """Bytes live after each operator of a forward and backward of the model, less its weights."""
+    """Bytes allocated after each operator of a model's forward + backward, without weights."""
 
     kept: Array
     """Activations and temporaries."""
     batch: Array
-    """The batch's own media, until nothing needs them."""
+    """The batch's media, until they are freed."""
     gradients: Array
-    """Of the parameters, had they none before."""
+    """Gradients of the parameters, if there were none before."""
     parts: dict[str, int]
-    """What each part's forward left."""
+    """Bytes that remain after each part's forward."""
     forward: int
-    """The operators of the forward."""
+    """Number of operators in the forward."""
 
     def extended(self, other: TowerBytes, factor: float) -> TowerBytes:
-        """This and `factor` times the difference from this to `other`."""
+        """Linear extrapolation: this plus `factor` times the difference from this to `other`."""
 
         def line(a: Any, b: Any) -> Any:
             return a + factor * (b - a)
@@ -83,7 +83,7 @@ class TowerBytes:
         )
 
     def coarse(self) -> TowerBytes:
-        """The most of the forward, and of the backward."""
+        """The maxima over the forward and over the backward."""
         phases = [0, self.forward]
         kept, batch, gradients = (
             np.maximum.reduceat(x, phases) for x in (self.kept, self.batch, self.gradients)
@@ -92,7 +92,7 @@ class TowerBytes:
 
 
 class StepCounts:
-    """What is counted of a config's step; each count is made when it is first asked for.
+    """Counts of a config's step, each computed on first use.
 
     Args:
         half: bf16 autocast is on.
@@ -110,17 +110,17 @@ class StepCounts:
 
     @cached_property
     def model(self) -> TwoTowers:
-        """The model, of fake tensors."""
+        """The model with fake tensors."""
         return fake_model(self.config, self._mode)
 
     @cached_property
     def groups(self) -> tuple[tuple[int, ...], ...]:
-        """Numbers in each trained parameter, by group of the optimizer."""
+        """Size of each trained parameter, by group of the optimizer."""
         return tuple(tuple(p.numel() for p in group) for group in parameter_groups(self.model))
 
     @property
     def frozen(self) -> int:
-        """Numbers in all parameters that are not trained."""
+        """Number of elements in all frozen parameters."""
         return sum(p.numel() for p in self.model.parameters() if not p.requires_grad)
 
     def flop(self, lengths: Sequence[int], world: int = 1) -> dict[str, Flop]:
@@ -150,14 +150,14 @@ class StepCounts:
         return found | {LOSS: _scaled(self.loss(clips // times, world).flop, times)}
 
     def loss(self, clips: int, world: int = 1) -> LossCounts:
-        """The losses over so many clips of each rank, once."""
+        """Counts of the losses over `clips` clips of each rank."""
         key = clips, world
         if key not in self._losses:
             self._losses[key] = self._count_losses(clips, world)
         return self._losses[key]
 
     def loss_bytes(self, clips: int, world: int, *, counted: int) -> int:
-        """The most that the losses over so many clips take, by a line from those of `counted`.
+        """Peak bytes of the losses over `clips` clips, extrapolated from those of `counted` clips.
 
         They grow faster than the clips, up to a tile: for fewer the line to nothing is above.
         """
@@ -168,7 +168,7 @@ class StepCounts:
         return one + (two - one) * (clips - counted) // counted
 
     def towers(self, clips: int, tokens: int) -> TowerBytes:
-        """Bytes of a forward and backward on so many clips, with sentences of so many tokens."""
+        """Bytes of a forward + backward on `clips` clips, with sentences of `tokens` tokens."""
         few, many = (self._traced(n, tokens)[1] for n in _CLIPS)
         if len(few.kept) != len(many.kept):  # operators that depend on the clips
             few, many = few.coarse(), many.coarse()
@@ -176,11 +176,11 @@ class StepCounts:
 
     @cached_property
     def media_bytes(self) -> int:
-        """Of one clip, as the model takes it."""
+        """Bytes of one clip's media as the model's input."""
         return fake_batch(self.config, 1, 1, self._mode).media.nbytes
 
     def _points(self, lengths: Sequence[int]) -> list[int]:
-        """Tokens of the captions to count with: of all the same length, or of three."""
+        """Caption lengths to count with: one if all are equal, else three."""
         if len(set(lengths)) == 1:
             return [lengths[0]]
         longest = min(_LONGEST, self.config.text.max_tokens)
@@ -200,7 +200,7 @@ class StepCounts:
                     total.backward()
         flop = _sum(trace.flop().values())
         compared = tuple(name for name, x in outputs.items() if x.grad is not None)
-        peak = int(trace.live()[0].max())
+        peak = int(trace.allocated()[0].max())
         return LossCounts(flop, forward.traffic, backward.traffic, peak, compared)
 
     def _traced(self, clips: int, tokens: int) -> tuple[dict[str, Flop], TowerBytes]:
@@ -233,19 +233,19 @@ class StepCounts:
                 trace.mark(LOSS)
                 ends.append((LOSS, forward))
                 backward = [outputs[n] for n in compared if outputs[n].requires_grad]
-                pulls = [torch.ones_like(x) for x in backward]
+                grads = [torch.ones_like(x) for x in backward]
                 if backward:
-                    torch.autograd.backward(backward, pulls)
+                    torch.autograd.backward(backward, grads)
         gradients = {trace.hold(p.grad) for p in model.parameters() if p.grad is not None}
-        live = trace.live(media, gradients)
+        allocated = trace.allocated(media, gradients)
         model.zero_grad(set_to_none=True)
         parts: Counter[str] = Counter()
         before = 0
         for part, operators in ends:
-            now = int(live[0][operators - 1] + live[2][operators - 1]) if operators else 0
+            now = int(allocated[0][operators - 1] + allocated[2][operators - 1]) if operators else 0
             parts[part] += now - before
             before = now
-        found = TowerBytes(live[2], live[0], live[1], dict(parts), forward)
+        found = TowerBytes(allocated[2], allocated[0], allocated[1], dict(parts), forward)
         return trace.flop(), found
 
 
@@ -255,7 +255,7 @@ def two_passes(config: Config, world: int) -> bool:
 
 
 def loss_times(config: Config, world: int) -> int:
-    """How many times a step takes the losses."""
+    """How many times a step computes the losses."""
     return config.train.micro_batches(world) if config.train.accumulation == "local" else 1
 
 
@@ -271,7 +271,7 @@ def _sum(flops: Iterable[Flop]) -> Flop:
 
 
 def _interpolated(by_length: dict[int, Flop], tokens: int) -> Flop:
-    """The polynomial through some lengths' FLOP (Lagrange's form, in whole numbers)."""
+    """FLOP at `tokens` from the polynomial through other lengths' FLOP (Lagrange, exact)."""
     found = dict.fromkeys(vars(Flop()), Fraction())
     for n, flop in by_length.items():
         weight = Fraction(1)

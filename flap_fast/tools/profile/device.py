@@ -1,4 +1,4 @@
-"""A device's peak FLOP/s, its free memory, and the memory that this process takes."""
+"""Peak FLOP/s and free memory of a device, and the memory that this process uses."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _MACHINE, _GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 class Memory:
-    """This process's memory on a device, in bytes: of a GPU what PyTorch has allocated, of a CPU
-    the resident set above what it was when this was made."""
+    """This process's memory on a device, in bytes: what PyTorch has allocated on a GPU; on a CPU,
+    the growth of the resident set since this object was made."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -23,26 +23,26 @@ class Memory:
 
     @property
     def what(self) -> str:
-        """What the numbers mean, in words."""
+        """Description of the numbers."""
         if self._device.type == "cuda":
             return "allocated on the GPU by PyTorch"
         return "resident, above the start"
 
     def begin(self) -> None:
-        """Peaks count from now (on a CPU: where the kernel lets a process reset its peak)."""
+        """Reset the peak (on a CPU: if the kernel allows it)."""
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         elif _REFERENCES.exists():
             _REFERENCES.write_text("5")
 
     def peak(self) -> int:
-        """The most since `begin`."""
+        """Peak since `begin`."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         return _status("VmHWM", _peak_of_the_process) - self._base
 
     def steady(self) -> int:
-        """What is held now, between steps."""
+        """Memory in use now, between steps."""
         if self._device.type == "cuda":
             return torch.cuda.memory_allocated(self._device)
         return resident_bytes() - self._base
@@ -68,7 +68,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def measure_ceiling(device: torch.device, *, half: bool, seconds: float = 1.0) -> float:
-    """FLOP/s of the best of some large matrix products of random numbers."""
+    """FLOP/s of the fastest of several large matrix products of random numbers."""
     size = 8192 if device.type == "cuda" else 1024
     dtype = torch.bfloat16 if half else torch.float32
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -97,5 +97,5 @@ def _status(name: str, otherwise) -> int:
 
 
 def _peak_of_the_process() -> int:
-    """The most bytes so far, where /proc does not exist."""
+    """Peak bytes of the process where /proc does not exist."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -25,16 +25,16 @@ from flap_fast.tools.profile.synthetic import without_files
 
 
 class FakeMode(FakeTensorMode):
-    """Fake tensors beside real ones on the host, which decide shapes: masks of captions, `longer`.
+    """Fake tensors mixed with real host tensors that decide shapes: masks of captions, `longer`.
 
-    Operators on real tensors alone are computed. A fake number that is asked for is 1.
+    Operators on only real tensors are computed. The value of a fake scalar is 1.
     """
 
     def __init__(self):
         super().__init__(allow_non_fake_inputs=True)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default:  # asked all the time
+        if func is torch.ops.prim.device.default:  # called very often
             return args[0].fake_device
         given = {isinstance(x, FakeTensor) for x in tensors_in((args, kwargs))}
         if func is torch.ops.aten._local_scalar_dense.default and given == {True}:
@@ -46,7 +46,7 @@ class FakeMode(FakeTensorMode):
 
 @contextmanager
 def attention_without_dropout() -> Iterator[None]:
-    """Inside, attention has no dropout: a GPU's fused one keeps no probabilities with it either."""
+    """A context in which attention has no dropout: fused GPU kernels store no probabilities."""
     real = functional.scaled_dot_product_attention
 
     def attention(*tensors: Any, **options: Any) -> Tensor:
@@ -100,7 +100,7 @@ def fake_batch(config: Config, clips: int, tokens: int, mode: FakeMode) -> Batch
 
 @contextmanager
 def fake_ranks(world: int) -> Iterator[None]:
-    """Inside, torch.distributed is rank 0 of `world`, and its collectives do nothing.
+    """A context in which torch.distributed is rank 0 of `world`, and collectives do nothing.
 
     Raises:
         RuntimeError: this process is in a process group.
@@ -111,7 +111,7 @@ def fake_ranks(world: int) -> Iterator[None]:
     if world == 1:
         yield
         return
-    # PyTorch's own for estimates like these; to import it is to register it.
+    # PyTorch's backend for such estimates; importing it registers it.
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)

@@ -1,4 +1,4 @@
-"""Memory check before a step on a CPU, where running out of memory takes the machine down."""
+"""Memory check before a step on a CPU, where running out of memory would freeze the machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flap_fast.tools.profile.memory import divisors, footprint
 from flap_fast.tools.profile.synthetic import caption_lengths
 from flap_fast.train.engine import check_engine
 
-# Of what is free: counts leave out heaps, libraries and an optimizer's temporaries.
+# Fraction of the free memory: counts leave out heaps, libraries and an optimizer's temporaries.
 _SAFE = 0.7
 
 
@@ -24,10 +24,10 @@ def check_memory(config: Config, needed: tuple[int, int], ranks: Ranks) -> None:
     """Check that a rank's step fits in a CPU's memory.
 
     Args:
-        needed: what `cpu_bytes` gives.
+        needed: the result of `cpu_bytes`.
 
     Raises:
-        ConfigError: the step takes more than is safe; with what would do.
+        ConfigError: the step takes more than is safe; the message says what would fit.
     """
     setting = "train.micro_batch" if config.train.micro_batch else "train.global_batch"
     clips = config.train.micro_batch or config.train.global_batch // ranks.world
@@ -62,14 +62,14 @@ def count_here(config: Config, world: int) -> tuple[StepCounts, tuple[int, int] 
 
 
 def cpu_bytes(config: Config, counts: StepCounts, world: int) -> tuple[int, int]:
-    """Bytes of a rank's step with one clip at a time, and with as many as the config says."""
+    """Bytes of a rank's step with one clip at a time, and with as many as the config sets."""
     clips = config.train.micro_batch or config.train.global_batch // world
     one, most = (_bytes(config, counts, world, n) for n in (1, clips))
     return one, most
 
 
 def _bytes(config: Config, counts: StepCounts, world: int, at_once: int) -> int:
-    """Bytes of a rank's step with so many clips in a micro-batch, or in all without them."""
+    """Bytes of a rank's step with `at_once` clips in a micro-batch, or in all without them."""
     micro, clips = config.train.micro_batch, config.train.global_batch // world
     train = config.train.model_copy(update={"micro_batch": at_once if micro else None})
     tokens = caption_lengths(1, config.text.max_tokens)[0]

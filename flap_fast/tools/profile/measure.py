@@ -1,9 +1,9 @@
-"""`flap profile`: where the time and the memory of a training step go.
+"""`flap profile`: measures time and memory of a training step.
 
     runs/NAME/profile/profile.json      clips/s, the step by part, memory, FLOP/s, the ceiling
                       trace.json.gz     two steps, for ui.perfetto.dev or chrome://tracing
                       memory.pickle     a GPU's allocations in a step, for pytorch.org/memory_viz
-                      profile.png       the same in a picture (`flap_fast.report.profile`)
+                      profile.png       the same as a figure (`flap_fast.report.profile`)
 
 Steps are the trainer's, on the run's own loader or on random batches; logs and checkpoints are left
 out. Parts are those of the first rank. FLOP are those that `counts` finds for the captions' own
@@ -70,7 +70,7 @@ def profile(
     search: bool = True,
     out: Path | None = None,
 ) -> Profile | None:
-    """Profile some steps and write the files; gives what profile.json holds, on the first rank.
+    """Profile steps and write the files; returns the contents of profile.json, on the first rank.
 
     Args:
         synthetic: random batches; needs neither shards nor the text tower's folder.
@@ -141,7 +141,7 @@ class _Session:
             out.mkdir(parents=True, exist_ok=True)
 
     def run(self) -> Profile:
-        """Take every measurement, one after the other."""
+        """Run all measurements in sequence."""
         extra = TRACED + 2
         with ExitStack() as hooks:
             hooks.enter_context(timed_collectives(lambda: self.timeline))
@@ -164,7 +164,7 @@ class _Session:
         return self._result(*timed, sent, files, ceiling)
 
     def _begin(self, engine: Engine, steps: int) -> None:
-        """Set up what the trainer's loop has before its first step."""
+        """Set up loader and gradients as before the trainer's first step."""
         config, ranks = self.config, self.ranks
         if self.synthetic:
             loader = SyntheticLoader(config, self.model.text, ranks)
@@ -190,14 +190,14 @@ class _Session:
             yield batch
 
     def _step(self) -> list[Tensor]:
-        """A step of the trainer's loop, its batches included; gives its captions' masks."""
+        """Run a step of the trainer's loop with its batches; returns the masks of its captions."""
         if self.timeline:
             self.timeline.begin_step()
         self.masks.clear()
         self.gradients(1, self.batches)
         lr = warmup_cosine(0, base=self.config.optim.lr, warmup=1000, steps=self.run_steps)
         self.engine.step(lr)
-        # What is read for a second pass has been read before.
+        # A second pass reads the same captions again.
         return self.masks[: self.config.train.micro_batches(self.ranks.world)]
 
     def _timed(
@@ -224,7 +224,7 @@ class _Session:
         return sent_bytes(counted.traffic, self.ranks.world)
 
     def _trace(self) -> dict[str, str]:
-        """Two steps under PyTorch's profiler."""
+        """Run two steps under PyTorch's profiler."""
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self.ranks.device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -251,7 +251,7 @@ class _Session:
         return {"memory_snapshot": "memory.pickle"}
 
     def _step_bytes(self, memory: dict[str, int]) -> int:
-        """What a step allocates above the steady state: a CPU's resident set does not shrink."""
+        """Bytes that a step adds to the steady state; a CPU's resident set does not shrink."""
         if self.ranks.device.type == "cuda":
             return memory["peak"] - memory["steady"]
         return self.allocated_in_a_step
@@ -307,7 +307,7 @@ def _mean(flops: list[Flop]) -> Flop:
 
 
 def _most_allocated(traced: torch.profiler.profile) -> int:
-    """The most bytes of a CPU that PyTorch had allocated above what there was at the beginning."""
+    """Peak bytes that PyTorch allocated on a CPU above those at the start."""
     assert traced.profiler is not None
     events = traced.profiler.kineto_results.events()  # type: ignore[union-attr]
     memory = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())

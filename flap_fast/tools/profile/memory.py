@@ -1,4 +1,4 @@
-"""Memory of a rank: what it holds between steps, and what a step adds.
+"""Memory of a rank: held between steps, and added by a step.
 
     states       weights, gradients, Adam's moments, by engine, ZeRO stage and offload (`states`)
     activations  what the forward leaves for the backward, counted on fake tensors (`counts`)
@@ -46,11 +46,11 @@ def footprint(
     engine: str,
     on_gpu: bool = True,
 ) -> Footprint:
-    """Memory of a rank with so many clips, in micro-batches of train.micro_batch of them.
+    """Memory of a rank with `clips` clips, in micro-batches of train.micro_batch clips.
 
     Args:
-        counts: of this config, whatever its train.micro_batch.
-        tokens: of each sentence as it is computed, with its padding.
+        counts: of this config, with any train.micro_batch.
+        tokens: of each sentence, including padding.
         engine: `plain` or `deepspeed`.
         on_gpu: decides what train.replay=auto keeps, and whether gradients are reduced early.
     """
@@ -70,21 +70,21 @@ def footprint(
     loss = counts.loss_bytes(clips if both else at_once, world, counted=counted)
     held = held_bytes(config, clips, counts.media_bytes, on_gpu=on_gpu) if several else {}
     towers = counts.towers(at_once, tokens)
-    live = towers.kept if both else towers.kept + towers.batch
-    if both and "media" not in held:  # a second pass's are there through its backward
+    allocated = towers.kept if both else towers.kept + towers.batch
+    if both and "media" not in held:  # those of the second pass are kept through its backward
         held["media"] = at_once * counts.media_bytes
-    every, none_yet = states.with_gradients, states.without_gradients
+    full, without = states.with_gradients, states.without_gradients
     if states.gradients == "come":
         scale = states.on_device["gradients"] / max(1, _FLOAT * parameters(counts).trained)
-        steps = none_yet + live + scale * towers.gradients
-        before = none_yet
+        steps = without + allocated + scale * towers.gradients
+        before = without
     else:  # a gradient is new before it is added up
         new = towers.gradients.copy()
         new[1:] -= towers.gradients[:-1]
-        steps = every + live + new
-        before = every
+        steps = full + allocated + new
+        before = full
     forward = max(0, towers.forward - 1)
-    losses = none_yet + loss if both else before + live[forward] + loss
+    losses = without + loss if both else before + allocated[forward] + loss
     peak = int(max(steps.max(), losses)) + sum(held.values())
     parts = ("media" if part == OTHER else part for part in towers.parts)
     activations = {part: n for part, n in zip(parts, towers.parts.values(), strict=True) if n > 0}
@@ -92,13 +92,13 @@ def footprint(
 
 
 def parameters(counts: StepCounts) -> Parameters:
-    """How many numbers a counted model has."""
-    every = [n for group in counts.groups for n in group]
-    return Parameters(sum(every), counts.frozen, max(every))
+    """Parameter counts of a counted model."""
+    sizes = [n for group in counts.groups for n in group]
+    return Parameters(sum(sizes), counts.frozen, max(sizes))
 
 
 def held_bytes(config: Config, clips: int, media_bytes: int, *, on_gpu: bool) -> dict[str, int]:
-    """Bytes of a step's micro-batches, from the first pass to the second, by name."""
+    """Bytes that a step holds between its first and its second pass, by name."""
     # Each embedding, all of them joined, and their gradients.
     embeddings = 1 + len(config.loss.sentences)
     found = {"embeddings": 3 * _FLOAT * clips * embeddings * config.joint.width}
@@ -109,5 +109,5 @@ def held_bytes(config: Config, clips: int, media_bytes: int, *, on_gpu: bool) ->
 
 
 def divisors(clips: int) -> list[int]:
-    """The micro-batches that so many clips can be taken in, smallest first."""
+    """The divisors of `clips`, which are its possible micro-batches, smallest first."""
     return [n for n in range(1, clips + 1) if clips % n == 0]

@@ -29,7 +29,7 @@ def step_parts(modality: str) -> tuple[str, ...]:
 
 @contextmanager
 def marked(model: nn.Module, mark: Callable[[str], None]) -> Iterator[None]:
-    """Inside, `mark(part)` is called wherever a part of the model's forward or backward begins.
+    """A context that calls `mark(part)` when a part of the model's forward or backward begins.
 
     After a forward comes the loss: what is done with the embeddings.
     """
@@ -50,7 +50,7 @@ def _mark_module(
     def after(_: nn.Module, __: Any, output: Any) -> None:
         for tensor in tensors_in(output):
             if tensor.requires_grad:
-                # Runs when its gradient has come, before the backward of what made the tensor.
+                # Runs once its gradient is computed, before the backward of its module.
                 tensor.register_hook(lambda _: mark(part))
         mark(OTHER)
 
@@ -59,7 +59,7 @@ def _mark_module(
 
 
 def tensors_in(output: Any) -> Iterator[Tensor]:
-    """The tensors of a module's output or an operator's arguments, however nested."""
+    """All tensors in a module's output or an operator's arguments, nested at any depth."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, dict):

@@ -1,4 +1,4 @@
-"""`flap plan`: memory, communication and time of a step on ranks that are not here.
+"""`flap plan`: predicts memory, communication and time of a step on other machines.
 
     step = FLOP / (peak x MFU) + optimizer + exposed communication
 
@@ -34,31 +34,31 @@ _ADAM_BYTES = 7 * 4
 
 @dataclass(frozen=True)
 class Machine:
-    """What is assumed of the ranks: none of it is measured here."""
+    """Assumed properties of the machine; none of them is measured."""
 
     gpus: int = 8
     nodes: int = 1
     tflops: float = 790.0
-    """What a rank does at most, in the run's precision: an H100's dense bf16 products."""
+    """Peak of a rank in the run's precision; by default an H100's dense bf16 products."""
     mfu: float = 0.5
-    """Model FLOP utilisation: the fraction of that over a whole step."""
+    """Model FLOP utilisation: the fraction of the peak over a whole step."""
     link_bytes_per_s: float = 50e9
-    """What a rank sends between nodes: a 400 Gb/s adapter for each GPU."""
+    """Bandwidth of a rank between nodes; by default a 400 Gb/s adapter for each GPU."""
     local_bytes_per_s: float = 400e9
-    """What a rank sends inside of a node."""
+    """Bandwidth of a rank inside a node."""
     memory_gib: float = 80.0
     """Of a GPU."""
     memory_bytes_per_s: float = 3e12
-    """Read and written, for the optimizer."""
+    """Bandwidth of a GPU's memory, for the optimizer."""
     host_bytes_per_s: float = 25e9
-    """The same of a CPU's memory, for each rank, where train.offload keeps the optimizer."""
+    """Bandwidth of a CPU's memory per rank, if train.offload moves the optimizer there."""
     host_link_bytes_per_s: float = 50e9
-    """Between a GPU and its CPU's memory, one way."""
+    """Bandwidth between a GPU and its CPU's memory, in one direction."""
     caption_tokens: int = LONGEST
     """Tokens computed for a caption, padding included."""
 
     def check(self) -> None:
-        """Raise `ConfigError` for a machine that cannot be."""
+        """Raise `ConfigError` for an invalid machine."""
         require(self.gpus >= 1, "--gpus", "be at least 1", self.gpus)
         require(self.nodes >= 1, "--nodes", "be at least 1", self.nodes)
         rule = f"be a multiple of the {self.nodes} nodes"
@@ -71,7 +71,7 @@ class Machine:
 
     @property
     def bytes_per_s(self) -> float:
-        """What a rank sends in a ring over all ranks: as fast as its slowest hop."""
+        """Bandwidth of a ring over all ranks: that of its slowest link."""
         return self.local_bytes_per_s if self.nodes == 1 else self.link_bytes_per_s
 
 
@@ -82,7 +82,7 @@ class Exchange:
     sent_bytes: float
     seconds: float
     exposed_s: float
-    """What nothing else hides."""
+    """Time that does not overlap with computation."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,9 @@ class Plan:
     parameters: Parameters
     memory: Footprint
     largest_clips: int
-    """The most a rank can take in micro-batches as they are set, by the same counts."""
+    """The largest number of clips of a rank that fits, with train.micro_batch as it is set."""
     largest_micro_batch: int
-    """The most of its clips that a rank can take at a time; 0 if not even one fits."""
+    """The largest micro-batch of a rank's clips that fits; 0 if not even one clip fits."""
     micro_batches: int
     """Of a rank's step."""
     flop: dict[str, Flop]
@@ -111,7 +111,7 @@ class Plan:
 
     @property
     def step_s(self) -> float:
-        """Of a whole step."""
+        """Seconds of a whole step."""
         exposed = sum(e.exposed_s for e in self.exchanges.values())
         return self.compute_s + self.optimizer_s + exposed
 
@@ -122,11 +122,11 @@ class Plan:
 
     @property
     def clips_per_s(self) -> float:
-        """Over all ranks."""
+        """Clips per second over all ranks."""
         return self.clips * self.machine.gpus / self.step_s
 
     def remedy(self) -> str:
-        """What to set where it does not fit, in a sentence."""
+        """One sentence with the setting that makes it fit."""
         some = self.largest_micro_batch
         most = self.largest_clips * self.machine.gpus
         first = f"set train.global_batch={most}, " if most else ""
@@ -181,11 +181,11 @@ def _plan(config: Config, machine: Machine, engine: str) -> Plan:
     at_once = config.train.micro_batch or 1
 
     def largest(clips: int) -> int:
-        """The most clips of a rank that fit, by the losses of about so many."""
+        """The largest number of clips per rank that fits, with the losses of about `clips`."""
         batch = clips * world
         return at_once * _largest(lambda n: memory(n * at_once, global_batch=batch).peak, limit)
 
-    fits = memory(clips).peak <= limit
+    within_limit = memory(clips).peak <= limit
     fitting = (m for m in divisors(clips) if memory(clips, micro_batch=m).peak <= limit)
     return Plan(
         machine=machine,
@@ -196,7 +196,7 @@ def _plan(config: Config, machine: Machine, engine: str) -> Plan:
         clips=clips,
         parameters=parameters(counts),
         memory=memory(clips),
-        largest_clips=largest(clips) if fits else largest(largest(clips) or clips),
+        largest_clips=largest(clips) if within_limit else largest(largest(clips) or clips),
         largest_micro_batch=max(fitting, default=0),
         micro_batches=config.train.micro_batches(world),
         flop=flop,
@@ -217,7 +217,7 @@ def _scheme(config: Config, clips: int, world: int) -> str:
 
 
 def _optimizer_s(config: Config, machine: Machine, parameters: Parameters, stage: int) -> float:
-    """Seconds of Adam over a rank's slice; on a CPU, with gradients and weights sent to and fro."""
+    """Seconds of Adam over a rank's slice; with offload, with transfers to the CPU and back."""
     numbers = parameters.trained / (machine.gpus if stage else 1)
     if config.train.offload == "none":
         return _ADAM_BYTES * numbers / machine.memory_bytes_per_s
@@ -256,7 +256,7 @@ def _exchanges(
     exposed = dict(seconds)
     if stage:
         # Buckets go out as the backward goes on; nothing hides the last one of a reduction.
-        # ZeRO 1 reduces in the last micro-batch's backward alone, 2 and 3 in each.
+        # ZeRO 1 reduces only in the last micro-batch's backward, 2 and 3 in each.
         buckets = -(-parameters(counts).trained // BUCKET_NUMBERS)
         hidden = sum(f.backward + f.recomputed for f in flop.values()) / rate
         hidden /= micro_batches if stage == 1 else 1
@@ -277,7 +277,7 @@ def _exchanges(
 
 
 def _largest(peak: Any, limit: float) -> int:
-    """The most clips whose peak stays within the limit; 0 if not even one's does."""
+    """The largest number of clips whose peak is within the limit; 0 if not even one clip's is."""
     low, high = 0, 1
     while peak(high) <= limit and high < 2**24:
         low, high = high, 2 * high
@@ -288,7 +288,7 @@ def _largest(peak: Any, limit: float) -> int:
 
 
 def default_gpus(config: Config) -> int:
-    """Ranks of a plan that names none: 8, or the one that plain PyTorch takes."""
+    """Default number of ranks of a plan: 8, or 1 with plain PyTorch."""
     return 1 if config.train.engine == "plain" else Machine.gpus
 
 
@@ -296,7 +296,7 @@ _UNITS = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "": 1.0}
 
 
 def parse_rate(name: str, value: str) -> float:
-    """Bytes a second from `50GB/s` or, in bits, `400Gb/s`.
+    """Bytes per second from `50GB/s` or, in bits, `400Gb/s`.
 
     Raises:
         ConfigError: anything else.

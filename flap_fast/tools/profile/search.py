@@ -1,14 +1,14 @@
-"""The largest train.micro_batch that fits at train.global_batch, found in a process of its own.
+"""Searches for the largest train.micro_batch that fits, in a separate process.
 
     python -m flap_fast.tools.profile.search CONFIG SECONDS      a line of JSON for each trial
 
-A trial is not a whole step, which may take minutes: the losses over the whole batch, then the
-trainer's two passes over two micro-batches, beside what a step holds of the others. That is the
-most that a step has at one time. Sizes are doubled; then those that divide the batch are bisected.
+A whole step may take minutes, so a trial computes only the losses over the whole batch and the
+trainer's two passes over two micro-batches, while it holds what a step keeps of the others. This
+has the peak memory of a step. Sizes are doubled, then the divisors of the batch are bisected.
 
-On a GPU a trial fits unless it runs out of memory. On a CPU running out takes the machine down, so
-a trial is only begun where a line through the peaks before it stays below what is free; and the
-process may not allocate more than that, and is the first that the kernel would end.
+On a GPU a trial fits unless it runs out of memory. On a CPU that would freeze the machine, so a
+trial only starts if a line through the earlier peaks stays below the free memory. The process may
+not allocate more than that, and is the first that the kernel would kill.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ from flap_fast.tools.profile.synthetic import SyntheticLoader, without_files
 from flap_fast.train.engine import PlainEngine
 from flap_fast.train.step import Gradients
 
-# Of the memory that is free on a CPU: the rest of the machine wants to live too.
+# Fraction of a CPU's free memory that the search may use.
 _SAFE = 0.8
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Of a micro-batch of so many clips."""
+    """One trial: a micro-batch of `clips` clips, and whether it fits."""
 
     clips: int
     fits: bool
     peak_bytes: int = 0
     trial_s: float = 0.0
     clips_per_s: float = 0.0
-    """Of a whole step, as the trial's part of it went."""
+    """Of a whole step, extrapolated from the trial."""
 
 
 def trials(
@@ -66,12 +66,12 @@ def trials(
     seconds: float,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Trial]:
-    """Trials until the largest micro-batch is known, or the time is over.
+    """Yield trials until the largest micro-batch is found or the time is over.
 
     Args:
-        batch: clips in all; above half of them, only all at once make sense.
-        limit_bytes: trials that are expected above it are not begun; None begins all.
-        seconds: no trial is begun that is expected to end after these.
+        batch: clips of the whole batch; above half of it, only the whole batch is tried.
+        limit_bytes: trials whose expected peak is above it are not started; None starts all.
+        seconds: trials that are expected to end later are not started.
     """
     until, done = clock() + seconds, []
     possible = divisors(batch)
@@ -101,10 +101,10 @@ def trials(
 
 
 def largest(found: Sequence[Trial], batch: int, limit_bytes: int | None) -> dict[str, Any]:
-    """The largest trial that fits, and what a line through the peaks says of the limit.
+    """The largest trial that fits, and the limit that a line through the peaks predicts.
 
-    `micro_batch` is what train.micro_batch may be set to: the largest divisor of the batch that is
-    no larger than what was tried; 0 where not even the smallest trial fits.
+    `micro_batch` is a valid train.micro_batch: the largest divisor of the batch that is not larger
+    than the largest trial that fits; 0 if not even the smallest fits.
     """
     good = sorted((t for t in found if t.fits), key=lambda t: t.clips)
     tried = good[-1].clips if good else 0
@@ -128,10 +128,10 @@ def _divisor(batch: int, most: int) -> int:
 
 
 def search(config: Config, *, seconds: float) -> dict[str, Any]:
-    """Search in a process of its own, before this one takes memory of the device.
+    """Search in a separate process, before this one allocates memory on the device.
 
     Raises:
-        RuntimeError: the process failed, other than for want of memory.
+        RuntimeError: the process failed for another reason than running out of memory.
     """
     with NamedTemporaryFile("w", suffix=".yaml") as file:
         file.write(dump_config(config))
@@ -147,13 +147,13 @@ def search(config: Config, *, seconds: float) -> dict[str, Any]:
     limit = rows[0]["limit_bytes"]
     batch = config.train.global_batch
     found = [Trial(**row) for row in rows[1:] if "fits" in row]
-    if done.returncode < 0:  # ended by the kernel during the trial that it had announced
+    if done.returncode < 0:  # killed by the kernel during the trial that it had announced
         found.append(Trial(rows[-1]["begun"], fits=False))
     return {"limit_bytes": limit, "seconds": seconds, **largest(found, batch, limit)}
 
 
 def main(file: str, seconds: float) -> None:
-    """The process that searches."""
+    """Entry point of the search process."""
     config = load_config(file)
     on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     device = torch.device("cuda" if on_gpu else "cpu")
@@ -168,7 +168,7 @@ def main(file: str, seconds: float) -> None:
 
 
 class Attempts:
-    """Parts of steps of one model, at micro-batches of any size."""
+    """Runs trials of one model at micro-batches of any size."""
 
     def __init__(self, config: Config, device: torch.device):
         torch.manual_seed(config.run.seed)
@@ -179,9 +179,9 @@ class Attempts:
 
     def __call__(self, clips: int) -> Trial:
         print(json.dumps({"begun": clips}), flush=True)
-        if not self._warm:  # what only a first step costs: the optimizer's moments, libraries
+        if not self._warm:  # warm-up: the optimizer's moments, loading libraries
             self._warm = True
-            self._step(self._part(min(2, self._config.train.global_batch)))
+            self._step(self._trial_config(min(2, self._config.train.global_batch)))
         self._memory.begin()
         try:
             begun = time.perf_counter()
@@ -199,34 +199,34 @@ class Attempts:
         return Trial(clips, False)
 
     def _take(self, clips: int) -> None:
-        part = self._part(clips)
+        part = self._trial_config(clips)
         rest = self._config.train.global_batch - part.train.global_batch
         begun = time.perf_counter()
         exact = self._config.train.accumulation == "exact"
-        beside = self._held(rest) if rest else []
+        held = self._held(rest) if rest else []
         if rest and exact:
-            self._lose()
+            self._compute_losses()
         lost = time.perf_counter()
         self._step(part)
-        del beside
+        del held
         self._took = lost - begun, time.perf_counter() - lost
 
-    def _part(self, clips: int) -> Config:
-        """Two micro-batches of so many clips, or the whole batch at once."""
+    def _trial_config(self, clips: int) -> Config:
+        """A config with two micro-batches of `clips` clips, or with the whole batch at once."""
         whole = self._config.train.global_batch
         batch, micro = (2 * clips, clips) if 2 * clips <= whole else (whole, None)
         train = self._config.train.model_copy(update={"global_batch": batch, "micro_batch": micro})
         return self._config.model_copy(update={"train": train})
 
     def _held(self, clips: int) -> list[Tensor]:
-        """What a step holds of clips in other micro-batches, written to: memory that counts."""
+        """Tensors of the size that a step holds for clips of other micro-batches, written to."""
         device = self._ranks.device
         media_bytes = 4 * prod(self._config.encoder.input_shape(self._config.fusion))
         sizes = held_bytes(self._config, clips, media_bytes, on_gpu=device.type == "cuda")
         return [torch.ones(n // 4, device=device) for n in sizes.values()]
 
-    def _lose(self) -> None:
-        """The losses between as many embeddings as a whole step has, and their gradients."""
+    def _compute_losses(self) -> None:
+        """Compute the losses over as many embeddings as a whole step has, and their gradients."""
         whole, device = self._config.train.global_batch, self._ranks.device
         width, names = self._config.joint.width, ("media", *self._config.loss.sentences)
         rows = {name: torch.randn(whole, width, device=device) for name in names}
@@ -245,9 +245,9 @@ class Attempts:
             torch.cuda.synchronize()
 
     def _rate(self, clips: int) -> float:
-        """Clips a second of a whole step: its losses once, its micro-batches as often as it has."""
+        """Clips per second of a whole step: the losses once, and all of its micro-batches."""
         whole, (lost, stepped) = self._config.train.global_batch, self._took
-        return whole / (lost + stepped * whole / self._part(clips).train.global_batch)
+        return whole / (lost + stepped * whole / self._trial_config(clips).train.global_batch)
 
 
 def _out_of_memory(error: Exception) -> bool:
@@ -256,7 +256,7 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def _expected(done: Sequence[Trial], clips: int, what: str) -> float:
-    """On a line through the last two trials that fit; nothing is known before them."""
+    """Value on a line through the last two trials that fit; 0 with fewer than two."""
     if len(done) < 2:
         return 0.0
     (a, b) = done[-2:]
@@ -265,9 +265,9 @@ def _expected(done: Sequence[Trial], clips: int, what: str) -> float:
 
 
 def _bound_memory() -> int:
-    """Keep this process within a safe fraction of what is free; gives those bytes."""
+    """Limit this process to a safe fraction of the free memory; returns the limit in bytes."""
     limit = int(_SAFE * free_bytes(torch.device("cpu")))
-    with suppress(OSError):  # not Linux: the line through the peaks is then all there is
+    with suppress(OSError):  # not Linux: only the line through the peaks protects
         Path("/proc/self/oom_score_adj").write_text("1000")
     if sys.platform == "linux":
         import resource

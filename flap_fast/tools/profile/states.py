@@ -11,18 +11,18 @@ from typing import Literal
 from flap_fast.train.engine import BUCKET_NUMBERS
 
 _FLOAT = 4
-# Below so many numbers, ZeRO-3 keeps from the forward to the backward what it gathered.
+# Below this many elements, ZeRO-3 keeps gathered parameters from the forward to the backward.
 _LIVE_NUMBERS = 10**9
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """How many numbers a model has."""
+    """Parameter counts of a model."""
 
     trained: int
     frozen: int = 0
     largest: int = 0
-    """Numbers of its largest trained parameter."""
+    """Size of the largest trained parameter."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def state_bytes(
     offload: str = "none",
     micro_batches: int = 1,
 ) -> States:
-    """Bytes a rank holds.
+    """Bytes that a rank holds between steps.
 
     Args:
         engine: `plain` or `deepspeed`.
@@ -86,7 +86,8 @@ def state_bytes(
         cpu = {"optimizer": device.pop("optimizer"), "gradients": rank_slice, "engine": rank_slice}
         device["optimizer"] = 0
         if stage < 3:
-            if stage == 2 and several:  # added up apart; what two ranks divide is whole on both
+            # A separate buffer; a parameter that two ranks share is whole on both.
+            if stage == 2 and several:
                 cpu["gradients"] += rank_slice + parameters.largest
             # A buffer of the largest parameter on both sides.
             cpu["engine"] += parameters.largest

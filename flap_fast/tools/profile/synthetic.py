@@ -1,4 +1,4 @@
-"""Random batches of a config's shapes, for timing and counting where there is no data.
+"""Random batches of a config's shapes, for timing and counting without data.
 
 In place of a text encoder whose folder is not here stands RoBERTa-base's shape with random weights,
 in place of a tokenizer that is not here one with CLIP's vocabulary; nothing is downloaded.
@@ -33,7 +33,7 @@ _MERGES, _MERGES_READ = "bpe_simple_vocab_16e6.txt.gz", 49_408 - 2 * 256 - 2
 
 @contextmanager
 def without_files(config: Config) -> Iterator[Config]:
-    """The config with stand-ins for text.folder and text.tokenizer where those are not here.
+    """The config with substitutes for a missing text.folder and text.tokenizer.
 
     Build its model with `weights=False` and inside: stand-ins lie in a temporary folder.
     """
@@ -60,7 +60,7 @@ def _is_here(setting: str, folder: str) -> bool:
 
 
 def _save_merges(folder: Path) -> None:
-    """Write as many merges as CLIP has: pairs of bytes, instead of its own."""
+    """Write as many merges as CLIP has: pairs of bytes instead of CLIP's."""
     letters = list(bytes_to_unicode().values())
     pairs = (f"{a} {b}" for a, b in product(letters, letters))
     lines = ["#version: 0.2", *islice(pairs, _MERGES_READ)]
@@ -82,7 +82,7 @@ def caption_lengths(clips: int, max_tokens: int) -> list[int]:
 
 
 class SyntheticLoader:
-    """As `TrainingLoader`, but each (micro-)batch has the same media and captions; masks differ.
+    """A `TrainingLoader` whose (micro-)batches all have the same media and captions; masks differ.
 
     With fusion, every clip is longer than the window.
 

@@ -1,4 +1,4 @@
-"""Which part of a step runs when, without a wait in between.
+"""Times of a step's parts, without synchronisation in between.
 
 A mark ends one part and begins another, so the parts of a step add up to the step. On a CPU a mark
 is the clock; on a GPU an event in its stream, which nothing waits for.
@@ -30,7 +30,7 @@ from flap_fast.train.engine import Engine
 
 
 class Timeline:
-    """Marks, and after the last of them the seconds between them.
+    """Records marks, and computes the seconds between them at the end.
 
     Args:
         ranges: name the parts in a profiler's trace too, as far as the thread that steps runs them.
@@ -45,7 +45,7 @@ class Timeline:
         self.part = OTHER
 
     def begin_step(self) -> None:
-        """Begin a step, with whatever belongs to no other part."""
+        """Begin a step; time before the first part counts as other."""
         self._begins.add(len(self._marks))
         self.mark(OTHER)
 
@@ -60,7 +60,7 @@ class Timeline:
 
     @contextmanager
     def within(self, part: str) -> Iterator[None]:
-        """Inside, time goes to this part; after it, to the one before."""
+        """A context in which time counts for this part; afterwards for the earlier part."""
         before = self.part
         self.mark(part)
         try:
@@ -74,7 +74,7 @@ class Timeline:
         self._end_range()
 
     def steps(self) -> list[dict[str, float]]:
-        """Seconds of the parts of each step; waits for the GPU."""
+        """Seconds of the parts of each step; synchronises with the GPU."""
         if self._on_gpu:
             torch.cuda.synchronize()
         found: list[dict[str, float]] = []
@@ -103,7 +103,7 @@ class Timeline:
 
 
 Now = Callable[[], Timeline | None]
-"""Gives the timeline in use, if there is one."""
+"""Returns the timeline in use, if there is one."""
 
 
 def timed_batches(batches: Iterator[Any], now: Now) -> Iterator[Any]:
@@ -129,7 +129,7 @@ def timed_engine(engine: Engine, now: Now) -> Iterator[Engine]:
             timeline.mark(part)
 
     with marked(engine.module, mark):
-        yield cast(Engine, _MarkedEngine(engine, mark))  # the rest goes through to it
+        yield cast(Engine, _MarkedEngine(engine, mark))  # other attributes are forwarded to it
 
 
 class _MarkedEngine:
@@ -162,7 +162,7 @@ class _MarkedEngine:
         return getattr(self._engine, name)
 
 
-# Whatever of these a PyTorch has; a name it lacks is not called either.
+# Those that the installed PyTorch has; it does not call the others.
 _COLLECTIVES = (
     "all_gather",
     "all_gather_into_tensor",
@@ -181,7 +181,7 @@ _COLLECTIVES = (
 
 @contextmanager
 def timed_collectives(timeline: Now) -> Iterator[None]:
-    """Inside, waiting for a collective is the part `communication`; one that overlaps is not.
+    """A context in which waiting for a collective counts as `communication`; overlap does not.
 
     Open it before the engine is made: DeepSpeed takes hold of the functions then.
     """
@@ -206,7 +206,7 @@ def _timed_collective(real: Callable[..., Any], timeline: Now) -> Any:
 
 
 class _TimedWork:
-    """A collective that runs: waiting for it is communication."""
+    """A running collective; waiting for it counts as communication."""
 
     def __init__(self, work: Any, timeline: Now):
         self._work, self._timeline = work, timeline

@@ -1,7 +1,7 @@
-"""FLOP and live bytes of everything that runs inside a mode, by part of the step.
+"""FLOP and allocated bytes of the operators that run inside a mode, by part of the step.
 
 FLOP are PyTorch's own formulas (`torch.utils.flop_counter`), two a multiply-add, and those that
-`flap_kernels` registers beside its operators. Bytes are those of the storages that operators give,
+`flap_kernels` registers with its operators. Bytes are those of the storages that operators give,
 until the last tensor lets go of one; what an operator allocates and frees within itself is not
 seen.
 """
@@ -45,7 +45,7 @@ class Flop:
 
 
 class Trace(TorchDispatchMode):
-    """Counts what runs inside; `part` and `in_backward` say on whose account."""
+    """Counts the operators that run inside it, under `part` and `in_backward`."""
 
     def __init__(self, given: Iterable[Tensor] = ()):
         super().__init__()
@@ -56,12 +56,12 @@ class Trace(TorchDispatchMode):
         self._serial: dict[int, int] = {}
         self._changes: list[tuple[int, int]] = []
         self._ends: list[int] = []
-        for tensor in given:  # weights: they are there before and after
+        for tensor in given:  # weights: allocated before and after
             self._serial[id(tensor.untyped_storage())] = -1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.ops.prim.device.default:  # asked all the time
+        if func is torch.ops.prim.device.default:  # called very often
             return func(*args)
         result = func(*args, **kwargs)
         if formula := self._formulas.get(func._overloadpacket):
@@ -76,11 +76,11 @@ class Trace(TorchDispatchMode):
         return result
 
     def mark(self, part: str) -> None:
-        """From here on it is this part."""
+        """Count the following operators under this part."""
         self.part = part
 
     def hold(self, tensor: Tensor) -> int:
-        """Count a tensor's storage as long as it lives; gives the storage's number."""
+        """Count a tensor's storage until it is freed; returns the storage's number."""
         storage = tensor.untyped_storage()
         key = id(storage)
         if key not in self._serial:
@@ -92,15 +92,15 @@ class Trace(TorchDispatchMode):
 
     @property
     def operators(self) -> int:
-        """How many have run."""
+        """Number of operators that have run."""
         return len(self._ends)
 
     def flop(self) -> dict[str, Flop]:
         """FLOP by part."""
         return {part: Flop(**phases) for part, phases in self._flop.items()}
 
-    def live(self, *groups: set[int]) -> list[Array]:
-        """Bytes after each operator: of the storages of each group of numbers, then of the rest."""
+    def allocated(self, *groups: set[int]) -> list[Array]:
+        """Bytes after each operator: of each group of storage numbers, then of the rest."""
         group_of = {serial: n for n, group in enumerate(groups) for serial in group}
         changes = np.zeros((len(self._changes) + 1, len(groups) + 1), dtype=np.int64)
         for n, (serial, size) in enumerate(self._changes):
@@ -119,7 +119,7 @@ def formulas() -> dict[Any, Any]:
         aten._scaled_dot_product_flash_attention_for_cpu: (
             lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
         ),
-        # Four products; scores that a kernel computes again are not the model's.
+        # Four products; scores that a kernel recomputes do not count.
         aten._scaled_dot_product_flash_attention_for_cpu_backward: (
             lambda _, q, k, v, *__, **___: 2 * sdpa_flop_count(q, k, v)
         ),

@@ -1,4 +1,4 @@
-"""Bytes that a rank sends in a step: DeepSpeed's by formula; any, counted on the collectives.
+"""Bytes that a rank sends in a step: by formula for DeepSpeed, or counted on the collectives.
 
 A collective of W ranks, n bytes being the whole of it (what an all-gather gives, what a
 reduce-scatter takes, the tensor of an all-reduce), has each rank send
@@ -26,7 +26,7 @@ _TIMES = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "broadcast": 1,
 _FLOAT, _DOUBLE = 4, 8
 # DeepSpeed aligns a rank's slice of a flat group of parameters to this many numbers.
 _ALIGNED = 2
-# ZeRO-3 shards no parameter of at most so many numbers; its default, as deepspeed_config leaves it.
+# ZeRO-3 shards no parameter up to this size; DeepSpeed's default, which deepspeed_config keeps.
 _PERSISTENT = 100_000
 
 Traffic = Counter[str]
@@ -34,7 +34,7 @@ Traffic = Counter[str]
 
 
 def sent_bytes(traffic: Traffic, world: int) -> float:
-    """What one rank sends."""
+    """Bytes that one rank sends."""
     return sum(_TIMES[kind] * n for kind, n in traffic.items()) * (world - 1) / world
 
 
@@ -47,7 +47,7 @@ def engine_traffic(
     passes: int = 1,
     offload: bool = False,
 ) -> dict[str, Traffic]:
-    """Of DeepSpeed in `forward` (stage 3), `backward` and `step`; all is fp32.
+    """Traffic of DeepSpeed in `forward` (stage 3), `backward` and `step`, all in fp32.
 
     Stages 0 and 1 reduce the gradients of all micro-batches at once, 2 and 3 those of each. Stage 3
     gathers the large parameters in the forward and keeps them for the backward (up to DeepSpeed's
@@ -86,7 +86,7 @@ def _padded(n: int, multiple: int) -> int:
 
 
 class CountTraffic(TorchDispatchMode):
-    """Inside, `traffic` adds up the collectives of all process groups, and `calls` counts them.
+    """A context that adds up the collectives of all process groups in `traffic` and `calls`.
 
     It sees what reaches c10d's operators, whoever calls them and by whatever name.
     """

@@ -29,22 +29,22 @@ Precision = Literal["ieee", "tf32", "bf16"]
 
 @dataclass(frozen=True)
 class Targets:
-    """Which column of a block is a row's positive, and which are no negatives of it."""
+    """The column of each row's positive in a block, and the columns excluded from its negatives."""
 
     offset: int = 0
     """The positive of row i is column i + offset, if the block has it."""
     x_ids: Tensor | None = None
-    """(M,): a row and a column of one id are no negatives of each other; None with `y_ids`."""
+    """(M,): rows and columns with equal ids are not negatives of each other; None with `y_ids`."""
     y_ids: Tensor | None = None
     """(N,)."""
 
 
 @dataclass(frozen=True)
 class BlockSums:
-    """What a forward pass over a block of logits gives."""
+    """Result of a forward pass over a block of logits."""
 
     row_lse_negatives: Tensor | None
-    """Log-sum-exp of each row over its negatives, (M,); None where it was not wanted."""
+    """Log-sum-exp of each row over its negatives, (M,); None if not requested."""
     column_lse_negatives: Tensor | None
     """The same of each column over the rows, (N,)."""
     positive_logits: Tensor
@@ -53,7 +53,7 @@ class BlockSums:
 
 @dataclass(frozen=True)
 class DirectionSums:
-    """What the gradient needs of one direction: of rows over columns, or of columns over rows."""
+    """Sums that the gradient of one direction needs: rows over columns, or the reverse."""
 
     lse_negatives: Tensor
     """Log-sum-exp of the negatives' logits, to base 2, (M,)."""
@@ -61,23 +61,23 @@ class DirectionSums:
     """1 - p, p the softmax of the positive, (M,)."""
 
     def __getitem__(self, rows: slice) -> DirectionSums:
-        """Those of some rows."""
+        """The sums of some rows."""
         return DirectionSums(self.lse_negatives[rows], self.one_minus_p[rows])
 
     def contiguous(self) -> DirectionSums:
-        """As the kernels read a vector: without a stride."""
+        """The sums as contiguous vectors, which the kernels require."""
         return DirectionSums(self.lse_negatives.contiguous(), self.one_minus_p.contiguous())
 
 
 class BlockGradients(NamedTuple):
-    """What a backward pass over a block of logits gives."""
+    """Result of a backward pass over a block of logits."""
 
     x: Tensor | None
-    """(M, D) in x's type; None where it was not wanted."""
+    """(M, D) in x's dtype; None if not requested."""
     y: Tensor | None
-    """(N, D) in the accumulator's type; None where it was not wanted."""
+    """(N, D) in the accumulator's dtype; None if not requested."""
     scale: Tensor
-    """() in the accumulator's type."""
+    """() in the accumulator's dtype."""
 
 
 class Backend(Protocol):
@@ -93,7 +93,7 @@ class Backend(Protocol):
         rows: bool = True,
         columns: bool = True,
     ) -> BlockSums:
-        """The sums of the forward pass; `rows` and `columns` say which of them are wanted."""
+        """The sums of the forward pass; `rows` and `columns` select which are computed."""
         ...
 
     def gradients(
@@ -120,8 +120,8 @@ class Backend(Protocol):
 
 
 def losses_and_sums(lse_negatives: Tensor, positive_logits: Tensor) -> tuple[Tensor, DirectionSums]:
-    """-log p in natural units (M,), and what the gradient needs: precise for p from 0 to 1."""
+    """-log p in natural units (M,), and the sums for the gradient; precise for p from 0 to 1."""
     ahead = (lse_negatives - positive_logits) / LOG2E
-    # PyTorch's threshold of 20 would leave e^-20 out, which float64 sees.
+    # PyTorch's threshold of 20 would drop e^-20, which is not negligible in float64.
     losses = F.softplus(ahead, threshold=40)
     return losses, DirectionSums(lse_negatives, torch.sigmoid(ahead))

@@ -95,7 +95,7 @@ def distributed_infonce(
 
 @dataclass(frozen=True)
 class RankSizes:
-    """How many rows each rank holds, and the collectives that move them."""
+    """Number of rows on each rank, and the collectives between ranks."""
 
     audio: tuple[int, ...]
     text: tuple[int, ...]
@@ -106,7 +106,7 @@ class RankSizes:
     def of(
         cls, audio: Tensor, text: Tensor, group: dist.ProcessGroup | None, equal: bool
     ) -> RankSizes:
-        """Ask all ranks, or take our sizes for theirs."""
+        """Gather the sizes of all ranks, or assume that they equal this rank's."""
         world, rank = dist.get_world_size(group), dist.get_rank(group)
         if equal:
             return cls((len(audio),) * world, (len(text),) * world, rank, group)
@@ -118,22 +118,22 @@ class RankSizes:
 
     @property
     def world(self) -> int:
-        """How many ranks there are."""
+        """Number of ranks."""
         return len(self.audio)
 
     @property
     def total(self) -> int:
-        """The clips of all ranks."""
+        """Number of clips of all ranks."""
         return sum(self.audio)
 
     @property
     def offset(self) -> int:
-        """Where this rank's captions begin among those of all ranks."""
+        """Index of this rank's first caption among those of all ranks."""
         return sum(self.text[: self.rank])
 
     @property
     def own(self) -> slice:
-        """This rank's pairs among the captions of all ranks."""
+        """Range of this rank's pairs among the captions of all ranks."""
         return slice(self.offset, self.offset + self.audio[self.rank])
 
     def gather(self, x: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ class RankSizes:
         return out[: self.text[self.rank]]
 
     def reduce(self, x: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
-        """All ranks' sum or maximum, in place."""
+        """Sum or maximum over all ranks, in place."""
         dist.all_reduce(x, op=op, group=self.group)
         return x
 
@@ -292,7 +292,7 @@ def _pack(lse_negatives: Tensor | None, one_minus_p: Tensor | None) -> Direction
 
 
 def _collective(new: str, old: str) -> Callable[..., Any]:
-    """A collective that PyTorch 2.14 renamed, warning of the name that 2.11 knows."""
+    """A collective by its name in PyTorch 2.14 or 2.11; 2.14 warns of the older name."""
     return getattr(dist, new if hasattr(dist, new) else old)
 
 

@@ -1,4 +1,4 @@
-"""infonce: each clip against all captions and each caption against all clips, cross-entropy.
+"""infonce: symmetric cross-entropy of clips over captions and of captions over clips.
 
     S[i, j] = scale * a[i] . t[j]
     a2t = mean_i (logsumexp_j S[i, j] - S[i, i])      t2a = mean_j (logsumexp_i S[i, j] - S[j, j])
@@ -47,7 +47,7 @@ from flap_kernels.spec import Inputs, Kernel, Size
 
 
 def choose_backend(x: Tensor, precision: str, workspace_mib: float | None) -> Backend:
-    """The backend that serves this tensor; `precision` and `workspace_mib` are for kernels."""
+    """The backend for this tensor; `precision` and `workspace_mib` apply to the Triton kernels."""
     if len(x) and runs_triton(x):
         return TritonTiled("tf32" if precision == "tf32" else "ieee", workspace_mib)
     return TorchTiled()
@@ -113,7 +113,7 @@ def _backward(
     precision: str,
     workspace_mib: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of audio, text (empty where not wanted) and scale."""
+    """The gradients of audio, text (empty if not requested) and scale."""
     rows, columns = len(row_one_minus_p) > 0, len(column_one_minus_p) > 0
     found = choose_backend(audio, precision, workspace_mib).gradients(
         audio,
@@ -149,7 +149,7 @@ def _(audio, text, scale, *rest):
 
 @register_flop_formula(torch.ops.flap_kernels.infonce_backward)
 def _backward_flop(audio, text, *rest, **__) -> int:
-    # S once more, and a product for each gradient.
+    # S is recomputed, then one product for each gradient.
     audio_wanted, text_wanted = rest[7:9]
     return (1 + audio_wanted + text_wanted) * _forward_flop(audio, text)
 
@@ -199,7 +199,7 @@ def infonce(
 
     `precision` is that of float32 operands in products, whose sums stay in float32: `ieee` leaves
     them as they are, the others are for tensor cores and round them to the nearest. `tf32` keeps 10
-    bits of the fraction, on a GPU alone; `bf16` 7, of the embeddings' gradients too.
+    bits of the fraction, only on a GPU; `bf16` 7, of the embeddings' gradients too.
     `workspace_mib` bounds the memory for partial results, 256 forward and 64 backward (or 2048 rows
     of B) if not given; a row of tiles is always allowed.
 
@@ -214,7 +214,7 @@ def infonce(
 
 
 def operands(audio: Tensor, text: Tensor, precision: Precision) -> tuple[Tensor, Tensor, str]:
-    """What enters the products, and how kernels are to multiply it where it is float32."""
+    """The operands of the products, and the kernels' precision if they are float32."""
     if precision != "bf16":
         return audio, text, precision
     if audio.dtype == torch.float32:
@@ -231,7 +231,7 @@ def check_arguments(
     precision: str,
     workspace_mib: float | None,
 ) -> Tensor:
-    """The scale as a tensor, after every check of the public ops."""
+    """Check the arguments of the public ops; returns the scale as a tensor."""
     check_choice("direction", direction, get_args(Direction))
     check_choice("precision", precision, get_args(Precision))
     check_above("workspace_mib", workspace_mib, 0)

@@ -1,4 +1,4 @@
-"""What `infonce` means: plain PyTorch with the whole matrix of logits."""
+"""The reference of `infonce`: plain PyTorch with the whole matrix of logits."""
 
 from __future__ import annotations
 

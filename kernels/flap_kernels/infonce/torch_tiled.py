@@ -1,4 +1,4 @@
-"""InfoNCE's backend in plain PyTorch, tile by tile: what runs without a GPU.
+"""InfoNCE's backend in plain PyTorch, tile by tile; used without a GPU.
 
 A tile of logits and one tile of scratch memory serve all tiles, so that they stay in cache. The
 formulas are those of `backend`.
@@ -21,12 +21,12 @@ from flap_kernels.infonce.backend import (
 )
 from flap_kernels.precision import accumulator_dtype, add_product
 
-# Two tiles (the logits and what they are multiplied by) stay in the cache of a few cores.
+# Two tiles (the logits and their factors) fit in the cache of a few cores.
 _TILE_ROWS = 512
 _TILE_COLUMNS = 1024
 # Between 2^-100 and 2^100 a million terms can be summed in float32 as they are.
 _BOUNDED = 100.0
-# A sum below this may have lost terms that matter to it: it is made again from its own maximum.
+# A sum below this may have lost significant terms: it is recomputed from its own maximum.
 _FAINT = 2.0**-90
 # Sums this far apart are divided by in one go: what is lost then is below 2^-66 of its sum.
 _SPREAD = 120.0
@@ -45,7 +45,7 @@ class TorchTiled:
         rows: bool = True,
         columns: bool = True,
     ) -> BlockSums:
-        """As `Backend.sums` says."""
+        """See `Backend.sums`."""
         block = _Block.of(x, y, scale, targets)
         bounded = block.bounded()
         start = 0.0 if bounded else -torch.inf
@@ -86,7 +86,7 @@ class TorchTiled:
         x_wanted: bool = True,
         y_wanted: bool = True,
     ) -> BlockGradients:
-        """As `Backend.gradients` says."""
+        """See `Backend.gradients`."""
         block = _Block.of(x, y, scale, targets)
         bounded = block.bounded()
         x_grad = torch.empty_like(x) if x_wanted else None
@@ -126,12 +126,12 @@ class TorchTiled:
 
 @dataclass(frozen=True)
 class _Block:
-    """A block of logits in the type it is computed in, and the memory that serves all its tiles."""
+    """A block of logits in the dtype of the computation, and the memory that its tiles reuse."""
 
     x: Tensor
     y: Tensor
     factor: Tensor
-    """What makes a cosine a logit to base 2, ()."""
+    """Factor from a cosine to a logit to base 2, ()."""
     targets: Targets
     memory: Tensor
 
@@ -143,7 +143,7 @@ class _Block:
         return cls(x, y.to(dtype), scale.to(dtype) * LOG2E, targets, memory)
 
     def bounded(self) -> bool:
-        """Whether no logit can be so large or small that it needs a reference point."""
+        """Whether all logits are small enough to be exponentiated without a reference point."""
         if not (len(self.x) and len(self.y)):
             return True
         longest = self.y.norm(dim=1).max() * self.x.norm(dim=1, dtype=self.y.dtype).max()
@@ -167,7 +167,7 @@ class _Block:
         return self.memory[1, : like.numel()].view_as(like)
 
     def ahead(self, tile_m: slice, tile_n: slice) -> int:
-        """The column, in this tile, of its first row's positive; it may lie outside."""
+        """Column in this tile of its first row's positive; may be outside the tile."""
         return tile_m.start + self.targets.offset - tile_n.start
 
     def positives(self, tile: Tensor, tile_m: slice, tile_n: slice) -> tuple[int, Tensor]:
@@ -184,7 +184,7 @@ class _Block:
 
 
 def _add_sums(logits: Tensor, totals: tuple[Tensor | None, Tensor | None]) -> None:
-    """Add the powers of two to the sums, where none can be too large or too small."""
+    """Add the powers of two to the sums; none can overflow or underflow."""
     powers = logits.exp2_()
     for dim, total in zip((1, 0), totals, strict=True):
         if total is not None:
@@ -194,7 +194,7 @@ def _add_sums(logits: Tensor, totals: tuple[Tensor | None, Tensor | None]) -> No
 def _add_logarithms(
     logits: Tensor, totals: tuple[Tensor | None, Tensor | None], scratch: Tensor
 ) -> None:
-    """Add to sums that are kept as logarithms; one exponential for both, unless sums are faint."""
+    """Add to sums stored as logarithms, with one exponential for both unless sums are tiny."""
     top = logits.max().clamp(min=torch.finfo(logits.dtype).min)
     powers = torch.sub(logits, top, out=scratch).exp2_()
     for dim, total in zip((1, 0), totals, strict=True):
@@ -238,7 +238,7 @@ def _dlogits(
 def _dlogits_of_one(
     logits: Tensor, row: DirectionSums | None, column: DirectionSums | None, *, out: Tensor
 ) -> Tensor:
-    """(1 - p) 2^(S - lse_negatives), by row or by column, whichever is given."""
+    """(1 - p) 2^(S - lse_negatives), by row or by column."""
     if row is not None:
         lse, one_minus_p = row.lse_negatives[:, None], row.one_minus_p[:, None]
     else:

@@ -21,7 +21,7 @@ from flap_kernels.launch import jit, tl
 
 @jit
 def _tile_of(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """The tile of a program: down a group of rows first, then to the next columns."""
+    """The tile of a program; programs run along a group of rows first, then to the next columns."""
     group_size = GROUP_M * tiles_n
     first_m = (pid // group_size) * GROUP_M
     rows = min(tiles_m - first_m, GROUP_M)
@@ -199,7 +199,7 @@ def lse_negatives_kernel(
                 column_tops = tl.where(column_tops == float("-inf"), 0.0, column_tops)
                 column_sums = tl.sum(tl.exp2(logits - column_tops[None, :]), 0)
         if ROWS:
-            # A slab without a negative has no say in which reference point the row keeps.
+            # A slab without a negative does not change the row's reference point.
             row_tops = tl.where(row_sums == 0.0, float("-inf"), row_tops)
             higher = tl.maximum(tops, row_tops)
             base = tl.where(higher == float("-inf"), 0.0, higher)
@@ -347,7 +347,7 @@ def dlogits_kernel(
             dlogits = tl.where(is_positive & mask_n[None, :], at_positive, dlogits)
         # dscale = sum(dlogits * (x y^T))
         scale_sum += tl.sum(dlogits * product)
-        if PRECISION == "tf32":  # to the nearest: the product that follows cuts these bits off
+        if PRECISION == "tf32":  # to the nearest: the next product truncates these bits
             bits = (dlogits.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
             # A NaN stays: its bits would carry into the sign.
             dlogits = tl.where(dlogits == dlogits, bits.to(tl.float32, bitcast=True), dlogits)

@@ -22,25 +22,25 @@ _SUMS_MIB = 256
 _DLOGITS_MIB, _DLOGITS_ROWS = 64, 2048
 
 PARTIAL_BLOCKS = {"BLOCK_P": 16, "BLOCK": 128}
-"""Partial sums at a time, and sums of a program, where they are added up."""
+"""Tile of the kernel that adds up partial sums: partial sums at a time, sums per program."""
 
 
 @dataclass(frozen=True)
 class TileShape:
-    """A tile of logits, and the threads that compute it."""
+    """The size of a tile of logits, and the launch parameters."""
 
     BLOCK_M: int
     BLOCK_N: int
     BLOCK_D: int
     SLABS: int
-    """Into how many slabs its columns are cut after the product, 1 or 4: what fits in registers."""
+    """Number of slabs of a tile's columns after the product, 1 or 4, to fit in registers."""
     GROUP_M: int
     num_warps: int
     num_stages: int
 
 
 def tile_shape(arch: int, dtype: torch.dtype, precision: Float32Precision) -> TileShape:
-    """The tile for a compute capability (90 for 9.0) and a type.
+    """The tile for a compute capability (90 for 9.0) and a dtype.
 
     Operands reach shared memory from the L2 cache: the larger the tile, the fewer bytes of them.
     """
@@ -59,10 +59,10 @@ def tile_shape(arch: int, dtype: torch.dtype, precision: Float32Precision) -> Ti
 
 @dataclass(frozen=True)
 class TritonTiled:
-    """The `Backend` of kernels, for float32 and narrower types on a GPU or in the interpreter."""
+    """The `Backend` of Triton kernels, for float32 and narrower dtypes, on a GPU or interpreted."""
 
     precision: Float32Precision = "ieee"
-    """Of float32 operands in products."""
+    """Precision of float32 operands in products."""
     workspace_mib: float | None = None
     """Bounds the memory for partial results; None takes 256 forward, and backward 64 or the
     dlogits of 2048 rows, whichever is more. A row of tiles is always allowed."""
@@ -77,7 +77,7 @@ class TritonTiled:
         rows: bool = True,
         columns: bool = True,
     ) -> BlockSums:
-        """As `Backend.sums` says."""
+        """See `Backend.sums`."""
         x, y = (_operand(v, self.precision) for v in (x, y))
         targets = _contiguous(targets)
         (M, D), N = x.shape, len(y)
@@ -144,7 +144,7 @@ class TritonTiled:
         x_wanted: bool = True,
         y_wanted: bool = True,
     ) -> BlockGradients:
-        """As `Backend.gradients` says."""
+        """See `Backend.gradients`."""
         x, y = (_operand(v, self.precision) for v in (x, y))
         targets = _contiguous(targets)
         row, column = (sums and sums.contiguous() for sums in (row_sums, column_sums))
@@ -172,7 +172,7 @@ class TritonTiled:
                 x_rows,
                 y,
                 scale,
-                # What is absent gets x as a dummy; the kernel never reads it.
+                # Absent pointers get x as a dummy; the kernel never reads it.
                 targets.x_ids[chunk] if targets.x_ids is not None else x,
                 targets.y_ids if targets.y_ids is not None else y,
                 row.lse_negatives[chunk] if row is not None else x,
@@ -213,7 +213,7 @@ class TritonTiled:
 
 
 def _operand(x: Tensor, precision: Float32Precision) -> Tensor:
-    """Rounded to the nearest tf32: tensor cores cut bits off, which would make cosines smaller."""
+    """Round to the nearest tf32: tensor cores truncate, which would make cosines smaller."""
     if precision == "ieee" or x.dtype != torch.float32:
         return x
     nearest = ((x.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
@@ -221,7 +221,7 @@ def _operand(x: Tensor, precision: Float32Precision) -> Tensor:
 
 
 def _contiguous(targets: Targets) -> Targets:
-    """With ids as the kernels read a vector: without a stride."""
+    """The targets with contiguous ids, which the kernels require."""
     if targets.x_ids is None or targets.y_ids is None:
         return targets
     x_ids, y_ids = targets.x_ids.contiguous(), targets.y_ids.contiguous()
@@ -231,7 +231,7 @@ def _contiguous(targets: Targets) -> Targets:
 def dlogits_chunks(
     M: int, N: int, dtype: torch.dtype, BLOCK_M: int, workspace_mib: float | None
 ) -> list[slice]:
-    """The rows whose dlogits are in the workspace at a time, the longest chunk first."""
+    """Chunks of rows whose dlogits fit in the workspace at a time, the longest first."""
     row_bytes = dtype.itemsize * _dlogits_stride(N)
     if workspace_mib is None:
         most = max(_DLOGITS_ROWS, _DLOGITS_MIB * 2**20 // row_bytes)
@@ -241,7 +241,7 @@ def dlogits_chunks(
 
 
 def _dlogits_stride(N: int) -> int:
-    """A row of the workspace starts at a multiple of 128 bytes, as library products like it."""
+    """Stride of the workspace's rows: a multiple of 128 bytes, for fast library products."""
     return ceil_div(N, 64) * 64
 
 

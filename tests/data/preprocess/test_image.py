@@ -141,7 +141,7 @@ def test_an_error_of_the_source_is_not_a_bad_picture(decoder):
     [
         (Path("nowhere.png"), "missing: no such file"),
         (Path("n" * 300), "missing: no such file"),
-        (b"GIF no more", "unreadable: no kind of picture that is known"),
+        (b"GIF no more", "unreadable: unknown image format"),
         (CUT[: len(CUT) // 2], "unreadable: image file is truncated"),
         (DDS[:80] + b"\4\0\0\0ABCD" + DDS[88:], "unreadable: Unimplemented pixel format"),
         (encoded(pillow.new("RGB", (51, 1))), "a strip: 51 x 1 pixels"),

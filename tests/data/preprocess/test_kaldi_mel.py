@@ -76,15 +76,15 @@ def test_the_log_mel_is_kaldis(name):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "spoken", "frames"),
+    ("seconds", "valid", "frames"),
     [(10.0, 998, 1024), (10.0, 998, 1008), (5.0, 498, 512), (1.0, 98, 112), (0.025, 1, 16)],
 )
-def test_frames_are_those_that_fit_whole_and_zeros_follow(seconds, spoken, frames):
+def test_frames_are_those_that_fit_whole_and_zeros_follow(seconds, valid, frames):
     audio = Audio(duration_s=seconds, frames=frames)
     out = kaldi_log_mel(audio)(torch.from_numpy(noise(0, seconds, RATE))[None].repeat(3, 1))
     assert out.shape == (3, frames, 128)
-    assert (out[:, spoken:] == 0).all()
-    assert (out[:, :spoken] != 0).all()
+    assert (out[:, valid:] == 0).all()
+    assert (out[:, :valid] != 0).all()
 
 
 def test_another_rate_has_a_mel_of_its_own():
@@ -141,11 +141,11 @@ def test_normalisation_is_audiosets_and_a_padded_row_becomes_0467():
     assert normalise(torch.zeros(1), other).item() == pytest.approx(6.6268077 / 2 / 5.358466)
 
 
-VISITS = torch.arange(400)
+SAMPLES = torch.arange(400)
 OFF = {"time_frames": 0, "freq_bins": 0}
 
 
-def masked(settings: SpecAug, sample_index: torch.Tensor = VISITS) -> torch.Tensor:
+def masked(settings: SpecAug, sample_index: torch.Tensor = SAMPLES) -> torch.Tensor:
     """(B, 64, 32) bool: what SpecAug covers."""
     mel = torch.ones(len(sample_index), 1, 64, 32)
     return spec_augment(mel, settings, Audio(), 3407, sample_index)[:, 0] != 1
@@ -190,13 +190,13 @@ def test_a_mask_wider_than_the_input_covers_at_most_all_of_it():
 
 def test_specaug_zeros_come_before_or_after_the_statistics():
     """Before, as AudioMAE's: a masked cell becomes 0.467, as a padded row is; after: 0."""
-    logmel = torch.randn(len(VISITS), 2, 64, 32, generator=torch.Generator().manual_seed(0))
+    logmel = torch.randn(len(SAMPLES), 2, 64, 32, generator=torch.Generator().manual_seed(0))
     before, after = (
         spec_augment(
             normalise(logmel, Audio()),
             SpecAug(time_frames=30, freq_bins=12, domain=domain),
             Audio(),
-            *(3407, VISITS),
+            *(3407, SAMPLES),
         )
         for domain in ("pre_norm", "post_norm")
     )
@@ -215,7 +215,7 @@ def test_specaug_is_the_samples_own():
 
 def test_a_mask_follows_torchaudios_formula():
     """value = u P, start = floor(u' (size - value)), end = start + floor(value)."""
-    u = uniforms(3407, Stream.SPECAUG, VISITS, 4).double()
+    u = uniforms(3407, Stream.SPECAUG, SAMPLES, 4).double()
     cover = masked(SpecAug(time_frames=20, freq_bins=0)).any(2)
     for row, (width, start, *_) in zip(cover, u.tolist(), strict=True):
         first = int(start * (64 - width * 20))

@@ -118,7 +118,7 @@ def test_cc3m_takes_what_was_fetched_and_lists_the_rest(tmp_path):
     assert prepare(SOURCES["cc3m"].read(folder), out, show=False) == Prepared(8, 2, 5, 3)
     rows = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
     assert [(row["id"], row["reason"]) for row in rows] == [
-        ("images/3.jpg", "unreadable: no kind of picture that is known"),
+        ("images/3.jpg", "unreadable: unknown image format"),
         ("images/4.jpg", "missing: no such file"),
         ("images/5.jpg", "captionless"),
     ]
@@ -156,7 +156,7 @@ def test_a_manifest_may_name_images_as_it_names_sounds(tmp_path):
     prepare(write_manifest(tmp_path / "m.jsonl", rows), tmp_path / "out", show=False)
     assert open_shards([tmp_path / "out/train"], IMAGES).encoded(0) == PNG
     rows.append({"audio": "b.wav", "captions": ["a tone"]})
-    with pytest.raises(ManifestError, match="must name sounds or pictures throughout, got both"):
+    with pytest.raises(ManifestError, match="must name sounds or images throughout, got both"):
         prepare(write_manifest(tmp_path / "n.jsonl", rows), tmp_path / "both", show=False)
 
 
