@@ -38,10 +38,7 @@ class Outputs(TypedDict):
 
 
 class Loss(Section):
-    """A section of `loss`, and what it computes.
-
-    A loss of one term has a field `weight`; another overrides `weights`.
-    """
+    """A section of `loss`, and what it computes."""
 
     @property
     def weights(self) -> dict[str, float]:
