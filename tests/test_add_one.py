@@ -1,4 +1,4 @@
-"""What CONTRIBUTING says of adding an encoder or a loss, done in a copy of the package.
+"""What docs/adding.md says of adding an encoder or a loss, done in a copy of the package.
 
 Evaluations, sources and kernels have such a test in their own rooms.
 """
@@ -148,15 +148,20 @@ def test_an_encoder_is_a_folder_and_a_line(copy: Path, prepared: Path):
     forward = 2 * 8 * (128 * 24 + 24 * 16 + 16 * 16)
     assert found["flop"]["audio tower"]["forward"] == forward
 
-    refused = subprocess.run(
-        [sys.executable, "-m", "flap_fast", "config", "show", empty, "mask.kind=2d"],
-        cwd=copy,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(copy), str(ROOT / "kernels")])},
-        capture_output=True,
-        text=True,
-    )
-    rule = "mask.kind must be 'none' with audio.encoder = frame_mean, which cannot mask, got '2d'"
-    assert rule in refused.stderr
+    named = "with audio.encoder = frame_mean"
+    for override, rule in {
+        "mask.kind=2d": f"mask.kind must be 'none' {named}, which cannot mask, got '2d'",
+        "audio.size=large": f"audio.size must be left out {named}, got 'large'; it is a setting of",
+        "image={}": "audio must be left out where image is set, which replaces the audio encoder",
+    }.items():
+        refused = subprocess.run(
+            [sys.executable, "-m", "flap_fast", "config", "show", empty, override],
+            cwd=copy,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(copy), str(ROOT / "kernels")])},
+            capture_output=True,
+            text=True,
+        )
+        assert rule in refused.stderr
 
 
 def test_a_loss_is_a_file_and_a_line_and_trains_alone(copy: Path, prepared: Path):

@@ -78,7 +78,8 @@ def yaml_file(tmp_path: Path):
         ),
         (
             "audio: {depths: [2, 2]}",
-            "audio.depths is a setting of audio.encoder = htsat; set .*, or leave it out",
+            r"audio.depths must be left out with audio.encoder = vit, got \[2, 2\]; it is a "
+            r"setting of audio.encoder = htsat \(audio.depths=null leaves it out\)",
         ),
         (
             "audio: {mel: clap, high_hz: 30000}",
@@ -105,7 +106,7 @@ def yaml_file(tmp_path: Path):
         ),
         (
             "audio: {encoder: htsat, depth: 3}",
-            "audio.depth is a setting of audio.encoder = vit; set audio.encoder=vit, or .*",
+            "audio.depth must be left out with audio.encoder = htsat, got 3; it is .* = vit .*",
         ),
         (
             "audio: {encoder: htsat, size: small}",
@@ -114,7 +115,18 @@ def yaml_file(tmp_path: Path):
         ("audio: {encoder: htsat, width: 98}", "audio.width must be a multiple .*, got 98"),
         (
             "audio: {encoder: htsat, attention: xformers}",
-            "audio.attention is a setting of audio.encoder = vit; .*",
+            "audio.attention must be left out with audio.encoder = htsat, got 'xformers'; .*",
+        ),
+        ("audio: {encoder: null}", "audio.encoder must be 'vit' or 'htsat', got None"),
+        ("audio: {encoder: [1]}", r"audio.encoder must be 'vit' or 'htsat', got \[1\]"),
+        ("text: clip", "text must be a section of settings, got 'clip'"),
+        (
+            "image: {}\naudio: {encoder: htsat}",
+            "audio must be left out where image is set, .*, got '.*encoder.*'",
+        ),
+        (
+            "image: {}\nfusion: {type: aff_2d}",
+            "fusion.type must be 'none' with image.encoder = resnet50, which cannot fuse, got .*",
         ),
         (
             "audio: {encoder: htsat, window_patches: 13}",
@@ -167,6 +179,16 @@ def test_an_unknown_name_is_refused_with_the_known_ones(yaml_file, text, message
         load_config(yaml_file(text))
     assert str(error.value).startswith(message)
     assert "Known here: " in str(error.value)
+
+
+def test_another_encoder_takes_a_files_place_where_null_leaves_out_what_it_lacks(yaml_file):
+    """The command line cannot leave out a line of the file."""
+    file = yaml_file("audio: {depth: 2, use_cls: false}\ntext: {pool: mean}")
+    nulls = ("audio.depth=null", "audio.use_cls=null", "text.pool=null")
+    config = load_config(file, ["audio.encoder=htsat", "text.encoder=clip", *nulls])
+    assert config == load_config(None, ["audio.encoder=htsat", "text.encoder=clip"])
+    with pytest.raises(ConfigError, match=r"audio\.deep is not a setting"):
+        load_config(file, ["audio.deep=null"])
 
 
 def test_every_fault_of_a_file_is_named_at_once(yaml_file):
@@ -479,7 +501,7 @@ def test_clips_text_tower_has_clips_sizes_and_its_own_end_of_text():
     assert (text.width, text.depth, text.heads) == (512, 12, 8)
     for override in ("folder=x", "pool=mean", "packing=packed", "attention=xformers"):
         name = override.partition("=")[0]
-        with pytest.raises(ConfigError, match=f"text.{name} is a setting of .* = roberta"):
+        with pytest.raises(ConfigError, match=f"text.{name} must .*, got .* = roberta"):
             load_config(None, ["text.encoder=clip", f"text.{override}"])
 
 

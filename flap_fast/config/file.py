@@ -124,25 +124,33 @@ def _line(fault: dict[str, Any]) -> str:
     """One of pydantic's faults as "NAME must RULE, got VALUE"."""
     path = [str(part) for part in fault["loc"]]
     arms = ENCODERS.get(path[0], {}) if path else {}
-    if fault["type"] == "union_tag_invalid":
-        names = " or ".join(f"'{name}'" for name in arms)
-        return f"{path[0]}.encoder must be {names}, got '{fault['ctx']['tag']}'"
-    # Pydantic names the arm of a union in the path.
+    unknown_arm = fault["type"] == "union_tag_invalid"
+    if unknown_arm or (arms and path[-1] == "encoder"):
+        *others, last = (f"'{name}'" for name in arms)
+        names = f"{', '.join(others)} or {last}" if others else last
+        got = fault["input"].get("encoder") if unknown_arm else fault["input"]
+        return f"{path[0]}.encoder must be {names}, got {got!r}"
+    # Pydantic names the arm of a union in the path, unless it is the only one.
+    first = next(iter(arms.values()), None)
     arm = arms[path.pop(1)] if len(path) > 1 and path[1] in arms else None
     name = ".".join(path)
     if fault["type"] == "extra_forbidden":
         *sections, last = path
         if others := [n for n, other in arms.items() if last in other.model_fields]:
-            remedy = f"set {path[0]}.encoder={others[0]}, or leave it out"
-            return f"{name} is a setting of {path[0]}.encoder = {' or '.join(others)}; {remedy}"
-        known = list(_section(sections, arm or next(iter(arms.values()), None)).model_fields)
+            encoder, mine = f"{path[0]}.encoder", arm or next(iter(arms.values()))
+            return (
+                f"{name} must be left out with {encoder} = {mine.name()}, "
+                f"got {fault['input']!r}; it is a setting of {encoder} = {' or '.join(others)} "
+                f"({name}=null leaves it out)"
+            )
+        known = list(_section(sections, arm or first).model_fields)
         close = difflib.get_close_matches(path[-1], known, n=1)
         hint = f": did you mean {'.'.join([*path[:-1], close[0]])}" if close else ""
         return f"{name} is not a setting{hint}. Known here: {', '.join(known)}"
     cause = fault.get("ctx", {}).get("error")
     if isinstance(cause, ConfigError):
         return str(cause)
-    rule = fault["msg"]
+    rule = fault["msg"] if fault["type"] != "model_type" else "must be a section of settings"
     for theirs, ours in _WORDS.items():
         rule = rule.replace(theirs, ours)
     value = fault["input"]

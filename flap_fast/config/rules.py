@@ -22,16 +22,28 @@ def encoder_class(section: str, tree: object) -> type[Encoder] | None:
 def with_defaults(tree: dict[str, Any] | None) -> dict[str, Any]:
     """The tree with the defaults that the encoder and fusion set in other sections."""
     tree = dict(tree or {})
+    for section in ENCODERS:
+        tree |= _without_idle_nulls(section, tree.get(section))
     section = "audio" if tree.get("image") is None else "image"
     encoder = encoder_class(section, tree.get(section))
     if encoder is not None and issubclass(encoder, MediaEncoder):
         for name, defaults in encoder.defaults.items():
             _fill(tree, name, defaults)
-    fusion = tree.get("fusion")
+    fusion = tree.get("fusion") if section == "audio" else None
     kind = fusion.get("type") if isinstance(fusion, dict) else getattr(fusion, "type", None)
     if kind not in (None, "none"):
         _fill(tree, "audio", {"mel_variant": "htk_none"})
     return tree
+
+
+def _without_idle_nulls(section: str, tree: object) -> dict[str, Any]:
+    """The section without the settings of other encoders that are null: so they are left out."""
+    encoder = encoder_class(section, tree)
+    if encoder is None or not isinstance(tree, dict):
+        return {}
+    known = {name for arm in ENCODERS[section].values() for name in arm.model_fields}
+    idle = {n for n in known - encoder.model_fields.keys() if tree.get(n, n) is None}
+    return {section: {name: value for name, value in tree.items() if name not in idle}}
 
 
 def _fill(tree: dict[str, Any], section: str, defaults: dict[str, Any]) -> None:
@@ -44,7 +56,9 @@ def check_encoder(config: Config) -> None:
     """Raise `ConfigError` with the encoder's message for settings that it does not support."""
     encoder = config.encoder
     if encoder is not config.audio:
-        given = config.audio.model_dump(exclude_defaults=True)
+        # Of the default encoder: another one is a setting, too.
+        standard = next(iter(ENCODERS["audio"].values()))()
+        given = [n for n, value in config.audio if value != getattr(standard, n, None)]
         rule = f"be left out where {encoder.modality} is set, which replaces the audio encoder"
         require(not given, "audio", rule, ", ".join(given))
         rule, backend = f"not be dali_mel with {encoder.named}", config.frontend.backend
@@ -76,7 +90,8 @@ def _require_ability(
 
 
 def _reason(encoder: MediaEncoder, ability: Ability) -> str:
-    reason = encoder.why_not.get(ability, f"which cannot {ability}")
+    verb = {"fusion": "fuse", "compile": "be compiled", "recompute": "be recomputed"}
+    reason = encoder.why_not.get(ability, f"which cannot {verb.get(ability, ability)}")
     return f", {reason}"
 
 

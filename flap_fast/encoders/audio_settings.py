@@ -123,21 +123,6 @@ class AudioEncoder(MediaEncoder, Audio):
     modality = "audio"
     specaug = "before"
     defaults = {"mask": {"kind": "none"}}  # noqa: RUF012 - a ClassVar of the base
-    moved = {  # noqa: RUF012 - a ClassVar of the base
-        "size": ("tiny", "small", "base", "large"),
-        "width": (None,),
-        "depth": (None,),
-        "depths": (None,),
-        "heads": (None,),
-        "patch": (4, 16),
-        "window_patches": (8,),
-        "use_cls": (True,),
-        "pool": ("mean_patch",),
-        "norm_position": ("tokens",),
-        "pos_grid": ("correct",),
-        "drop_path": (0.0, 0.1),
-        "attention": ("sdpa",),
-    }
 
     def input_shape(self, fusion: Fusion) -> tuple[int, ...]:
         """(1, T, F); (4, T, F) with fusion."""
@@ -177,3 +162,9 @@ class PatchEncoder(AudioEncoder):
     def positions(self, width: int) -> Tensor:
         """(N, width) float32: positions that are added to the patches' embeddings."""
         raise NotImplementedError
+
+    def _check_frames(self, held: int, multiple: int = 1) -> None:
+        for name in ("frames", "mel_bins"):
+            value, rule = getattr(self, name), f"be a multiple of {self.patch}"
+            require(value % self.patch == 0, f"audio.{name}", rule, value)
+        super()._check_frames(held, self.patch)

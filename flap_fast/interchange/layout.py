@@ -68,7 +68,7 @@ class Export:
     @property
     def text_config(self) -> Any:
         """The text encoder's transformers config, or None: CLIP's has none."""
-        return getattr(self.model.text.inner, "config", None)
+        return getattr(getattr(self.model.text, "inner", None), "config", None)
 
 
 def _nothing(export: Export) -> str:

@@ -38,10 +38,7 @@ class Outputs(TypedDict):
 
 
 class Loss(Section):
-    """A section of `loss`, and the loss that it configures.
-
-    A loss of one term has a field `weight`; another overrides `weights`.
-    """
+    """A section of `loss`, and the loss that it configures."""
 
     @property
     def weights(self) -> dict[str, float]:

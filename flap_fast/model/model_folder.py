@@ -153,11 +153,16 @@ def put_first_weights(model: TwoTowers, config: Config) -> None:
 def _same_meaning(config: Config, folder: Path, parts: tuple[str, ...]) -> None:
     """Refuse settings of these parts that differ from the folder's, where no shape does."""
     file = folder / "config.yaml"
-    theirs, ours = _meaning(load_config(file)), _meaning(config)
+    there = load_config(file)
+    mine, other = config.encoder.modality, there.encoder.modality
+    rule = f"hold an {mine} encoder, as this config's, not an {other} encoder"
+    require(mine == other, "the weights to begin with", rule, folder)
+    theirs, ours = _meaning(there), _meaning(config)
     for name, value in theirs.items():
         if name.startswith(parts) and name in ours:
-            remedy = f"set {name}={value}, or change it in {file} if another is meant"
-            require(ours[name] == value, name, f"be {value}, as in {folder}", ours[name], remedy)
+            shown, got = (list(v) if isinstance(v, tuple) else v for v in (value, ours[name]))
+            remedy = f"set {name}={shown}, or change it in {file} if another is meant"
+            require(got == shown, name, f"be {shown}, as in {folder}", got, remedy)
 
 
 def _meaning(config: Config) -> dict[str, object]:
@@ -165,7 +170,9 @@ def _meaning(config: Config) -> dict[str, object]:
     sections = {config.encoder.modality: config.encoder.meaning(), "text": config.text.meaning()}
     if config.loss.recon.weight:
         sections["decoder"] = config.decoder.marked(MEANS_WEIGHTS)
-    return {f"{name}.{n}": value for name, found in sections.items() for n, value in found.items()}
+    named = {f"{name}.{n}": v for name, found in sections.items() for n, v in found.items()}
+    # An encoder comes before what follows from it, whose remedy would lead astray.
+    return dict(sorted(named.items(), key=lambda item: not item[0].endswith(".encoder")))
 
 
 def _put_parts(

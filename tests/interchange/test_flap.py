@@ -18,7 +18,7 @@ from flap_fast.model.two_towers import TwoTowers
 from flap_fast.tools.embedder import load
 from flap_fast.train.loop import train
 from tests.test_cli import flap
-from tests.tiny import HTSAT, tiny
+from tests.tiny import HTSAT, tiny, tiny_clip
 
 DECODER = ("loss.recon.weight=1", "decoder.depth=1", "decoder.width=32")
 
@@ -153,3 +153,32 @@ def test_weights_begin_a_run_only_where_they_mean_the_same(begin: str, tmp_path)
         else:
             with pytest.raises(ConfigError, match=f"set text.{name}={theirs}, or"):
                 put(vit, f"text.{name}={other}")
+
+
+@pytest.mark.parametrize("begin", ["init_from", "init_audio_from"])
+def test_what_is_refused_of_first_weights_can_be_set(begin: str, tmp_path):
+    """The encoder is named before what follows from it, and a remedy is YAML."""
+    folders = {name: tmp_path / name for name in ("vit", "htsat", "clip")}
+    configs = {"vit": tiny(), "htsat": tiny(*HTSAT), "clip": tiny_clip()}
+    for name, config in configs.items():
+        model = TwoTowers(config)
+        save_model(folders[name], config, model, model.state_dict())
+    grey = tiny_clip("image.mean=[0.5,0.5,0.5]")
+    for name, config, message in (
+        ("htsat", configs["vit"], r"audio\.encoder must be htsat, .* set audio\.encoder=htsat"),
+        ("vit", configs["htsat"], r"audio\.encoder must be vit, .* set audio\.encoder=vit"),
+        (
+            "clip",
+            configs["vit"],
+            "hold an audio encoder, .* not an image encoder, got '.*clip'",
+        ),
+        (
+            "vit",
+            configs["clip"],
+            "hold an image encoder, .* not an audio encoder, got '.*vit'",
+        ),
+        ("clip", grey, r"set image\.mean=\[0\.48145466, 0\.4578275, 0\.40821073\]"),
+    ):
+        ours = config.train.model_copy(update={begin: folders[name]})
+        with pytest.raises(ConfigError, match=message):
+            put_first_weights(TwoTowers(config), config.model_copy(update={"train": ours}))

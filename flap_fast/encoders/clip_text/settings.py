@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 class ClipTextSettings(TextEncoder):
     head = "linear"
     moved = {  # noqa: RUF012 - a ClassVar of the base
-        "folder": (None,),
         "pool": ("pooler",),
         "packing": ("auto", "padded"),
         "attention": ("sdpa",),

@@ -32,6 +32,13 @@ class HTSATSettings(AudioEncoder):
         "compile": "whose blocks are run as they are",
     }
     specaug = "inside"
+    moved = {  # noqa: RUF012 - a ClassVar of the base
+        "use_cls": (True,),
+        "pool": ("mean_patch",),
+        "norm_position": ("tokens",),
+        "pos_grid": ("correct",),
+        "attention": ("sdpa",),
+    }
     defaults = {  # noqa: RUF012 - a ClassVar of the base
         "mask": {"kind": "none"},
         # LAION-CLAP's SpecAugmentation.

@@ -26,6 +26,7 @@ SIZES = {
 
 class ViTSettings(PatchEncoder):
     can = frozenset({"mask", "reconstruct", "fusion", "compile", "recompute"})
+    moved = {"window_patches": (8,)}  # noqa: RUF012 - a ClassVar of the base
 
     encoder: Annotated[Literal["vit"], MEANS_WEIGHTS] = "vit"
     """FLAP's ViT over the patches that masking keeps."""
@@ -77,10 +78,7 @@ class ViTSettings(PatchEncoder):
         width, _, heads = self.shape
         require(width % heads == 0, "audio.width", f"be a multiple of audio.heads = {heads}", width)
         require(width % 4 == 0, "audio.width", "be a multiple of 4 (2-D sine positions)", width)
-        for name in ("frames", "mel_bins"):
-            value, rule = getattr(self, name), f"be a multiple of {self.patch}"
-            require(value % self.patch == 0, f"audio.{name}", rule, value)
-        super()._check_frames(held, self.patch)
+        super()._check_frames(held, multiple)
 
     @model_validator(mode="after")
     def _pools(self):
