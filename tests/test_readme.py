@@ -75,6 +75,12 @@ def test_every_path_exists(page: str):
         assert any(place.exists() for place in places), path
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_from_their_page_to_a_file(page: str):
+    links = re.findall(r"\]\(([\w./-]+)\)", text_of(page))
+    assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
+
+
 def test_the_site_has_every_page_once():
     nav = yaml.safe_load(text_of("mkdocs.yml"))["nav"]
     assert sorted(nav) == sorted(file.name for file in (ROOT / "docs").glob("*.md"))
