@@ -141,11 +141,11 @@ def test_normalisation_is_audiosets_and_a_padded_row_becomes_0467():
     assert normalise(torch.zeros(1), other).item() == pytest.approx(6.6268077 / 2 / 5.358466)
 
 
-SAMPLES = torch.arange(400)
+SAMPLE_INDEX = torch.arange(400)
 OFF = {"time_frames": 0, "freq_bins": 0}
 
 
-def masked(settings: SpecAug, sample_index: torch.Tensor = SAMPLES) -> torch.Tensor:
+def masked(settings: SpecAug, sample_index: torch.Tensor = SAMPLE_INDEX) -> torch.Tensor:
     """(B, 64, 32) bool: what SpecAug covers."""
     mel = torch.ones(len(sample_index), 1, 64, 32)
     return spec_augment(mel, settings, Audio(), 3407, sample_index)[:, 0] != 1
@@ -190,13 +190,13 @@ def test_a_mask_wider_than_the_input_covers_at_most_all_of_it():
 
 def test_specaug_zeros_come_before_or_after_the_statistics():
     """Before, as AudioMAE's: a masked cell becomes 0.467, as a padded row is; after: 0."""
-    logmel = torch.randn(len(SAMPLES), 2, 64, 32, generator=torch.Generator().manual_seed(0))
+    logmel = torch.randn(len(SAMPLE_INDEX), 2, 64, 32, generator=torch.Generator().manual_seed(0))
     before, after = (
         spec_augment(
             normalise(logmel, Audio()),
             SpecAug(time_frames=30, freq_bins=12, domain=domain),
             Audio(),
-            *(3407, SAMPLES),
+            *(3407, SAMPLE_INDEX),
         )
         for domain in ("pre_norm", "post_norm")
     )
@@ -215,7 +215,7 @@ def test_specaug_is_the_samples_own():
 
 def test_a_mask_follows_torchaudios_formula():
     """value = u P, start = floor(u' (size - value)), end = start + floor(value)."""
-    u = uniforms(3407, Stream.SPECAUG, SAMPLES, 4).double()
+    u = uniforms(3407, Stream.SPECAUG, SAMPLE_INDEX, 4).double()
     cover = masked(SpecAug(time_frames=20, freq_bins=0)).any(2)
     for row, (width, start, *_) in zip(cover, u.tolist(), strict=True):
         first = int(start * (64 - width * 20))
