@@ -66,7 +66,12 @@ def test_every_path_exists(page: str):
     }
     for path in paths(page) - made_by_a_run:
         examples = {"losses/": "contrastive", "evaluate/": "retrieval", "kernels/": "cyclic"}
-        examples |= {"interchange/": "laion", "encoders/": "vit", "programs/": "infonce"}
+        examples |= {
+            "interchange/": "laion",
+            "encoders/": "vit",
+            "programs/": "infonce",
+            "sources/": "clotho",
+        }
         name = next((name for folder, name in examples.items() if folder in path), "NAME")
         path = path.replace("NAME", name)
         beside = ROOT / page

@@ -32,7 +32,7 @@ CALLS: dict[str, list[dict[str, Any]]] = {
     "draw_patch_mask": [
         {"shared": True},
         {"shared": False},
-        {"grid": (512, 1), "columns": 308, "rows": None},
+        {"grid": (512, 1), "columns": 307, "rows": None},
     ],
 }
 
