@@ -292,7 +292,8 @@ def test_a_clip_that_is_another_when_it_is_read_again_stops_the_run():
     gradients = Gradients(config, Ranks(), PlainEngine(config, TwoTowers(config), Ranks()), 1, 1)
     stream = list(batches(config, Ranks(), 1, gradients.reads))
     stream[3].clips[5] += 1
-    with pytest.raises(ShardError, match=r"step 1: a clip was readable in the first pass .*train\.replay=keep"):
+    said = r"step 1: a clip was readable in the first pass .*train\.replay=keep"
+    with pytest.raises(ShardError, match=said):
         gradients(1, iter(stream))
 
 
