@@ -203,6 +203,8 @@ def plan(
     from flap_fast.tools.profile.plan import plan as predict
     from flap_fast.tools.profile.tables import plan_table
 
+    if share is not None:
+        print_error("--share is now called --mfu")
     settings = load_config(config, overrides or [])
     machine = Machine(
         gpus=default_gpus(settings) if gpus is None else gpus,

@@ -123,7 +123,7 @@ def test_prepare_reads_a_source_shares_it_and_caches_it(monkeypatch, capsys, tmp
     out, mels = tmp_path / "out", tmp_path / "mels"
     half = ("prepare", "--source", "esc50", folder, out, "--shard-range")
     assert flap(*half, "2/2", monkeypatch=monkeypatch) == 0
-    assert "part 2/2 is done, 1 shards of other parts are not" in capsys.readouterr().out
+    assert "shard range 2/2 is done, 1 shards of the others are not" in capsys.readouterr().out
     assert flap(*half, "1/2", monkeypatch=monkeypatch) == 0
     assert "2 clips in 1 shards, 1 of 3 rejected: 1 missing (" in capsys.readouterr().out
     # Shards need no --source; a config says which front end.

@@ -216,7 +216,7 @@ def test_ranks_of_a_launcher_share_what_shard_range_names(
     out = ("--out", tmp_path / "out", "--model", checkpoint)
     assert flap("embed", sounds, *out, monkeypatch=monkeypatch) == 0
     said = capsys.readouterr().out
-    assert "part 2/2 is done, 1 chunks of other parts are not" in said
+    assert "shard range 2/2 is done, 1 chunks of the others are not" in said
     assert not (tmp_path / "out/embeddings.npy").exists()
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert flap("embed", sounds, *out, "--distributor", "ray", monkeypatch=monkeypatch) == 2

@@ -106,8 +106,8 @@ def _summary(out: Path, done: Prepared, shard_range: ShardRange | None) -> str:
     text += f", {done.rejected} of {done.clips} rejected"
     if done.unfinished:
         return (
-            f"{text}; part {shard_range} is done, {done.unfinished} shards of other parts are not: "
-            "the last part to finish completes the folder"
+            f"{text}; shard range {shard_range} is done, {done.unfinished} shards of the others "
+            "are not: the last to finish completes the folder"
         )
     if not done.rejected:
         return text

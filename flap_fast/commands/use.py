@@ -47,21 +47,21 @@ def embed(
     from flap_fast.tools.search import find_sounds
 
     require(batch >= 1, "--batch", "be at least 1", batch)
-    part, distribution = work_division(shard_range, distributor)
+    chosen, distribution = work_division(shard_range, distributor)
     done = embed_files(
         _named(model),
         find_sounds(sounds),
         out,
         crop=crop,
         batch=batch,
-        part=part,
+        shard_range=chosen,
         distributor=distribution,
         progress=partial(progress, "embed"),
     )
     if done.unfinished:
         print(
-            f"{out}: part {part} is done, {done.unfinished} chunks of other parts are not: the "
-            "last part to finish writes embeddings.npy"
+            f"{out}: shard range {chosen} is done, {done.unfinished} chunks of the others are not: "
+            "the last to finish writes embeddings.npy"
         )
         return
     print(f"{out}: {done.rows} sounds in embeddings.npy, their names in sounds.jsonl")

@@ -12,6 +12,7 @@ the work among machines.
 from __future__ import annotations
 
 import os
+import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from typing import Literal, TypeVar
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from flap_fast.checks import require
 from flap_fast.config import Audio
 from flap_fast.data.preprocess.waveform import Unusable
 from flap_fast.preparation.encoding import ClipEncoder, FlacEncoder
@@ -70,7 +72,12 @@ def prepare(
         ManifestError: see `read_manifest`; also when OUT holds shards of another manifest or rate,
             or by another hand.
     """
-    shard_range = shard_range or part
+    if part is not None:
+        warnings.warn("part is now called shard_range", FutureWarning, stacklevel=2)
+        require(
+            shard_range is None, "part", "be left out with shard_range", part, "give one of them"
+        )
+        shard_range = part
     entries = read_manifest(Path(manifest)) if isinstance(manifest, (str, Path)) else manifest
     tasks = list(shard_tasks(entries, shard_clips))
     writer = ShardWriter(Path(out).absolute(), _clip_encoder(sample_rate_hz, cache))

@@ -83,7 +83,7 @@ def embed_files(
     *,
     crop: str = "center",
     batch: int = 64,
-    part: ShardRange | None = None,
+    shard_range: ShardRange | None = None,
     distributor: Distributor = "threads",
     chunk_sounds: int = 512,
     progress: Callable[[int], AbstractContextManager[Advance]] = lambda _: nullcontext(_ignore),
@@ -93,7 +93,7 @@ def embed_files(
     Args:
         model: the folder of a run or of a checkpoint.
         crop: of long sounds, as in `Embedder.embed_each`.
-        part: embed only this part of the chunks; the last call to finish writes the array.
+        shard_range: embed only these chunks; the last call to finish writes the array.
         distributor: this process, or the running Ray cluster, where each task gets as many cores
             as this process computes on, or a GPU.
         chunk_sounds: sounds of a chunk on average.
@@ -106,7 +106,7 @@ def embed_files(
     embedder = _open(model)
     out.mkdir(parents=True, exist_ok=True)
     chunks = list(_chunks(sounds, out, (embedder.identity, crop, batch), chunk_sounds))
-    mine = chunks[part.number - 1 :: part.of] if part else chunks
+    mine = chunks[shard_range.number - 1 :: shard_range.of] if shard_range else chunks
     pending = [chunk for chunk in mine if chunk.pending]
     with progress(sum(len(chunk.sounds) for chunk in pending)) as advance:
         if distributor == "ray":

@@ -36,7 +36,14 @@ def test_parts_of_several_machines_are_the_bytes_of_one(corpus, prepared, tmp_pa
 
 
 def test_a_shard_range_is_taken_under_its_former_name(corpus, tmp_path):
-    done = prepare(corpus, tmp_path, shard_clips=7, part=ShardRange(2, 5), show=False)
+    second = ShardRange(2, 5)
+    with pytest.warns(FutureWarning, match="part is now called shard_range"):
+        done = prepare(corpus, tmp_path, shard_clips=7, part=second, show=False)
+    with (
+        pytest.warns(FutureWarning),
+        pytest.raises(ConfigError, match=r"part must be left out with shard_range, got '2/5'"),
+    ):
+        prepare(corpus, tmp_path, shard_range=ShardRange(1, 5), part=second, show=False)
     assert (done.shards, done.unfinished) == (1, 4)
     assert [file.name for file in tmp_path.rglob("*.tar")] == ["1.tar"]
 

@@ -111,7 +111,7 @@ def test_parts_of_several_machines_are_the_bytes_of_one(checkpoint, sounds, tmp_
     done = []
     for number in order:
         assert not (out / "embeddings.npy").exists()
-        done.append(run(checkpoint, sounds, out, part=ShardRange(number, 3)))
+        done.append(run(checkpoint, sounds, out, shard_range=ShardRange(number, 3)))
     assert done[0].unfinished > done[1].unfinished > 0
     assert done[2] == Embedded(9, 3)
     assert contents(out) == contents(tmp_path / "one")

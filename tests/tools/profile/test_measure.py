@@ -254,9 +254,16 @@ def kinds() -> dict[str, Path]:
     return {file.stem: file for file in found.values()}
 
 
-@pytest.mark.parametrize("name", kinds())
-def test_every_kind_of_shipped_config_is_profiled_without_files(name: str, tmp_path: Path):
-    config = shrunk(kinds()[name])
+SHIPPED = [
+    pytest.param(file, id=file.stem, marks=() if file.stem in kinds() else pytest.mark.slow)
+    for file in sorted(Path("configs").glob("*.yaml"))
+]
+
+
+@pytest.mark.parametrize("file", SHIPPED)
+def test_every_shipped_config_is_profiled_without_files(file: Path, tmp_path: Path):
+    """Of each kind of config one at once, and all of them with the slow tests."""
+    config = shrunk(file)
     found = profile(config, steps=1, synthetic=True, search=False, out=tmp_path)
     assert found is not None
     modality = config.encoder.modality

@@ -455,7 +455,8 @@ def test_both_names_of_the_utilisation_are_read():
     for name in ("--mfu", "--share"):
         result = CliRunner().invoke(app, ["plan", "configs/tiny.yaml", name, "0.25"])
         assert result.exit_code == 0, result.output
-        plans.append(result.output)
+        plans.append(result.stdout)
+        assert ("--share is now called --mfu" in result.stderr) == (name == "--share")
     assert plans[0] == plans[1]
     assert "--mfu 0.25" in plans[0]
     assert "--share" not in CliRunner().invoke(app, ["plan", "--help"]).output
