@@ -86,7 +86,7 @@ def fusion_numbers(config: Config) -> int:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_config_builds_its_system_at_full_size(name: str, roberta_base: Path):
-    """Parameters and, of what hears, GFLOPs are SPEC's; no weight is held."""
+    """Parameters, and GFLOP of audio encoders, are the known ones; weights are not allocated."""
     overrides = ["text.tokenizer=bytes"]
     if name not in (*OF_CLIP, *OF_SCRATCH):
         overrides.append(f"text.folder={roberta_base}")
