@@ -105,8 +105,7 @@ def copy(tmp_path: Path) -> Path:
         skip = shutil.ignore_patterns("__pycache__", "results", "build", "*.egg-info")
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=skip)
     for file in ("pyproject.toml", "tests/__init__.py", "tests/closeness.py"):
-        if (ROOT / file).exists():
-            shutil.copy(ROOT / file, tmp_path / file)
+        shutil.copy(ROOT / file, tmp_path / file)
     (tmp_path / "kernels/flap_kernels/scale_tokens.py").write_text(KERNEL)
     (tmp_path / "bench/programs/scale_tokens.py").write_text(PROGRAMS)
     package = tmp_path / "kernels/flap_kernels/__init__.py"
@@ -128,28 +127,23 @@ def list_programs(copy: Path) -> None:
     insert(file, "    # one line for each kernel", '    "scale_tokens": scale_tokens.PAPER,\n')
 
 
-def python(copy: Path, *arguments: str, interpret: str = "0") -> subprocess.CompletedProcess[str]:
+def python(copy: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join((str(copy), str(copy / "kernels")))
-    env = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": interpret}
+    env = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "0"}
     return subprocess.run(
         [sys.executable, *arguments], cwd=copy, env=env, capture_output=True, text=True, check=False
     )
 
 
+def run_tests(copy: Path, chosen: str, *files: str) -> subprocess.CompletedProcess[str]:
+    """Run the copy's tests of these files that the expression chooses."""
+    return python(copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files)
+
+
 def test_a_kernel_is_a_file_and_a_line_and_then_tested_compiled_and_timed(copy: Path):
     list_programs(copy)
     files = ("tests/kernels/test_every_kernel.py", "tests/kernels/test_flops.py")
-    chosen = " or ".join(TESTED)
-    asked = (
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        f"scale_tokens and not cuda and ({chosen})",
-    )
-    tested = python(copy, *asked, *files)
+    tested = run_tests(copy, f"scale_tokens and not cuda and ({' or '.join(TESTED)})", *files)
     assert tested.returncode == 0, tested.stdout[-3000:]
     assert tested.stdout.split()[0] == "." * 18
 
@@ -165,25 +159,19 @@ def test_a_kernel_is_a_file_and_a_line_and_then_tested_compiled_and_timed(copy: 
 def test_a_kernel_that_errs_is_found_out(copy: Path):
     """The same file with a fault: the tests that it gets by being listed say so."""
     file = copy / "kernels/flap_kernels/scale_tokens.py"
-    file.write_text(file.read_text().replace("n * stride_w", "n"))
-    asked = (
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        "scale_tokens and strided and interpreter",
-    )
-    tested = python(copy, *asked, "tests/kernels/test_every_kernel.py")
+    fault = file.read_text().replace("n * stride_w", "n")
+    assert fault != file.read_text()
+    file.write_text(fault)
+    chosen = "scale_tokens and strided and interpreter"
+    tested = run_tests(copy, chosen, "tests/kernels/test_every_kernel.py")
     assert tested.returncode == 1, tested.stdout[-3000:]
     assert "test_kernel_takes_strided_inputs[" in tested.stdout
 
 
 def test_a_kernel_without_programs_is_refused(copy: Path):
-    asked = ("-m", "pytest", "-p", "no:cacheprovider", "tests/bench/test_static.py")
     (copy / "tests/bench").mkdir()
     shutil.copy(ROOT / "tests/bench/test_static.py", copy / "tests/bench")
-    tested = python(copy, *asked, "-k", "every_kernel_has_its_programs")
+    tested = run_tests(copy, "every_kernel_has_its_programs", "tests/bench/test_static.py")
     assert tested.returncode == 1, tested.stdout[-2000:]
+    assert "AssertionError" in tested.stdout
     assert "scale_tokens" in tested.stdout
