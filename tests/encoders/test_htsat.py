@@ -216,5 +216,5 @@ def test_a_shape_or_a_mask_that_does_not_fit_is_refused():
     model, mel = HTSAT(SMALL), decibels(SMALL, 2)
     with pytest.raises(ValueError, match=r"media must be \(B, 1, 101, 16\), got \(2, 1, 100, 16\)"):
         model(mel[:, :, :100])
-    with pytest.raises(ValueError, match=r"ids_keep must be None: .* every patch"):
+    with pytest.raises(ValueError, match=r"mask must be None: .* every patch"):
         model(mel, torch.zeros(2, 4, dtype=torch.long))
