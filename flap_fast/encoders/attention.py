@@ -21,12 +21,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "sdpa") -> Tens
     """(B, L, H, d) three times -> (B, L, H, d): each token attends to all of its row."""
     if backend == "xformers":
         return xformers_ops("audio.attention").memory_efficient_attention(q, k, v)
-    heads_first = (x.transpose(1, 2) for x in (q, k, v))
-    return functional.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, dropout: float = 0.0, backend: str = "sdpa"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Segments,
+    *,
+    dropout: float = 0.0,
+    backend: str = "sdpa",
 ) -> Tensor:
     """(N, H, d) three times -> (N, H, d): each token attends only to its own sequence.
 
@@ -63,9 +69,13 @@ def varlen_serves(device: torch.device, dtype: torch.dtype, head_width: int) -> 
     )
 
 
-def _attention_by_length(q: Tensor, k: Tensor, v: Tensor, segments: Segments, dropout: float) -> Tensor:
+def _attention_by_length(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, dropout: float
+) -> Tensor:
     parts = []
-    for some in zip(segments.by_length(q), segments.by_length(k), segments.by_length(v), strict=True):
+    for some in zip(
+        segments.by_length(q), segments.by_length(k), segments.by_length(v), strict=True
+    ):
         heads_first = (x.transpose(1, 2) for x in some)
         y = functional.scaled_dot_product_attention(*heads_first, dropout_p=dropout)
         parts.append(y.transpose(1, 2).flatten(0, 1))

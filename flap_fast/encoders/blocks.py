@@ -8,6 +8,7 @@ B clips   L tokens of a clip   N tokens in all   D width
 from __future__ import annotations
 
 from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional

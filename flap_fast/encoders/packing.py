@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from flap_kernels import gather_tokens
+
 
 @dataclass(frozen=True)
 class Segments:
@@ -52,6 +54,13 @@ class Segments:
             x = torch.arange(len(lengths), device=lengths.device)
         return x.repeat_interleave(lengths, 0, output_size=self.tokens)
 
+    def behind(self, first: Tensor, others: Tensor) -> Tensor:
+        """(N, D): the first token of each segment from `first` (B, D), the rest from `others`."""
+        clip = self.of_tokens()
+        token = torch.arange(len(clip), device=clip.device)
+        rows = torch.where(token == self.starts[clip], clip, len(first) + token - clip - 1)
+        return gather_tokens(torch.cat([first, others])[None], rows[None])[0]
+
     def by_length(self, x: Tensor) -> Iterator[Tensor]:
         """(N, ...) -> views (segments, tokens of each, ...)."""
         sizes = [segments * tokens for segments, tokens in self.groups]
@@ -64,7 +73,7 @@ class Segments:
 
     def mean(self, x: Tensor, skip: int = 0) -> Tensor:
         """(N, D) -> (B, D), over each row's tokens behind the first `skip`."""
-        parts = [part[:, skip:].mean(1) for part in self.by_length(x)]
+        parts = [part[:, skip:].mean(1, dtype=torch.float32) for part in self.by_length(x)]
         return torch.cat(parts).index_select(0, self.index)
 
 

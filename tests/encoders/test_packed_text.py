@@ -23,7 +23,6 @@ from transformers import (
 from flap_fast.checks import ConfigError
 from flap_fast.data.tokenize import tokenizer
 from flap_fast.encoders import attention as backends
-from flap_fast.encoders import packing
 from flap_fast.encoders.attention import packed_attention
 from flap_fast.encoders.packing import pack
 from flap_fast.encoders.roberta.model import TransformersText
@@ -156,7 +155,7 @@ def test_a_pack_by_hand():
     mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0], [0, 0, 0, 1]])
     packed = pack(mask, CPU)
     assert packed.flat_index.tolist() == [4, 15, 0, 1, 8, 9, 10]
-    assert packed.caption_index.tolist() == [2, 0, 3, 1]
+    assert packed.index.tolist() == [2, 0, 3, 1]
     assert packed.starts.tolist() == [0, 1, 2, 4, 7]
     assert packed.starts.dtype == torch.int32
     assert packed.groups == ((2, 1), (1, 2), (1, 3))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from flap_fast.encoders.base import Encoded, check_media
+from flap_fast.encoders.base import AnyMask, Encoded, check_media
 from flap_fast.encoders.clip_resnet.settings import ClipResNetSettings
 
 _EXPANSION = 4
@@ -54,7 +54,7 @@ class ClipResNet(nn.Module):
     def forward(
         self,
         media: Tensor,
-        mask: PatchMask | None = None,
+        mask: AnyMask | None = None,
         *,
         erase: Tensor | None = None,
         longer: Tensor | None = None,

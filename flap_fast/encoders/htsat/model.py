@@ -20,7 +20,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from flap_fast.config import Fusion
-from flap_fast.encoders.base import Encoded, check_media
+from flap_fast.encoders.base import AnyMask, Encoded, check_media
 from flap_fast.encoders.blocks import Mlp
 from flap_fast.encoders.fusion import (
     fuse_mels,
@@ -72,7 +72,7 @@ class HTSAT(nn.Module):
     def forward(
         self,
         media: Tensor,
-        mask: PatchMask | None = None,
+        mask: AnyMask | None = None,
         *,
         erase: Tensor | None = None,
         longer: Tensor | None = None,
