@@ -5,7 +5,7 @@ from __future__ import annotations
 from bench.programs.program import Arch, PaperSizes, Program, shaped
 from flap_kernels.gather_tokens import gather_tokens_kernel
 from flap_kernels.patches import strides
-from flap_kernels.unshuffle_tokens import blocks, unshuffle_tokens_kernel
+from flap_kernels.unshuffle_tokens_tiles import blocks, unshuffle_tokens_kernel
 
 
 def _programs(arch: Arch) -> tuple[Program, ...]:

@@ -17,7 +17,7 @@ from bench.programs.program import (
     pointer,
     shaped,
 )
-from flap_kernels.masked_mse import CHUNK_ROWS, EPS
+from flap_kernels.masked_mse_layer import CHUNK_ROWS, EPS
 from flap_kernels.masked_mse_tiles import masked_mse_kernel, tiles
 from flap_kernels.patches import strides
 
@@ -43,8 +43,7 @@ def _program(batch: Batch, name: str, variant: str, backward: bool) -> Program:
             **dict.fromkeys(("hidden_ptr", "bias_ptr", "mel_ptr"), pointer(argument)),
             "weight_ptr": pointer(product),
             "ids_drop_ptr": "*i64",
-            # Absent pointers get a dummy tensor; the kernel never reads it.
-            **dict.fromkeys(("row_weight_ptr", "upstream_ptr", "sums_ptr"), "*fp32"),
+            **dict.fromkeys(("upstream_ptr", "sums_ptr"), "*fp32"),
             "error_ptr": pointer(product) if backward else "*fp32",
             "first": 0,
             "rows": rows,
@@ -58,7 +57,6 @@ def _program(batch: Batch, name: str, variant: str, backward: bool) -> Program:
             **strides("b", "p", shaped(P * P)),
             **strides("m", "btf", shaped(B, batch.T, 128)),
             **strides("d", "bm", shaped(B, M)),
-            "stride_vr": 1,
         },
         num_warps=tile.pop("num_warps"),
         num_stages=tile.pop("num_stages"),
@@ -66,7 +64,7 @@ def _program(batch: Batch, name: str, variant: str, backward: bool) -> Program:
             "P": P,
             "NORM_PIX": True,
             "EPS": EPS,
-            "HAS_WEIGHT": batch.ragged,
+            "BY_ROW": batch.ragged,
             "BACKWARD": backward,
             "UPCAST": False,
             **tile,

@@ -17,7 +17,7 @@ from bench.programs.program import (
     pointer,
     shaped,
 )
-from flap_kernels.patch_embed import patch_embed_kernel, tiles
+from flap_kernels.patch_embed_tiles import patch_embed_kernel, tiles
 from flap_kernels.patches import pack_patches_kernel, pack_tile, strides
 
 

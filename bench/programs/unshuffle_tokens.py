@@ -6,7 +6,7 @@ from functools import partial
 
 from bench.programs.program import FIXED, RAGGED, Arch, Batch, PaperSizes, Program, shaped
 from flap_kernels.patches import strides
-from flap_kernels.unshuffle_tokens import (
+from flap_kernels.unshuffle_tokens_tiles import (
     blocks,
     unshuffle_tokens_backward_kernel,
     unshuffle_tokens_kernel,

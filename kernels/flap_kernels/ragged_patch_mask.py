@@ -168,10 +168,10 @@ def draw_ragged_patch_mask(
     if rows < 1:
         raise ValueError(f"rows must be at least 1, got {rows}")
     for b, (C, k) in enumerate(zip(columns, keep_columns, strict=True)):
+        if C < 1:
+            raise ValueError(f"columns must be at least 1, got {C} for clip {b}")
         if not 1 <= k <= C:
-            raise ValueError(
-                f"keep_columns must be in [1, columns], got {k} of {C} columns for clip {b}"
-            )
+            raise ValueError(f"keep_columns must be in [1, {C}] for clip {b}, got {k}")
     if keep_rows is not None and not 1 <= keep_rows <= rows:
         raise ValueError(f"keep_rows must be None or in [1, {rows}], got {keep_rows}")
     if not all(0 <= stream < 1 << 31 for stream in streams):
