@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -22,11 +22,16 @@ _MODEL = (
 _DATA = "Folders of shards; for sentences STS files or SentEval's folder."
 _TASKS = f"Some of {','.join(TASKS)}; by the data when not given."
 _OUT = "JSON of this call's scores; without it they are added to MODEL/eval.json."
-_CROP = "Of long clips: random, center or multi:K; eval.crop of the model when not given."
+_CROP = "Of long clips: random, center, multi:K or whole; eval.crop of the model when not given."
 _TEMPLATES = (
     "Zero-shot prompt with {label}, a set (audio29, imagenet80), or a file with one a line."
 )
 _CLASSES = "Zero-shot classes, one a line or LAION's JSON; the labels of the data when not given."
+
+LengthOption = Annotated[
+    Literal["fixed", "variable"] | None,
+    typer.Option(help="audio.length, if not as trained: clips cropped and filled, or as they are."),
+]
 
 
 def evaluate(
@@ -38,6 +43,7 @@ def evaluate(
     latex: Annotated[Path | None, typer.Option(help="The same for LaTeX with booktabs.")] = None,
     batch: Annotated[int, typer.Option(help="Clips or texts embedded at a time.")] = 64,
     crop: Annotated[str | None, typer.Option(help=_CROP)] = None,
+    length: LengthOption = None,
     templates: Annotated[str | None, typer.Option(help=_TEMPLATES)] = None,
     classes: Annotated[Path | None, typer.Option(help=_CLASSES)] = None,
     pool: Annotated[
@@ -62,7 +68,7 @@ def evaluate(
         read_scores(ours)
     ranks = join_ranks()
     try:
-        evaluated = open_model(model, settings, pool, ranks, read_classes(classes))
+        evaluated = open_model(model, settings, pool, ranks, read_classes(classes), length=length)
         scores = score(evaluated, data or [], asked)
         if not ranks.first:
             return
@@ -84,11 +90,14 @@ def open_model(
     pool: str,
     ranks: Ranks,
     classes: tuple[str, ...] = (),
+    *,
+    length: str | None = None,
 ) -> EvaluatedModel:
     """A checkpoint or only a text encoder, ready for evaluation.
 
     Args:
         settings: of the section `eval`; None leaves what the run had.
+        length: audio.length; None leaves what the run had.
     """
     from flap_fast.config.file import load_config, parse_config
     from flap_fast.data.tokenize import tokenizer
@@ -105,7 +114,7 @@ def open_model(
         config = parse_config(with_settings(base.model_dump()))
         encoder = config.text.build().to(ranks.device).eval()
         return text_only_model(encoder, config, tokenizer(config.text), ranks)
-    towers, trained = load_model(Path(model), ranks.device)
+    towers, trained = load_model(Path(model), ranks.device, length=length)
     config = parse_config(with_settings(trained.model_dump()))
     return whole_model(towers, config, tokenizer(config.text), ranks, classes)
 
