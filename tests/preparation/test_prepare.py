@@ -358,6 +358,6 @@ def test_an_error_that_is_not_a_sounds_stops_everything(corpus, tmp_path, monkey
     def broken(*_, **__):
         raise MemoryError("no memory")
 
-    monkeypatch.setattr("flap_fast.preparation.encoding.read_sound", broken)
+    monkeypatch.setattr("flap_fast.preparation.encoding.read_blocks", broken)
     with pytest.raises(MemoryError):
         prepare(corpus, tmp_path, show=False)
