@@ -37,12 +37,9 @@ def decode_clip(
 ) -> np.ndarray:
     """A clip decoded, cropped and filled, (samples,) float32; raises `BadSound`."""
     longest = (fusion or Fusion()).longest(audio)
-
-    def starts(length: int) -> list[int]:
-        return [crop_start(length, longest, position)]
-
-    (wave,) = read_pieces(encoded, audio.sample_rate_hz, longest, starts)
-    return fill(wave, max(audio.samples, len(wave)), audio.filling)
+    return crop_and_fill(
+        read_crop(encoded, audio.sample_rate_hz, longest, position), 0.0, audio, fusion
+    )
 
 
 def crop_and_fill(
@@ -138,6 +135,16 @@ def read_pieces(
         yield from _pieces(lambda _: forward, lambda _: (0, 0), samples, starts(length), length)
     else:
         yield from (wave[start : start + samples].copy() for start in starts(length))
+
+
+def read_crop(source: Source, sample_rate_hz: int, samples: int, position: float) -> np.ndarray:
+    """Return `crop` of the waveform of `read_sound`; reads and raises as `read_pieces`."""
+
+    def starts(length: int) -> list[int]:
+        return [crop_start(length, samples, position)]
+
+    (wave,) = read_pieces(source, sample_rate_hz, samples, starts)
+    return wave
 
 
 def _length(source: Source, sample_rate_hz: int) -> tuple[int, np.ndarray | None]:
