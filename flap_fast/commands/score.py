@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from flap_fast.checks import ConfigError, require
+from flap_fast.commands.length import LengthOption
 from flap_fast.evaluate import TASKS
 
 if TYPE_CHECKING:
@@ -27,11 +28,6 @@ _TEMPLATES = (
     "Zero-shot prompt with {label}, a set (audio29, imagenet80), or a file with one a line."
 )
 _CLASSES = "Zero-shot classes, one a line or LAION's JSON; the labels of the data when not given."
-
-LengthOption = Annotated[
-    Literal["fixed", "variable"] | None,
-    typer.Option(help="audio.length, if not as trained: clips cropped and filled, or as they are."),
-]
 
 
 def evaluate(

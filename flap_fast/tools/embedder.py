@@ -108,10 +108,11 @@ class Embedder:
         Any number of sounds of any length is embedded in constant memory.
 
         Args:
-            crop: how sounds longer than audio.duration_s (with fusion, fusion.max_duration_s) are
-                cropped: `center`, `multi:K` (the mean of K crops at equal steps) or `whole` (the
-                mean of as many as cover the sound). eval.crop by default, `center` if that is
-                random. Shorter sounds are filled as in training.
+            crop: how sounds longer than audio.duration_s (with fusion, fusion.max_duration_s; with
+                audio.length = variable, audio.max_duration_s) are cropped: `center`, `multi:K`
+                (the mean of K crops at equal steps) or `whole` (the mean of as many as cover the
+                sound). eval.crop by default, `center` if that is random. Shorter sounds are filled
+                as in training, or taken as they are.
         """
         require(batch >= 1, "batch", "be at least 1", batch)
         modality = self.config.encoder.modality
@@ -287,15 +288,18 @@ class _Pooled:
         return functional.normalize(torch.stack(self.rows).mean(0), dim=0)
 
 
-def load(path: str | Path, device: str | torch.device | None = None) -> Embedder:
+def load(
+    path: str | Path, device: str | torch.device | None = None, *, length: str | None = None
+) -> Embedder:
     """Open the folder of a run (its last checkpoint) or of a checkpoint.
 
     Args:
         device: where to compute; by default the GPU, or the CPU without one.
+        length: audio.length, `fixed` or `variable`; by default as the model was trained.
 
     Raises:
-        ConfigError: the folder holds no checkpoint.
+        ConfigError: the folder holds no checkpoint, or its encoder cannot take clips so.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model, config = load_model(Path(path), device)
+    model, config = load_model(Path(path), device, length=length)
     return Embedder(model, config, tokenizer(config.text), device)

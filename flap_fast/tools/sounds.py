@@ -41,6 +41,11 @@ also after some of them: a file is read as its crops are taken."""
 PART = 16
 
 
+def default_crop(config: Config) -> str:
+    """Return how commands crop long sounds: `center`, or `whole` where clips are taken whole."""
+    return "whole" if config.audio.variable else "center"
+
+
 def crop_policy(config: Config, crop: str | None) -> str:
     """Return how long sounds are cropped: `crop`, or eval.crop; `center` if that is random.
 
