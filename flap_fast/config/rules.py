@@ -67,6 +67,8 @@ def check_encoder(config: Config) -> None:
         require(crop == "center", "eval.crop", rule, crop, "leave it out")
     _require_ability(config, "mask", "mask.kind", config.mask.kind, "none")
     _require_ability(config, "reconstruct", "loss.recon.weight", config.loss.recon.weight, 0)
+    if encoder is config.audio:
+        _require_ability(config, "variable", "audio.length", config.audio.length, "fixed")
     _require_ability(config, "fusion", "fusion.type", config.fusion.type, "none")
     _require_ability(config, "compile", "train.compile", config.train.compile, False)
     again = config.train.checkpoint_activations
@@ -90,7 +92,12 @@ def _require_ability(
 
 
 def _reason(encoder: MediaEncoder, ability: Ability) -> str:
-    verb = {"fusion": "fuse", "compile": "be compiled", "recompute": "be recomputed"}
+    verb = {
+        "variable": "take clips of any length",
+        "fusion": "fuse",
+        "compile": "be compiled",
+        "recompute": "be recomputed",
+    }
     reason = encoder.why_not.get(ability, f"which cannot {verb.get(ability, ability)}")
     return f", {reason}"
 
@@ -101,6 +108,9 @@ def check_sections(config: Config) -> None:
     rule, remedy = "be 0 where nothing is masked", "set mask.kind=2d"
     require(recon == 0 or config.mask.kind != "none", "loss.recon.weight", rule, recon, remedy)
     if config.fusion.on:
+        rule, length = "be fixed with fusion, whose channels have one length", config.audio.length
+        remedy = "set fusion.type=none: longer clips are then encoded whole"
+        require(length == "fixed", "audio.length", rule, length, remedy)
         require(
             config.fusion.max_duration_s >= config.audio.duration_s,
             "fusion.max_duration_s",

@@ -23,22 +23,50 @@ class EncodedBatch(NamedTuple):
 
 
 class DecodedBatch(NamedTuple):
-    """B decoded clips, the output of all decoders."""
+    """B decoded clips, the output of all decoders, laid end to end."""
 
     media: Tensor
-    """(B, samples) waveforms or (B, frames, F) log-mels (float16 from a cache), zeros behind the
-    shorter ones; images: (B, R, R, 3) uint8."""
+    """(samples,) of all waveforms, or (frames, F) of all log-mels (float16 from a cache); images:
+    (B R, R, 3) uint8."""
     lengths: Tensor
     """(B,) int64 on the CPU: samples, frames or rows of each clip."""
     positions: Tensor
     """(B, P) float64 on the CPU: the positions that came with each clip, in [0, 1)."""
 
+    def stacked(self) -> Tensor:
+        """(B, length, ...) of clips of one length."""
+        return self.media.unflatten(0, (len(self.lengths), -1))
+
+
+class PackedMels(NamedTuple):
+    """Log-mels of B clips of different lengths, end to end, shorter ones first.
+
+    T_b is a multiple of a patch's side, so that all of them are one log-mel of T frames, too: patch
+    n of a clip is patch `n + (patches of the clips before it)` of that.
+    """
+
+    mel: Tensor
+    """(T, F) float32, T the sum of all T_b."""
+    frames: tuple[int, ...]
+    """T_b of each clip, ascending; a tuple, since the host decides by it."""
+    order: tuple[int, ...]
+    """The row of the batch that each clip is."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the log-mels."""
+        return self.mel.device
+
+
+Media = Tensor | PackedMels
+"""The encoder's input of B clips, float32: (B, 1, T, F) log-mels, (B, 4, T, F) with fusion, images
+(B, 3, R, R); packed with audio.length = variable."""
+
 
 class MediaInput(NamedTuple):
-    """The encoder's input of B clips, float32; normalised once the preprocessor is done."""
+    """The encoder's input of B clips; normalised once the preprocessor is done."""
 
-    media: Tensor
-    """(B, 1, T, F), or (B, 4, T, F) with fusion; images: (B, 3, R, R)."""
+    media: Media
     longer: Tensor | None
     """With fusion, (B,) bool on the CPU: clips longer than a channel shows."""
 
@@ -47,9 +75,8 @@ class MediaInput(NamedTuple):
 class Batch:
     """A rank's micro-batch of a training step: B clips, each with one of its captions."""
 
-    media: Tensor
-    """(B, 1, T, F) float32, normalised, SpecAug yet to come; (B, 4, T, F) with fusion; images:
-    (B, 3, R, R)."""
+    media: Media
+    """Normalised, SpecAug yet to come."""
     ids: Tensor
     """(S B, L) int64 tokens: of the B captions, then of the other S - 1 of `Loss.sentences`."""
     attention_mask: Tensor
@@ -74,21 +101,15 @@ class BadClip:
     replaced_by: str
 
 
-def stack_clips(clips: list[np.ndarray], positions: np.ndarray) -> DecodedBatch:
-    """Decoded clips of any lengths as one tensor, zeros behind the shorter ones.
+def lay_end_to_end(clips: list[np.ndarray], positions: np.ndarray) -> DecodedBatch:
+    """A batch of decoded clips.
 
     Args:
         positions: (B,) or (B, P), see `EncodedBatch`.
     """
-    lengths = [len(clip) for clip in clips]
-    if min(lengths) == max(lengths):
-        media = np.stack(clips)
-    else:
-        media = np.zeros((len(clips), max(lengths)), np.float32)
-        for row, clip in zip(media, clips, strict=True):
-            row[: len(clip)] = clip
+    lengths = torch.tensor([len(clip) for clip in clips])
     crops = torch.from_numpy(np.asarray(positions, np.float64).reshape(len(clips), -1))
-    return DecodedBatch(torch.from_numpy(media), torch.tensor(lengths), crops)
+    return DecodedBatch(torch.from_numpy(np.concatenate(clips)), lengths, crops)
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:

@@ -30,8 +30,14 @@ _CLAP = {
 class Audio(Section):
     """The front end of an audio encoder: from a waveform to a log-mel."""
 
+    length: Literal["fixed", "variable"] = "fixed"
+    """`fixed`: each clip is brought to audio.duration_s, as the papers train. `variable`: each clip
+    keeps its own length, up to audio.max_duration_s; clips are packed, not padded."""
     duration_s: Positive = 10.0
-    """Seconds of sound that the model takes: longer clips are cropped, shorter ones filled."""
+    """audio.length = fixed: seconds of a clip; longer ones are cropped, shorter ones filled."""
+    max_duration_s: Annotated[Positive, AFTER_FRONT_END] = 30.0
+    """audio.length = variable: longer clips are cropped to this; evaluation takes them whole, in
+    windows of it."""
     mel: Annotated[Literal["kaldi", "clap"], MEANS_WEIGHTS] = "kaldi"
     """The front end: Kaldi's (25 ms windows, 16 kHz, natural logarithm), or LAION-CLAP's (1024
     samples at 48 kHz, decibels; HTSAT's default). Rate, bins and statistics follow it."""
@@ -49,14 +55,15 @@ class Audio(Section):
     mel_bins: Count = 128
     """Mel bins F; 64 with audio.mel = clap."""
     frames: Annotated[Count, AFTER_FRONT_END] = 1024
-    """Frames T of the log-mel: 998 frames of 10 s, then rows of zeros; 1001 with audio.mel = clap,
-    none of them of zeros."""
+    """audio.length = fixed: frames T of the log-mel: 998 frames of 10 s, then rows of zeros; 1001
+    with audio.mel = clap, none of them of zeros."""
     mean: Annotated[float, MEANS_WEIGHTS, AFTER_FRONT_END] = -4.2677393
     """Mean of AudioSet's log-mels, subtracted; 0 with audio.mel = clap."""
     std: Annotated[Positive, MEANS_WEIGHTS, AFTER_FRONT_END] = 4.5689974
     """Standard deviation; log-mels are divided by 2 * std. 0.5 with audio.mel = clap."""
     filling: Literal["repeatpad", "pad", "repeat"] = "repeatpad"
-    """How a short clip is padded: whole repeats then zeros, only zeros, or truncated repeats."""
+    """How a short clip is padded: whole repeats then zeros, only zeros, or truncated repeats. With
+    audio.length = variable only a clip shorter than one patch is."""
 
     @model_validator(mode="before")
     @classmethod
@@ -68,9 +75,37 @@ class Audio(Section):
         return tree
 
     @property
+    def variable(self) -> bool:
+        """Whether clips keep their own lengths."""
+        return self.length == "variable"
+
+    @property
     def samples(self) -> int:
-        """Samples of a crop."""
-        return round(self.duration_s * self.sample_rate_hz)
+        """Most samples of a clip, to which longer ones are cropped."""
+        seconds = self.max_duration_s if self.variable else self.duration_s
+        return round(seconds * self.sample_rate_hz)
+
+    @property
+    def least_samples(self) -> int:
+        """Fewest samples of a clip, to which shorter ones are filled."""
+        if not self.variable:
+            return self.samples
+        frames = (self.least_frames - 1) * self.hop
+        return max(self.window, frames if self.mel == "clap" else frames + self.window)
+
+    @property
+    def least_frames(self) -> int:
+        """Frames that the encoder needs of a clip of any length."""
+        return 1
+
+    @property
+    def most_frames(self) -> int:
+        """Frames T of the longest log-mel in the encoder's input."""
+        return self.padded_frames(self.frames_of(self.samples)) if self.variable else self.frames
+
+    def padded_frames(self, frames: int) -> int:
+        """Frames of a clip of its own length with the rows of zeros that follow them."""
+        return frames
 
     @property
     def window(self) -> int:
@@ -93,18 +128,22 @@ class Audio(Section):
     def front_end(self) -> dict[str, Any]:
         """The settings that a cached log-mel depends on."""
         names = Audio.model_fields.keys() - self.marked(AFTER_FRONT_END).keys()
+        # Log-mels that were cached before there was another length say nothing about it.
+        names -= {"duration_s"} if self.variable else {"length"}
         return self.model_dump(mode="json", include=set(names))
 
     @model_validator(mode="after")
     def _fits(self):
         least = self.window
         rule = f"hold one window of {least * 1000 / self.sample_rate_hz:g} ms"
-        require(self.samples >= least, "audio.duration_s", rule, self.duration_s)
+        name = "max_duration_s" if self.variable else "duration_s"
+        require(self.samples >= least, f"audio.{name}", rule, getattr(self, name))
         if self.mel == "clap":
             rule = f"be in (audio.low_hz = {self.low_hz:g}, half of audio.sample_rate_hz]"
             valid = self.low_hz < self.high_hz <= self.sample_rate_hz / 2
             require(valid, "audio.high_hz", rule, self.high_hz)
-        self._check_frames(self.frames_of(self.samples))
+        if not self.variable:
+            self._check_frames(self.frames_of(self.samples))
         return self
 
     def _check_frames(self, held: int, multiple: int = 1) -> None:
@@ -126,7 +165,7 @@ class AudioEncoder(MediaEncoder, Audio):
 
     def input_shape(self, fusion: Fusion) -> tuple[int, ...]:
         """(1, T, F); (4, T, F) with fusion."""
-        return fusion.channels, self.frames, self.mel_bins
+        return fusion.channels, self.most_frames, self.mel_bins
 
     def meaning(self) -> dict[str, Any]:
         found = super().meaning()
@@ -152,7 +191,16 @@ class PatchEncoder(AudioEncoder):
     @property
     def grid(self) -> tuple[int, int]:
         """Patches along time and along frequency."""
-        return self.frames // self.patch, self.mel_bins // self.patch
+        return self.most_frames // self.patch, self.mel_bins // self.patch
+
+    @property
+    def least_frames(self) -> int:
+        """One patch."""
+        return self.patch
+
+    def padded_frames(self, frames: int) -> int:
+        """The next multiple of a patch."""
+        return -(-frames // self.patch) * self.patch
 
     @property
     def prefix_tokens(self) -> int:
@@ -163,8 +211,12 @@ class PatchEncoder(AudioEncoder):
         """(N, width) float32: positions that are added to the patches' embeddings."""
         raise NotImplementedError
 
-    def _check_frames(self, held: int, multiple: int = 1) -> None:
-        for name in ("frames", "mel_bins"):
+    @model_validator(mode="after")
+    def _has_whole_patches(self):
+        for name in ("mel_bins",) if self.variable else ("frames", "mel_bins"):
             value, rule = getattr(self, name), f"be a multiple of {self.patch}"
             require(value % self.patch == 0, f"audio.{name}", rule, value)
+        return self
+
+    def _check_frames(self, held: int, multiple: int = 1) -> None:
         super()._check_frames(held, self.patch)

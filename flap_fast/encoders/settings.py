@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 
     from flap_fast.config import Config, Fusion
 
-Ability = Literal["mask", "reconstruct", "fusion", "compile", "recompute"]
+Ability = Literal["mask", "reconstruct", "variable", "fusion", "compile", "recompute"]
 """mask: encodes the patches that masking keeps. reconstruct: its tokens are a decoder's input.
-fusion: takes longer clips as four channels. compile: its blocks go through torch.compile.
-recompute: its blocks' activations can be computed again in the backward pass."""
+variable: takes packed clips of any lengths. fusion: takes longer clips as four channels.
+compile: its blocks go through torch.compile. recompute: its blocks' activations can be computed
+again in the backward pass."""
 
 
 class Encoder(Section):

@@ -73,18 +73,19 @@ class CachedMelEncoder:
 
 
 def log_mel_of(wave: np.ndarray, mel: KaldiLogMel) -> np.ndarray:
-    """(t, F) float32: all frames of a clip, or of the clip filled to audio.duration_s.
+    """(t, F) float32: all frames of a clip, or of the clip filled to the least that training takes.
 
-    In pieces of audio.duration_s, the last one ending with the last frame: they are what the front
-    end gives for crops that begin there.
+    In pieces as long as training's crops, the last one ending with the last frame: they are what
+    the front end gives for crops that begin there.
     """
     audio = mel.audio
-    wave = fill(wave, audio.samples, audio.filling) if len(wave) < audio.samples else wave
-    chunk = audio.frames_of(audio.samples)
+    wave = fill(wave, max(audio.least_samples, len(wave)), audio.filling)
     total = audio.frames_of(len(wave))
+    chunk = min(total, audio.frames_of(audio.samples))
     rows = np.empty((total, audio.mel_bins), np.float32)
     for start in [*range(0, total - chunk, chunk), total - chunk]:
         at = start * audio.hop
         piece = torch.from_numpy(wave[at : at + audio.samples])
-        rows[start : start + chunk] = mel(piece[None])[0, :chunk].numpy()
+        whole = mel.whole(piece[None], torch.tensor([len(piece)]))
+        rows[start : start + chunk] = whole[0, :chunk].numpy()
     return rows

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from flap_fast.checks import ConfigError, require
 from flap_fast.config import Config
-from flap_fast.data.batch import stack_clips
+from flap_fast.data.batch import lay_end_to_end
 from flap_fast.data.preprocess.fusion import PIECES
 from flap_fast.data.preprocess.image import ImageSource, any_square
 from flap_fast.data.preprocess.preprocessor import make_preprocessor
@@ -167,7 +167,7 @@ class Embedder:
             torch.no_grad(),
         ):
             for part in rows.split(batch) if len(rows) else ():
-                clips = stack_clips([next(squares) for _ in part], np.zeros(len(part)))
+                clips = lay_end_to_end([next(squares) for _ in part], np.zeros(len(part)))
                 part.copy_(self.model.embed_media(self._preprocessor.finish(clips).media))
         return rows
 
@@ -242,7 +242,7 @@ class Embedder:
         rows, positions = [], np.full((len(waves), 1 + PIECES), 0.5)
         for first in range(0, len(waves), batch):
             some = slice(first, first + batch)
-            found = self._preprocessor.finish(stack_clips(waves[some], positions[some]))
+            found = self._preprocessor.finish(lay_end_to_end(waves[some], positions[some]))
             rows.append(self.model.embed_media(found.media, longer=found.longer))
         return torch.cat(rows).cpu()
 

@@ -1,7 +1,7 @@
 """Sounds, or cached log-mels -> the audio encoder's input.
 
-bytes -> decode, crop, fill    waveform.py on threads, or dali.py     (B, samples)
-      -> log-mel, fusion       front_end.py                           (B, 1 or 4, T, F)
+bytes -> decode, crop, fill    waveform.py on threads, or dali.py     waves end to end
+      -> log-mel, fusion       front_end.py                           (B, 1 or 4, T, F), or packed
       -> normalise             log_mel.py
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 import soundfile
 
 from flap_fast.config import Config
-from flap_fast.data.batch import DecodedBatch, EncodedBatch, MediaInput, stack_clips
+from flap_fast.data.batch import DecodedBatch, EncodedBatch, MediaInput, PackedMels, lay_end_to_end
 from flap_fast.data.preprocess.cached_mel import check_front_end, crop_cached
 from flap_fast.data.preprocess.decoders import make_decoder
 from flap_fast.data.preprocess.front_end import MelFrontEnd
@@ -29,7 +29,7 @@ from flap_fast.ranks import Ranks
 
 
 class AudioPreprocessor:
-    """A `Preprocessor` of sounds: log-mels (B, 1, T, F), or (B, 4, T, F) with fusion.
+    """A `Preprocessor` of sounds: log-mels (B, 1, T, F), (B, 4, T, F) with fusion, or packed.
 
     Raises:
         ConfigError: shards of log-mels that were cached with other settings.
@@ -67,12 +67,15 @@ class AudioPreprocessor:
     def decode(self, clips: Sequence[bytes], positions: np.ndarray) -> MediaInput:
         """Preprocess one batch at once, on this thread; raises `BadSound`."""
         pairs = zip(clips, positions[:, 0].tolist(), strict=True)
-        return self.finish(stack_clips([self._decode(*pair) for pair in pairs], positions))
+        return self.finish(lay_end_to_end([self._decode(*pair) for pair in pairs], positions))
 
     def finish(self, decoded: DecodedBatch) -> MediaInput:
         """The normalised log-mels of waveforms, or of log-mels as long as they are."""
-        mel, longer = self._front_end(decoded)
-        return MediaInput(normalise(mel, self._config.audio), longer)
+        media, longer = self._front_end(decoded)
+        audio = self._config.audio
+        if isinstance(media, PackedMels):
+            return MediaInput(media._replace(mel=normalise(media.mel, audio)), longer)
+        return MediaInput(normalise(media, audio), longer)
 
     def _decode(self, clip: bytes, position: float) -> np.ndarray:
         """One clip's waveform (samples,), or its cached log-mel (frames, F), cropped."""

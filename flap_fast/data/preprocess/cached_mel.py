@@ -1,7 +1,8 @@
 """Cached log-mels, read instead of sounds; `flap prepare --cache mel` writes them.
 
     KEY.npy          (t, F) float16, a clip's log-mel, not normalised: all of its frames, or those
-                     of audio.duration_s where the clip is no longer and was filled
+                     of audio.duration_s where the clip is no longer and was filled (with
+                     audio.length = variable, of one patch)
     frontend.json    in the shards' folder: every setting that the numbers depend on
 
 A longer clip is cropped at a frame (10 ms), which Kaldi's frames allow: each sees only its 25 ms of
@@ -33,7 +34,7 @@ def front_end_settings(audio: Audio) -> dict[str, Any]:
 
 
 def crop_cached(data: bytes, position: float, audio: Audio) -> np.ndarray:
-    """(t, F) float16: audio.duration_s of a cached log-mel; raises `BadSound`.
+    """(t, F) float16: a cached log-mel, cropped as its sound would be; raises `BadSound`.
 
     From frame `floor(position * (frames - t + 1))`, as `waveform.crop` from a sample.
     """
@@ -43,14 +44,14 @@ def crop_cached(data: bytes, position: float, audio: Audio) -> np.ndarray:
         mel = np.load(io.BytesIO(data), allow_pickle=False)
     except Exception as error:  # the header is Python, and its faults are of any kind
         raise BadSound(f"unreadable: no cached log-mel: {error}") from None
-    chunk = audio.frames_of(audio.samples)
-    spare = len(mel) - chunk if mel.ndim == 2 else -1
-    if spare < 0 or mel.shape[1] != audio.mel_bins or mel.dtype != np.float16:
+    most, least = (audio.frames_of(n) for n in (audio.samples, audio.least_samples))
+    whole = mel.ndim == 2 and len(mel) >= least
+    if not whole or mel.shape[1] != audio.mel_bins or mel.dtype != np.float16:
         raise BadSound(f"unreadable: a cached log-mel of {mel.shape} {mel.dtype}")
     if (mel.view(np.uint16) & _INFINITE == _INFINITE).any():  # np.isfinite takes ten times as long
         raise BadSound("unreadable: a cached log-mel that is not finite")
-    start = int(np.floor(np.float64(position) * (spare + 1)))
-    return mel[start : start + chunk]
+    start = int(np.floor(np.float64(position) * (max(0, len(mel) - most) + 1)))
+    return mel[start : start + most]
 
 
 def check_front_end(folders: Sequence[Path], config: Config) -> None:

@@ -1,13 +1,13 @@
 """NVIDIA DALI's decoder, and its graphs for sounds and for images. The only file that imports DALI.
 
-    bytes -> decode, downmix, resample -> crop -> fill -> wave (B, samples)      `dali_wave`
-                                               ... -> log-mel (B, T, F)          `dali_mel`
+    bytes -> decode, downmix, resample -> crop -> fill -> waves (samples,)       `dali_wave`
+                                               ... -> log-mels (frames, F)       `dali_mel`
     bytes -> decode -> shorter side R, bicubic -> the middle -> (B, R, R, 3)     images
 
 CPU operators, the same graph with a GPU. Clips come in through an external source, not a reader of
 DALI's, so that the order of clips is the sampler's for any number of ranks and any restart.
 
-With fusion clips are whole, of lengths of their own, with zeros behind the shorter ones of a batch.
+With fusion, or audio.length = variable, clips are whole, of lengths of their own.
 `dali_mel` is exact for CLAP's mel and approximates Kaldi's: DALI does not remove a frame's mean,
 and its triangles are linear in Hz.
 
@@ -109,9 +109,8 @@ class DaliDecoder:
             raise self._error(f"DALI: {_reason(raised)}") from raised
         if not all(np.isfinite(np.asarray(mean.as_tensor())).all() for mean in means):
             raise self._error("DALI: no samples, or samples that are not finite")
-        batch = torch.from_dlpack(media.as_tensor())
-        # On the CPU it owns its memory; on a GPU DALI's stream might use that again too early.
-        batch = batch.clone() if batch.is_cuda else batch
+        # A copy, also of one clip: on a GPU DALI's stream might use the memory again too early.
+        batch = torch.cat([torch.from_dlpack(clip) for clip in media])
         lengths = torch.from_dlpack(lengths.as_tensor()).flatten()
         return DecodedBatch(batch, lengths, torch.from_dlpack(positions.as_tensor()))
 
@@ -162,16 +161,11 @@ def audio_graph(audio: Audio, fusion: Fusion | None = None, *, mel: bool) -> Gra
         wave, _ = fn.decoders.audio(encoded, downmix=True, sample_rate=float(audio.sample_rate_hz))
         mean = fn.reductions.mean(wave, axes=[0])
         wave = _crop(wave, positions[0:1], fused.longest(audio))
-        wave = _fill(wave, audio.samples, audio.filling)
+        wave = _fill(wave, audio.least_samples, audio.filling)
         out = wave.gpu() if on_gpu else wave
         if mel:
             out = _log_mel(out, audio)
-        length = _length(out)[0:1]
-        if fused.on:
-            out = fn.pad(out, axes=[0], fill_value=0.0)
-        elif mel:
-            out = fn.pad(out, axes=[0], shape=[audio.frames], fill_value=0.0)
-        return out, length, mean
+        return out, _length(out)[0:1], mean
 
     return graph
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from flap_fast.checks import require
 from flap_fast.config import Frontend
-from flap_fast.data.batch import DecodedBatch, EncodedBatch, stack_clips
+from flap_fast.data.batch import DecodedBatch, EncodedBatch, lay_end_to_end
 from flap_fast.data.preprocess.waveform import Unusable
 from flap_fast.ranks import Ranks
 
@@ -49,7 +49,7 @@ class ThreadedDecoder:
         if not self._waiting:
             raise StopIteration
         clips, positions = self._waiting.popleft()
-        return stack_clips([clip.result() for clip in clips], positions)
+        return lay_end_to_end([clip.result() for clip in clips], positions)
 
     def _begin(
         self, clips: list[bytes], positions: np.ndarray

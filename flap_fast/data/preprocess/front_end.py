@@ -1,7 +1,8 @@
-"""Decoded clips -> log-mels, by the front end and the fusion that the settings ask for.
+"""Decoded clips -> log-mels, as the settings ask for: front end, lengths, fusion.
 
-waves (B, samples)           -> (B, 1, T, F)          each clip cropped or filled
-waves (B, longest), lengths  -> (B, 4, T, F), longer  with fusion: whole clips
+waves of one length  -> (B, 1, T, F)
+waves of any lengths -> `PackedMels`              audio.length = variable
+                     -> (B, 4, T, F), longer      with fusion
 """
 
 from __future__ import annotations
@@ -10,13 +11,17 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from flap_fast.config import Audio, Fusion
-from flap_fast.data.batch import DecodedBatch, MediaInput, to_device
+from flap_fast.data.batch import DecodedBatch, MediaInput, PackedMels, to_device
 from flap_fast.data.preprocess.clap_mel import clap_log_mel
 from flap_fast.data.preprocess.fusion import four_channels
 from flap_fast.data.preprocess.kaldi_mel import kaldi_log_mel
 from flap_fast.data.preprocess.log_mel import LogMel, pad_frames
+
+# Clips whose log-mels are computed together are at least so much of the longest of them.
+_ALIKE = 0.8
 
 FRONT_ENDS = {"kaldi": kaldi_log_mel, "clap": clap_log_mel}
 
@@ -34,26 +39,61 @@ class MelFrontEnd:
         self._mel = log_mel(audio, device)
 
     def __call__(self, clips: DecodedBatch) -> MediaInput:
-        """Log-mels (B, 1 or 4, T, F), not normalised yet."""
-        media = to_device(clips.media, self.device)
-        are_mels = media.ndim == 3
-        if not self.fusion.on:
-            mel = pad_frames(media.float(), self.audio.frames) if are_mels else self._mel(media)
-            return MediaInput(mel[:, None], None)
+        """Log-mels, not normalised yet."""
+        are_mels = clips.media.ndim == 2
         frames = clips.lengths if are_mels else self.audio.frames_of(clips.lengths)
+        if self.audio.variable:
+            return MediaInput(self._packed(clips, frames), None)
+        if self.fusion.on:
+            return self._fused(clips, frames)
+        media = to_device(clips.stacked(), self.device)
+        mel = pad_frames(media.float(), self.audio.frames) if are_mels else self._mel(media)
+        return MediaInput(mel[:, None], None)
+
+    def _packed(self, clips: DecodedBatch, frames: Tensor) -> PackedMels:
+        """Log-mels end to end, each with the rows of zeros that complete its last patch."""
+        order = frames.argsort(stable=True)
+        counts = frames[order].tolist()
+        padded = tuple(map(self.audio.padded_frames, counts))
+        zeros = torch.zeros(max(padded), self.audio.mel_bins, device=self.device)
+        rows = []
+        for group in _alike(clips.lengths[order]):
+            mels = self._whole(clips, order[group])
+            for mel, count, total in zip(mels, counts[group], padded[group], strict=True):
+                rows += [mel[:count], zeros[: total - count]]
+        return PackedMels(torch.cat(rows), padded, tuple(order.tolist()))
+
+    def _fused(self, clips: DecodedBatch, frames: Tensor) -> MediaInput:
+        """The four channels of each clip."""
         chunk = self.audio.frames_of(self.audio.samples)
         groups, order = [], []
         for rows in _groups_by_length(frames, chunk):
-            longest, lengths = int(clips.lengths[rows].max()), clips.lengths[rows].to(self.device)
-            some = media[rows.to(self.device), :longest]
-            mel = some if are_mels else self._mel.whole(some, lengths)
-            counts = frames[rows].to(self.device)
             positions = clips.positions[rows, 1:].to(self.device)
-            channels = four_channels(mel, counts, chunk, positions)
+            mel = self._whole(clips, rows)
+            channels = four_channels(mel, frames[rows].to(self.device), chunk, positions)
             groups.append(pad_frames(channels, self.audio.frames))
             order.append(rows)
         inverse = torch.cat(order).argsort().to(self.device)
         return MediaInput(torch.cat(groups)[inverse], frames > chunk)
+
+    def _whole(self, clips: DecodedBatch, rows: Tensor) -> Tensor:
+        """(b, M, F) log-mels of some clips, each valid up to its own frames."""
+        every = clips.media.split(clips.lengths.tolist())
+        some = pad_sequence([every[row] for row in rows.tolist()], batch_first=True)
+        some = to_device(some, self.device).float()
+        if some.ndim == 3:
+            return some
+        return self._mel.whole(some, clips.lengths[rows].to(self.device))
+
+
+def _alike(lengths: Tensor) -> Iterator[slice]:
+    """Slices of ascending lengths that differ by little."""
+    start = 0
+    while start < len(lengths):
+        most = int(lengths[start]) / _ALIKE
+        stop = int(torch.searchsorted(lengths, most, right=True))
+        yield slice(start, stop)
+        start = stop
 
 
 def _groups_by_length(frames: Tensor, chunk: int) -> Iterator[Tensor]:

@@ -24,7 +24,7 @@ from PIL import UnidentifiedImageError
 from torch import Tensor
 
 from flap_fast.config import Config
-from flap_fast.data.batch import DecodedBatch, EncodedBatch, MediaInput, stack_clips, to_device
+from flap_fast.data.batch import DecodedBatch, EncodedBatch, MediaInput, lay_end_to_end, to_device
 from flap_fast.data.preprocess.decoders import make_decoder
 from flap_fast.data.preprocess.waveform import Unusable
 from flap_fast.encoders.settings import ImageEncoder
@@ -141,11 +141,11 @@ class ImagePreprocessor:
 
     def decode(self, clips: Sequence[bytes], positions: np.ndarray) -> MediaInput:
         """Preprocess one batch at once, on this thread; raises `BadImage`."""
-        return self.finish(stack_clips([self._decode(clip) for clip in clips], positions))
+        return self.finish(lay_end_to_end([self._decode(clip) for clip in clips], positions))
 
     def finish(self, decoded: DecodedBatch) -> MediaInput:
         """The normalised pixels of squares."""
-        pixels = to_device(decoded.media, self._ranks.device)
+        pixels = to_device(decoded.stacked(), self._ranks.device)
         return MediaInput(normalise_image(pixels, self._mean, self._std), None)
 
     def _decode(self, clip: bytes, position: float = 0.0) -> np.ndarray:

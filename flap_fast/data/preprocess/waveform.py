@@ -46,9 +46,9 @@ def decode_clip(
 def crop_and_fill(
     wave: np.ndarray, position: float, audio: Audio, fusion: Fusion | None = None
 ) -> np.ndarray:
-    """audio.duration_s of a waveform; with fusion as much of it or more, up to its longest."""
+    """The part of a waveform that the encoder takes, filled to the least that it takes."""
     wave = crop(wave, (fusion or Fusion()).longest(audio), position)
-    return fill(wave, max(audio.samples, len(wave)), audio.filling)
+    return fill(wave, max(audio.least_samples, len(wave)), audio.filling)
 
 
 def read_sound(

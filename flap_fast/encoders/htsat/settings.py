@@ -30,6 +30,7 @@ class HTSATSettings(AudioEncoder):
         "mask": "whose windows need every patch",
         "reconstruct": "which drops no patches to reconstruct",
         "compile": "whose blocks are run as they are",
+        "variable": "which folds log-mels of one length into a square",
     }
     specaug = "inside"
     moved = {  # noqa: RUF012 - a ClassVar of the base

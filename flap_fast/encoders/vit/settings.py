@@ -25,7 +25,7 @@ SIZES = {
 
 
 class ViTSettings(PatchEncoder):
-    can = frozenset({"mask", "reconstruct", "fusion", "compile", "recompute"})
+    can = frozenset({"mask", "reconstruct", "variable", "fusion", "compile", "recompute"})
     moved = {"window_patches": (8,)}  # noqa: RUF012 - a ClassVar of the base
 
     encoder: Annotated[Literal["vit"], MEANS_WEIGHTS] = "vit"
@@ -74,14 +74,15 @@ class ViTSettings(PatchEncoder):
 
         return ViT(self, config.fusion, recompute=recompute)
 
-    def _check_frames(self, held: int, multiple: int = 1) -> None:
+    @model_validator(mode="after")
+    def _has_width_and_pool(self):
         width, _, heads = self.shape
         require(width % heads == 0, "audio.width", f"be a multiple of audio.heads = {heads}", width)
         require(width % 4 == 0, "audio.width", "be a multiple of 4 (2-D sine positions)", width)
-        super()._check_frames(held, multiple)
-
-    @model_validator(mode="after")
-    def _pools(self):
         rule = "not be 'cls' without audio.use_cls"
         require(self.use_cls or self.pool != "cls", "audio.pool", rule, self.pool)
+        rule = "be 'correct' with audio.length = variable: the other table is one length's alone"
+        require(
+            not self.variable or self.pos_grid == "correct", "audio.pos_grid", rule, self.pos_grid
+        )
         return self

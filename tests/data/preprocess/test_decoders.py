@@ -31,7 +31,7 @@ WHERE = np.array([0.0, 0.25, 0.999, 0.5], np.float32)
 
 
 class Sounds:
-    """The media of a decoder's batches."""
+    """The media of a decoder's batches, of clips of one length."""
 
     def __init__(self, decoder: DaliDecoder | ThreadedDecoder):
         self._decoder = decoder
@@ -40,7 +40,7 @@ class Sounds:
         return self
 
     def __next__(self) -> torch.Tensor:
-        return next(self._decoder).media
+        return next(self._decoder).stacked()
 
 
 def dali(batches, audio: Audio = ONE_SECOND, *, mel: bool = False, prefetch: int = 2) -> Sounds:
@@ -100,9 +100,8 @@ def test_dalis_own_mel_is_near_kaldis():
     (theirs,) = dali(iter(batches), audio, mel=True)
     (wave,) = threaded(iter(batches), audio)
     ours = kaldi_log_mel(audio)(wave)
-    assert theirs.shape == ours.shape == (3, 1024, 128)
-    assert (theirs[:, 998:] == 0).all()
-    error = (normalise(theirs, audio) - normalise(ours, audio))[:, :998, 6:].abs()
+    assert theirs.shape == (3, 998, 128)
+    error = (normalise(theirs, audio) - normalise(ours[:, :998], audio))[..., 6:].abs()
     assert error.max() <= 0.03
     assert error.mean() <= 0.003
 
