@@ -1,17 +1,64 @@
-"""Equal work: dealing clips of different costs to ranks and to micro-batches.
+"""Equal work: dealing clips of different lengths to ranks and to micro-batches.
 
-Pure functions of the clips' costs, which every rank computes for all: nothing is communicated.
+    a step's global batch -> ranks, equally many clips each -> micro-batches
+
+Pure functions of the clips' tokens, which every rank computes for all: nothing is communicated.
+Random numbers are keyed by a row's number in the global batch: dealing changes none of them.
 """
 
 from __future__ import annotations
 
 import heapq
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+
+from flap_fast.config import Train
+from flap_fast.ranks import Ranks
 
 # Loads within this fraction of the mean are equal.
 _EQUAL = 0.002
 _MOST_SWAPS = 400
+
+
+class ClipTokens(NamedTuple):
+    """(N,) int64 tokens of each clip of the shards, known before it is decoded."""
+
+    masked: np.ndarray
+    """In the epochs in which masking drops patches."""
+    whole: np.ndarray
+    """In the others."""
+
+
+@dataclass(frozen=True)
+class Dealt:
+    """A rank's clips of a step."""
+
+    micro_batches: list[np.ndarray]
+    """Rows of the global batch, ascending; as many micro-batches on every rank."""
+    tokens: int = 0
+    """Of all ranks' clips, where clips have lengths of their own."""
+    balance: float = 1.0
+    """Tokens of the mean rank over those of the one with most: the fraction of ranks at work."""
+
+
+def dealt_in_order(train: Train, ranks: Ranks) -> Dealt:
+    """Clips that cost the same: a rank's are neighbours in the global batch."""
+    shape = ranks.world, train.micro_batches(ranks.world), -1
+    return Dealt(list(np.arange(train.global_batch).reshape(shape)[ranks.rank]))
+
+
+def dealt_equally(train: Train, ranks: Ranks, tokens: np.ndarray) -> Dealt:
+    """Clips of (global_batch,) `tokens`: equal work for ranks, micro-batches of equal work."""
+    rows = deal(tokens, ranks.world)
+    if train.micro_tokens:
+        sets = pack(tokens[rows], train.micro_tokens, train.micro_batch)[ranks.rank]
+    else:
+        sets = list(deal(tokens[rows[ranks.rank]], train.micro_batches(ranks.world)))
+    load = tokens[rows].sum(1)
+    micro_batches = [rows[ranks.rank][some] for some in sets]
+    return Dealt(micro_batches, int(load.sum()), float(load.mean() / load.max()))
 
 
 def deal(tokens: np.ndarray, hands: int) -> np.ndarray:
