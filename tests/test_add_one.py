@@ -53,7 +53,7 @@ class FrameMean(nn.Module):
         self.width = settings.width
         self.linear = nn.Linear(settings.mel_bins, settings.width)
 
-    def forward(self, media, ids_keep=None, *, erase=None, longer=None):
+    def forward(self, media, mask=None, *, erase=None, longer=None):
         x = self.linear(media[:, 0].mean(1))
         return Encoded(x.float(), x[:, None])
 '''

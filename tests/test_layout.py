@@ -27,7 +27,7 @@ DOORS = {
     "triton": {"kernels/flap_kernels/launch.py"},
     "deepspeed": {"flap_fast/train/engine.py"},
     "nvidia": {"flap_fast/data/preprocess/dali.py"},
-    "xformers": {"flap_fast/encoders/blocks.py"},
+    "xformers": {"flap_fast/encoders/attention.py"},
     "transformers": {
         "flap_fast/encoders/roberta/model.py",
         "flap_fast/data/tokenize.py",

@@ -40,7 +40,8 @@ class Fusion(Section):
 
 class SpecAug(Section):
     time_frames: CountOrZero = 192
-    """Widest time mask, exclusive; 0 turns it off."""
+    """Widest time mask, exclusive; 0 turns it off. With audio.length = variable that of a clip of
+    audio.frames or more, and the same fraction of a shorter one."""
     freq_bins: CountOrZero = 48
     """Widest frequency mask, exclusive; 0 turns it off."""
     stripes: Count = 1

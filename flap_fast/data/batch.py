@@ -57,6 +57,15 @@ class PackedMels(NamedTuple):
         """The device of the log-mels."""
         return self.mel.device
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the log-mels."""
+        return self.mel.nbytes
+
+    def in_order(self, x: Tensor) -> Tensor:
+        """(B, ...) of the batch's rows -> (B, ...) of the clips in their packed order."""
+        return x.index_select(0, to_device(torch.tensor(self.order), x.device))
+
 
 Media = Tensor | PackedMels
 """The encoder's input of B clips, float32: (B, 1, T, F) log-mels, (B, 4, T, F) with fusion, images

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -192,6 +193,10 @@ class PatchEncoder(AudioEncoder):
     def grid(self) -> tuple[int, int]:
         """Patches along time and along frequency."""
         return self.most_frames // self.patch, self.mel_bins // self.patch
+
+    def patches_of(self, frames: Sequence[int]) -> list[int]:
+        """Patches of clips of so many frames each, multiples of a patch."""
+        return [count // self.patch * self.grid[1] for count in frames]
 
     @property
     def least_frames(self) -> int:

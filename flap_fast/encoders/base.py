@@ -1,4 +1,4 @@
-"""The output of the media encoders, and the check of their input."""
+"""What the media encoders take and give: masks, tokens, and the check of their input."""
 
 from __future__ import annotations
 
@@ -7,6 +7,21 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from flap_kernels import PatchMask
+
+
+class PackedMask(NamedTuple):
+    """The mask of packed clips."""
+
+    patches: PatchMask
+    """(1, .) of all clips, as of one long clip."""
+    kept: tuple[int, ...]
+    """How many patches each clip keeps, in the packed order; a tuple, since the host decides."""
+
+
+AnyMask = PatchMask | PackedMask
+"""The patches that masking keeps and drops: of clips of one length, or of packed ones."""
+
 
 class Encoded(NamedTuple):
     """The output of an encoder of sounds or images."""
@@ -14,7 +29,8 @@ class Encoded(NamedTuple):
     pooled: Tensor
     """(B, D) float32; (B, d) of an encoder whose vector lies in the joint space."""
     tokens: Tensor
-    """(B, L, D), in the order of the patches given, behind the encoder's own tokens ([CLS])."""
+    """(B, L, D), in the order of the patches given, behind the encoder's own tokens ([CLS]); (N, D)
+    of packed clips."""
 
 
 def check_media(media: Tensor, shape: Sequence[int]) -> None:

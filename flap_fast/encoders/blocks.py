@@ -1,27 +1,27 @@
-"""Pre-norm transformer blocks, and the attention backends: PyTorch's and xformers'.
+"""Pre-norm transformer blocks over rows of tokens (B, L, D), or over packed tokens (N, D).
 
 x = x + attention(norm(x));  x = x + mlp(norm(x))
 
-B clips   L tokens   D width
+B clips   L tokens of a clip   N tokens in all   D width
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from flap_fast.checks import ConfigError
+from flap_fast.encoders.attention import attention, packed_attention, xformers_ops
+from flap_fast.encoders.packing import Segments
 
 LAYER_NORM_EPS = 1e-6
 
 
 class Attention(nn.Module):
-    """Unmasked multi-head self-attention, (B, L, D) -> (B, L, D)."""
+    """Multi-head self-attention, each token to all of its clip."""
 
     def __init__(self, width: int, heads: int, backend: str = "sdpa"):
         super().__init__()
@@ -31,16 +31,14 @@ class Attention(nn.Module):
         if backend == "xformers":
             xformers_ops("audio.attention")
 
-    def forward(self, x: Tensor) -> Tensor:
-        B, L, D = x.shape
-        qkv = self.qkv(x).reshape(B, L, 3, self.heads, D // self.heads)
-        if self.backend == "xformers":
-            q, k, v = qkv.unbind(2)
-            attention = xformers_ops("audio.attention").memory_efficient_attention
-            return self.proj(attention(q, k, v).reshape(B, L, D))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        y = functional.scaled_dot_product_attention(q, k, v)
-        return self.proj(y.transpose(1, 2).reshape(B, L, D))
+    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+        """(B, L, D) -> (B, L, D); with the clips' segments, (N, D) -> (N, D)."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        if segments is None:
+            y = attention(q, k, v, backend=self.backend)
+        else:
+            y = packed_attention(q, k, v, segments, backend=self.backend)
+        return self.proj(y.flatten(-2))
 
 
 class Mlp(nn.Module):
@@ -70,19 +68,29 @@ class Block(nn.Module):
         self.mlp = Mlp(width)
         self.drop_path = drop_path
 
-    def forward(self, x: Tensor, keep_scale: Tensor | None = None) -> Tensor:
-        """(B, L, D) -> (B, L, D); `keep_scale` (2, B, 1, 1) scales each clip's branches."""
-        attended = self.attn(self.norm1(x))
+    def forward(
+        self, x: Tensor, keep_scale: Tensor | None = None, segments: Segments | None = None
+    ) -> Tensor:
+        """(B, L, D) -> (B, L, D), or (N, D) -> (N, D).
+
+        Args:
+            keep_scale: (2, B, 1, 1) or (2, N, 1), scales each clip's branches.
+            segments: of packed clips.
+        """
+        attended = self.attn(self.norm1(x), segments)
         x = x + (attended if keep_scale is None else attended * keep_scale[0])
         more = self.mlp(self.norm2(x))
         return x + (more if keep_scale is None else more * keep_scale[1])
 
-    def draw(self, x: Tensor) -> Tensor | None:
-        """(2, B, 1, 1): 1 / (1 - drop_path) for the branches kept, 0 for those dropped."""
+    def draw(self, x: Tensor, segments: Segments | None) -> Tensor | None:
+        """The `keep_scale`: 1 / (1 - drop_path) for the branches kept, 0 for those dropped."""
         if not self.training or self.drop_path == 0:
             return None
         rest = 1 - self.drop_path
-        return x.new_empty(2, len(x), 1, 1).bernoulli_(rest) / rest
+        if segments is None:
+            return x.new_empty(2, len(x), 1, 1).bernoulli_(rest) / rest
+        clips = x.new_empty(len(segments.index), 2).bernoulli_(rest) / rest
+        return segments.of_tokens(clips).T[..., None]
 
 
 class Blocks(nn.ModuleList):
@@ -114,22 +122,24 @@ class Blocks(nn.ModuleList):
         """
         self._training_run = torch.compile(_run, dynamic=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
         run = self._training_run if self.training else _run
         for block in self:
-            keep_scale = block.draw(x)  # type: ignore[operator]
+            inputs = block, x, block.draw(x, segments), segments  # type: ignore[operator]
             if self.recompute and self.training and torch.is_grad_enabled():
-                x = checkpoint(run, block, x, keep_scale, use_reentrant=False)  # type: ignore[assignment]
+                x = checkpoint(run, *inputs, use_reentrant=False)  # type: ignore[assignment]
             else:
-                x = run(block, x, keep_scale)
+                x = run(*inputs)
         return x
 
 
-Run = Callable[[nn.Module, Tensor, "Tensor | None"], Tensor]
+Run = Callable[[nn.Module, Tensor, "Tensor | None", "Segments | None"], Tensor]
 
 
-def _run(block: nn.Module, x: Tensor, keep_scale: Tensor | None) -> Tensor:
-    return block(x, keep_scale)
+def _run(
+    block: nn.Module, x: Tensor, keep_scale: Tensor | None, segments: Segments | None
+) -> Tensor:
+    return block(x, keep_scale, segments)
 
 
 def initialise(module: nn.Module) -> None:
@@ -138,29 +148,3 @@ def initialise(module: nn.Module) -> None:
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-def packed_xformers_attention(
-    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], dropout: float
-) -> Tensor:
-    """(N, H, d) three times -> (N, H, d), within segments of these lengths."""
-    ops = xformers_ops("text.attention")
-    mask = ops.fmha.attn_bias.BlockDiagonalMask.from_seqlens(lengths, device=q.device)
-    packed = (x[None] for x in (q, k, v))
-    return ops.memory_efficient_attention(*packed, attn_bias=mask, p=dropout)[0]
-
-
-def xformers_ops(setting: str) -> Any:
-    """xformers' operators, for the setting that asks for them.
-
-    Raises:
-        ConfigError: xformers is not there, or does not import.
-    """
-    try:
-        from xformers import ops  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ConfigError(
-            f"{setting} must be 'sdpa' where xformers does not import ({error}); "
-            "pip install 'flap_fast[xformers]'"
-        ) from None
-    return ops

@@ -98,7 +98,7 @@ class MediaEncoder(Encoder):
         raise NotImplementedError
 
     def build(self, config: Config, *, recompute: bool = False) -> nn.Module:
-        """The module: (media, ids_keep=None, *, erase=None, longer=None) -> `Encoded`.
+        """The module: (media, mask=None, *, erase=None, longer=None) -> `Encoded`.
 
         It has the attribute `width`, that of the pooled vector.
 

@@ -27,6 +27,7 @@ from flap_fast.evaluate.evaluated_model import EvaluatedModel
 from flap_fast.evaluate.evaluation import Evaluation
 from flap_fast.evaluate.sheet import Row, Sheet
 from flap_fast.model.masking import kept_patches
+from flap_kernels import PatchMask
 
 CLIPS = 8
 """Clips that FLAP counts GFLOPs of."""
@@ -90,10 +91,11 @@ def _counter(config: Config) -> Callable[[int | None], tuple[int, int]]:
 
         formulas = {**_NORMS, torch.ops.flap_kernels.patch_embed: patch_embed}
         counter = FlopCounterMode(display=False, custom_mapping=formulas)
-        ids = [] if kept is None else [torch.empty(1, kept, dtype=torch.int64, device="meta")]
+        ids = torch.empty(1, kept or 0, dtype=torch.int64, device="meta")
+        mask = () if kept is None else (PatchMask(ids, ids, ids),)
         # As plain products: the counter has no formula for a CPU's fused attention.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-            model(clip, *ids)
+            model(clip, *mask)
         fused = counter.get_total_flops()
         return (fused + dropped) // 2, fused // 2
 

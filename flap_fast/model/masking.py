@@ -3,8 +3,9 @@
     1-D   K of the N patches (or whole time columns of them)
     2-D   k_time of the time columns and, in each, k_freq of the frequency rows: K = k_time * k_freq
 
-Each clip keeps equally many, so batches are rectangular. Indices ascend. Random numbers are keyed
-by the sample index: the same for any number of ranks.
+Clips of one length keep equally many, so batches are rectangular; packed clips keep their own K, by
+the same ratios of their own N. Indices ascend. Random numbers are keyed by the sample index: the
+same for any number of ranks.
 
 Source: FLAP, arXiv 2311.01615, section 3.
 """
@@ -12,6 +13,8 @@ Source: FLAP, arXiv 2311.01615, section 3.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -21,7 +24,10 @@ from flap_fast.config import Config, Mask
 from flap_fast.data.dealing import ClipTokens
 from flap_fast.data.random_streams import Stream
 from flap_fast.encoders.audio_settings import PatchEncoder
-from flap_kernels import PatchMask, draw_patch_mask
+from flap_fast.encoders.base import PackedMask
+from flap_kernels import PatchMask, draw_patch_mask, draw_ragged_patch_mask
+
+_STREAMS = (Stream.MASK, Stream.MASK_INNER)
 
 
 def kept(count: int, ratio: float, rounding: str) -> int:
@@ -35,18 +41,36 @@ def kept(count: int, ratio: float, rounding: str) -> int:
     return max(1, whole)
 
 
-def kept_patches(mask: Mask, grid: tuple[int, int]) -> int:
-    """K of a clip whose patches form `grid` (time, frequency)."""
+class _Counts(NamedTuple):
+    """What is drawn of a clip: `columns` of a grid's columns and, in each, `rows` of its rows."""
+
+    grid: tuple[int, int]
+    columns: int
+    rows: int | None
+    """None keeps all."""
+
+    @property
+    def patches(self) -> int:
+        return self.columns * (self.grid[1] if self.rows is None else self.rows)
+
+
+def _counts(mask: Mask, grid: tuple[int, int]) -> _Counts:
     times, freqs = grid
     if mask.kind == "none":
-        return times * freqs
+        return _Counts(grid, times, None)
     if mask.kind == "2d":
-        return kept(times, mask.time_ratio, mask.rounding) * kept(
-            freqs, mask.freq_ratio, mask.rounding
-        )
+        rows = kept(freqs, mask.freq_ratio, mask.rounding)
+        return _Counts(grid, kept(times, mask.time_ratio, mask.rounding), rows)
     if mask.unit == "frame":
-        return kept(times, mask.ratio, mask.rounding) * freqs
-    return kept(times * freqs, mask.ratio, mask.rounding)
+        return _Counts(grid, kept(times, mask.ratio, mask.rounding), None)
+    # A grid of columns of one patch each.
+    patches = times * freqs
+    return _Counts((patches, 1), kept(patches, mask.ratio, mask.rounding), None)
+
+
+def kept_patches(mask: Mask, grid: tuple[int, int]) -> int:
+    """K of a clip whose patches form `grid` (time, frequency)."""
+    return _counts(mask, grid).patches
 
 
 def tokens_of_seconds(config: Config, seconds: np.ndarray) -> ClipTokens:
@@ -90,17 +114,33 @@ def patch_mask(
         grid: patches along time and along frequency.
         sample_index: (B,) int64, on the device that the mask is to be on.
     """
-    times, freqs = grid
-    rows = None
     if mask.kind == "none":
         return None
-    if mask.kind == "2d":
-        columns = kept(times, mask.time_ratio, mask.rounding)
-        rows = kept(freqs, mask.freq_ratio, mask.rounding)
-    elif mask.unit == "frame":
-        columns = kept(times, mask.ratio, mask.rounding)
-    else:  # a grid of columns of one patch each
-        grid = (times * freqs, 1)
-        columns = kept(times * freqs, mask.ratio, mask.rounding)
-    streams = (Stream.MASK, Stream.MASK_INNER)
-    return draw_patch_mask(sample_index, seed, streams, grid, columns, rows, mask.shared_inner)
+    grid, columns, rows = _counts(mask, grid)
+    return draw_patch_mask(sample_index, seed, _STREAMS, grid, columns, rows, mask.shared_inner)
+
+
+def packed_patch_mask(
+    mask: Mask, times: Sequence[int], freqs: int, seed: int, sample_index: Tensor
+) -> PackedMask | None:
+    """The mask of packed clips, or None without masking.
+
+    Args:
+        times: patches along time of each clip.
+        freqs: patches along frequency.
+        sample_index: (B,) int64 of the clips in their packed order, on the mask's device.
+    """
+    if mask.kind == "none":
+        return None
+    each = [_counts(mask, (count, freqs)) for count in times]
+    drawn = draw_ragged_patch_mask(
+        sample_index,
+        seed,
+        _STREAMS,
+        [counts.grid[0] for counts in each],
+        each[0].grid[1],
+        [counts.columns for counts in each],
+        each[0].rows,
+        mask.shared_inner,
+    )
+    return PackedMask(drawn, tuple(counts.patches for counts in each))

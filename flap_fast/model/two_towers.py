@@ -18,25 +18,26 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flap_fast.config import Config
+from flap_fast.data.batch import Media
 from flap_fast.encoders.audio_settings import PatchEncoder
+from flap_fast.encoders.base import AnyMask
 from flap_fast.losses.base import Outputs
 from flap_fast.model.decoder import Decoder
-from flap_kernels import PatchMask
 
 
 class ModelInputs(TypedDict):
     """The keyword arguments of `TwoTowers.forward`."""
 
-    media: Tensor
-    """(B, 1, T, F) float32; (B, 4, T, F) with fusion; images: (B, 3, R, R)."""
+    media: Media
+    """The encoder's input of B clips."""
     ids: Tensor
     """(S B, L) int64: the captions, then the other `Loss.sentences`."""
     attention_mask: Tensor
     """(S B, L) int64, 1 on tokens; best on the CPU, see `packing.pack`."""
-    mask: PatchMask | None
+    mask: AnyMask | None
     """The patches that masking keeps and drops; None keeps all."""
-    target: Tensor | None
-    """(B, 1, T, F) float32, what the decoder is to reconstruct; None skips the decoder."""
+    target: Media | None
+    """What the decoder is to reconstruct, as `media`; None skips the decoder."""
     erase: Tensor | None
     """(B, T, F) bool, what SpecAug sets to 0 inside the encoder (HTSAT)."""
     longer: Tensor | None
@@ -84,18 +85,17 @@ class TwoTowers(nn.Module):
 
     def forward(
         self,
-        media: Tensor,
+        media: Media,
         ids: Tensor,
         attention_mask: Tensor,
-        mask: PatchMask | None = None,
-        target: Tensor | None = None,
+        mask: AnyMask | None = None,
+        target: Media | None = None,
         erase: Tensor | None = None,
         longer: Tensor | None = None,
     ) -> Outputs:
         """Embed media and captions of B pairs; the arguments are those of `ModelInputs`."""
         scale = _Clamp.apply(self.logit_scale, self.max_logit_scale).exp().squeeze(0)
-        ids_keep = None if mask is None else mask.ids_keep
-        media_rows, tokens = self._encode(media, ids_keep, erase, longer)
+        media_rows, tokens = self._encode(media, mask, erase, longer)
         # All sentences in one pass: one dropout of their own for each row, one use of each weight.
         sentences = self.embed_text(ids, attention_mask).chunk(len(self.sentences))
         if self.decoder is None or target is None:
@@ -106,18 +106,16 @@ class TwoTowers(nn.Module):
         found = {"media": media_rows, "scale": scale, "recon": recon}
         return cast(Outputs, found | dict(zip(self.sentences, sentences, strict=True)))
 
-    def embed_media(
-        self, media: Tensor, ids_keep: Tensor | None = None, *, longer: Tensor | None = None
-    ) -> Tensor:
+    def embed_media(self, media: Media, *, longer: Tensor | None = None) -> Tensor:
         """Embeddings (B, d) of media as in `ModelInputs`, unit norm, float32."""
-        return self._encode(media, ids_keep, None, longer)[0]
+        return self._encode(media, None, None, longer)[0]
 
     def _encode(
-        self, media: Tensor, ids_keep: Tensor | None, erase: Tensor | None, longer: Tensor | None
+        self, media: Media, mask: AnyMask | None, erase: Tensor | None, longer: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Embeddings (B, d), and the encoder's tokens."""
         with self._autocast(media.device):
-            x, tokens = self.encoder(media, ids_keep, erase=erase, longer=longer)
+            x, tokens = self.encoder(media, mask, erase=erase, longer=longer)
             x = x if self.head is None else self.head(x)
         return functional.normalize(x.float(), dim=-1), tokens
 

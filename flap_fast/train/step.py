@@ -34,15 +34,16 @@ from rich.console import Console
 from torch import Tensor
 
 from flap_fast.config import Config
-from flap_fast.data.batch import Batch
-from flap_fast.data.preprocess.spec_augment import spec_augment, stripes
+from flap_fast.data.batch import Batch, PackedMels
+from flap_fast.data.preprocess.spec_augment import spec_augment, spec_augment_packed, stripes
 from flap_fast.data.shards import ShardError
+from flap_fast.encoders.audio_settings import PatchEncoder
+from flap_fast.encoders.base import AnyMask
 from flap_fast.losses import total_loss
-from flap_fast.model.masking import patch_mask
+from flap_fast.model.masking import packed_patch_mask, patch_mask
 from flap_fast.model.two_towers import ModelInputs, Outputs
 from flap_fast.ranks import Ranks
 from flap_fast.train.engine import Engine
-from flap_kernels import PatchMask
 
 
 class Gradients:
@@ -139,17 +140,26 @@ class Gradients:
         return self._engine.model(**inputs)
 
 
-def patch_mask_of(batch: Batch, config: Config, steps: int, per_epoch: int) -> PatchMask | None:
+def patch_mask_of(batch: Batch, config: Config, steps: int, per_epoch: int) -> AnyMask | None:
     """The batch's patch mask; None without masking, and in the unmasked epochs at the end."""
     if not config.mask.masks(batch.epoch, epochs=-(-steps // per_epoch)):
         return None
-    return patch_mask(config.mask, config.encoder.grid, config.run.seed, batch.sample_index)
+    media, seed, grid = batch.media, config.run.seed, config.encoder.grid
+    if isinstance(media, PackedMels):
+        assert isinstance(config.audio, PatchEncoder)
+        times = [patches // grid[1] for patches in config.audio.patches_of(media.frames)]
+        index = media.in_order(batch.sample_index)
+        return packed_patch_mask(config.mask, times, grid[1], seed, index)
+    return patch_mask(config.mask, grid, seed, batch.sample_index)
 
 
-def model_inputs(batch: Batch, mask: PatchMask | None, config: Config) -> ModelInputs:
+def model_inputs(batch: Batch, mask: AnyMask | None, config: Config) -> ModelInputs:
     """The model's arguments: augmented media, and what the decoder is to reconstruct."""
     specaug, seed, media, erase = config.specaug, config.run.seed, batch.media, None
-    if config.encoder.specaug == "inside":
+    if isinstance(media, PackedMels):
+        index = media.in_order(batch.sample_index)
+        media = spec_augment_packed(media, specaug, config.audio, seed, index)
+    elif config.encoder.specaug == "inside":
         shape = (media.shape[2], media.shape[3])
         erase = stripes(specaug, seed, batch.sample_index, shape, whole=True)
     elif config.encoder.specaug == "before":

@@ -15,6 +15,7 @@ from flap_kernels.patch_embed import KERNEL as _PATCH_EMBED
 from flap_kernels.patch_embed import patch_embed
 from flap_kernels.patch_mask import KERNEL as _DRAW_PATCH_MASK
 from flap_kernels.patch_mask import PatchMask, draw_patch_mask
+from flap_kernels.ragged_patch_mask import draw_ragged_patch_mask
 from flap_kernels.spec import Kernel
 from flap_kernels.unshuffle_tokens import KERNEL as _UNSHUFFLE_TOKENS
 from flap_kernels.unshuffle_tokens import unshuffle_tokens
@@ -40,6 +41,7 @@ __all__ = [
     "cyclic",
     "distributed_infonce",
     "draw_patch_mask",
+    "draw_ragged_patch_mask",
     "gather_tokens",
     "infonce",
     "masked_mse",

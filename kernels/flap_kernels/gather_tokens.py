@@ -103,7 +103,7 @@ def scatter_tokens(grad: Tensor, ids_keep: Tensor, N: int) -> Tensor:
     k = torch.arange(K, device=ids_keep.device).expand(B, K)
     # The slot of each token among the kept ones, K where it was dropped.
     slots = torch.full((B, N), K, device=ids_keep.device).scatter_(1, ids_keep.long(), k)
-    return spread(grad, slots, None, None, grad.dtype)
+    return spread(grad, slots, None, None, None, grad.dtype)
 
 
 @scatter_tokens.register_fake

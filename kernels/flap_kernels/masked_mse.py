@@ -1,10 +1,12 @@
 """masked_mse: mean squared error of a decoder's last layer against the masked patches.
 
     e[b, m, :] = weight @ hidden[b, m] + bias - target(b, ids_drop[b, m])
-    loss       = mean of e**2 over B, M and P * P
+    loss       = sum over b, m of row_weight[b, m] * mean of e**2 over P * P
     target     = (x - mean(x)) / sqrt(var(x) + 1e-6),  x = patch(mel[b], n),  var unbiased
 
     B clips   M masked patches of a clip   H decoder's width   P side of a patch   N patches
+
+Without `row_weight` each is 1 / (B M): the mean over all.
 
 Neither targets nor predictions are stored: the forward keeps one number of each tile of rows. The
 backward computes e again, a chunk of rows at a time, scaled to the prediction's gradient in the
@@ -48,7 +50,14 @@ EPS = 1e-6
 
 
 def masked_mse_reference(
-    hidden: Tensor, weight: Tensor, bias: Tensor, mel: Tensor, ids_drop: Tensor, *, norm_pix: bool
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mel: Tensor,
+    ids_drop: Tensor,
+    row_weight: Tensor | None = None,
+    *,
+    norm_pix: bool,
 ) -> Tensor:
     """The reference of `masked_mse`: the mean squared error of stored predictions."""
     total_dtype = accumulator_dtype(weight.dtype)
@@ -58,6 +67,8 @@ def masked_mse_reference(
         var, mean = torch.var_mean(target, -1, keepdim=True)
         target = (target - mean) / (var + EPS).sqrt()
     error = F.linear(hidden, weight, bias).to(total_dtype) - target
+    if row_weight is not None:
+        return (row_weight.to(total_dtype) * error.square().mean(-1)).sum()
     return error.square().sum() / max(1, error.numel())
 
 
@@ -68,13 +79,15 @@ _CHUNK_ROWS_ELSEWHERE = 4_096
 
 @dataclass(frozen=True)
 class _Layer:
-    """Inputs of forward and backward: rows of hidden (B * M, H) and their targets."""
+    """Inputs of forward and backward: rows of hidden (B * M, H), their targets and weights."""
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor
     mel: Tensor
     ids_drop: Tensor
+    row_weight: Tensor | None
+    """(B * M,), or None: 1 / (B * M) each."""
     patch: int
     norm_pix: bool
 
@@ -95,16 +108,29 @@ class _Layer:
         for first in range(0, len(self.hidden), step):
             yield slice(first, min(first + step, len(self.hidden)))
 
+    @property
+    def divisor(self) -> int:
+        """What a sum of squares, of weighted rows if there are weights, is divided by."""
+        return self.pixels * (len(self.hidden) if self.row_weight is None else 1)
+
     def sum_of_squares(self) -> Tensor:
         if self.on_triton:
             return self._launch(slice(0, len(self.hidden)), None, None).sum()
-        return torch.stack([self._errors(chunk).square_().sum() for chunk in self.chunks()]).sum()
+        return torch.stack([self._sum_of_squares(chunk) for chunk in self.chunks()]).sum()
+
+    def _sum_of_squares(self, chunk: slice) -> Tensor:
+        squares = self._errors(chunk).square_()
+        if self.row_weight is None:
+            return squares.sum()
+        return (squares.sum(1) * self.row_weight[chunk].to(self.total_dtype)).sum()
 
     def prediction_gradient(self, chunk: slice, upstream: Tensor) -> tuple[Tensor, Tensor]:
         """dprediction of some rows, in the product's dtype, and its column sums before rounding."""
         product = self.weight.dtype
         if not self.on_triton:
-            e = self._errors(chunk).mul_(upstream * (2.0 / (len(self.hidden) * self.pixels)))
+            e = self._errors(chunk).mul_(upstream * (2.0 / self.divisor))
+            if self.row_weight is not None:
+                e *= self.row_weight[chunk].to(self.total_dtype)[:, None]
             return e.to(product), e.sum(0)
         # The interpreter truncates float32 to bfloat16 where a GPU rounds, so PyTorch rounds there.
         stored = torch.float32 if interpreted() else product
@@ -134,12 +160,15 @@ class _Layer:
         programs = ceil_div(rows, tile["BLOCK_ROWS"])
         shape = (programs,) if error is None else (programs, self.pixels)
         sums = self.mel.new_empty(shape, dtype=torch.float32)
+        # Absent pointers get a dummy tensor; the kernel never reads it.
+        row_weight = sums.new_empty(1) if self.row_weight is None else self.row_weight
         masked_mse_kernel[(programs,)](
             self.hidden,
             self.weight,
             self.bias,
             self.mel,
             self.ids_drop,
+            row_weight,
             sums if upstream is None else upstream,
             sums,
             sums if error is None else error,
@@ -149,20 +178,27 @@ class _Layer:
             self.hidden.shape[1],
             self.mel[0].numel() // self.pixels,
             self.mel.shape[2] // self.patch,
-            2.0 / (len(self.hidden) * self.pixels),
+            2.0 / self.divisor,
             **strides("h", "rh", self.hidden),
             **strides("w", "ph", self.weight),
             **strides("b", "p", self.bias),
             **strides("m", "btf", self.mel),
             **strides("d", "bm", self.ids_drop),
+            **strides("v", "r", row_weight),
             P=self.patch,
             NORM_PIX=self.norm_pix,
             EPS=EPS,
+            HAS_WEIGHT=self.row_weight is not None,
             BACKWARD=error is not None,
             UPCAST=interpreted(),
             **tile,
         )
         return sums
+
+
+def _layer(hidden, weight, bias, mel, ids_drop, row_weight, patch, norm_pix) -> _Layer:
+    flat = None if row_weight is None else row_weight.flatten()
+    return _Layer(hidden.flatten(0, 1), weight, bias, mel, ids_drop, flat, patch, norm_pix)
 
 
 @torch.library.custom_op("flap_kernels::masked_mse", mutates_args=())
@@ -172,18 +208,19 @@ def _masked_mse(
     bias: Tensor,
     mel: Tensor,
     ids_drop: Tensor,
+    row_weight: Tensor | None,
     patch: int,
     norm_pix: bool,
     product: torch.dtype,
 ) -> Tensor:
-    layer = _Layer(hidden.flatten(0, 1), weight.to(product), bias, mel, ids_drop, patch, norm_pix)
+    layer = _layer(hidden, weight.to(product), bias, mel, ids_drop, row_weight, patch, norm_pix)
     if len(layer.hidden) == 0:
         return hidden.new_zeros((), dtype=layer.total_dtype)
-    return layer.sum_of_squares() / (len(layer.hidden) * layer.pixels)
+    return layer.sum_of_squares() / layer.divisor
 
 
 @_masked_mse.register_fake
-def _(hidden, weight, bias, mel, ids_drop, patch, norm_pix, product):
+def _(hidden, weight, bias, mel, ids_drop, row_weight, patch, norm_pix, product):
     return hidden.new_empty((), dtype=accumulator_dtype(product))
 
 
@@ -200,12 +237,13 @@ def _masked_mse_backward(
     bias: Tensor,
     mel: Tensor,
     ids_drop: Tensor,
+    row_weight: Tensor | None,
     patch: int,
     norm_pix: bool,
     product: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of hidden, in its dtype, and of weight and bias, at least float32."""
-    layer = _Layer(hidden.flatten(0, 1), weight.to(product), bias, mel, ids_drop, patch, norm_pix)
+    layer = _layer(hidden, weight.to(product), bias, mel, ids_drop, row_weight, patch, norm_pix)
     hidden_grad = torch.empty_like(layer.hidden, memory_format=torch.contiguous_format)
     weight_grad = torch.zeros(weight.shape, dtype=layer.total_dtype, device=weight.device)
     bias_grad = weight_grad.new_zeros(layer.pixels)
@@ -219,7 +257,7 @@ def _masked_mse_backward(
 
 
 @_masked_mse_backward.register_fake
-def _(grad, hidden, weight, bias, mel, ids_drop, patch, norm_pix, product):
+def _(grad, hidden, weight, bias, mel, ids_drop, row_weight, patch, norm_pix, product):
     total_dtype = accumulator_dtype(product)
     return (
         hidden.new_empty(hidden.shape),
@@ -244,16 +282,23 @@ def _backward(ctx, grad):
     hidden_grad, weight_grad, bias_grad = _masked_mse_backward(
         grad, *tensors, ctx.patch, ctx.norm_pix, ctx.product
     )
-    _, weight, bias, _, _ = tensors
+    _, weight, bias, *_ = tensors
     grads = hidden_grad, weight_grad.to(weight.dtype), bias_grad.to(bias.dtype)
-    return (*grads, None, None, None, None, None)
+    return (*grads, None, None, None, None, None, None)
 
 
 _masked_mse.register_autograd(_backward, setup_context=_setup)
 
 
 def masked_mse(
-    hidden: Tensor, weight: Tensor, bias: Tensor, mel: Tensor, ids_drop: Tensor, *, norm_pix: bool
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mel: Tensor,
+    ids_drop: Tensor,
+    row_weight: Tensor | None = None,
+    *,
+    norm_pix: bool,
 ) -> Tensor:
     """The mean squared error of the masked patches' pixels, (), float32; 0 if none is masked.
 
@@ -270,6 +315,9 @@ def masked_mse(
         mel: (B, T, F), T and F multiples of P; a target, so it must not require a gradient.
         ids_drop: (B, M) int32 or int64 in [0, N). On a GPU that is not checked: outside, the
             loss is NaN.
+        row_weight: (B, M) float32, the weight of each patch's mean squared error in their sum, or
+            None: 1 / (B M) each, which is their mean. It takes no gradient. Clips of different
+            lengths, end to end as B = 1, are averaged by 1 / (clips * M of the patch's clip).
         norm_pix: compare with patches brought to mean 0 and variance 1 each.
 
     Raises ValueError and TypeError on shapes, devices and types that do not fit.
@@ -285,7 +333,14 @@ def masked_mse(
         raise ValueError("norm_pix must be False for patches of one pixel: they have no variance")
     if mel.requires_grad:
         raise ValueError("mel must not require a gradient: it is the target; pass mel.detach()")
-    return _masked_mse(hidden, weight, bias, mel, ids_drop, patch, norm_pix, product_dtype(weight))
+    if row_weight is not None:
+        check_shape("row_weight", row_weight, tuple(ids_drop.shape), "(B, M)")
+        check_floats(row_weight=row_weight)
+        check_together(mel=mel, row_weight=row_weight)
+        if row_weight.requires_grad:
+            raise ValueError("row_weight must not require a gradient; pass row_weight.detach()")
+    tensors = (hidden, weight, bias, mel, ids_drop, row_weight)
+    return _masked_mse(*tensors, patch, norm_pix, product_dtype(weight))
 
 
 def _inputs(size: Size, generator: torch.Generator) -> Inputs:

@@ -18,12 +18,19 @@ from flap_kernels.patches import load_index, load_patches
 
 
 @jit
+def _row_weight(row_weight_ptr, row, mask_row, stride_vr):
+    at = row_weight_ptr + row.to(tl.int64) * stride_vr
+    return tl.load(at, mask=mask_row, other=0.0).to(tl.float32)
+
+
+@jit
 def masked_mse_kernel(
     hidden_ptr,
     weight_ptr,
     bias_ptr,
     mel_ptr,
     ids_drop_ptr,
+    row_weight_ptr,
     upstream_ptr,
     sums_ptr,
     error_ptr,
@@ -44,10 +51,12 @@ def masked_mse_kernel(
     stride_mf,
     stride_db,
     stride_dm,
+    stride_vr,
     P: tl.constexpr,
     PIXELS: tl.constexpr,
     NORM_PIX: tl.constexpr,
     EPS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
     BACKWARD: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -93,11 +102,18 @@ def masked_mse_kernel(
     e = tl.where(mask, e - x, 0.0)
 
     if BACKWARD:
-        # dprediction = upstream * 2 / (B M P P) * e; its column sums are dbias
+        # dprediction = upstream * scale * row_weight * e; its column sums are dbias
         e = e * (tl.load(upstream_ptr) * scale)
+        if HAS_WEIGHT:
+            e *= _row_weight(row_weight_ptr, row, mask_row, stride_vr)[:, None]
         tl.store(sums_ptr + pid.to(tl.int64) * (P * P) + offs_p, tl.sum(e, axis=0), mask=mask_p)
         at = (error_ptr + offs_row.to(tl.int64) * (P * P))[:, None] + offs_p[None, :]
         tl.store(at, e.to(error_ptr.dtype.element_ty), mask=mask)
+    elif HAS_WEIGHT:
+        # sum of row_weight * e**2 over this tile
+        squares = tl.sum(e * e, axis=1)
+        squares *= _row_weight(row_weight_ptr, row, mask_row, stride_vr)
+        tl.store(sums_ptr + pid, tl.sum(squares))
     else:
         # sum of e**2 over this tile
         tl.store(sums_ptr + pid, tl.sum(e * e))

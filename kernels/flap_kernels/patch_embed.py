@@ -1,6 +1,7 @@
 """patch_embed: the embeddings of a log-mel's kept patches.
 
-    y[b, k, :] = weight @ patch(mel[b], ids_keep[b, k]) + bias + position[ids_keep[b, k], :]
+    y[b, k, :] = weight @ patch(mel[b], ids_keep[b, k]) + bias + position[p, :]
+    p          = position_index[b, k] if given, else ids_keep[b, k]
 
     B clips   T frames   F mel bins   P side of a patch   K patches kept   D width
 
@@ -23,12 +24,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from flap_kernels.checks import check_floats, check_shape, check_together
+from flap_kernels.checks import check_floats, check_inside, check_shape, check_together
 from flap_kernels.gather_tokens import scatter_tokens
 from flap_kernels.launch import ceil_div, interpreted, jit, runs_triton, tl, triton
 from flap_kernels.patches import (
     MOST_PIXELS,
+    add_rows,
     check_patches,
+    check_positions,
     clips,
     load_index,
     load_patches,
@@ -46,12 +49,18 @@ from flap_kernels.spec import Inputs, Kernel, Size
 
 
 def patch_embed_reference(
-    mel: Tensor, ids_keep: Tensor, weight: Tensor, bias: Tensor, position: Tensor
+    mel: Tensor,
+    ids_keep: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    position: Tensor,
+    position_index: Tensor | None = None,
 ) -> Tensor:
     """The reference of `patch_embed`: the embedded patches, by gather, product and two sums."""
     patch = round(weight.shape[1] ** 0.5)
     rows = patch_rows(mel, clips(ids_keep), ids_keep.long(), patch)
-    return torch.nn.functional.linear(rows, weight, bias) + position[ids_keep.long()]
+    index = ids_keep if position_index is None else position_index
+    return torch.nn.functional.linear(rows, weight, bias) + position[index.long()]
 
 
 @jit
@@ -61,11 +70,13 @@ def patch_embed_kernel(
     weight_ptr,
     bias_ptr,
     position_ptr,
+    position_index_ptr,
     out_ptr,
     rows,
     K,
     D,
     N,
+    positions,
     patches_per_row,
     stride_mb,
     stride_mt,
@@ -77,6 +88,9 @@ def patch_embed_kernel(
     stride_bd,
     stride_pn,
     stride_pd,
+    stride_ib,
+    stride_ik,
+    HAS_INDEX: tl.constexpr,
     P: tl.constexpr,
     PIXELS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -95,6 +109,11 @@ def patch_embed_kernel(
     x = x.to(weight_ptr.dtype.element_ty)
     if UPCAST:
         x = x.to(tl.float32)
+    # position[p, :] is added to patch n: in a ragged batch p is counted from its clip's start
+    p, has_position = n, valid
+    if HAS_INDEX:
+        _, p = load_index(position_index_ptr, offs_row, mask_row, K, stride_ib, stride_ik)
+        has_position = valid & (p >= 0) & (p < positions)
     offs_p = tl.arange(0, PIXELS)
     mask_p = (offs_p < P * P)[:, None]
     for start_d in range(0, D, BLOCK_D):
@@ -107,10 +126,10 @@ def patch_embed_kernel(
         # y = x weight^T
         y = tl.dot(x, w, input_precision=PRECISION)
         bias = tl.load(bias_ptr + offs_d * stride_bd, mask=mask_d, other=0.0).to(tl.float32)
-        at = (position_ptr + n.to(tl.int64) * stride_pn)[:, None] + (offs_d * stride_pd)[None, :]
+        at = (position_ptr + p.to(tl.int64) * stride_pn)[:, None] + (offs_d * stride_pd)[None, :]
         mask = mask_row[:, None] & mask_d[None, :]
-        inside = valid[:, None] & mask_d[None, :]
-        # y += bias + position[n, :]
+        inside = has_position[:, None] & mask_d[None, :]
+        # y += bias + position[p, :]
         y += bias[None, :] + tl.load(at, mask=inside, other=float("nan")).to(tl.float32)
         at = (out_ptr + offs_row.to(tl.int64) * D)[:, None] + offs_d[None, :]
         tl.store(at, y.to(out_ptr.dtype.element_ty), mask=mask)
@@ -143,6 +162,7 @@ def _patch_embed(
     weight: Tensor,
     bias: Tensor,
     position: Tensor,
+    position_index: Tensor | None,
     patch: int,
     product: torch.dtype,
     dtype: torch.dtype,
@@ -150,21 +170,25 @@ def _patch_embed(
     weight = weight.to(product)
     (B, K), (D, pixels) = ids_keep.shape, weight.shape
     if not (runs_triton(mel, weight) and pixels <= MOST_PIXELS):
-        return _plain(mel, ids_keep, weight, bias, position, patch, dtype)
+        return _plain(mel, ids_keep, weight, bias, position, position_index, patch, dtype)
     out = mel.new_empty((B, K, D), dtype=dtype)
     if out.numel() == 0:
         return out
     tile = tiles(pixels, product, float32_precision())
+    # Absent pointers get a dummy tensor; the kernel never reads it.
+    index = ids_keep if position_index is None else position_index
     patch_embed_kernel[(ceil_div(B * K, tile["BLOCK_ROWS"]),)](
         mel,
         ids_keep,
         weight,
         bias,
         position,
+        index,
         out,
         B * K,
         K,
         D,
+        _patches(mel, patch),
         len(position),
         mel.shape[2] // patch,
         **strides("m", "btf", mel),
@@ -172,6 +196,8 @@ def _patch_embed(
         **strides("w", "dp", weight),
         **strides("b", "d", bias),
         **strides("p", "nd", position),
+        **strides("i", "bk", index),
+        HAS_INDEX=position_index is not None,
         P=patch,
         UPCAST=interpreted(),
         **tile,
@@ -179,17 +205,23 @@ def _patch_embed(
     return out
 
 
-def _plain(mel, ids_keep, weight, bias, position, patch, dtype):
+def _patches(mel: Tensor, patch: int) -> int:
+    return mel.shape[1] // patch * (mel.shape[2] // patch)
+
+
+def _plain(mel, ids_keep, weight, bias, position, position_index, patch, dtype):
     total_dtype = accumulator_dtype(weight.dtype)
     ids_keep = ids_keep.long()
     rows = patch_rows(mel, clips(ids_keep), ids_keep, patch).flatten(0, 1).to(weight.dtype)
+    index = ids_keep if position_index is None else position_index.long()
+    check_inside("position_index", index, len(position))
     # The product is added to bias and positions, which saves a pass over the output.
-    out = (position.to(total_dtype) + bias).index_select(0, ids_keep.flatten())
+    out = (position.to(total_dtype) + bias).index_select(0, index.flatten())
     return add_product(out, rows, weight.T).to(dtype).unflatten(0, ids_keep.shape)
 
 
 @_patch_embed.register_fake
-def _(mel, ids_keep, weight, bias, position, patch, product, dtype):
+def _(mel, ids_keep, weight, bias, position, position_index, patch, product, dtype):
     return mel.new_empty((*ids_keep.shape, len(weight)), dtype=dtype)
 
 
@@ -228,26 +260,31 @@ def _patch_embed_backward_flop(grad, mel, ids_keep, patch, *_, **__) -> int:
 
 
 def _setup(ctx, inputs, output):
-    mel, ids_keep, weight, bias, position, ctx.patch, ctx.product, _ = inputs
-    ctx.save_for_backward(mel, ids_keep, weight if ctx.needs_input_grad[0] else None)
+    mel, ids_keep, weight, bias, position, position_index, ctx.patch, ctx.product, _ = inputs
+    weight_kept = weight if ctx.needs_input_grad[0] else None
+    ctx.save_for_backward(mel, ids_keep, weight_kept, position_index)
     ctx.bias, ctx.weight, ctx.position = bias.dtype, weight.dtype, position.dtype
-    ctx.N = len(position)
+    ctx.positions = len(position)
 
 
 def _backward(ctx, grad):
-    mel, ids_keep, weight = ctx.saved_tensors
+    mel, ids_keep, weight, position_index = ctx.saved_tensors
     mel_grad = weight_grad = bias_grad = position_grad = None
     if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
         weight_grad, bias_grad = _patch_embed_backward(grad, mel, ids_keep, ctx.patch, ctx.product)
         weight_grad, bias_grad = weight_grad.to(ctx.weight), bias_grad.to(ctx.bias)
     if ctx.needs_input_grad[4]:
-        total_dtype = accumulator_dtype(grad.dtype)
-        everywhere = scatter_tokens(grad, ids_keep, ctx.N)
-        position_grad = everywhere.sum(0, dtype=total_dtype).to(ctx.position)
+        if position_index is None:
+            everywhere = scatter_tokens(grad, ids_keep, ctx.positions)
+            position_grad = everywhere.sum(0, dtype=accumulator_dtype(grad.dtype))
+        else:
+            position_grad = add_rows(grad, position_index, ctx.positions)
+        position_grad = position_grad.to(ctx.position)
     if weight is not None:
         rows = grad.to(ctx.product) @ weight.to(ctx.product)
-        mel_grad = _unpatched(scatter_tokens(rows, ids_keep, ctx.N), mel, ctx.patch)
-    return mel_grad, None, weight_grad, bias_grad, position_grad, None, None, None
+        rows = scatter_tokens(rows, ids_keep, _patches(mel, ctx.patch))
+        mel_grad = _unpatched(rows, mel, ctx.patch)
+    return mel_grad, None, weight_grad, bias_grad, position_grad, None, None, None, None
 
 
 def _unpatched(rows: Tensor, mel: Tensor, patch: int) -> Tensor:
@@ -265,6 +302,7 @@ def patch_embed(
     weight: Tensor,
     bias: Tensor,
     position: Tensor,
+    position_index: Tensor | None = None,
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -280,7 +318,11 @@ def patch_embed(
             GPU that is not checked: a patch outside is NaN.
         weight: (D, P * P), the side P of a patch follows from it.
         bias: (D,).
-        position: (N, D), what is added to each patch.
+        position: (N, D), what is added to each patch; with `position_index`, any number of rows.
+        position_index: (B, K) int32 or int64, the row of `position` of each kept patch, checked as
+            `ids_keep` is; None takes the patch's number. A ragged batch gives it: clips of
+            different lengths, end to end, are one long clip, (1, T, F), whose patches are counted
+            through all clips and their positions from each clip's start.
         dtype: of the result; None promotes the product's type and position's, as PyTorch does.
 
     Raises ValueError and TypeError on shapes, devices and types that do not fit.
@@ -292,12 +334,15 @@ def patch_embed(
         ids_keep = torch.arange(N, device=mel.device).expand(len(mel), -1)
     patch = check_patches(mel, "ids_keep", ids_keep, pixels)
     check_shape("bias", bias, (D,), "(D,)")
-    check_shape("position", position, (N, D), "(N, D)")
-    check_floats(weight=weight, bias=bias, position=position)
+    check_positions(position, position_index, "ids_keep", tuple(ids_keep.shape), D)
+    if position_index is None:
+        check_shape("position", position, (N, D), "(N, D)")
+    check_floats(weight=weight, bias=bias)
     check_together(mel=mel, weight=weight, bias=bias, position=position)
     product = product_dtype(weight)
     dtype = dtype or torch.promote_types(product, position.dtype)
-    return _patch_embed(mel, ids_keep, weight, bias, position, patch, product, dtype)
+    tensors = (mel, ids_keep, weight, bias, position, position_index)
+    return _patch_embed(*tensors, patch, product, dtype)
 
 
 def _inputs(size: Size, generator: torch.Generator) -> Inputs:

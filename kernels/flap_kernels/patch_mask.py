@@ -33,6 +33,8 @@ from flap_kernels.spec import Inputs, Kernel, Size
 class PatchMask(NamedTuple):
     """For each clip the patches kept and dropped, ascending, and their inverse; all int64.
 
+    A ragged batch counts as one clip, B = 1: `draw_ragged_patch_mask`.
+
     A tuple: ZeRO-3's hooks find tensors in one that a module is given, but not in a dataclass.
     """
 
@@ -55,20 +57,24 @@ def draw_patch_mask_reference(
 ) -> PatchMask:
     """The reference of `draw_patch_mask`: the mask of each clip, by sorting."""
     C, R = grid
-    stay = _lowest(philox_words(seed, streams[0], sample_index, C), columns)
+    stay = lowest(philox_words(seed, streams[0], sample_index, C), columns)
     stay = stay[:, :, None].expand(-1, -1, R)
     if rows is not None:
         words = philox_words(seed, streams[1], sample_index, R if shared else C * R)
-        stay = stay & _lowest(words.unflatten(1, (-1, R)), rows)
+        stay = stay & lowest(words.unflatten(1, (-1, R)), rows)
     order = (~stay).flatten(1).to(torch.uint8).argsort(dim=1, stable=True)
     K = columns * (R if rows is None else rows)
     return PatchMask(order[:, :K].clone(), order[:, K:].clone(), order.argsort(dim=1))
 
 
-def _lowest(words: Tensor, k: int) -> Tensor:
-    """True at the k lowest values of the last axis; ties go to the smaller index."""
+def lowest(words: Tensor, k: int | Tensor) -> Tensor:
+    """True at the k lowest values of the last axis; ties go to the smaller index.
+
+    A tensor gives each row its own k; it broadcasts to the shape of `words`.
+    """
     order = words.argsort(dim=-1, stable=True)
-    return torch.zeros_like(words, dtype=torch.bool).scatter_(-1, order[..., :k], True)
+    first = torch.arange(words.shape[-1], device=words.device) < k
+    return torch.zeros_like(first).expand(words.shape).scatter(-1, order, first.expand(words.shape))
 
 
 @jit
@@ -88,6 +94,7 @@ def _draw(key, sample, n):
 @jit(do_not_specialize=["outer_key", "inner_key"])
 def draw_patch_mask_kernel(
     sample_index_ptr,
+    clips_ptr,
     ids_keep_ptr,
     ids_drop_ptr,
     ids_restore_ptr,
@@ -98,7 +105,9 @@ def draw_patch_mask_kernel(
     R,
     columns,
     rows,
+    N,
     K,
+    RAGGED: tl.constexpr,
     ALL_ROWS: tl.constexpr,
     SHARED: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -107,6 +116,14 @@ def draw_patch_mask_kernel(
 ):
     pid_b = tl.program_id(0).to(tl.int64)
     sample = tl.load(sample_index_ptr + pid_b * stride_s).to(tl.int64)
+    if RAGGED:
+        # All clips share row 0 of the indices: this one begins behind those before it.
+        at = clips_ptr + pid_b * 4
+        C, columns = tl.load(at).to(tl.int32), tl.load(at + 1).to(tl.int32)
+        first_n, first_k = tl.load(at + 2), tl.load(at + 3)
+        row = 0
+    else:
+        row, first_n, first_k = pid_b, 0, 0
 
     c = tl.arange(0, BLOCK_C)
     own = _draw(outer_key, sample, c)
@@ -125,8 +142,8 @@ def draw_patch_mask_kernel(
     exists = (c < C)[:, None] & (r < R)[None, :]
     stay = stays[:, None] & exists
     if not ALL_ROWS:
-        first = tl.zeros([BLOCK_C], dtype=tl.int32) if SHARED else c * R
-        own = _draw(inner_key, sample, first[:, None] + r[None, :])
+        drawn = tl.zeros([BLOCK_C], dtype=tl.int32) if SHARED else c * R
+        own = _draw(inner_key, sample, drawn[:, None] + r[None, :])
         # rank[c, r] = the same among the rows j of column c
         rank = tl.zeros([BLOCK_C, BLOCK_R], dtype=tl.int32)
         for j in range(R):
@@ -139,16 +156,16 @@ def draw_patch_mask_kernel(
     column = tl.sum(one, axis=1)
     before = (tl.cumsum(column, 0) - column)[:, None] + tl.cumsum(one, 1) - one
     n = c[:, None] * R + r[None, :]
-    after = n - before
-    N = C * R
-    # ids_keep[before] = n where n stays, else ids_drop[n - before] = n
-    at = ids_keep_ptr + pid_b * K + before
-    tl.store(at, n.to(tl.int64), mask=stay & (before < K))
-    at = ids_drop_ptr + pid_b * (N - K) + after
-    tl.store(at, n.to(tl.int64), mask=exists & (stay == 0) & (after < N - K))
-    # ids_restore[n] = before where n stays, else K + n - before
-    index = tl.where(stay, before, K + after)
-    tl.store(ids_restore_ptr + pid_b * N + n, index.to(tl.int64), mask=exists)
+    # In the row: patch n, and how many patches before it stay and do not
+    kept = first_k + before.to(tl.int64)
+    dropped = first_n - first_k + (n - before).to(tl.int64)
+    n = first_n + n.to(tl.int64)
+    # ids_keep[kept] = n where n stays, else ids_drop[dropped] = n
+    tl.store(ids_keep_ptr + row * K + kept, n, mask=stay & (kept < K))
+    at = ids_drop_ptr + row * (N - K) + dropped
+    tl.store(at, n, mask=exists & (stay == 0) & (dropped < N - K))
+    # ids_restore[n] = kept where n stays, else K + dropped
+    tl.store(ids_restore_ptr + row * N + n, tl.where(stay, kept, K + dropped), mask=exists)
 
 
 @torch.library.custom_op("flap_kernels::draw_patch_mask", mutates_args=())
@@ -172,6 +189,7 @@ def _draw_patch_mask(
         return mask
     draw_patch_mask_kernel[(len(sample_index),)](
         sample_index,
+        sample_index,  # absent pointers get a dummy tensor; the kernel never reads it
         mask[0],
         mask[1],
         mask[2],
@@ -182,7 +200,9 @@ def _draw_patch_mask(
         R,
         columns,
         rows or R,
+        C * R,
         mask[0].shape[1],
+        RAGGED=False,
         ALL_ROWS=rows is None,
         SHARED=shared,
         **blocks(C, R),

@@ -24,6 +24,7 @@ from flap_kernels.checks import (
     check_together,
 )
 from flap_kernels.launch import ceil_div, jit, runs_triton, tl, triton
+from flap_kernels.precision import accumulator_dtype
 
 # A tile of larger patches does not fit in shared memory: plain PyTorch is used.
 MOST_PIXELS = 32 * 32
@@ -45,6 +46,31 @@ def strides(letter: str, axes: str, x: Tensor) -> dict[str, int]:
 def clips(index: Tensor) -> Tensor:
     """(B, 1) int64: the clip of each row of an index."""
     return torch.arange(len(index), device=index.device)[:, None]
+
+
+def check_positions(
+    position: Tensor, position_index: Tensor | None, index: str, shape: tuple[int, int], D: int
+) -> None:
+    """Check rows to be added, (positions, D), and each token's row, of the shape of `index`."""
+    if position_index is not None:
+        check_shape("position_index", position_index, shape, f"the shape of {index}")
+        check_integers(position_index=position_index)
+        check_together(position=position, position_index=position_index)
+    check_shape("position", position, (None, D), "(positions, D)")
+    check_floats(position=position)
+
+
+def add_rows(rows: Tensor, index: Tensor, N: int) -> Tensor:
+    """Sums of the rows that name each n: (B, K, D), (B, K) -> (N, D), at least float32.
+
+    The same bits on every run.
+    """
+    dtype = accumulator_dtype(rows.dtype)
+    rows, index = rows.flatten(0, 1).to(dtype), index.flatten().long()
+    total = rows.new_zeros(N, rows.shape[1])
+    if rows.is_cuda:  # there index_add_ adds in any order, and index_put_ sorts first
+        return total.index_put_((index,), rows, accumulate=True)
+    return total.index_add_(0, index, rows)
 
 
 def check_patches(mel: Tensor, name: str, index: Tensor, pixels: int) -> int:

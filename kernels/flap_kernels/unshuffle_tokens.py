@@ -1,6 +1,7 @@
 """unshuffle_tokens: a decoder's input from kept tokens, mask tokens and positions.
 
-    y'[b, n, :] = (y[b, i, :] if i < K else mask_token) + position[n, :],  i = ids_restore[b, n]
+    y'[b, n, :] = (y[b, i, :] if i < K else mask_token) + position[p, :],  i = ids_restore[b, n]
+    p           = position_index[b, n] if given, else n
 
     B clips   N patches of a clip   K of them kept   D width
 
@@ -17,20 +18,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flap_kernels.checks import check_floats, check_integers, check_shape, check_together
+from flap_kernels.checks import (
+    check_floats,
+    check_inside,
+    check_integers,
+    check_shape,
+    check_together,
+)
 from flap_kernels.launch import ceil_div, jit, runs_triton, tl, triton
-from flap_kernels.patches import clips, strides
+from flap_kernels.patches import add_rows, check_positions, clips, strides
 from flap_kernels.precision import accumulator_dtype
 from flap_kernels.spec import Inputs, Kernel, Size
 
 
 def unshuffle_tokens_reference(
-    y: Tensor, ids_restore: Tensor, mask_token: Tensor, position: Tensor
+    y: Tensor,
+    ids_restore: Tensor,
+    mask_token: Tensor,
+    position: Tensor,
+    position_index: Tensor | None = None,
 ) -> Tensor:
     """The reference of `unshuffle_tokens`, by appending one mask token to each clip."""
     full = torch.cat([y, mask_token.expand(len(y), 1, -1)], 1)
     slot = ids_restore.long().clamp(max=y.shape[1])
-    return full.gather(1, slot[..., None].expand(-1, -1, y.shape[2])) + position
+    added = position if position_index is None else position[position_index.long()]
+    return full.gather(1, slot[..., None].expand(-1, -1, y.shape[2])) + added
 
 
 @jit
@@ -48,10 +60,12 @@ def unshuffle_tokens_kernel(
     ids_restore_ptr,
     token_ptr,
     position_ptr,
+    position_index_ptr,
     out_ptr,
     N,
     K,
     D,
+    positions,
     stride_yb,
     stride_yk,
     stride_yd,
@@ -60,8 +74,11 @@ def unshuffle_tokens_kernel(
     stride_td,
     stride_pn,
     stride_pd,
+    stride_ib,
+    stride_in,
     HAS_TOKEN: tl.constexpr,
     HAS_POSITION: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -81,9 +98,14 @@ def unshuffle_tokens_kernel(
         token = tl.load(token_ptr + offs_d * stride_td, mask=mask_d, other=0.0).to(tl.float32)
         x = tl.where(kept[:, None], x, token[None, :])
     if HAS_POSITION:
-        # y'[b, n, :] = x + position[n, :]
-        at = (n * stride_pn)[:, None] + (offs_d * stride_pd)[None, :]
-        x += tl.load(position_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        p = n
+        if HAS_INDEX:
+            at = position_index_ptr + b * stride_ib + n * stride_in
+            p = tl.load(at, mask=mask_n, other=0).to(tl.int64)
+        # y'[b, n, :] = x + position[p, :]
+        at = (p * stride_pn)[:, None] + (offs_d * stride_pd)[None, :]
+        inside = mask & ((p >= 0) & (p < positions))[:, None]
+        x += tl.load(position_ptr + at, mask=inside, other=float("nan")).to(tl.float32)
     at = ((b * N + n) * D)[:, None] + offs_d[None, :]
     tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -135,6 +157,7 @@ def spread(
     ids_restore: Tensor,
     mask_token: Tensor | None,
     position: Tensor | None,
+    position_index: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
     """Launch the forward; without a mask token, rows of dropped tokens become zeros."""
@@ -145,6 +168,7 @@ def spread(
     # Absent pointers get a dummy tensor; the kernel never reads it.
     token = y.new_empty(1) if mask_token is None else mask_token
     added = y.new_empty(1, 1) if position is None else position
+    index = ids_restore if position_index is None else position_index
     tile = blocks(D)
     grid = (B * ceil_div(N, tile["BLOCK_ROWS"]), ceil_div(D, tile["BLOCK_D"]))
     unshuffle_tokens_kernel[grid](
@@ -152,16 +176,20 @@ def spread(
         ids_restore,
         token,
         added,
+        index,
         out,
         N,
         K,
         D,
+        len(added),
         **strides("y", "bkd", y),
         **strides("r", "bn", ids_restore),
         **strides("t", "d", token),
         **strides("p", "nd", added),
+        **strides("i", "bn", index),
         HAS_TOKEN=mask_token is not None,
         HAS_POSITION=position is not None,
+        HAS_INDEX=position_index is not None,
         **tile,
     )
     return out
@@ -169,20 +197,28 @@ def spread(
 
 @torch.library.custom_op("flap_kernels::unshuffle_tokens", mutates_args=())
 def _unshuffle_tokens(
-    y: Tensor, ids_restore: Tensor, mask_token: Tensor, position: Tensor | None, dtype: torch.dtype
+    y: Tensor,
+    ids_restore: Tensor,
+    mask_token: Tensor,
+    position: Tensor | None,
+    position_index: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     if runs_triton(y, mask_token):
-        return spread(y, ids_restore, mask_token, position, dtype)
+        return spread(y, ids_restore, mask_token, position, position_index, dtype)
     total_dtype = _promoted(y, mask_token, position)
     out = y.new_empty((*ids_restore.shape, y.shape[2]), dtype=total_dtype).copy_(mask_token)
     out[clips(ids_restore), inverse(ids_restore)[:, : y.shape[1]]] = y.to(total_dtype)
-    if position is not None:
+    if position is not None and position_index is not None:
+        check_inside("position_index", position_index, len(position))
+        out += position[position_index.long()]
+    elif position is not None:
         out += position
     return out.to(dtype)
 
 
 @_unshuffle_tokens.register_fake
-def _(y, ids_restore, mask_token, position, dtype):
+def _(y, ids_restore, mask_token, position, position_index, dtype):
     return y.new_empty((*ids_restore.shape, y.shape[2]), dtype=dtype)
 
 
@@ -231,20 +267,24 @@ def inverse(ids_restore: Tensor) -> Tensor:
 
 
 def _setup(ctx, inputs, output):
-    y, ids_restore, mask_token, position, _ = inputs
-    ctx.save_for_backward(ids_restore)
+    y, ids_restore, mask_token, position, position_index, _ = inputs
+    ctx.save_for_backward(ids_restore, position_index)
     ctx.K, ctx.y, ctx.token = y.shape[1], y.dtype, mask_token.dtype
-    ctx.position = None if position is None else position.dtype
+    if position is not None:
+        ctx.position, ctx.positions = position.dtype, len(position)
 
 
 def _backward(ctx, grad):
-    (ids_restore,) = ctx.saved_tensors
+    ids_restore, position_index = ctx.saved_tensors
     y_grad, token_grad = _unshuffle_tokens_backward(grad, ids_restore, ctx.K, ctx.y)
     position_grad = None
     if ctx.needs_input_grad[3]:
-        total_dtype = accumulator_dtype(grad.dtype)
-        position_grad = grad.sum(0, dtype=total_dtype).to(ctx.position)
-    return y_grad, None, token_grad.to(ctx.token), position_grad, None
+        if position_index is None:
+            position_grad = grad.sum(0, dtype=accumulator_dtype(grad.dtype))
+        else:
+            position_grad = add_rows(grad, position_index, ctx.positions)
+        position_grad = position_grad.to(ctx.position)
+    return y_grad, None, token_grad.to(ctx.token), position_grad, None, None
 
 
 _unshuffle_tokens.register_autograd(_backward, setup_context=_setup)
@@ -255,6 +295,7 @@ def unshuffle_tokens(
     ids_restore: Tensor,
     mask_token: Tensor,
     position: Tensor | None = None,
+    position_index: Tensor | None = None,
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -268,7 +309,10 @@ def unshuffle_tokens(
         ids_restore: (B, N) int32 or int64, a permutation of [0, N) in each row, which is not
             checked: the index of each patch in `cat(kept, dropped)`.
         mask_token: (D,).
-        position: (N, D), or None to add nothing.
+        position: (N, D), or None to add nothing; with `position_index`, any number of rows.
+        position_index: (B, N) int32 or int64, the row of `position` of each token, for clips of
+            different lengths end to end, B = 1; None takes n. On a GPU that is not checked: a
+            token whose row is outside is NaN.
         dtype: of the result; None promotes the inputs' types as PyTorch does. Sums are float32.
 
     Raises ValueError and TypeError on shapes, devices and types that do not fit.
@@ -284,12 +328,16 @@ def unshuffle_tokens(
             f"ids_restore must be (B, N) with N of at least K = {y.shape[1]}, "
             f"got {ids_restore.shape[1]}"
         )
+    if position is None and position_index is not None:
+        raise ValueError("position_index must be None without position; pass position, too")
     if position is not None:
-        check_shape("position", position, (ids_restore.shape[1], y.shape[2]), "(N, D)")
-        check_floats(position=position)
+        N, D = ids_restore.shape[1], y.shape[2]
+        check_positions(position, position_index, "ids_restore", tuple(ids_restore.shape), D)
+        if position_index is None:
+            check_shape("position", position, (N, D), "(N, D)")
         check_together(y=y, position=position)
     dtype = dtype or _promoted(y, mask_token, position)
-    return _unshuffle_tokens(y, ids_restore, mask_token, position, dtype)
+    return _unshuffle_tokens(y, ids_restore, mask_token, position, position_index, dtype)
 
 
 def _promoted(y: Tensor, mask_token: Tensor, position: Tensor | None) -> torch.dtype:

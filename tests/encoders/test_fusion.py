@@ -15,6 +15,7 @@ from flap_fast.encoders.htsat.model import HTSAT, SwinBlock
 from flap_fast.encoders.vit.model import ViT
 from flap_fast.encoders.vit.settings import ViTSettings
 from flap_fast.interchange.htsat_names import htsat_from_hf, htsat_to_hf
+from flap_kernels import PatchMask
 from tests.encoders.test_htsat import NARROW, SMALL, checked, decibels, theirs
 from tests.tiny import tiny, vit_of
 
@@ -240,7 +241,7 @@ def test_masking_comes_after_the_fusion():
     model.blocks.register_forward_hook(lambda *given: seen.append(given[1][0]))
     with torch.no_grad():
         model(mel, longer=SOME)
-        tokens = model(mel, keep, longer=SOME).tokens
+        tokens = model(mel, PatchMask(keep, keep, keep), longer=SOME).tokens
     whole, some = seen
     assert torch.equal(some[:, 1:], whole[:, 1:][:, keep[0]])
     assert tokens.shape == (4, 1 + keep.shape[1], 32)

@@ -13,6 +13,7 @@ from transformers.models.clap.modeling_clap import ClapAudioEncoder
 from flap_fast.encoders.htsat.model import HTSAT, SwinBlock, fold
 from flap_fast.encoders.htsat.settings import HTSATSettings
 from flap_fast.interchange.htsat_names import htsat_from_hf, htsat_to_hf
+from flap_kernels import PatchMask
 from tests.tiny import HTSAT as SMALLEST
 from tests.tiny import htsat_of, tiny
 
@@ -216,5 +217,5 @@ def test_a_shape_or_a_mask_that_does_not_fit_is_refused():
     model, mel = HTSAT(SMALL), decibels(SMALL, 2)
     with pytest.raises(ValueError, match=r"media must be \(B, 1, 101, 16\), got \(2, 1, 100, 16\)"):
         model(mel[:, :, :100])
-    with pytest.raises(ValueError, match=r"ids_keep must be None: .* every patch"):
-        model(mel, torch.zeros(2, 4, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"mask must be None: .* every patch"):
+        model(mel, PatchMask(*[torch.zeros(2, 4, dtype=torch.long)] * 3))

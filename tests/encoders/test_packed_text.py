@@ -22,9 +22,9 @@ from transformers import (
 
 from flap_fast.checks import ConfigError
 from flap_fast.data.tokenize import tokenizer
-from flap_fast.encoders import blocks as transformer
-from flap_fast.encoders import packing
-from flap_fast.encoders.packing import pack, packed_attention
+from flap_fast.encoders import attention as backends
+from flap_fast.encoders.attention import packed_attention
+from flap_fast.encoders.packing import pack
 from flap_fast.encoders.roberta.model import TransformersText
 from flap_fast.encoders.roberta.packed import positions
 from flap_fast.encoders.roberta.settings import RobertaSettings
@@ -155,7 +155,7 @@ def test_a_pack_by_hand():
     mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0], [0, 0, 0, 1]])
     packed = pack(mask, CPU)
     assert packed.flat_index.tolist() == [4, 15, 0, 1, 8, 9, 10]
-    assert packed.caption_index.tolist() == [2, 0, 3, 1]
+    assert packed.index.tolist() == [2, 0, 3, 1]
     assert packed.starts.tolist() == [0, 1, 2, 4, 7]
     assert packed.starts.dtype == torch.int32
     assert packed.groups == ((2, 1), (1, 2), (1, 3))
@@ -230,7 +230,7 @@ def test_variable_length_attention_gets_the_captions_bounds(
 ):
     model = tower(folders / "roberta", pool="mean")
     expected = outcome(model, "padded", batch)
-    monkeypatch.setattr(packing, "varlen_serves", lambda *_: True)
+    monkeypatch.setattr(backends, "varlen_serves", lambda *_: True)
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", by_bounds)
     assert_same(outcome(model, "packed", batch), expected)
 
@@ -252,7 +252,7 @@ def test_with_the_mask_on_the_host_the_device_is_asked_nothing(
     dropout: float, monkeypatch: pytest.MonkeyPatch, folders: Path, batch
 ):
     # A meta tensor has no values: whoever reads one fails, and kernels check their arguments.
-    monkeypatch.setattr(packing, "varlen_serves", lambda *_: True)
+    monkeypatch.setattr(backends, "varlen_serves", lambda *_: True)
     settings = {"packing": "packed", "dropout": dropout, "pool": "mean", "max_tokens": 24}
     text = RobertaSettings(folder=str(folders / "roberta"), **settings)
     model = TransformersText(text).to("meta", torch.bfloat16).train()
@@ -275,9 +275,9 @@ def test_xformers_gets_the_captions_lengths(monkeypatch: pytest.MonkeyPatch):
     masks = SimpleNamespace(from_seqlens=lambda lengths, *, device: (lengths, device))
     fmha = SimpleNamespace(attn_bias=SimpleNamespace(BlockDiagonalMask=masks))
     ops = SimpleNamespace(fmha=fmha, memory_efficient_attention=attention)
-    monkeypatch.setattr(transformer, "xformers_ops", lambda _: ops)
+    monkeypatch.setattr(backends, "xformers_ops", lambda _: ops)
     q = torch.randn(4, 2, 8)
-    assert torch.equal(transformer.packed_xformers_attention(q, q, q, [1, 3], 0.1), 3 * q)
+    assert torch.equal(backends.packed_xformers_attention(q, q, q, [1, 3], 0.1), 3 * q)
 
 
 def test_xformers_that_is_not_there_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch):

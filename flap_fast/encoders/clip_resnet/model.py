@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from flap_fast.encoders.base import Encoded, check_media
+from flap_fast.encoders.base import AnyMask, Encoded, check_media
 from flap_fast.encoders.clip_resnet.settings import ClipResNetSettings
 
 _EXPANSION = 4
@@ -54,15 +54,15 @@ class ClipResNet(nn.Module):
     def forward(
         self,
         media: Tensor,
-        ids_keep: Tensor | None = None,
+        mask: AnyMask | None = None,
         *,
         erase: Tensor | None = None,
         longer: Tensor | None = None,
     ) -> Encoded:
         """Encode B images (B, 3, R, R); nothing of them is masked, erased or fused."""
         check_media(media, (3, self.resolution, self.resolution))
-        if ids_keep is not None or erase is not None or longer is not None:
-            raise ValueError("ids_keep, erase and longer must be None: images are taken whole")
+        if mask is not None or erase is not None or longer is not None:
+            raise ValueError("mask, erase and longer must be None: images are taken whole")
         x = functional.relu(self.bn1(self.conv1(media)))
         x = functional.relu(self.bn2(self.conv2(x)))
         x = functional.relu(self.bn3(self.conv3(x)))

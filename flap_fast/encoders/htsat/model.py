@@ -20,7 +20,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from flap_fast.config import Fusion
-from flap_fast.encoders.base import Encoded, check_media
+from flap_fast.encoders.base import AnyMask, Encoded, check_media
 from flap_fast.encoders.blocks import Mlp
 from flap_fast.encoders.fusion import (
     fuse_mels,
@@ -72,7 +72,7 @@ class HTSAT(nn.Module):
     def forward(
         self,
         media: Tensor,
-        ids_keep: Tensor | None = None,
+        mask: AnyMask | None = None,
         *,
         erase: Tensor | None = None,
         longer: Tensor | None = None,
@@ -81,13 +81,13 @@ class HTSAT(nn.Module):
 
         Args:
             media: (B, 1, T, F) log-mels; (B, 4, T, F) with fusion.
-            ids_keep: must be None: windows need every patch.
+            mask: must be None: windows need every patch.
             erase: (B, T, F) bool, what SpecAug sets to 0 after the first norm.
             longer: (B,) bool on the CPU, with fusion: the clips to fuse; none without.
         """
         check_media(media, self.settings.input_shape(self.fusion))
-        if ids_keep is not None:
-            raise ValueError("ids_keep must be None: HTSAT's windows need every patch")
+        if mask is not None:
+            raise ValueError("mask must be None: HTSAT's windows need every patch")
         if longer is None:
             longer = torch.zeros(len(media), dtype=torch.bool)
         x = self.bn0(media.float().transpose(1, 3)).transpose(1, 3)

@@ -20,8 +20,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from flap_fast.checks import ConfigError, require
 from flap_fast.data.tokenize import local_folder, tokenizer
-from flap_fast.encoders.blocks import xformers_ops
-from flap_fast.encoders.packing import pack, varlen_serves
+from flap_fast.encoders.attention import varlen_serves, xformers_ops
+from flap_fast.encoders.packing import pack
 from flap_fast.encoders.roberta.packed import FAMILIES, is_bert, packed_states
 from flap_fast.encoders.roberta.settings import RobertaSettings
 

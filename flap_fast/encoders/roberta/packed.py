@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flap_fast.encoders.packing import Pack, packed_attention
+from flap_fast.encoders.attention import packed_attention
+from flap_fast.encoders.packing import Pack
 
 _COUNTS_FROM_PAD = {"bert": False, "camembert": True, "roberta": True, "xlm-roberta": True}
 FAMILIES = ", ".join(_COUNTS_FROM_PAD)

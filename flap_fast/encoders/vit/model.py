@@ -2,6 +2,8 @@
 
     mel (B, 1, T, F) -> patches (B, N, P^2) -> kept, embedded, positions added (B, K, D) -> blocks
         -> tokens (B, [1 +] K, D), pooled (B, D)
+    packed mels (T, F) -> (K, D), K of all clips -> [CLS] before each clip's -> blocks within clips
+        -> tokens ([B +] K, D), pooled (B, D)
 
 Dropped patches are never embedded: the gather comes before the product. With 2-D fusion all are:
 fusion needs whole clips, and masking comes after it.
@@ -15,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from flap_fast.config import Fusion
-from flap_fast.encoders.base import Encoded, check_media
+from flap_fast.data.batch import Media, PackedMels
+from flap_fast.encoders.base import AnyMask, Encoded, PackedMask, check_media
 from flap_fast.encoders.blocks import LAYER_NORM_EPS, Blocks, initialise
 from flap_fast.encoders.fusion import (
     fuse_mels,
@@ -24,6 +27,7 @@ from flap_fast.encoders.fusion import (
     piece_mels,
     piece_patches,
 )
+from flap_fast.encoders.packing import Segments, segments
 from flap_fast.encoders.vit.settings import ViTSettings
 from flap_kernels import gather_tokens, patch_embed
 
@@ -35,13 +39,17 @@ class PatchEmbed(nn.Linear):
     """
 
     def forward(  # type: ignore[override]
-        self, mel: Tensor, ids_keep: Tensor | None, position: Tensor
+        self,
+        mel: Tensor,
+        ids_keep: Tensor | None,
+        position: Tensor,
+        position_index: Tensor | None = None,
     ) -> Tensor:
-        return patch_embed(mel, ids_keep, self.weight, self.bias, position)
+        return patch_embed(mel, ids_keep, self.weight, self.bias, position, position_index)
 
 
 class ViT(nn.Module):
-    """(B, 1, T, F) log-mels, and the indices (B, K) of the patches kept -> `Encoded`.
+    """Log-mels and the patches of them that are kept -> `Encoded`.
 
     With fusion, (B, 4, T, F) and which of the clips are longer.
     """
@@ -87,8 +95,8 @@ class ViT(nn.Module):
 
     def forward(
         self,
-        media: Tensor,
-        ids_keep: Tensor | None = None,
+        media: Media,
+        mask: AnyMask | None = None,
         *,
         erase: Tensor | None = None,
         longer: Tensor | None = None,
@@ -96,21 +104,47 @@ class ViT(nn.Module):
         """Encode B clips.
 
         Args:
-            media: (B, 1, T, F) log-mels; (B, 4, T, F) with fusion.
-            ids_keep: (B, K), the patches that masking keeps; None keeps all.
+            media: (B, 1, T, F) log-mels; (B, 4, T, F) with fusion; or packed.
+            mask: the patches that masking keeps; None keeps all.
             erase: (B, T, F) bool, cells to set to 0.
             longer: (B,) bool on the CPU, with fusion: the clips to fuse; none without.
         """
-        check_media(media, self.settings.input_shape(self.fusion))
-        mel = media if erase is None else media.masked_fill(erase[:, None], 0.0)
-        x = self._embedded(mel, ids_keep, longer)
-        if self.cls_token is not None:
-            x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], 1)
-        x = self.blocks(x)
+        if isinstance(media, PackedMels):
+            assert mask is None or isinstance(mask, PackedMask)
+            x, clips = self._packed(media, mask)
+            x = self.blocks(x, clips)
+        else:
+            check_media(media, self.settings.input_shape(self.fusion))
+            mel = media if erase is None else media.masked_fill(erase[:, None], 0.0)
+            assert not isinstance(mask, PackedMask)
+            ids_keep = None if mask is None else mask.ids_keep
+            x, clips = self._embedded(mel, ids_keep, longer), None
+            if self.cls_token is not None:
+                x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], 1)
+            x = self.blocks(x)
         if self.settings.norm_position == "tokens":
             x = self.norm(x)
-            return Encoded(self._pool(x).float(), x)
-        return Encoded(self.norm(self._pool(x)).float(), x)
+            return Encoded(self._pool(x, clips).float(), x)
+        return Encoded(self.norm(self._pool(x, clips)).float(), x)
+
+    def _packed(self, media: PackedMels, mask: PackedMask | None) -> tuple[Tensor, Segments]:
+        """([B +] K, D): the patches kept of all clips embedded, each clip's behind its [CLS]."""
+        patches = self.settings.patches_of(media.frames)
+        kept = patches if mask is None else mask.kept
+        own = segments(patches, media.order, media.device)
+        n = torch.arange(own.tokens, device=media.device)
+        # The patch's number in its own clip: its row in the table of positions.
+        position = n - own.of_tokens(own.starts[:-1])
+        if mask is not None:
+            n = mask.patches.ids_keep[0]
+            position = position.index_select(0, n)
+        x = self.patch_embed(media.mel[None], n[None], self.pos_embed, position[None])[0]
+        prefix = self.settings.prefix_tokens
+        clips = segments([count + prefix for count in kept], media.order, media.device)
+        if self.cls_token is None:
+            return x, clips
+        cls_tokens = self.cls_token[0].to(x.dtype).expand(len(kept), -1)
+        return clips.behind(cls_tokens, x), clips
 
     def _embedded(self, mel: Tensor, ids_keep: Tensor | None, longer: Tensor | None) -> Tensor:
         """(B, K, D): patches fused and embedded, their positions added."""
@@ -130,8 +164,10 @@ class ViT(nn.Module):
         x = x.flatten(2).transpose(1, 2) + self.pos_embed
         return x if ids_keep is None else gather_tokens(x, ids_keep)
 
-    def _pool(self, x: Tensor) -> Tensor:
+    def _pool(self, x: Tensor, clips: Segments | None) -> Tensor:
         if self.settings.pool == "cls":
-            return x[:, 0]
+            return x[:, 0] if clips is None else clips.first(x)
         first = 1 if self.settings.use_cls and self.settings.pool == "mean_patch" else 0
+        if clips is not None:
+            return clips.mean(x, skip=first)
         return x[:, first:].mean(1, dtype=torch.float32)

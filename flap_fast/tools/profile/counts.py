@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from flap_fast.config import Config
+from flap_fast.data.batch import PackedMels
 from flap_fast.losses import total_loss
 from flap_fast.model.two_towers import Outputs, TwoTowers
 from flap_fast.tools.profile.fake import (
@@ -223,12 +224,13 @@ class StepCounts:
                 trace.mark(part)
 
             with marked(model, mark):
-                media = {trace.hold(batch.media)}
+                whole = batch.media
+                media = {trace.hold(whole.mel if isinstance(whole, PackedMels) else whole)}
                 # Far from the end of a run, and from an unmasked tail.
                 mask = patch_mask_of(batch, config, 1000, 1)
                 inputs: Any = model_inputs(batch, mask, config)
                 outputs = cast(dict[str, torch.Tensor], model(**inputs))
-                del batch, mask, inputs
+                del batch, whole, mask, inputs
                 trace.in_backward, forward = True, trace.operators
                 trace.mark(LOSS)
                 ends.append((LOSS, forward))

@@ -28,7 +28,7 @@ def test_inside_of_the_masked_error_there_are_as_many_products_as_it_is_counted_
     """Of 2 x 3 dropped patches of 4 x 4 pixels, 8 wide."""
     hidden, weight, bias = torch.randn(2, 3, 8), torch.randn(16, 8), torch.randn(16)
     mel, drop = torch.randn(2, 16, 8), torch.arange(3).expand(2, 3)
-    rest = (hidden, weight, bias, mel, drop, 4, True, torch.float32)
+    rest = (hidden, weight, bias, mel, drop, None, 4, True, torch.float32)
     one, ours = torch.ones(()), torch.ops.flap_kernels
     for inside, operator, arguments, products in (
         (_masked_mse, ours.masked_mse, rest, 1),
