@@ -67,3 +67,7 @@ class Mask(Section):
     """How a kept count is rounded."""
     unmasked_tail_epochs: CountOrZero = 0
     """Epochs at the end that train without masking (FLIP)."""
+
+    def masks(self, epoch: int, epochs: int) -> bool:
+        """Whether patches are dropped in an epoch, counted from 0, of a run of `epochs`."""
+        return self.kind != "none" and epoch < epochs - self.unmasked_tail_epochs

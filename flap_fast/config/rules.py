@@ -127,6 +127,10 @@ def check_sections(config: Config) -> None:
             "be true with train.zero_stage = 3, whose ranks gather weights in step",
             config.fusion.force_one,
         )
+    micro_tokens, rule = config.train.micro_tokens, "be left out where all clips have one length"
+    variable = config.encoder is config.audio and config.audio.variable
+    remedy = "set train.micro_batch, or audio.length=variable"
+    require(micro_tokens is None or variable, "train.micro_tokens", rule, micro_tokens, remedy)
     if config.loss.simcse.weight:
         rule = "be {} with loss.simcse, whose two views of a sentence differ by dropout alone"
         require(not config.text.freeze, "text.freeze", rule.format("off"), config.text.freeze)
@@ -178,7 +182,7 @@ def check_micro_batch(config: Config, world: int) -> None:
     """Raise `ConfigError` for a train.micro_batch that does not divide a rank's clips."""
     clips, micro = config.train.global_batch // world, config.train.micro_batch
     require(
-        micro is None or clips % micro == 0,
+        micro is None or clips % micro == 0 or config.train.micro_tokens is not None,
         "train.micro_batch",
         f"divide the {clips} clips of train.global_batch that a rank of {world} has",
         micro,

@@ -53,6 +53,10 @@ class Train(Section):
     micro_batch: Count | None = None
     """Clips that a rank's encoders process at a time; all of its clips if not given. A step takes
     the memory of one micro-batch, and one more forward. BatchNorm normalises within each."""
+    micro_tokens: Count | None = None
+    """With audio.length = variable: the most tokens of the audio encoder (patches that masking
+    keeps, and [CLS]) in a micro-batch. As few micro-batches as hold a step's clips, so that their
+    number differs from step to step; train.micro_batch is then the most clips of one."""
     accumulation: Literal["exact", "local"] = "exact"
     """How micro-batches are contrasted: over the whole global batch, with cached gradients
     (GradCache: two passes, the gradients of one), or within each (one pass, fewer negatives)."""
@@ -88,13 +92,19 @@ class Train(Section):
     """torch.compile the audio encoder's blocks (and the decoder's), whose shapes never change in
     training. The text encoder is not compiled: its lengths change with each batch."""
 
+    def run_steps(self, per_epoch: int) -> int:
+        """Steps of the whole run, with so many in an epoch."""
+        return self.steps or (self.epochs or 0) * per_epoch
+
     def micro_batches(self, world: int) -> int:
-        """Micro-batches of a rank in a step over `world` ranks."""
+        """Micro-batches of a rank in a step over `world` ranks, without train.micro_tokens."""
         clips = self.global_batch // world
         return clips // (self.micro_batch or clips)
 
     def micro_clips(self, world: int) -> int:
-        """Clips of a micro-batch."""
+        """The most clips of a micro-batch."""
+        if self.micro_tokens:
+            return min(self.micro_batch or self.global_batch, self.global_batch // world)
         return self.global_batch // world // self.micro_batches(world)
 
     @model_validator(mode="after")
@@ -112,6 +122,10 @@ class Train(Section):
         require(not (audio and self.init_from), "train.init_audio_from", rule, audio)
         rule = "be off with train.zero_stage = 3, whose hooks gather weights inside of each block"
         require(not (self.compile and self.zero_stage == 3), "train.compile", rule, self.compile)
+        rule = "be 'exact' with train.micro_tokens, whose micro-batches differ in their clips"
+        exact = self.accumulation == "exact" or self.micro_tokens is None
+        remedy = "set train.micro_batch instead of train.micro_tokens"
+        require(exact, "train.accumulation", rule, self.accumulation, remedy)
         return self
 
     @model_validator(mode="after")

@@ -96,6 +96,8 @@ class Batch:
     """(B,) int64: which clips of the shards these are."""
     epoch: int
     """Epochs completed before this step."""
+    micro_batches: int
+    """Micro-batches of this step, the same on every rank."""
     longer: Tensor | None = None
     """With fusion, (B,) bool on the CPU: clips whose pieces are fused with the whole of them."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -13,12 +13,13 @@ from torch import Tensor
 
 from flap_fast.config import Config
 from flap_fast.data.batch import BadClip, Batch, EncodedBatch, MediaInput, to_device
+from flap_fast.data.dealing import ClipTokens, Dealt, dealt_equally, dealt_in_order
 from flap_fast.data.enriched import CaptionChoice
 from flap_fast.data.preprocess.fusion import PIECES
 from flap_fast.data.preprocess.preprocessor import make_preprocessor
 from flap_fast.data.preprocess.waveform import Unusable
 from flap_fast.data.random_streams import Stream, uniforms
-from flap_fast.data.sampler import Sampler, micro_batch_rows
+from flap_fast.data.sampler import Sampler
 from flap_fast.data.sentences import Sentences
 from flap_fast.data.shards import ShardError, Shards
 from flap_fast.data.tokenize import Tokenizer
@@ -42,6 +43,7 @@ class _PendingBatch:
     positions: np.ndarray
     captions: list[str]
     encoded: list[bytes]
+    micro_batches: int
     repeated: bool
     """Read before: its bad clips have been reported."""
 
@@ -50,9 +52,20 @@ class TrainingLoader:
     """A rank's micro-batches of each training step.
 
     `bad` collects the clips that could not be used; the caller empties it.
+
+    Args:
+        tokens: of clips of different lengths, which ranks and micro-batches get equal work of; None
+            deals clips in order.
     """
 
-    def __init__(self, config: Config, shards: Shards, tokenizer: Tokenizer, ranks: Ranks):
+    def __init__(
+        self,
+        config: Config,
+        shards: Shards,
+        tokenizer: Tokenizer,
+        ranks: Ranks,
+        tokens: ClipTokens | None = None,
+    ):
         train, seed = config.train, config.run.seed
         self._choice = CaptionChoice(config.data, shards)
         self.sampler = Sampler(
@@ -62,38 +75,71 @@ class TrainingLoader:
         self._sentences = Sentences(config)
         self._config, self._shards, self._tokenizer, self._ranks = config, shards, tokenizer, ranks
         self._preprocessor = make_preprocessor(config, ranks, shards)
+        self._tokens = tokens
+        # Asked for again by `work`, after the loader has read ahead.
+        self._dealt = lru_cache(maxsize=16)(self._deal)
 
     def batches(self, first: int, last: int, *, times: int = 1) -> Iterator[Batch]:
         """The micro-batches of steps `first` up to, not including, `last`.
 
         Args:
-            times: how many times the micro-batches of a step are yielded, one round after another.
+            times: how many times the micro-batches of a step are yielded, one round after another,
+                where there are several.
 
         Raises:
             ShardError: a clip that cannot be used, and none that may replace it.
         """
-        train, world = self._config.train, self._ranks.world
-        order = range(first, last), range(times), range(train.micro_batches(world))
         pending: deque[_PendingBatch] = deque()
 
         def encoded() -> Iterator[EncodedBatch]:
-            for step, time, micro in product(*order):
-                batch = self._read(step, micro, repeated=time > 0)
-                pending.append(batch)
-                yield EncodedBatch(batch.encoded, batch.positions)
+            for step in range(first, last):
+                several = len(self._dealt(step).micro_batches) > 1
+                for time in range(times if several else 1):
+                    for batch in self._read_step(step, repeated=time > 0):
+                        pending.append(batch)
+                        yield EncodedBatch(batch.encoded, batch.positions)
 
-        inputs = self._preprocessor.stream(encoded(), train.micro_clips(world))
-        for _ in product(*order):
+        most_clips = self._config.train.micro_clips(self._ranks.world)
+        inputs = self._preprocessor.stream(encoded(), most_clips)
+        while True:
             try:
                 media = next(inputs)
+            except StopIteration:
+                return
             except Unusable as error:
                 media = self._replace_undecodable(pending[0], error)
             yield self._batch(pending.popleft(), media)
 
-    def _read(self, step: int, micro: int, *, repeated: bool) -> _PendingBatch:
+    def work(self, step: int) -> dict[str, float]:
+        """Metrics of a step's work; {} where all clips cost the same."""
+        dealt = self._dealt(step)
+        if self._tokens is None:
+            return {}
+        counts = {"media_tokens": dealt.tokens, "micro_batches": len(dealt.micro_batches)}
+        return {**counts, "rank_balance": dealt.balance}
+
+    def _deal(self, step: int) -> Dealt:
+        """This rank's rows of a step's global batch."""
+        train = self._config.train
+        if self._tokens is None:
+            return dealt_in_order(train, self._ranks)
+        samples, per_epoch = self.sampler.samples(step), self.sampler.steps_per_epoch
+        clips, _ = self._choice.clips(samples, [0.0] * len(samples))  # with any captions
+        epochs = -(-train.run_steps(per_epoch) // per_epoch)
+        masks = self._config.mask.masks(self.sampler.epoch(step), epochs)
+        tokens = self._tokens.masked if masks else self._tokens.whole
+        return dealt_equally(train, self._ranks, tokens[clips])
+
+    def _read_step(self, step: int, *, repeated: bool) -> Iterator[_PendingBatch]:
+        micro_batches = self._dealt(step).micro_batches
+        for rows in micro_batches:
+            yield self._read(step, rows, len(micro_batches), repeated=repeated)
+
+    def _read(
+        self, step: int, rows: np.ndarray, micro_batches: int, *, repeated: bool
+    ) -> _PendingBatch:
         """Read a micro-batch from the shards; replaces clips without media or captions."""
         train, seed = self._config.train, self._config.run.seed
-        rows = micro_batch_rows(train, self._ranks, micro)
         sample_index = torch.from_numpy(rows + step * train.global_batch)
         caption_u, enriched_u = uniforms(seed, Stream.CAPTION, sample_index, 2).T.tolist()
         clips, enriched = self._choice.clips(self.sampler.samples(step)[rows], enriched_u)
@@ -106,6 +152,7 @@ class TrainingLoader:
             positions=uniforms(seed, Stream.CROP, sample_index, 1 + PIECES).numpy(),
             captions=[""] * len(rows),
             encoded=[b""] * len(rows),
+            micro_batches=micro_batches,
             repeated=repeated,
         )
         for row in range(len(rows)):
@@ -167,6 +214,7 @@ class TrainingLoader:
             sample_index=to_device(batch.sample_index, device),
             clips=batch.clips,
             epoch=self.sampler.epoch(batch.step),
+            micro_batches=batch.micro_batches,
             longer=self._force_one(media.longer, batch.sample_index),
         )
 

@@ -7,9 +7,7 @@ from functools import partial
 import numpy as np
 
 from flap_fast.checks import require
-from flap_fast.config import Train
 from flap_fast.data.random_streams import Stream, permutation
-from flap_fast.ranks import Ranks
 
 
 class Sampler:
@@ -62,9 +60,3 @@ class Sampler:
             clips = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in window])
             mixed.append(clips[shuffled(len(clips), salt)])
         return np.concatenate(mixed)
-
-
-def micro_batch_rows(train: Train, ranks: Ranks, micro: int) -> np.ndarray:
-    """(B,) int64: the rows of the global batch that are this rank's micro-batch `micro`."""
-    clips = train.micro_clips(ranks.world)
-    return np.arange(clips) + (ranks.rank * train.micro_batches(ranks.world) + micro) * clips

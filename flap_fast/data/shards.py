@@ -64,6 +64,11 @@ class Shards:
         file, offset, size, _, _ = self.locations[clip].tolist()
         return _read(self.files[file], offset, size)
 
+    def encoded_range(self, clip: int, start: int, size: int) -> bytes:
+        """`size` of a clip's bytes, from its byte `start`."""
+        file, offset = self.locations[clip, :2].tolist()
+        return _read(self.files[file], offset + start, size)
+
     def folder(self, clip: int) -> Path:
         """The folder of a clip's shard."""
         return self.files[self.locations[clip, 0]].parent

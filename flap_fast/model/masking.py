@@ -16,10 +16,14 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor
 
-from flap_fast.config import Mask
+from flap_fast.checks import require
+from flap_fast.config import Config, Mask
+from flap_fast.data.dealing import ClipTokens
 from flap_fast.data.random_streams import Stream
+from flap_fast.encoders.audio_settings import PatchEncoder
 from flap_fast.encoders.base import PackedMask
 from flap_kernels import PatchMask, draw_patch_mask, draw_ragged_patch_mask
 
@@ -67,6 +71,38 @@ def _counts(mask: Mask, grid: tuple[int, int]) -> _Counts:
 def kept_patches(mask: Mask, grid: tuple[int, int]) -> int:
     """K of a clip whose patches form `grid` (time, frequency)."""
     return _counts(mask, grid).patches
+
+
+def tokens_of_seconds(config: Config, seconds: np.ndarray) -> ClipTokens:
+    """Tokens of the audio encoder for clips of their own lengths (audio.length = variable).
+
+    Args:
+        seconds: (N,) float64, before cropping and filling.
+    """
+    audio = config.audio
+    assert isinstance(audio, PatchEncoder)
+    samples = np.rint(seconds * audio.sample_rate_hz).astype(np.int64)
+    frames = audio.frames_of(samples.clip(audio.least_samples, audio.samples))
+    columns = -(-frames // audio.patch)
+    most, rows = audio.grid
+    masked, whole = np.zeros((2, most + 1), np.int64)
+    for n in range(1, most + 1):
+        masked[n] = kept_patches(config.mask, (n, rows)) + audio.prefix_tokens
+        whole[n] = n * rows + audio.prefix_tokens
+    return ClipTokens(masked[columns], whole[columns])
+
+
+def check_micro_tokens(config: Config) -> None:
+    """Raise `ConfigError` for a train.micro_tokens that cannot hold the longest clip."""
+    budget = config.train.micro_tokens
+    if budget is None:
+        return
+    longest = config.audio.max_duration_s
+    masked, whole = tokens_of_seconds(config, np.array([longest]))
+    most = int((whole if config.mask.unmasked_tail_epochs else masked)[0])
+    rule = f"hold a clip of audio.max_duration_s = {longest:g}, {most} tokens"
+    remedy = "raise it, or lower audio.max_duration_s"
+    require(budget >= most, "train.micro_tokens", rule, budget, remedy)
 
 
 def patch_mask(

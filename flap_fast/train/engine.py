@@ -1,8 +1,8 @@
 """Training engines: DeepSpeed, or plain PyTorch in one process.
 
     outputs = engine.model(**inputs)
-    engine.backward(loss)              once per micro-batch
-    grad_norm = engine.step(lr)        once per step
+    engine.backward(loss, micro_batches, last=...)     once per micro-batch
+    grad_norm = engine.step(lr)                        once per step
 
 Both engines give the same numbers on one process, and either resumes what the other saved, over any
 number of ranks. DeepSpeed's configuration is built here from ours. Only this file imports
@@ -53,10 +53,14 @@ class Engine(Protocol):
         """The model to call in training, wrapped as the engine needs it."""
         ...
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, micro_batches: int = 1, *, last: bool = True) -> None:
         """Add a micro-batch's gradients to the step's mean over ranks and micro-batches.
 
-        Call it once for each of `Train.micro_batches`, then `step`.
+        Call it once for each micro-batch, then `step`.
+
+        Args:
+            micro_batches: of this step; the same on every rank.
+            last: whether this is the last one of them.
         """
         ...
 
@@ -84,12 +88,11 @@ class PlainEngine:
         self.model = self.module
         self._ranks = ranks
         self._clip = config.optim.clip_norm
-        self._micro_batches = config.train.micro_batches(ranks.world)
         self._trained = [p for p in model.parameters() if p.requires_grad]
         self._optimizer = optimizer(config, model, ranks.device)
 
-    def backward(self, loss: Tensor) -> None:
-        (loss / self._micro_batches).backward()
+    def backward(self, loss: Tensor, micro_batches: int = 1, *, last: bool = True) -> None:
+        (loss / micro_batches).backward()
 
     def step(self, lr: float) -> Tensor:
         grads = [p.grad for p in self._trained if p.grad is not None]
@@ -138,10 +141,10 @@ class DeepSpeedEngine:
         self.model: nn.Module = self._engine
         self.module = model
 
-    def backward(self, loss: Tensor) -> None:
-        self._engine.backward(loss)
-        if not self._engine.is_gradient_accumulation_boundary():
-            self._engine.step()  # updates nothing: it counts the micro-batch
+    def backward(self, loss: Tensor, micro_batches: int = 1, *, last: bool = True) -> None:
+        # Steps differ in their number of micro-batches; DeepSpeed's own count is the config's.
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss / micro_batches, scale_wrt_gas=False)
 
     def step(self, lr: float) -> Tensor:
         assert self._engine.optimizer is not None
@@ -244,9 +247,9 @@ def deepspeed_config(config: Config, ranks: Ranks) -> dict[str, Any]:
     offload = {"none": (), "optimizer": ("optimizer",), "all": ("optimizer", "param")}
     on_cpu = {"device": "cpu", "pin_memory": on_gpu}
     return {
-        "train_micro_batch_size_per_gpu": config.train.micro_clips(ranks.world),
-        "gradient_accumulation_steps": config.train.micro_batches(ranks.world),
         "train_batch_size": config.train.global_batch,
+        # Micro-batches are counted by `DeepSpeedEngine.backward`.
+        "gradient_accumulation_steps": 1,
         # Set even when off: DeepSpeed's default clips at 1.0.
         "gradient_clipping": config.optim.clip_norm,
         "zero_optimization": {

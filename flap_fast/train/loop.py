@@ -71,7 +71,8 @@ def train_from(
         )
         terms["grad_norm"] = engine.step(lr)
         # Still on the device: an observer that wants a number pays for its own sync.
-        run.metrics.step(step, loader.sampler.epoch(step - 1), lr, outputs, terms)
+        epoch, work = loader.sampler.epoch(step - 1), loader.work(step - 1)
+        run.metrics.step(step, epoch, lr, outputs, terms, work)
         save_and_score(run, step, stopped=run.stop.agreed() and step < steps)
     return run.scorer.final_scores()
 

@@ -58,7 +58,15 @@ class Metrics:
                 return
             yield batch
 
-    def step(self, step: int, epoch: int, lr: float, outputs: Outputs, terms: dict[str, Tensor]):
+    def step(
+        self,
+        step: int,
+        epoch: int,
+        lr: float,
+        outputs: Outputs,
+        terms: dict[str, Tensor],
+        work: dict[str, float],
+    ):
         """Record a step; every log.every_steps, check it and pass a row to the observers."""
         finite = terms["total"].isfinite() & terms["grad_norm"].to(self._bad_step.device).isfinite()
         self._bad_step += torch.where((self._bad_step == 0) & ~finite, step, 0)
@@ -66,7 +74,7 @@ class Metrics:
         if step % self._config.log.every_steps and step != self._steps:
             return
         self.check_finite()
-        row = self._row(step, epoch, lr, outputs, terms)
+        row = self._row(step, epoch, lr, outputs, terms) | work
         for observe in self._observers:
             observe(row)
         self._since, self._waited_s, self._done = time.perf_counter(), 0.0, 0

@@ -10,10 +10,13 @@ import torch
 
 from flap_fast.checks import require
 from flap_fast.config import Config, check_before_loading
+from flap_fast.data.dealing import ClipTokens
+from flap_fast.data.lengths import clip_seconds
 from flap_fast.data.loader import TrainingLoader
-from flap_fast.data.shards import open_shards, shard_kinds
+from flap_fast.data.shards import Shards, open_shards, shard_kinds
 from flap_fast.data.tokenize import tokenizer
 from flap_fast.evaluate.embed import read_texts
+from flap_fast.model.masking import check_micro_tokens, tokens_of_seconds
 from flap_fast.model.model_folder import put_first_weights, put_weights
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks, world_size
@@ -53,6 +56,7 @@ def check_run(config: Config, *, resume: bool) -> Path | None:
     """
     check_before_loading(config, world_size())
     check_engine(config, world_size())
+    check_micro_tokens(config)
     check_wandb(config)
     start = begin(config, resume=resume)
     for folder in config.data.val:
@@ -73,8 +77,8 @@ def set_up(config: Config, ranks: Ranks, start: Path | None, open_files: ExitSta
     checkpoints = Checkpoints(config, ranks, shards)
     state = checkpoints.state(start) if start else None
     first = state.step if state else 0
-    loader = TrainingLoader(config, shards, tokens, ranks)
-    steps = config.train.steps or (config.train.epochs or 0) * loader.sampler.steps_per_epoch
+    loader = TrainingLoader(config, shards, tokens, ranks, clip_tokens(config, shards, ranks))
+    steps = config.train.run_steps(loader.sampler.steps_per_epoch)
     engine = make_engine(config, _model(config, start), ranks)
     if start:
         engine.optimizer_state.load(start / "optimizer.safetensors")
@@ -97,6 +101,13 @@ def set_up(config: Config, ranks: Ranks, start: Path | None, open_files: ExitSta
         steps=steps,
         unscored=bool(state and not state.scored and config.data.val),
     )
+
+
+def clip_tokens(config: Config, shards: Shards, ranks: Ranks) -> ClipTokens | None:
+    """Tokens of each clip, where clips keep their own lengths. Collective: call on every rank."""
+    if config.encoder is not config.audio or not config.audio.variable:
+        return None
+    return tokens_of_seconds(config, clip_seconds(shards, ranks))
 
 
 def _model(config: Config, start: Path | None) -> TwoTowers:

@@ -6,14 +6,15 @@
     cached gradients    1. embeddings of every micro-batch m, without graphs       A, T (B, d), s
     (accumulation:      2. the loss over the whole batch of all ranks, once        dA, dT, ds
     exact)              3. every micro-batch again, and backward from its surrogate loss
-                               M (<dA_m, A_m> + <dT_m, T_m>) + ds s + weight recon_m
+                               M (<dA_m, A_m> + <dT_m, T_m>) + ds s + M B_m / B weight recon_m
     accumulation:       the loss within each micro-batch (of all ranks), averaged:
     local               fewer negatives for each clip
 
-    B clips of this rank   M micro-batches   d joint width   s the logit scale
+    B clips of this rank   M micro-batches   B_m clips of one   d joint width   s the logit scale
 
-Pass 3 draws what pass 1 drew: crops, masks and SpecAug depend on a clip's sample index; dropout on
-the step, the rank and the micro-batch. So cached gradients equal those of one pass, for one more
+M is the same on every rank, and may differ from step to step; so may B_m within a step. Pass 3
+draws what pass 1 drew: crops, masks and SpecAug depend on a clip's sample index; dropout on the
+step, the rank and the micro-batch. So cached gradients equal those of one pass, for one more
 forward. Of the whole batch only embeddings are held, and log-mels if inputs are cached too
 (train.replay). Layers that mix clips do differ: BatchNorm normalises each micro-batch by itself,
 and counts it twice in its running averages.
@@ -24,8 +25,10 @@ Source: Gao et al., GradCache, arXiv 2101.06983, section 3.2.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any, cast
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -54,39 +57,44 @@ class Gradients:
     def __init__(self, config: Config, ranks: Ranks, engine: Engine, steps: int, per_epoch: int):
         self._config, self._ranks, self._engine = config, ranks, engine
         self._steps, self._per_epoch = steps, per_epoch
-        self._micro_batches = config.train.micro_batches(ranks.world)
-        local = config.train.accumulation == "local"
-        self._cached = self._micro_batches > 1 and not local
+        self._local = config.train.accumulation == "local"
         replay, on_gpu = config.train.replay, ranks.device.type == "cuda"
         self._cache_inputs = replay == "keep" or (replay == "auto" and on_gpu)
-        if self._micro_batches > 1 and local and ranks.first:
+        if config.train.micro_batches(ranks.world) > 1 and self._local and ranks.first:
             _warn_of_fewer_negatives(config, ranks.world)
 
     @property
     def reads(self) -> int:
-        """How many times the loader yields each step's micro-batches."""
-        return 2 if self._cached and not self._cache_inputs else 1
+        """How many times the loader yields a step's micro-batches, where there are several."""
+        return 1 if self._local or self._cache_inputs else 2
 
     def __call__(self, step: int, batches: Iterator[Batch]) -> tuple[Outputs, dict[str, Tensor]]:
         """Add a step's gradients; returns outputs of this rank's clips and loss terms, detached."""
-        return (self._cached_gradients if self._cached else self._one_pass)(step, batches)
+        first = [next(batches)]
+        micro_batches = first[0].micro_batches
+        cached = micro_batches > 1 and not self._local
+        run = self._cached_gradients if cached else self._one_pass
+        # Popped: the list would hold the first batch until the step has ended.
+        return run(step, micro_batches, chain((first.pop() for _ in range(1)), batches))
 
-    def _one_pass(self, step: int, batches: Iterator[Batch]) -> tuple[Outputs, dict[str, Tensor]]:
+    def _one_pass(
+        self, step: int, micro_batches: int, batches: Iterator[Batch]
+    ) -> tuple[Outputs, dict[str, Tensor]]:
         all_outputs, all_terms = [], []
-        for micro in range(self._micro_batches):
+        for micro in range(micro_batches):
             outputs = self._forward(next(batches), step, micro)
             terms = total_loss(outputs, self._config)
-            self._engine.backward(terms["total"])
+            self._backward(terms["total"], micro, micro_batches)
             all_outputs.append(_detached(outputs))
             all_terms.append(_detached(terms))
         return cast(Outputs, _joined(all_outputs)), _joined(all_terms)
 
     def _cached_gradients(
-        self, step: int, batches: Iterator[Batch]
+        self, step: int, micro_batches: int, batches: Iterator[Batch]
     ) -> tuple[Outputs, dict[str, Tensor]]:
         inputs, clips, embedded = [], [], []
         with torch.no_grad():
-            for micro in range(self._micro_batches):
+            for micro in range(micro_batches):
                 batch = next(batches)
                 embedded.append(self._forward(batch, step, micro, decode=False))
                 clips.append(batch.clips)
@@ -100,7 +108,10 @@ class Gradients:
 
         recon = []
         again = iter(inputs) if self._cache_inputs else batches
-        for micro in range(self._micro_batches):
+        ends = np.cumsum([len(some) for some in clips]).tolist()
+        for micro, end in enumerate(ends):
+            rows = slice(end - len(clips[micro]), end)
+            recon_weight = micro_batches * len(clips[micro]) / ends[-1]
             batch = next(again)
             if (batch.clips != clips[micro]).any():
                 raise ShardError(
@@ -108,12 +119,16 @@ class Gradients:
                     "set train.replay=keep"
                 )
             micro_outputs = self._forward(batch, step, micro)
-            self._engine.backward(_surrogate_loss(micro_outputs, cache, micro, len(clips)))
-            recon.append(micro_outputs["recon"].detach())
+            loss = _surrogate_loss(micro_outputs, cache, rows, micro_batches, recon_weight)
+            self._backward(loss, micro, micro_batches)
+            recon.append(micro_outputs["recon"].detach() * recon_weight)
         if "recon" in terms:  # the first pass skips the decoder
             outputs["recon"] = terms["recon"] = torch.stack(recon).mean()
             terms["total"] = terms["total"] + cache["recon"] * terms["recon"]
         return cast(Outputs, outputs), terms
+
+    def _backward(self, loss: Tensor, micro: int, micro_batches: int) -> None:
+        self._engine.backward(loss, micro_batches, last=micro == micro_batches - 1)
 
     def _forward(self, batch: Batch, step: int, micro: int, *, decode: bool = True) -> Outputs:
         config = self._config
@@ -127,9 +142,7 @@ class Gradients:
 
 def patch_mask_of(batch: Batch, config: Config, steps: int, per_epoch: int) -> AnyMask | None:
     """The batch's patch mask; None without masking, and in the unmasked epochs at the end."""
-    tail = config.mask.unmasked_tail_epochs
-    epochs = -(-steps // per_epoch)
-    if config.mask.kind == "none" or batch.epoch >= epochs - tail:
+    if not config.mask.masks(batch.epoch, epochs=-(-steps // per_epoch)):
         return None
     media, seed, grid = batch.media, config.run.seed, config.encoder.grid
     if isinstance(media, PackedMels):
@@ -172,21 +185,26 @@ def dropout_seed(seed: int, step: int, rank: int, micro: int = 0) -> int:
 
 
 def _surrogate_loss(
-    outputs: Outputs, cache: Mapping[str, Tensor], micro: int, micro_batches: int
+    outputs: Outputs,
+    cache: Mapping[str, Tensor],
+    rows: slice,
+    micro_batches: int,
+    recon_weight: float,
 ) -> Tensor:
     """Surrogate loss: its gradients, averaged over micro-batches, equal the full batch's.
 
     Args:
         cache: the full batch's gradients with respect to the outputs.
+        rows: those of the full batch that are this micro-batch.
+        recon_weight: the micro-batch's clips over the mean micro-batch's.
     """
     total = outputs["scale"].new_zeros(())
     for name, gradient in cache.items():
         value = cast(dict[str, Tensor], outputs)[name]
         if gradient.ndim:
-            rows = slice(micro * len(value), (micro + 1) * len(value))
             total = total + micro_batches * (gradient[rows] * value).sum()
         else:
-            total = total + gradient * value
+            total = total + (recon_weight if name == "recon" else 1) * gradient * value
     return total
 
 

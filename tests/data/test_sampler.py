@@ -7,7 +7,8 @@ import pytest
 
 from flap_fast.checks import ConfigError
 from flap_fast.config import Train
-from flap_fast.data.sampler import Sampler, micro_batch_rows
+from flap_fast.data.dealing import dealt_in_order
+from flap_fast.data.sampler import Sampler
 from flap_fast.ranks import Ranks
 
 # Seven shards of 1 to 7 clips, one of them empty.
@@ -81,9 +82,9 @@ def test_a_batch_larger_than_the_data_is_refused():
 def test_the_micro_batches_of_all_ranks_are_the_rows_of_the_global_batch(world, micro):
     train = Train(global_batch=12, micro_batch=micro)
     rows = [
-        micro_batch_rows(train, Ranks(rank, world), n)
+        some
         for rank in range(world)
-        for n in range(train.micro_batches(world))
+        for some in dealt_in_order(train, Ranks(rank, world)).micro_batches
     ]
     assert {len(some) for some in rows} == {micro or 12}
     assert np.concatenate(rows).tolist() == list(range(12))

@@ -36,7 +36,7 @@ def batch(config: Config, rows: list[int]) -> Batch:
     media = AudioPreprocessor(config, Ranks()).finish(decoded).media
     ids = torch.tensor([[1, row + 3, row + 9, 2] for row in rows])
     index = torch.tensor([1000 + 7 * row for row in rows])
-    return Batch(media, ids, torch.ones_like(ids), index, np.array(rows), epoch=0)
+    return Batch(media, ids, torch.ones_like(ids), index, np.array(rows), epoch=0, micro_batches=1)
 
 
 def outputs(model: TwoTowers, config: Config, rows: list[int]) -> Outputs:

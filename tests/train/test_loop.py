@@ -329,7 +329,9 @@ def test_the_decoder_rebuilds_the_sound_before_specaug_or_after(target: str):
     config = tiny(f"loss.recon.target={target}", "loss.recon.weight=1", "specaug.freq_bins=99")
     ids = torch.zeros(4, 8, dtype=torch.int64)
     clean = torch.ones(4, 1, 112, 128)
-    batch = Batch(clean, ids, ids, sample_index=torch.arange(4), clips=np.arange(4), epoch=0)
+    batch = Batch(
+        clean, ids, ids, sample_index=torch.arange(4), clips=np.arange(4), epoch=0, micro_batches=1
+    )
     inputs = step_file.model_inputs(batch, None, config)
     assert not torch.equal(inputs["media"], clean)
     assert inputs["target"] is (clean if target == "clean" else inputs["media"])

@@ -49,7 +49,7 @@ def test_a_row_comes_every_so_many_steps_and_at_the_end():
     rows: list[Row] = []
     recorded = metrics(rows, steps=5)
     for step in range(1, 6):
-        recorded.step(step, 0, 0.1, OUTPUTS, terms())
+        recorded.step(step, 0, 0.1, OUTPUTS, terms(), {})
     assert [row["step"] for row in rows] == [2, 4, 5]
     assert rows[0]["loss"] == rows[0]["contrastive"] == 2
     assert rows[0]["in_batch_R@1"] == 0.5
@@ -66,7 +66,7 @@ def test_waiting_for_data_and_clips_per_second_are_measured():
 
     for step, _ in enumerate(recorded.timed(slow()), 1):
         time.sleep(0.05)
-        recorded.step(step, 0, 0.1, OUTPUTS, terms())
+        recorded.step(step, 0, 0.1, OUTPUTS, terms(), {})
     assert 0.3 < rows[0]["data_wait"] < 0.7
     assert rows[0]["step_ms"] >= 100
     assert rows[0]["clips_per_s"] == pytest.approx(8 * 1000 / rows[0]["step_ms"], rel=0.01)
@@ -75,9 +75,9 @@ def test_waiting_for_data_and_clips_per_second_are_measured():
 @pytest.mark.parametrize("bad", [(float("nan"), 1.0), (2.0, float("inf"))])
 def test_the_first_step_that_is_not_finite_is_named(bad: tuple[float, float]):
     recorded = metrics([], steps=9)
-    recorded.step(1, 0, 0.1, OUTPUTS, terms())
-    recorded.step(3, 0, 0.1, OUTPUTS, terms(*bad))
-    recorded.step(5, 0, 0.1, OUTPUTS, terms(*bad))
+    recorded.step(1, 0, 0.1, OUTPUTS, terms(), {})
+    recorded.step(3, 0, 0.1, OUTPUTS, terms(*bad), {})
+    recorded.step(5, 0, 0.1, OUTPUTS, terms(*bad), {})
     with pytest.raises(NotFinite, match=r"at step 3;.* in a new run: run\.name=ANOTHER$"):
         recorded.check_finite()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config, Data, Train, check_before_loading
 from flap_fast.data.batch import Batch
+from flap_fast.data.dealing import dealt_equally, dealt_in_order
 from flap_fast.data.shards import ShardError
 from flap_fast.data.tokenize import tokenizer
 from flap_fast.losses import total_loss
@@ -43,20 +44,34 @@ def settings(*overrides: str, clips: int = CLIPS) -> Config:
     return tiny(*small, *RECON, *CYCLIC, *OF_TEXT, *overrides)
 
 
-def batches(config: Config, ranks: Ranks, steps: int, times: int = 1) -> Iterator[Batch]:
+Deal = Callable[[Config, Ranks, int], list[np.ndarray]]
+"""A rank's micro-batches of a step, as rows of the global batch."""
+
+
+def in_order(config: Config, ranks: Ranks, step: int) -> list[np.ndarray]:
+    return dealt_in_order(config.train, ranks).micro_batches
+
+
+def by_tokens(config: Config, ranks: Ranks, step: int) -> list[np.ndarray]:
+    """Of clips of 1 to 30 tokens, 100 in a micro-batch; in the second step there is one."""
+    tokens = np.random.default_rng(step).integers(1, 31, config.train.global_batch)
+    train = config.train.model_copy(update={"micro_tokens": 100 if step != 1 else 2000})
+    return dealt_equally(train, ranks, tokens).micro_batches
+
+
+def batches(
+    config: Config, ranks: Ranks, steps: int, times: int = 1, deal: Deal = in_order
+) -> Iterator[Batch]:
     """A rank's micro-batches of synthetic clips: the same clips for any number of them."""
     clips = config.train.global_batch
     captions = [f"{chr(97 + n % 26) * 9} sounds {n}" + " again" * (n % 3) for n in range(clips)]
     names = [name.removesuffix("_again") for name in config.loss.sentences]
     texts = [c if name == "text" else f"{name} {c[-9:]}" for name in names for c in captions]
     ids, attention_mask = (x.unflatten(0, (-1, clips)) for x in tokenizer(config.text)(texts))
-    micro_batches = config.train.micro_batches(ranks.world)
-    size = clips // ranks.world // micro_batches
     for step in range(steps):
         mel = torch.randn(clips, 1, 112, 128, generator=torch.Generator().manual_seed(step))
-        for micro in [*range(micro_batches)] * times:
-            first = (ranks.rank * micro_batches + micro) * size
-            rows = slice(first, first + size)
+        dealt = deal(config, ranks, step)
+        for rows in dealt * (times if len(dealt) > 1 else 1):
             yield Batch(
                 media=mel[rows],
                 ids=ids[:, rows].flatten(0, 1),
@@ -64,15 +79,22 @@ def batches(config: Config, ranks: Ranks, steps: int, times: int = 1) -> Iterato
                 sample_index=torch.arange(clips)[rows] + step * clips,
                 clips=np.arange(clips)[rows],
                 epoch=step,
+                micro_batches=len(dealt),
             )
 
 
-def run(config: Config, ranks: Ranks, engine: type = PlainEngine, steps: int = STEPS):
+def run(
+    config: Config,
+    ranks: Ranks,
+    engine: type = PlainEngine,
+    steps: int = STEPS,
+    deal: Deal = in_order,
+):
     """The totals of some steps, the gradients of the first, and what the model gave there."""
     torch.manual_seed(0)
     running = engine(config, TwoTowers(config), ranks)
     gradients = Gradients(config, ranks, running, steps, 1)
-    stream = batches(config, ranks, steps, gradients.reads)
+    stream = batches(config, ranks, steps, gradients.reads, deal)
     totals, first, given = [], None, None
     for step in range(1, steps + 1):
         outputs, terms = gradients(step, stream)
@@ -131,6 +153,38 @@ def at_every_stage(micro_batch: int, steps: int):
     stages = (f"train.zero_stage={stage}" for stage in (0, 1, 2, 3))
     configs = [settings(f"train.micro_batch={micro_batch}", stage) for stage in stages]
     return [run(config, ranks, DeepSpeedEngine, steps)[:2] for config in configs]
+
+
+@pytest.mark.parametrize("replay", ["keep", "decode"])
+def test_micro_batches_of_different_sizes_and_number_give_the_gradients_of_one_pass(
+    replay: str, whole
+):
+    counts = [len(by_tokens(settings(), Ranks(), step)) for step in range(3)]
+    assert counts[1] == 1
+    assert min(counts[0], counts[2]) > 5
+    sizes = {len(rows) for rows in by_tokens(settings(), Ranks(), 0)}
+    assert len(sizes) > 1
+    found = run(settings(f"train.replay={replay}"), Ranks(), steps=3, deal=by_tokens)
+    assert_same(found, whole)
+    assert found[2] is not None
+    torch.testing.assert_close(found[2]["recon"], whole[2]["recon"], rtol=1e-5, atol=0)
+
+
+def dealt_at_every_stage(steps: int):
+    ranks = Ranks(rank=dist.get_rank(), world=dist.get_world_size(), launched=True)
+    stages = ("train.zero_stage=0", "train.zero_stage=1", "train.zero_stage=2")
+    offloaded = (*stages[1:], "train.offload=optimizer"), ("train.zero_stage=3",)
+    configs = [settings(stage) for stage in stages] + [settings(*some) for some in offloaded]
+    return [run(config, ranks, DeepSpeedEngine, steps, by_tokens)[:2] for config in configs]
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_clips_dealt_by_their_tokens_agree_over_ranks_at_every_stage(world: int, whole):
+    pytest.importorskip("deepspeed")
+    for found in on_ranks(world, dealt_at_every_stage, 3, timeout_s=280):
+        assert len(found) == 5
+        for stage in found:
+            assert_same(stage, whole)
 
 
 SLOW = [

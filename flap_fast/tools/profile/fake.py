@@ -95,7 +95,7 @@ def fake_batch(config: Config, clips: int, tokens: int, mode: FakeMode) -> Batch
         sample_index = torch.empty(clips, dtype=torch.int64)
     attention_mask = torch.ones(rows, tokens, dtype=torch.int64)
     longer = torch.ones(clips, dtype=torch.bool) if config.fusion.on else None
-    return Batch(media, ids, attention_mask, sample_index, np.arange(clips), 0, longer)
+    return Batch(media, ids, attention_mask, sample_index, np.arange(clips), 0, 1, longer)
 
 
 @contextmanager

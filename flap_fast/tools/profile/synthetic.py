@@ -99,7 +99,7 @@ class SyntheticLoader:
         """The (micro-)batches of steps `first` up to, not including, `last`.
 
         Args:
-            times: how many times a step's micro-batches are yielded.
+            times: how many times a step's micro-batches are yielded, where there are several.
         """
         config, ranks, device = self._config, self._ranks, self._ranks.device
         whole, micro_batches = config.train.global_batch, config.train.micro_batches(ranks.world)
@@ -112,12 +112,20 @@ class SyntheticLoader:
         ids, attention_mask = ids.to(device), attention_mask.to(device)
         longer = torch.ones(clips, dtype=torch.bool) if config.fusion.on else None
         micros = range(micro_batches)
+        times = times if micro_batches > 1 else 1
         for step, _, micro in product(range(first, last), range(times), micros):
             rows = torch.arange(clips) + (ranks.rank * micro_batches + micro) * clips
             index = (rows + step * whole).to(device)
             # A copy: what a step keeps of a loader's media takes memory.
             yield Batch(
-                media.clone(), ids, attention_mask, index, rows.numpy(), epoch=0, longer=longer
+                media.clone(),
+                ids,
+                attention_mask,
+                index,
+                rows.numpy(),
+                epoch=0,
+                micro_batches=micro_batches,
+                longer=longer,
             )
 
     def _captions(self, clips: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -147,9 +147,9 @@ class _MarkedEngine:
     def model(self) -> nn.Module:
         return self._engine.model
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, micro_batches: int = 1, *, last: bool = True) -> None:
         self._mark(LOSS)
-        self._engine.backward(loss)
+        self._engine.backward(loss, micro_batches, last=last)
         self._mark(OTHER)
 
     def step(self, lr: float) -> Tensor:
