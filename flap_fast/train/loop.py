@@ -61,7 +61,8 @@ def train_from(
         improved = run.scorer.score(run.first)
         run.checkpoints.mark_scored(run.first, run.scorer.best, is_best=improved)
 
-    gradients = Gradients(config, ranks, engine, steps, loader.sampler.steps_per_epoch)
+    per_epoch = loader.sampler.steps_per_epoch
+    gradients = Gradients(config, ranks, engine, steps, per_epoch, run.frozen_text)
     batches = run.metrics.timed(loader.batches(run.first, steps, times=gradients.reads))
     for step in range(run.first + 1, steps + 1):
         outputs, terms = gradients(step, batches)
@@ -73,6 +74,8 @@ def train_from(
         # Still on the device: an observer that wants a number pays for its own sync.
         run.metrics.step(step, loader.sampler.epoch(step - 1), lr, outputs, terms)
         save_and_score(run, step, stopped=run.stop.agreed() and step < steps)
+    if run.frozen_text:
+        run.frozen_text.delete()
     return run.scorer.final_scores()
 
 

@@ -39,6 +39,7 @@ from flap_fast.model.masking import patch_mask
 from flap_fast.model.two_towers import ModelInputs, Outputs
 from flap_fast.ranks import Ranks
 from flap_fast.train.engine import Engine
+from flap_fast.train.frozen_text import FrozenText
 from flap_kernels import PatchMask
 
 
@@ -48,10 +49,20 @@ class Gradients:
     Args:
         steps: of the whole run.
         per_epoch: steps of an epoch.
+        frozen_text: outputs of the frozen text encoder; None runs the encoder in each step.
     """
 
-    def __init__(self, config: Config, ranks: Ranks, engine: Engine, steps: int, per_epoch: int):
+    def __init__(
+        self,
+        config: Config,
+        ranks: Ranks,
+        engine: Engine,
+        steps: int,
+        per_epoch: int,
+        frozen_text: FrozenText | None = None,
+    ):
         self._config, self._ranks, self._engine = config, ranks, engine
+        self._frozen_text = frozen_text
         self._steps, self._per_epoch = steps, per_epoch
         self._micro_batches = config.train.micro_batches(ranks.world)
         local = config.train.accumulation == "local"
@@ -119,6 +130,8 @@ class Gradients:
         torch.manual_seed(dropout_seed(config.run.seed, step, self._ranks.rank, micro))
         mask = patch_mask_of(batch, config, self._steps, self._per_epoch)
         inputs = model_inputs(batch, mask, config)
+        if self._frozen_text:
+            inputs["text_pooled"] = self._frozen_text(batch.ids, batch.attention_mask)
         if not decode:
             inputs["target"] = None
         return self._engine.model(**inputs)
@@ -152,6 +165,7 @@ def model_inputs(batch: Batch, mask: PatchMask | None, config: Config) -> ModelI
         "target": (batch.media if clean else media) if config.loss.recon.weight > 0 else None,
         "erase": erase,
         "longer": batch.longer,
+        "text_pooled": None,
     }
 
 
