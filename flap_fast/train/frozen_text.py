@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -27,11 +28,37 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flap_fast.config import Config
 from flap_fast.data.batch import to_device
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks
 
 _KEY = 16
+
+
+@contextmanager
+def frozen_text(
+    config: Config,
+    model: TwoTowers,
+    ranks: Ranks,
+    folder: Path | None = None,
+    *,
+    keep: bool = False,
+) -> Iterator[FrozenText | None]:
+    """A context with the outputs of a model's text encoder; None if the encoder is trained.
+
+    Args:
+        folder: of the files; None makes a temporary one.
+        keep: see `FrozenText`.
+    """
+    if not config.text.freeze:
+        yield None
+        return
+    with ExitStack() as stack:
+        folder = folder or Path(stack.enter_context(TemporaryDirectory()))
+        found = FrozenText(model, ranks, folder, keep=keep)
+        stack.callback(found.close)
+        yield found
 
 
 class FrozenText:

@@ -19,7 +19,7 @@ from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks, world_size
 from flap_fast.train.checkpoint import Checkpoints
 from flap_fast.train.engine import Engine, check_engine, make_engine
-from flap_fast.train.frozen_text import FrozenText
+from flap_fast.train.frozen_text import FrozenText, frozen_text
 from flap_fast.train.observers import Metrics, check_wandb, observers
 from flap_fast.train.run_folder import begin, write_config
 from flap_fast.train.scorer import Scorer
@@ -85,11 +85,8 @@ def set_up(config: Config, ranks: Ranks, start: Path | None, open_files: ExitSta
         write_config(config, ranks)
     ranks.barrier()  # every rank needs the run's folder
     stop = open_files.enter_context(Stop(ranks))
-    frozen_text = None
-    if config.text.freeze:
-        folder = config.run_folder / "text_vectors"
-        frozen_text = FrozenText(engine.module, ranks, folder, keep=start is not None)
-        open_files.callback(frozen_text.close)
+    folder, keep = config.run_folder / "text_vectors", start is not None
+    text = open_files.enter_context(frozen_text(config, engine.module, ranks, folder, keep=keep))
     metrics = Metrics(
         config, ranks, steps, observers(config, ranks, open_files, first=first, steps=steps)
     )
@@ -101,7 +98,7 @@ def set_up(config: Config, ranks: Ranks, start: Path | None, open_files: ExitSta
         metrics=metrics,
         scorer=Scorer(config, ranks, engine, tokens, metrics, state.best if state else None),
         stop=stop,
-        frozen_text=frozen_text,
+        frozen_text=text,
         first=first,
         steps=steps,
         unscored=bool(state and not state.scored and config.data.val),
