@@ -3,8 +3,8 @@
     token ids -> digest -> row of node-N.float32 -> vectors (R, D), for the trained text head
                  new: text encoder on the first rank that has it -> rows of all nodes
 
-    FOLDER/node-N.keys      digest of 16 bytes of each row
-    FOLDER/node-N.float32   rows of D numbers
+    FOLDER/node-N.keys      for each row a digest of 16 bytes and a checksum of 4
+           node-N.float32   rows of D numbers
 
 R sentences   D width of the text encoder   N number of the node
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -33,7 +34,7 @@ from flap_fast.data.batch import to_device
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks
 
-_KEY = 16
+_KEY, _CHECKSUM = 16, 4
 
 
 @contextmanager
@@ -81,10 +82,7 @@ class FrozenText:
             with path.open("ab" if keep else "wb"):
                 pass
         self._keys, self._vectors = (path.open("r+b") for path in self._paths)
-        keys = self._keys.read()
-        # Keys are written last: a key without its row does not happen, rows without keys may.
-        count = len(keys) // _KEY
-        self._row_of = {keys[_KEY * n : _KEY * (n + 1)]: n for n in range(count)}
+        self._row_of = {key: n for n, key in enumerate(self._read())}
         ranks.barrier()  # all ranks of a node have the same rows before the first is added
 
     @property
@@ -140,16 +138,21 @@ class FrozenText:
             }
         )
 
-    def _append(self, rows: dict[bytes, np.ndarray]) -> None:
+    def _read(self) -> Iterator[bytes]:
+        """The keys in the files, up to where a machine that went down left a row incomplete."""
+        while len(record := self._keys.read(_KEY + _CHECKSUM)) == _KEY + _CHECKSUM:
+            if record[_KEY:] != _checksum(self._vectors.read(4 * self._width)):
+                return
+            yield record[:_KEY]
+
+    def _append(self, vectors: dict[bytes, np.ndarray]) -> None:
         count = len(self._row_of)
-        keys = b"".join(rows)
+        rows = {key: vector.tobytes() for key, vector in vectors.items()}
+        records = [key + _checksum(row) for key, row in rows.items()]
         try:
-            for file, size, data in (
-                (self._vectors, 4 * self._width, b"".join(row.tobytes() for row in rows.values())),
-                (self._keys, _KEY, keys),
-            ):
-                file.seek(size * count)
-                file.write(data)
+            for file, data in ((self._vectors, list(rows.values())), (self._keys, records)):
+                file.seek(count * len(data[0]))
+                file.write(b"".join(data))
                 file.flush()
         except OSError as error:
             remedy = "make room and run the same command with --resume"
@@ -180,6 +183,10 @@ class FrozenText:
             of_ranks.append([key for key in one if key not in seen])
             seen.update(one)
         return of_ranks
+
+
+def _checksum(row: bytes) -> bytes:
+    return zlib.crc32(row).to_bytes(_CHECKSUM, "little")
 
 
 def _digest(ids: Tensor) -> bytes:

@@ -138,8 +138,9 @@ def test_a_caption_has_the_same_vector_whichever_captions_are_beside_it(
     assert frozen.captions == 4
 
 
-def test_rows_are_read_again_bit_for_bit_and_a_row_without_its_key_is_embedded_again(
-    tmp_path: Path,
+@pytest.mark.parametrize("broken", ["keys", "vectors"])
+def test_rows_are_read_again_bit_for_bit_and_an_incomplete_one_is_embedded_again(
+    broken: str, tmp_path: Path
 ):
     config = settings()
     model = TwoTowers(config)
@@ -147,7 +148,11 @@ def test_rows_are_read_again_bit_for_bit_and_a_row_without_its_key_is_embedded_a
     vectors = first(*given(config, CAPTIONS))
     first.close()
     keys = tmp_path / "node-0.keys"
-    keys.write_bytes(keys.read_bytes()[:-3])  # as a process that was killed leaves it
+    if broken == "keys":  # as a process that was killed leaves it
+        keys.write_bytes(keys.read_bytes()[:-3])
+    else:  # as a machine that went down leaves it
+        file, width = tmp_path / "node-0.float32", 4 * config.text.width
+        file.write_bytes(file.read_bytes()[: -width // 2] + bytes(width // 2))
     second = FrozenText(model, Ranks(), tmp_path, keep=True)
     assert second.captions == 3
     assert torch.equal(second(*given(config, CAPTIONS[:4])), vectors[:4])
