@@ -140,7 +140,7 @@ class FrozenText:
 
     def _read(self) -> Iterator[bytes]:
         """The keys in the files, up to where a machine that went down left a row incomplete."""
-        while len(record := self._keys.read(_KEY + _CHECKSUM)) == _KEY + _CHECKSUM:
+        while record := self._keys.read(_KEY + _CHECKSUM):
             if record[_KEY:] != _checksum(self._vectors.read(4 * self._width)):
                 return
             yield record[:_KEY]
