@@ -200,7 +200,7 @@ def test_embed_writes_rows_and_their_names_and_goes_on(
     wanted = load(checkpoint).embed_audio(names).numpy()
     assert np.abs(rows - wanted).max() < 1e-5
     # A second call decodes nothing.
-    monkeypatch.setattr("flap_fast.tools.sounds.read_sound", None)
+    monkeypatch.setattr("flap_fast.tools.sounds.read_pieces", None)
     assert flap(*arguments, monkeypatch=monkeypatch) == 0
     assert np.array_equal(np.load(out / "embeddings.npy"), rows)
 
@@ -310,7 +310,7 @@ def test_an_index_that_cannot_be_written_is_told_before_anything_is_embedded(
     checkpoint: Path, sounds: Path, monkeypatch, capsys
 ):
     monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
-    monkeypatch.setattr("flap_fast.tools.sounds.read_sound", None)
+    monkeypatch.setattr("flap_fast.tools.sounds.read_pieces", None)
     arguments = ("search", "a dog", "--audio", sounds, "--model", checkpoint)
     assert flap(*arguments, monkeypatch=monkeypatch) == 2
     assert "name another file with --index" in capsys.readouterr().err

@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
-from bench.programs.program import VARIANTS, Arch, PaperSizes, Program, pointer, shaped
-from flap_kernels.masked_mse import CHUNK_ROWS, EPS
+from bench.programs.program import (
+    FIXED,
+    RAGGED,
+    VARIANTS,
+    Arch,
+    Batch,
+    PaperSizes,
+    Program,
+    pointer,
+    shaped,
+)
+from flap_kernels.masked_mse_layer import CHUNK_ROWS, EPS
 from flap_kernels.masked_mse_tiles import masked_mse_kernel, tiles
 from flap_kernels.patches import strides
 
 
-def _programs(arch: Arch) -> tuple[Program, ...]:
+def _programs(batch: Batch, arch: Arch) -> tuple[Program, ...]:
     return tuple(
-        _program(arch, name, variant, backward)
+        _program(batch, name, variant, backward)
         for name, backward in (("masked_mse", False), ("masked_mse_errors", True))
         for variant in VARIANTS
     )
 
 
-def _program(arch: Arch, name: str, variant: str, backward: bool) -> Program:
-    B, M, H, N, P = 288, 206, 512, 512, 16
+def _program(batch: Batch, name: str, variant: str, backward: bool) -> Program:
+    B, M, H, P = batch.B, batch.M, 512, 16
     argument, product, precision = VARIANTS[variant]
     tile = tiles(P * P, product, precision)
     rows = CHUNK_ROWS["cuda"] if backward else B * M
     bytes_of_row = argument.itemsize * (H + P * P) + backward * product.itemsize * P * P
     return Program(
-        name=f"{name}{variant}",
+        name=f"{batch.name}{name}{variant}",
         kernel=masked_mse_kernel,
         signature={
             **dict.fromkeys(("hidden_ptr", "bias_ptr", "mel_ptr"), pointer(argument)),
@@ -37,13 +49,13 @@ def _program(arch: Arch, name: str, variant: str, backward: bool) -> Program:
             "rows": rows,
             "M": M,
             "H": H,
-            "N": N,
+            "N": batch.N,
             "patches_per_row": 8,
             "scale": "fp32",
             **strides("h", "rh", shaped(B * M, H)),
             **strides("w", "ph", shaped(P * P, H)),
             **strides("b", "p", shaped(P * P)),
-            **strides("m", "btf", shaped(B, 1024, 128)),
+            **strides("m", "btf", shaped(B, batch.T, 128)),
             **strides("d", "bm", shaped(B, M)),
         },
         num_warps=tile.pop("num_warps"),
@@ -52,6 +64,7 @@ def _program(arch: Arch, name: str, variant: str, backward: bool) -> Program:
             "P": P,
             "NORM_PIX": True,
             "EPS": EPS,
+            "BY_ROW": batch.ragged,
             "BACKWARD": backward,
             "UPCAST": False,
             **tile,
@@ -62,8 +75,13 @@ def _program(arch: Arch, name: str, variant: str, backward: bool) -> Program:
     )
 
 
-PAPER = PaperSizes(
-    _programs,
-    bytes_moved=2 * 288 * 206 * (3 * 512 + 2 * 256),
-    flops=8 * 288 * 206 * 512 * 256,
-)
+def _paper(batch: Batch) -> PaperSizes:
+    rows = batch.B * batch.M
+    return PaperSizes(
+        partial(_programs, batch),
+        bytes_moved=2 * rows * (3 * 512 + 2 * 256),
+        flops=8 * rows * 512 * 256,
+    )
+
+
+PAPER, RAGGED_PAPER = _paper(FIXED), _paper(RAGGED)

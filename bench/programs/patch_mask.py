@@ -1,40 +1,66 @@
-"""Programs that `draw_patch_mask` launches, for 1-D and 2-D masks."""
+"""Programs that masks are drawn with: 1-D and 2-D, fixed and ragged."""
 
 from __future__ import annotations
 
-from bench.programs.program import Arch, PaperSizes, Program
+from bench.programs.program import FIXED, RAGGED, Arch, Batch, PaperSizes, Program
 from flap_kernels.patch_mask import blocks, draw_patch_mask_kernel
 
 
 def _programs(arch: Arch) -> tuple[Program, ...]:
-    fixed: dict[str, str | int] = {
-        **dict.fromkeys(
-            ("sample_index_ptr", "ids_keep_ptr", "ids_drop_ptr", "ids_restore_ptr"), "*i64"
-        ),
-        **dict.fromkeys(("outer_key", "inner_key"), "i64"),
-        "stride_s": 1,
-    }
-    return tuple(
-        Program(
-            name=name,
-            kernel=draw_patch_mask_kernel,
-            signature={
-                **fixed,
-                "C": C,
-                "R": R,
-                "columns": columns,
-                "rows": rows or R,
-                "K": columns * (rows or R),
-            },
-            constants={"ALL_ROWS": rows is None, "SHARED": shared, **blocks(C, R)},
-            bytes_moved=288 * 8 * (1 + 2 * C * R),
-        )
-        for name, C, R, columns, rows, shared in (
-            ("draw_patch_mask_1d", 512, 1, 307, None, True),
-            ("draw_patch_mask_2d", 64, 8, 51, 6, True),
-            ("draw_patch_mask_2d_unshared", 64, 8, 51, 6, False),
-        )
+    return (
+        _program("draw_patch_mask_1d", FIXED, (512, 1), (307, None), shared=True, K=307),
+        _program("draw_patch_mask_2d", FIXED, (64, 8), (51, 6), shared=True, K=306),
+        _program("draw_patch_mask_2d_unshared", FIXED, (64, 8), (51, 6), shared=False, K=306),
     )
 
 
-PAPER = PaperSizes(_programs, bytes_moved=288 * 8 * (1 + 2 * 512))
+def _ragged_programs(arch: Arch) -> tuple[Program, ...]:
+    # 1-D: of clips of one row
+    each = RAGGED.positions
+    return (
+        _program(
+            "draw_ragged_patch_mask_1d", RAGGED, (each, 1), (0, None), shared=True, K=RAGGED.K
+        ),
+        _program("draw_ragged_patch_mask_2d", RAGGED, (64, 8), (0, 6), shared=True, K=RAGGED.K),
+    )
+
+
+def _program(
+    name: str,
+    batch: Batch,
+    grid: tuple[int, int],
+    stay: tuple[int, int | None],
+    *,
+    shared: bool,
+    K: int,
+) -> Program:
+    (C, R), (columns, rows) = grid, stay
+    return Program(
+        name=name,
+        kernel=draw_patch_mask_kernel,
+        signature={
+            "sample_index_ptr": "*i64",
+            # Absent pointers get a dummy tensor; the kernel never reads it.
+            "clips_ptr": "*i64",
+            **dict.fromkeys(("ids_keep_ptr", "ids_drop_ptr", "ids_restore_ptr"), "*i64"),
+            **dict.fromkeys(("outer_key", "inner_key"), "i64"),
+            "stride_s": 1,
+            "C": C,
+            "R": R,
+            "columns": columns,
+            "rows": rows or R,
+            "N": batch.N,
+            "K": K,
+        },
+        constants={
+            "RAGGED": batch.ragged,
+            "ALL_ROWS": rows is None,
+            "SHARED": shared,
+            **blocks(C, R),
+        },
+        bytes_moved=8 * (288 * (5 if batch.ragged else 1) + 2 * batch.B * batch.N),
+    )
+
+
+PAPER = PaperSizes(_programs, bytes_moved=8 * 288 * (1 + 2 * 512))
+RAGGED_PAPER = PaperSizes(_ragged_programs, bytes_moved=8 * (288 * 5 + 2 * RAGGED.N))

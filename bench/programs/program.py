@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flap_kernels.precision import Float32Precision
+from flap_kernels.ragged_patch_mask import ragged_sizes
 
 Arch = Literal[80, 90, 100]
 """CUDA compute capabilities that are compiled for: A100, H100/H200, B200."""
@@ -64,6 +65,41 @@ class PaperSizes:
     """Least traffic of the op, forward and backward, in bfloat16; 0 where it is not counted."""
     flops: float = 0.0
     """Least arithmetic of the op, forward and backward."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The log-mels of 288 clips and their masks, of patches of 16 x 16, 8 to a column."""
+
+    name: str
+    """What begins its programs' names."""
+    B: int
+    """Clips, or 1: the clips of a ragged batch lie end to end."""
+    T: int
+    N: int
+    K: int
+    positions: int
+    """Patches of the longest clip."""
+
+    @property
+    def M(self) -> int:
+        """Dropped patches."""
+        return self.N - self.K
+
+    @property
+    def ragged(self) -> bool:
+        """Whether tokens name their positions, and rows have weights."""
+        return self.B == 1
+
+
+def _ragged() -> Batch:
+    columns, rows, keep_columns = ragged_sizes("paper")
+    N, T = rows * sum(columns), 16 * sum(columns)
+    return Batch("ragged_", 1, T, N, K=6 * sum(keep_columns), positions=rows * max(columns))
+
+
+FIXED = Batch("", 288, 1024, 512, K=306, positions=512)
+RAGGED = _ragged()
 
 
 def shaped(*sizes: int) -> Tensor:

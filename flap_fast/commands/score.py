@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flap_fast.checks import ConfigError, require
+from flap_fast.commands.length import LengthOption
 from flap_fast.evaluate import TASKS
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ _MODEL = (
 _DATA = "Folders of shards; for sentences STS files or SentEval's folder."
 _TASKS = f"Some of {','.join(TASKS)}; by the data when not given."
 _OUT = "JSON of this call's scores; without it they are added to MODEL/eval.json."
-_CROP = "Of long clips: random, center or multi:K; eval.crop of the model when not given."
+_CROP = "Of long clips: random, center, multi:K or whole; eval.crop of the model when not given."
 _TEMPLATES = (
     "Zero-shot prompt with {label}, a set (audio29, imagenet80), or a file with one a line."
 )
@@ -38,6 +39,7 @@ def evaluate(
     latex: Annotated[Path | None, typer.Option(help="The same for LaTeX with booktabs.")] = None,
     batch: Annotated[int, typer.Option(help="Clips or texts embedded at a time.")] = 64,
     crop: Annotated[str | None, typer.Option(help=_CROP)] = None,
+    length: LengthOption = None,
     templates: Annotated[str | None, typer.Option(help=_TEMPLATES)] = None,
     classes: Annotated[Path | None, typer.Option(help=_CLASSES)] = None,
     pool: Annotated[
@@ -62,7 +64,7 @@ def evaluate(
         read_scores(ours)
     ranks = join_ranks()
     try:
-        evaluated = open_model(model, settings, pool, ranks, read_classes(classes))
+        evaluated = open_model(model, settings, pool, ranks, read_classes(classes), length=length)
         scores = score(evaluated, data or [], asked)
         if not ranks.first:
             return
@@ -84,11 +86,14 @@ def open_model(
     pool: str,
     ranks: Ranks,
     classes: tuple[str, ...] = (),
+    *,
+    length: str | None = None,
 ) -> EvaluatedModel:
     """A checkpoint or only a text encoder, ready for evaluation.
 
     Args:
         settings: of the section `eval`; None leaves what the run had.
+        length: audio.length; None leaves what the run had.
     """
     from flap_fast.config.file import load_config, parse_config
     from flap_fast.data.tokenize import tokenizer
@@ -105,7 +110,7 @@ def open_model(
         config = parse_config(with_settings(base.model_dump()))
         encoder = config.text.build().to(ranks.device).eval()
         return text_only_model(encoder, config, tokenizer(config.text), ranks)
-    towers, trained = load_model(Path(model), ranks.device)
+    towers, trained = load_model(Path(model), ranks.device, length=length)
     config = parse_config(with_settings(trained.model_dump()))
     return whole_model(towers, config, tokenizer(config.text), ranks, classes)
 

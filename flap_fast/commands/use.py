@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flap_fast.checks import require
+from flap_fast.commands.length import LengthOption
 from flap_fast.commands.shard_range import DistributorOption, ShardRangeOption, work_division
 
 if TYPE_CHECKING:
@@ -28,7 +29,11 @@ Model = Annotated[
 ]
 Sounds = Annotated[list[Path], typer.Argument(help="Sound files, and folders of sound files.")]
 Crop = Annotated[
-    str, typer.Option(help="Crop of long sounds: center, multi:K (mean of K) or whole.")
+    str | None,
+    typer.Option(
+        help="Crop of long sounds: center, multi:K (mean of K) or whole; center, or whole with "
+        "audio.length = variable, when not given."
+    ),
 ]
 Batch = Annotated[int, typer.Option(help="Crops in a batch of the model.")]
 
@@ -37,7 +42,8 @@ def embed(
     sounds: Sounds,
     out: Annotated[Path, typer.Option(help="Output folder of embeddings.npy and sounds.jsonl.")],
     model: Model = None,
-    crop: Crop = "center",
+    crop: Crop = None,
+    length: LengthOption = None,
     batch: Batch = 64,
     shard_range: ShardRangeOption = None,
     distributor: DistributorOption = "threads",
@@ -53,6 +59,7 @@ def embed(
         find_sounds(sounds),
         out,
         crop=crop,
+        length=length,
         batch=batch,
         shard_range=chosen,
         distributor=distribution,
@@ -80,16 +87,19 @@ def search(
     ] = None,
     top: Annotated[int, typer.Option(help="Sounds per query.")] = 10,
     model: Model = None,
-    crop: Crop = "center",
+    crop: Crop = None,
+    length: LengthOption = None,
     batch: Batch = 64,
 ) -> None:
     """Print the sounds nearest to a text, best first; embeddings are cached in an index."""
     from flap_fast.tools.search import find_sounds, open_index
+    from flap_fast.tools.sounds import default_crop
 
     require(top >= 1, "--top", "be at least 1", top)
-    embedder = _open(model)
+    embedder = _open(model, length)
     if audio:
         folder = audio[0] if audio[0].is_dir() else audio[0].parent
+        crop = crop or default_crop(embedder.config)
         found = _updated(index or folder / ".flap-index", find_sounds(audio), embedder, crop, batch)
     else:
         require(index is not None, "--audio or --index", "be given", "neither")
@@ -120,12 +130,14 @@ def classify(
     ] = "This is a sound of {label}.",
     top: Annotated[int, typer.Option(help="Classes per sound.")] = 1,
     model: Model = None,
-    crop: Crop = "center",
+    crop: Crop = None,
+    length: LengthOption = None,
     batch: Batch = 64,
 ) -> None:
     """Print the most likely class of each sound: file, class, probability, separated by tabs."""
     from flap_fast.data.preprocess.waveform import BadSound
     from flap_fast.tools.search import find_sounds
+    from flap_fast.tools.sounds import default_crop
 
     require(top >= 1, "--top", "be at least 1", top)
     from_file = "," not in labels and Path(labels).is_file()
@@ -133,10 +145,11 @@ def classify(
     names = list(dict.fromkeys(name.strip() for name in text.splitlines() if name.strip()))
     require(len(names) > 1, "--labels", "name at least two classes", labels)
     files = find_sounds(sounds)
-    embedder = _open(model)
+    embedder = _open(model, length)
     vectors = embedder.embed_labels(names, template)
     bad = 0
-    for file, row in zip(files, embedder.embed_each(files, batch, crop=crop), strict=True):
+    rows = embedder.embed_each(files, batch, crop=crop or default_crop(embedder.config))
+    for file, row in zip(files, rows, strict=True):
         if isinstance(row, BadSound):
             bad += 1
             print(row, file=sys.stderr)
@@ -161,10 +174,10 @@ def _named(model: Path | None) -> Path:
     return newest
 
 
-def _open(model: Path | None) -> Embedder:
+def _open(model: Path | None, length: str | None) -> Embedder:
     from flap_fast.tools.embedder import load
 
-    return load(_named(model))
+    return load(_named(model), length=length)
 
 
 def _updated(file: Path, sounds: list[Path], embedder: Embedder, crop: str, batch: int) -> Index:

@@ -29,6 +29,10 @@ def with_defaults(tree: dict[str, Any] | None) -> dict[str, Any]:
     if encoder is not None and issubclass(encoder, MediaEncoder):
         for name, defaults in encoder.defaults.items():
             _fill(tree, name, defaults)
+    audio = tree.get("audio") if section == "audio" else None
+    length = audio.get("length") if isinstance(audio, dict) else getattr(audio, "length", None)
+    if length == "variable":
+        _fill(tree, "eval", {"crop": "whole"})
     fusion = tree.get("fusion") if section == "audio" else None
     kind = fusion.get("type") if isinstance(fusion, dict) else getattr(fusion, "type", None)
     if kind not in (None, "none"):

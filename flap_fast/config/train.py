@@ -153,9 +153,10 @@ class Eval(Section):
     """Steps between evaluations on data.val. 0: at the end only."""
     batch: Count = 64
     """Clips a rank embeds at a time."""
-    crop: str = Field(default="random", pattern=r"^(random|center|multi:[1-9]\d*)$")
+    crop: str = Field(default="random", pattern=r"^(random|center|whole|multi:[1-9]\d*)$")
     """Crop of clips longer than audio.duration_s: `random` (fixed by the clip, not by the run),
-    `center`, or `multi:K`, the mean embedding of K crops at equal steps from start to end."""
+    `center`, or the mean embedding of several at equal steps from start to end: of K (`multi:K`),
+    or of as many as cover the clip (`whole`, the default with audio.length = variable)."""
     templates: str = "This is a sound of {label}."
     """Prompt of zero-shot classes; or `audio29` or `imagenet80`, or a text file with one a line."""
     sentences: Literal["joint", "tower"] = "joint"

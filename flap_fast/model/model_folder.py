@@ -21,7 +21,7 @@ from torch import Tensor
 
 from flap_fast.checks import ConfigError, require
 from flap_fast.config import Config
-from flap_fast.config.file import dump_config, load_config
+from flap_fast.config.file import dump_config, load_config, parse_config
 from flap_fast.data.tokenize import tokenizer
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.section import MEANS_WEIGHTS
@@ -31,6 +31,7 @@ TOWER = "audio.safetensors"
 # Parts that a run may add to the weights it begins with: they begin at random.
 _DECODER = "decoder."
 _FUSION = ("mel_conv1d.", "mel_conv2d.", "fusion_model.")
+_POSITIONS = ".pos_embed"
 
 
 def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -105,6 +106,15 @@ def read_config(folder: Path) -> Config:
 def with_text(config: Config, folder: Path) -> Config:
     """A config whose text encoder's files are those of a model's text/."""
     return config.model_copy(update={"text": config.text.with_files(str(folder))})
+
+
+def _with_length(config: Config, length: str) -> Config:
+    tree = config.model_dump()
+    tree["audio"] |= {"length": length}
+    # The crop that was a default of the other length.
+    if config.eval.crop == ("whole" if length == "fixed" else "random"):
+        del tree["eval"]["crop"]
+    return parse_config(tree)
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
@@ -188,6 +198,9 @@ def _put_parts(
 
 
 def _put(model: TwoTowers, file: Path, saved: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    for name in saved.keys() & own.keys():
+        if name.endswith(_POSITIONS) and _same_rows(saved[name], own[name]):
+            saved[name] = own[name]
     for name in sorted(saved.keys() | own.keys()):
         there, here = (tuple(w[name].shape) if name in w else "nothing" for w in (saved, own))
         if there != here:
@@ -198,10 +211,29 @@ def _put(model: TwoTowers, file: Path, saved: dict[str, Tensor], own: dict[str, 
     model.load_state_dict(saved, strict=False)
 
 
-def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[TwoTowers, Config]:
-    """Open a model folder, or a run's last checkpoint, for evaluation."""
+def _same_rows(table: Tensor, other: Tensor) -> bool:
+    """Whether two tables of positions differ only in their number of rows: sines of any length."""
+    if table.shape[1:] != other.shape[1:] or len(table) == len(other):
+        return False
+    rows = min(len(table), len(other))
+    return torch.allclose(table[:rows], other[:rows].to(table.device), atol=1e-6)
+
+
+def load_model(
+    path: Path, device: torch.device | str = "cpu", *, length: str | None = None
+) -> tuple[TwoTowers, Config]:
+    """Open a model folder, or a run's last checkpoint, for evaluation.
+
+    Args:
+        length: audio.length, if not the one that it was trained with.
+
+    Raises:
+        ConfigError: no model, or its encoder cannot take clips so.
+    """
     folder = model_folder(path)
     config = read_config(folder)
+    if length is not None and length != config.audio.length:
+        config = _with_length(config, length)
     model = TwoTowers(config, weights=False)
     put_weights(model, folder)
     return model.to(device).eval(), config

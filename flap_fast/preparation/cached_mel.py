@@ -20,8 +20,8 @@ from flap_fast.checks import require
 from flap_fast.config import Audio
 from flap_fast.data.preprocess.cached_mel import SETTINGS_FILE, front_end_settings
 from flap_fast.data.preprocess.kaldi_mel import KaldiLogMel, kaldi_log_mel
-from flap_fast.data.preprocess.waveform import BadSound, fill, read_sound
-from flap_fast.preparation.encoding import EncodedImage, FlacEncoder, checked_wave, read_source
+from flap_fast.data.preprocess.waveform import BadSound, fill, joined, read_sound
+from flap_fast.preparation.encoding import EncodedImage, FlacEncoder, checked_blocks, read_source
 from flap_fast.preparation.manifest import Entry
 
 
@@ -64,7 +64,7 @@ class CachedMelEncoder:
             raise BadSound("an image: it has no log-mel")
         rate = self.audio.sample_rate_hz
         if isinstance(source, bytes):
-            wave = checked_wave(entry, source, rate)
+            wave = joined(checked_blocks(entry, source, rate))
         else:  # of a file through the 16 bits of the shard that stands for it
             wave = read_sound(FlacEncoder(rate).encode(entry)[1], rate)
         buffer = io.BytesIO()

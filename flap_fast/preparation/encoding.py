@@ -7,6 +7,7 @@ every reader of the shards sees the same pixels. The encoder of cached log-mels 
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import soundfile
 
-from flap_fast.data.preprocess.waveform import BadSound, Unusable, read_sound
+from flap_fast.data.preprocess.waveform import BadSound, Unusable, read_blocks
 from flap_fast.preparation.manifest import Entry
 
 # Quieter than -80 dB of full scale at its loudest: nothing to hear, and a constant log-mel.
@@ -67,9 +68,11 @@ class FlacEncoder:
         source = read_source(entry)
         if isinstance(source, EncodedImage):
             return source
-        wave = checked_wave(entry, source, self.sample_rate_hz)
         buffer = io.BytesIO()
-        soundfile.write(buffer, wave, self.sample_rate_hz, format="FLAC", subtype="PCM_16")
+        rate = self.sample_rate_hz
+        with soundfile.SoundFile(buffer, "w", rate, 1, "PCM_16", format="FLAC") as flac:
+            for block in checked_blocks(entry, source, rate):
+                flac.write(block)
         return "flac", buffer.getvalue()
 
 
@@ -124,11 +127,19 @@ def _encoded_image(source: Path | bytes) -> EncodedImage:
     return EncodedImage("png", buffer.getvalue())
 
 
-def checked_wave(entry: Entry, source: Path | bytes, sample_rate_hz: int) -> np.ndarray:
-    """(samples,) float32 of a clip that can be used; raises `BadSound` for any other."""
-    wave = read_sound(source, sample_rate_hz, start_s=entry.start_s, duration_s=entry.duration_s)
-    if len(wave) < _SHORTEST_S * sample_rate_hz:
-        raise BadSound(f"empty: {len(wave) / sample_rate_hz * 1000:.1f} ms, shorter than a window")
-    if np.abs(wave).max() < _SILENT:
+def checked_blocks(entry: Entry, source: Path | bytes, sample_rate_hz: int) -> Iterator[np.ndarray]:
+    """Yield (n,) float32 blocks of a clip; raises `BadSound`, maybe after them, if it is unusable.
+
+    A block at a time: a clip may be a recording of hours.
+    """
+    samples, peak = 0, 0.0
+    for block in read_blocks(
+        source, sample_rate_hz, start_s=entry.start_s, duration_s=entry.duration_s
+    ):
+        samples += len(block)
+        peak = max(peak, float(np.abs(block).max()))
+        yield block
+    if samples < _SHORTEST_S * sample_rate_hz:
+        raise BadSound(f"empty: {samples / sample_rate_hz * 1000:.1f} ms, shorter than a window")
+    if peak < _SILENT:
         raise BadSound("silent: below -80 dB of full scale throughout")
-    return wave

@@ -18,7 +18,7 @@ from torch import Tensor
 from flap_fast.checks import ConfigError
 from flap_fast.config.file import parse_config
 from flap_fast.data.preprocess.image import decoded, rgb
-from flap_fast.data.preprocess.waveform import BadSound, crop, read_sound
+from flap_fast.data.preprocess.waveform import BadSound, read_crop
 from flap_fast.data.shards import ShardError, Shards, open_shards, shard_kinds
 from flap_fast.data.tokenize import tokenizer
 from flap_fast.evaluate.embed import Embeddings, embed
@@ -173,11 +173,10 @@ def _captions_of(clip_of_caption: Tensor, shards: Shards):
 def _playable(sound: bytes) -> str:
     """The middle of a sound as a data URI for a browser; empty if it cannot be read."""
     try:
-        wave = read_sound(sound, _PLAYED_HZ)
+        wave = read_crop(sound, _PLAYED_HZ, int(_PLAYED_S * _PLAYED_HZ), 0.5)
     except BadSound:
         return ""
     file = io.BytesIO()
-    wave = crop(wave, int(_PLAYED_S * _PLAYED_HZ), 0.5)
     soundfile.write(file, wave, _PLAYED_HZ, format="OGG", subtype="VORBIS")
     return "data:audio/ogg;base64," + base64.b64encode(file.getvalue()).decode()
 

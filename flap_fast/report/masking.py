@@ -11,7 +11,7 @@ from torch import Tensor
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
 from flap_fast.data.preprocess.front_end import log_mel
-from flap_fast.data.preprocess.waveform import crop, fill, read_sound
+from flap_fast.data.preprocess.waveform import fill, read_crop
 from flap_fast.data.shards import open_shards
 from flap_fast.encoders.audio_settings import PatchEncoder
 from flap_fast.model.masking import patch_mask
@@ -36,7 +36,7 @@ def masking_figure(config: Config, out: Path, *, sound: Path | None = None, clip
         raise ConfigError(f"{audio.modality}.encoder {rule}, got '{audio.encoder}'")
     name, caption, source = _source(config, sound, clip)
     wave = fill(
-        crop(read_sound(source, audio.sample_rate_hz), audio.samples, 0.5),
+        read_crop(source, audio.sample_rate_hz, audio.samples, 0.5),
         audio.samples,
         audio.filling,
     )

@@ -38,6 +38,7 @@ from flap_fast.preparation.ray_cluster import run_on_cluster
 from flap_fast.preparation.shard_tasks import ShardRange
 from flap_fast.tools.embedder import Embedder, load
 from flap_fast.tools.search import stat_sound
+from flap_fast.tools.sounds import default_crop
 
 Advance = Callable[[int], object]
 """Takes the number of sounds embedded since the last call."""
@@ -81,7 +82,8 @@ def embed_files(
     sounds: Iterable[Path],
     out: Path,
     *,
-    crop: str = "center",
+    crop: str | None = None,
+    length: str | None = None,
     batch: int = 64,
     shard_range: ShardRange | None = None,
     distributor: Distributor = "threads",
@@ -92,7 +94,8 @@ def embed_files(
 
     Args:
         model: the folder of a run or of a checkpoint.
-        crop: of long sounds, as in `Embedder.embed_each`.
+        crop: of long sounds, as in `Embedder.embed_each`; `default_crop` by default.
+        length: audio.length, if not the one that the model was trained with.
         shard_range: embed only these chunks; the last call to finish writes the array.
         distributor: this process, or the running Ray cluster, where each task gets as many cores
             as this process computes on, or a GPU.
@@ -103,14 +106,15 @@ def embed_files(
     Raises:
         ConfigError: no model, an unknown crop or no cluster.
     """
-    embedder = _open(model)
+    embedder = _open(model, length)
+    crop = crop or default_crop(embedder.config)
     out.mkdir(parents=True, exist_ok=True)
     chunks = list(_chunks(sounds, out, (embedder.identity, crop, batch), chunk_sounds))
     mine = chunks[shard_range.number - 1 :: shard_range.of] if shard_range else chunks
     pending = [chunk for chunk in mine if chunk.pending]
     with progress(sum(len(chunk.sounds) for chunk in pending)) as advance:
         if distributor == "ray":
-            task = partial(_embed_on_worker, model, embedder.identity, crop, batch)
+            task = partial(_embed_on_worker, model, length, embedder.identity, crop, batch)
             tasks = [(partial(task, chunk), len(chunk.sounds)) for chunk in pending]
             run_on_cluster(tasks, advance, cores=torch.get_num_threads(), gpu=True)
         else:
@@ -162,9 +166,11 @@ def _embed(embedder: Embedder, chunk: Chunk, crop: str, batch: int, advance: Adv
     write_atomically(chunk.file, save({"embeddings": embeddings}, about))
 
 
-def _embed_on_worker(model: Path, identity: str, crop: str, batch: int, chunk: Chunk) -> None:
+def _embed_on_worker(
+    model: Path, length: str | None, identity: str, crop: str, batch: int, chunk: Chunk
+) -> None:
     """Embed a chunk on a cluster's worker, which opens the model once."""
-    embedder = _opened(model, identity)
+    embedder = _opened(model, length, identity)
     if embedder.identity != identity:
         raise ConfigError(f"every machine must see the same model in '{model}', got another one")
     _embed(embedder, chunk, crop, batch, advance=_ignore)
@@ -212,12 +218,13 @@ def _lines(rows: Iterable[dict[str, str]]) -> bytes:
 
 
 @lru_cache(maxsize=1)
-def _opened(model: Path, identity: str) -> Embedder:
+def _opened(model: Path, length: str | None, identity: str) -> Embedder:
     """Open the model, again if its weights changed."""
-    return _open(model)
+    return _open(model, length)
 
 
-def _open(model: Path) -> Embedder:
+def _open(model: Path, length: str | None) -> Embedder:
     """Open the model, on the GPU that a launcher assigned to this process, if any."""
     local = os.environ.get("LOCAL_RANK")
-    return load(model, f"cuda:{local}" if local and torch.cuda.is_available() else None)
+    device = f"cuda:{local}" if local and torch.cuda.is_available() else None
+    return load(model, device, length=length)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,17 @@ from flap_fast.model.model_folder import load_model
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.preparation.prepare import ahead
 from flap_fast.ranks import Ranks
-from flap_fast.tools.sounds import Crops, Sound, crop_count, crop_policy, crops_of
+from flap_fast.tools.sounds import (
+    PART,
+    Crops,
+    Part,
+    Sound,
+    crop_count,
+    crop_policy,
+    crops_from,
+    crops_of,
+    decode_part,
+)
 
 Embedded = Generator[Tensor | BadSound]
 """A (d,) unit row for each sound, or the error that it has instead."""
@@ -93,13 +105,14 @@ class Embedder:
     ) -> Embedded:
         """Yield a (d,) unit row for each sound in order, or the `BadSound` it raised.
 
-        Any number of sounds is embedded in constant memory.
+        Any number of sounds of any length is embedded in constant memory.
 
         Args:
-            crop: how sounds longer than audio.duration_s (with fusion, fusion.max_duration_s) are
-                cropped: `center`, `multi:K` (the mean of K crops at equal steps) or `whole` (the
-                mean of as many as cover the sound). eval.crop by default, `center` if that is
-                random. Shorter sounds are filled as in training.
+            crop: how sounds longer than audio.duration_s (with fusion, fusion.max_duration_s; with
+                audio.length = variable, audio.max_duration_s) are cropped: `center`, `multi:K`
+                (the mean of K crops at equal steps) or `whole` (the mean of as many as cover the
+                sound). eval.crop by default, `center` if that is random. Shorter sounds are filled
+                as in training, or taken as they are.
         """
         require(batch >= 1, "batch", "be at least 1", batch)
         modality = self.config.encoder.modality
@@ -108,36 +121,52 @@ class Embedder:
         policy = crop_policy(self.config, crop)
         rate_hz = float(sample_rate_hz or self.config.audio.sample_rate_hz)
 
-        def decode(numbered: tuple[int, Sound]) -> Crops | BadSound:
-            try:
-                return crops_of(numbered[1], numbered[0], rate_hz, policy, self.config)
-            except BadSound as error:
-                return error
+        def decode(numbered: tuple[int, Sound]) -> Part:
+            number, sound = numbered
+            return decode_part(crops_of(sound, number, rate_hz, policy, self.config))
 
         # With `whole`, the number of crops is known only after decoding.
-        crops = batch if policy == "whole" else crop_count(policy)
-        return self._embed_each(sounds, decode, batch, ahead_sounds=2 * batch // crops)
+        crops = PART if policy == "whole" else min(PART, crop_count(policy))
+        return self._embed_each(sounds, decode, batch, ahead_sounds=2 * batch // min(crops, batch))
 
     def _embed_each(
         self,
         sounds: Iterable[Sound],
-        decode: Callable[[tuple[int, Sound]], Crops | BadSound],
+        decode: Callable[[tuple[int, Sound]], Part],
         batch: int,
         ahead_sounds: int,
     ) -> Embedded:
         threads = self.config.frontend.threads or os.cpu_count() or 1
         with ThreadPoolExecutor(threads) as pool:
-            decoded = ahead(pool, decode, enumerate(sounds), limit=ahead_sounds + threads)
-            with closing(decoded):
-                waiting: list[Crops | BadSound] = []
-                crops = 0
-                for sound in decoded:
-                    waiting.append(sound)
-                    crops += 0 if isinstance(sound, BadSound) else len(sound)
-                    if crops >= batch:
-                        yield from self._finish(waiting, batch)
-                        waiting, crops = [], 0
-                yield from self._finish(waiting, batch)
+            parts = ahead(pool, decode, enumerate(sounds), limit=ahead_sounds + threads)
+            with closing(parts):
+                yield from self._embed_crops((crops_from(part, pool) for part in parts), batch)
+
+    def _embed_crops(self, sounds: Iterable[Crops], batch: int) -> Embedded:
+        """Embed the crops of sounds, `batch` at a time, and average those of each sound."""
+        waiting: deque[_Pooled] = deque()
+        waves: list[np.ndarray] = []
+        of: list[_Pooled] = []
+        for sound in sounds:
+            pooled = _Pooled()
+            waiting.append(pooled)
+            try:
+                for wave in sound:
+                    waves.append(wave)
+                    of.append(pooled)
+                    pooled.crops += 1
+                    if len(waves) == batch:
+                        self._embed_waves(waves, of)
+                        waves, of = [], []
+                pooled.ended = True
+            except BadSound as error:
+                pooled.error = error
+            while waiting and waiting[0].complete:
+                yield waiting.popleft().result()
+        if waves:
+            self._embed_waves(waves, of)
+        for pooled in waiting:
+            yield pooled.result()
 
     def embed_image(self, images: Sequence[ImageSource], batch: int = 64) -> Tensor:
         """Embed images: (N, d) unit rows, float32, on the CPU.
@@ -225,37 +254,52 @@ class Embedder:
             digest.update(weights.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
-    def _finish(self, sounds: list[Crops | BadSound], batch: int) -> Embedded:
-        """Embed the crops of several sounds together, and average those of each sound."""
-        crops = [wave for sound in sounds if not isinstance(sound, BadSound) for wave in sound]
-        rows = iter(self._embed_waves(crops, batch) if crops else ())
-        for sound in sounds:
-            if isinstance(sound, BadSound):
-                yield sound
-                continue
-            own = [next(rows) for _ in sound]
-            yield own[0] if len(own) == 1 else functional.normalize(torch.stack(own).mean(0), dim=0)
-
     @torch.no_grad()
-    def _embed_waves(self, waves: Crops, batch: int) -> Tensor:
-        """Embed crops: (N, d), on the CPU; fusion takes its crops from the middle of each third."""
-        rows, positions = [], np.full((len(waves), 1 + PIECES), 0.5)
-        for first in range(0, len(waves), batch):
-            some = slice(first, first + batch)
-            found = self._preprocessor.finish(lay_end_to_end(waves[some], positions[some]))
-            rows.append(self.model.embed_media(found.media, longer=found.longer))
-        return torch.cat(rows).cpu()
+    def _embed_waves(self, waves: list[np.ndarray], of: list[_Pooled]) -> None:
+        """Embed crops for their sounds; fusion takes its crops from the middle of each third."""
+        positions = np.full((len(waves), 1 + PIECES), 0.5)
+        found = self._preprocessor.finish(lay_end_to_end(waves, positions))
+        rows = self.model.embed_media(found.media, longer=found.longer).cpu()
+        for pooled, row in zip(of, rows, strict=True):
+            pooled.rows.append(row)
 
 
-def load(path: str | Path, device: str | torch.device | None = None) -> Embedder:
+@dataclass
+class _Pooled:
+    """A sound whose crops are being embedded."""
+
+    crops: int = 0
+    rows: list[Tensor] = field(default_factory=list)
+    ended: bool = False
+    """Whether `crops` counts all of them."""
+    error: BadSound | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether there is a result."""
+        return self.error is not None or (self.ended and len(self.rows) == self.crops)
+
+    def result(self) -> Tensor | BadSound:
+        """The (d,) unit row of the sound, or its error."""
+        if self.error is not None:
+            return self.error
+        if len(self.rows) == 1:
+            return self.rows[0]
+        return functional.normalize(torch.stack(self.rows).mean(0), dim=0)
+
+
+def load(
+    path: str | Path, device: str | torch.device | None = None, *, length: str | None = None
+) -> Embedder:
     """Open the folder of a run (its last checkpoint) or of a checkpoint.
 
     Args:
         device: where to compute; by default the GPU, or the CPU without one.
+        length: audio.length, `fixed` or `variable`; by default as the model was trained.
 
     Raises:
-        ConfigError: the folder holds no checkpoint.
+        ConfigError: the folder holds no checkpoint, or its encoder cannot take clips so.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model, config = load_model(Path(path), device)
+    model, config = load_model(Path(path), device, length=length)
     return Embedder(model, config, tokenizer(config.text), device)

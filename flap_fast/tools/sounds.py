@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -18,18 +21,29 @@ from flap_fast.data.preprocess.waveform import (
     BadSound,
     crop_and_fill,
     crop_positions,
+    crop_start,
     mono_at,
-    read_sound,
+    read_pieces,
 )
 
 Array = np.ndarray | Tensor
-Sound = str | Path | Array | tuple[Array, float] | Mapping[str, Any]
+Waveform = Array | tuple[Array, float] | Mapping[str, Any]
+Sound = str | Path | Waveform
 """A file; a waveform, at the rate that the call gives or at the model's; a waveform with its rate,
 as librosa, torchaudio and soundfile load them; or a row of an Audio column of Hugging Face
 datasets: {"array": .., "sampling_rate": ..}."""
 
-Crops = list[np.ndarray]
-"""Crops of a sound, (samples,) float32 each; with fusion, their lengths differ."""
+Crops = Iterator[np.ndarray]
+"""Crops of a sound, (samples,) float32 each; with fusion, their lengths differ. Raises `BadSound`,
+also after some of them: a file is read as its crops are taken."""
+
+# Crops of one sound that are decoded ahead: an hour has hundreds.
+PART = 16
+
+
+def default_crop(config: Config) -> str:
+    """Return how commands crop long sounds: `center`, or `whole` where clips are taken whole."""
+    return "whole" if config.audio.variable else "center"
 
 
 def crop_policy(config: Config, crop: str | None) -> str:
@@ -50,7 +64,7 @@ def crop_count(policy: str) -> int:
 
 
 def crops_of(sound: Sound, number: int, rate_hz: float, policy: str, config: Config) -> Crops:
-    """Return the crops of a sound that the model embeds.
+    """Yield the crops of a sound that the model embeds; of a file only these are kept.
 
     Args:
         number: of the sound in its list, for error messages.
@@ -60,21 +74,61 @@ def crops_of(sound: Sound, number: int, rate_hz: float, policy: str, config: Con
         BadSound: the sound cannot be used; the message names it.
     """
     audio, longest = config.audio, config.fusion.longest(config.audio)
+
+    def starts(length: int) -> list[int]:
+        crops = -(-length // longest) if policy == "whole" else crop_count(policy)
+        positions = crop_positions(crops if length > longest else 1)
+        return [crop_start(length, longest, float(at)) for at in positions]
+
     try:
-        wave = _waveform(sound, rate_hz, audio.sample_rate_hz)
+        if isinstance(sound, (str, Path)):
+            pieces = read_pieces(Path(sound), audio.sample_rate_hz, longest, starts)
+        else:
+            wave = _waveform(sound, rate_hz, audio.sample_rate_hz)
+            # Copies: a view of a crop would keep the whole recording in memory.
+            pieces = (wave[start : start + longest].copy() for start in starts(len(wave)))
+        for piece in pieces:
+            yield crop_and_fill(piece, 0.0, audio, config.fusion)
     except BadSound as error:
         name = str(sound) if isinstance(sound, (str, Path)) else f"sound number {number}"
         raise type(error)(f"{name}: {error}") from None
-    crops = -(-len(wave) // longest) if policy == "whole" else crop_count(policy)
-    positions = crop_positions(crops if len(wave) > longest else 1)
-    # Copies: a view of a crop would keep the whole recording in memory.
-    return [crop_and_fill(wave, float(at), audio, config.fusion).copy() for at in positions]
 
 
-def _waveform(sound: Sound, rate_hz: float, sample_rate_hz: int) -> np.ndarray:
-    """Return a sound as (samples,) float32 at the model's rate; raises `BadSound`."""
-    if isinstance(sound, (str, Path)):
-        return read_sound(Path(sound), sample_rate_hz)
+@dataclass(frozen=True)
+class Part:
+    """Some of a sound's crops, decoded."""
+
+    crops: list[np.ndarray]
+    rest: Crops
+    """Those behind them, not decoded."""
+    error: BadSound | None
+    """Why there are no more of them, if they cannot be read."""
+
+
+def decode_part(crops: Crops) -> Part:
+    """Decode the next `PART` crops of a sound, or all if there are fewer."""
+    decoded: list[np.ndarray] = []
+    try:
+        decoded.extend(islice(crops, PART))
+    except BadSound as error:
+        return Part(decoded, crops, error)
+    return Part(decoded, crops, None)
+
+
+def crops_from(part: Part, pool: ThreadPoolExecutor) -> Crops:
+    """Yield the crops of a part, then the rest; the next part is decoded while one is taken."""
+    while True:
+        more = pool.submit(decode_part, part.rest) if len(part.crops) == PART else None
+        yield from part.crops
+        if part.error:
+            raise part.error
+        if more is None:
+            return
+        part = more.result()
+
+
+def _waveform(sound: Waveform, rate_hz: float, sample_rate_hz: int) -> np.ndarray:
+    """Return a waveform as (samples,) float32 at the model's rate; raises `BadSound`."""
     if isinstance(sound, Mapping):
         if not {"array", "sampling_rate"} <= sound.keys():
             raise BadSound(f"a mapping must have 'array' and 'sampling_rate', got {list(sound)}")

@@ -1,6 +1,7 @@
 """Ops of flap_fast for which PyTorch is slow or inexact. Requires torch; uses triton.
 
-`KERNELS` names every op that has a kernel: what it names is tested, compiled and timed.
+`KERNELS` names every op that has a kernel, and ops again on ragged batches: what it names is
+tested, compiled and timed.
 """
 
 from flap_kernels.cyclic import cyclic
@@ -15,6 +16,8 @@ from flap_kernels.patch_embed import KERNEL as _PATCH_EMBED
 from flap_kernels.patch_embed import patch_embed
 from flap_kernels.patch_mask import KERNEL as _DRAW_PATCH_MASK
 from flap_kernels.patch_mask import PatchMask, draw_patch_mask
+from flap_kernels.ragged import RAGGED as _RAGGED
+from flap_kernels.ragged_patch_mask import KERNEL as _DRAW_RAGGED_PATCH_MASK
 from flap_kernels.ragged_patch_mask import draw_ragged_patch_mask
 from flap_kernels.spec import Kernel
 from flap_kernels.unshuffle_tokens import KERNEL as _UNSHUFFLE_TOKENS
@@ -27,10 +30,12 @@ KERNELS: dict[str, Kernel] = {
     for kernel in (
         _INFONCE,
         _DRAW_PATCH_MASK,
+        _DRAW_RAGGED_PATCH_MASK,
         _GATHER_TOKENS,
         _MASKED_MSE,
         _PATCH_EMBED,
         _UNSHUFFLE_TOKENS,
+        *_RAGGED,
         # one line for each kernel
     )
 }

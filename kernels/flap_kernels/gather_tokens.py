@@ -26,7 +26,8 @@ from flap_kernels.checks import (
 from flap_kernels.launch import ceil_div, jit, runs_triton, tl
 from flap_kernels.patches import clips, strides
 from flap_kernels.spec import Inputs, Kernel, Size
-from flap_kernels.unshuffle_tokens import blocks, clip_rows, spread
+from flap_kernels.unshuffle_tokens import spread
+from flap_kernels.unshuffle_tokens_tiles import blocks, clip_rows
 
 
 def gather_tokens_reference(x: Tensor, ids_keep: Tensor) -> Tensor:

@@ -20,33 +20,16 @@ loss, its eps and its unbiased variance).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from flap_kernels.checks import check_floats, check_shape, check_together
-from flap_kernels.launch import ceil_div, interpreted, runs_triton
-from flap_kernels.masked_mse_tiles import masked_mse_kernel, tiles
-from flap_kernels.patches import (
-    MOST_PIXELS,
-    check_patches,
-    clips,
-    patch_rows,
-    strides,
-)
-from flap_kernels.precision import (
-    accumulator_dtype,
-    add_product,
-    float32_precision,
-    product_dtype,
-)
+from flap_kernels.masked_mse_layer import EPS, Layer
+from flap_kernels.patches import check_patches, clips, patch_rows
+from flap_kernels.precision import accumulator_dtype, add_product, product_dtype
 from flap_kernels.spec import Inputs, Kernel, Size
-
-EPS = 1e-6
 
 
 def masked_mse_reference(
@@ -72,133 +55,10 @@ def masked_mse_reference(
     return error.square().sum() / max(1, error.numel())
 
 
-# A chunk's errors stay in cache until the products that read them: a GPU's L2, a core's L2.
-CHUNK_ROWS = {"cuda": 16_384}
-_CHUNK_ROWS_ELSEWHERE = 4_096
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """Inputs of forward and backward: rows of hidden (B * M, H), their targets and weights."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor
-    mel: Tensor
-    ids_drop: Tensor
-    row_weight: Tensor | None
-    """(B * M,), or None: 1 / (B * M) each."""
-    patch: int
-    norm_pix: bool
-
-    @property
-    def pixels(self) -> int:
-        return self.patch * self.patch
-
-    @property
-    def total_dtype(self) -> torch.dtype:
-        return accumulator_dtype(self.weight.dtype)
-
-    @property
-    def on_triton(self) -> bool:
-        return self.pixels <= MOST_PIXELS and runs_triton(self.hidden, self.weight, self.mel)
-
-    def chunks(self) -> Iterator[slice]:
-        step = CHUNK_ROWS.get(self.hidden.device.type, _CHUNK_ROWS_ELSEWHERE)
-        for first in range(0, len(self.hidden), step):
-            yield slice(first, min(first + step, len(self.hidden)))
-
-    @property
-    def divisor(self) -> int:
-        """What a sum of squares, of weighted rows if there are weights, is divided by."""
-        return self.pixels * (len(self.hidden) if self.row_weight is None else 1)
-
-    def sum_of_squares(self) -> Tensor:
-        if self.on_triton:
-            return self._launch(slice(0, len(self.hidden)), None, None).sum()
-        return torch.stack([self._sum_of_squares(chunk) for chunk in self.chunks()]).sum()
-
-    def _sum_of_squares(self, chunk: slice) -> Tensor:
-        squares = self._errors(chunk).square_()
-        if self.row_weight is None:
-            return squares.sum()
-        return (squares.sum(1) * self.row_weight[chunk].to(self.total_dtype)).sum()
-
-    def prediction_gradient(self, chunk: slice, upstream: Tensor) -> tuple[Tensor, Tensor]:
-        """dprediction of some rows, in the product's dtype, and its column sums before rounding."""
-        product = self.weight.dtype
-        if not self.on_triton:
-            e = self._errors(chunk).mul_(upstream * (2.0 / self.divisor))
-            if self.row_weight is not None:
-                e *= self.row_weight[chunk].to(self.total_dtype)[:, None]
-            return e.to(product), e.sum(0)
-        # The interpreter truncates float32 to bfloat16 where a GPU rounds, so PyTorch rounds there.
-        stored = torch.float32 if interpreted() else product
-        e = self.mel.new_empty((chunk.stop - chunk.start, self.pixels), dtype=stored)
-        sums = self._launch(chunk, upstream, e)
-        return e.to(product), sums.sum(0)
-
-    def _errors(self, chunk: slice) -> Tensor:
-        """e of some rows, in PyTorch: the negative target, then the product added to it."""
-        row = torch.arange(chunk.start, chunk.stop, device=self.ids_drop.device)
-        n = self.ids_drop.flatten()[chunk].long()
-        x = patch_rows(self.mel, row // self.ids_drop.shape[1], n, self.patch).to(self.total_dtype)
-        bias = self.bias.to(self.total_dtype)
-        if self.norm_pix:
-            # layer_norm's variance is the biased one: unbiased * ratio.
-            ratio = (self.pixels - 1) / self.pixels
-            minus = torch.full_like(bias, -(ratio**0.5))
-            e = F.layer_norm(x, (self.pixels,), minus, bias, EPS * ratio)
-        else:
-            e = bias - x
-        return add_product(e, self.hidden[chunk].to(self.weight.dtype), self.weight.T)
-
-    def _launch(self, chunk: slice, upstream: Tensor | None, error: Tensor | None) -> Tensor:
-        """Launch; returns each program's sum of squares, or with `error` its column sums."""
-        rows = chunk.stop - chunk.start
-        tile = tiles(self.pixels, self.weight.dtype, float32_precision())
-        programs = ceil_div(rows, tile["BLOCK_ROWS"])
-        shape = (programs,) if error is None else (programs, self.pixels)
-        sums = self.mel.new_empty(shape, dtype=torch.float32)
-        # Absent pointers get a dummy tensor; the kernel never reads it.
-        row_weight = sums.new_empty(1) if self.row_weight is None else self.row_weight
-        masked_mse_kernel[(programs,)](
-            self.hidden,
-            self.weight,
-            self.bias,
-            self.mel,
-            self.ids_drop,
-            row_weight,
-            sums if upstream is None else upstream,
-            sums,
-            sums if error is None else error,
-            chunk.start,
-            rows,
-            self.ids_drop.shape[1],
-            self.hidden.shape[1],
-            self.mel[0].numel() // self.pixels,
-            self.mel.shape[2] // self.patch,
-            2.0 / self.divisor,
-            **strides("h", "rh", self.hidden),
-            **strides("w", "ph", self.weight),
-            **strides("b", "p", self.bias),
-            **strides("m", "btf", self.mel),
-            **strides("d", "bm", self.ids_drop),
-            **strides("v", "r", row_weight),
-            P=self.patch,
-            NORM_PIX=self.norm_pix,
-            EPS=EPS,
-            HAS_WEIGHT=self.row_weight is not None,
-            BACKWARD=error is not None,
-            UPCAST=interpreted(),
-            **tile,
-        )
-        return sums
-
-
-def _layer(hidden, weight, bias, mel, ids_drop, row_weight, patch, norm_pix) -> _Layer:
-    flat = None if row_weight is None else row_weight.flatten()
-    return _Layer(hidden.flatten(0, 1), weight, bias, mel, ids_drop, flat, patch, norm_pix)
+def _layer(hidden, weight, bias, mel, ids_drop, row_weight, patch, norm_pix) -> Layer:
+    if row_weight is not None:
+        row_weight = row_weight.flatten().to(accumulator_dtype(weight.dtype))
+    return Layer(hidden.flatten(0, 1), weight, bias, mel, ids_drop, row_weight, patch, norm_pix)
 
 
 @torch.library.custom_op("flap_kernels::masked_mse", mutates_args=())

@@ -18,19 +18,12 @@ from flap_kernels.patches import load_index, load_patches
 
 
 @jit
-def _row_weight(row_weight_ptr, row, mask_row, stride_vr):
-    at = row_weight_ptr + row.to(tl.int64) * stride_vr
-    return tl.load(at, mask=mask_row, other=0.0).to(tl.float32)
-
-
-@jit
 def masked_mse_kernel(
     hidden_ptr,
     weight_ptr,
     bias_ptr,
     mel_ptr,
     ids_drop_ptr,
-    row_weight_ptr,
     upstream_ptr,
     sums_ptr,
     error_ptr,
@@ -51,19 +44,21 @@ def masked_mse_kernel(
     stride_mf,
     stride_db,
     stride_dm,
-    stride_vr,
     P: tl.constexpr,
     PIXELS: tl.constexpr,
     NORM_PIX: tl.constexpr,
     EPS: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
+    BY_ROW: tl.constexpr,
     BACKWARD: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Compute the sum of squares, or e scaled, of rows `first` to `first + rows` of all B * M."""
+    """Compute the sum of squares, or e scaled, of rows `first` to `first + rows` of all B * M.
+
+    BY_ROW: a sum for each row; or, backward, `upstream` has a scaled gradient for each.
+    """
     pid = tl.program_id(0)
     offs_row = pid * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     offs_p = tl.arange(0, PIXELS)
@@ -102,18 +97,17 @@ def masked_mse_kernel(
     e = tl.where(mask, e - x, 0.0)
 
     if BACKWARD:
-        # dprediction = upstream * scale * row_weight * e; its column sums are dbias
-        e = e * (tl.load(upstream_ptr) * scale)
-        if HAS_WEIGHT:
-            e *= _row_weight(row_weight_ptr, row, mask_row, stride_vr)[:, None]
+        # dprediction = upstream * scale * e; its column sums are dbias
+        if BY_ROW:
+            e *= tl.load(upstream_ptr + offs_row, mask=mask_row, other=0.0)[:, None]
+        else:
+            e = e * (tl.load(upstream_ptr) * scale)
         tl.store(sums_ptr + pid.to(tl.int64) * (P * P) + offs_p, tl.sum(e, axis=0), mask=mask_p)
         at = (error_ptr + offs_row.to(tl.int64) * (P * P))[:, None] + offs_p[None, :]
         tl.store(at, e.to(error_ptr.dtype.element_ty), mask=mask)
-    elif HAS_WEIGHT:
-        # sum of row_weight * e**2 over this tile
-        squares = tl.sum(e * e, axis=1)
-        squares *= _row_weight(row_weight_ptr, row, mask_row, stride_vr)
-        tl.store(sums_ptr + pid, tl.sum(squares))
+    elif BY_ROW:
+        # sum of e**2 over each row
+        tl.store(sums_ptr + offs_row, tl.sum(e * e, axis=1), mask=mask_row)
     else:
         # sum of e**2 over this tile
         tl.store(sums_ptr + pid, tl.sum(e * e))

@@ -28,6 +28,7 @@ from flap_kernels.checks import check_integers, check_shape
 from flap_kernels.launch import runs_triton
 from flap_kernels.patch_mask import PatchMask, blocks, draw_patch_mask_kernel, lowest
 from flap_kernels.philox import LOW, philox_words
+from flap_kernels.spec import Inputs, Kernel, Size
 
 
 def draw_ragged_patch_mask_reference(
@@ -54,7 +55,7 @@ def draw_ragged_patch_mask_reference(
     b = torch.arange(len(C), device=C.device).repeat_interleave(C, output_size=sum(columns))
     c = torch.arange(len(b), device=C.device) - (C.cumsum(0) - C)[b]
     order = (~stay[b, c]).flatten().to(torch.uint8).argsort(stable=True)
-    return PatchMask(order[None, :K].clone(), order[None, K:].clone(), order.argsort()[None])
+    return PatchMask(order[:K].clone()[None], order[K:].clone()[None], order.argsort()[None])
 
 
 @torch.library.custom_op("flap_kernels::draw_ragged_patch_mask", mutates_args=())
@@ -87,7 +88,7 @@ def _draw_ragged_patch_mask(
         sample_index.stride(0),
         longest,
         rows,
-        0,
+        0,  # of each clip, from the table
         keep_rows or rows,
         mask[2].shape[1],
         mask[0].shape[1],
@@ -167,13 +168,50 @@ def draw_ragged_patch_mask(
     if rows < 1:
         raise ValueError(f"rows must be at least 1, got {rows}")
     for b, (C, k) in enumerate(zip(columns, keep_columns, strict=True)):
+        if C < 1:
+            raise ValueError(f"columns must be at least 1, got {C} for clip {b}")
         if not 1 <= k <= C:
-            raise ValueError(
-                f"keep_columns must be in [1, columns], got {k} of {C} columns for clip {b}"
-            )
+            raise ValueError(f"keep_columns must be in [1, {C}] for clip {b}, got {k}")
     if keep_rows is not None and not 1 <= keep_rows <= rows:
         raise ValueError(f"keep_rows must be None or in [1, {rows}], got {keep_rows}")
     if not all(0 <= stream < 1 << 31 for stream in streams):
         raise ValueError(f"streams must be in [0, 2**31), got {streams}")
     counts = (columns, rows, keep_columns, keep_rows, shared)
     return PatchMask(*_draw_ragged_patch_mask(sample_index, seed, *streams, *counts))
+
+
+def ragged_sizes(size: Size) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
+    """Test sizes: the columns of each clip, the rows, and how many columns of each clip stay.
+
+    `paper` has as many clips as published, of 1 to 64 columns where those have 64 each.
+    """
+    if size == "edge":
+        return (1, 2), 1, (1, 1)
+    if size == "odd":  # two clips that drop no column, and lengths that are far apart
+        return (1, 13, 187, 2), 5, (1, 10, 100, 2)
+    columns = tuple(1 + b * 64 // 288 for b in range(288))
+    return columns, 8, tuple(max(1, 4 * C // 5) for C in columns)
+
+
+def _inputs(size: Size, generator: torch.Generator) -> Inputs:
+    columns, rows, keep_columns = ragged_sizes(size)
+    draw = {"generator": generator, "device": generator.device}
+    arguments = {
+        "sample_index": torch.randint(0, 1 << 40, (len(columns),), **draw),
+        "seed": int(torch.randint(0, 1 << 32, (), **draw)),
+        "streams": (3, 4),
+        "columns": columns,
+        "rows": rows,
+        "keep_columns": keep_columns,
+        "keep_rows": {"edge": 1, "odd": 4, "paper": 6}[size],
+        "shared": bool(torch.rand((), **draw) < 0.5),
+    }
+    return Inputs(arguments, differentiable=())
+
+
+KERNEL = Kernel(
+    name="draw_ragged_patch_mask",
+    op=draw_ragged_patch_mask,
+    reference=draw_ragged_patch_mask_reference,
+    inputs=_inputs,
+)

@@ -23,8 +23,11 @@ from triton.runtime import jit
 
 from bench.machine_code import specialised
 from bench.programs import ARCHES, PAPER, VARIANTS, Arch
-from flap_kernels import KERNELS, launch, masked_mse
+from flap_kernels import KERNELS, launch, masked_mse_layer
+from flap_kernels.ragged_patch_mask import ragged_sizes
 from flap_kernels.spec import Kernel
+
+COLUMNS, _, KEEP_COLUMNS = ragged_sizes("paper")
 
 # What a kernel's own inputs leave out.
 CALLS: dict[str, list[dict[str, Any]]] = {
@@ -33,6 +36,15 @@ CALLS: dict[str, list[dict[str, Any]]] = {
         {"shared": True},
         {"shared": False},
         {"grid": (512, 1), "columns": 307, "rows": None},
+    ],
+    "draw_ragged_patch_mask": [
+        {"shared": True},
+        {
+            "columns": [8 * C for C in COLUMNS],
+            "rows": 1,
+            "keep_columns": [6 * k for k in KEEP_COLUMNS],
+            "keep_rows": None,
+        },
     ],
 }
 
@@ -129,8 +141,7 @@ def compare(arch: Arch) -> dict[str, Any]:
     found = note_launches(arch)
     torch.Tensor.is_cuda = property(lambda self: True)  # type: ignore[assignment]
     launch._capability = lambda device: arch  # type: ignore[assignment]
-    masked_mse_module = sys.modules[masked_mse.__module__]
-    masked_mse_module.CHUNK_ROWS["cpu"] = masked_mse_module.CHUNK_ROWS["cuda"]
+    masked_mse_layer.CHUNK_ROWS["cpu"] = masked_mse_layer.CHUNK_ROWS["cuda"]
     programs, launches = {}, {}
     with FakeTensorMode(), Launched():
         for name, kernel in KERNELS.items():

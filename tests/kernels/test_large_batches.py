@@ -48,3 +48,21 @@ def test_log_mels_far_apart(draw, device):
     hidden, back = draw(B, 2, 8), draw(4)
     found = masked_mse(hidden, weight.T, back, far_apart(mel), index, norm_pix=True)
     assert torch.equal(found, masked_mse(hidden, weight.T, back, mel, index, norm_pix=True))
+
+
+def test_a_ragged_batch_of_frames_and_tokens_far_apart(draw, device):
+    """One clip, as clips end to end are, whose last frame, token and position begin at 2**31."""
+    mel, x, position = draw(B, 4), draw(B, 4), draw(B, 8)
+    ids_keep = torch.tensor([[0, 7, 4 * B - 1]], device=device)
+    index = torch.tensor([[0, 2, B - 1]], device=device)
+    weight, bias, token = draw(8, 1), draw(8), draw(4)
+    found = patch_embed(far_apart(mel)[None], ids_keep, weight, bias, far_apart(position), index)
+    assert torch.equal(found, patch_embed(mel[None], ids_keep, weight, bias, position, index))
+    ids_restore = torch.tensor([[4, 0, 5, 2, 1, 3]], device=device)
+    added, index = draw(B, 4), torch.tensor([[4, 4, 0, 3, 1, 2]], device=device)
+    found = unshuffle_tokens(far_apart(x)[None], ids_restore, token, far_apart(added), index)
+    assert torch.equal(found, unshuffle_tokens(x[None], ids_restore, token, added, index))
+    hidden, back = draw(1, 3, 8), draw(1)
+    rest = {"row_weight": torch.tensor([[1.0, 2, 3]], device=device), "norm_pix": False}
+    found = masked_mse(hidden, weight.T, back, far_apart(mel)[None], ids_keep, **rest)
+    assert torch.equal(found, masked_mse(hidden, weight.T, back, mel[None], ids_keep, **rest))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from flap_kernels import masked_mse
+from flap_kernels import masked_mse, masked_mse_layer
 from flap_kernels.masked_mse import masked_mse_reference
 from tests.closeness import assert_as_exact
 
@@ -110,10 +109,38 @@ def test_an_index_out_of_range_is_not_passed_over_in_silence(device):
     assert loss.isnan()
 
 
+def test_rows_are_weighted_by_hand(device):
+    arguments = by_hand(device)
+    arguments["hidden"] = torch.tensor([[[2.0], [2.0]]], device=device)
+    arguments["ids_drop"] = torch.tensor([[0, 1]], device=device)
+    arguments["row_weight"] = torch.tensor([[2.0, 0.5]], device=device)
+    # Patch 0 is 9 four times, predicted as 1: 64. Patch 1, as above: 30 / 4.
+    loss, by_hidden, by_weight, by_bias = loss_and_gradients(masked_mse, arguments, norm_pix=False)
+    assert loss.item() == 2 * 64 + 0.5 * 30 / 4
+    errors = [[-8.0] * 4, [0.0, -1, -2, -5]]
+    per_pixel = [[2 * w * e / 4 for e in row] for w, row in zip((2, 0.5), errors, strict=True)]
+    assert by_bias.tolist() == [a + b for a, b in zip(*per_pixel, strict=True)]
+    assert by_weight.flatten().tolist() == [2 * (a + b) for a, b in zip(*per_pixel, strict=True)]
+    assert by_hidden.flatten().tolist() == [0.25 * sum(row) for row in per_pixel]
+
+
+def test_equal_weights_are_the_mean(device):
+    arguments = draw(device)
+    mean = loss_and_gradients(masked_mse, arguments, norm_pix=True)
+    arguments["row_weight"] = torch.full((3, 4), 1 / 12, device=device)
+    for found, expected in zip(
+        loss_and_gradients(masked_mse, arguments, norm_pix=True), mean, strict=True
+    ):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("empty", ["patches", "clips"])
-def test_nothing_masked_is_no_loss_and_no_gradient(empty, device):
+def test_nothing_masked_is_no_loss_and_no_gradient(empty, weighted, device):
     arguments = draw(device)
     cut = (slice(0, 0),) if empty == "clips" else (slice(None), slice(0, 0))
+    if weighted:
+        arguments["row_weight"] = torch.ones(3, 4, device=device)[cut]
     arguments["hidden"], arguments["ids_drop"] = (
         arguments["hidden"][cut],
         arguments["ids_drop"][cut],
@@ -127,12 +154,14 @@ def test_nothing_masked_is_no_loss_and_no_gradient(empty, device):
         assert not gradient.any()
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("norm_pix", [True, False])
-def test_chunks_of_rows_make_no_difference(norm_pix, monkeypatch, device):
+def test_chunks_of_rows_make_no_difference(norm_pix, weighted, monkeypatch, device):
     arguments = draw(device, B=5, M=6)
+    if weighted:
+        arguments["row_weight"] = torch.arange(30.0, device=device).view(5, 6)
     whole = loss_and_gradients(masked_mse, arguments, upstream=3.0, norm_pix=norm_pix)
-    module = sys.modules["flap_kernels.masked_mse"]  # its name in the package is the function's
-    monkeypatch.setattr(module, "CHUNK_ROWS", {"cpu": 7, "cuda": 7})
+    monkeypatch.setattr(masked_mse_layer, "CHUNK_ROWS", {"cpu": 7, "cuda": 7})
     chunked = loss_and_gradients(masked_mse, arguments, upstream=3.0, norm_pix=norm_pix)
     for found, expected in zip(chunked, whole, strict=True):
         torch.testing.assert_close(found, expected)
@@ -195,6 +224,12 @@ def test_compiles_whole_with_its_gradients(device):
         ({"weight": torch.zeros(255, 20)}, r"P \* P pixels, got 255"),
         ({"bias": torch.zeros(255)}, r"bias must be \(P \* P,\)"),
         ({"ids_drop": torch.zeros(3, 4)}, "ids_drop must be int32 or int64"),
+        ({"row_weight": torch.zeros(3)}, r"row_weight must be \(B, M\) = \(3, 4\)"),
+        ({"row_weight": torch.zeros(3, 4, dtype=torch.int64)}, "row_weight must be float"),
+        (
+            {"row_weight": torch.zeros(3, 4, requires_grad=True)},
+            "row_weight must not require a gradient",
+        ),
     ],
 )
 def test_what_cannot_be_compared_is_refused(change, message):

@@ -81,6 +81,32 @@ def test_gradients_by_hand(device):
     ]
 
 
+def test_positions_may_be_named_and_repeat(device):
+    mel = numbers([BY_PATCH], device)
+    weight, bias = numbers([[1.0, 1, 1, 1]], device), numbers([0.5], device)
+    position = numbers([[1000.0], [2000.0], [3000.0]], device).requires_grad_()
+    index = numbers([[2, 0, 2]], device).int()
+    found = patch_embed(mel, numbers([[1, 2, 4]], device), weight, bias, position, index)
+    assert found.flatten().tolist() == [3008.5, 1012.5, 3020.5]
+    (by_position,) = torch.autograd.grad(found, position, numbers([[[1.0], [10], [100]]], device))
+    assert by_position.flatten().tolist() == [10, 0, 101]
+
+
+@pytest.mark.parametrize("outside", [6, -1])
+def test_a_position_out_of_range_is_not_passed_over_in_silence(device, outside):
+    arguments = draw(device)
+    clean = patch_embed(**arguments)
+    arguments["position_index"] = arguments["ids_keep"].clone()
+    arguments["position_index"][1, 2] = outside
+    try:
+        found = patch_embed(**arguments)
+    except IndexError:
+        return
+    assert found[1, 2].isnan().all()
+    found[1, 2] = clean[1, 2]
+    assert torch.equal(found, clean)
+
+
 def test_dropped_patches_are_not_read(device):
     arguments = draw(device)
     clean = patch_embed(**arguments)
@@ -219,6 +245,11 @@ def test_compiles_whole_with_its_gradients_under_autocast(device):
         ({"ids_keep": torch.zeros(3, 4)}, "ids_keep must be int32 or int64"),
         ({"bias": torch.zeros(23)}, r"bias must be \(D,\)"),
         ({"position": torch.zeros(5, 24)}, r"position must be \(N, D\) = \(6, 24\)"),
+        ({"position_index": torch.zeros(3, 4)}, "position_index must be int32 or int64"),
+        (
+            {"position_index": torch.zeros(3, 5, dtype=torch.int64)},
+            r"position_index must be the shape of ids_keep = \(3, 4\)",
+        ),
     ],
 )
 def test_what_cannot_be_embedded_is_refused(change, message):

@@ -54,6 +54,30 @@ def test_dropped_places_get_the_mask_token_and_all_their_position(device):
     assert by_position[..., 0].tolist() == [1 + 4, 2 + 5, 3 + 6]
 
 
+def test_positions_may_be_named_and_repeat(device):
+    y, token = leaf([[[1.0], [2.0]], [[3.0], [4.0]]], device), leaf([10.0], device)
+    position = leaf([[100.0], [200.0], [300.0], [400.0]], device)
+    index = torch.tensor([[0, 0, 3], [3, 1, 0]], device=device, dtype=torch.int32)
+    found = unshuffle_tokens(y, torch.tensor(RESTORE, device=device), token, position, index)
+    assert found[..., 0].tolist() == [[101, 110, 402], [410, 203, 104]]
+    upstream = torch.tensor([[[1.0], [2.0], [3.0]], [[4.0], [5.0], [6.0]]], device=device)
+    (by_position,) = torch.autograd.grad(found, position, upstream)
+    assert by_position[:, 0].tolist() == [1 + 2 + 6, 5, 0, 3 + 4]
+
+
+@pytest.mark.parametrize("outside", [3, -1])
+def test_a_position_out_of_range_is_not_passed_over_in_silence(device, outside):
+    y, token = leaf([[[1.0], [2.0]], [[3.0], [4.0]]], device), leaf([10.0], device)
+    position = leaf([[100.0], [200.0], [300.0]], device)
+    index = torch.tensor([[0, 1, 2], [0, outside, 2]], device=device)
+    try:
+        found = unshuffle_tokens(y, torch.tensor(RESTORE, device=device), token, position, index)
+    except IndexError:
+        return
+    assert found[1, 1].isnan().all()
+    assert found.isnan().sum() == 1
+
+
 def test_restoring_what_was_kept_is_the_identity_where_nothing_is_dropped(device):
     x = leaf(X, device)
     order = torch.tensor([[2, 0, 1], [1, 0, 2]], device=device)
@@ -151,6 +175,15 @@ def test_compiles_whole_with_its_gradients(backend, device):
         ({"mask_token": torch.zeros(3)}, r"mask_token must be \(D,\)"),
         ({"position": torch.zeros(2, 2)}, r"position must be \(N, D\)"),
         ({"position": torch.zeros(3, 2, dtype=torch.int64)}, "position must be float"),
+        ({"position_index": torch.zeros(2, 3)}, "position_index must be int32 or int64"),
+        (
+            {"position_index": torch.zeros(2, 2, dtype=torch.int64)},
+            r"position_index must be the shape of ids_restore = \(2, 3\)",
+        ),
+        (
+            {"position": None, "position_index": torch.zeros(2, 3, dtype=torch.int64)},
+            "position_index must be None without position",
+        ),
     ],
 )
 def test_what_cannot_be_restored_is_refused(change, message):

@@ -9,16 +9,20 @@ import signal
 import subprocess
 import sys
 import threading
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 
 from flap_fast.data.preprocess.waveform import read_sound
 from flap_fast.data.shards import ShardError, open_shards, pack
 from flap_fast.files import ManifestError
+from flap_fast.preparation.encoding import FlacEncoder
+from flap_fast.preparation.manifest import Entry
 from flap_fast.preparation.prepare import ahead, prepare
 from flap_fast.preparation.shard_tasks import Prepared
 from flap_fast.preparation.sources import SOURCES
@@ -352,12 +356,32 @@ def test_work_that_nobody_wants_any_more_is_not_begun():
     assert len(begun) <= 2
 
 
+@pytest.mark.parametrize(("start_s", "duration_s"), [(0.0, None), (180.0, 10.0)])
+def test_a_recording_is_encoded_in_the_memory_of_its_flac(tmp_path, start_s, duration_s):
+    """Four minutes of 48 kHz stereo: 92 MB as samples."""
+    file = tmp_path / "r.wav"
+    second = np.tile(tone(300, 1.0, 48_000)[:, None], (1, 2))
+    with soundfile.SoundFile(file, "w", 48_000, 2) as f:
+        for _ in range(240):
+            f.write(second)
+    encoder = FlacEncoder(RATE)
+    entry = Entry(1, file, ["a tone"], "r", start_s=start_s, duration_s=duration_s)
+    tracemalloc.start()
+    try:
+        _, flac = encoder.encode(entry)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(read_sound(flac, RATE)) == RATE * (duration_s or 240)
+    assert peak < 2.5 * len(flac) + 8 * 2**20
+
+
 def test_an_error_that_is_not_a_sounds_stops_everything(corpus, tmp_path, monkeypatch):
     """A bug or a lack of memory is not written down as a bad clip."""
 
     def broken(*_, **__):
         raise MemoryError("no memory")
 
-    monkeypatch.setattr("flap_fast.preparation.encoding.read_sound", broken)
+    monkeypatch.setattr("flap_fast.preparation.encoding.read_blocks", broken)
     with pytest.raises(MemoryError):
         prepare(corpus, tmp_path, show=False)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from flap_fast.data.preprocess.waveform import Unread, read_sound
+from flap_fast.data.preprocess.waveform import Unread, read_pieces
 from flap_fast.model.model_folder import save_model
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.preparation.shard_tasks import ShardRange
@@ -160,14 +160,14 @@ def test_another_model_crop_or_batch_embeds_all_again(checkpoint, sounds, tmp_pa
 def test_a_chunk_with_a_sound_that_the_system_failed_to_read_is_pending(
     checkpoint, sounds, tmp_path, monkeypatch
 ):
-    def refusing(file: Path, rate: int):
+    def refusing(file: Path, *rest):
         if file.name == "06.wav":
             raise Unread("unreadable: System error.")
-        return read_sound(file, rate)
+        return read_pieces(file, *rest)
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr("flap_fast.tools.sounds.read_sound", refusing)
+        patch.setattr("flap_fast.tools.sounds.read_pieces", refusing)
         assert run(checkpoint, sounds, out) == Embedded(8, 4)
     assert "06.wav" in {Path(name).name for name in names(out / "rejected.jsonl")}
     watch = Progress()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 from flap_fast.checks import ConfigError
+from flap_fast.data.preprocess import waveform
 from flap_fast.data.preprocess.waveform import BadSound
 from flap_fast.data.tokenize import tokenizer
 from flap_fast.model.two_towers import TwoTowers
@@ -136,8 +139,55 @@ def test_a_million_sounds_are_decoded_as_they_are_needed(
 @pytest.mark.parametrize("crop", ["center", "multi:3", "whole"])
 def test_a_crop_does_not_keep_its_recording_in_memory(embedder: Embedder, crop: str):
     recording = (np.ones(16_000 * 60, np.float32), RATE)
-    crops = crops_of(recording, 0, RATE, crop, embedder.config)
-    assert all(wave.base is None and len(wave) == RATE for wave in crops)
+    crops = list(crops_of(recording, 0, RATE, crop, embedder.config))
+    assert crops
+    for wave in crops:
+        owner = wave if wave.base is None else wave.base
+        assert (len(wave), owner.nbytes) == (RATE, wave.nbytes)
+
+
+@pytest.fixture(scope="module", params=["WAV", "OGG"])
+def recording(tmp_path_factory: pytest.TempPathFactory, request) -> Path:
+    """Four minutes of 48 kHz stereo, 92 MB as samples: a format that is sought in, and another."""
+    file = tmp_path_factory.mktemp("recording") / f"r.{request.param.lower()}"
+    minute = np.tile(chirp(200, 2000, 1.0, 48_000)[:, None], (60, 2))
+    with soundfile.SoundFile(file, "w", 48_000, 2, format=request.param) as f:
+        for _ in range(4):
+            for second in np.split(minute, 60):  # Vorbis' encoder fails on much at once
+                f.write(second)
+    return file
+
+
+@pytest.mark.parametrize("crop", ["center", "multi:4", "whole"])
+def test_memory_does_not_grow_with_a_recording(
+    embedder: Embedder, recording: Path, crop: str, monkeypatch
+):
+    monkeypatch.setattr(waveform, "_KEPT", 2**18)
+    embedder.embed_audio([WAVE])
+    tracemalloc.start()
+    try:
+        rows = embedder.embed_audio([recording], batch=16, crop=crop)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert same(rows.norm(dim=1), torch.ones(1))
+    assert peak < 16 * 2**20
+
+
+def test_a_sound_that_breaks_off_leaves_the_others_their_rows(embedder: Embedder, tmp_path: Path):
+    """Its first crops are in a batch with theirs when the error shows."""
+    data = bytearray(encode(noise(0, 60.0, RATE), RATE))
+    middle = len(data) // 2
+    data[middle : middle + 40_000] = bytes(40_000)
+    (tmp_path / "bad.flac").write_bytes(data)
+    waves = [tone(300 + 50 * n, 1.0, RATE) for n in range(3)]
+    good = embedder.embed_audio(waves)
+    found = embedder.embed_each([waves[0], tmp_path / "bad.flac", *waves[1:]], 4, crop="whole")
+    first, bad, *others = found
+    assert isinstance(bad, BadSound)
+    assert "bad.flac: unreadable: " in str(bad)
+    rows = [row for row in (first, *others) if isinstance(row, torch.Tensor)]
+    assert same(torch.stack(rows), good)
 
 
 def test_long_sounds_are_cropped_as_asked(embedder: Embedder):

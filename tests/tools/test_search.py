@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flap_fast.checks import ConfigError
-from flap_fast.data.preprocess.waveform import Unread, read_sound
+from flap_fast.data.preprocess.waveform import Unread, read_pieces
 from flap_fast.data.tokenize import tokenizer
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.tools.embedder import Embedder
@@ -134,13 +134,13 @@ def test_only_what_is_new_or_changed_is_embedded(sounds: Path, embedder: Embedde
 def test_what_the_system_does_not_let_us_read_is_tried_again(
     sounds: Path, embedder: Embedder, tmp_path: Path, monkeypatch
 ):
-    def refusing(file: Path, rate: int):
+    def refusing(file: Path, *rest):
         if file.name == "b.FLAC":
             raise Unread("unreadable: System error.")
-        return read_sound(file, rate)
+        return read_pieces(file, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr("flap_fast.tools.sounds.read_sound", refusing)
+        patch.setattr("flap_fast.tools.sounds.read_pieces", refusing)
         index, _ = update(tmp_path / "index", embedder, [sounds])
         assert [Path(file.path).name for file in index.rejected] == ["b.FLAC", "broken.mp3"]
         assert update(tmp_path / "index", embedder, [sounds])[1] == 1

@@ -1,46 +1,45 @@
-"""One sound file or its bytes -> one mono waveform at a given rate (CPU, NumPy).
+"""One sound file or its bytes -> one mono waveform at a given rate, or pieces of it (CPU, NumPy).
 
 The reference implementation of what DALI decodes; `prepare` and evaluation of plain files use it as
-well. Files: whatever libsndfile reads (WAV, FLAC, OGG, MP3).
+well.
 """
 
 from __future__ import annotations
 
-import io
-import os
-from pathlib import Path
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
-import soundfile
 import soxr
 
 from flap_fast.config import Audio, Fusion
+from flap_fast.data.preprocess.resampling import entry, resampled, resampled_length
+from flap_fast.data.preprocess.sound_file import BadSound as BadSound
+from flap_fast.data.preprocess.sound_file import (
+    Source,
+    mono,
+    open_sound,
+    seeks,
+    seeks_exactly,
+)
+from flap_fast.data.preprocess.sound_file import Unread as Unread
+from flap_fast.data.preprocess.sound_file import Unusable as Unusable
 
-# Frames read at a time: a header may claim any number, but memory is only used for real ones.
-_BLOCK = 2**20
+# Samples of a sound that are kept while its length is unknown: 16 MiB.
+_KEPT = 2**22
 
-
-class Unusable(ValueError):
-    """A clip that cannot be used, and the reason."""
-
-
-class BadSound(Unusable):
-    """A sound that cannot be used, and the reason."""
-
-
-class Unread(BadSound):
-    """A sound that the system failed to read; a retry may succeed."""
-
-
-# libsndfile's code for it.
-_SYSTEM = 2
+# A gap between pieces, in samples, from which seeking is faster than reading on.
+_FAR = 2**16
 
 
 def decode_clip(
     encoded: bytes, position: float, audio: Audio, fusion: Fusion | None = None
 ) -> np.ndarray:
     """A clip decoded, cropped and filled, (samples,) float32; raises `BadSound`."""
-    return crop_and_fill(read_sound(encoded, audio.sample_rate_hz), position, audio, fusion)
+    longest = (fusion or Fusion()).longest(audio)
+    return crop_and_fill(
+        read_crop(encoded, audio.sample_rate_hz, longest, position), 0.0, audio, fusion
+    )
 
 
 def crop_and_fill(
@@ -52,7 +51,7 @@ def crop_and_fill(
 
 
 def read_sound(
-    source: Path | bytes,
+    source: Source,
     sample_rate_hz: int,
     *,
     start_s: float = 0.0,
@@ -64,42 +63,130 @@ def read_sound(
         BadSound: unreadable, empty, or not finite.
         Unread: missing, or refused by the system.
     """
-    if isinstance(source, Path) and not os.path.isfile(source):  # a name may be too long to ask
-        raise Unread("missing: no such file")
-    # As bytes, for names that are no UTF-8: soundfile cannot encode them.
-    file = io.BytesIO(source) if isinstance(source, bytes) else os.fsencode(source)
-    try:
-        with _Forward(file) as f:  # type: ignore[arg-type] - takes bytes, says str
-            rate = f.samplerate
-            f.seek(min(round(start_s * rate), f.frames))
-            wave = _blocks(f, f.frames if duration_s is None else round(duration_s * rate))
-    except soundfile.LibsndfileError as error:
-        kind = Unread if error.code == _SYSTEM else BadSound
-        raise kind(f"unreadable: {error.error_string}") from None
-    except (OSError, RuntimeError, TypeError) as error:  # TypeError: x.raw, which has no header
-        kind = Unread if isinstance(error, OSError) else BadSound
-        raise kind(f"unreadable: {error}") from None
-    return mono_at(wave, rate, sample_rate_hz)
+    return joined(read_blocks(source, sample_rate_hz, start_s=start_s, duration_s=duration_s))
 
 
-class _Forward(soundfile.SoundFile):
-    """A file that is only read forward.
+def joined(blocks: Iterable[np.ndarray]) -> np.ndarray:
+    """Join (n,) float32 blocks, in hardly more memory than the result takes."""
+    wave = bytearray()  # grows in place
+    for block in blocks:
+        wave += block.data
+    return np.frombuffer(wave, np.float32)
 
-    soundfile seeks to the end of each read, if it can: MP3 then loses what it kept of the frame
-    before, and FLAC with a wrong length fails.
+
+def read_blocks(
+    source: Source,
+    sample_rate_hz: int,
+    *,
+    start_s: float = 0.0,
+    duration_s: float | None = None,
+) -> Iterator[np.ndarray]:
+    """Yield the waveform of `read_sound` in blocks, none of them empty; raises what it raises."""
+    found = False
+    with open_sound(source) as file:
+        rate = file.samplerate
+        if start_s:
+            file.skip(round(start_s * rate), seek=seeks(source))
+        frames = file.frames if duration_s is None else round(duration_s * rate)
+        for block in resampled(file.mono_blocks(frames), rate, sample_rate_hz):
+            found = found or len(block) > 0
+            if len(block):
+                yield block
+    if not found:
+        raise BadSound("empty: no samples")
+
+
+Starts = Callable[[int], Sequence[int]]
+"""The first sample of each piece of a sound with so many samples, in ascending order."""
+
+
+def read_pieces(
+    source: Source, sample_rate_hz: int, samples: int, starts: Starts
+) -> Iterator[np.ndarray]:
+    """Yield `samples` of the waveform of `read_sound` from each start, or those up to the end.
+
+    Of a WAV or FLAC whose length is true, and that is longer than a piece, only what the pieces
+    need is read: what cannot be read elsewhere goes unnoticed, and resampling differs by rounding.
+    Other files are read forward, twice if they are long and `starts` needs the length first.
+
+    Memory: a few blocks, a piece, and for files of unknown length 16 MiB.
+
+    Raises:
+        BadSound: as `read_sound`, also after some of the pieces.
     """
+    with open_sound(source) as file:
+        length = resampled_length(file.frames, file.samplerate, sample_rate_hz)
+    if length > samples and seeks_exactly(source):
+        with open_sound(source) as file:
+            rate, frames = file.samplerate, file.frames
 
-    def seekable(self) -> bool:
-        return False
+            def blocks(frame: int) -> Iterator[np.ndarray]:
+                file.seek(frame)
+                return resampled(file.mono_blocks(frames - frame), rate, sample_rate_hz)
+
+            def frame_before(sample: int) -> tuple[int, int]:
+                return entry(sample, rate, sample_rate_hz)
+
+            yield from _pieces(blocks, frame_before, samples, starts(length), length)
+        return
+    length, wave = _length(source, sample_rate_hz)
+    if wave is None:
+        forward = read_blocks(source, sample_rate_hz)
+        yield from _pieces(lambda _: forward, lambda _: (0, 0), samples, starts(length), length)
+    else:
+        yield from (wave[start : start + samples].copy() for start in starts(length))
 
 
-def _blocks(file: _Forward, frames: int) -> np.ndarray:
-    """(samples, channels) float32: at most `frames` from the current position, up to the end."""
-    blocks: list[np.ndarray] = []
-    while not blocks or (frames and len(blocks[-1]) == _BLOCK):
-        blocks.append(file.read(min(frames, _BLOCK), dtype="float32", always_2d=True))
-        frames -= len(blocks[-1])
-    return np.concatenate(blocks)
+def read_crop(source: Source, sample_rate_hz: int, samples: int, position: float) -> np.ndarray:
+    """Return `crop` of the waveform of `read_sound`; reads and raises as `read_pieces`."""
+
+    def starts(length: int) -> list[int]:
+        return [crop_start(length, samples, position)]
+
+    (wave,) = read_pieces(source, sample_rate_hz, samples, starts)
+    return wave
+
+
+def _length(source: Source, sample_rate_hz: int) -> tuple[int, np.ndarray | None]:
+    """The number of samples, and the waveform itself unless it has more than `_KEPT`."""
+    length, wave = 0, bytearray()
+    for block in read_blocks(source, sample_rate_hz):
+        length += len(block)
+        if length > _KEPT:
+            wave.clear()
+        else:
+            wave += block.data
+    return length, np.frombuffer(wave, np.float32) if length <= _KEPT else None
+
+
+def _pieces(
+    blocks_from: Callable[[int], Iterator[np.ndarray]],
+    frame_before: Callable[[int], tuple[int, int]],
+    samples: int,
+    starts: Sequence[int],
+    length: int,
+) -> Iterator[np.ndarray]:
+    """Yield the pieces from blocks, holding the blocks of one piece.
+
+    Args:
+        blocks_from: takes a frame of the file, gives the samples behind it.
+        frame_before: takes a sample, gives the frame to read it from and that frame's sample.
+    """
+    blocks, held = blocks_from(0), deque[np.ndarray]()
+    begin = end = 0  # of what is held
+    for start in starts:
+        frame, first = frame_before(start)
+        if first > end + _FAR:
+            blocks, begin, end = blocks_from(frame), first, first
+            held.clear()
+        while end < start + samples and (block := next(blocks, None)) is not None:
+            held.append(block)
+            end += len(block)
+            while begin + len(held[0]) <= start < end:
+                begin += len(held.popleft())
+        if end < min(start + samples, length):
+            raise BadSound(f"unreadable: it ends {length - end} samples before its length")
+        yield np.concatenate(held)[start - begin :][:samples].copy()
 
 
 def mono_at(wave: np.ndarray, rate: float, sample_rate_hz: int) -> np.ndarray:
@@ -108,14 +195,12 @@ def mono_at(wave: np.ndarray, rate: float, sample_rate_hz: int) -> np.ndarray:
     Raises:
         BadSound: empty, or not finite.
     """
-    mono = wave.mean(1) if wave.shape[1] > 1 else wave[:, 0]
-    if not np.isfinite(mono).all():
-        raise BadSound("unreadable: samples are not finite")
+    averaged = mono(wave)
     if rate != sample_rate_hz:
-        mono = soxr.resample(mono, rate, sample_rate_hz, quality="HQ")
-    if len(mono) == 0:
+        averaged = soxr.resample(averaged, rate, sample_rate_hz, quality="HQ")
+    if len(averaged) == 0:
         raise BadSound("empty: no samples")
-    return np.ascontiguousarray(mono, dtype=np.float32)
+    return averaged
 
 
 def crop_positions(crops: int) -> np.ndarray:
@@ -125,16 +210,17 @@ def crop_positions(crops: int) -> np.ndarray:
     return np.minimum(np.linspace(0, 1, crops), np.nextafter(1, 0))
 
 
-def crop(wave: np.ndarray, samples: int, position: float) -> np.ndarray:
-    """At most `samples` of the wave, from `floor(position * (len - samples + 1))`.
+def crop_start(length: int, samples: int, position: float) -> int:
+    """The first sample of a crop, `floor(position * (length - samples + 1))`; 0 without a choice.
 
     `position` is in [0, 1): every start is as likely as any other. Float64, as in DALI's graph.
     """
-    spare = len(wave) - samples
-    if spare <= 0:
-        return wave
-    start = int(np.floor(np.float64(position) * (spare + 1)))
-    return wave[start : start + samples]
+    return int(np.floor(np.float64(position) * (max(0, length - samples) + 1)))
+
+
+def crop(wave: np.ndarray, samples: int, position: float) -> np.ndarray:
+    """At most `samples` of the wave, from `crop_start`."""
+    return wave[crop_start(len(wave), samples, position) :][:samples]
 
 
 def fill(wave: np.ndarray, samples: int, filling: str) -> np.ndarray:

@@ -109,10 +109,12 @@ def test_a_header_with_a_wrong_length_costs_no_memory_and_no_sample(tmp_path, fr
 def test_a_long_sound_is_read_block_by_block_to_the_sample(monkeypatch, format):
     data = encode(noise(3, 1.0, RATE), RATE, format)
     whole = read_sound(data, RATE)
-    monkeypatch.setattr("flap_fast.data.preprocess.waveform._BLOCK", 1000)
+    monkeypatch.setattr("flap_fast.data.preprocess.sound_file._BLOCK", 1000)
     assert (read_sound(data, RATE) == whole).all()
     piece = read_sound(data, RATE, start_s=0.25, duration_s=0.5)
-    assert (piece == whole[RATE // 4 : 3 * RATE // 4]).all()
+    # MP3's filters round in another order from another frame on.
+    limit = 1e-7 if format == "MP3" else 0
+    assert np.abs(piece - whole[RATE // 4 : 3 * RATE // 4]).max() <= limit
 
 
 def test_a_piece_after_the_end_is_empty():
