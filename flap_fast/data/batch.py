@@ -87,7 +87,8 @@ class Batch:
     media: Media
     """Normalised, SpecAug yet to come."""
     ids: Tensor
-    """(S B, L) int64 tokens: of the B captions, then of the other S - 1 of `Loss.sentences`."""
+    """(S B, L) int64 tokens: of the B captions, then of the other S - 1 of `Loss.sentences`; with
+    text.freeze on the CPU, where what is known of them is looked up."""
     attention_mask: Tensor
     """(S B, L) int64, 1 on tokens and 0 on padding; on the CPU, since the host decides by it."""
     sample_index: Tensor

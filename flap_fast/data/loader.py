@@ -209,7 +209,7 @@ class TrainingLoader:
         ids, attention_mask = self._tokenizer(texts)
         return Batch(
             media=media.media,
-            ids=to_device(ids, device),
+            ids=ids if self._config.text.freeze else to_device(ids, device),
             attention_mask=attention_mask.pin_memory() if device.type == "cuda" else attention_mask,
             sample_index=to_device(batch.sample_index, device),
             clips=batch.clips,

@@ -154,7 +154,8 @@ class TextEncoder(Encoder):
     dropout: Ratio = 0.1
     """Dropout everywhere in the encoder."""
     freeze: bool = False
-    """Keep the encoder frozen and train only the projection."""
+    """Keep the encoder frozen, without dropout, and train only the projection. Each caption is
+    embedded once, into `text_vectors/` of the run's folder."""
 
     @property
     def tokenizer_files(self) -> tuple[str, str]:

@@ -42,6 +42,8 @@ class ModelInputs(TypedDict):
     """(B, T, F) bool, what SpecAug sets to 0 inside the encoder (HTSAT)."""
     longer: Tensor | None
     """(B,) bool on the CPU: with fusion, the clips to fuse."""
+    text_pooled: Tensor | None
+    """(S B, D) float32, the frozen text encoder's output for the ids; None computes it."""
 
 
 class TwoTowers(nn.Module):
@@ -92,12 +94,15 @@ class TwoTowers(nn.Module):
         target: Media | None = None,
         erase: Tensor | None = None,
         longer: Tensor | None = None,
+        text_pooled: Tensor | None = None,
     ) -> Outputs:
         """Embed media and captions of B pairs; the arguments are those of `ModelInputs`."""
         scale = _Clamp.apply(self.logit_scale, self.max_logit_scale).exp().squeeze(0)
         media_rows, tokens = self._encode(media, mask, erase, longer)
         # All sentences in one pass: one dropout of their own for each row, one use of each weight.
-        sentences = self.embed_text(ids, attention_mask).chunk(len(self.sentences))
+        if text_pooled is None:
+            text_pooled = self.pool_text(ids, attention_mask)
+        sentences = self._project_text(text_pooled).chunk(len(self.sentences))
         if self.decoder is None or target is None:
             recon = scale.new_zeros(())
         else:
@@ -121,8 +126,17 @@ class TwoTowers(nn.Module):
 
     def embed_text(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, L) ids and mask -> (B, d), unit norm, float32."""
+        return self._project_text(self.pool_text(ids, attention_mask))
+
+    def pool_text(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(B, L) ids and mask -> (B, D) float32, the text encoder's output before its head."""
+        ids = ids.to(self.logit_scale.device, non_blocking=True)  # those of a frozen encoder
         with self._autocast(ids.device):
-            x = self.text_head(self.text(ids, attention_mask))
+            return self.text(ids, attention_mask)
+
+    def _project_text(self, pooled: Tensor) -> Tensor:
+        with self._autocast(pooled.device):
+            x = self.text_head(pooled)
         return functional.normalize(x.float(), dim=-1)
 
     def _autocast(self, device: torch.device) -> torch.autocast:

@@ -61,7 +61,8 @@ def train_from(
         improved = run.scorer.score(run.first)
         run.checkpoints.mark_scored(run.first, run.scorer.best, is_best=improved)
 
-    gradients = Gradients(config, ranks, engine, steps, loader.sampler.steps_per_epoch)
+    per_epoch = loader.sampler.steps_per_epoch
+    gradients = Gradients(config, ranks, engine, steps, per_epoch, run.frozen_text)
     batches = run.metrics.timed(loader.batches(run.first, steps, times=gradients.reads))
     for step in range(run.first + 1, steps + 1):
         outputs, terms = gradients(step, batches)
@@ -74,6 +75,8 @@ def train_from(
         epoch, work = loader.sampler.epoch(step - 1), loader.work(step - 1)
         run.metrics.step(step, epoch, lr, outputs, terms, work)
         save_and_score(run, step, stopped=run.stop.agreed() and step < steps)
+    if run.frozen_text:
+        run.frozen_text.delete()
     return run.scorer.final_scores()
 
 

@@ -22,6 +22,7 @@ from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks, world_size
 from flap_fast.train.checkpoint import Checkpoints
 from flap_fast.train.engine import Engine, check_engine, make_engine
+from flap_fast.train.frozen_text import FrozenText, frozen_text
 from flap_fast.train.observers import Metrics, check_wandb, observers
 from flap_fast.train.run_folder import begin, write_config
 from flap_fast.train.scorer import Scorer
@@ -39,6 +40,8 @@ class Run:
     metrics: Metrics
     scorer: Scorer
     stop: Stop
+    frozen_text: FrozenText | None
+    """Outputs of the text encoder, with text.freeze."""
     first: int
     """Steps done before."""
     steps: int
@@ -86,6 +89,8 @@ def set_up(config: Config, ranks: Ranks, start: Path | None, open_files: ExitSta
         write_config(config, ranks)
     ranks.barrier()  # every rank needs the run's folder
     stop = open_files.enter_context(Stop(ranks))
+    folder, keep = config.run_folder / "text_vectors", start is not None
+    text = open_files.enter_context(frozen_text(config, engine.module, ranks, folder, keep=keep))
     metrics = Metrics(
         config, ranks, steps, observers(config, ranks, open_files, first=first, steps=steps)
     )
@@ -97,6 +102,7 @@ def set_up(config: Config, ranks: Ranks, start: Path | None, open_files: ExitSta
         metrics=metrics,
         scorer=Scorer(config, ranks, engine, tokens, metrics, state.best if state else None),
         stop=stop,
+        frozen_text=text,
         first=first,
         steps=steps,
         unscored=bool(state and not state.scored and config.data.val),

@@ -44,6 +44,7 @@ from flap_fast.model.masking import packed_patch_mask, patch_mask
 from flap_fast.model.two_towers import ModelInputs, Outputs
 from flap_fast.ranks import Ranks
 from flap_fast.train.engine import Engine
+from flap_fast.train.frozen_text import FrozenText
 
 
 class Gradients:
@@ -52,10 +53,20 @@ class Gradients:
     Args:
         steps: of the whole run.
         per_epoch: steps of an epoch.
+        frozen_text: outputs of the frozen text encoder; None runs the encoder in each step.
     """
 
-    def __init__(self, config: Config, ranks: Ranks, engine: Engine, steps: int, per_epoch: int):
+    def __init__(
+        self,
+        config: Config,
+        ranks: Ranks,
+        engine: Engine,
+        steps: int,
+        per_epoch: int,
+        frozen_text: FrozenText | None = None,
+    ):
         self._config, self._ranks, self._engine = config, ranks, engine
+        self._frozen_text = frozen_text
         self._steps, self._per_epoch = steps, per_epoch
         self._local = config.train.accumulation == "local"
         replay, on_gpu = config.train.replay, ranks.device.type == "cuda"
@@ -135,6 +146,8 @@ class Gradients:
         torch.manual_seed(dropout_seed(config.run.seed, step, self._ranks.rank, micro))
         mask = patch_mask_of(batch, config, self._steps, self._per_epoch)
         inputs = model_inputs(batch, mask, config)
+        if self._frozen_text:
+            inputs["text_pooled"] = self._frozen_text(batch.ids, batch.attention_mask)
         if not decode:
             inputs["target"] = None
         return self._engine.model(**inputs)
@@ -175,6 +188,7 @@ def model_inputs(batch: Batch, mask: AnyMask | None, config: Config) -> ModelInp
         "target": (batch.media if clean else media) if config.loss.recon.weight > 0 else None,
         "erase": erase,
         "longer": batch.longer,
+        "text_pooled": None,
     }
 
 

@@ -3,7 +3,8 @@
 The trainer's own pieces run on fake tensors: the model's forward and backward on few clips, and the
 losses once on as many embeddings as a step has. A tower's FLOP are proportional to its clips, and a
 text tower's a polynomial of second degree in a caption's tokens. Bytes kept are a line through
-those of two sizes, operator by operator.
+those of two sizes, operator by operator. A frozen text encoder is left out but for its weights: it
+embeds each caption once, mostly in the first epoch.
 """
 
 from __future__ import annotations
@@ -229,6 +230,9 @@ class StepCounts:
                 # Far from the end of a run, and from an unmasked tail.
                 mask = patch_mask_of(batch, config, 1000, 1)
                 inputs: Any = model_inputs(batch, mask, config)
+                if config.text.freeze:
+                    width: Any = model.text.width
+                    inputs["text_pooled"] = torch.empty(len(batch.ids), width)
                 outputs = cast(dict[str, torch.Tensor], model(**inputs))
                 del batch, whole, mask, inputs
                 trace.in_backward, forward = True, trace.operators

@@ -39,10 +39,7 @@ from flap_fast.tools.profile.device import Memory, measure_ceiling
 from flap_fast.tools.profile.fits import check_memory, count_here
 from flap_fast.tools.profile.parts import step_parts
 from flap_fast.tools.profile.search import search as search_micro_batch
-from flap_fast.tools.profile.synthetic import (
-    SyntheticLoader,
-    without_files,
-)
+from flap_fast.tools.profile.synthetic import SyntheticLoader, without_files
 from flap_fast.tools.profile.timeline import (
     Timeline,
     timed_batches,
@@ -53,6 +50,7 @@ from flap_fast.tools.profile.trace import Flop
 from flap_fast.tools.profile.traffic import CountTraffic, sent_bytes
 from flap_fast.train.engine import Engine, check_engine, make_engine
 from flap_fast.train.environment import device_name
+from flap_fast.train.frozen_text import frozen_text
 from flap_fast.train.optimizers import warmup_cosine
 from flap_fast.train.step import Gradients
 
@@ -147,6 +145,7 @@ class _Session:
             hooks.enter_context(timed_collectives(lambda: self.timeline))
             engine = make_engine(self.config, self.model, self.ranks)
             engine = hooks.enter_context(timed_engine(engine, lambda: self.timeline))
+            self.text = hooks.enter_context(frozen_text(self.config, self.model, self.ranks))
             self._begin(engine, WARM_UP + self.steps + extra)
             try:
                 for _ in range(WARM_UP):
@@ -177,7 +176,7 @@ class _Session:
         # Far from the end of a run, and from an unmasked tail.
         self.run_steps = 1000 * per_epoch
         self.engine = engine
-        self.gradients = Gradients(config, ranks, engine, self.run_steps, per_epoch)
+        self.gradients = Gradients(config, ranks, engine, self.run_steps, per_epoch, self.text)
         batches = timed_batches(
             loader.batches(0, steps, times=self.gradients.reads), lambda: self.timeline
         )
@@ -206,7 +205,9 @@ class _Session:
         """Seconds by part and step, memory, FLOP of a step, and real tokens of those computed."""
         self.memory.begin()
         self.timeline = Timeline(self.ranks.device)
+        known = self.text.captions if self.text else 0
         seen = [self._step() for _ in range(self.steps)]
+        self.new_captions = self.text.captions - known if self.text else 0
         self.timeline.end()
         seconds = self.timeline.steps()
         memory = {"peak": self.memory.peak(), "steady": self.memory.steady()}
@@ -289,6 +290,8 @@ class _Session:
             "steps_ms": [{name: 1000 * s for name, s in step.items()} for step in seconds],
             "flop": {name: asdict(f) | {"total": f.total} for name, f in flop.items()},
             "flop_counted": "matrix products of real tokens, two FLOP a multiply-add",
+            # With text.freeze the encoder's time is that for these; FLOP leave it out.
+            "new_captions_per_step": self.new_captions / len(seconds),
             "real_tokens": real_tokens,
             "flop_per_s": total / step_s,
             "ceiling_flop_per_s": ceiling,

@@ -40,6 +40,7 @@ from flap_fast.tools.profile.device import Memory, free_bytes
 from flap_fast.tools.profile.memory import divisors, held_bytes
 from flap_fast.tools.profile.synthetic import SyntheticLoader, without_files
 from flap_fast.train.engine import PlainEngine
+from flap_fast.train.frozen_text import frozen_text
 from flap_fast.train.step import Gradients
 
 # Fraction of a CPU's free memory that the search may use.
@@ -237,9 +238,12 @@ class Attempts:
         total_loss(cast(Outputs, outputs), self._config)["total"].backward()
 
     def _step(self, config: Config) -> None:
-        gradients = Gradients(config, self._ranks, self._engine, 1000, 1000)
-        loader = SyntheticLoader(config, self._engine.module.text, self._ranks)
-        gradients(1, loader.batches(0, 1, times=gradients.reads))
+        module = self._engine.module
+        # All captions are new, as in a run's first epoch: that takes the most.
+        with frozen_text(config, module, self._ranks) as text:
+            gradients = Gradients(config, self._ranks, self._engine, 1000, 1000, text)
+            loader = SyntheticLoader(config, module.text, self._ranks)
+            gradients(1, loader.batches(0, 1, times=gradients.reads))
         self._engine.step(config.optim.lr)
         if self._ranks.device.type == "cuda":
             torch.cuda.synchronize()

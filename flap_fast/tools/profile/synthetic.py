@@ -109,7 +109,8 @@ class SyntheticLoader:
             clips, *config.encoder.input_shape(config.fusion), generator=generator
         ).to(device)
         ids, attention_mask = self._captions(clips, generator)
-        ids, attention_mask = ids.to(device), attention_mask.to(device)
+        ids = ids if config.text.freeze else ids.to(device)
+        attention_mask = attention_mask if config.text.freeze else attention_mask.to(device)
         longer = torch.ones(clips, dtype=torch.bool) if config.fusion.on else None
         micros = range(micro_batches)
         times = times if micro_batches > 1 else 1

@@ -15,6 +15,7 @@ from flap_fast.tools.profile.counts import StepCounts
 from flap_fast.tools.profile.synthetic import SyntheticLoader
 from flap_fast.tools.profile.trace import formulas
 from flap_fast.train.engine import PlainEngine
+from flap_fast.train.frozen_text import frozen_text
 from flap_fast.train.step import Gradients
 from flap_kernels.masked_mse import _masked_mse, _masked_mse_backward
 from tests.tiny import HTSAT, tiny, tiny_clip
@@ -100,12 +101,16 @@ def test_other_encoders_and_losses_are_counted_as_they_are(config: Config):
 def products_of_a_step(config: Config) -> tuple[list[int], int]:
     """The tokens of a step's sentences, and what PyTorch counts in it."""
     engine = PlainEngine(config, TwoTowers(config).train(), Ranks())
-    gradients = Gradients(config, Ranks(), engine, 1000, 1000)
     loader = SyntheticLoader(config, engine.module.text, Ranks())
-    batches = list(loader.batches(0, 1, times=gradients.reads))
-    # Attention as plain products: PyTorch's own registry does not have the CPU's fused one.
-    with sdpa_kernel(SDPBackend.MATH), counter() as counted:
-        gradients(1, iter(batches))
+    with frozen_text(config, engine.module, Ranks()) as text:
+        gradients = Gradients(config, Ranks(), engine, 1000, 1000, text)
+        batches = list(loader.batches(0, 1, times=gradients.reads))
+        if text:  # the encoder is frozen: no caption is new
+            for batch in batches:
+                text(batch.ids, batch.attention_mask)
+        # Attention as plain products: PyTorch's own registry does not have the CPU's fused one.
+        with sdpa_kernel(SDPBackend.MATH), counter() as counted:
+            gradients(1, iter(batches))
     first = batches[: config.train.micro_batches(1)]
     lengths = [n for batch in first for n in batch.attention_mask.sum(1).tolist()]
     if config.text.encoder == "clip":  # computes the padding, too

@@ -87,6 +87,15 @@ def test_speed_is_clips_over_time_and_flop_over_time(found: tuple[dict[str, Any]
     assert 0.1 < result["allocated_in_a_step_mib"] < 50
 
 
+def test_of_a_frozen_text_encoder_new_captions_are_counted_and_no_flop(tmp_path: Path):
+    """Synthetic captions are the same in all steps: after the warm-up none is new."""
+    config = tiny("train.global_batch=4", "text.freeze=true")
+    result = profile(config, steps=1, synthetic=True, search=False, out=tmp_path)
+    assert result is not None
+    assert result["new_captions_per_step"] == 0
+    assert result["flop"]["text tower"]["forward"] == 2 * 4 * (32 * 16 + 16 * 16)  # the head's
+
+
 def test_its_files_open(found: tuple[dict[str, Any], Path]):
     result, out = found
     assert json.loads((out / "profile.json").read_text()) == result
