@@ -160,6 +160,7 @@ def whole(prepared: Path):
     [
         ("train.micro_tokens=130",),
         ("train.micro_tokens=130", "train.replay=keep"),
+        ("train.micro_tokens=450",),  # two of the steps in one micro-batch, two in two
         ("train.micro_tokens=400", "train.micro_batch=5"),
         ("train.micro_batch=3",),
     ],
