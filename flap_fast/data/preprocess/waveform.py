@@ -149,14 +149,14 @@ def read_crop(source: Source, sample_rate_hz: int, samples: int, position: float
 
 def _length(source: Source, sample_rate_hz: int) -> tuple[int, np.ndarray | None]:
     """The number of samples, and the waveform itself unless it has more than `_KEPT`."""
-    length, wave = 0, bytearray()
+    length, kept = 0, []
     for block in read_blocks(source, sample_rate_hz):
         length += len(block)
         if length > _KEPT:
-            wave.clear()
+            kept.clear()
         else:
-            wave += block.data
-    return length, np.frombuffer(wave, np.float32) if length <= _KEPT else None
+            kept.append(block)
+    return length, np.concatenate(kept) if length <= _KEPT else None
 
 
 def _pieces(
@@ -182,7 +182,7 @@ def _pieces(
         while end < start + samples and (block := next(blocks, None)) is not None:
             held.append(block)
             end += len(block)
-            while begin + len(held[0]) <= start < end:
+            while held and begin + len(held[0]) <= start:
                 begin += len(held.popleft())
         if end < min(start + samples, length):
             raise BadSound(f"unreadable: it ends {length - end} samples before its length")

@@ -184,3 +184,16 @@ def test_a_file_that_ends_early_between_two_looks_is_named(monkeypatch, tmp_path
 
     with pytest.raises(BadSound, match=r"^unreadable: it ends \d+ samples before its length$"):
         list(read_pieces(tmp_path / "x.wav", RATE, 100, starts))
+
+
+def test_what_lies_before_a_piece_is_not_held(monkeypatch):
+    """A minute of a format that is read forward: 3.8 MB before its last second."""
+    monkeypatch.setattr(waveform, "_KEPT", 1000)
+    monkeypatch.setattr(sound_file, "_BLOCK", 2**14)
+    data = encode(noise(0, 60.0, RATE), RATE, "WAV", "IMA_ADPCM")
+    tracemalloc.start()
+    try:
+        assert len(read_crop(data, RATE, RATE, 0.999)) == RATE
+        assert tracemalloc.get_traced_memory()[1] < 2**20 + len(data)
+    finally:
+        tracemalloc.stop()
