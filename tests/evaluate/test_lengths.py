@@ -1,0 +1,115 @@
+"""A model trained on clips of one kind of length, evaluated on the other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flap_fast import load
+from flap_fast.checks import ConfigError
+from flap_fast.commands.score import open_model
+from flap_fast.config import Config
+from flap_fast.data.shards import open_shards
+from flap_fast.data.tokenize import tokenizer
+from flap_fast.evaluate.embed import embed
+from flap_fast.model.model_folder import save_model
+from flap_fast.model.two_towers import TwoTowers
+from flap_fast.preparation.prepare import prepare
+from flap_fast.ranks import Ranks
+from tests.ranks import on_ranks
+from tests.sounds import encode, noise, write_manifest
+from tests.tiny import HTSAT, tiny
+
+RATE = 16_000
+VARIABLE = ("audio.length=variable", "audio.max_duration_s=2")
+RECON = ("loss.recon.weight=1", "decoder.width=16", "decoder.depth=1", "decoder.heads=2")
+SECONDS = (0.1, 1.0, 1.7, 2.0, 4.5)
+
+
+def saved(folder: Path, config: Config) -> Path:
+    torch.manual_seed(0)
+    model = TwoTowers(config)
+    save_model(folder, config, model, model.state_dict())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lengths")
+    rows = []
+    for n, seconds in enumerate(SECONDS):
+        (folder / f"{n}.flac").write_bytes(encode(noise(n, seconds, RATE), RATE))
+        rows.append({"audio": f"{n}.flac", "caption": f"noise {n}"})
+    prepare(write_manifest(folder / "m.jsonl", rows), folder / "shards", show=False)
+    return folder / "shards/train"
+
+
+def embedded(config: Config, shards: Path, ranks: Ranks) -> torch.Tensor:
+    torch.manual_seed(0)
+    model = TwoTowers(config)
+    return embed(model, config, tokenizer(config.text), open_shards([shards]), ranks).media
+
+
+def embedded_on_a_rank(config: Config, shards: Path) -> torch.Tensor:
+    import torch.distributed as dist
+
+    return embedded(config, shards, Ranks(dist.get_rank(), dist.get_world_size()))
+
+
+def test_clips_are_embedded_whole_and_in_windows_beyond_the_bound(shards: Path):
+    """As the Embedder embeds them: 4.5 s in three windows of 2 s."""
+    config = tiny(*VARIABLE, "eval.batch=2")
+    assert config.eval.crop == "whole"
+    found = embedded(config, shards, Ranks())
+    folder = saved(shards.parent / "model", config)
+    waves = [noise(n, seconds, RATE) for n, seconds in enumerate(SECONDS)]
+    model = load(folder, "cpu")
+    assert (found - model.embed_audio(waves)).abs().max() < 1e-4  # of 16 bits
+    # Repeating a short clip changes a model of clips of their own lengths.
+    alone = model.embed_audio([np.tile(waves[0], 9)])
+    assert (alone[0] - found[0]).abs().max() > 1e-3
+
+
+def test_ranks_share_windows(shards: Path):
+    config = tiny(*VARIABLE, "eval.batch=2")
+    alone = embedded(config, shards, Ranks())
+    for rank in on_ranks(2, embedded_on_a_rank, config, shards):
+        assert (rank - alone).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("trained", [VARIABLE, ()])
+def test_a_model_opens_with_either_length(shards: Path, tmp_path: Path, trained):
+    """With a decoder, whose table of positions is as long as the encoder's, too."""
+    folder = saved(tmp_path / "model", tiny(*trained, *RECON, "audio.max_duration_s=2"))
+    for length in ("variable", "fixed", None):
+        model = load(folder, "cpu", length=length)
+        wanted = length or ("variable" if trained else "fixed")
+        assert model.config.audio.length == wanted
+        found = model.embed_audio([noise(1, 1.7, RATE)])
+        fresh = tiny(*(VARIABLE if wanted == "variable" else ()), *RECON)
+        torch.manual_seed(0)
+        other = saved(tmp_path / f"{length}", fresh)
+        assert torch.equal(found, load(other, "cpu").embed_audio([noise(1, 1.7, RATE)]))
+        evaluated = open_model(str(folder), {}, "mean", Ranks(), length=length)
+        crop = {"variable": "whole", "fixed": "random"}[wanted]
+        assert evaluated.config.eval.crop == crop
+
+
+def test_an_encoder_of_one_length_says_so(tmp_path: Path):
+    folder = saved(tmp_path / "model", tiny(*HTSAT))
+    with pytest.raises(ConfigError, match=r"audio\.length must be 'fixed' with audio\.encoder = h"):
+        load(folder, "cpu", length="variable")
+
+
+def test_another_table_of_positions_is_not_taken_for_one_of_another_length(tmp_path: Path):
+    config = tiny()
+    torch.manual_seed(0)
+    model = TwoTowers(config)
+    weights = model.state_dict()
+    weights["audio.pos_embed"] = weights["audio.pos_embed"] + 0.1
+    save_model(tmp_path, config, model, weights)
+    with pytest.raises(ConfigError, match=r"audio\.pos_embed"):
+        load(tmp_path, "cpu", length="variable")
