@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from flap_fast.checks import ConfigError
-from flap_fast.config import Config
-from flap_fast.data.preprocess.front_end import log_mel
-from flap_fast.data.preprocess.waveform import fill, read_crop
+from flap_fast.config import Config, Fusion
+from flap_fast.data.batch import PackedMels, lay_end_to_end
+from flap_fast.data.preprocess.front_end import MelFrontEnd
+from flap_fast.data.preprocess.waveform import crop_and_fill, read_crop
 from flap_fast.data.shards import open_shards
 from flap_fast.encoders.audio_settings import PatchEncoder
 from flap_fast.model.masking import patch_mask
@@ -35,24 +36,23 @@ def masking_figure(config: Config, out: Path, *, sound: Path | None = None, clip
         rule = "must be one that masks patches of a log-mel to show them"
         raise ConfigError(f"{audio.modality}.encoder {rule}, got '{audio.encoder}'")
     name, caption, source = _source(config, sound, clip)
-    wave = fill(
-        read_crop(source, audio.sample_rate_hz, audio.samples, 0.5),
-        audio.samples,
-        audio.filling,
-    )
-    mel = log_mel(audio, torch.device("cpu"))(torch.from_numpy(wave)[None])[0]
-    mask = patch_mask(config.mask, audio.grid, config.run.seed, torch.tensor([clip]))
-    keep = torch.arange(audio.grid[0] * audio.grid[1]) if mask is None else mask.ids_keep[0]
-    shown = _only_kept(mel, keep, audio.patch, audio.grid)
+    wave = crop_and_fill(read_crop(source, audio.sample_rate_hz, audio.samples, 0.5), 0.0, audio)
+    front_end = MelFrontEnd(audio, Fusion(), torch.device("cpu"))
+    media = front_end(lay_end_to_end([wave], np.zeros(1))).media
+    mel = media.mel if isinstance(media, PackedMels) else media[0, 0]
+    grid = len(mel) // audio.patch, audio.grid[1]
+    mask = patch_mask(config.mask, grid, config.run.seed, torch.tensor([clip]))
+    keep = torch.arange(grid[0] * grid[1]) if mask is None else mask.ids_keep[0]
+    shown = _only_kept(mel, keep, audio.patch, grid)
 
     figure = Figure(figsize=(10, 5.2), layout="constrained")
     axes = figure.subplots(2, 1, sharex=True)
     bounds = {"vmin": float(mel.min()), "vmax": float(mel.max())}
-    extent = (0, audio.frames / 100, 0, audio.mel_bins)
-    kept = len(keep) / (audio.grid[0] * audio.grid[1])
+    extent = (0, len(mel) / 100, 0, audio.mel_bins)
+    kept = len(keep) / (grid[0] * grid[1])
     titles = (
         f'{name}: "{caption}"' if caption else name,
-        f"{len(keep)} of {audio.grid[0] * audio.grid[1]} patches kept ({kept:.0%}), "
+        f"{len(keep)} of {grid[0] * grid[1]} patches kept ({kept:.0%}), "
         f"mask.kind={config.mask.kind}",
     )
     for axis, cells, title in zip(axes, (mel, shown), titles, strict=True):

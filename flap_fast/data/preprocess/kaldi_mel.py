@@ -1,12 +1,12 @@
-"""Kaldi's log-mel as one linear map, on any device; exact.
+"""Kaldi's log-mel, on any device; exact within float32's rounding.
 
     frames = wave[160 m : 160 m + 400]                     m < 998 for 10 s
-    power  = (frames Re^T)^2 + (frames Im^T)^2             Re, Im (257, 400)
+    x      = hann (y[n] - 0.97 y[n - 1]),  y = frames - mean(frames)
+    power  = |rfft(x, 512)|^2
     logmel = log(max(power M^T, 2**-23))                   M (128, 257)
 
-Removing each frame's mean, pre-emphasis, the symmetric Hann window and the transform are linear,
-so they are one (514, 400) matrix, computed in float64. True float32 throughout: TF32 would lift
-the noise floor of quiet bins.
+The window is zero at its first sample, so the frame that is transformed begins with its second,
+which turns phases alone. True float32 throughout: TF32 would lift the noise floor of quiet bins.
 
 Source: torchaudio.compliance.kaldi.fbank, as AudioMAE's published code calls it.
 """
@@ -31,10 +31,10 @@ LOW_HZ = 20.0
 
 @dataclass(frozen=True)
 class KaldiLogMel:
-    """The `LogMel` of Kaldi: its two matrices; `kaldi_log_mel(audio, device)` makes one."""
+    """The `LogMel` of Kaldi: window and mel matrix; `kaldi_log_mel(audio, device)` makes one."""
 
     audio: Audio
-    spectrum: Tensor  # (2 * bins, window) float32
+    window: Tensor  # (399,) float32, without its first sample, which is 0
     mel: Tensor  # (F, bins) float32
 
     def __call__(self, wave: Tensor) -> Tensor:
@@ -51,17 +51,23 @@ class KaldiLogMel:
     def _log_mel(self, wave: Tensor) -> Tensor:
         frames = wave.unfold(1, self.audio.window, self.audio.hop)
         with torch.autocast(wave.device.type, enabled=False), float32_products("ieee"):
-            parts = frames @ self.spectrum.T
-            real, imaginary = parts.chunk(2, -1)
-            power = real.square_().add_(imaginary.square_())
+            frames = frames - frames.mean(-1, keepdim=True)
+            x = frames[..., 1:].sub(frames[..., :-1], alpha=PREEMPHASIS).mul_(self.window)
+            real, imaginary = torch.view_as_real(torch.fft.rfft(x, self.size)).unbind(-1)
+            power = real.square().addcmul_(imaginary, imaginary)
             return (power @ self.mel.T).clamp_(min=FLOOR).log_()
+
+    @property
+    def size(self) -> int:
+        """Samples that are transformed, the last of them zeros."""
+        return fft_size(self.audio.window)
 
 
 def kaldi_log_mel(audio: Audio, device: torch.device | str = "cpu") -> KaldiLogMel:
-    """The front end's matrices, computed in float64 and stored in float32."""
-    spectrum = torch.from_numpy(_spectrum(audio.window)).float().to(device)
+    """The front end's window and matrix, computed in float64 and stored in float32."""
+    window = torch.from_numpy(hann(audio.window)[1:])
     mel = torch.from_numpy(mel_matrix(audio.mel_bins, audio.window, audio.sample_rate_hz))
-    return KaldiLogMel(audio, spectrum, mel.float().to(device))
+    return KaldiLogMel(audio, window.float().to(device), mel.float().to(device))
 
 
 def fft_size(window: int) -> int:
@@ -94,13 +100,3 @@ def mel_matrix(
     rising, falling = (at - left) / step, (left + 2 * step - at) / step
     matrix = np.maximum(0.0, np.minimum(rising, falling))
     return np.pad(matrix, ((0, 0), (0, 1)))
-
-
-def _spectrum(window: int) -> np.ndarray:
-    """(2 * (fft/2 + 1), window) float64: mean removal, pre-emphasis, window, transform."""
-    remove_mean = np.eye(window) - 1.0 / window
-    emphasis = np.eye(window) - PREEMPHASIS * np.eye(window, k=-1)
-    emphasis[0, 0] = 1 - PREEMPHASIS
-    linear = hann(window)[:, None] * (emphasis @ remove_mean)
-    transformed = np.fft.rfft(linear, fft_size(window), axis=0)
-    return np.concatenate([transformed.real, transformed.imag])
