@@ -293,7 +293,7 @@ def test_without_a_name_the_run_trained_last_is_used(
 ):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"runs/ must hold a trained model"):
-        _open(None)
+        _open(None, None)
     now = time.time()
     for name, age_s in (("older", 60), ("newer", 0), ("oldest", 90)):
         folder = tmp_path / "runs" / name / "checkpoints/step-000002"
@@ -302,7 +302,7 @@ def test_without_a_name_the_run_trained_last_is_used(
             (folder / file.name).symlink_to(file)
         (folder / "state.json").write_text("{}")
         os.utime(folder / "state.json", (now - age_s, now - age_s))
-    assert _open(None).identity == load(checkpoint).identity
+    assert _open(None, None).identity == load(checkpoint).identity
     assert "model: runs/newer, the newest in runs/" in capsys.readouterr().err
 
 

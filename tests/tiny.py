@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from flap_fast.config import Config
 from flap_fast.config.file import load_config
+from flap_fast.data.evaluation import Crops
+from flap_fast.data.preprocess.waveform import crop_positions
 from flap_fast.encoders.htsat.settings import HTSATSettings
 from flap_fast.encoders.vit.settings import ViTSettings
 
@@ -49,3 +53,9 @@ _SMALL_CLIP = (
 def tiny_clip(*overrides: str) -> Config:
     """Images of 32 x 32 pixels, one bottleneck a stage, a text tower of 32 numbers."""
     return load_config(None, [*_SMALL_CLIP, *overrides])
+
+
+def crops(config: Config, clips: np.ndarray) -> Crops:
+    """The crops of these clips under eval.crop, unless that is `whole`."""
+    count = config.eval.crops
+    return Crops(np.repeat(clips, count), np.tile(crop_positions(count), len(clips)))

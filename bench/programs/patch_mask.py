@@ -35,6 +35,7 @@ def _program(
     K: int,
 ) -> Program:
     (C, R), (columns, rows) = grid, stay
+    tile = blocks(C, R)
     return Program(
         name=name,
         kernel=draw_patch_mask_kernel,
@@ -52,11 +53,12 @@ def _program(
             "N": batch.N,
             "K": K,
         },
+        num_warps=tile.pop("num_warps"),
         constants={
             "RAGGED": batch.ragged,
             "ALL_ROWS": rows is None,
             "SHARED": shared,
-            **blocks(C, R),
+            **tile,
         },
         bytes_moved=8 * (288 * (5 if batch.ragged else 1) + 2 * batch.B * batch.N),
     )

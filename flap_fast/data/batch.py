@@ -33,6 +33,7 @@ class DecodedBatch(NamedTuple):
     positions: Tensor
     """(B, P) float64 on the CPU: the positions that came with each clip, in [0, 1)."""
 
+    @property
     def stacked(self) -> Tensor:
         """(B, length, ...) of clips of one length."""
         return self.media.unflatten(0, (len(self.lengths), -1))
@@ -79,6 +80,12 @@ class MediaInput(NamedTuple):
     longer: Tensor | None
     """With fusion, (B,) bool on the CPU: clips longer than a channel shows."""
 
+    @property
+    def stacked(self) -> Tensor:
+        """The media of clips of one length."""
+        assert isinstance(self.media, Tensor)
+        return self.media
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -101,6 +108,12 @@ class Batch:
     """Micro-batches of this step, the same on every rank."""
     longer: Tensor | None = None
     """With fusion, (B,) bool on the CPU: clips whose pieces are fused with the whole of them."""
+
+    @property
+    def stacked(self) -> Tensor:
+        """The media of clips of one length."""
+        assert isinstance(self.media, Tensor)
+        return self.media
 
 
 @dataclass(frozen=True)

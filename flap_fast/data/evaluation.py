@@ -1,8 +1,9 @@
-"""Shards -> the encoder's input of evaluation's clips, in their order."""
+"""Shards -> the encoder's input of evaluation's clips, in crops, in their order."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ import torch
 from flap_fast.config import Config
 from flap_fast.data.batch import EncodedBatch, MediaInput
 from flap_fast.data.enriched import clip_id, text_key
+from flap_fast.data.lengths import clip_seconds
 from flap_fast.data.preprocess.fusion import PIECES
 from flap_fast.data.preprocess.preprocessor import Preprocessor, make_preprocessor
 from flap_fast.data.preprocess.waveform import Unusable, crop_positions
@@ -18,26 +20,47 @@ from flap_fast.data.shards import ShardError, Shards
 from flap_fast.ranks import Ranks
 
 
-def evaluation_batches(
-    config: Config, shards: Shards, clips: np.ndarray, ranks: Ranks
-) -> Iterator[MediaInput]:
-    """The encoder's input of these clips in their order, at most eval.batch at a time.
+class Crops(NamedTuple):
+    """The crops of clips that evaluation embeds, those of a clip in a row."""
 
-    Under eval.crop = multi:K each clip gives K crops in a row.
+    clips: np.ndarray
+    """(R,) int64: the clip of each."""
+    positions: np.ndarray
+    """(R,) float64 in [0, 1): where they lie in it."""
+
+    def take(self, rows: np.ndarray) -> Crops:
+        """Some of them."""
+        return Crops(self.clips[rows], self.positions[rows])
+
+
+def crops_of(config: Config, shards: Shards, ranks: Ranks) -> Crops:
+    """The crops of all clips: one, K, or as many as cover it, as eval.crop says. Collective."""
+    counts = np.full(len(shards), config.eval.crops)
+    if config.eval.crop == "whole":
+        audio = config.audio
+        longest_s = config.fusion.longest(audio) / audio.sample_rate_hz
+        # By less than a sample's rounding a clip is not longer.
+        counts = np.ceil(clip_seconds(shards, ranks) / longest_s - 1e-4).clip(1).astype(np.int64)
+    positions = [crop_positions(int(count)) for count in counts]
+    return Crops(np.repeat(np.arange(len(shards)), counts), np.concatenate(positions))
+
+
+def evaluation_batches(
+    config: Config, shards: Shards, crops: Crops, ranks: Ranks
+) -> Iterator[MediaInput]:
+    """The encoder's input of these crops in their order, at most eval.batch at a time.
 
     Raises:
         ShardError: a clip that cannot be decoded; evaluation leaves nothing out.
     """
-    size, crops = config.eval.batch, config.eval.crops
-    crop_of_clip = np.tile(crop_positions(crops), len(clips))
-    clips = np.repeat(clips, crops)
+    size, clips = config.eval.batch, crops.clips
     starts = range(0, len(clips), size)
 
     def encoded() -> Iterator[EncodedBatch]:
         for start in starts:
             some = clips[start : start + size]
             positions = np.full((len(some), 1 + PIECES), 0.5)
-            positions[:, 0] = crop_of_clip[start : start + size]
+            positions[:, 0] = crops.positions[start : start + size]
             if config.eval.crop == "random":
                 keys = torch.tensor([_crop_key(shards, clip) for clip in some])
                 positions = uniforms(0, Stream.EVAL_CROP, keys, 1 + PIECES).numpy()

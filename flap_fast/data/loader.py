@@ -207,10 +207,12 @@ class TrainingLoader:
         rows = batch.sample_index.numpy() - batch.step * self._config.train.global_batch
         texts = self._sentences(batch.step, rows, batch.captions)
         ids, attention_mask = self._tokenizer(texts)
+        if device.type == "cuda":
+            ids, attention_mask = ids.pin_memory(), attention_mask.pin_memory()
         return Batch(
             media=media.media,
             ids=ids if self._config.text.freeze else to_device(ids, device),
-            attention_mask=attention_mask.pin_memory() if device.type == "cuda" else attention_mask,
+            attention_mask=attention_mask,
             sample_index=to_device(batch.sample_index, device),
             clips=batch.clips,
             epoch=self.sampler.epoch(batch.step),

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from flap_fast.config import Config
 from flap_fast.data.batch import MediaInput
-from flap_fast.data.evaluation import evaluation_batches
+from flap_fast.data.evaluation import crops_of, evaluation_batches
 from flap_fast.data.preprocess.waveform import Unusable
 from flap_fast.data.shards import ShardError, Shards
 from flap_fast.data.tokenize import Tokenizer
@@ -70,17 +70,24 @@ def embed(
     """
     texts = texts or read_texts(shards)
     with evaluating(model):
-        mine = rank_slice(len(shards), ranks)
+        crops = crops_of(config, shards, ranks)
+        mine = crops.take(rank_slice(len(crops.clips), ranks))
         batches = _in_step(evaluation_batches(config, shards, mine, ranks), ranks)
         rows = [model.embed_media(batch, longer=longer) for batch, longer in batches]
-        media = torch.cat(rows)
-        if config.eval.crops > 1:
-            crops = media.unflatten(0, (-1, config.eval.crops))
-            media = functional.normalize(crops.mean(1), dim=-1)
-        media = finite(ranks.gather(media)[: len(shards)], shards.name)
+        media = ranks.gather(torch.cat(rows))[: len(crops.clips)]
+        media = finite(_pooled(media, np.bincount(crops.clips).tolist()), shards.name)
         text = text_embedder(model.embed_text, tokenizer, ranks, config.eval.batch)(texts.captions)
     clip_of_caption = torch.tensor(texts.clip_of_caption, device=ranks.device).long()
     return Embeddings(media, text, clip_of_caption, texts.labels)
+
+
+def _pooled(rows: Tensor, counts: list[int]) -> Tensor:
+    """(N, d) unit rows: the means of so many of the rows (R, d) each; one stays as it is."""
+    if len(counts) == len(rows):
+        return rows
+    means = [part.mean(0) if len(part) > 1 else part[0] for part in rows.split(counts)]
+    means, several = torch.stack(means), torch.tensor(counts, device=rows.device) > 1
+    return torch.where(several[:, None], functional.normalize(means, dim=-1), means)
 
 
 def text_embedder(encode: Encode, tokenizer: Tokenizer, ranks: Ranks, batch: int) -> EmbedTexts:

@@ -130,7 +130,6 @@ class TwoTowers(nn.Module):
 
     def pool_text(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, L) ids and mask -> (B, D) float32, the text encoder's output before its head."""
-        ids = ids.to(self.logit_scale.device, non_blocking=True)  # those of a frozen encoder
         with self._autocast(ids.device):
             return self.text(ids, attention_mask)
 

@@ -83,6 +83,8 @@ class FrozenText:
                 pass
         self._keys, self._vectors = (path.open("r+b") for path in self._paths)
         self._row_of = {key: n for n, key in enumerate(self._read())}
+        self._keys.truncate(len(self._row_of) * (_KEY + _CHECKSUM))
+        self._vectors.truncate(len(self._row_of) * 4 * self._width)
         ranks.barrier()  # all ranks of a node have the same rows before the first is added
 
     @property
@@ -124,7 +126,8 @@ class FrozenText:
         rows = [new[key] for key in of_ranks[self._ranks.rank]]
         # ZeRO 3 gathers weights in step: a rank without a caption of its own repeats one.
         some = rows or [0]
-        vectors = self._model.pool_text(ids[some], attention_mask[some])
+        on_device = to_device(ids[some], self._ranks.device)
+        vectors = self._model.pool_text(on_device, attention_mask[some])
         longest = max(map(len, of_ranks))
         padded = vectors.new_zeros(longest, self._width)
         padded[: len(rows)] = vectors[: len(rows)]
@@ -146,6 +149,8 @@ class FrozenText:
             yield record[:_KEY]
 
     def _append(self, vectors: dict[bytes, np.ndarray]) -> None:
+        if not vectors:
+            return
         count = len(self._row_of)
         rows = {key: vector.tobytes() for key, vector in vectors.items()}
         records = [key + _checksum(row) for key, row in rows.items()]

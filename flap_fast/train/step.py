@@ -182,7 +182,7 @@ def model_inputs(batch: Batch, mask: AnyMask | None, config: Config) -> ModelInp
     clean = config.loss.recon.target == "clean"
     return {
         "media": media,
-        "ids": batch.ids,
+        "ids": batch.ids.to(media.device, non_blocking=True),
         "attention_mask": batch.attention_mask,
         "mask": mask,
         "target": (batch.media if clean else media) if config.loss.recon.weight > 0 else None,

@@ -10,7 +10,8 @@
     B clips   N = C * R patches of a clip, C columns (time) of R rows (frequency)   K kept
 
 Patches ascend within `ids_keep` and within `ids_drop`. A column's rank is counted, not sorted: so
-many others are lower. Nothing but sample indices is read, and no two programs write one index.
+many others are lower. Nothing but sample indices is read, and no two programs write one index. The
+kernel also draws the masks of a ragged batch, for `draw_ragged_patch_mask`.
 
 Least traffic: B sample indices read, 2 * B * N indices written, of 8 bytes each.
 Source: FLAP, arXiv 2311.01615, section 3; Salmon et al., "Parallel random numbers: as easy as
@@ -220,12 +221,14 @@ def _empty_mask(sample_index, seed, outer, inner, C, R, columns, rows, shared):
 
 
 def blocks(C: int, R: int) -> dict[str, int]:
-    c = triton.next_power_of_2(C)
+    """The tile, a whole clip, and its warps: the patches of a long clip want more registers."""
+    c, r = triton.next_power_of_2(C), triton.next_power_of_2(R)
     # A comparison tile of 8,192 ranks 512 columns in 32 steps.
     return {
         "BLOCK_C": c,
-        "BLOCK_R": triton.next_power_of_2(R),
+        "BLOCK_R": r,
         "BLOCK_J": min(c, max(1, 8192 // c)),
+        "num_warps": min(16, max(4, c * r // 512)),
     }
 
 

@@ -19,7 +19,6 @@ Source: as for `draw_patch_mask`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -117,9 +116,12 @@ def _clips(
     device: torch.device,
 ) -> Tensor:
     """(B, 4) int64: columns, kept columns, and the patches and kept patches of clips before."""
-    first_n = accumulate((rows * C for C in columns), initial=0)
-    first_k = accumulate((keep_rows * k for k in keep_columns), initial=0)
-    table = torch.tensor(list(zip(columns, keep_columns, first_n, first_k, strict=False)))
+    first_n = first_k = 0
+    table = []
+    for C, k in zip(columns, keep_columns, strict=True):
+        table.append((C, k, first_n, first_k))
+        first_n, first_k = first_n + rows * C, first_k + keep_rows * k
+    table = torch.tensor(table)
     # Only from pinned memory does a copy never wait.
     table = table.pin_memory() if device.type == "cuda" else table
     return table.to(device, non_blocking=True)

@@ -24,7 +24,7 @@ from flap_fast.preparation.manifest import read_manifest
 from flap_fast.preparation.prepare import prepare
 from flap_fast.ranks import Ranks
 from tests.pictures import draw, encoded, write_pictures
-from tests.tiny import tiny_clip
+from tests.tiny import crops, tiny_clip
 
 ANY_BACK_END = pytest.mark.parametrize("backend", ["torch", "dali_wave"])
 DRAWN = draw("red", "disc", 0)
@@ -167,13 +167,13 @@ def test_a_batch_is_what_its_sample_indices_say(shards):
     config = config_of(shards, "frontend.backend=torch")
     (batch,) = batches(config, 2, 3)
     found = open_shards([shards], ("images",))
-    assert (batch.media.shape, batch.media.dtype) == ((8, 3, 32, 32), torch.float32)
+    assert (batch.stacked.shape, batch.stacked.dtype) == ((8, 3, 32, 32), torch.float32)
     assert config.image is not None
     squares = torch.tensor(
         np.stack([read_image(found.encoded(clip), 32) for clip in batch.clips.tolist()])
     )
     statistics = (torch.tensor(of) for of in (config.image.mean, config.image.std))
-    torch.testing.assert_close(batch.media, normalise_image(squares, *statistics))
+    torch.testing.assert_close(batch.stacked, normalise_image(squares, *statistics))
     for ids, mask, clip in zip(batch.ids, batch.attention_mask, batch.clips.tolist(), strict=True):
         (text,) = found.record(clip)["text"]
         assert ids[mask == 1].tolist() == tokenizer(config.text).inner(text)["input_ids"]
@@ -183,18 +183,18 @@ def test_a_batch_is_what_its_sample_indices_say(shards):
 def test_ranks_and_restarts_see_the_same_batches(shards, backend):
     config = config_of(shards, f"frontend.backend={backend}", "train.micro_batch=2")
     whole = batches(config, 1, 4)
-    assert torch.equal(torch.cat([b.media for b in whole[4:]]), torch.cat(mels(config, 2, 4)))
+    assert torch.equal(torch.cat([b.stacked for b in whole[4:]]), torch.cat(mels(config, 2, 4)))
     parts = [batches(config, 1, 4, rank, 2) for rank in (0, 1)]
     for step in range(3):
         of_step = [b for part in parts for b in part[2 * step : 2 * step + 2]]
         alone = whole[4 * step : 4 * step + 4]
         for ranked, single in zip(of_step, alone, strict=True):
             assert ranked.clips.tolist() == single.clips.tolist()
-            assert torch.equal(ranked.media, single.media)
+            assert torch.equal(ranked.stacked, single.stacked)
 
 
 def mels(config: Config, first: int, last: int) -> list[torch.Tensor]:
-    return [batch.media for batch in batches(config, first, last)]
+    return [batch.stacked for batch in batches(config, first, last)]
 
 
 @ANY_BACK_END
@@ -209,22 +209,27 @@ def test_a_bad_picture_is_replaced_by_the_next_and_reported(tmp_path, backend):
     loading = loader(config)
     (batch,) = loading.batches(0, 1)
     assert sorted(batch.clips.tolist()) == [0, 1, 2, 4, 4, 5, 6, 7]
-    first, second = (batch.media[n] for n in np.flatnonzero(batch.clips == 4))
+    first, second = (batch.stacked[n] for n in np.flatnonzero(batch.clips == 4))
     assert torch.equal(first, second)
     (bad,) = loading.bad
     assert "truncated" in bad.reason
     found = open_shards([tmp_path], ("images",))
     assert (bad.clip, bad.replaced_by) == (found.name(3), found.name(4))
     with pytest.raises(ShardError, match=r"cannot be decoded: .*0.tar at byte \d+ \(unreadable"):
-        list(evaluation_batches(config, found, np.arange(8), Ranks()))
+        list(evaluation_batches(config, found, crops(config, np.arange(8)), Ranks()))
 
 
 @ANY_BACK_END
 def test_evaluation_sees_the_pictures_named_in_their_order(shards, backend):
     config = config_of(shards, f"frontend.backend={backend}", "eval.batch=2")
     found = open_shards([shards], ("images",))
-    seen = [part.media for part in evaluation_batches(config, found, np.array([5, 0, 9]), Ranks())]
+    seen = [
+        part.stacked
+        for part in evaluation_batches(config, found, crops(config, np.array([5, 0, 9])), Ranks())
+    ]
     assert [len(part) for part in seen] == [2, 1]
     for clip, picture in zip((5, 0, 9), torch.cat(seen), strict=True):
-        alone = next(evaluation_batches(config, found, np.array([clip]), Ranks())).media[0]
+        alone = next(
+            evaluation_batches(config, found, crops(config, np.array([clip])), Ranks())
+        ).stacked[0]
         assert torch.equal(picture, alone)

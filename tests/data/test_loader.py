@@ -22,7 +22,7 @@ from flap_fast.data.shards import ShardError, open_shards, pack
 from flap_fast.data.tokenize import tokenizer
 from flap_fast.ranks import Ranks
 from tests.sounds import encode, noise
-from tests.tiny import tiny
+from tests.tiny import crops, tiny
 
 RATE = 16_000
 ANY_BACK_END = pytest.mark.parametrize("backend", ["torch", "dali_wave"])
@@ -63,7 +63,7 @@ def with_(config: Config, section: str, **settings: object) -> Config:
 
 def test_a_batch_has_the_shapes_it_promises(config):
     (batch,) = batches(config, 4, 5)
-    assert (batch.media.shape, batch.media.dtype) == ((8, 1, 112, 128), torch.float32)
+    assert (batch.stacked.shape, batch.stacked.dtype) == ((8, 1, 112, 128), torch.float32)
     assert batch.ids.shape == batch.attention_mask.shape
     assert batch.ids.shape[1] % 8 == 0
     assert batch.ids.dtype == batch.attention_mask.dtype == torch.int64
@@ -84,7 +84,7 @@ def test_a_batch_is_what_its_sample_indices_say(config):
             several = shards.record(clip)["text"]
             texts.append(several[int(c * len(several))])
         mel = kaldi_log_mel(config.audio)(torch.from_numpy(np.stack(waves)))
-        assert torch.equal(batch.media[:, 0], normalise(mel, config.audio))
+        assert torch.equal(batch.stacked[:, 0], normalise(mel, config.audio))
         ids, mask = tokenizer(config.text)(texts)
         assert torch.equal(batch.ids, ids)
         assert torch.equal(batch.attention_mask, mask)
@@ -102,7 +102,7 @@ def test_any_number_of_ranks_sees_the_same_batches(config, backend, world):
         assert np.concatenate([part.clips for part in parts]).tolist() == batch.clips.tolist()
         assert [*chain.from_iterable(map(captions, parts))] == captions(batch)
         # Another number of rows may sum a product in another order: not more than a rounding.
-        assert (torch.cat([part.media for part in parts]) - batch.media).abs().max() < 1e-4
+        assert (torch.cat([part.stacked for part in parts]) - batch.stacked).abs().max() < 1e-4
 
 
 @ANY_BACK_END
@@ -125,7 +125,7 @@ def test_micro_batches_are_a_step_cut_in_order_and_may_come_again(config):
             assert torch.cat([part.sample_index for part in first]).equal(batch.sample_index)
             assert np.concatenate([part.clips for part in first]).tolist() == batch.clips.tolist()
             assert [*chain.from_iterable(map(captions, first))] == captions(batch)
-            assert (torch.cat([part.media for part in first]) - batch.media).abs().max() < 1e-4
+            assert (torch.cat([part.stacked for part in first]) - batch.stacked).abs().max() < 1e-4
             for once, again in zip(first, second, strict=True):
                 assert_same(once, again)
 
@@ -220,14 +220,14 @@ def test_a_corrupt_clip_is_replaced_reported_and_the_run_goes_on(good, tmp_path,
     for step, (a, b) in enumerate(zip(found, wanted, strict=True)):
         same = b.clips != 5
         assert (a.clips[same] == b.clips[same]).all()
-        assert torch.equal(a.media[same], b.media[same])
+        assert torch.equal(a.stacked[same], b.stacked[same])
         for row in np.flatnonzero(~same):
             assert (step, row) in at
             assert a.clips[row] == 6
             assert captions(a)[row] == tokenizer(good.text)(["noise 6"])[0][0, :8].tolist()
             # The clip that took its place has its own sound, cropped as its row says.
-            assert a.media[row].isfinite().all()
-            assert not torch.equal(a.media[row], b.media[row])
+            assert a.stacked[row].isfinite().all()
+            assert not torch.equal(a.stacked[row], b.stacked[row])
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -241,8 +241,8 @@ def test_a_corrupt_clip_is_replaced_alike_on_any_number_of_ranks(good, tmp_path,
         clips = np.concatenate([rank_batches[step].clips for rank_batches in by_rank])
         assert clips.tolist() == batch.clips.tolist()
         assert not {5, 6, 11} & set(clips.tolist())
-        mel = torch.cat([rank_batches[step].media for rank_batches in by_rank])
-        assert (mel - batch.media).abs().max() < 1e-4
+        mel = torch.cat([rank_batches[step].stacked for rank_batches in by_rank])
+        assert (mel - batch.stacked).abs().max() < 1e-4
 
 
 def test_the_last_clip_is_replaced_by_the_first(good, tmp_path):
@@ -311,7 +311,9 @@ CLIPS = np.array([3, 0, 5, 1, 4])
 def test_evaluation_gives_the_clips_named_in_their_order(prepared, backend):
     config = tiny("eval.batch=2", f"frontend.backend={backend}")
     shards = open_shards([prepared / "train"])
-    found = [batch.media for batch in evaluation_batches(config, shards, CLIPS, Ranks())]
+    found = [
+        batch.stacked for batch in evaluation_batches(config, shards, crops(config, CLIPS), Ranks())
+    ]
     assert [len(mel) for mel in found] == [2, 2, 1]
     keys = torch.tensor([text_key(shards.record(clip)["id"]) for clip in CLIPS])
     where = uniforms(0, Stream.EVAL_CROP, keys, 1)[:, 0].tolist()
@@ -333,7 +335,12 @@ def test_an_evaluations_random_crop_is_the_clips_and_not_the_runs(prepared):
     other = with_(with_(first, "run", seed=1), "eval", batch=2)
     centre = with_(first, "eval", crop="center")
     a, b, c = (
-        torch.cat([batch.media for batch in evaluation_batches(config, shards, clips, Ranks())])
+        torch.cat(
+            [
+                batch.stacked
+                for batch in evaluation_batches(config, shards, crops(config, clips), Ranks())
+            ]
+        )
         for config, clips in ((first, long), (other, long[::-1].copy()), (centre, long))
     )
     assert (a - b.flip(0)).abs().max() < 1e-4
@@ -349,12 +356,15 @@ def test_an_evaluations_random_crop_is_the_same_with_a_clip_more_or_less(tmp_pat
     whole, few = (
         next(
             evaluation_batches(
-                tiny("frontend.backend=torch"), shards, np.arange(len(shards)), Ranks()
+                tiny("frontend.backend=torch"),
+                shards,
+                crops(tiny("frontend.backend=torch"), np.arange(len(shards))),
+                Ranks(),
             )
         )
         for shards in (open_shards([tmp_path / name]) for name in ("all", "few"))
     )
-    assert (whole.media[1:] - few.media).abs().max() < 1e-4
+    assert (whole.stacked[1:] - few.stacked).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize(("rate", "said"), [(RATE // 2, 1), (RATE, 0), (2 * RATE, 0)])
@@ -364,7 +374,7 @@ def test_sounds_at_a_lower_rate_than_the_front_ends_are_told_of_once(tmp_path, c
     )
     shards, config = open_shards([tmp_path]), tiny("frontend.backend=torch")
     for rank in (1, 0, 0):
-        list(evaluation_batches(config, shards, np.arange(1), Ranks(rank)))
+        list(evaluation_batches(config, shards, crops(config, np.arange(1)), Ranks(rank)))
     err = capsys.readouterr().err
     assert (
         err.count("holds sounds at 8000 Hz and audio.sample_rate_hz is 16000: above 4000") == said
@@ -376,8 +386,8 @@ def test_sounds_at_a_lower_rate_than_the_front_ends_are_told_of_once(tmp_path, c
 def test_evaluation_leaves_no_clip_out(tmp_path, backend):
     shards = open_shards([shards_of(tmp_path / "bad", {5: BAD["cut"], 4: BAD["nan"]})])
     config = tiny("eval.batch=3", f"frontend.backend={backend}")
-    mels = evaluation_batches(config, shards, np.arange(12), Ranks())
-    assert len(next(mels).media) == 3
+    mels = evaluation_batches(config, shards, crops(config, np.arange(12)), Ranks())
+    assert len(next(mels).stacked) == 3
     with pytest.raises(ShardError) as error:
         next(mels)
     assert str(error.value).count(str(tmp_path)) == 2

@@ -60,6 +60,7 @@ BATCHES = {
     "all stay": Clips((3, 20), 5, (3, 20), 5),
     "one clip": Clips((17,), 3, (9,), 2),
     "one patch": Clips((1,), 1, (1,), None),
+    "a clip of three minutes": Clips((2, 1125), 8, (1, 900), 6),
     "unsorted lengths": Clips((20, 3, 64, 1, 3), 4, (11, 1, 33, 1, 3), 3),
 }
 SMALL = Clips((1, 2, 7), 3, (1, 1, 4), 2, False)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -20,9 +22,11 @@ from flap_fast.data.tokenize import tokenizer
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks
 from flap_fast.tools.embedder import load
+from flap_fast.train import loop
 from flap_fast.train.engine import DeepSpeedEngine, PlainEngine
 from flap_fast.train.frozen_text import FrozenText
-from flap_fast.train.loop import Stopped, train
+from flap_fast.train.loop import Stopped, train, train_from
+from flap_fast.train.run_folder import begin
 from flap_fast.train.step import Gradients
 from flap_fast.train.stop import Stop
 from tests.ranks import on_ranks
@@ -42,9 +46,8 @@ def settings(*overrides: str) -> Config:
 def caption_batches(config: Config, ranks: Ranks, times: int) -> Iterator[Batch]:
     """Micro-batches whose captions partly come again: in other steps, on other ranks, twice."""
     words, sentences = tokenizer(config.text), len(config.loss.sentences)
-    micros = config.train.micro_batches(ranks.world)
-    for number, batch in enumerate(batches(config, ranks, STEPS, times)):
-        step = number // (times * micros)
+    for batch in batches(config, ranks, STEPS, times):
+        step = batch.epoch  # an epoch of those is a step
         # Every second one is on the other of two ranks at the same time.
         captions = [f"loud {(n + 5 * step) % (12 if n % 2 else 8)}" for n in batch.clips.tolist()]
         texts = [f"{caption} {name}" for name in range(sentences) for caption in captions]
@@ -119,6 +122,11 @@ def test_over_ranks_a_caption_is_embedded_by_one_of_them_at_every_stage(
     assert files == {f"node-{n}.{end}" for n in nodes for end in ("keys", "float32")}
 
 
+def of_run(runs: Path, name: str, data: Path) -> tuple[str, ...]:
+    named = f"run.folder={runs}", f"run.name={name}", f"data.train={data}/train"
+    return *named, "log.every_steps=1", "log.tensorboard=false", "train.steps=6"
+
+
 def given(config: Config, captions: list[str]) -> tuple[Tensor, Tensor]:
     return tokenizer(config.text)(captions)
 
@@ -163,6 +171,100 @@ def test_rows_are_read_again_bit_for_bit_and_an_incomplete_one_is_embedded_again
     assert not tmp_path.exists()
 
 
+def test_rows_behind_an_incomplete_one_are_gone(tmp_path: Path):
+    """Or a row that is written again would stand in the files twice."""
+    config = settings()
+    model = TwoTowers(config)
+    FrozenText(model, Ranks(), tmp_path, keep=False)(*given(config, CAPTIONS))
+    file = tmp_path / "node-0.float32"
+    file.write_bytes(bytes(8) + file.read_bytes()[8:])
+    FrozenText(model, Ranks(), tmp_path, keep=True)(*given(config, CAPTIONS[3:]))
+    last = FrozenText(model, Ranks(), tmp_path, keep=True)
+    assert last.captions == 2
+    expected = model.pool_text(*given(config, CAPTIONS))
+    torch.testing.assert_close(last(*given(config, CAPTIONS)), expected)
+
+
+def with_a_node_that_has_no_files(folder: Path) -> tuple[int, Tensor, Tensor]:
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), launched=True)
+    config = settings()
+    torch.manual_seed(0)
+    model = TwoTowers(config)
+    FrozenText(model, ranks, folder, keep=False)(*given(config, CAPTIONS))
+    if ranks.rank == 1:
+        for file in folder.glob("node-1.*"):
+            file.unlink()
+    frozen = FrozenText(model, ranks, folder, keep=True)
+    mine = given(config, CAPTIONS[ranks.rank :])
+    return frozen.captions, frozen(*mine), model.pool_text(*mine)
+
+
+def test_a_node_that_has_no_files_embeds_again(tmp_path: Path):
+    one, two = on_ranks(2, with_a_node_that_has_no_files, tmp_path)
+    assert (one[0], two[0]) == (4, 0)
+    for _, found, expected in (one, two):
+        torch.testing.assert_close(found, expected)
+
+
+def halted_and_whole(data: Path, runs: Path) -> list[int]:
+    """On one of two ranks of a node, a run, and the same from its step 2.
+
+    The result is how many captions it embedded before that step, after it, and again after it.
+    """
+    ranks = Ranks(dist.get_rank(), 2, 2, launched=True)
+    embedded = [0]
+    TwoTowers.pool_text = counting(TwoTowers.pool_text, embedded)  # of this process alone
+    for name in ("whole", "halted"):
+        if name == "halted" and ranks.first:
+            shutil.copytree(runs / "kept", runs / name)
+        ranks.barrier()
+        config = tiny(
+            *SMALL, *of_run(runs / name, "flap", data), "train.zero_stage=3", "ckpt.every_steps=2"
+        )
+        with ExitStack() as open_files, pytest.MonkeyPatch.context() as patch:
+            if name == "whole":
+                patch.setattr(loop, "save_and_score", keeping(runs / name, ranks, embedded))
+            train_from(config, ranks, begin(config, resume=True), open_files)
+        embedded.append(0)
+    return embedded[:-1]
+
+
+def counting(real: Any, embedded: list[int]) -> Any:
+    def counted(model: TwoTowers, ids: Tensor, attention_mask: Tensor) -> Tensor:
+        embedded[-1] += len(ids)
+        return real(model, ids, attention_mask)
+
+    return counted
+
+
+def keeping(folder: Path, ranks: Ranks, embedded: list[int]) -> Any:
+    """Copies the run as it is after step 2, as a machine that went down leaves it."""
+    real = loop.save_and_score
+
+    def saved(run: Any, step: int, *, stopped: bool) -> None:
+        real(run, step, stopped=stopped)
+        if step == 2:
+            if ranks.first:
+                shutil.copytree(folder, folder.with_name("kept"))
+            ranks.barrier()
+            embedded.append(0)
+
+    return saved
+
+
+def test_a_resumed_run_over_ranks_is_the_uninterrupted_one_bit_for_bit(
+    prepared: Path, tmp_path: Path
+):
+    pytest.importorskip("deepspeed")
+    for first_steps, rest, halted in on_ranks(2, halted_and_whole, prepared, tmp_path):
+        assert halted == rest > 0 < first_steps
+    one, two = (
+        (tmp_path / name / "flap/checkpoints/step-000006/model.safetensors").read_bytes()
+        for name in ("whole", "halted")
+    )
+    assert one == two
+
+
 def test_a_full_disk_is_said_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = settings()
     frozen = FrozenText(TwoTowers(config), Ranks(), tmp_path, keep=False)
@@ -177,8 +279,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit_and_leaves_no_vector
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def config(name: str) -> Config:
-        run_of = (f"run.folder={tmp_path}", f"run.name={name}", f"data.train={prepared}/train")
-        return tiny(*SMALL, *run_of, "log.every_steps=1", "log.tensorboard=false", "train.steps=6")
+        return tiny(*SMALL, *of_run(tmp_path, name, prepared))
 
     def rows(name: str) -> list[dict[str, float]]:
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()

@@ -87,10 +87,10 @@ def test_specaug_is_left_to_the_encoder(prepared, tmp_path):
     config = settings(prepared, tmp_path)
     shards, tokens = open_shards(config.data.train), tokenizer(config.text)
     (batch,) = TrainingLoader(config, shards, tokens, Ranks()).batches(0, 1)
-    assert batch.media.shape == (8, 1, 101, 16)
-    assert -100 <= batch.media.min() < -20
+    assert batch.stacked.shape == (8, 1, 101, 16)
+    assert -100 <= batch.stacked.min() < -20
     inputs = model_inputs(batch, None, config)
-    assert inputs["media"] is batch.media
+    assert inputs["media"] is batch.stacked
     assert inputs["mask"] is inputs["target"] is inputs["longer"] is None
     erase = inputs["erase"]
     assert erase is not None

@@ -46,7 +46,7 @@ class MelFrontEnd:
             return MediaInput(self._packed(clips, frames), None)
         if self.fusion.on:
             return self._fused(clips, frames)
-        media = to_device(clips.stacked(), self.device)
+        media = to_device(clips.stacked, self.device)
         mel = pad_frames(media.float(), self.audio.frames) if are_mels else self._mel(media)
         return MediaInput(mel[:, None], None)
 

@@ -145,7 +145,7 @@ class ImagePreprocessor:
 
     def finish(self, decoded: DecodedBatch) -> MediaInput:
         """The normalised pixels of squares."""
-        pixels = to_device(decoded.stacked(), self._ranks.device)
+        pixels = to_device(decoded.stacked, self._ranks.device)
         return MediaInput(normalise_image(pixels, self._mean, self._std), None)
 
     def _decode(self, clip: bytes, position: float = 0.0) -> np.ndarray:

@@ -26,7 +26,7 @@ from flap_fast.ranks import Ranks
 from tests.data.test_loader import batches, loader, with_
 from tests.preparation.test_prepare import contents
 from tests.sounds import encode, noise, tone, write_manifest
-from tests.tiny import tiny
+from tests.tiny import crops, tiny
 
 AUDIO = tiny().audio
 RATE = AUDIO.sample_rate_hz
@@ -64,12 +64,12 @@ def test_a_run_on_cached_log_mels_sees_the_batches_of_the_sounds(both, tmp_path,
     for sounds, read in zip(batches(config, 0, 3), batches(cached, 0, 3), strict=True):
         assert (sounds.clips == read.clips).all()
         assert torch.equal(sounds.ids, read.ids)
-        assert (read.media.shape, read.media.dtype) == (sounds.media.shape, torch.float32)
+        assert (read.stacked.shape, read.stacked.dtype) == (sounds.stacked.shape, torch.float32)
         # Clips of 1.005 s may be cropped half a frame off: all others within fp16's rounding.
         exact = torch.from_numpy(sounds.clips % 3 != 2)
-        error = (sounds.media - read.media)[exact].abs().max()
+        error = (sounds.stacked - read.stacked)[exact].abs().max()
         assert 0 < error <= ROUNDING / (2 * AUDIO.std) * 1.02
-        assert torch.equal(sounds.media[:, :, 98:], read.media[:, :, 98:])  # the rows of zeros
+        assert torch.equal(sounds.stacked[:, :, 98:], read.stacked[:, :, 98:])  # the rows of zeros
 
 
 def test_a_long_clip_is_cropped_at_frames_that_are_those_of_its_sound():
@@ -98,7 +98,12 @@ def test_evaluation_scores_cached_log_mels_as_sounds(both):
     clips, ranks = np.array([3, 0, 7, 1, 6]), Ranks()
     config = tiny("eval.batch=2", "eval.crop=center")
     sounds, read = (
-        torch.cat([found.media for found in evaluation_batches(config, shards, clips, ranks)])
+        torch.cat(
+            [
+                found.stacked
+                for found in evaluation_batches(config, shards, crops(config, clips), ranks)
+            ]
+        )
         for shards in (open_shards([both / kind / "train"]) for kind in ("shards", "mels"))
     )
     assert sounds.shape == read.shape == (5, 1, 112, 128)
@@ -148,7 +153,7 @@ def test_a_cache_of_another_front_end_is_refused_by_the_settings_name(both, name
         loader(config)
     shards = open_shards([both / "mels/train"])
     with pytest.raises(ConfigError, match=wanted):
-        next(evaluation_batches(config, shards, np.arange(2), Ranks()))
+        next(evaluation_batches(config, shards, crops(config, np.arange(2)), Ranks()))
 
 
 def test_what_comes_after_the_log_mel_may_be_changed(both):
@@ -156,8 +161,8 @@ def test_what_comes_after_the_log_mel_may_be_changed(both):
     (batch,) = batches(tiny(f"data.train={both}/mels/train", *overrides), 0, 1)
     (sounds,) = batches(tiny(f"data.train={both}/shards/train", *overrides), 0, 1)
     exact = torch.from_numpy(sounds.clips % 3 != 2)
-    assert batch.media.shape == (8, 1, 128, 128)
-    assert (batch.media - sounds.media)[exact].abs().max() <= ROUNDING / 6 * 1.02
+    assert batch.stacked.shape == (8, 1, 128, 128)
+    assert (batch.stacked - sounds.stacked)[exact].abs().max() <= ROUNDING / 6 * 1.02
 
 
 def test_every_setting_of_audio_is_the_front_ends_or_known_to_come_after():

@@ -160,7 +160,7 @@ def test_dalis_own_mel_is_ours(variant, roundtrip):
     ahead = {"batch": 3, "threads": 2, "prefetch": 1, "device": cpu}
     batches = iter([EncodedBatch(sounds, where)])
     decoder = DaliDecoder(batches, audio_graph(audio, mel=True), error=BadSound, **ahead)
-    theirs = next(decoder).stacked()
+    theirs = next(decoder).stacked
     filled = [decode_clip(sound, float(w), audio) for sound, w in zip(sounds, where, strict=True)]
     ours = log_mel(audio)(torch.from_numpy(np.stack(filled)))
     assert theirs.shape == ours.shape == (3, 1001, 64)

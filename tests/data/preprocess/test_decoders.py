@@ -40,7 +40,7 @@ class Sounds:
         return self
 
     def __next__(self) -> torch.Tensor:
-        return next(self._decoder).stacked()
+        return next(self._decoder).stacked
 
 
 def dali(batches, audio: Audio = ONE_SECOND, *, mel: bool = False, prefetch: int = 2) -> Sounds:
@@ -121,8 +121,8 @@ def test_each_back_end_gives_log_mels_in_order(kind):
     for out, wave in itertools.zip_longest(given, waves):
         wanted = mel(torch.from_numpy(wave))[:, None]
         assert out.longer is None
-        assert out.media.shape == wanted.shape
-        assert (out.media - wanted)[..., 6:].abs().max() < (0.3 if kind == "dali_mel" else 1e-6)
+        assert out.stacked.shape == wanted.shape
+        assert (out.stacked - wanted)[..., 6:].abs().max() < (0.3 if kind == "dali_mel" else 1e-6)
 
 
 def test_where_a_crop_lies_is_the_clips_own():
@@ -237,6 +237,6 @@ def test_the_reference_works_where_dali_cannot_be_imported(monkeypatch):
     monkeypatch.setitem(sys.modules, "flap_fast.data.preprocess.dali", None)
     batches = [EncodedBatch([GOOD], WHERE[:1])]
     (out,) = preprocessor(ONE_SECOND, "torch").stream(iter(batches), 1)
-    assert out.media.shape == (1, 1, 112, 128)
+    assert out.stacked.shape == (1, 1, 112, 128)
     with pytest.raises(ImportError):
         preprocessor(ONE_SECOND, "dali_wave").stream(iter(batches), 1)

@@ -28,7 +28,7 @@ from flap_fast.data.tokenize import tokenizer
 from flap_fast.encoders.vit.settings import ViTSettings
 from flap_fast.ranks import Ranks
 from tests.sounds import encode, noise
-from tests.tiny import tiny
+from tests.tiny import crops, tiny
 
 RATE = 16_000
 CPU = torch.device("cpu")
@@ -130,10 +130,10 @@ def test_four_channels_are_those_of_transformers_extractor(monkeypatch):
     )
     assert ours.longer is not None
     assert ours.longer.tolist() == theirs["is_longer"][:, 0].tolist() == [False] * 3 + [True] * 4
-    assert ours.media.shape == theirs["input_features"].shape == (7, 4, 101, 64)
+    assert ours.stacked.shape == theirs["input_features"].shape == (7, 4, 101, 64)
     valid = theirs["input_features"] > -80
-    assert (ours.media - theirs["input_features"])[valid].abs().max() < 5e-4
-    assert (ours.media[~valid] < -79).all()
+    assert (ours.stacked - theirs["input_features"])[valid].abs().max() < 5e-4
+    assert (ours.stacked[~valid] < -79).all()
 
 
 @pytest.mark.parametrize("audio", [KALDI, CLAP], ids=["kaldi", "clap"])
@@ -141,17 +141,18 @@ def test_a_clip_is_the_same_in_any_company(audio):
     """However far it is padded, and whichever clips it is computed with; short ones as without."""
     front, waves = MelFrontEnd(audio, FUSED, CPU), [wave[: 3 * RATE] for wave in sounds()]
     waves[0] = np.tile(waves[0], 4)[:RATE]
-    mel, longer = front(lay_end_to_end(waves, WHERE))
+    whole = front(lay_end_to_end(waves, WHERE))
+    mel, longer = whole.stacked, whole.longer
     assert longer is not None
     assert mel.shape == (7, 4, audio.frames, audio.mel_bins)
     alone = [
         front(lay_end_to_end([wave], row[None])) for wave, row in zip(waves, WHERE, strict=True)
     ]
-    assert (mel - torch.cat([one.media for one in alone])).abs().max() < 2e-3
+    assert (mel - torch.cat([one.stacked for one in alone])).abs().max() < 2e-3
     plain = MelFrontEnd(audio, Fusion(), CPU)(lay_end_to_end(waves[:2], WHERE[:2]))
     assert plain.longer is None
-    assert plain.media.shape == (2, 1, audio.frames, audio.mel_bins)
-    assert (mel[:2] - plain.media).abs().max() < 2e-3
+    assert plain.stacked.shape == (2, 1, audio.frames, audio.mel_bins)
+    assert (mel[:2] - plain.stacked).abs().max() < 2e-3
     assert (mel[longer, 0] - mel[longer, 1]).abs().amax((1, 2)).min() > 1
 
 
@@ -211,9 +212,9 @@ def test_every_back_end_gives_the_same_channels(audio, backend, most):
     for a, b in zip(ours, theirs, strict=True):
         assert a.longer is not None
         assert b.longer is not None
-        assert a.media.shape == (len(a.longer), 4, audio.frames, audio.mel_bins)
-        valid = a.media > -80
-        assert (a.media - b.media)[valid].abs().max() <= most
+        assert a.stacked.shape == (len(a.longer), 4, audio.frames, audio.mel_bins)
+        valid = a.stacked > -80
+        assert (a.stacked - b.stacked)[valid].abs().max() <= most
         assert torch.equal(a.longer, b.longer)
 
 
@@ -247,11 +248,10 @@ def test_a_batch_is_what_its_sample_indices_say(prepared):
             decode_clip(shards.encoded(clip), float(row[0]), config.audio, config.fusion)
             for clip, row in zip(batch.clips.tolist(), positions, strict=True)
         ]
-        mel, longer = MelFrontEnd(config.audio, config.fusion, CPU)(
-            lay_end_to_end(waves, positions)
-        )
-        mel = normalise(mel, config.audio)
-        assert torch.equal(batch.media, mel)
+        front = MelFrontEnd(config.audio, config.fusion, CPU)
+        found = front(lay_end_to_end(waves, positions))
+        mel, longer = normalise(found.stacked, config.audio), found.longer
+        assert torch.equal(batch.stacked, mel)
         assert longer is not None
         assert torch.equal(flags(batch), longer)
         seen += longer.tolist()
@@ -267,7 +267,7 @@ def test_dali_and_its_reference_load_the_same(prepared):
     ours = loaded(settings(prepared), 0, 2)
     theirs = loaded(settings(prepared, "frontend.backend=dali_wave"), 0, 2)
     for a, b in zip(ours, theirs, strict=True):
-        assert torch.equal(a.media, b.media)
+        assert torch.equal(a.stacked, b.stacked)
         assert torch.equal(flags(a), flags(b))
 
 
@@ -287,13 +287,16 @@ def test_evaluation_takes_no_clip_for_longer_and_its_pieces_are_the_clips_own(pr
     parts, other = (
         list(
             evaluation_batches(
-                settings(prepared, f"eval.batch={size}", f"run.seed={size}"), shards, clips, Ranks()
+                settings(prepared, f"eval.batch={size}", f"run.seed={size}"),
+                shards,
+                crops(settings(prepared, f"eval.batch={size}", f"run.seed={size}"), clips),
+                Ranks(),
             )
         )
         for size in (4, 12)
     )
-    mel = torch.cat([valid.media for valid in parts])
-    assert (mel - other[0].media).abs().max() < 1e-3
+    mel = torch.cat([valid.stacked for valid in parts])
+    assert (mel - other[0].stacked).abs().max() < 1e-3
     wanted = [
         len(decode_clip(shards.encoded(n), 0.0, config.audio, config.fusion)) >= RATE + 160
         for n in clips.tolist()
@@ -304,6 +307,6 @@ def test_evaluation_takes_no_clip_for_longer_and_its_pieces_are_the_clips_own(pr
     long = settings(
         prepared, "audio.duration_s=2.0", "audio.frames=208", "fusion.max_duration_s=2.0"
     )
-    for valid in evaluation_batches(long, shards, clips, Ranks()):
+    for valid in evaluation_batches(long, shards, crops(long, clips), Ranks()):
         assert valid.longer is not None
         assert not valid.longer.any()

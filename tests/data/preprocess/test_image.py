@@ -49,7 +49,7 @@ def batches(files: list[list[bytes]]) -> Iterator[EncodedBatch]:
 
 def media(decoded: DecodedBatch) -> torch.Tensor:
     assert (decoded.lengths == 32).all()
-    return decoded.stacked()
+    return decoded.stacked
 
 
 BOTH = pytest.mark.parametrize("decoder", [dali, threaded])

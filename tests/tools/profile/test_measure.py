@@ -193,7 +193,7 @@ def communicating():
         batch = next(SyntheticLoader(config, engine.module.text, ranks).batches(0, 1))
         with timed_engine(engine, lambda: timeline) as engine:
             timeline.begin_step()
-            outputs = engine.model(batch.media, batch.ids, batch.attention_mask, None)
+            outputs = engine.model(batch.stacked, batch.ids, batch.attention_mask, None)
             dist.barrier()
             if ranks.rank == 1:
                 time.sleep(1.0)
@@ -305,8 +305,8 @@ def test_batches_have_all_sentences_and_the_shape_of_the_encoders_input(config: 
         model = TwoTowers(complete, weights=False)
         loader = SyntheticLoader(complete, model.text, Ranks())
     batch = next(loader.batches(0, 1))
-    clips, sentences = len(batch.media), len(config.loss.sentences)
-    assert batch.media.shape[1:] == config.encoder.input_shape(config.fusion)
+    clips, sentences = len(batch.stacked), len(config.loss.sentences)
+    assert batch.stacked.shape[1:] == config.encoder.input_shape(config.fusion)
     assert len(batch.ids) == len(batch.attention_mask) == clips * sentences
     assert (batch.longer is not None) == config.fusion.on
 
