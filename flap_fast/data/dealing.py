@@ -120,11 +120,15 @@ def pack(tokens: np.ndarray, budget: int, most_clips: int | None) -> list[list[n
     ranks, clips = tokens.shape
     most = min(most_clips or clips, clips)
     fewest = max(-(-int(tokens.sum(1).max()) // budget), -(-clips // most))
+    fullest_first = np.argsort(-tokens.sum(1), kind="stable").tolist()
     for count in range(fewest, clips + 1):
-        packed = [_balanced(tokens[rank], count, most) for rank in range(ranks)]
-        heaviest = max(int(tokens[r, some].sum()) for r in range(ranks) for some in packed[r])
-        if heaviest <= budget:
-            return packed
+        packed: dict[int, list[np.ndarray]] = {}
+        for rank in fullest_first:  # where a count is too low, it is soonest so there
+            packed[rank] = _balanced(tokens[rank], count, most)
+            if max(tokens[rank, some].sum() for some in packed[rank]) > budget:
+                break
+        else:
+            return [packed[rank] for rank in range(ranks)]
     raise AssertionError(f"a clip of {tokens.max()} tokens over the budget of {budget}")
 
 

@@ -46,9 +46,8 @@ def settings(*overrides: str) -> Config:
 def caption_batches(config: Config, ranks: Ranks, times: int) -> Iterator[Batch]:
     """Micro-batches whose captions partly come again: in other steps, on other ranks, twice."""
     words, sentences = tokenizer(config.text), len(config.loss.sentences)
-    micros = config.train.micro_batches(ranks.world)
-    for number, batch in enumerate(batches(config, ranks, STEPS, times)):
-        step = number // (times * micros)
+    for batch in batches(config, ranks, STEPS, times):
+        step = batch.epoch  # an epoch of those is a step
         # Every second one is on the other of two ranks at the same time.
         captions = [f"loud {(n + 5 * step) % (12 if n % 2 else 8)}" for n in batch.clips.tolist()]
         texts = [f"{caption} {name}" for name in range(sentences) for caption in captions]

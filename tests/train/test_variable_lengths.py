@@ -73,12 +73,14 @@ def by_sample(batches: list[Batch]) -> dict[int, tuple[int, Tensor]]:
 
 
 @pytest.mark.parametrize("micro", ["train.micro_batch=null", "train.micro_tokens=130"])
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize(("world", "backend"), [(2, "dali_wave"), (4, "torch")])
 def test_any_number_of_ranks_sees_the_same_clips_and_gets_equal_work(
-    prepared: Path, micro: str, world: int
+    prepared: Path, micro: str, world: int, backend: str
 ):
+    if backend != "torch":
+        pytest.importorskip("nvidia.dali")
     whole = by_sample(list(loader(settings(prepared), Ranks()).batches(0, STEPS)))
-    config = settings(prepared, micro)
+    config = settings(prepared, micro, f"frontend.backend={backend}")
     ranks = [list(loader(config, Ranks(rank, world)).batches(0, STEPS)) for rank in range(world)]
     found = by_sample([batch for batches in ranks for batch in batches])
     assert found.keys() == whole.keys() == set(range(12 * STEPS))

@@ -1,4 +1,4 @@
-"""Memory check before a step on a CPU, where running out of memory would freeze the machine."""
+"""Checks before a step is planned or profiled; on a CPU, running out of memory would freeze it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import torch
 
 from flap_fast.checks import require
-from flap_fast.config import Config
+from flap_fast.config import Config, check_micro_batch
 from flap_fast.model.two_towers import takes_bf16
 from flap_fast.ranks import Ranks
 from flap_fast.tools.profile.counts import StepCounts
@@ -18,6 +18,14 @@ from flap_fast.train.engine import check_engine
 
 # Fraction of the free memory: counts leave out heaps, libraries and an optimizer's temporaries.
 _SAFE = 0.7
+
+
+def check_equal_micro_batches(config: Config, world: int) -> None:
+    """Raise `ConfigError` for micro-batches that are not equal: counts are of the longest clips."""
+    budget, rule = config.train.micro_tokens, "be left out of a plan or profile"
+    remedy = "set train.micro_batch to the clips of audio.max_duration_s that it holds"
+    require(budget is None, "train.micro_tokens", rule, budget, remedy)
+    check_micro_batch(config, world)
 
 
 def check_memory(config: Config, needed: tuple[int, int], ranks: Ranks) -> None:

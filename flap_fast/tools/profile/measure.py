@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from flap_fast.checks import ConfigError, require
-from flap_fast.config import Config, check_before_loading, check_micro_batch
+from flap_fast.config import Config, check_before_loading
 from flap_fast.data.batch import Batch
 from flap_fast.data.loader import TrainingLoader
 from flap_fast.data.shards import open_shards
@@ -36,7 +36,7 @@ from flap_fast.model.two_towers import TwoTowers, takes_bf16
 from flap_fast.ranks import Ranks, join_ranks, leave_ranks, world_size
 from flap_fast.tools.profile.counts import StepCounts, two_passes
 from flap_fast.tools.profile.device import Memory, measure_ceiling
-from flap_fast.tools.profile.fits import check_memory, count_here
+from flap_fast.tools.profile.fits import check_equal_micro_batches, check_memory, count_here
 from flap_fast.tools.profile.parts import step_parts
 from flap_fast.tools.profile.search import search as search_micro_batch
 from flap_fast.tools.profile.synthetic import SyntheticLoader, without_files
@@ -52,6 +52,7 @@ from flap_fast.train.engine import Engine, check_engine, make_engine
 from flap_fast.train.environment import device_name
 from flap_fast.train.frozen_text import frozen_text
 from flap_fast.train.optimizers import warmup_cosine
+from flap_fast.train.setup import clip_tokens
 from flap_fast.train.step import Gradients
 
 WARM_UP, TRACED = 3, 2
@@ -102,12 +103,12 @@ def _check(config: Config, synthetic: bool) -> None:
     if synthetic:
         world, batch = world_size(), config.train.global_batch
         require(batch % world == 0, "train.global_batch", f"be a multiple of {world} ranks", batch)
-        check_micro_batch(config, world)
     else:
         try:
             check_before_loading(config, world_size())
         except ConfigError as error:
             raise ConfigError(f"{error}. Without data: --synthetic") from None
+    check_equal_micro_batches(config, world_size())
     check_engine(config, world_size())
 
 
@@ -169,9 +170,9 @@ class _Session:
             loader = SyntheticLoader(config, self.model.text, ranks)
             per_epoch = loader.steps_per_epoch
         else:
-            loader = TrainingLoader(
-                config, open_shards(config.data.train), tokenizer(config.text), ranks
-            )
+            shards = open_shards(config.data.train)
+            work = clip_tokens(config, shards, ranks)
+            loader = TrainingLoader(config, shards, tokenizer(config.text), ranks, work)
             per_epoch = loader.sampler.steps_per_epoch
         # Far from the end of a run, and from an unmasked tail.
         self.run_steps = 1000 * per_epoch

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from flap_fast.checks import require
-from flap_fast.config import Config, check_micro_batch
+from flap_fast.config import Config
 from flap_fast.model.two_towers import takes_bf16
 from flap_fast.tools.profile.counts import StepCounts, loss_times, two_passes
+from flap_fast.tools.profile.fits import check_equal_micro_batches
 from flap_fast.tools.profile.memory import Footprint, divisors, footprint, parameters
 from flap_fast.tools.profile.states import Parameters
 from flap_fast.tools.profile.synthetic import LONGEST
@@ -151,7 +152,7 @@ def plan(config: Config, machine: Machine) -> Plan:
     nearest = max(world, round(batch / world) * world)
     remedy = f"for example train.global_batch={nearest}"
     require(batch % world == 0, "train.global_batch", rule, batch, remedy)
-    check_micro_batch(config, world)
+    check_equal_micro_batches(config, world)
     engine = config.train.engine
     if engine == "auto":
         engine = "plain" if world == 1 else "deepspeed"

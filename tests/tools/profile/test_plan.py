@@ -402,6 +402,12 @@ def test_splits_that_cannot_be_are_refused_with_what_can(machine: Machine, messa
         plan(load_config(None, BASE), machine)
 
 
+def test_a_budget_of_tokens_is_not_planned():
+    config = tiny("audio.length=variable", "train.micro_tokens=9999")
+    with pytest.raises(ConfigError, match=r"^train.micro_tokens must be left out of a plan or"):
+        plan(config, Machine(gpus=1))
+
+
 def test_rates_are_read_in_bytes_and_in_bits():
     assert parse_rate("--link", "50GB/s") == parse_rate("--link", "400Gb/s") == 50e9
     for wrong in ("50", "50GB", "fast", "0GB/s", "1.2.3GB/s"):
