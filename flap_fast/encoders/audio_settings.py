@@ -105,7 +105,7 @@ class Audio(Section):
         return self.padded_frames(self.frames_of(self.samples)) if self.variable else self.frames
 
     def padded_frames(self, frames: int) -> int:
-        """Frames of a clip of its own length with the rows of zeros that follow them."""
+        """Frames of a clip of its own length with the rows of silence that follow them."""
         return frames
 
     @property

@@ -50,6 +50,11 @@ class ClapLogMel:
         at = torch.where(at > last, 2 * last - at, at).clamp(min=0)
         return self._log_mel(self._rounded(wave).gather(1, at))
 
+    @property
+    def silence(self) -> float:
+        """The log-mel of silence: its lowest value, in decibels."""
+        return 10 * math.log10(FLOOR)
+
     def _rounded(self, wave: Tensor) -> Tensor:
         return to_16_bits(wave) if self.audio.int16_roundtrip else wave
 

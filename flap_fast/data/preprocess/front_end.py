@@ -51,16 +51,17 @@ class MelFrontEnd:
         return MediaInput(mel[:, None], None)
 
     def _packed(self, clips: DecodedBatch, frames: Tensor) -> PackedMels:
-        """Log-mels end to end, each with the rows of zeros that complete its last patch."""
+        """Log-mels end to end, each with the rows of silence that complete its last patch."""
         order = frames.argsort(stable=True)
         counts = frames[order].tolist()
         padded = tuple(map(self.audio.padded_frames, counts))
-        zeros = torch.zeros(max(padded), self.audio.mel_bins, device=self.device)
+        shape = max(padded), self.audio.mel_bins
+        silence = torch.full(shape, self._mel.silence, device=self.device)
         rows = []
         for group in _alike(clips.lengths[order]):
             mels = self._whole(clips, order[group])
             for mel, count, total in zip(mels, counts[group], padded[group], strict=True):
-                rows += [mel[:count], zeros[: total - count]]
+                rows += [mel[:count], silence[: total - count]]
         return PackedMels(torch.cat(rows), padded, tuple(order.tolist()))
 
     def _fused(self, clips: DecodedBatch, frames: Tensor) -> MediaInput:

@@ -58,6 +58,11 @@ class KaldiLogMel:
             return (power @ self.mel.T).clamp_(min=FLOOR).log_()
 
     @property
+    def silence(self) -> float:
+        """The log-mel of silence: its lowest value."""
+        return math.log(FLOOR)
+
+    @property
     def size(self) -> int:
         """Samples that are transformed, the last of them zeros."""
         return fft_size(self.audio.window)

@@ -13,6 +13,11 @@ from flap_fast.config import Audio
 class LogMel(Protocol):
     """A front end's log-mel, on any device."""
 
+    @property
+    def silence(self) -> float:
+        """The log-mel of silence: its lowest value."""
+        ...
+
     def __call__(self, wave: Tensor) -> Tensor:
         """(B, samples) in [-1, 1] -> (B, T, F), padded with zero rows, not normalised."""
         ...

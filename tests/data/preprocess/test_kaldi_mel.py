@@ -55,10 +55,10 @@ SIGNALS = {
 
 @pytest.mark.parametrize("name", SIGNALS)
 def test_the_log_mel_is_kaldis(name):
-    """At most 5e-3 anywhere, 2e-5 on average.
+    """Of noise at most 5e-3 off anywhere, 2e-5 on average.
 
-    Between the harmonics of a tone both round more than that, so there the measure is Kaldi itself
-    in float64: we are as near to it as Kaldi in float32 is.
+    Beside a tone, 100 dB below it, both round more than that: there the measure is Kaldi itself in
+    float64, and we are as near to it as Kaldi in float32 is.
     """
     wave = torch.from_numpy(SIGNALS[name])
     ours = kaldi_log_mel(Audio())(wave[None])[0]
@@ -66,7 +66,7 @@ def test_the_log_mel_is_kaldis(name):
     assert theirs.shape == (998, 128)
     assert (ours[998:] == 0).all()
     ours = ours[:998]
-    assert (ours - exact).abs().max() <= 5e-3
+    assert (ours - exact).abs().max() <= max(5e-3, 1.5 * (theirs - exact).abs().max())
     rounding = (theirs - exact).square().mean().sqrt()
     # torchaudio's triangles are in float32 even then: 2e-5 for those.
     assert (ours - exact).square().mean().sqrt() <= 1.5 * rounding + 2e-5
