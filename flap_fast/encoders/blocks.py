@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flap_fast.encoders.attention import attention, packed_attention, xformers_ops
 from flap_fast.encoders.packing import Segments
+from flap_fast.encoders.rotary import rotated
 
 LAYER_NORM_EPS = 1e-6
 
@@ -79,20 +80,28 @@ class Block(nn.Module):
         self.drop_path = drop_path
 
     def forward(
-        self, x: Tensor, keep_scale: Tensor | None = None, segments: Segments | None = None
+        self,
+        x: Tensor,
+        keep_scale: Tensor | None = None,
+        segments: Segments | None = None,
+        rotation: Tensor | None = None,
     ) -> Tensor:
         """(B, L, D) -> (B, L, D), or (N, D) -> (N, D).
 
         Args:
             keep_scale: (2, B, 1, 1) or (2, N, 1), scales each clip's branches.
             segments: of packed clips.
+            rotation: of queries and keys, with rotary positions.
         """
-        y = self.attn.attended(*self.before_attention(x), segments)
+        y = self.attn.attended(*self.before_attention(x, rotation), segments)
         return self.after_attention(x, y, keep_scale)
 
-    def before_attention(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def before_attention(self, x: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """(..., D) -> q, k and v (..., H, d)."""
-        return self.attn.split(self.norm1(x))
+        q, k, v = self.attn.split(self.norm1(x))
+        if rotation is None:
+            return q, k, v
+        return rotated(q, rotation), rotated(k, rotation), v
 
     def after_attention(self, x: Tensor, y: Tensor, keep_scale: Tensor | None) -> Tensor:
         """The block's input (..., D) and what attention gave (..., H, d) -> (..., D)."""
@@ -150,12 +159,14 @@ class Blocks(nn.ModuleList):
             torch.compile(Block.after_attention, dynamic=True),
         )
 
-    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, segments: Segments | None = None, rotation: Tensor | None = None
+    ) -> Tensor:
         run = self._training_run if segments is None else self._packed_training_run
         if not self.training:
             run = _run
         for block in self:
-            inputs = block, x, block.draw(x, segments), segments  # type: ignore[operator]
+            inputs = block, x, block.draw(x, segments), segments, rotation  # type: ignore[operator]
             if self.recompute and self.training and torch.is_grad_enabled():
                 x = checkpoint(run, *inputs, use_reentrant=False)  # type: ignore[assignment]
             else:
@@ -163,22 +174,29 @@ class Blocks(nn.ModuleList):
         return x
 
 
-Run = Callable[[Block, Tensor, "Tensor | None", "Segments | None"], Tensor]
+Run = Callable[[Block, Tensor, "Tensor | None", "Segments | None", "Tensor | None"], Tensor]
 
 
-def _run(block: Block, x: Tensor, keep_scale: Tensor | None, segments: Segments | None) -> Tensor:
-    return block(x, keep_scale, segments)
+def _run(
+    block: Block,
+    x: Tensor,
+    keep_scale: Tensor | None,
+    segments: Segments | None,
+    rotation: Tensor | None,
+) -> Tensor:
+    return block(x, keep_scale, segments, rotation)
 
 
 def _run_around_attention(
-    before: Callable[[Block, Tensor], tuple[Tensor, Tensor, Tensor]],
+    before: Callable[[Block, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]],
     after: Callable[[Block, Tensor, Tensor, Tensor | None], Tensor],
     block: Block,
     x: Tensor,
     keep_scale: Tensor | None,
     segments: Segments | None,
+    rotation: Tensor | None,
 ) -> Tensor:
-    y = block.attn.attended(*before(block, x), segments)
+    y = block.attn.attended(*before(block, x, rotation), segments)
     return after(block, x, y, keep_scale)
 
 

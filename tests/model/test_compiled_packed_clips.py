@@ -61,12 +61,18 @@ def assert_same(found: tuple[list[Tensor], dict[str, Tensor], int], expected: An
         assert (found[1][name] - wanted).norm() <= 1e-5 * max(wanted.norm(), 1e-3), name
 
 
-@pytest.mark.parametrize("recompute", ["false", "true"])
-def test_compiled_blocks_are_few_graphs_however_many_mixes(recompute: str, graphs: list[int]):
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "audio.time_positions=sines",
+        "audio.time_positions=rotary",
+        "train.checkpoint_activations=true",
+    ],
+)
+def test_compiled_blocks_are_few_graphs_however_many_mixes(setting: str, graphs: list[int]):
     """Before attention twice, as the first block's input is a view; after it twice, as that block
     drops no branch; and two of the decoder's only block, of another width."""
-    settings = (f"train.checkpoint_activations={recompute}", "audio.drop_path=0.3")
-    settings = (*settings, "decoder.width=16")
+    settings = (setting, "audio.drop_path=0.3", "decoder.width=16")
     eager = steps(*settings)
     assert graphs == []
     assert_same(steps(*settings, compiled=True), eager)

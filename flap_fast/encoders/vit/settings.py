@@ -46,6 +46,10 @@ class ViTSettings(PatchEncoder):
     """The final LayerNorm on the tokens before pooling, or on the pooled vector."""
     pos_grid: Literal["correct", "audiomae_legacy"] = "correct"
     """Grid of the fixed positions; AudioMAE's own table was built for the transposed grid."""
+    time_positions: Annotated[Literal["sines", "rotary"], MEANS_WEIGHTS] = "sines"
+    """How a patch's place in time is told: by sines added to its embedding, with those of its
+    frequency, as in AudioMAE; or by turning queries and keys (RoPE), so that attention depends on
+    distances in time and lengths that training never had are no new positions."""
     drop_path: Ratio = 0.0
     """Stochastic depth at the last block, growing linearly from 0."""
 
@@ -61,10 +65,22 @@ class ViTSettings(PatchEncoder):
         return int(self.use_cls)
 
     def positions(self, width: int) -> Tensor:
-        """(N, width) float32: fixed 2-D sines."""
+        """(N, width) float32: fixed 2-D sines; with rotary positions only the decoder's."""
         from flap_fast.encoders.vit.patches import sine_positions
 
         return sine_positions(width, self.grid, self.pos_grid)
+
+    def added_positions(self) -> Tensor:
+        """(N, D) float32 of all patches; with rotary positions (R, D), of a column's alone."""
+        from flap_fast.encoders.vit.patches import frequency_positions
+
+        width = self.shape[0]
+        return frequency_positions(width, self.grid[1]) if self.rotary else self.positions(width)
+
+    @property
+    def rotary(self) -> bool:
+        """Whether queries and keys are turned by their time column."""
+        return self.time_positions == "rotary"
 
     def meaning(self) -> dict[str, Any]:
         return super().meaning() | {"heads": self.shape[2]}
@@ -85,4 +101,9 @@ class ViTSettings(PatchEncoder):
         require(
             not self.variable or self.pos_grid == "correct", "audio.pos_grid", rule, self.pos_grid
         )
+        if self.rotary:
+            rule = "be 'correct' with audio.time_positions = rotary, which has no table over time"
+            require(self.pos_grid == "correct", "audio.pos_grid", rule, self.pos_grid)
+            rule = f"be an even multiple of audio.heads = {heads} with rotary positions"
+            require(width % (2 * heads) == 0, "audio.width", rule, width)
         return self
