@@ -61,6 +61,8 @@ def outputs(model: TwoTowers, config: Config, rows: list[int]) -> Outputs:
         ("audio.mel=clap", "audio.sample_rate_hz=16000", "audio.high_hz=8000", *RECON),
         ("mask.kind=2d", "audio.time_positions=rotary", *RECON),
         ("mask.kind=1d", "audio.time_positions=rotary", "audio.use_cls=false"),
+        ("mask.kind=2d", "audio.attention_window_s=0.4", *RECON),
+        ("mask.kind=none", "audio.attention_window_s=0.2", "audio.pool=mean_all"),
     ],
 )
 def test_packed_clips_give_what_each_gives_alone(overrides):

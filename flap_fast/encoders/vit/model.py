@@ -148,7 +148,9 @@ class ViT(nn.Module):
         row = position % self.settings.grid[1] if self.settings.rotary else position
         x = self.patch_embed(media.mel[None], n[None], self.pos_embed, row[None])[0]
         prefix = self.settings.prefix_tokens
-        clips = segments([count + prefix for count in kept], media.order, media.device)
+        window = self.settings.window_tokens(1.0 if mask is None else mask.density)
+        lengths = [count + prefix for count in kept]
+        clips = segments(lengths, media.order, media.device, window=window)
         turn = self._rotation(position, x.device, clips)
         if self.cls_token is None:
             return x, clips, turn
