@@ -90,7 +90,8 @@ class Train(Section):
     of `audio`, `text` and `decoder`, or `true` for all of them."""
     compile: bool = False
     """torch.compile the audio encoder's blocks (and the decoder's), whose shapes never change in
-    training. The text encoder is not compiled: its lengths change with each batch."""
+    training; with audio.length = variable all of them but attention, once for any number of
+    tokens. The text encoder is not compiled: its lengths change with each batch."""
 
     def run_steps(self, per_epoch: int) -> int:
         """Steps of the whole run, with so many in an epoch."""

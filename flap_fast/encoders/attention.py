@@ -16,6 +16,9 @@ from torch.nn import functional
 from flap_fast.checks import ConfigError
 from flap_fast.encoders.packing import Segments
 
+# Of windowed attention, in queries: smaller ones cost more in calls than they save in products.
+_LEAST_TILE = 64
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "sdpa") -> Tensor:
     """(B, L, H, d) three times -> (B, L, H, d): each token attends to all of its row."""
@@ -33,29 +36,35 @@ def packed_attention(
     *,
     dropout: float = 0.0,
     backend: str = "sdpa",
+    setting: str = "audio.attention",
 ) -> Tensor:
     """(N, H, d) three times -> (N, H, d): each token attends only to its own sequence.
+
+    With `segments.window`, only to so many tokens on either side of it, and never by xformers.
 
     Args:
         dropout: of the attention probabilities.
         backend: `sdpa` is PyTorch's variable-length flash attention where it serves, else its
             attention over the sequences of each length; `xformers` the latter's on a GPU.
+        setting: the setting that chose the backend, for errors.
     """
     if backend == "xformers" and q.is_cuda:
-        return packed_xformers_attention(q, k, v, segments.lengths, dropout)
+        assert segments.window is None
+        return packed_xformers_attention(q, k, v, segments.lengths, dropout, setting)
     if not varlen_serves(q.device, q.dtype, q.shape[2]):
         return _attention_by_length(q, k, v, segments, dropout)
-    # Imported here: it brings torch._dynamo, which takes seconds.
-    from torch.nn.attention.varlen import varlen_attn
-
     bounds = (segments.starts, segments.starts, segments.longest, segments.longest)
+    window = segments.window
     if dropout == 0:
         # Here, not above: it imports torch._dynamo, a quarter of a command's start.
         from torch.nn.attention.varlen import varlen_attn
 
-        return varlen_attn(q, k, v, *bounds)  # type: ignore[return-value]
+        both_sides = (-1, -1) if window is None else (window, window)
+        return varlen_attn(q, k, v, *bounds, window_size=both_sides)  # type: ignore[return-value]
     # The same kernel: `varlen_attn` hands it no dropout.
-    return torch.ops.aten._flash_attention_forward(q, k, v, *bounds, dropout, False, False)[0]
+    sides = {"window_size_left": window, "window_size_right": window}
+    flash = torch.ops.aten._flash_attention_forward
+    return flash(q, k, v, *bounds, dropout, False, False, **sides)[0]
 
 
 def varlen_serves(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
@@ -72,21 +81,42 @@ def varlen_serves(device: torch.device, dtype: torch.dtype, head_width: int) -> 
 def _attention_by_length(
     q: Tensor, k: Tensor, v: Tensor, segments: Segments, dropout: float
 ) -> Tensor:
-    parts = []
-    for some in zip(
-        segments.by_length(q), segments.by_length(k), segments.by_length(v), strict=True
-    ):
-        heads_first = (x.transpose(1, 2) for x in some)
-        y = functional.scaled_dot_product_attention(*heads_first, dropout_p=dropout)
+    window, parts = segments.window, []
+    for some in zip(*(segments.by_length(x) for x in (q, k, v)), strict=True):
+        q, k, v = (x.transpose(1, 2) for x in some)
+        if window is None or window >= q.shape[2] - 1:
+            y = functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        else:
+            y = _windowed_attention(q, k, v, window, dropout)
         parts.append(y.transpose(1, 2).flatten(0, 1))
     return torch.cat(parts)
 
 
+def _windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int, dropout: float) -> Tensor:
+    """(S, H, L, d) three times -> (S, H, L, d): each token to `window` others on either side.
+
+    In tiles of queries with the keys that they can reach: all of L under a mask would cost as much
+    as attention without a window.
+    """
+    L, parts = q.shape[2], []
+    tile = max(window, _LEAST_TILE)
+    token = torch.arange(L, device=q.device)
+    for start in range(0, L, tile):
+        queries = slice(start, start + tile)
+        keys = slice(max(0, start - window), start + tile + window)
+        reached = (token[queries, None] - token[keys]).abs() <= window
+        some = (q[:, :, queries], k[:, :, keys], v[:, :, keys])
+        parts.append(
+            functional.scaled_dot_product_attention(*some, attn_mask=reached, dropout_p=dropout)
+        )
+    return torch.cat(parts, 2)
+
+
 def packed_xformers_attention(
-    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], dropout: float
+    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], dropout: float, setting: str
 ) -> Tensor:
     """(N, H, d) three times -> (N, H, d), within segments of these lengths."""
-    ops = xformers_ops("text.attention")
+    ops = xformers_ops(setting)
     mask = ops.fmha.attn_bias.BlockDiagonalMask.from_seqlens(lengths, device=q.device)
     packed = (x[None] for x in (q, k, v))
     return ops.memory_efficient_attention(*packed, attn_bias=mask, p=dropout)[0]

@@ -212,6 +212,14 @@ class PatchEncoder(AudioEncoder):
         """Tokens before those of the patches, such as [CLS]."""
         return 0
 
+    def window_tokens(self, density: float) -> int | None:
+        """How many tokens on either side a token of packed clips attends to; None: all.
+
+        Args:
+            density: tokens per patch, 1 where nothing is masked.
+        """
+        return None
+
     def positions(self, width: int) -> Tensor:
         """(N, width) float32: positions that are added to the patches' embeddings."""
         raise NotImplementedError

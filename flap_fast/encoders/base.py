@@ -17,6 +17,9 @@ class PackedMask(NamedTuple):
     """(1, .) of all clips, as of one long clip."""
     kept: tuple[int, ...]
     """How many patches each clip keeps, in the packed order; a tuple, since the host decides."""
+    density: float
+    """Patches kept per patch, before a clip's count is rounded to a whole one: the same for clips
+    of every length."""
 
 
 AnyMask = PatchMask | PackedMask

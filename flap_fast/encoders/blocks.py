@@ -8,6 +8,7 @@ B clips   L tokens of a clip   N tokens in all   D width
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +17,16 @@ from torch.utils.checkpoint import checkpoint
 
 from flap_fast.encoders.attention import attention, packed_attention, xformers_ops
 from flap_fast.encoders.packing import Segments
+from flap_fast.encoders.rotary import rotated
 
 LAYER_NORM_EPS = 1e-6
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, each token to all of its clip."""
+    """Multi-head self-attention, each token to all of its clip, in three parts.
+
+    Of packed clips the middle one decides by numbers on the host, and stays out of compiled code.
+    """
 
     def __init__(self, width: int, heads: int, backend: str = "sdpa"):
         super().__init__()
@@ -31,13 +36,19 @@ class Attention(nn.Module):
         if backend == "xformers":
             xformers_ops("audio.attention")
 
-    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
-        """(B, L, D) -> (B, L, D); with the clips' segments, (N, D) -> (N, D)."""
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(..., D) -> q, k and v (..., H, d)."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        return q, k, v
+
+    def attended(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:
+        """(..., H, d) three times -> (..., H, d)."""
         if segments is None:
-            y = attention(q, k, v, backend=self.backend)
-        else:
-            y = packed_attention(q, k, v, segments, backend=self.backend)
+            return attention(q, k, v, backend=self.backend)
+        return packed_attention(q, k, v, segments, backend=self.backend)
+
+    def merged(self, y: Tensor) -> Tensor:
+        """(..., H, d) -> (..., D)."""
         return self.proj(y.flatten(-2))
 
 
@@ -69,15 +80,32 @@ class Block(nn.Module):
         self.drop_path = drop_path
 
     def forward(
-        self, x: Tensor, keep_scale: Tensor | None = None, segments: Segments | None = None
+        self,
+        x: Tensor,
+        keep_scale: Tensor | None = None,
+        segments: Segments | None = None,
+        rotation: Tensor | None = None,
     ) -> Tensor:
         """(B, L, D) -> (B, L, D), or (N, D) -> (N, D).
 
         Args:
             keep_scale: (2, B, 1, 1) or (2, N, 1), scales each clip's branches.
             segments: of packed clips.
+            rotation: of queries and keys, with rotary positions.
         """
-        attended = self.attn(self.norm1(x), segments)
+        y = self.attn.attended(*self.before_attention(x, rotation), segments)
+        return self.after_attention(x, y, keep_scale)
+
+    def before_attention(self, x: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(..., D) -> q, k and v (..., H, d)."""
+        q, k, v = self.attn.split(self.norm1(x))
+        if rotation is None:
+            return q, k, v
+        return rotated(q, rotation), rotated(k, rotation), v
+
+    def after_attention(self, x: Tensor, y: Tensor, keep_scale: Tensor | None) -> Tensor:
+        """The block's input (..., D) and what attention gave (..., H, d) -> (..., D)."""
+        attended = self.attn.merged(y)
         x = x + (attended if keep_scale is None else attended * keep_scale[0])
         more = self.mlp(self.norm2(x))
         return x + (more if keep_scale is None else more * keep_scale[1])
@@ -113,33 +141,63 @@ class Blocks(nn.ModuleList):
         super().__init__(Block(width, heads, rate, backend) for rate in rates)
         self.recompute = recompute
         self._training_run: Run = _run
+        self._packed_training_run: Run = _run
 
     def compile_training(self) -> None:
         """Run the blocks through torch.compile in training: one graph for all of a shape.
+
+        Of packed clips, whose total differs from batch to batch, one graph for any total of what
+        comes before attention and one of what comes after it; attention itself is not compiled.
 
         Evaluation is not compiled: its batches come in other shapes. Names in the state dict
         do not change.
         """
         self._training_run = torch.compile(_run, dynamic=False)
+        self._packed_training_run = partial(
+            _run_around_attention,
+            torch.compile(Block.before_attention, dynamic=True),
+            torch.compile(Block.after_attention, dynamic=True),
+        )
 
-    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
-        run = self._training_run if self.training else _run
+    def forward(
+        self, x: Tensor, segments: Segments | None = None, rotation: Tensor | None = None
+    ) -> Tensor:
+        run = self._training_run if segments is None else self._packed_training_run
+        if not self.training:
+            run = _run
         for block in self:
-            inputs = block, x, block.draw(x, segments), segments  # type: ignore[operator]
+            inputs = block, x, block.draw(x, segments), segments, rotation  # type: ignore[operator]
             if self.recompute and self.training and torch.is_grad_enabled():
                 x = checkpoint(run, *inputs, use_reentrant=False)  # type: ignore[assignment]
             else:
-                x = run(*inputs)
+                x = run(*inputs)  # type: ignore[arg-type]
         return x
 
 
-Run = Callable[[nn.Module, Tensor, "Tensor | None", "Segments | None"], Tensor]
+Run = Callable[[Block, Tensor, "Tensor | None", "Segments | None", "Tensor | None"], Tensor]
 
 
 def _run(
-    block: nn.Module, x: Tensor, keep_scale: Tensor | None, segments: Segments | None
+    block: Block,
+    x: Tensor,
+    keep_scale: Tensor | None,
+    segments: Segments | None,
+    rotation: Tensor | None,
 ) -> Tensor:
-    return block(x, keep_scale, segments)
+    return block(x, keep_scale, segments, rotation)
+
+
+def _run_around_attention(
+    before: Callable[[Block, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]],
+    after: Callable[[Block, Tensor, Tensor, Tensor | None], Tensor],
+    block: Block,
+    x: Tensor,
+    keep_scale: Tensor | None,
+    segments: Segments | None,
+    rotation: Tensor | None,
+) -> Tensor:
+    y = block.attn.attended(*before(block, x, rotation), segments)
+    return after(block, x, y, keep_scale)
 
 
 def initialise(module: nn.Module) -> None:

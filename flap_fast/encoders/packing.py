@@ -11,7 +11,7 @@ B sequences   L tokens of the longest   N tokens in all   D width
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
@@ -31,6 +31,8 @@ class Segments:
     """(B + 1,) int32: where the segments start, and N."""
     groups: tuple[tuple[int, int], ...]
     """On the host: (segments, tokens of each) by length, shorter ones first."""
+    window: int | None = field(default=None, kw_only=True)
+    """How many tokens on either side a token attends to; None: all of its segment."""
 
     @property
     def longest(self) -> int:
@@ -89,17 +91,25 @@ class Pack(Segments):
         return padded.flatten().index_select(0, self.flat_index)
 
 
-def segments(lengths: Sequence[int], rows: Sequence[int], device: torch.device) -> Segments:
+def segments(
+    lengths: Sequence[int],
+    rows: Sequence[int],
+    device: torch.device,
+    *,
+    window: int | None = None,
+) -> Segments:
     """The segments of sequences of ascending lengths, on `device`.
 
     Args:
         rows: the row of the batch that each sequence is.
+        window: of attention, in tokens on either side; None: all.
     """
     groups = [(len(list(same)), tokens) for tokens, same in groupby(lengths)]
     return Segments(
         index=sent(torch.tensor(rows).argsort(), device),
         starts=sent(functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int(), device),
         groups=tuple(groups),
+        window=window,
     )
 
 

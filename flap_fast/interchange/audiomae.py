@@ -53,6 +53,8 @@ def _read(source: Source) -> Imported:
 def _config(theirs: Tensors, ours: Tensors, overrides: list[str]) -> Config:
     config = load_config(None, [*_settings(theirs, ours, overrides), *overrides])
     assert isinstance(config.audio, ViTSettings)  # as its own settings say
+    rule = "be 'sines' for AudioMAE's weights, which were trained with them"
+    require(not config.audio.rotary, "audio.time_positions", rule, config.audio.time_positions)
     grid = _grid_of(ours["audio.pos_embed"], config.audio.grid) or config.audio.pos_grid
     audio = config.audio.model_copy(update={"pos_grid": grid})
     return config.model_copy(update={"audio": audio})

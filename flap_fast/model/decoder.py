@@ -62,7 +62,7 @@ class Decoder(nn.Module):
     def __init__(self, config: Config, encoder: PatchEncoder, encoder_width: int):
         super().__init__()
         width, self.prefix = config.decoder.width, encoder.prefix_tokens
-        self._patches_of = encoder.patches_of
+        self._patches_of, self._window = encoder.patches_of, encoder.window_tokens(1.0)
         self.embed = nn.Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         positions = functional.pad(encoder.positions(width), (0, 0, self.prefix, 0))
@@ -101,7 +101,8 @@ class Decoder(nn.Module):
         self, tokens: Tensor, mask: PatchMask, kept: tuple[int, ...], target: PackedMels
     ) -> Tensor:
         counts, device = self._patches_of(target.frames), target.device
-        clips = segments([n + self.prefix for n in counts], target.order, device)
+        lengths = [n + self.prefix for n in counts]
+        clips = segments(lengths, target.order, device, window=self._window)
         some = segments([n + self.prefix for n in kept], target.order, device)
         x = self.embed(tokens)[None]
         ids_restore, position = self._restored(mask.ids_restore[0], len(kept), clips, some)

@@ -143,4 +143,12 @@ def packed_patch_mask(
         each[0].rows,
         mask.shared_inner,
     )
-    return PackedMask(drawn, tuple(counts.patches for counts in each))
+    return PackedMask(drawn, tuple(counts.patches for counts in each), _density(mask, freqs))
+
+
+def _density(mask: Mask, freqs: int) -> float:
+    """Patches kept per patch, but for what rounding a clip's columns or patches adds."""
+    if mask.kind == "2d":
+        rows = kept(freqs, mask.freq_ratio, mask.rounding)
+        return rows / freqs * (1 - mask.time_ratio)
+    return 1 - mask.ratio

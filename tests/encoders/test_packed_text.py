@@ -214,8 +214,9 @@ def test_attention_dropout_keeps_the_mean():
     assert y.std() > 0.05
 
 
-def by_bounds(q, k, v, starts_q, starts_k, longest_q, longest_k):
+def by_bounds(q, k, v, starts_q, starts_k, longest_q, longest_k, *, window_size):
     """PyTorch's variable-length attention in plain words, from its bounds alone."""
+    assert window_size == (-1, -1)
     assert starts_q is starts_k
     assert longest_q == longest_k == max(starts_q.diff().tolist())
     y = torch.full_like(q, float("nan"))
@@ -277,7 +278,9 @@ def test_xformers_gets_the_captions_lengths(monkeypatch: pytest.MonkeyPatch):
     ops = SimpleNamespace(fmha=fmha, memory_efficient_attention=attention)
     monkeypatch.setattr(backends, "xformers_ops", lambda _: ops)
     q = torch.randn(4, 2, 8)
-    assert torch.equal(backends.packed_xformers_attention(q, q, q, [1, 3], 0.1), 3 * q)
+    assert torch.equal(
+        backends.packed_xformers_attention(q, q, q, [1, 3], 0.1, "text.attention"), 3 * q
+    )
 
 
 def test_xformers_that_is_not_there_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch):

@@ -129,6 +129,12 @@ def test_an_imported_tower_answers_as_audiomae(tmp_path, final):
     assert (wanted - wanted.mean(0)).abs().max() > 0.05
 
 
+def test_rotary_positions_are_not_audiomaes(tmp_path):
+    file, given = saved(tmp_path / "a.pth", audiomae("norm")), [*GIVEN, "audio.heads=4"]
+    with pytest.raises(ConfigError, match=r"audio\.time_positions must be 'sines' for AudioMAE's"):
+        import_checkpoint(file, tmp_path / "tower", [*given, "audio.time_positions=rotary"])
+
+
 def test_the_decoder_comes_along_when_asked_for(tmp_path):
     state, given = audiomae(), [*GIVEN, "decoder.heads=4"]
     file = saved(tmp_path / "a.pth", state)

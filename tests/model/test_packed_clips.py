@@ -59,6 +59,10 @@ def outputs(model: TwoTowers, config: Config, rows: list[int]) -> Outputs:
         ("mask.kind=1d", "mask.unit=frame", "audio.use_cls=false", *RECON),
         ("mask.kind=2d", "mask.time_ratio=0.5", "loss.recon.target=augmented", *RECON),
         ("audio.mel=clap", "audio.sample_rate_hz=16000", "audio.high_hz=8000", *RECON),
+        ("mask.kind=2d", "audio.time_positions=rotary", *RECON),
+        ("mask.kind=1d", "audio.time_positions=rotary", "audio.use_cls=false"),
+        ("mask.kind=2d", "audio.attention_window_s=0.4", *RECON),
+        ("mask.kind=none", "audio.attention_window_s=0.2", "audio.pool=mean_all"),
     ],
 )
 def test_packed_clips_give_what_each_gives_alone(overrides):
@@ -88,9 +92,11 @@ def test_packed_clips_give_what_each_gives_alone(overrides):
             assert (grads[name] - p.grad).norm() <= 1e-5 * max(p.grad.norm(), 1e-3), name
 
 
-def test_a_clip_of_the_fixed_length_gives_what_it_gives_on_the_fixed_grid():
-    fixed = tiny("audio.duration_s=0.975", "audio.frames=96", *RECON)
-    config = variable("audio.frames=96", *RECON)
+@pytest.mark.parametrize("time_positions", ["sines", "rotary"])
+def test_a_clip_of_the_fixed_length_gives_what_it_gives_on_the_fixed_grid(time_positions: str):
+    common = ("audio.frames=96", f"audio.time_positions={time_positions}", *RECON)
+    fixed = tiny("audio.duration_s=0.975", *common)
+    config = variable(*common)
     torch.manual_seed(0)
     model = TwoTowers(config).train()
     torch.manual_seed(0)

@@ -75,6 +75,6 @@ def _layer(layer: nn.Module, x: Tensor, pack: Pack, backend: str) -> Tensor:
         for linear in (own.query, own.key, own.value)
     )
     dropout = own.dropout.p if own.training else 0.0
-    y = packed_attention(q, k, v, pack, dropout=dropout, backend=backend)
+    y = packed_attention(q, k, v, pack, dropout=dropout, backend=backend, setting="text.attention")
     x = attention.output(y.flatten(1), x)
     return layer.output(layer.intermediate(x), x)  # type: ignore[operator]

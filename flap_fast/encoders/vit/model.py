@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from flap_fast.config import Fusion
 from flap_fast.data.batch import Media, PackedMels
@@ -28,6 +29,7 @@ from flap_fast.encoders.fusion import (
     piece_patches,
 )
 from flap_fast.encoders.packing import Segments, segments
+from flap_fast.encoders.rotary import rotation
 from flap_fast.encoders.vit.settings import ViTSettings
 from flap_kernels import gather_tokens, patch_embed
 
@@ -78,7 +80,7 @@ class ViT(nn.Module):
         elif self.fusion.type.endswith("_1d"):
             self.mel_conv1d = piece_mels(settings.mel_bins)
             self.fusion_model = fusion_model(self.fusion.type, settings.mel_bins)
-        self.register_buffer("pos_embed", settings.positions(width))
+        self.register_buffer("pos_embed", settings.added_positions())
         self.cls_token = nn.Parameter(torch.empty(1, 1, width)) if settings.use_cls else None
         self.blocks = Blocks(
             width,
@@ -111,8 +113,7 @@ class ViT(nn.Module):
         """
         if isinstance(media, PackedMels):
             assert mask is None or isinstance(mask, PackedMask)
-            x, clips = self._packed(media, mask)
-            x = self.blocks(x, clips)
+            x, clips, turn = self._packed(media, mask)
         else:
             check_media(media, self.settings.input_shape(self.fusion))
             mel = media if erase is None else media.masked_fill(erase[:, None], 0.0)
@@ -121,14 +122,20 @@ class ViT(nn.Module):
             x, clips = self._embedded(mel, ids_keep, longer), None
             if self.cls_token is not None:
                 x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], 1)
-            x = self.blocks(x)
+            turn = self._rotation(ids_keep, x.device)
+        x = self.blocks(x, clips, turn)
         if self.settings.norm_position == "tokens":
             x = self.norm(x)
             return Encoded(self._pool(x, clips).float(), x)
         return Encoded(self.norm(self._pool(x, clips)).float(), x)
 
-    def _packed(self, media: PackedMels, mask: PackedMask | None) -> tuple[Tensor, Segments]:
-        """([B +] K, D): the patches kept of all clips embedded, each clip's behind its [CLS]."""
+    def _packed(
+        self, media: PackedMels, mask: PackedMask | None
+    ) -> tuple[Tensor, Segments, Tensor | None]:
+        """([B +] K, D): the patches kept of all clips embedded, each clip's behind its [CLS].
+
+        With the clips' segments of them, and their rotation.
+        """
         patches = self.settings.patches_of(media.frames)
         kept = patches if mask is None else mask.kept
         own = segments(patches, media.order, media.device)
@@ -138,13 +145,42 @@ class ViT(nn.Module):
         if mask is not None:
             n = mask.patches.ids_keep[0]
             position = position.index_select(0, n)
-        x = self.patch_embed(media.mel[None], n[None], self.pos_embed, position[None])[0]
+        row = position % self.settings.grid[1] if self.settings.rotary else position
+        x = self.patch_embed(media.mel[None], n[None], self.pos_embed, row[None])[0]
         prefix = self.settings.prefix_tokens
-        clips = segments([count + prefix for count in kept], media.order, media.device)
+        window = self.settings.window_tokens(1.0 if mask is None else mask.density)
+        lengths = [count + prefix for count in kept]
+        clips = segments(lengths, media.order, media.device, window=window)
+        turn = self._rotation(position, x.device, clips)
         if self.cls_token is None:
-            return x, clips
+            return x, clips, turn
         cls_tokens = self.cls_token[0].to(x.dtype).expand(len(kept), -1)
-        return clips.behind(cls_tokens, x), clips
+        return clips.behind(cls_tokens, x), clips, turn
+
+    def _rotation(
+        self, n: Tensor | None, device: torch.device, clips: Segments | None = None
+    ) -> Tensor | None:
+        """The rotation by the time column of patches number `n` (..., K), None for all of them.
+
+        [CLS] is not turned, like the patches of the first column. None with sines.
+        """
+        settings = self.settings
+        if not settings.rotary:
+            return None
+        times, freqs = settings.grid
+        column = torch.arange(times * freqs, device=device) if n is None else n
+        column = (column // freqs).float()
+        if settings.prefix_tokens and clips is None:
+            column = functional.pad(column, (1, 0))
+        elif clips is not None and settings.prefix_tokens:
+            column = clips.behind(column.new_zeros(len(clips.index), 1), column[:, None])[:, 0]
+        return rotation(column, self.width // settings.shape[2])
+
+    def _positions(self) -> Tensor:
+        """(N, D): what is added to the patches of a clip of the fixed length."""
+        if not self.settings.rotary:
+            return self.pos_embed
+        return self.pos_embed.repeat(self.settings.grid[0], 1)
 
     def _embedded(self, mel: Tensor, ids_keep: Tensor | None, longer: Tensor | None) -> Tensor:
         """(B, K, D): patches fused and embedded, their positions added."""
@@ -152,16 +188,17 @@ class ViT(nn.Module):
             longer = torch.zeros(len(mel), dtype=torch.bool)
         if self.fusion.type.endswith("_1d"):
             mel = fuse_mels(self.mel_conv1d, self.fusion_model, mel, longer)
+        positions = self._positions()
         if isinstance(self.patch_embed, nn.Conv2d):
             x = self.patch_embed(mel)
         elif self.fusion.type.endswith("_2d"):
-            x = self.patch_embed(mel[:, 0], None, torch.zeros_like(self.pos_embed))
+            x = self.patch_embed(mel[:, 0], None, torch.zeros_like(positions))
             x = x.transpose(1, 2).unflatten(2, self.settings.grid)
             pieces = mel[:, 1:]
             x = fuse_patches(self.mel_conv2d, self.fusion_model, x, pieces, longer, time=2)
         else:
-            return self.patch_embed(mel[:, 0], ids_keep, self.pos_embed)
-        x = x.flatten(2).transpose(1, 2) + self.pos_embed
+            return self.patch_embed(mel[:, 0], ids_keep, positions)
+        x = x.flatten(2).transpose(1, 2) + positions
         return x if ids_keep is None else gather_tokens(x, ids_keep)
 
     def _pool(self, x: Tensor, clips: Segments | None) -> Tensor:

@@ -33,6 +33,11 @@ def sine_positions(width: int, grid: tuple[int, int], layout: str = "correct") -
     return torch.cat([_sines(width // 2, n % columns), _sines(width // 2, n // columns)], 1).float()
 
 
+def frequency_positions(width: int, rows: int) -> Tensor:
+    """(R, D) float32: all of D from the frequency, for patches whose time is given otherwise."""
+    return _sines(width, torch.arange(rows)).float()
+
+
 def _sines(width: int, position: Tensor) -> Tensor:
     frequency = 10000.0 ** (-torch.arange(width // 2, dtype=torch.float64) / (width / 2))
     angle = position[:, None].double() * frequency

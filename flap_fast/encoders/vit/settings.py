@@ -8,7 +8,7 @@ from pydantic import model_validator
 
 from flap_fast.checks import require
 from flap_fast.encoders.audio_settings import PatchEncoder
-from flap_fast.section import MEANS_WEIGHTS, Count, Ratio
+from flap_fast.section import MEANS_WEIGHTS, Count, Positive, Ratio
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -46,6 +46,15 @@ class ViTSettings(PatchEncoder):
     """The final LayerNorm on the tokens before pooling, or on the pooled vector."""
     pos_grid: Literal["correct", "audiomae_legacy"] = "correct"
     """Grid of the fixed positions; AudioMAE's own table was built for the transposed grid."""
+    time_positions: Annotated[Literal["sines", "rotary"], MEANS_WEIGHTS] = "sines"
+    """How a patch's place in time is told: by sines added to its embedding, with those of its
+    frequency, as in AudioMAE; or by turning queries and keys (RoPE), so that attention depends on
+    distances in time and lengths that training never had are no new positions."""
+    attention_window_s: Annotated[Positive | None, MEANS_WEIGHTS] = None
+    """With audio.length = variable, for long clips: a token attends only to tokens of its clip
+    within about so many seconds on either side, in the encoder and the decoder; null: to all. It is
+    counted in tokens: 10 ms a frame, audio.patch frames a column, audio.mel_bins / audio.patch
+    patches a column, of them those that masking keeps. [CLS], the first token, counts as one."""
     drop_path: Ratio = 0.0
     """Stochastic depth at the last block, growing linearly from 0."""
 
@@ -61,10 +70,28 @@ class ViTSettings(PatchEncoder):
         return int(self.use_cls)
 
     def positions(self, width: int) -> Tensor:
-        """(N, width) float32: fixed 2-D sines."""
+        """(N, width) float32: fixed 2-D sines; with rotary positions only the decoder's."""
         from flap_fast.encoders.vit.patches import sine_positions
 
         return sine_positions(width, self.grid, self.pos_grid)
+
+    def window_tokens(self, density: float) -> int | None:
+        if self.attention_window_s is None:
+            return None
+        columns = self.attention_window_s * self.sample_rate_hz / (self.hop * self.patch)
+        return max(1, round(columns * self.grid[1] * density))
+
+    def added_positions(self) -> Tensor:
+        """(N, D) float32 of all patches; with rotary positions (R, D), of a column's alone."""
+        from flap_fast.encoders.vit.patches import frequency_positions
+
+        width = self.shape[0]
+        return frequency_positions(width, self.grid[1]) if self.rotary else self.positions(width)
+
+    @property
+    def rotary(self) -> bool:
+        """Whether queries and keys are turned by their time column."""
+        return self.time_positions == "rotary"
 
     def meaning(self) -> dict[str, Any]:
         return super().meaning() | {"heads": self.shape[2]}
@@ -85,4 +112,20 @@ class ViTSettings(PatchEncoder):
         require(
             not self.variable or self.pos_grid == "correct", "audio.pos_grid", rule, self.pos_grid
         )
+        if (seconds := self.attention_window_s) is not None:
+            self._check_window(seconds)
+        if self.rotary:
+            rule = "be 'correct' with audio.time_positions = rotary, which has no table over time"
+            require(self.pos_grid == "correct", "audio.pos_grid", rule, self.pos_grid)
+            rule = f"be an even multiple of audio.heads = {heads} with rotary positions"
+            require(width % (2 * heads) == 0, "audio.width", rule, width)
         return self
+
+    def _check_window(self, seconds: float) -> None:
+        name = "audio.attention_window_s"
+        rule = "be left out with audio.length = fixed, whose clips are short"
+        require(self.variable, name, rule, seconds, "set audio.length=variable")
+        rule = "be left out with audio.pool = cls, which would see the first seconds alone"
+        require(self.pool != "cls", name, rule, seconds, "set audio.pool=mean_patch")
+        rule = "be left out with audio.attention = xformers, whose window is causal"
+        require(self.attention == "sdpa", name, rule, seconds, "set audio.attention=sdpa")
