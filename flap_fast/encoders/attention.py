@@ -59,10 +59,11 @@ def packed_attention(
         # Here, not above: it imports torch._dynamo, a quarter of a command's start.
         from torch.nn.attention.varlen import varlen_attn
 
-        both_sides = (-1, -1) if window is None else (window, window)
-        return varlen_attn(q, k, v, *bounds, window_size=both_sides)  # type: ignore[return-value]
+        # Older releases of PyTorch know no window.
+        sides = {} if window is None else {"window_size": (window, window)}
+        return varlen_attn(q, k, v, *bounds, **sides)  # type: ignore[return-value]
     # The same kernel: `varlen_attn` hands it no dropout.
-    sides = {"window_size_left": window, "window_size_right": window}
+    sides = {} if window is None else {"window_size_left": window, "window_size_right": window}
     flash = torch.ops.aten._flash_attention_forward
     return flash(q, k, v, *bounds, dropout, False, False, **sides)[0]
 
