@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 
 from flap_fast import __version__
-from flap_fast.checks import ConfigError
+from flap_fast.checks import ConfigError, require
 from flap_fast.commands import enrich, exchange, prepare, report, score, use
 
 app = typer.Typer(
@@ -33,6 +33,13 @@ ConfigFile = Annotated[Path, typer.Argument(help="A YAML file, such as configs/d
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[NAME=VALUE]...", help="Settings to change, such as mask.kind=1d."),
+]
+Lengths = Annotated[
+    Path | None,
+    typer.Option(
+        help="With audio.length=variable: a file of clips' seconds, one a line, or a manifest with "
+        "duration_s; without, those of data.train, or WavCaps-like ones."
+    ),
 ]
 
 
@@ -144,6 +151,7 @@ def profile(
     search: Annotated[
         bool, typer.Option(help="Search for the largest micro-batch that fits (30 s).")
     ] = True,
+    lengths: Lengths = None,
     out: Annotated[Path | None, typer.Option(help="Output folder; RUN/profile by default.")] = None,
 ) -> None:
     """Profile a training step: time per part, memory, FLOP/s, a trace and a figure."""
@@ -152,11 +160,15 @@ def profile(
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from flap_fast.config.file import load_config
     from flap_fast.report.profile import profile_figure
+    from flap_fast.tools.profile.lengths import length_mix
     from flap_fast.tools.profile.measure import profile as measure
     from flap_fast.tools.profile.tables import profile_table
 
     settings = load_config(config, overrides or [])
-    found = measure(settings, steps=steps, synthetic=synthetic, search=search, out=out)
+    rule, remedy = "be left out without --synthetic", "the clips of data.train have their own"
+    require(synthetic or lengths is None, "--lengths", rule, lengths, remedy)
+    mix = length_mix(settings, lengths)
+    found = measure(settings, steps=steps, synthetic=synthetic, mix=mix, search=search, out=out)
     if found is None:
         return
     Console().print(profile_table(found), highlight=False)
@@ -195,10 +207,12 @@ def plan(
     caption_tokens: Annotated[
         int, typer.Option(help="Tokens of a caption, padding included.")
     ] = 24,
+    lengths: Lengths = None,
     out: Annotated[Path | None, typer.Option(help="Also write the plan as JSON.")] = None,
 ) -> None:
     """Predict memory, communication and time of a step on GPUs you do not have yet."""
     from flap_fast.config.file import load_config
+    from flap_fast.tools.profile.lengths import length_mix
     from flap_fast.tools.profile.plan import Machine, as_json, default_gpus, parse_rate
     from flap_fast.tools.profile.plan import plan as predict
     from flap_fast.tools.profile.tables import plan_table
@@ -219,7 +233,7 @@ def plan(
         host_link_bytes_per_s=parse_rate("--host-link", host_link),
         caption_tokens=caption_tokens,
     )
-    planned = predict(settings, machine)
+    planned = predict(settings, machine, length_mix(settings, lengths))
     Console().print(plan_table(planned), highlight=False)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

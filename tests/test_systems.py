@@ -26,6 +26,7 @@ from flap_fast.evaluate.retrieval import (
     media_to_text_scores,
     text_to_media_scores,
 )
+from flap_fast.model.masking import check_micro_tokens
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.preparation.prepare import prepare
 from flap_fast.ranks import Ranks
@@ -55,8 +56,8 @@ CLIP = 102_007_137
 MASKED = {"none": 388.58, "1d": 224.3, "2d": 223.5}
 
 
-def test_every_config_is_of_a_system_or_there_to_try_things_out():
-    others = {"demo", "tiny", "tiny_clap", "tiny_clip"}
+def test_every_config_is_of_a_system_or_for_own_data_or_there_to_try_things_out():
+    others = {"demo", "tiny", "tiny_clap", "tiny_clip", "flap_variable"}
     assert {file.stem for file in CONFIGS.glob("*.yaml")} == others | set(PRESETS)
 
 
@@ -113,6 +114,13 @@ def test_a_config_builds_its_system_at_full_size(name: str, roberta_base: Path):
     gflops = encoder_flops(config, clips=8) / 1e9
     wanted = MASKED[config.mask.kind] if name.startswith("flap") else 47.5
     assert gflops == pytest.approx(wanted, abs=0.05)
+
+
+def test_the_config_for_own_data_has_a_budget_that_holds_any_clip_masked_or_not():
+    config = load_config(CONFIGS / "flap_variable.yaml", ["mask.unmasked_tail_epochs=1"])
+    assert config.audio.variable
+    assert config.train.micro_tokens
+    check_micro_tokens(config)
 
 
 PAIRS = 32

@@ -92,14 +92,18 @@ def tokens_of_seconds(config: Config, seconds: np.ndarray) -> ClipTokens:
     return ClipTokens(masked[columns], whole[columns])
 
 
+def least_micro_tokens(config: Config) -> int:
+    """Tokens of a clip of audio.max_duration_s, which train.micro_tokens must hold."""
+    masked, whole = tokens_of_seconds(config, np.array([config.audio.max_duration_s]))
+    return int((whole if config.mask.unmasked_tail_epochs else masked)[0])
+
+
 def check_micro_tokens(config: Config) -> None:
     """Raise `ConfigError` for a train.micro_tokens that cannot hold the longest clip."""
     budget = config.train.micro_tokens
     if budget is None:
         return
-    longest = config.audio.max_duration_s
-    masked, whole = tokens_of_seconds(config, np.array([longest]))
-    most = int((whole if config.mask.unmasked_tail_epochs else masked)[0])
+    longest, most = config.audio.max_duration_s, least_micro_tokens(config)
     rule = f"hold a clip of audio.max_duration_s = {longest:g}, {most} tokens"
     remedy = "raise it, or lower audio.max_duration_s"
     require(budget >= most, "train.micro_tokens", rule, budget, remedy)

@@ -2,18 +2,19 @@
 
 The trainer's own pieces run on fake tensors: the model's forward and backward on few clips, and the
 losses once on as many embeddings as a step has. A tower's FLOP are proportional to its clips, and a
-text tower's a polynomial of second degree in a caption's tokens. Bytes kept are a line through
-those of two sizes, operator by operator. A frozen text encoder is left out but for its weights: it
-embeds each caption once, mostly in the first epoch.
+text tower's a polynomial of second degree in a caption's tokens; of clips of different lengths a
+pack of all of them is counted. Bytes kept are a line through those of two sizes, operator by
+operator: numbers of clips, or packs of few and of many clips that both stand for the mix, by their
+tokens. A frozen text encoder is left out but for its weights: it embeds each caption once, mostly
+in the first epoch.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from functools import cached_property
 from typing import Any, cast
 
@@ -23,23 +24,29 @@ import torch
 from flap_fast.config import Config
 from flap_fast.data.batch import PackedMels
 from flap_fast.losses import total_loss
+from flap_fast.model.masking import tokens_of_seconds
 from flap_fast.model.two_towers import Outputs, TwoTowers
 from flap_fast.tools.profile.fake import (
     FakeMode,
-    attention_without_dropout,
+    attention_of_a_gpu,
     fake_batch,
     fake_model,
     fake_ranks,
     traceable,
 )
+from flap_fast.tools.profile.lengths import LengthMix, frames_of, has_lengths
 from flap_fast.tools.profile.parts import DECODER, LOSS, marked, tower
-from flap_fast.tools.profile.trace import Array, Flop, Trace
+from flap_fast.tools.profile.trace import Array, Flop, Trace, interpolated, scaled, summed
 from flap_fast.tools.profile.traffic import CountTraffic, Traffic
+from flap_fast.tools.profile.work import loss_times, rank_work, two_passes
 from flap_fast.train.optimizers import parameter_groups
 from flap_fast.train.step import model_inputs, patch_mask_of
 
 _CLIPS = 2, 4
+# Clips of different lengths that stand for their mix, once and twice: as many operators.
+_MIXED = 16
 _LONGEST = 24
+_FLOAT = 4
 
 
 @dataclass(frozen=True)
@@ -98,17 +105,26 @@ class StepCounts:
 
     Args:
         half: bf16 autocast is on.
-        on_gpu: attention keeps no probabilities, with dropout or not.
+        on_gpu: attention keeps no probabilities, with dropout or not; of a pack it is one operator.
+        mix: lengths of the clips, where they differ.
 
     Raises:
         RuntimeError: this process is in a process group already.
     """
 
-    def __init__(self, config: Config, *, half: bool, on_gpu: bool = True):
-        self.config = traceable(config, half=half)
+    def __init__(
+        self,
+        config: Config,
+        *,
+        half: bool,
+        on_gpu: bool = True,
+        mix: LengthMix | None = None,
+    ):
+        assert (mix is not None) == has_lengths(config)
+        self.config, self.mix = traceable(config, half=half), mix
         self._on_gpu, self._mode = on_gpu, FakeMode()
         self._losses: dict[Any, LossCounts] = {}
-        self._towers: dict[tuple[int, int], tuple[dict[str, Flop], TowerBytes]] = {}
+        self._towers: dict[Any, tuple[dict[str, Flop], TowerBytes]] = {}
 
     @cached_property
     def model(self) -> TwoTowers:
@@ -125,31 +141,47 @@ class StepCounts:
         """Number of elements in all frozen parameters."""
         return sum(p.numel() for p in self.model.parameters() if not p.requires_grad)
 
-    def flop(self, lengths: Sequence[int], world: int = 1) -> dict[str, Flop]:
+    def flop(
+        self,
+        lengths: Sequence[int],
+        world: int = 1,
+        *,
+        frames: Sequence[int] = (),
+        micro_batches: int = 0,
+    ) -> dict[str, Flop]:
         """FLOP of one rank's step, by part.
 
         Args:
             lengths: the tokens of each sentence of its clips: real ones for what the step is worth,
                 padded ones for what it costs.
             world: ranks, each with as many clips.
+            frames: of clips of different lengths, ascending; without, those of the mix.
+            micro_batches: of the step; without, those of the mix.
         """
         config = self.config
+        if not micro_batches:
+            work = rank_work(config, world, self.mix)
+            micro_batches = work.micro_batches
+            frames = work.lengths.frames if work.lengths else ()
         sentences = len(config.loss.sentences)
         clips, points = len(lengths) // sentences, self._points(lengths)
         traced = {n: self._traced(_CLIPS[0], n)[0] for n in points}
-        found = {part: _scaled(f, clips, _CLIPS[0]) for part, f in traced[points[0]].items()}
+        found = {part: scaled(f, clips, _CLIPS[0]) for part, f in traced[points[0]].items()}
         rows = _CLIPS[0] * sentences
         by_length = {n: flop[tower("text")] for n, flop in traced.items()}
-        found[tower("text")] = _sum(
-            _scaled(_interpolated(by_length, n), many, rows) for n, many in Counter(lengths).items()
+        if frames:
+            packed, _ = self._traced(len(frames), points[0], tuple(frames))
+            found |= {part: f for part, f in packed.items() if part != tower("text")}
+        found[tower("text")] = summed(
+            scaled(interpolated(by_length, n), many, rows) for n, many in Counter(lengths).items()
         )
-        if two_passes(config, world):  # the decoder rests in the first
+        if two_passes(config, micro_batches):  # the decoder rests in the first
             found = {
                 part: f if part == DECODER else replace(f, first_pass=f.forward)
                 for part, f in found.items()
             }
         times = loss_times(config, world)
-        return found | {LOSS: _scaled(self.loss(clips // times, world).flop, times)}
+        return found | {LOSS: scaled(self.loss(clips // times, world).flop, times)}
 
     def loss(self, clips: int, world: int = 1) -> LossCounts:
         """Counts of the losses over `clips` clips of each rank."""
@@ -169,17 +201,34 @@ class StepCounts:
         two = self.loss(2 * counted, world).peak_bytes
         return one + (two - one) * (clips - counted) // counted
 
-    def towers(self, clips: int, tokens: int) -> TowerBytes:
-        """Bytes of a forward + backward on `clips` clips, with sentences of `tokens` tokens."""
-        few, many = (self._traced(n, tokens)[1] for n in _CLIPS)
+    def towers(self, clips: float, tokens: int) -> TowerBytes:
+        """Bytes of a forward + backward on `clips` clips, with sentences of `tokens` tokens.
+
+        Args:
+            clips: of different lengths, what they are in clips of the mix's mean tokens.
+        """
+        if self.mix is None:
+            few, many = (self._traced(n, tokens)[1] for n in _CLIPS)
+            first, second = _CLIPS
+        else:
+            seconds = self.mix.spread(_MIXED)
+            one, every = (
+                tokens_of_seconds(self.config, s).masked for s in (seconds, self.mix.seconds)
+            )
+            first, second = (n * one.sum() / every.mean() for n in (1, 2))
+            packs = (frames_of(self.config, seconds.repeat(n)) for n in (1, 2))
+            few, many = (self._traced(len(pack), tokens, pack)[1] for pack in packs)
         if len(few.kept) != len(many.kept):  # operators that depend on the clips
             few, many = few.coarse(), many.coarse()
-        return few.extended(many, (clips - _CLIPS[0]) / (_CLIPS[1] - _CLIPS[0]))
+        return few.extended(many, (clips - first) / (second - first))
 
     @cached_property
     def media_bytes(self) -> int:
-        """Bytes of one clip's media as the model's input."""
-        return fake_batch(self.config, 1, 1, self._mode).media.nbytes
+        """Bytes of one clip's media as the model's input; of different lengths the mean."""
+        if self.mix is None:
+            return fake_batch(self.config, 1, 1, self._mode).media.nbytes
+        frames = np.mean(frames_of(self.config, self.mix.seconds))
+        return int(_FLOAT * frames * self.config.audio.mel_bins)
 
     def _points(self, lengths: Sequence[int]) -> list[int]:
         """Caption lengths to count with: one if all are equal, else three."""
@@ -200,23 +249,35 @@ class StepCounts:
                 trace.in_backward = True
                 with CountTraffic() as backward:
                     total.backward()
-        flop = _sum(trace.flop().values())
+        flop = summed(trace.flop().values())
         compared = tuple(name for name, x in outputs.items() if x.grad is not None)
         peak = int(trace.allocated()[0].max())
         return LossCounts(flop, forward.traffic, backward.traffic, peak, compared)
 
-    def _traced(self, clips: int, tokens: int) -> tuple[dict[str, Flop], TowerBytes]:
-        if (clips, tokens) not in self._towers:
-            self._towers[clips, tokens] = self._trace(clips, tokens)
-        return self._towers[clips, tokens]
+    def _traced(
+        self, clips: int, tokens: int, frames: tuple[int, ...] | None = None
+    ) -> tuple[dict[str, Flop], TowerBytes]:
+        """FLOP and bytes of a forward + backward.
 
-    def _trace(self, clips: int, tokens: int) -> tuple[dict[str, Flop], TowerBytes]:
+        Args:
+            frames: of clips of different lengths; None spreads them over the mix.
+        """
+        if frames is None and self.mix is not None:
+            frames = frames_of(self.config, self.mix.spread(clips))
+        key = clips, tokens, frames
+        if key not in self._towers:
+            self._towers[key] = self._trace(*key)
+        return self._towers[key]
+
+    def _trace(
+        self, clips: int, tokens: int, frames: tuple[int, ...] | None
+    ) -> tuple[dict[str, Flop], TowerBytes]:
         config, model = self.config, self.model
         compared = self.loss(_CLIPS[0]).compared
         weights = [*model.parameters(), *model.buffers()]
         ends: list[tuple[str, int]] = []
-        batch = fake_batch(config, clips, tokens, self._mode)
-        attention = attention_without_dropout() if self._on_gpu else nullcontext()
+        batch = fake_batch(config, clips, tokens, self._mode, frames)
+        attention = attention_of_a_gpu() if self._on_gpu else nullcontext()
         with self._mode, attention, Trace(weights) as trace:
 
             def mark(part: str) -> None:
@@ -253,35 +314,3 @@ class StepCounts:
             before = now
         found = TowerBytes(allocated[2], allocated[0], allocated[1], dict(parts), forward)
         return trace.flop(), found
-
-
-def two_passes(config: Config, world: int) -> bool:
-    """Whether micro-batches go through the towers twice."""
-    return config.train.micro_batches(world) > 1 and config.train.accumulation == "exact"
-
-
-def loss_times(config: Config, world: int) -> int:
-    """How many times a step computes the losses."""
-    return config.train.micro_batches(world) if config.train.accumulation == "local" else 1
-
-
-def _scaled(flop: Flop, times: int, parts: int = 1) -> Flop:
-    return Flop(**{name: value * times // parts for name, value in vars(flop).items()})
-
-
-def _sum(flops: Iterable[Flop]) -> Flop:
-    total: Counter[str] = Counter()
-    for flop in flops:
-        total.update(vars(flop))
-    return Flop(**total)
-
-
-def _interpolated(by_length: dict[int, Flop], tokens: int) -> Flop:
-    """FLOP at `tokens` from the polynomial through other lengths' FLOP (Lagrange, exact)."""
-    found = dict.fromkeys(vars(Flop()), Fraction())
-    for n, flop in by_length.items():
-        weight = Fraction(1)
-        for m in by_length.keys() - {n}:
-            weight *= Fraction(tokens - m, n - m)
-        found = {name: value + weight * getattr(flop, name) for name, value in found.items()}
-    return Flop(**{name: round(value) for name, value in found.items()})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import time
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -87,6 +88,15 @@ def measure_ceiling(device: torch.device, *, half: bool, seconds: float = 1.0) -
         now = wait()
         best, begun = min(best, now - begun), now
     return 2 * size**3 / best
+
+
+def most_allocated(traced: torch.profiler.profile) -> int:
+    """Peak bytes that PyTorch allocated on a CPU above those at the start."""
+    assert traced.profiler is not None
+    events = traced.profiler.kineto_results.events()  # type: ignore[union-attr]
+    memory = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    sizes = (e.nbytes() for e in memory)  # type: ignore[attr-defined]
+    return max(accumulate(sizes, initial=0))
 
 
 def _status(name: str, otherwise) -> int:

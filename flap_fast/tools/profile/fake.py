@@ -6,7 +6,7 @@ attention is a fused operator, as on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,8 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional
 
 from flap_fast.config import Config
-from flap_fast.data.batch import Batch
+from flap_fast.data.batch import Batch, PackedMels
 from flap_fast.model.two_towers import TwoTowers
+from flap_fast.tools.profile.packed import packed_attention_in_one
 from flap_fast.tools.profile.parts import tensors_in
 from flap_fast.tools.profile.synthetic import without_files
 
@@ -45,8 +46,14 @@ class FakeMode(FakeTensorMode):
 
 
 @contextmanager
-def attention_without_dropout() -> Iterator[None]:
-    """A context in which attention has no dropout: fused GPU kernels store no probabilities."""
+def attention_of_a_gpu() -> Iterator[None]:
+    """A context in which attention stores what a GPU's fused kernels store: no probabilities."""
+    with _attention_without_dropout(), packed_attention_in_one():
+        yield
+
+
+@contextmanager
+def _attention_without_dropout() -> Iterator[None]:
     real = functional.scaled_dot_product_attention
 
     def attention(*tensors: Any, **options: Any) -> Tensor:
@@ -86,11 +93,21 @@ def fake_model(config: Config, mode: FakeMode) -> TwoTowers:
     return model
 
 
-def fake_batch(config: Config, clips: int, tokens: int, mode: FakeMode) -> Batch:
-    """A batch with `tokens` in each sentence; with fusion, every clip is longer than the window."""
+def fake_batch(
+    config: Config, clips: int, tokens: int, mode: FakeMode, frames: Sequence[int] | None = None
+) -> Batch:
+    """A batch with `tokens` in each sentence; with fusion, every clip is longer than the window.
+
+    Args:
+        frames: of packed clips, ascending.
+    """
     rows = clips * len(config.loss.sentences)
     with mode:
-        media = torch.empty(clips, *config.encoder.input_shape(config.fusion))
+        if frames is None:
+            media = torch.empty(clips, *config.encoder.input_shape(config.fusion))
+        else:
+            mel = torch.empty(sum(frames), config.audio.mel_bins)
+            media = PackedMels(mel, tuple(frames), tuple(range(clips)))
         ids = torch.empty(rows, tokens, dtype=torch.int64)
         sample_index = torch.empty(clips, dtype=torch.int64)
     attention_mask = torch.ones(rows, tokens, dtype=torch.int64)

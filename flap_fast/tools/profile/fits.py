@@ -1,93 +1,129 @@
-"""Checks before a step is planned or profiled; on a CPU, running out of memory would freeze it."""
+"""Checks before a profile: its settings, and that a step on a CPU does not freeze the machine."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 
 import torch
 
-from flap_fast.checks import require
-from flap_fast.config import Config, check_micro_batch
+from flap_fast.checks import ConfigError, require
+from flap_fast.config import Config, check_before_loading, check_micro_batch
+from flap_fast.model.masking import check_micro_tokens, least_micro_tokens
 from flap_fast.model.two_towers import takes_bf16
-from flap_fast.ranks import Ranks
+from flap_fast.ranks import Ranks, world_size
 from flap_fast.tools.profile.counts import StepCounts
 from flap_fast.tools.profile.device import free_bytes
+from flap_fast.tools.profile.lengths import LengthMix, has_lengths
 from flap_fast.tools.profile.memory import divisors, footprint
 from flap_fast.tools.profile.synthetic import caption_lengths
+from flap_fast.tools.profile.work import rank_work
 from flap_fast.train.engine import check_engine
 
 # Fraction of the free memory: counts leave out heaps, libraries and an optimizer's temporaries.
 _SAFE = 0.7
 
 
-def check_equal_micro_batches(config: Config, world: int) -> None:
-    """Raise `ConfigError` for micro-batches that are not equal: counts are of the longest clips."""
-    budget, rule = config.train.micro_tokens, "be left out of a plan or profile"
-    remedy = "set train.micro_batch to the clips of audio.max_duration_s that it holds"
-    require(budget is None, "train.micro_tokens", rule, budget, remedy)
-    check_micro_batch(config, world)
+@dataclass(frozen=True)
+class Needed:
+    """Bytes of a rank's step on a CPU."""
+
+    least: int
+    """With one clip at a time; the longest, where they differ."""
+    most: int
+    """As the config sets it."""
+    least_units: float
+    units: float
+    """What is taken at a time: clips; tokens where clips differ."""
 
 
-def check_memory(config: Config, needed: tuple[int, int], ranks: Ranks) -> None:
+def check_settings(config: Config, *, synthetic: bool) -> None:
+    """Raise `ConfigError` for settings that cannot be trained, or lack data that is needed."""
+    if synthetic:
+        world, batch = world_size(), config.train.global_batch
+        require(batch % world == 0, "train.global_batch", f"be a multiple of {world} ranks", batch)
+        check_micro_batch(config, world)
+    else:
+        try:
+            check_before_loading(config, world_size())
+        except ConfigError as error:
+            raise ConfigError(f"{error}. Without data: --synthetic") from None
+    check_engine(config, world_size())
+    check_micro_tokens(config)
+
+
+def check_memory(config: Config, needed: Needed, ranks: Ranks) -> None:
     """Check that a rank's step fits in a CPU's memory.
-
-    Args:
-        needed: the result of `cpu_bytes`.
 
     Raises:
         ConfigError: the step takes more than is safe; the message says what would fit.
     """
-    setting = "train.micro_batch" if config.train.micro_batch else "train.global_batch"
-    clips = config.train.micro_batch or config.train.global_batch // ranks.world
     processes, free = ranks.local_world, free_bytes(ranks.device)
-    one, most = needed
-    each = max(1, (most - one) // max(1, clips - 1))
-    fitting = max(1, int((_SAFE * free / processes - one) // each))
-    if config.train.micro_batch:
-        fitting = max(n for n in divisors(config.train.global_batch // ranks.world) if n <= fitting)
+    variable = has_lengths(config)
+    each = (needed.most - needed.least) / max(1, needed.units - needed.least_units)
+    more = (_SAFE * free / processes - needed.least) / max(1, each)
+    fitting = max(1, int(needed.least_units + max(0, more)))
+    if variable:
+        setting = "train.micro_tokens"
+    elif config.train.micro_batch:
+        setting = "train.micro_batch"
+        clips = config.train.global_batch // ranks.world
+        fitting = max(n for n in divisors(clips) if n <= fitting)
     else:
+        setting = "train.global_batch"
         fitting *= ranks.world
+    what = "tokens" if variable else "clips"
     require(
-        most * processes <= _SAFE * free,
+        needed.most * processes <= _SAFE * free,
         setting,
-        f"fit in {_SAFE:.0%} of the {free / 2**30:.1f} GiB that are free: {clips} clips at a time "
-        f"take {most / 2**30:.1f} GiB a rank as `flap plan` counts",
+        f"fit in {_SAFE:.0%} of the {free / 2**30:.1f} GiB that are free: {needed.units:.0f} "
+        f"{what} at a time take {needed.most / 2**30:.1f} GiB a rank as `flap plan` counts",
         getattr(config.train, setting.removeprefix("train.")),
         f"try {setting}={fitting}"
-        if one * processes <= _SAFE * free
+        if needed.least * processes <= _SAFE * free
         else "not even one clip does: take a smaller encoder, or a machine with more memory",
     )
 
 
-def count_here(config: Config, world: int) -> tuple[StepCounts, tuple[int, int] | None]:
+def count_here(
+    config: Config, world: int, mix: LengthMix | None
+) -> tuple[StepCounts, Needed | None]:
     """Counts of the config's step on this machine's device, and on a CPU the bytes it takes."""
     on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     half = takes_bf16(config.train.precision, torch.device("cuda" if on_gpu else "cpu"))
-    counts = StepCounts(config, half=half, on_gpu=on_gpu)
+    counts = StepCounts(config, half=half, on_gpu=on_gpu, mix=mix)
     captions = config.train.global_batch // world * len(config.loss.sentences)
     counts.flop(caption_lengths(captions, config.text.max_tokens), world)
     return counts, None if on_gpu else cpu_bytes(config, counts, world)
 
 
-def cpu_bytes(config: Config, counts: StepCounts, world: int) -> tuple[int, int]:
+def cpu_bytes(config: Config, counts: StepCounts, world: int) -> Needed:
     """Bytes of a rank's step with one clip at a time, and with as many as the config sets."""
-    clips = config.train.micro_batch or config.train.global_batch // world
-    one, most = (_bytes(config, counts, world, n) for n in (1, clips))
-    return one, most
+    work = rank_work(config, world, counts.mix)
+    lengths = work.lengths
+    if lengths is None:
+        least, most = 1.0, work.at_once
+        clips = work.clips if config.train.micro_batch else 1
+        sizes = least, most
+    else:
+        mean = lengths.tokens / (work.clips * world)
+        least, most = least_micro_tokens(config) / mean, work.at_once
+        clips, sizes = work.clips, (least_micro_tokens(config), lengths.micro_tokens)
+    few = _bytes(config, counts, world, clips, least)
+    return Needed(few, _bytes(config, counts, world, work.clips, most), *sizes)
 
 
-def _bytes(config: Config, counts: StepCounts, world: int, at_once: int) -> int:
-    """Bytes of a rank's step with `at_once` clips in a micro-batch, or in all without them."""
-    micro, clips = config.train.micro_batch, config.train.global_batch // world
-    train = config.train.model_copy(update={"micro_batch": at_once if micro else None})
+def _bytes(config: Config, counts: StepCounts, world: int, clips: int, at_once: float) -> int:
+    """Bytes of a rank's step of `clips` clips, `at_once` of them in a micro-batch."""
     tokens = caption_lengths(1, config.text.max_tokens)[0]
     found = footprint(
-        config.model_copy(update={"train": train}),
+        config,
         counts,
-        clips if micro else at_once,
+        clips,
         -(-tokens // 8) * 8,
         world,
         engine=check_engine(config, world),
         on_gpu=False,
+        at_once=min(at_once, clips),
     )
     return found.peak + sum(found.on_cpu.values())

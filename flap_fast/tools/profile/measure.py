@@ -16,27 +16,27 @@ import json
 import platform
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, fields
-from itertools import accumulate
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flap_fast.checks import ConfigError, require
-from flap_fast.config import Config, check_before_loading
-from flap_fast.data.batch import Batch
+from flap_fast.config import Config
+from flap_fast.data.batch import Batch, PackedMels
 from flap_fast.data.loader import TrainingLoader
-from flap_fast.data.shards import open_shards
+from flap_fast.data.shards import open_shards, shard_kinds
 from flap_fast.data.tokenize import tokenizer
 from flap_fast.files import write_atomically
 from flap_fast.model.two_towers import TwoTowers, takes_bf16
 from flap_fast.ranks import Ranks, join_ranks, leave_ranks, world_size
-from flap_fast.tools.profile.counts import StepCounts, two_passes
-from flap_fast.tools.profile.device import Memory, measure_ceiling
-from flap_fast.tools.profile.fits import check_equal_micro_batches, check_memory, count_here
+from flap_fast.tools.profile.counts import StepCounts
+from flap_fast.tools.profile.device import Memory, measure_ceiling, most_allocated
+from flap_fast.tools.profile.fits import check_memory, check_settings, count_here
+from flap_fast.tools.profile.lengths import LengthMix, length_mix
 from flap_fast.tools.profile.parts import step_parts
 from flap_fast.tools.profile.search import search as search_micro_batch
 from flap_fast.tools.profile.synthetic import SyntheticLoader, without_files
@@ -46,9 +46,10 @@ from flap_fast.tools.profile.timeline import (
     timed_collectives,
     timed_engine,
 )
-from flap_fast.tools.profile.trace import Flop
+from flap_fast.tools.profile.trace import Flop, mean
 from flap_fast.tools.profile.traffic import CountTraffic, sent_bytes
-from flap_fast.train.engine import Engine, check_engine, make_engine
+from flap_fast.tools.profile.work import two_passes, work_summary
+from flap_fast.train.engine import Engine, make_engine
 from flap_fast.train.environment import device_name
 from flap_fast.train.frozen_text import frozen_text
 from flap_fast.train.optimizers import warmup_cosine
@@ -66,6 +67,7 @@ def profile(
     *,
     steps: int = 10,
     synthetic: bool = False,
+    mix: LengthMix | None = None,
     search: bool = True,
     out: Path | None = None,
 ) -> Profile | None:
@@ -73,16 +75,20 @@ def profile(
 
     Args:
         synthetic: random batches; needs neither shards nor the text tower's folder.
+        mix: with audio.length = variable, the clips' lengths; of data.train, or of the default mix,
+            without.
         search: look for the largest micro-batch that fits; in a run of one process only.
 
     Raises:
         ConfigError: a config that cannot be trained, or a batch that does not fit.
     """
     require(steps >= 1, "--steps", "be at least 1", steps)
-    _check(config, synthetic)
-    found = search_micro_batch(config, seconds=_SEARCH_S) if search and world_size() == 1 else None
+    check_settings(config, synthetic=synthetic)
+    mix = mix or length_mix(config)
+    alone = search and world_size() == 1
+    found = search_micro_batch(config, mix, seconds=_SEARCH_S) if alone else None
     # With fake ranks, so before this process joins its real ones.
-    counts, needed = count_here(config, world_size())
+    counts, needed = count_here(config, world_size(), mix)
     ranks = join_ranks()
     out = out or config.run_folder / "profile"
     try:
@@ -99,21 +105,18 @@ def profile(
     return result
 
 
-def _check(config: Config, synthetic: bool) -> None:
-    if synthetic:
-        world, batch = world_size(), config.train.global_batch
-        require(batch % world == 0, "train.global_batch", f"be a multiple of {world} ranks", batch)
-    else:
-        try:
-            check_before_loading(config, world_size())
-        except ConfigError as error:
-            raise ConfigError(f"{error}. Without data: --synthetic") from None
-    check_equal_micro_batches(config, world_size())
-    check_engine(config, world_size())
-
-
 def _why_no_search(search: bool) -> str:
     return "of one process only, without a launcher" if search else "--no-search"
+
+
+class _Noted(NamedTuple):
+    """What is noted of a batch."""
+
+    mask: Tensor
+    """Of its captions."""
+    frames: tuple[int, ...]
+    """Of its clips, where they differ."""
+    micro_batches: int
 
 
 class _Session:
@@ -167,12 +170,12 @@ class _Session:
         """Set up loader and gradients as before the trainer's first step."""
         config, ranks = self.config, self.ranks
         if self.synthetic:
-            loader = SyntheticLoader(config, self.model.text, ranks)
+            loader = SyntheticLoader(config, self.model.text, ranks, self.counts.mix)
             per_epoch = loader.steps_per_epoch
         else:
-            shards = open_shards(config.data.train)
-            work = clip_tokens(config, shards, ranks)
-            loader = TrainingLoader(config, shards, tokenizer(config.text), ranks, work)
+            shards = open_shards(config.data.train, shard_kinds(config))
+            tokens = clip_tokens(config, shards, ranks)
+            loader = TrainingLoader(config, shards, tokenizer(config.text), ranks, tokens)
             per_epoch = loader.sampler.steps_per_epoch
         # Far from the end of a run, and from an unmasked tail.
         self.run_steps = 1000 * per_epoch
@@ -181,24 +184,25 @@ class _Session:
         batches = timed_batches(
             loader.batches(0, steps, times=self.gradients.reads), lambda: self.timeline
         )
-        self.masks: list[Tensor] = []
-        self.batches = self._noting_masks(batches)
+        self.noted: list[_Noted] = []
+        self.batches = self._noting(batches)
 
-    def _noting_masks(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def _noting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         for batch in batches:
-            self.masks.append(batch.attention_mask)
+            frames = batch.media.frames if isinstance(batch.media, PackedMels) else ()
+            self.noted.append(_Noted(batch.attention_mask, frames, batch.micro_batches))
             yield batch
 
-    def _step(self) -> list[Tensor]:
-        """Run a step of the trainer's loop with its batches; returns the masks of its captions."""
+    def _step(self) -> list[_Noted]:
+        """Run a step of the trainer's loop with its batches; returns what was noted of those."""
         if self.timeline:
             self.timeline.begin_step()
-        self.masks.clear()
+        self.noted.clear()
         self.gradients(1, self.batches)
         lr = warmup_cosine(0, base=self.config.optim.lr, warmup=1000, steps=self.run_steps)
         self.engine.step(lr)
         # A second pass reads the same captions again.
-        return self.masks[: self.config.train.micro_batches(self.ranks.world)]
+        return self.noted[: self.noted[0].micro_batches]
 
     def _timed(
         self,
@@ -213,11 +217,18 @@ class _Session:
         seconds = self.timeline.steps()
         memory = {"peak": self.memory.peak(), "steady": self.memory.steady()}
         self.timeline = None
-        lengths = [[n for mask in masks for n in mask.sum(1).tolist()] for masks in seen]
-        by_step = [self.counts.flop(some, self.ranks.world) for some in lengths]
-        flop = {part: _mean([step[part] for step in by_step]) for part in by_step[0]}
-        computed = sum(mask.numel() for masks in seen for mask in masks)
-        return seconds, memory, flop, sum(map(sum, lengths)) / computed
+        self.micro_batches = round(median(len(step) for step in seen))
+        by_step = [self._flop_of(step) for step in seen]
+        flop = {part: mean([step[part] for step in by_step]) for part in by_step[0]}
+        masks = [batch.mask for step in seen for batch in step]
+        real = sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+        return seconds, memory, flop, real
+
+    def _flop_of(self, step: list[_Noted]) -> dict[str, Flop]:
+        lengths = [n for batch in step for n in batch.mask.sum(1).tolist()]
+        frames = sorted(n for batch in step for n in batch.frames)
+        world = self.ranks.world
+        return self.counts.flop(lengths, world, frames=frames, micro_batches=len(step))
 
     def _count(self) -> float:
         """Bytes that this rank sends in a step."""
@@ -236,7 +247,7 @@ class _Session:
                 self._step()
             self.timeline.end()
             self.timeline = None
-        self.allocated_in_a_step = _most_allocated(traced)
+        self.allocated_in_a_step = most_allocated(traced)
         if self.ranks.first:
             traced.export_chrome_trace(str(self.out / "trace.json.gz"))
         return {"trace": "trace.json.gz"}
@@ -281,8 +292,8 @@ class _Session:
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
             "batches": "synthetic" if self.synthetic else "data.train",
             "global_batch": self.config.train.global_batch,
-            "micro_batches": self.config.train.micro_batches(self.ranks.world),
-            "passes": 2 if two_passes(self.config, self.ranks.world) else 1,
+            "micro_batches": self.micro_batches,
+            "passes": 2 if two_passes(self.config, self.micro_batches) else 1,
             "steps": len(seconds),
             "clips_per_s": self.config.train.global_batch / step_s,
             "step_ms": 1000 * step_s,
@@ -294,6 +305,7 @@ class _Session:
             # With text.freeze the encoder's time is that for these; FLOP leave it out.
             "new_captions_per_step": self.new_captions / len(seconds),
             "real_tokens": real_tokens,
+            "lengths": work_summary(self.config, self.ranks.world, self.counts.mix),
             "flop_per_s": total / step_s,
             "ceiling_flop_per_s": ceiling,
             "utilisation": total / step_s / ceiling,
@@ -303,17 +315,3 @@ class _Session:
             "sent_mib_per_step": sent / 2**20,
             "files": files,
         }
-
-
-def _mean(flops: list[Flop]) -> Flop:
-    names = (field.name for field in fields(Flop))
-    return Flop(**{name: sum(getattr(f, name) for f in flops) // len(flops) for name in names})
-
-
-def _most_allocated(traced: torch.profiler.profile) -> int:
-    """Peak bytes that PyTorch allocated on a CPU above those at the start."""
-    assert traced.profiler is not None
-    events = traced.profiler.kineto_results.events()  # type: ignore[union-attr]
-    memory = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
-    sizes = (e.nbytes() for e in memory)  # type: ignore[attr-defined]
-    return max(accumulate(sizes, initial=0))

@@ -13,6 +13,7 @@ frees within itself.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from flap_fast.config import Config
@@ -45,6 +46,7 @@ def footprint(
     *,
     engine: str,
     on_gpu: bool = True,
+    at_once: float | None = None,
 ) -> Footprint:
     """Memory of a rank with `clips` clips, in micro-batches of train.micro_batch clips.
 
@@ -53,8 +55,9 @@ def footprint(
         tokens: of each sentence, including padding.
         engine: `plain` or `deepspeed`.
         on_gpu: decides what train.replay=auto keeps, and whether gradients are reduced early.
+        at_once: clips of the largest micro-batch, see `Work`; of train.micro_batch without.
     """
-    at_once = min(clips, config.train.micro_batch or clips)
+    at_once = at_once or min(clips, config.train.micro_batch or clips)
     several = clips > at_once
     both = several and config.train.accumulation == "exact"
     states = state_bytes(
@@ -64,15 +67,17 @@ def footprint(
         world,
         overlap=on_gpu,
         offload=config.train.offload,
-        micro_batches=-(-clips // at_once),
+        micro_batches=math.ceil(clips / at_once),
     )
     counted = config.train.global_batch // world
-    loss = counts.loss_bytes(clips if both else at_once, world, counted=counted)
+    loss = counts.loss_bytes(
+        clips if both else min(clips, math.ceil(at_once)), world, counted=counted
+    )
     held = held_bytes(config, clips, counts.media_bytes, on_gpu=on_gpu) if several else {}
     towers = counts.towers(at_once, tokens)
     allocated = towers.kept if both else towers.kept + towers.batch
     if both and "media" not in held:  # those of the second pass are kept through its backward
-        held["media"] = at_once * counts.media_bytes
+        held["media"] = int(at_once * counts.media_bytes)
     full, without = states.with_gradients, states.without_gradients
     if states.gradients == "come":
         scale = states.on_device["gradients"] / max(1, _FLOAT * parameters(counts).trained)

@@ -17,15 +17,18 @@ from typing import Any
 import torch
 
 from flap_fast.checks import require
-from flap_fast.config import Config
+from flap_fast.config import Config, check_micro_batch
+from flap_fast.model.masking import check_micro_tokens
 from flap_fast.model.two_towers import takes_bf16
-from flap_fast.tools.profile.counts import StepCounts, loss_times, two_passes
-from flap_fast.tools.profile.fits import check_equal_micro_batches
-from flap_fast.tools.profile.memory import Footprint, divisors, footprint, parameters
+from flap_fast.tools.profile.counts import StepCounts
+from flap_fast.tools.profile.largest import StepMemory
+from flap_fast.tools.profile.lengths import LengthMix, length_mix
+from flap_fast.tools.profile.memory import Footprint, parameters
 from flap_fast.tools.profile.states import Parameters
 from flap_fast.tools.profile.synthetic import LONGEST
 from flap_fast.tools.profile.trace import Flop
 from flap_fast.tools.profile.traffic import engine_traffic, sent_bytes
+from flap_fast.tools.profile.work import Work, loss_times, rank_work, two_passes, work_summary
 from flap_fast.train.engine import BUCKET_NUMBERS
 from flap_kernels.infonce.distributed import REPLICATED_ROWS
 
@@ -102,9 +105,12 @@ class Plan:
     largest_clips: int
     """The largest number of clips of a rank that fits, with train.micro_batch as it is set."""
     largest_micro_batch: int
-    """The largest micro-batch of a rank's clips that fits; 0 if not even one clip fits."""
+    """The largest micro-batch of a rank's clips that fits; 0 if not even one clip fits. Of clips
+    of different lengths, its tokens."""
     micro_batches: int
     """Of a rank's step."""
+    lengths: dict[str, Any] | None
+    """What is assumed of clips of different lengths, and what follows: `work_summary`."""
     flop: dict[str, Flop]
     compute_s: float
     optimizer_s: float
@@ -132,7 +138,8 @@ class Plan:
         most = self.largest_clips * self.machine.gpus
         first = f"set train.global_batch={most}, " if most else ""
         if some:  # the same gradients, for a forward more
-            first = f"set train.micro_batch={some}, "
+            name = "micro_tokens" if self.lengths else "micro_batch"
+            first = f"set train.{name}={some}, "
         return (
             f"error: a rank's step must fit in {self.machine.memory_gib:g} GiB, got "
             f"{self.memory.peak / 2**30:.1f} by this estimate; {first}"
@@ -140,8 +147,12 @@ class Plan:
         )
 
 
-def plan(config: Config, machine: Machine) -> Plan:
+def plan(config: Config, machine: Machine, mix: LengthMix | None = None) -> Plan:
     """Predict a step.
+
+    Args:
+        mix: with audio.length = variable, the clips' lengths; of data.train, or of the default mix,
+            without.
 
     Raises:
         ConfigError: the batch or the ranks cannot be divided evenly, or the engine cannot do it.
@@ -152,7 +163,8 @@ def plan(config: Config, machine: Machine) -> Plan:
     nearest = max(world, round(batch / world) * world)
     remedy = f"for example train.global_batch={nearest}"
     require(batch % world == 0, "train.global_batch", rule, batch, remedy)
-    check_equal_micro_batches(config, world)
+    check_micro_batch(config, world)
+    check_micro_tokens(config)
     engine = config.train.engine
     if engine == "auto":
         engine = "plain" if world == 1 else "deepspeed"
@@ -161,33 +173,21 @@ def plan(config: Config, machine: Machine) -> Plan:
     rule = "be 'none' in plain PyTorch"
     remedy = "set train.engine=deepspeed"
     require(engine == "deepspeed" or offload == "none", "train.offload", rule, offload, remedy)
-    return _plan(config, machine, engine)
+    return _plan(config, machine, engine, mix or length_mix(config))
 
 
-def _plan(config: Config, machine: Machine, engine: str) -> Plan:
-    world = machine.gpus
+def _plan(config: Config, machine: Machine, engine: str, mix: LengthMix | None) -> Plan:
+    world, work = machine.gpus, rank_work(config, machine.gpus, mix)
     clips = config.train.global_batch // world
     half = takes_bf16(config.train.precision, torch.device("cuda"))
     tokens = min(machine.caption_tokens, config.text.max_tokens)
-    counts = StepCounts(config, half=half)
+    counts = StepCounts(config, half=half, mix=mix)
     flop = counts.flop([tokens] * clips * len(config.loss.sentences), world)
     rate = machine.tflops * 1e12 * machine.mfu
     stage = config.train.zero_stage if engine == "deepspeed" else 0
 
-    def memory(clips: int, **train: Any) -> Footprint:
-        setting = config.model_copy(update={"train": config.train.model_copy(update=train)})
-        return footprint(setting, counts, clips, tokens, world, engine=engine)
-
+    memory = StepMemory(config, counts, work, tokens, world, engine)
     limit = machine.memory_gib * 2**30
-    at_once = config.train.micro_batch or 1
-
-    def largest(clips: int) -> int:
-        """The largest number of clips per rank that fits, with the losses of about `clips`."""
-        batch = clips * world
-        return at_once * _largest(lambda n: memory(n * at_once, global_batch=batch).peak, limit)
-
-    within_limit = memory(clips).peak <= limit
-    fitting = (m for m in divisors(clips) if memory(clips, micro_batch=m).peak <= limit)
     return Plan(
         machine=machine,
         engine=engine,
@@ -196,14 +196,15 @@ def _plan(config: Config, machine: Machine, engine: str) -> Plan:
         precision="bf16" if half else "fp32",
         clips=clips,
         parameters=parameters(counts),
-        memory=memory(clips),
-        largest_clips=largest(clips) if within_limit else largest(largest(clips) or clips),
-        largest_micro_batch=max(fitting, default=0),
-        micro_batches=config.train.micro_batches(world),
+        memory=memory.own(),
+        largest_clips=memory.largest_clips(limit),
+        largest_micro_batch=memory.largest_micro_batch(limit),
+        micro_batches=work.micro_batches,
+        lengths=work_summary(config, world, mix),
         flop=flop,
         compute_s=sum(f.total for f in flop.values()) / rate,
         optimizer_s=_optimizer_s(config, machine, parameters(counts), stage),
-        exchanges=_exchanges(config, machine, counts, clips, stage, flop, rate),
+        exchanges=_exchanges(config, machine, counts, work, stage, flop, rate),
     )
 
 
@@ -230,22 +231,22 @@ def _exchanges(
     config: Config,
     machine: Machine,
     counts: StepCounts,
-    clips: int,
+    work: Work,
     stage: int,
     flop: dict[str, Flop],
     rate: float,
 ) -> dict[str, Exchange]:
-    world, micro_batches = machine.gpus, config.train.micro_batches(machine.gpus)
+    world, micro_batches = machine.gpus, work.micro_batches
     engine = engine_traffic(
         stage,
         counts.groups,
         world,
         micro_batches=micro_batches,
-        passes=2 if two_passes(config, world) else 1,
+        passes=2 if two_passes(config, micro_batches) else 1,
         offload=config.train.offload != "none",
     )
     times = loss_times(config, world)
-    loss = counts.loss(clips // times, world)
+    loss = counts.loss(work.clips // times, world)
     phases = {
         "forward": Counter({kind: times * n for kind, n in loss.forward.items()}),
         "backward": Counter({kind: times * n for kind, n in loss.backward.items()}),
@@ -263,7 +264,9 @@ def _exchanges(
         hidden /= micro_batches if stage == 1 else 1
         reduced = seconds["gradients"]
         exposed["gradients"] = max(reduced / buckets, reduced - hidden)
-    if stage == 3 and not two_passes(config, world):  # gathered ahead of the forward that uses them
+    if stage == 3 and not two_passes(
+        config, micro_batches
+    ):  # gathered ahead of the forward that uses them
         ahead = sum(f.forward for f in flop.values()) / rate
         exposed["weights"] = max(0.0, seconds["weights"] - ahead)
     names = {
@@ -275,17 +278,6 @@ def _exchanges(
     return {
         label: Exchange(sent[name], seconds[name], exposed[name]) for name, label in names.items()
     }
-
-
-def _largest(peak: Any, limit: float) -> int:
-    """The largest number of clips whose peak is within the limit; 0 if not even one clip's is."""
-    low, high = 0, 1
-    while peak(high) <= limit and high < 2**24:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if peak(middle) <= limit else (low, middle)
-    return low
 
 
 def default_gpus(config: Config) -> int:

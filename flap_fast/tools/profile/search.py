@@ -1,10 +1,11 @@
 """Searches for the largest train.micro_batch that fits, in a separate process.
 
-    python -m flap_fast.tools.profile.search CONFIG SECONDS      a line of JSON for each trial
+    python -m flap_fast.tools.profile.search CONFIG SECONDS [LENGTHS]     a line of JSON a trial
 
 A whole step may take minutes, so a trial computes only the losses over the whole batch and the
 trainer's two passes over two micro-batches, while it holds what a step keeps of the others. This
-has the peak memory of a step. Sizes are doubled, then the divisors of the batch are bisected.
+has the peak memory of a step. Sizes are doubled, then the divisors of the batch are bisected. With
+audio.length = variable clips are spread over their lengths, and the answer is a train.micro_tokens.
 
 On a GPU a trial fits unless it runs out of memory. On a CPU that would freeze the machine, so a
 trial only starts if a line through the earlier peaks stays below the free memory. The process may
@@ -24,6 +25,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
+from statistics import mean
 from tempfile import NamedTemporaryFile
 from typing import Any, cast
 
@@ -34,11 +36,14 @@ from torch.nn.functional import normalize
 from flap_fast.config import Config
 from flap_fast.config.file import dump_config, load_config
 from flap_fast.losses import total_loss
+from flap_fast.model.masking import least_micro_tokens
 from flap_fast.model.two_towers import Outputs, TwoTowers
 from flap_fast.ranks import Ranks
 from flap_fast.tools.profile.device import Memory, free_bytes
+from flap_fast.tools.profile.lengths import LengthMix, frames_of, length_mix
 from flap_fast.tools.profile.memory import divisors, held_bytes
 from flap_fast.tools.profile.synthetic import SyntheticLoader, without_files
+from flap_fast.tools.profile.work import rank_work
 from flap_fast.train.engine import PlainEngine
 from flap_fast.train.frozen_text import frozen_text
 from flap_fast.train.step import Gradients
@@ -57,6 +62,8 @@ class Trial:
     trial_s: float = 0.0
     clips_per_s: float = 0.0
     """Of a whole step, extrapolated from the trial."""
+    tokens: int = 0
+    """Of the larger micro-batch, of clips of different lengths."""
 
 
 def trials(
@@ -128,16 +135,20 @@ def _divisor(batch: int, most: int) -> int:
     return max((n for n in divisors(batch) if n <= most), default=0)
 
 
-def search(config: Config, *, seconds: float) -> dict[str, Any]:
+def search(config: Config, mix: LengthMix | None = None, *, seconds: float) -> dict[str, Any]:
     """Search in a separate process, before this one allocates memory on the device.
 
     Raises:
         RuntimeError: the process failed for another reason than running out of memory.
     """
-    with NamedTemporaryFile("w", suffix=".yaml") as file:
+    with NamedTemporaryFile("w", suffix=".yaml") as file, NamedTemporaryFile("w") as lengths:
         file.write(dump_config(config))
         file.flush()
         command = [sys.executable, "-m", "flap_fast.tools.profile.search", file.name, str(seconds)]
+        if mix:
+            lengths.writelines(f"{s!r}\n" for s in mix.seconds.tolist())
+            lengths.flush()
+            command.append(lengths.name)
         launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         environment = {k: v for k, v in os.environ.items() if k not in launcher}
         environment["PYTHONPATH"] = os.pathsep.join(path or "." for path in sys.path)
@@ -150,19 +161,24 @@ def search(config: Config, *, seconds: float) -> dict[str, Any]:
     found = [Trial(**row) for row in rows[1:] if "fits" in row]
     if done.returncode < 0:  # killed by the kernel during the trial that it had announced
         found.append(Trial(rows[-1]["begun"], fits=False))
-    return {"limit_bytes": limit, "seconds": seconds, **largest(found, batch, limit)}
+    result = {"limit_bytes": limit, "seconds": seconds, **largest(found, batch, limit)}
+    if mix:
+        most = max((trial.tokens for trial in found if trial.fits), default=0)
+        result["micro_tokens"] = most if most >= least_micro_tokens(config) else 0
+    return result
 
 
-def main(file: str, seconds: float) -> None:
+def main(file: str, seconds: float, lengths: str | None = None) -> None:
     """Entry point of the search process."""
     config = load_config(file)
+    mix = length_mix(config, Path(lengths)) if lengths else None
     on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     device = torch.device("cuda" if on_gpu else "cpu")
     limit = _bound_memory() if device.type == "cpu" else None
     total = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else limit
     print(json.dumps({"limit_bytes": total}), flush=True)
     with without_files(config) as config:
-        attempt = Attempts(config, device)
+        attempt = Attempts(config, device, mix)
         batch = config.train.global_batch
         for trial in trials(attempt, batch=batch, limit_bytes=limit, seconds=seconds):
             print(json.dumps(asdict(trial)), flush=True)
@@ -171,8 +187,9 @@ def main(file: str, seconds: float) -> None:
 class Attempts:
     """Runs trials of one model at micro-batches of any size."""
 
-    def __init__(self, config: Config, device: torch.device):
+    def __init__(self, config: Config, device: torch.device, mix: LengthMix | None = None):
         torch.manual_seed(config.run.seed)
+        self._mix = mix
         self._config, self._ranks = config, Ranks(device=device)
         self._memory = Memory(device)
         self._engine = PlainEngine(config, TwoTowers(config, weights=False), self._ranks)
@@ -192,7 +209,10 @@ class Attempts:
             if not _out_of_memory(error):
                 raise
         else:
-            return Trial(clips, True, self._memory.peak(), now - begun, self._rate(clips))
+            peak, rate = self._memory.peak(), self._rate(clips)
+            work = rank_work(self._trial_config(clips), 1, self._mix)
+            tokens = work.lengths.micro_tokens if work.lengths else 0
+            return Trial(clips, True, peak, now - begun, rate, tokens)
         self._engine.module.zero_grad(set_to_none=True)
         gc.collect()
         if self._ranks.device.type == "cuda":
@@ -216,13 +236,18 @@ class Attempts:
         """A config with two micro-batches of `clips` clips, or with the whole batch at once."""
         whole = self._config.train.global_batch
         batch, micro = (2 * clips, clips) if 2 * clips <= whole else (whole, None)
-        train = self._config.train.model_copy(update={"global_batch": batch, "micro_batch": micro})
+        sizes = {"global_batch": batch, "micro_batch": micro, "micro_tokens": None}
+        train = self._config.train.model_copy(update=sizes)
         return self._config.model_copy(update={"train": train})
 
     def _held(self, clips: int) -> list[Tensor]:
         """Tensors of the size that a step holds for clips of other micro-batches, written to."""
         device = self._ranks.device
-        media_bytes = 4 * prod(self._config.encoder.input_shape(self._config.fusion))
+        if self._mix:
+            frames = mean(frames_of(self._config, self._mix.seconds))
+            media_bytes = int(4 * frames * self._config.audio.mel_bins)
+        else:
+            media_bytes = 4 * prod(self._config.encoder.input_shape(self._config.fusion))
         sizes = held_bytes(self._config, clips, media_bytes, on_gpu=device.type == "cuda")
         return [torch.ones(n // 4, device=device) for n in sizes.values()]
 
@@ -242,7 +267,7 @@ class Attempts:
         # All captions are new, as in a run's first epoch: that takes the most.
         with frozen_text(config, module, self._ranks) as text:
             gradients = Gradients(config, self._ranks, self._engine, 1000, 1000, text)
-            loader = SyntheticLoader(config, module.text, self._ranks)
+            loader = SyntheticLoader(config, module.text, self._ranks, self._mix)
             gradients(1, loader.batches(0, 1, times=gradients.reads))
         self._engine.step(config.optim.lr)
         if self._ranks.device.type == "cuda":
@@ -282,4 +307,4 @@ def _bound_memory() -> int:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], float(sys.argv[2]))
+    main(sys.argv[1], float(sys.argv[2]), *sys.argv[3:])

@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import RobertaConfig
@@ -21,9 +22,12 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
-from flap_fast.data.batch import Batch
+from flap_fast.data.batch import Batch, Media, PackedMels
+from flap_fast.data.dealing import dealt_in_order
 from flap_fast.data.tokenize import local_folder
 from flap_fast.ranks import Ranks
+from flap_fast.tools.profile.lengths import LengthMix, frames_of
+from flap_fast.tools.profile.work import dealt_clips
 
 # Captions of 8 to 24 tokens: the clips' captions of AudioCaps and Clotho have 10 to 20 on average.
 SHORTEST, LONGEST = 8, 24
@@ -82,17 +86,18 @@ def caption_lengths(clips: int, max_tokens: int) -> list[int]:
 
 
 class SyntheticLoader:
-    """A `TrainingLoader` whose (micro-)batches all have the same media and captions; masks differ.
+    """A `TrainingLoader` whose steps all have the same media and captions; masks differ.
 
-    With fusion, every clip is longer than the window.
+    With fusion, every clip is longer than the window. Clips of different lengths are spread over
+    their mix, and dealt to ranks and micro-batches as in training.
 
     Args:
         text: the text encoder's module, for its vocabulary.
     """
 
-    def __init__(self, config: Config, text: Any, ranks: Ranks):
+    def __init__(self, config: Config, text: Any, ranks: Ranks, mix: LengthMix | None = None):
         self.steps_per_epoch = 10**9
-        self._config, self._ranks = config, ranks
+        self._config, self._ranks, self._mix = config, ranks, mix
         self._ids, self._pad = text.vocabulary, text.pad_token_id
 
     def batches(self, first: int, last: int, *, times: int = 1) -> Iterator[Batch]:
@@ -101,40 +106,60 @@ class SyntheticLoader:
         Args:
             times: how many times a step's micro-batches are yielded, where there are several.
         """
-        config, ranks, device = self._config, self._ranks, self._ranks.device
-        whole, micro_batches = config.train.global_batch, config.train.micro_batches(ranks.world)
-        clips = whole // ranks.world // micro_batches
-        generator = torch.Generator().manual_seed(config.run.seed + ranks.rank)
-        media = torch.randn(
-            clips, *config.encoder.input_shape(config.fusion), generator=generator
-        ).to(device)
-        ids, attention_mask = self._captions(clips, generator)
-        ids = ids if config.text.freeze else ids.to(device)
-        attention_mask = attention_mask if config.text.freeze else attention_mask.to(device)
-        longer = torch.ones(clips, dtype=torch.bool) if config.fusion.on else None
-        micros = range(micro_batches)
-        times = times if micro_batches > 1 else 1
-        for step, _, micro in product(range(first, last), range(times), micros):
-            rows = torch.arange(clips) + (ranks.rank * micro_batches + micro) * clips
-            index = (rows + step * whole).to(device)
-            # A copy: what a step keeps of a loader's media takes memory.
+        config, device = self._config, self._ranks.device
+        generator = torch.Generator().manual_seed(config.run.seed + self._ranks.rank)
+        rows, frames = self._dealt()
+        most = max(len(some) for some in rows)
+        media = self._media(most, frames, generator)
+        captions = {n: self._captions(n, generator) for n in {len(some) for some in rows}}
+        times = times if len(rows) > 1 else 1
+        for step, _, micro in product(range(first, last), range(times), range(len(rows))):
+            some = torch.from_numpy(rows[micro])
+            ids, attention_mask = captions[len(some)]
             yield Batch(
-                media.clone(),
+                _taken(media, frames[micro] if frames else None),
                 ids,
                 attention_mask,
-                index,
-                rows.numpy(),
+                (some + step * config.train.global_batch).to(device),
+                rows[micro],
                 epoch=0,
-                micro_batches=micro_batches,
-                longer=longer,
+                micro_batches=len(rows),
+                longer=torch.ones(most, dtype=torch.bool) if config.fusion.on else None,
             )
 
+    def _dealt(self) -> tuple[list[np.ndarray], list[tuple[int, ...]]]:
+        """This rank's rows of each micro-batch, and, where they differ, the frames of its clips."""
+        if self._mix is None:
+            return dealt_in_order(self._config.train, self._ranks).micro_batches, []
+        seconds, dealt = dealt_clips(self._config, self._ranks, self._mix)
+        rows = dealt.micro_batches
+        return rows, [frames_of(self._config, seconds[some]) for some in rows]
+
+    def _media(
+        self, clips: int, frames: list[tuple[int, ...]], generator: torch.Generator
+    ) -> Tensor:
+        """Media of the largest micro-batch; of clips of different lengths end to end."""
+        shape: tuple[int, ...] = clips, *self._config.encoder.input_shape(self._config.fusion)
+        if frames:
+            shape = max(map(sum, frames)), self._config.audio.mel_bins
+        return torch.randn(shape, generator=generator).to(self._ranks.device)
+
     def _captions(self, clips: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Ids and mask of the clips' sentences, (S B, L) each."""
+        """Ids and mask of the clips' sentences, (S B, L) each; on the CPU for a frozen encoder."""
         sentences = len(self._config.loss.sentences)
         lengths = torch.tensor(caption_lengths(clips, self._config.text.max_tokens) * sentences)
         padded = -(-int(lengths.max()) // 8) * 8
         mask = (torch.arange(padded) < lengths[:, None]).long()
         ids = torch.randint(self._ids - 1, mask.shape, generator=generator)
         ids += ids >= self._pad
-        return ids.where(mask.bool(), torch.tensor(self._pad)), mask
+        ids = ids.where(mask.bool(), torch.tensor(self._pad))
+        if self._config.text.freeze:
+            return ids, mask
+        return ids.to(self._ranks.device), mask.to(self._ranks.device)
+
+
+def _taken(media: Tensor, frames: tuple[int, ...] | None) -> Media:
+    """A micro-batch's media; a copy: what a step keeps of a loader's media takes memory."""
+    if frames is None:
+        return media.clone()
+    return PackedMels(media[: sum(frames)].clone(), frames, tuple(range(len(frames))))

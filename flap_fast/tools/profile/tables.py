@@ -38,7 +38,7 @@ def profile_table(found: dict[str, Any]) -> RenderableType:
         lines.append(f"the frozen text encoder embedded {new:.1f} new captions a step")
     if found["world"] > 1:
         lines.append(f"each rank sends {found['sent_mib_per_step']:.2f} MiB a step")
-    lines.append(_micro_batch(found["micro_batch"]))
+    lines += [*_lengths(found.get("lengths")), _micro_batch(found["micro_batch"])]
     title = (
         f"{found['config']}: {found['global_batch']} clips a step on {found['world']} rank(s), "
         f"{found['precision']}, {found['batches']}{_passes(found)}\n{found['device']}\nmeans of "
@@ -69,13 +69,31 @@ def _head(planned: Plan) -> str:
         size += f", {parameters.frozen / 1e6:.1f} M of them frozen"
     parts = ""
     if planned.micro_batches > 1:
-        parts = f", {planned.clips // planned.micro_batches} at a time"
+        parts = f", in {planned.micro_batches} micro-batches"
+        if planned.lengths is None:
+            parts = f", {planned.clips // planned.micro_batches} at a time"
     engine = f"{planned.engine}, ZeRO {planned.stage}" if planned.engine != "plain" else "plain"
-    return (
+    head = (
         f"{planned.clips * machine.gpus} clips a step: {planned.clips} on each of {machine.gpus} "
         f"GPU(s), {machine.nodes} node(s){parts}\n"
         f"{engine}, {planned.precision}, contrastive {planned.scheme}, {size}"
     )
+    return "\n".join([head, *_lengths(planned.lengths)])
+
+
+def _lengths(found: dict[str, Any] | None) -> list[str]:
+    """What is assumed of the clips' lengths, and what follows for tokens: `work_summary`."""
+    if found is None:
+        return []
+    cropped = f", {_percent(found['cropped'])} are cropped" if found["cropped"] else ""
+    return [
+        f"lengths of {found['clips']:,} clips ({found['source']}): mean {found['mean_s']:.1f} s,",
+        f"  median {found['median_s']:.1f} s, longest {found['longest_s']:,.1f} s{cropped}",
+        f"audio tokens: {found['tokens_per_clip']:.0f} a clip, {found['rank_tokens']:,} a rank, "
+        f"{found['micro_tokens']:,} at a time;",
+        f"  balance of ranks {_percent(found['balance'])}, "
+        f"{_percent(found['real_frames'])} of the frames are sound",
+    ]
 
 
 def _memory(planned: Plan) -> Table:
@@ -92,7 +110,8 @@ def _memory(planned: Plan) -> Table:
         f"peak: {verdict} in {planned.machine.memory_gib:g} GiB", f"{memory.peak / _MIB:,.0f}"
     )
     table.add_row("clips of a rank that would fit", f"{planned.largest_clips:,}")
-    table.add_row("largest train.micro_batch that fits", f"{planned.largest_micro_batch:,}")
+    name = "micro_tokens" if planned.lengths else "micro_batch"
+    table.add_row(f"largest train.{name} that fits", f"{planned.largest_micro_batch:,}")
     if memory.on_cpu:
         table.add_section()
         for name, size in memory.on_cpu.items():
@@ -163,6 +182,9 @@ def _rates(flop: int, ms: float, ceiling: float, unit: float) -> tuple[str, str,
 def _micro_batch(found: dict[str, Any]) -> str:
     if "skipped" in found:
         return f"largest micro-batch: not searched ({found['skipped']})"
+    if "micro_tokens" in found:
+        limit = f"{found['limit_bytes'] / 2**30:.1f} GiB"
+        return f"largest train.micro_tokens: {found['micro_tokens']:,}, tried and fits in {limit}"
     limit, batch = f"{found['limit_bytes'] / 2**30:.1f} GiB", found["global_batch"]
     tried = f"largest train.micro_batch of {batch}: {found['micro_batch']}, tried and fits"
     if found["predicted"] and found["predicted"] > found["micro_batch"]:

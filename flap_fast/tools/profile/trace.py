@@ -9,9 +9,10 @@ seen.
 from __future__ import annotations
 
 import weakref
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from fractions import Fraction
 from math import prod
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count, shape_wrapper
 
+from flap_fast.tools.profile import packed
 from flap_fast.tools.profile.parts import tensors_in
 
 Array = np.ndarray
@@ -42,6 +44,36 @@ class Flop:
     def total(self) -> int:
         """The sum of all phases."""
         return self.forward + self.backward + self.recomputed + self.first_pass
+
+
+def scaled(flop: Flop, times: int, parts: int = 1) -> Flop:
+    """FLOP of `times` clips, from those of `parts`."""
+    return Flop(**{name: value * times // parts for name, value in vars(flop).items()})
+
+
+def summed(flops: Iterable[Flop]) -> Flop:
+    """The sum of each phase."""
+    total: Counter[str] = Counter()
+    for flop in flops:
+        total.update(vars(flop))
+    return Flop(**total)
+
+
+def mean(flops: list[Flop]) -> Flop:
+    """The mean of each phase, rounded down."""
+    names = (field.name for field in fields(Flop))
+    return Flop(**{name: sum(getattr(f, name) for f in flops) // len(flops) for name in names})
+
+
+def interpolated(by_length: dict[int, Flop], tokens: int) -> Flop:
+    """FLOP at `tokens` from the polynomial through other lengths' FLOP (Lagrange, exact)."""
+    found = dict.fromkeys(vars(Flop()), Fraction())
+    for n, flop in by_length.items():
+        weight = Fraction(1)
+        for m in by_length.keys() - {n}:
+            weight *= Fraction(tokens - m, n - m)
+        found = {name: value + weight * getattr(flop, name) for name, value in found.items()}
+    return Flop(**{name: round(value) for name, value in found.items()})
 
 
 class Trace(TorchDispatchMode):
@@ -114,7 +146,7 @@ class Trace(TorchDispatchMode):
 def formulas() -> dict[Any, Any]:
     """FLOP of operators that PyTorch's registry leaves out, from the shapes of their arguments."""
     aten = torch.ops.aten
-    return {
+    return packed.formulas() | {
         aten.addmm_: lambda _, a, b, **__: 2 * prod(a) * b[1],
         aten._scaled_dot_product_flash_attention_for_cpu: (
             lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -12,8 +13,10 @@ from flap_fast.config.file import load_config
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks
 from flap_fast.tools.profile.counts import StepCounts
+from flap_fast.tools.profile.lengths import LengthMix
 from flap_fast.tools.profile.synthetic import SyntheticLoader
 from flap_fast.tools.profile.trace import formulas
+from flap_fast.tools.profile.work import rank_work
 from flap_fast.train.engine import PlainEngine
 from flap_fast.train.frozen_text import frozen_text
 from flap_fast.train.step import Gradients
@@ -98,10 +101,35 @@ def test_other_encoders_and_losses_are_counted_as_they_are(config: Config):
     assert sum(part.total for part in parts.values()) == counted
 
 
-def products_of_a_step(config: Config) -> tuple[list[int], int]:
+VARIABLE = ("audio.length=variable", "audio.max_duration_s=2")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        RECON,
+        ("train.micro_tokens=80", *RECON),
+        ("train.micro_batch=2", "train.checkpoint_activations=true"),
+        ("mask.kind=1d", "mask.ratio=0.3", "audio.use_cls=false", "text.pool=mean"),
+    ],
+)
+def test_products_of_clips_of_their_own_lengths_are_as_many_as_pytorch_counts(overrides: tuple):
+    config = tiny("train.global_batch=6", *VARIABLE, *overrides)
+    mix = LengthMix("a test", np.array([0.05, 0.3, 0.7, 0.7, 1.1, 1.9, 3.0]))
+    work = rank_work(config, 1, mix)
+    assert work.lengths is not None
+    assert len(set(work.lengths.frames)) > 3
+    assert work.micro_batches == (3 if config.train.micro_tokens or config.train.micro_batch else 1)
+    lengths, counted = products_of_a_step(config, mix)
+    parts = StepCounts(config, half=False, mix=mix).flop(lengths)
+    assert sum(part.total for part in parts.values()) == counted
+
+
+def products_of_a_step(config: Config, mix: LengthMix | None = None) -> tuple[list[int], int]:
     """The tokens of a step's sentences, and what PyTorch counts in it."""
     engine = PlainEngine(config, TwoTowers(config).train(), Ranks())
-    loader = SyntheticLoader(config, engine.module.text, Ranks())
+    loader = SyntheticLoader(config, engine.module.text, Ranks(), mix)
     with frozen_text(config, engine.module, Ranks()) as text:
         gradients = Gradients(config, Ranks(), engine, 1000, 1000, text)
         batches = list(loader.batches(0, 1, times=gradients.reads))
@@ -111,7 +139,7 @@ def products_of_a_step(config: Config) -> tuple[list[int], int]:
         # Attention as plain products: PyTorch's own registry does not have the CPU's fused one.
         with sdpa_kernel(SDPBackend.MATH), counter() as counted:
             gradients(1, iter(batches))
-    first = batches[: config.train.micro_batches(1)]
+    first = batches[: batches[0].micro_batches]
     lengths = [n for batch in first for n in batch.attention_mask.sum(1).tolist()]
     if config.text.encoder == "clip":  # computes the padding, too
         lengths = [max(lengths)] * len(lengths)

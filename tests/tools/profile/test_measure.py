@@ -20,6 +20,7 @@ from flap_fast.__main__ import app
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
 from flap_fast.config.file import dump_config, load_config
+from flap_fast.data.batch import PackedMels
 from flap_fast.losses import total_loss
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks
@@ -193,7 +194,7 @@ def communicating():
         batch = next(SyntheticLoader(config, engine.module.text, ranks).batches(0, 1))
         with timed_engine(engine, lambda: timeline) as engine:
             timeline.begin_step()
-            outputs = engine.model(batch.stacked, batch.ids, batch.attention_mask, None)
+            outputs = engine.model(batch.media, batch.ids, batch.attention_mask, None)
             dist.barrier()
             if ranks.rank == 1:
                 time.sleep(1.0)
@@ -259,7 +260,8 @@ def kinds() -> dict[str, Path]:
     for file in sorted(Path("configs").glob("*.yaml")):
         config = load_config(file)
         encoders = config.encoder.encoder, config.text.encoder
-        found.setdefault((*encoders, config.fusion.type, *config.loss.active), file)
+        kind = config.fusion.type, config.audio.length, *config.loss.active
+        found.setdefault((*encoders, *kind), file)
     return {file.stem: file for file in found.values()}
 
 
@@ -305,8 +307,9 @@ def test_batches_have_all_sentences_and_the_shape_of_the_encoders_input(config: 
         model = TwoTowers(complete, weights=False)
         loader = SyntheticLoader(complete, model.text, Ranks())
     batch = next(loader.batches(0, 1))
-    clips, sentences = len(batch.stacked), len(config.loss.sentences)
-    assert batch.stacked.shape[1:] == config.encoder.input_shape(config.fusion)
+    clips, sentences = len(batch.media), len(config.loss.sentences)
+    assert not isinstance(batch.media, PackedMels)
+    assert batch.media.shape[1:] == config.encoder.input_shape(config.fusion)
     assert len(batch.ids) == len(batch.attention_mask) == clips * sentences
     assert (batch.longer is not None) == config.fusion.on
 
@@ -320,6 +323,9 @@ def test_a_batch_that_would_take_the_machine_down_is_refused_before_it_is_made(
         profile(config, synthetic=True, search=False)
     config = tiny("train.global_batch=4096", "train.micro_batch=2048")
     with pytest.raises(ConfigError, match=r"micro_batch must fit in 70% .*; try .*_batch=\d+$"):
+        profile(config, synthetic=True, search=False)
+    config = tiny("train.global_batch=4096", "audio.length=variable", "audio.max_duration_s=2")
+    with pytest.raises(ConfigError, match=r"micro_tokens must fit in 70% .* tokens at a .* try"):
         profile(config, synthetic=True, search=False)
     monkeypatch.setattr(fits, "free_bytes", lambda _: 2**20)
     with pytest.raises(ConfigError, match="not even one clip does: take a smaller encoder"):
