@@ -72,6 +72,7 @@ def main() -> None:
         "captions": asked.corpus or asked.captions.name,
         "tokenizer": asked.tokens,
         "rows": rows,
+        **({"note": asked.note} if asked.note else {}),
     }
     print(save(asked.out, result))
 
@@ -87,6 +88,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("bench"), help="the folder of results/")
     parser.add_argument("--corpus", help="the captions, in words")
     parser.add_argument("--tokens", default="of the settings", help="the tokenizer, in words")
+    parser.add_argument("--note", help="what else a reader must know")
     return parser.parse_intermixed_args()
 
 

@@ -158,4 +158,4 @@ def test_ratios_of_layouts_are_of_the_same_rounds(tmp_path: Path):
     save(tmp_path, result | {"clock": "cpu", "captions": "some", "tokenizer": "", "rows": [row]})
     report.write(tmp_path)
     written = (tmp_path / "RESULTS.md").read_text()
-    assert "| a test | longest | 2 | 7.0 | 8 (2-10) | 0.50 | 0.50 |" in written
+    assert "| a test | longest | 2 | 7.0 | 0.286 | 8 (2-10) | 0.50 | 0.50 |" in written
