@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import gpu_tests
-from bench.report_training import ablation, microbatch_memory, reproduced
+from bench.report_training import ablation, lengths_mix, microbatch_memory, reproduced
 from bench.tables import facts, markdown, number
 from bench.targets import TARGETS, Result, Target
 
@@ -206,6 +206,7 @@ _SECTIONS = {
     "infonce_cpu": _infonce_cpu,
     "loading": _loading,
     "microbatch_memory": microbatch_memory,
+    "lengths_mix": lengths_mix,
     "ablation_masking": ablation,
     "ablation_objectives": ablation,
     **{f"reproduce_{name}": reproduced for name in ("precision", "demo", "prepare", "sentences")},

@@ -38,6 +38,42 @@ def ablation_table(result: Result) -> str:
     return markdown(rows)
 
 
+def lengths_mix(result: Result) -> str:
+    """Packed clips and captions against padded ones."""
+    head = "clips, layout, GFLOP a clip, s of sound a clip, GFLOP a s of sound, ms a step"
+    rows = [[*head.split(", "), "packed FLOP / its", "packed time / its"]]
+    for row in result["rows"]:
+        for layout, found in row["layouts"].items():
+            spread = f" ({number(found['least_ms'])}-{number(found['most_ms'])})"
+            rows.append(
+                [
+                    row["mix"],
+                    layout.replace(",", " and"),
+                    number(found["gflop_per_clip"]),
+                    f"{found['sound_s']:.1f}",
+                    number(found["gflop_per_clip"] / found["sound_s"]),
+                    number(found["step_ms"]) + spread,
+                    f"{found['packed_flop']:.2f}",
+                    f"{found['packed_time']:.2f}",
+                ]
+            )
+    tokens = result["rows"][0]["tokens_per_caption"]
+    return "\n".join(
+        [
+            f"## Lengths of clips and captions: {result['machine']['device']}\n",
+            facts(result["machine"]) + ".\n",
+            f"`python -m bench.lengths_mix`: training steps on {result['batch']} clips, captions "
+            f"of {result['captions']} ({tokens:.1f} tokens on average). FLOP of ViT-B and "
+            f"RoBERTa-base, over {result['counted']} batches; {result['clock']} time of small "
+            f"towers, median of {result['rounds']} rounds, in brackets the least and the most. "
+            "`10 s and 77` crops longer clips and repeats shorter ones.\n",
+            markdown(rows),
+            "",
+            *([f"{result['note']}\n"] if "note" in result else []),
+        ]
+    )
+
+
 def microbatch_memory(result: Result) -> str:
     """Peak memory of micro-batches over batch sizes and ranks."""
     rows = [["ranks", "global batch", "train.replay", "peak MiB above what was loaded"]]

@@ -6,12 +6,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from bench import infonce_cpu, loaders, microbatch_memory, report
+from bench import infonce_cpu, lengths_mix, loaders, microbatch_memory, report
 from bench.machine import machine, save
 from bench.sweep import BOTH, FORWARD, Row
+from flap_fast.config.file import load_config
+from flap_fast.data.tokenize import tokenizer
+from flap_fast.tools.profile.lengths import LengthMix
 
 
 def row(op: str, B: int, provider: str, ms: float, call: str = BOTH, **fields) -> dict:
@@ -124,3 +128,34 @@ def test_every_loader_gives_the_same_sounds(tmp_path, monkeypatch):
     assert first.abs().max() > 0.01
     for name, waves in found.items():
         torch.testing.assert_close(waves, first, rtol=0, atol=1e-6, msg=name)
+
+
+def test_layouts_of_clips_and_captions_compute_what_they_say():
+    """Clips of 2 and of 40 s, captions of 4 and of 9 bytes with their end."""
+    settings = [*lengths_mix._VARIABLE, *lengths_mix._SMALL]
+    config = load_config(None, settings)
+    read = tokenizer(config.text)
+    batch = lengths_mix.Drawn(config, np.array([40.0, 2.0]), ["dog", "birdsong"], read)
+    assert batch.laid_out("packed") == ((208, 3008), [4, 9])
+    assert batch.laid_out("longest") == ((3008, 3008), [16, 16])
+    assert batch.laid_out("10 s, 77") == ((1024, 1024), [77, 77])
+
+
+def test_ratios_of_layouts_are_of_the_same_rounds(tmp_path: Path):
+    config = load_config(None, [*lengths_mix._VARIABLE, *lengths_mix._SMALL])
+    batch = lengths_mix.Drawn(config, np.array([12.0, 2.0]), ["a", "b"], tokenizer(config.text))
+    flop = {"packed": 2 * 10**9, "longest": 4 * 10**9, "10 s, 77": 8 * 10**9}
+    times = {"packed": [1.0, 2.0, 9.0], "longest": [2.0, 8.0, 10.0], "10 s, 77": [4.0, 4.0, 9.0]}
+    mix = LengthMix("a test", np.array([2.0, 12.0]))
+    row = lengths_mix.row_of(mix, [batch], [flop], times)
+    found = row["layouts"]
+    assert found["longest"]["packed_flop"] == 0.5
+    assert found["longest"]["packed_time"] == 0.5
+    assert found["10 s, 77"]["gflop_per_clip"] == 4
+    assert (found["packed"]["sound_s"], found["10 s, 77"]["sound_s"]) == (7, 6)
+    facts = machine("cpu")
+    result = {"kind": "lengths_mix", "machine": facts, "batch": 2, "counted": 1, "rounds": 3}
+    save(tmp_path, result | {"clock": "cpu", "captions": "some", "tokenizer": "", "rows": [row]})
+    report.write(tmp_path)
+    written = (tmp_path / "RESULTS.md").read_text()
+    assert "| a test | longest | 2 | 7.0 | 0.286 | 8 (2-10) | 0.50 | 0.50 |" in written

@@ -21,6 +21,7 @@ from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks
 from flap_fast.tools.profile.counts import StepCounts
 from flap_fast.tools.profile.lengths import LengthMix, frames_of, length_mix, wavcaps_like
+from flap_fast.tools.profile.measure import profile
 from flap_fast.tools.profile.plan import Machine, plan
 from flap_fast.tools.profile.synthetic import SyntheticLoader
 from flap_fast.tools.profile.work import rank_work
@@ -215,3 +216,19 @@ def test_a_profile_of_synthetic_clips_has_their_lengths(tmp_path: Path):
     assert found["micro_batch"]["micro_tokens"] > 0
     assert "largest train.micro_tokens: " in result.output
     assert "longest 3.0 s" in result.output
+
+
+def test_a_profile_on_shards_deals_clips_as_training_does(prepared: Path, tmp_path: Path):
+    data = (f"data.train={prepared}/train", "frontend.backend=torch", "train.global_batch=12")
+    config = tiny(*VARIABLE, *data, "train.micro_tokens=200")
+    found = profile(config, steps=2, search=False, out=tmp_path)
+    assert found is not None
+    shards = open_shards([prepared / "train"])
+    tokens = clip_tokens(config, shards, Ranks())
+    loader = TrainingLoader(config, shards, tokenizer(config.text), Ranks(), tokens)
+    # After three steps of warm-up.
+    works = [loader.work(step)["micro_batches"] for step in (3, 4)]
+    assert found["micro_batches"] == round(np.mean(works)) > 1
+    assert found["passes"] == 2
+    assert found["lengths"]["source"] == "data.train"
+    assert found["flop"]["audio tower"]["first_pass"] > 0
