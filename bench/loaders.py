@@ -86,7 +86,7 @@ def dali(shards: Shards) -> Batches:
         prefetch=PREFETCH,
         device=torch.device("cpu"),
     )
-    return (clips.media for clips in decoder)
+    return (clips.stacked for clips in decoder)
 
 
 def threaded(shards: Shards) -> Batches:
@@ -96,7 +96,7 @@ def threaded(shards: Shards) -> Batches:
         return decode_clip(clip, position, AUDIO)
 
     decoder = ThreadedDecoder(_encoded(shards), decode, threads=CORES, prefetch=PREFETCH)
-    return (clips.media for clips in decoder)
+    return (clips.stacked for clips in decoder)
 
 
 def usual(sound: bytes) -> Tensor:
