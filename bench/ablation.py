@@ -28,7 +28,11 @@ from flap_fast.evaluate.flops import encoder_flops
 from flap_fast.evaluate.run import selection_score
 
 # Half of the demo's duration, which most of its sounds fit in, and a ninth of its parameters.
-_SMALL = ("audio.duration_s=2.5", "audio.frames=256", "audio.width=96", "audio.depth=3")
+# On a fixed grid, as the papers train.
+_SMALL = (
+    *("audio.length=fixed", "audio.duration_s=2.5", "audio.frames=256", "audio.width=96"),
+    *("audio.depth=3", "audio.use_cls=true", "sched.warmup_steps=30"),
+)
 _DECODER = ("loss.recon.weight=1", "decoder.width=96", "decoder.depth=2")
 ABLATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "masking": {
@@ -42,7 +46,8 @@ ABLATIONS: dict[str, dict[str, tuple[str, ...]]] = {
 _CLAP = (
     *("audio.encoder=htsat", "audio.mel=clap", "audio.sample_rate_hz=16000", "audio.high_hz=8000"),
     *("audio.frames=251", "audio.mel_bins=32", "audio.depth=null", "audio.depths=[2,2]"),
-    *("audio.width=32", "mask.kind=none", "text.folder=null", "text.freeze=false"),
+    *("audio.width=32", "audio.use_cls=null", "mask.kind=none"),
+    *("text.folder=null", "text.freeze=false"),
     *("text.dropout=0.1", "text.width=128", "text.depth=2", "text.heads=4"),
 )
 _CYCLIC = ("loss.cyclic.cross_weight=0.25", "loss.cyclic.in_weight=0.25")
