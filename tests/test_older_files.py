@@ -15,12 +15,21 @@ OLDER = Path(__file__).parent / "older"
 CONFIGS = Path(__file__).parents[1] / "configs"
 WRITTEN = [json.loads(line) for line in (OLDER / "configs.jsonl").read_text().splitlines()]
 INPUTS = {"vit": (2, 1, 112, 128), "htsat": (2, 4, 101, 16), "clip": (2, 3, 32, 32)}
+# What has become of a file since, undone.
+SINCE = {
+    "demo": (
+        *("audio.length=fixed", "audio.max_duration_s=30", "audio.use_cls=true"),
+        *("sched.warmup_steps=30", "eval.crop=random"),
+    )
+}
 
 
 @pytest.mark.parametrize("written", WRITTEN, ids=lambda written: written["name"])
 def test_a_config_that_was_written_out_in_full_means_what_its_file_means(written):
     """As runs and checkpoints keep it: with every setting, also those of other encoders."""
-    assert parse_config(written["config"]) == load_config(CONFIGS / f"{written['name']}.yaml")
+    name = written["name"]
+    config = load_config(CONFIGS / f"{name}.yaml", list(SINCE.get(name, ())))
+    assert parse_config(written["config"]) == config
 
 
 @pytest.mark.parametrize("name", INPUTS)

@@ -214,9 +214,8 @@ def test_attention_dropout_keeps_the_mean():
     assert y.std() > 0.05
 
 
-def by_bounds(q, k, v, starts_q, starts_k, longest_q, longest_k, *, window_size):
+def by_bounds(q, k, v, starts_q, starts_k, longest_q, longest_k):
     """PyTorch's variable-length attention in plain words, from its bounds alone."""
-    assert window_size == (-1, -1)
     assert starts_q is starts_k
     assert longest_q == longest_k == max(starts_q.diff().tolist())
     y = torch.full_like(q, float("nan"))
