@@ -12,11 +12,13 @@ Source: LAION-CLAP's published code (HTSAT and data pipeline), librosa.filters.m
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from flap_fast.config import Audio
 from flap_fast.data.preprocess.log_mel import pad_frames, to_16_bits
@@ -38,8 +40,14 @@ class ClapLogMel:
     def __call__(self, wave: Tensor) -> Tensor:
         """(B, samples) in [-1, 1] -> (B, T, F) in decibels, padded with zero rows."""
         half = self.audio.window // 2
-        wave = torch.nn.functional.pad(self._rounded(wave), (half, half), mode="reflect")
+        wave = pad(self._rounded(wave), (half, half), mode="reflect")
         return pad_frames(self._log_mel(wave), self.audio.frames)
+
+    def packed(self, waves: Sequence[Tensor]) -> Tensor:
+        """Waves (samples,) of any lengths -> (M, F), their frames end to end, in decibels."""
+        half = self.audio.window // 2
+        ended = (pad(self._rounded(wave)[None], (half, half), mode="reflect") for wave in waves)
+        return torch.cat([self._log_mel(wave)[0] for wave in ended])
 
     def whole(self, wave: Tensor, lengths: Tensor) -> Tensor:
         """(B, longest), zeros behind each clip's length -> (B, M, F), valid up to its frames."""

@@ -20,9 +20,6 @@ from flap_fast.data.preprocess.fusion import four_channels
 from flap_fast.data.preprocess.kaldi_mel import kaldi_log_mel
 from flap_fast.data.preprocess.log_mel import LogMel, pad_frames
 
-# Clips whose log-mels are computed together are at least so much of the longest of them.
-_ALIKE = 0.8
-
 FRONT_ENDS = {"kaldi": kaldi_log_mel, "clap": clap_log_mel}
 
 
@@ -53,16 +50,19 @@ class MelFrontEnd:
     def _packed(self, clips: DecodedBatch, frames: Tensor) -> PackedMels:
         """Log-mels end to end, each with the rows of silence that complete its last patch."""
         order = frames.argsort(stable=True)
-        counts = frames[order].tolist()
+        order, counts = order.tolist(), frames[order].tolist()
         padded = tuple(map(self.audio.padded_frames, counts))
+        every = to_device(clips.media, self.device).split(clips.lengths.tolist())
+        if clips.media.ndim == 2:
+            mels = [every[row].float() for row in order]
+        else:
+            mels = self._mel.packed([every[row] for row in order]).split(counts)
         shape = max(padded), self.audio.mel_bins
         silence = torch.full(shape, self._mel.silence, device=self.device)
         rows = []
-        for group in _alike(clips.lengths[order]):
-            mels = self._whole(clips, order[group])
-            for mel, count, total in zip(mels, counts[group], padded[group], strict=True):
-                rows += [mel[:count], silence[: total - count]]
-        return PackedMels(torch.cat(rows), padded, tuple(order.tolist()))
+        for mel, count, total in zip(mels, counts, padded, strict=True):
+            rows += [mel, silence[: total - count]]
+        return PackedMels(torch.cat(rows), padded, tuple(order))
 
     def _fused(self, clips: DecodedBatch, frames: Tensor) -> MediaInput:
         """The four channels of each clip."""
@@ -85,16 +85,6 @@ class MelFrontEnd:
         if some.ndim == 3:
             return some
         return self._mel.whole(some, clips.lengths[rows].to(self.device))
-
-
-def _alike(lengths: Tensor) -> Iterator[slice]:
-    """Slices of ascending lengths that differ by little."""
-    start = 0
-    while start < len(lengths):
-        most = int(lengths[start]) / _ALIKE
-        stop = int(torch.searchsorted(lengths, most, right=True))
-        yield slice(start, stop)
-        start = stop
 
 
 def _groups_by_length(frames: Tensor, chunk: int) -> Iterator[Tensor]:

@@ -14,6 +14,7 @@ Source: torchaudio.compliance.kaldi.fbank, as AudioMAE's published code calls it
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,7 @@ from flap_kernels.precision import float32_products
 FLOOR = 2.0**-23
 PREEMPHASIS = 0.97
 LOW_HZ = 20.0
+_FRAMES_AT_A_TIME = {False: 1024, True: 65_536}
 
 
 @dataclass(frozen=True)
@@ -39,18 +41,31 @@ class KaldiLogMel:
 
     def __call__(self, wave: Tensor) -> Tensor:
         """(B, samples) in [-1, 1] -> (B, T, F) log-mel, padded with zero rows, not normalised."""
-        wave = to_16_bits(wave) if self.audio.int16_roundtrip else wave
-        logmel = self._log_mel(wave - wave.mean(1, keepdim=True))
+        wave = self._rounded(wave)
+        logmel = self._log_mel(self._frames(wave - wave.mean(1, keepdim=True)))
         return pad_frames(logmel, self.audio.frames)
+
+    def packed(self, waves: Sequence[Tensor]) -> Tensor:
+        """Waves (samples,) of any lengths -> (M, F), their frames end to end, not normalised."""
+        centred = (wave - wave.mean() for wave in map(self._rounded, waves))
+        rows = [self._log_mel(torch.cat(some)) for some in _parts(map(self._frames, centred))]
+        return torch.cat(rows)
 
     def whole(self, wave: Tensor, lengths: Tensor) -> Tensor:
         """(B, longest), zeros behind each clip's length -> (B, M, F), valid up to its frames."""
-        wave = to_16_bits(wave) if self.audio.int16_roundtrip else wave
-        return self._log_mel(wave - wave.sum(1, keepdim=True) / lengths[:, None])
+        wave = self._rounded(wave)
+        return self._log_mel(self._frames(wave - wave.sum(1, keepdim=True) / lengths[:, None]))
 
-    def _log_mel(self, wave: Tensor) -> Tensor:
-        frames = wave.unfold(1, self.audio.window, self.audio.hop)
-        with torch.autocast(wave.device.type, enabled=False), float32_products("ieee"):
+    def _rounded(self, wave: Tensor) -> Tensor:
+        return to_16_bits(wave) if self.audio.int16_roundtrip else wave
+
+    def _frames(self, wave: Tensor) -> Tensor:
+        """(..., samples) -> a view (..., M, window)."""
+        return wave.unfold(-1, self.audio.window, self.audio.hop)
+
+    def _log_mel(self, frames: Tensor) -> Tensor:
+        """(..., M, window) -> (..., M, F)."""
+        with torch.autocast(frames.device.type, enabled=False), float32_products("ieee"):
             frames = frames - frames.mean(-1, keepdim=True)
             x = frames[..., 1:].sub(frames[..., :-1], alpha=PREEMPHASIS).mul_(self.window)
             real, imaginary = torch.view_as_real(torch.fft.rfft(x, self.size)).unbind(-1)
@@ -66,6 +81,18 @@ class KaldiLogMel:
     def size(self) -> int:
         """Samples that are transformed, the last of them zeros."""
         return fft_size(self.audio.window)
+
+
+def _parts(clips: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Clips' frames, so many at a time as fit in a core's cache, or are enough for a GPU."""
+    some: list[Tensor] = []
+    for frames in clips:
+        some.append(frames)
+        if sum(map(len, some)) >= _FRAMES_AT_A_TIME[frames.is_cuda]:
+            yield some
+            some = []
+    if some:
+        yield some
 
 
 def kaldi_log_mel(audio: Audio, device: torch.device | str = "cpu") -> KaldiLogMel:

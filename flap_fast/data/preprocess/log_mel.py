@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -20,6 +21,10 @@ class LogMel(Protocol):
 
     def __call__(self, wave: Tensor) -> Tensor:
         """(B, samples) in [-1, 1] -> (B, T, F), padded with zero rows, not normalised."""
+        ...
+
+    def packed(self, waves: Sequence[Tensor]) -> Tensor:
+        """Waves (samples,) of any lengths -> (M, F), their frames end to end, not normalised."""
         ...
 
     def whole(self, wave: Tensor, lengths: Tensor) -> Tensor:
