@@ -82,8 +82,10 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor, mask: AnyMask | None, target: Media) -> Tensor:
         if isinstance(target, PackedMels):
             assert mask is None or isinstance(mask, PackedMask)
-            if mask is None or mask.patches.ids_drop.shape[1] == 0:
+            if mask is None:
                 return self._idle(tokens[None], target.mel[None])
+            # Also where no clip here drops a patch: one of another rank may, and ZeRO-3 gathers
+            # weights as all ranks call modules, in one order.
             return self._packed(tokens, mask.patches, mask.kept, target)
         mel = target[:, 0]
         assert not isinstance(mask, PackedMask)
@@ -139,7 +141,7 @@ class Decoder(nn.Module):
         return torch.where(first, some.starts[clip], patch), position
 
     def _idle(self, tokens: Tensor, mel: Tensor) -> Tensor:
-        """0 if nothing is dropped, with a gradient of 0 to every parameter.
+        """0 if no rank drops a patch, with a gradient of 0 to every parameter.
 
         ZeRO-3 steps a parameter that gets none on its gradient of the step before.
         """

@@ -193,6 +193,33 @@ def test_ranks_with_clips_dealt_by_length_give_one_processs_gradients(
             assert_same(stage, whole)
 
 
+# Whole columns, rounded up: clips of fewer than ten columns drop none.
+FEW = ("mask.kind=1d", "mask.unit=frame", "mask.ratio=0.1", "mask.rounding=ceil")
+
+
+def where_some_drop_nothing(folder: Path):
+    """What `run` gives under ZeRO 3, and whether each micro-batch drops a patch."""
+    ranks = Ranks(rank=dist.get_rank(), world=dist.get_world_size(), launched=True)
+    config = settings(folder, *FEW, "train.micro_tokens=130", "train.zero_stage=3")
+    drops = []
+    for batch in loader(config, ranks).batches(0, STEPS):
+        mask = patch_mask_of(batch, config, STEPS, 2)
+        assert isinstance(mask, PackedMask)
+        drops.append(mask.patches.ids_drop.shape[1] > 0)
+    return run(config, ranks, DeepSpeedEngine), drops
+
+
+def test_ranks_stay_in_step_where_only_some_of_them_drop_patches(prepared: Path):
+    """ZeRO 3 gathers weights as modules are called: an idle decoder would leave others waiting."""
+    pytest.importorskip("deepspeed")
+    whole = run(settings(prepared, *FEW), Ranks(), PlainEngine)
+    ranks = on_ranks(2, where_some_drop_nothing, prepared, timeout_s=60)
+    drops = [drops for _, drops in ranks]
+    assert any(one != other for one, other in zip(*drops, strict=True))
+    for found, _ in ranks:
+        assert_same(found, whole)
+
+
 def test_a_run_in_micro_batches_by_tokens_resumes_bit_for_bit_and_logs_its_work(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
