@@ -111,6 +111,8 @@ def with_text(config: Config, folder: Path) -> Config:
 def _with_length(config: Config, length: str) -> Config:
     tree = config.model_dump()
     tree["audio"] |= {"length": length}
+    if length == "fixed":
+        tree["train"]["micro_tokens"] = None  # of training on clips of many lengths
     # The crop that was a default of the other length.
     if config.eval.crop == ("whole" if length == "fixed" else "random"):
         del tree["eval"]["crop"]
@@ -129,13 +131,17 @@ def _read(file: Path) -> dict[str, Tensor]:
         raise ConfigError(f"{file} cannot be read: {error}") from None
 
 
-def put_weights(model: TwoTowers, folder: Path) -> None:
+def put_weights(model: TwoTowers, folder: Path, *, any_length: bool = False) -> None:
     """Put the weights of a model folder into a model.
+
+    Args:
+        any_length: the model takes clips of any length, so its positions must be sines.
 
     Raises:
         ConfigError: they are another model's.
     """
-    _put(model, folder / "model.safetensors", load_weights(folder), model.state_dict())
+    file, own = folder / "model.safetensors", model.state_dict()
+    _put(model, file, load_weights(folder), own, any_length=any_length)
 
 
 def put_first_weights(model: TwoTowers, config: Config) -> None:
@@ -146,18 +152,22 @@ def put_first_weights(model: TwoTowers, config: Config) -> None:
     Raises:
         ConfigError: they are another model's, or would compute something else in this one.
     """
-    media = f"{model.modality}."
+    media, any_length = f"{model.modality}.", _any_length(config)
     if config.train.init_from:
         folder = model_folder(config.train.init_from)
         _same_meaning(config, folder, (media, "text.", _DECODER))
-        _put_parts(model, folder / "model.safetensors", ("",), new=(_DECODER,))
+        _put_parts(model, folder / "model.safetensors", ("",), (_DECODER,), any_length)
     if config.train.init_audio_from:
         path = config.train.init_audio_from
         audio_only = (path / TOWER).is_file()
         folder = path if audio_only else model_folder(path)
         file = folder / (TOWER if audio_only else "model.safetensors")
         _same_meaning(config, folder, (media, _DECODER))
-        _put_parts(model, file, (media, _DECODER), new=(_DECODER, *_FUSION))
+        _put_parts(model, file, (media, _DECODER), (_DECODER, *_FUSION), any_length)
+
+
+def _any_length(config: Config) -> bool:
+    return config.encoder is config.audio and config.audio.variable
 
 
 def _same_meaning(config: Config, folder: Path, parts: tuple[str, ...]) -> None:
@@ -171,7 +181,8 @@ def _same_meaning(config: Config, folder: Path, parts: tuple[str, ...]) -> None:
     for name, value in theirs.items():
         if name.startswith(parts) and name in ours:
             shown, got = (list(v) if isinstance(v, tuple) else v for v in (value, ours[name]))
-            remedy = f"set {name}={shown}, or change it in {file} if another is meant"
+            setting = "null" if shown is None else shown
+            remedy = f"set {name}={setting}, or change it in {file} if another is meant"
             require(got == shown, name, f"be {shown}, as in {folder}", got, remedy)
 
 
@@ -186,7 +197,7 @@ def _meaning(config: Config) -> dict[str, object]:
 
 
 def _put_parts(
-    model: TwoTowers, file: Path, parts: tuple[str, ...], *, new: tuple[str, ...]
+    model: TwoTowers, file: Path, parts: tuple[str, ...], new: tuple[str, ...], any_length: bool
 ) -> None:
     """Names that begin with one of `parts`; whole groups with one of `new` in them may be new."""
     saved = {name: value for name, value in _read(file).items() if name.startswith(parts)}
@@ -194,13 +205,30 @@ def _put_parts(
         saved = {name: value for name, value in saved.items() if not name.startswith(_DECODER)}
     absent = tuple(group for group in new if not any(group in name for name in saved))
     own = {name: value for name, value in model.state_dict().items() if name.startswith(parts)}
-    _put(model, file, saved, {n: v for n, v in own.items() if not any(g in n for g in absent)})
+    own = {n: v for n, v in own.items() if not any(g in n for g in absent)}
+    _put(model, file, saved, own, any_length=any_length)
 
 
-def _put(model: TwoTowers, file: Path, saved: dict[str, Tensor], own: dict[str, Tensor]) -> None:
-    for name in saved.keys() & own.keys():
-        if name.endswith(_POSITIONS) and _same_rows(saved[name], own[name]):
-            saved[name] = own[name]
+def _put(
+    model: TwoTowers,
+    file: Path,
+    saved: dict[str, Tensor],
+    own: dict[str, Tensor],
+    *,
+    any_length: bool,
+) -> None:
+    for name in sorted(saved.keys() & own.keys()):
+        table, other = saved[name], own[name]
+        if not name.endswith(_POSITIONS) or table.shape[1:] != other.shape[1:]:
+            continue
+        if _same_rows(table, other):
+            saved[name] = other if len(table) != len(other) else table
+        elif any_length:
+            raise ConfigError(
+                f"{file} must hold a table of sines as {name} with audio.length = variable, got "
+                "another, which is of one length alone (as AudioMAE's own is); "
+                "set audio.length=fixed"
+            )
     for name in sorted(saved.keys() | own.keys()):
         there, here = (tuple(w[name].shape) if name in w else "nothing" for w in (saved, own))
         if there != here:
@@ -212,9 +240,7 @@ def _put(model: TwoTowers, file: Path, saved: dict[str, Tensor], own: dict[str, 
 
 
 def _same_rows(table: Tensor, other: Tensor) -> bool:
-    """Whether two tables of positions differ only in their number of rows: sines of any length."""
-    if table.shape[1:] != other.shape[1:] or len(table) == len(other):
-        return False
+    """Whether two tables of positions differ at most in their number of rows: sines."""
     rows = min(len(table), len(other))
     return torch.allclose(table[:rows], other[:rows].to(table.device), atol=1e-6)
 
@@ -235,5 +261,5 @@ def load_model(
     if length is not None and length != config.audio.length:
         config = _with_length(config, length)
     model = TwoTowers(config, weights=False)
-    put_weights(model, folder)
+    put_weights(model, folder, any_length=_any_length(config))
     return model.to(device).eval(), config

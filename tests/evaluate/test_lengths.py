@@ -15,7 +15,7 @@ from flap_fast.config import Config
 from flap_fast.data.shards import open_shards
 from flap_fast.data.tokenize import tokenizer
 from flap_fast.evaluate.embed import embed
-from flap_fast.model.model_folder import save_model
+from flap_fast.model.model_folder import load_weights, put_first_weights, save_model
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.preparation.prepare import prepare
 from flap_fast.ranks import Ranks
@@ -80,7 +80,7 @@ def test_ranks_share_windows(shards: Path):
         assert (rank - alone).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("trained", [VARIABLE, ()])
+@pytest.mark.parametrize("trained", [VARIABLE, (*VARIABLE, "train.micro_tokens=70"), ()])
 def test_a_model_opens_with_either_length(shards: Path, tmp_path: Path, trained):
     """With a decoder, whose table of positions is as long as the encoder's, too."""
     folder = saved(tmp_path / "model", tiny(*trained, *RECON, "audio.max_duration_s=2"))
@@ -113,3 +113,25 @@ def test_another_table_of_positions_is_not_taken_for_one_of_another_length(tmp_p
     save_model(tmp_path, config, model, weights)
     with pytest.raises(ConfigError, match=r"audio\.pos_embed"):
         load(tmp_path, "cpu", length="variable")
+
+
+def test_a_table_of_one_length_does_not_serve_clips_of_any(tmp_path: Path):
+    """Though it has as many rows, of which a clip of another length would take the wrong ones."""
+    folder = saved(tmp_path, tiny("audio.pos_grid=audiomae_legacy"))
+    config = tiny("audio.length=variable", "audio.max_duration_s=1", f"train.init_from={folder}")
+    message = r"audio\.pos_embed with audio\.length = variable, .*; set audio\.length=fixed"
+    with pytest.raises(ConfigError, match=message):
+        put_first_weights(TwoTowers(config), config)
+    fixed = tiny(f"train.init_from={folder}")
+    model = TwoTowers(fixed)
+    put_first_weights(model, fixed)
+    table = model.get_buffer("audio.pos_embed")
+    assert torch.equal(table, load_weights(folder)["audio.pos_embed"])
+
+
+def test_the_remedy_for_a_setting_that_weights_do_not_have_can_be_typed(tmp_path: Path):
+    folder = saved(tmp_path, tiny(*VARIABLE))
+    config = tiny(*VARIABLE, "audio.attention_window_s=1", f"train.init_from={folder}")
+    with pytest.raises(ConfigError, match=r"got 1\.0; set audio\.attention_window_s=null, or"):
+        put_first_weights(TwoTowers(config), config)
+    tiny(*VARIABLE, "audio.attention_window_s=null")
