@@ -114,6 +114,7 @@ def _with_length(config: Config, length: str) -> Config:
     # The crop that was a default of the other length.
     if config.eval.crop == ("whole" if length == "fixed" else "random"):
         del tree["eval"]["crop"]
+    tree["train"]["micro_tokens"] = None  # of training, and no setting of clips of one length
     return parse_config(tree)
 
 
