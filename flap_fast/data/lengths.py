@@ -3,7 +3,8 @@
     FLAC             STREAMINFO, in the first 26 bytes
     cached log-mel   the rows of the .npy
     others           what libsndfile says, which reads as much of the clip as it must
-    length unknown   of a FLAC from a pipe: decoded, its samples counted
+    length unknown   of a FLAC from a pipe, of an MP3 that does not count its frames: decoded, its
+                     samples counted
 
 Ranks read a slice each. Nothing is stored beside the shards: a FLAC's header is read faster than a
 clip's JSON (bench/LOG.md).
@@ -19,6 +20,7 @@ import numpy as np
 import soundfile
 import torch
 
+from flap_fast.data.preprocess.sound_file import counts_frames
 from flap_fast.data.preprocess.waveform import BadSound, read_sound
 from flap_fast.data.shards import Shards
 from flap_fast.ranks import Ranks
@@ -84,9 +86,10 @@ def _mel_seconds(head: bytes) -> float:
 
 def _libsndfile_seconds(shards: Shards, clip: int) -> float:
     try:
-        found = soundfile.info(_Clip(shards, clip))  # type: ignore[arg-type] - takes files
+        file = _Clip(shards, clip)
+        found = soundfile.info(file)  # type: ignore[arg-type] - takes files
         frames, rate_hz = found.frames, found.samplerate
-        if frames > _LONGEST:
+        if frames > _LONGEST or (found.format == "MP3" and not counts_frames(file)):
             frames = len(read_sound(shards.encoded(clip), rate_hz))
     except (BadSound, soundfile.LibsndfileError):
         return 0.0

@@ -207,6 +207,10 @@ class PatchEncoder(AudioEncoder):
         """The next multiple of a patch."""
         return -(-frames // self.patch) * self.patch
 
+    def front_end(self) -> dict[str, Any]:
+        # A clip shorter than a patch is filled to one.
+        return super().front_end() | ({"patch": self.patch} if self.variable else {})
+
     @property
     def prefix_tokens(self) -> int:
         """Tokens before those of the patches, such as [CLS]."""

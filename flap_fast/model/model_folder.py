@@ -111,11 +111,10 @@ def with_text(config: Config, folder: Path) -> Config:
 def _with_length(config: Config, length: str) -> Config:
     tree = config.model_dump()
     tree["audio"] |= {"length": length}
-    if length == "fixed":
-        tree["train"]["micro_tokens"] = None  # of training on clips of many lengths
     # The crop that was a default of the other length.
     if config.eval.crop == ("whole" if length == "fixed" else "random"):
         del tree["eval"]["crop"]
+    tree["train"]["micro_tokens"] = None  # of training, and no setting of clips of one length
     return parse_config(tree)
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from flap_fast.data.lengths import clip_seconds
 from flap_fast.data.shards import Shards, open_shards, pack
 from flap_fast.ranks import Ranks
+from tests.data.preprocess.test_sound_file import mp3
 from tests.ranks import on_ranks
 from tests.sounds import encode, noise
 from tests.tiny import tiny
@@ -63,6 +64,17 @@ def test_a_flac_that_does_not_know_its_length_is_decoded_and_counted(tmp_path: P
     flac[21] &= 0xF0
     flac[22:26] = bytes(4)
     assert clip_seconds(shards_of(tmp_path, ("flac", bytes(flac))), Ranks()).tolist() == [0.7]
+
+
+def test_an_mp3_that_does_not_count_its_frames_is_decoded_and_counted(tmp_path: Path):
+    """libsndfile would take all frames for as large as the first, which is loud."""
+    rate = 16_000
+    wave = np.concatenate([noise(0, 1.0, rate, rms=0.3), np.zeros(9 * rate, np.float32)])
+    counted = mp3(wave, rate, compression=0.2)
+    at = max(counted.find(b"Info"), counted.find(b"Xing"))
+    uncounted = counted[:at] + bytes(4) + counted[at + 4 :]
+    found = clip_seconds(shards_of(tmp_path, ("mp3", uncounted), ("mp3", counted)), Ranks())
+    assert found.tolist() == pytest.approx([10, 10], abs=0.3)
 
 
 def test_a_clip_without_a_header_counts_nothing_and_hurts_no_other(tmp_path: Path):

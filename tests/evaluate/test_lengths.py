@@ -80,7 +80,7 @@ def test_ranks_share_windows(shards: Path):
         assert (rank - alone).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("trained", [VARIABLE, (*VARIABLE, "train.micro_tokens=70"), ()])
+@pytest.mark.parametrize("trained", [VARIABLE, (*VARIABLE, "train.micro_tokens=900"), ()])
 def test_a_model_opens_with_either_length(shards: Path, tmp_path: Path, trained):
     """With a decoder, whose table of positions is as long as the encoder's, too."""
     folder = saved(tmp_path / "model", tiny(*trained, *RECON, "audio.max_duration_s=2"))

@@ -25,6 +25,8 @@ from flap_fast.data.preprocess.waveform import BadSound
 
 SETTINGS_FILE = "frontend.json"
 _MAGIC = b"\x93NUMPY"
+# What settings say that do not name the length.
+_FIXED = {"length": "fixed"}
 _INFINITE = 0x7C00  # the exponent of fp16's infinities and NaNs
 
 
@@ -59,17 +61,17 @@ def check_front_end(folders: Sequence[Path], config: Config) -> None:
     audio, fusion = config.audio, config.fusion
     rule = "be none with cached log-mels, which hold no whole clips"
     require(not fusion.on, "fusion.type", rule, fusion.type, "train on the sounds' shards")
-    wanted = front_end_settings(audio)
+    wanted = _FIXED | front_end_settings(audio)
     remedy = "cache them again with this config (flap prepare --cache mel --config), or train on"
     for folder in dict.fromkeys(folders):
         try:
-            found = json.loads((folder / SETTINGS_FILE).read_text())
-            names = sorted(found.keys() | wanted.keys())
-        except (OSError, ValueError, AttributeError) as error:
+            found = {**_FIXED, **json.loads((folder / SETTINGS_FILE).read_text())}
+        except (OSError, ValueError, TypeError) as error:
             raise ConfigError(
                 f"{folder / SETTINGS_FILE} must say how the log-mels were cached: {error}"
             ) from None
-        for name in names:
+        # The length comes first: which other settings there are follows from it.
+        for name in sorted(found.keys() | wanted.keys(), key=lambda name: (name != "length", name)):
             rule = f"be {found.get(name)!r}, as in the log-mels cached in '{folder}'"
             same = found.get(name) == wanted.get(name)
             require(same, f"audio.{name}", rule, wanted.get(name), f"{remedy} the sounds' shards")

@@ -135,7 +135,7 @@ def _open(source: Source) -> Iterator[SoundFile]:
             yield file
             return
     with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as opened:
-        data = opened if _counts_frames(opened) else _Longer(opened)
+        data = opened if counts_frames(opened) else _Longer(opened)
         with SoundFile(data) as file:  # type: ignore[arg-type] - reads, seeks and tells
             yield file
 
@@ -159,7 +159,7 @@ def seeks_exactly(source: Source) -> bool:
     return addressed and seeks(source)
 
 
-def _counts_frames(file: io.BufferedIOBase) -> bool:
+def counts_frames(file: io.BufferedIOBase | io.RawIOBase) -> bool:
     """Whether the first frame of an MP3 tells the number of frames."""
     file.seek(0)
     tag = file.read(10)

@@ -51,7 +51,7 @@ class StepMemory:
             return max(fitting, default=0)
         whole, mean = lengths.rank_tokens, self._mean_tokens
         if self._of(clips, clips).peak <= limit:
-            return whole
+            return max(whole, least_micro_tokens(self.config))  # less would be refused
 
         def peak(tokens: int) -> float:
             # Just below the whole it would be two micro-batches, each of about a half.

@@ -156,6 +156,24 @@ def test_a_cache_of_another_front_end_is_refused_by_the_settings_name(both, name
         next(evaluation_batches(config, shards, crops(config, np.arange(2)), Ranks()))
 
 
+VARIABLE = ("audio.length=variable", "audio.max_duration_s=1")
+
+
+@pytest.mark.parametrize(
+    ("cached", "trained", "message"),
+    [
+        ((), VARIABLE, r"audio\.length must be 'fixed', as in .*, got 'variable'"),
+        (VARIABLE, (), r"audio\.length must be 'variable', as in .*, got 'fixed'"),
+        # A clip shorter than a patch has been filled to one.
+        (VARIABLE, (*VARIABLE, "audio.patch=32"), r"audio\.patch must be 16, as in .*, got 32"),
+    ],
+)
+def test_a_cache_of_another_length_is_refused_by_name(both, tmp_path, cached, trained, message):
+    prepare(both / "m.jsonl", tmp_path, cache=tiny(*cached).audio, show=False)
+    with pytest.raises(ConfigError, match=message):
+        loader(tiny(*trained, f"data.train={tmp_path}/train"))
+
+
 def test_what_comes_after_the_log_mel_may_be_changed(both):
     overrides = ("audio.mean=-5", "audio.std=3", "audio.frames=128", "audio.width=64")
     (batch,) = batches(tiny(f"data.train={both}/mels/train", *overrides), 0, 1)

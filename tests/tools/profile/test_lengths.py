@@ -232,3 +232,15 @@ def test_a_profile_on_shards_deals_clips_as_training_does(prepared: Path, tmp_pa
     assert found["passes"] == 2
     assert found["lengths"]["source"] == "data.train"
     assert found["flop"]["audio tower"]["first_pass"] > 0
+
+
+def test_the_largest_micro_batch_of_short_clips_is_one_that_a_config_takes():
+    """It must hold a clip of audio.max_duration_s, though none is so long."""
+    config = tiny("audio.length=variable", "train.engine=plain")
+    short = LengthMix("short clips", np.full(9, 0.2))
+    largest = plan(config, Machine(gpus=1), short).largest_micro_batch
+    assert plan(
+        tiny("audio.length=variable", "train.engine=plain", f"train.micro_tokens={largest}"),
+        Machine(gpus=1),
+        short,
+    ).fits
