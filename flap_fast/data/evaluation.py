@@ -64,9 +64,10 @@ def evaluation_batches(
             if config.eval.crop == "random":
                 keys = torch.tensor([_crop_key(shards, clip) for clip in some])
                 positions = uniforms(0, Stream.EVAL_CROP, keys, 1 + PIECES).numpy()
-            yield EncodedBatch([shards.encoded(clip) for clip in some], positions)
+            read = {clip: shards.encoded(clip) for clip in np.unique(some).tolist()}
+            yield EncodedBatch([read[clip] for clip in some.tolist()], positions)
 
-    preprocessor = make_preprocessor(config, ranks, shards)
+    preprocessor = make_preprocessor(_decoded_in_windows(config), ranks, shards)
     inputs = preprocessor.stream(encoded(), size)
     for start in starts:
         try:
@@ -77,6 +78,18 @@ def evaluation_batches(
             remedy = "delete the tar and run the same flap prepare again"
             raise ShardError(f"cannot be decoded: {names or error}; {remedy}") from None
         yield media
+
+
+def _decoded_in_windows(config: Config) -> Config:
+    """The config with the decoder that reads of a clip what a window needs; DALI decodes all of it.
+
+    A batch would then hold a recording once for each of its windows. `dali_mel` stays: its log-mels
+    are others.
+    """
+    if config.eval.crop != "whole" or config.frontend.backend == "dali_mel":
+        return config
+    frontend = config.frontend.model_copy(update={"backend": "torch"})
+    return config.model_copy(update={"frontend": frontend})
 
 
 def _crop_key(shards: Shards, clip: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ from flap_fast import load
 from flap_fast.checks import ConfigError
 from flap_fast.commands.score import open_model
 from flap_fast.config import Config
-from flap_fast.data.shards import open_shards
+from flap_fast.data.batch import EncodedBatch, MediaInput
+from flap_fast.data.evaluation import crops_of, evaluation_batches
+from flap_fast.data.shards import Shards, open_shards
 from flap_fast.data.tokenize import tokenizer
 from flap_fast.evaluate.embed import embed
 from flap_fast.model.model_folder import load_weights, put_first_weights, save_model
@@ -71,6 +74,42 @@ def test_clips_are_embedded_whole_and_in_windows_beyond_the_bound(shards: Path):
     # Repeating a short clip changes a model of clips of their own lengths.
     alone = model.embed_audio([np.tile(waves[0], 9)])
     assert (alone[0] - found[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "backend"),
+    [
+        ((), "torch"),
+        (("frontend.backend=dali_wave",), "torch"),
+        (("frontend.backend=dali_mel",), "dali_mel"),  # its log-mels are others
+        (("eval.crop=center",), "auto"),
+    ],
+)
+def test_windows_of_a_clip_share_its_bytes_and_are_decoded_by_themselves(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], backend: str
+):
+    """Memory would else grow with the square of a recording's length."""
+    config, found = tiny(*VARIABLE, *overrides), open_shards([shards])
+    taken: list[str] = []
+    streamed: list[EncodedBatch] = []
+
+    class Fake:
+        def stream(self, batches: Iterator[EncodedBatch], batch: int) -> Iterator[MediaInput]:
+            for part in batches:
+                streamed.append(part)
+                yield MediaInput(torch.empty(0), None)
+
+    def fake(config: Config, ranks: Ranks, shards: Shards) -> Fake:
+        taken.append(config.frontend.backend)
+        return Fake()
+
+    monkeypatch.setattr("flap_fast.data.evaluation.make_preprocessor", fake)
+    crops = crops_of(config, found, Ranks())
+    list(evaluation_batches(config, found, crops, Ranks()))
+    ((clips, _),) = streamed
+    assert taken == [backend]
+    assert len(clips) == len(crops.clips)
+    assert len(set(map(id, clips))) == len(found)
 
 
 def test_ranks_share_windows(shards: Path):
