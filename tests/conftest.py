@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.sounds import write_corpus
+
+if TYPE_CHECKING:
+    import torch
 
 # Before torch is imported: many small tests on few cores are faster without its threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -74,3 +79,20 @@ def roberta_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     RobertaModel(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """torch.compile without the compiler behind it; the graphs it was handed, by their size."""
+    import torch
+
+    found: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        found.append(len(graph.graph.nodes))
+        return graph.forward
+
+    torch._dynamo.reset()
+    whole = functools.partial(torch.compile, backend=backend, fullgraph=True)
+    monkeypatch.setattr(torch, "compile", whole)
+    return found

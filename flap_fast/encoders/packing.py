@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from flap_fast.data.batch import to_device
 from flap_kernels import gather_tokens
 
 
@@ -106,8 +107,8 @@ def segments(
     """
     groups = [(len(list(same)), tokens) for tokens, same in groupby(lengths)]
     return Segments(
-        index=sent(torch.tensor(rows).argsort(), device),
-        starts=sent(functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int(), device),
+        index=to_device(torch.tensor(rows).argsort(), device),
+        starts=to_device(functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int(), device),
         groups=tuple(groups),
         window=window,
     )
@@ -131,15 +132,8 @@ def pack(attention_mask: Tensor, device: torch.device) -> Pack:
     row, column = mask[by_length].nonzero(as_tuple=True)
     tokens, captions = lengths[by_length].unique_consecutive(return_counts=True)
     return Pack(
-        flat_index=sent(by_length[row] * mask.shape[1] + column, device),
-        index=sent(by_length.argsort(), device),
-        starts=sent(functional.pad(lengths[by_length].cumsum(0), (1, 0)).int(), device),
+        flat_index=to_device(by_length[row] * mask.shape[1] + column, device),
+        index=to_device(by_length.argsort(), device),
+        starts=to_device(functional.pad(lengths[by_length].cumsum(0), (1, 0)).int(), device),
         groups=tuple(zip(captions.tolist(), tokens.tolist(), strict=True)),
     )
-
-
-def sent(x: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device that the host does not wait for."""
-    # Only from pinned memory does a copy never wait.
-    x = x.pin_memory() if device.type == "cuda" else x
-    return x.to(device, non_blocking=True)

@@ -186,14 +186,50 @@ def _draw_patch_mask(
             sample_index, seed, (outer, inner), (C, R), columns, rows, shared
         )
     mask = _empty_mask(sample_index, seed, outer, inner, C, R, columns, rows, shared)
-    if len(sample_index) == 0:
-        return mask
+    if len(sample_index):
+        launch(sample_index, None, mask, seed, (outer, inner), (C, R), columns, rows, shared)
+    return mask
+
+
+@_draw_patch_mask.register_fake
+def _empty_mask(sample_index, seed, outer, inner, C, R, columns, rows, shared):
+    return empty_mask(sample_index, len(sample_index), C * R, columns * (rows or R))
+
+
+Indices = tuple[Tensor, Tensor, Tensor]
+
+
+def empty_mask(sample_index: Tensor, B: int, N: int, K: int) -> Indices:
+    """The three indices of a `PatchMask`, to be filled."""
+    ids_keep, ids_drop, ids_restore = (
+        sample_index.new_empty((B, n), dtype=torch.int64) for n in (K, N - K, N)
+    )
+    return ids_keep, ids_drop, ids_restore
+
+
+def launch(
+    sample_index: Tensor,
+    clips: Tensor | None,
+    mask: Indices,
+    seed: int,
+    streams: tuple[int, int],
+    grid: tuple[int, int],
+    columns: int,
+    rows: int | None,
+    shared: bool,
+) -> None:
+    """Fill `mask`, a program a clip.
+
+    Args:
+        clips: of a ragged batch the counts of each clip (B, 4); `grid` is then the longest's.
+    """
+    C, R = grid
+    outer, inner = streams
     draw_patch_mask_kernel[(len(sample_index),)](
         sample_index,
-        sample_index,  # absent pointers get a dummy tensor; the kernel never reads it
-        mask[0],
-        mask[1],
-        mask[2],
+        # Absent pointers get a dummy tensor; the kernel never reads it.
+        sample_index if clips is None else clips,
+        *mask,
         outer << 32 | seed & LOW,
         inner << 32 | seed & LOW,
         sample_index.stride(0),
@@ -201,23 +237,13 @@ def _draw_patch_mask(
         R,
         columns,
         rows or R,
-        C * R,
+        mask[2].shape[1],
         mask[0].shape[1],
-        RAGGED=False,
+        RAGGED=clips is not None,
         ALL_ROWS=rows is None,
         SHARED=shared,
         **blocks(C, R),
     )
-    return mask
-
-
-@_draw_patch_mask.register_fake
-def _empty_mask(sample_index, seed, outer, inner, C, R, columns, rows, shared):
-    B, N, K = len(sample_index), C * R, columns * (R if rows is None else rows)
-    ids_keep, ids_drop, ids_restore = (
-        sample_index.new_empty((B, n), dtype=torch.int64) for n in (K, N - K, N)
-    )
-    return ids_keep, ids_drop, ids_restore
 
 
 def blocks(C: int, R: int) -> dict[str, int]:

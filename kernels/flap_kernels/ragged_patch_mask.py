@@ -25,7 +25,7 @@ from torch import Tensor
 
 from flap_kernels.checks import check_integers, check_shape
 from flap_kernels.launch import runs_triton
-from flap_kernels.patch_mask import PatchMask, blocks, draw_patch_mask_kernel, lowest
+from flap_kernels.patch_mask import Indices, PatchMask, empty_mask, launch, lowest
 from flap_kernels.philox import LOW, philox_words
 from flap_kernels.spec import Inputs, Kernel, Size
 
@@ -68,44 +68,22 @@ def _draw_ragged_patch_mask(
     keep_columns: Sequence[int],
     keep_rows: int | None,
     shared: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Indices:
     counts = (columns, rows, keep_columns, keep_rows, shared)
     mask = _empty_mask(sample_index, seed, outer, inner, *counts)
     if len(sample_index) == 0:
         return mask
     if not runs_triton(sample_index):
         return draw_ragged_patch_mask_reference(sample_index, seed, (outer, inner), *counts)
-    longest = max(columns)
-    draw_patch_mask_kernel[(len(sample_index),)](
-        sample_index,
-        _clips(columns, rows, keep_columns, keep_rows or rows, sample_index.device),
-        mask[0],
-        mask[1],
-        mask[2],
-        outer << 32 | seed & LOW,
-        inner << 32 | seed & LOW,
-        sample_index.stride(0),
-        longest,
-        rows,
-        0,  # of each clip, from the table
-        keep_rows or rows,
-        mask[2].shape[1],
-        mask[0].shape[1],
-        RAGGED=True,
-        ALL_ROWS=keep_rows is None,
-        SHARED=shared,
-        **blocks(longest, rows),
-    )
+    clips = _clips(columns, rows, keep_columns, keep_rows or rows, sample_index.device)
+    grid, kept = (max(columns), rows), 0  # kept columns are each clip's own, from the table
+    launch(sample_index, clips, mask, seed, (outer, inner), grid, kept, keep_rows, shared)
     return mask
 
 
 @_draw_ragged_patch_mask.register_fake
 def _empty_mask(sample_index, seed, outer, inner, columns, rows, keep_columns, keep_rows, shared):
-    N, K = sum(columns) * rows, sum(keep_columns) * (rows if keep_rows is None else keep_rows)
-    ids_keep, ids_drop, ids_restore = (
-        sample_index.new_empty((1, n), dtype=torch.int64) for n in (K, N - K, N)
-    )
-    return ids_keep, ids_drop, ids_restore
+    return empty_mask(sample_index, 1, sum(columns) * rows, sum(keep_columns) * (keep_rows or rows))
 
 
 def _clips(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
@@ -15,21 +14,6 @@ from tests.model.test_packed_clips import RECON, outputs, variable
 
 # Batches of other totals, other clips and other groups of equal lengths: rows of SECONDS.
 MIXES = [[0, 1, 2, 3], [5, 2], [0, 4, 1, 5], [3, 1, 2, 5, 0, 4], [2, 2, 5], [4, 0]]
-
-
-@pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """torch.compile without the compiler behind it; the graphs it was handed, by their size."""
-    found: list[int] = []
-
-    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
-        found.append(len(graph.graph.nodes))
-        return graph.forward
-
-    torch._dynamo.reset()
-    whole = functools.partial(torch.compile, backend=backend, fullgraph=True)
-    monkeypatch.setattr(torch, "compile", whole)
-    return found
 
 
 def steps(*overrides: str, compiled: bool = False) -> tuple[list[Tensor], dict[str, Tensor], int]:

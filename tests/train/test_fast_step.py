@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
@@ -137,21 +136,6 @@ def test_ranks_do_not_ask_how_many_clips_the_others_hold():
         assert found["sharded"] == {"all_gather": 1, "all_reduce": 2}
 
 
-@pytest.fixture
-def traced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """torch.compile without the compiler behind it; the graphs it was handed, by their size."""
-    graphs: list[int] = []
-
-    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
-        graphs.append(len(graph.graph.nodes))
-        return graph.forward
-
-    torch._dynamo.reset()
-    whole = functools.partial(torch.compile, backend=backend, fullgraph=True)
-    monkeypatch.setattr(torch, "compile", whole)
-    return graphs
-
-
 def losses(config: Config, device: torch.device = CPU) -> tuple[list[float], list[str]]:
     """Of two steps, and the names in the state dict."""
     engine = engine_of(config, device)
@@ -161,7 +145,7 @@ def losses(config: Config, device: torch.device = CPU) -> tuple[list[float], lis
 
 @pytest.mark.parametrize("recompute", ["false", "true"])
 def test_compiled_blocks_are_one_graph_and_give_the_losses_of_eager_ones(
-    recompute: str, traced: list[int]
+    recompute: str, graphs: list[int]
 ):
     """Whatever their drop-path rates; twice one, as the first block drops nothing."""
     settings = (
@@ -169,20 +153,20 @@ def test_compiled_blocks_are_one_graph_and_give_the_losses_of_eager_ones(
         f"train.checkpoint_activations={recompute}",
     )
     eager, names = losses(tiny(*settings))
-    assert traced == []
+    assert graphs == []
     compiled, same_names = losses(tiny(*settings, "train.compile=true"))
     assert compiled == pytest.approx(eager, abs=1e-6)
     assert names == same_names
-    assert len(traced) == 2
+    assert len(graphs) == 2
 
 
-def test_evaluation_does_not_compile(traced: list[int]):
+def test_evaluation_does_not_compile(graphs: list[int]):
     config = tiny("train.compile=true")
     engine = engine_of(config, CPU)
     engine.module.eval()
     with torch.no_grad():
         engine.module.embed_media(torch.randn(3, 1, config.audio.frames, config.audio.mel_bins))
-    assert traced == []
+    assert graphs == []
 
 
 @pytest.mark.gpu

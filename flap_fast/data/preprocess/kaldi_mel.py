@@ -86,11 +86,13 @@ class KaldiLogMel:
 def _parts(clips: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """Clips' frames, so many at a time as fit in a core's cache, or are enough for a GPU."""
     some: list[Tensor] = []
+    count = 0
     for frames in clips:
         some.append(frames)
-        if sum(map(len, some)) >= _FRAMES_AT_A_TIME[frames.is_cuda]:
+        count += len(frames)
+        if count >= _FRAMES_AT_A_TIME[frames.is_cuda]:
             yield some
-            some = []
+            some, count = [], 0
     if some:
         yield some
 
