@@ -120,7 +120,7 @@ class _Clips(Dataset):
 def in_one_process(shards: Shards) -> Batches:
     """soundfile + torchaudio in a loop, on one core: PyTorch's threads do not help one clip."""
     with _one_thread():
-        for sounds, _ in _encoded(shards):
+        for sounds, *_ in _encoded(shards):
             yield torch.stack([usual(sound) for sound in sounds])
 
 
@@ -152,7 +152,7 @@ def in_processes(shards: Shards) -> Batches:
 def in_threads(shards: Shards) -> Batches:
     """soundfile + torchaudio in a thread for each core; one thread within each resampling."""
     with _one_thread(), ThreadPoolExecutor(CORES) as pool:
-        sounds = (sound for batch, _ in _encoded(shards) for sound in batch)
+        sounds = (sound for batch in _encoded(shards) for sound in batch.clips)
         waves = ahead(pool, usual, sounds, limit=PREFETCH * BATCH)
         for _ in range(FILLING + TIMED):
             yield torch.stack([next(waves) for _ in range(BATCH)])

@@ -18,6 +18,7 @@ from rich.console import Console
 from flap_fast import __version__
 from flap_fast.checks import ConfigError, require
 from flap_fast.commands import enrich, exchange, prepare, report, score, use
+from flap_fast.commands.length import LengthOption
 
 app = typer.Typer(
     name="flap",
@@ -112,11 +113,12 @@ def rank(
     checkpoint: Annotated[Path, typer.Argument(help="The folder of a run or of a checkpoint.")],
     sound: Annotated[Path, typer.Argument(help="A sound file.")],
     captions: Annotated[list[str], typer.Argument(help="Captions to rank.")],
+    length: LengthOption = None,
 ) -> None:
     """Rank captions by their cosine similarity to a sound, best first."""
     from flap_fast.tools.embedder import load
 
-    for caption, cosine in load(checkpoint).rank(sound, captions):
+    for caption, cosine in load(checkpoint, length=length).rank(sound, captions):
         print(f"{cosine:6.3f}  {caption}")
 
 

@@ -91,6 +91,9 @@ class Frontend(Section):
     """Decoding threads per rank; 0 divides the machine's cores among its ranks."""
     prefetch: Annotated[Count, FREE_ON_RESUME] = 2
     """Batches decoded ahead."""
+    cache_mib: Annotated[CountOrZero, FREE_ON_RESUME] = 1024
+    """With audio.length = variable, on a CPU: memory for the log-mels of clips that are not
+    cropped, in MiB per rank. What fits is decoded once. A second of sound takes 50 KiB."""
 
 
 def _told_apart(arms: tuple[type[Encoder], ...]) -> Any:

@@ -6,6 +6,7 @@ files' bytes      decode, crop      front end       captions as tokens
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +21,8 @@ class EncodedBatch(NamedTuple):
     clips: list[bytes]
     positions: np.ndarray
     """(B,) or (B, P) in [0, 1): the crop position, then those of fusion's pieces."""
+    numbers: Sequence[int] = ()
+    """Which clips of the shards these are, where they come again in other batches."""
 
 
 class DecodedBatch(NamedTuple):

@@ -97,7 +97,7 @@ class TrainingLoader:
                 for time in range(times if several else 1):
                     for batch in self._read_step(step, repeated=time > 0):
                         pending.append(batch)
-                        yield EncodedBatch(batch.encoded, batch.positions)
+                        yield EncodedBatch(batch.encoded, batch.positions, batch.clips.tolist())
 
         most_clips = self._config.train.micro_clips(self._ranks.world)
         inputs = self._preprocessor.stream(encoded(), most_clips)

@@ -135,9 +135,11 @@ class Audio(Section):
 
     @model_validator(mode="after")
     def _fits(self):
-        least = self.window
-        rule = f"hold one window of {least * 1000 / self.sample_rate_hz:g} ms"
-        name = "max_duration_s" if self.variable else "duration_s"
+        name, least = "duration_s", self.window
+        if self.variable:
+            name, least = "max_duration_s", self.least_samples
+        ms = f"{least * 1000 / self.sample_rate_hz:g} ms"
+        rule = f"hold one window of {ms}" if least == self.window else f"hold one patch of {ms}"
         require(self.samples >= least, f"audio.{name}", rule, getattr(self, name))
         if self.mel == "clap":
             rule = f"be in (audio.low_hz = {self.low_hz:g}, half of audio.sample_rate_hz]"

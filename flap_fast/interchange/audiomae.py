@@ -124,9 +124,9 @@ def _blocks(tensors: Tensors, begin: str) -> int:
 
 def _grid_of(table: Tensor, grid: tuple[int, int]) -> str:
     """Return the `audio.pos_grid` that computes this table, or "" if none does."""
-    for layout in ("correct", "audiomae_legacy"):
+    for layout, row in {"correct": grid[1], "audiomae_legacy": grid[0]}.items():
         if table.shape == (grid[0] * grid[1], table.shape[1]):
-            computed = sine_positions(table.shape[1], grid, layout)
+            computed = sine_positions(table.shape[1], grid, row)
             if torch.allclose(table.float(), computed, atol=1e-4):
                 return layout
     return ""

@@ -134,7 +134,7 @@ def put_weights(model: TwoTowers, folder: Path, *, any_length: bool = False) -> 
     """Put the weights of a model folder into a model.
 
     Args:
-        any_length: the model takes clips of any length, so its positions must be sines.
+        any_length: the model takes clips of any length, so its positions must be computed.
 
     Raises:
         ConfigError: they are another model's.
@@ -224,9 +224,9 @@ def _put(
             saved[name] = other if len(table) != len(other) else table
         elif any_length:
             raise ConfigError(
-                f"{file} must hold a table of sines as {name} with audio.length = variable, got "
-                "another, which is of one length alone (as AudioMAE's own is); "
-                "set audio.length=fixed"
+                f"{file} must hold this config's sines as {name} with audio.length = variable, "
+                "which takes as many rows as a clip has, got another table; set "
+                "audio.pos_grid=audiomae_legacy if it is AudioMAE's, else audio.length=fixed"
             )
     for name in sorted(saved.keys() | own.keys()):
         there, here = (tuple(w[name].shape) if name in w else "nothing" for w in (saved, own))
@@ -239,9 +239,9 @@ def _put(
 
 
 def _same_rows(table: Tensor, other: Tensor) -> bool:
-    """Whether two tables of positions differ at most in their number of rows: sines."""
+    """Whether two tables of positions differ at most in their number of rows, and by roundings."""
     rows = min(len(table), len(other))
-    return torch.allclose(table[:rows], other[:rows].to(table.device), atol=1e-6)
+    return torch.allclose(table[:rows].float(), other[:rows].to(table.device), atol=1e-4)
 
 
 def load_model(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -50,6 +51,9 @@ from flap_fast.tools.sounds import (
 Embedded = Generator[Tensor | BadSound]
 """A (d,) unit row for each sound, or the error that it has instead."""
 
+# What a batch holds at most, for memory; more would not be faster.
+_SECONDS_AT_A_TIME = {"cpu": 160.0}
+
 # Default prompts of class names.
 _TEMPLATES = {"audio": SOUND, "image": "imagenet80"}
 
@@ -77,7 +81,8 @@ class Embedder:
         Args:
             sounds: files (WAV, FLAC, OGG, MP3) or waveforms of any length and rate: see `Sound`.
                 The shorter axis of a waveform with two axes is the channels. Integers are PCM.
-            batch: crops that the model embeds at a time; files are decoded ahead on threads.
+            batch: crops that the model embeds at a time, on a CPU fewer if they are long; files are
+                decoded ahead on threads.
             sample_rate_hz: rate of waveforms without a rate; the model's by default.
             crop: see `embed_each`.
 
@@ -144,6 +149,8 @@ class Embedder:
 
     def _embed_crops(self, sounds: Iterable[Crops], batch: int) -> Embedded:
         """Embed the crops of sounds, `batch` at a time, and average those of each sound."""
+        seconds = _SECONDS_AT_A_TIME.get(self.device.type, math.inf)
+        most_samples = seconds * self.config.audio.sample_rate_hz
         waiting: deque[_Pooled] = deque()
         waves: list[np.ndarray] = []
         of: list[_Pooled] = []
@@ -155,7 +162,7 @@ class Embedder:
                     waves.append(wave)
                     of.append(pooled)
                     pooled.crops += 1
-                    if len(waves) == batch:
+                    if len(waves) == batch or sum(map(len, waves)) >= most_samples:
                         self._embed_waves(waves, of)
                         waves, of = [], []
                 pooled.ended = True

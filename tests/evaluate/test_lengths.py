@@ -106,7 +106,7 @@ def test_windows_of_a_clip_share_its_bytes_and_are_decoded_by_themselves(
     monkeypatch.setattr("flap_fast.data.evaluation.make_preprocessor", fake)
     crops = crops_of(config, found, Ranks())
     list(evaluation_batches(config, found, crops, Ranks()))
-    ((clips, _),) = streamed
+    ((clips, *_),) = streamed
     assert taken == [backend]
     assert len(clips) == len(crops.clips)
     assert len(set(map(id, clips))) == len(found)
@@ -154,12 +154,25 @@ def test_another_table_of_positions_is_not_taken_for_one_of_another_length(tmp_p
         load(tmp_path, "cpu", length="variable")
 
 
-def test_a_table_of_one_length_does_not_serve_clips_of_any(tmp_path: Path):
-    """Though it has as many rows, of which a clip of another length would take the wrong ones."""
+def test_audiomaes_table_goes_on_for_clips_of_any_length(tmp_path: Path):
+    """Row n is patch n's in both, and every patch of a longer clip has a position of its own."""
+    folder = saved(tmp_path, tiny("audio.pos_grid=audiomae_legacy"))
+    settings = ("audio.length=variable", "audio.max_duration_s=3", f"train.init_from={folder}")
+    config = tiny(*settings, "audio.pos_grid=audiomae_legacy")
+    model = TwoTowers(config)
+    put_first_weights(model, config)
+    table, trained = model.get_buffer("audio.pos_embed"), load_weights(folder)["audio.pos_embed"]
+    assert len(table) > len(trained)
+    assert torch.equal(table[: len(trained)], trained)
+    assert torch.cdist(table, table).fill_diagonal_(1).min() > 0.1
+    opened = load(folder, "cpu", length="variable").model.get_buffer("audio.pos_embed")
+    assert torch.equal(opened[: len(trained)], trained)
+
+
+def test_audiomaes_table_is_not_taken_for_another(tmp_path: Path):
     folder = saved(tmp_path, tiny("audio.pos_grid=audiomae_legacy"))
     config = tiny("audio.length=variable", "audio.max_duration_s=1", f"train.init_from={folder}")
-    message = r"audio\.pos_embed with audio\.length = variable, .*; set audio\.length=fixed"
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=r"set audio\.pos_grid=audiomae_legacy if it is AudioMAE"):
         put_first_weights(TwoTowers(config), config)
     fixed = tiny(f"train.init_from={folder}")
     model = TwoTowers(fixed)

@@ -22,6 +22,7 @@ from flap_fast.data.batch import DecodedBatch, EncodedBatch, MediaInput, PackedM
 from flap_fast.data.preprocess.cached_mel import check_front_end, crop_cached
 from flap_fast.data.preprocess.decoders import make_decoder
 from flap_fast.data.preprocess.front_end import MelFrontEnd
+from flap_fast.data.preprocess.kept_mels import KeptMels
 from flap_fast.data.preprocess.log_mel import normalise
 from flap_fast.data.preprocess.waveform import BadSound, decode_clip
 from flap_fast.data.shards import Shards
@@ -39,6 +40,8 @@ class AudioPreprocessor:
         self._config, self._ranks = config, ranks
         self._front_end = MelFrontEnd(config.audio, config.fusion, ranks.device)
         self._cached = shards is not None and shards.kind == "mels"
+        on_cpu, cache_mib = ranks.device.type == "cpu", config.frontend.cache_mib
+        self._keeps_mels = config.audio.variable and on_cpu and not self._cached and cache_mib > 0
         if shards is None:
             return
         if self._cached:
@@ -48,17 +51,21 @@ class AudioPreprocessor:
 
     def stream(self, batches: Iterator[EncodedBatch], batch: int) -> Iterator[MediaInput]:
         """Preprocess batches in order; raises `BadSound` when it reaches a bad clip."""
-        decoder = make_decoder(
-            batches,
-            batch,
-            self._config.frontend,
-            self._ranks,
+        decoder = functools.partial(
+            make_decoder,
+            batch=batch,
+            frontend=self._config.frontend,
+            ranks=self._ranks,
             decode=self._decode,
             graph=None if self._cached else self._dali_graph,
             error=BadSound,
         )
         # Unlike a generator, `map` goes on after it has raised.
-        return map(self.finish, decoder)
+        if not self._keeps_mels:
+            return map(self.finish, decoder(batches))
+        front_end, most = self._front_end, self._config.frontend.cache_mib * 2**20
+        mels = KeptMels(batches, decoder, front_end.mels, front_end.are_whole, most)
+        return map(self._normalised, map(front_end.packed, mels))
 
     def check(self, clip: bytes) -> None:
         """Raise `BadSound` if a clip cannot be decoded."""
@@ -72,10 +79,12 @@ class AudioPreprocessor:
     def finish(self, decoded: DecodedBatch) -> MediaInput:
         """The normalised log-mels of waveforms, or of log-mels as long as they are."""
         media, longer = self._front_end(decoded)
-        audio = self._config.audio
         if isinstance(media, PackedMels):
-            return MediaInput(media._replace(mel=normalise(media.mel, audio)), longer)
-        return MediaInput(normalise(media, audio), longer)
+            return self._normalised(media)
+        return MediaInput(normalise(media, self._config.audio), longer)
+
+    def _normalised(self, packed: PackedMels) -> MediaInput:
+        return MediaInput(packed._replace(mel=normalise(packed.mel, self._config.audio)), None)
 
     def _decode(self, clip: bytes, position: float) -> np.ndarray:
         """One clip's waveform (samples,), or its cached log-mel (frames, F), cropped."""

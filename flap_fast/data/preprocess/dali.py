@@ -69,7 +69,7 @@ class DaliDecoder:
 
         def source() -> tuple[list[np.ndarray], list[np.ndarray]]:
             try:
-                clips, positions = next(batches)
+                clips, positions, *_ = next(batches)
             except Exception as raised:  # StopIteration too; DALI hands it on as it is
                 self._source_error = raised
                 raise

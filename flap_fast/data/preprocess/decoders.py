@@ -45,7 +45,7 @@ class ThreadedDecoder:
             batch = next(self._batches, None)
             if batch is None:
                 break
-            self._waiting.append(self._begin(*batch))
+            self._waiting.append(self._begin(*batch[:2]))
         if not self._waiting:
             raise StopIteration
         clips, positions = self._waiting.popleft()

@@ -37,31 +37,39 @@ class MelFrontEnd:
 
     def __call__(self, clips: DecodedBatch) -> MediaInput:
         """Log-mels, not normalised yet."""
+        if self.audio.variable:
+            return MediaInput(self.packed(self.mels(clips)), None)
         are_mels = clips.media.ndim == 2
         frames = clips.lengths if are_mels else self.audio.frames_of(clips.lengths)
-        if self.audio.variable:
-            return MediaInput(self._packed(clips, frames), None)
         if self.fusion.on:
             return self._fused(clips, frames)
         media = to_device(clips.stacked, self.device)
         mel = pad_frames(media.float(), self.audio.frames) if are_mels else self._mel(media)
         return MediaInput(mel[:, None], None)
 
-    def _packed(self, clips: DecodedBatch, frames: Tensor) -> PackedMels:
-        """Log-mels end to end, each with the rows of silence that complete its last patch."""
-        order = frames.argsort(stable=True)
-        order, counts = order.tolist(), frames[order].tolist()
-        padded = tuple(map(self.audio.padded_frames, counts))
+    def mels(self, clips: DecodedBatch) -> list[Tensor]:
+        """The log-mel (frames, F) of each clip, as long as it is."""
         every = to_device(clips.media, self.device).split(clips.lengths.tolist())
         if clips.media.ndim == 2:
-            mels = [every[row].float() for row in order]
-        else:
-            mels = self._mel.packed([every[row] for row in order]).split(counts)
+            return [mel.float() for mel in every]
+        frames = self.audio.frames_of(clips.lengths).tolist()
+        return list(self._mel.packed(every).split(frames))
+
+    def are_whole(self, clips: DecodedBatch) -> list[bool]:
+        """Which clips were not cropped; one exactly as long as a crop counts as one."""
+        most = self.audio.samples
+        most = self.audio.frames_of(most) if clips.media.ndim == 2 else most
+        return (clips.lengths < most).tolist()
+
+    def packed(self, mels: list[Tensor]) -> PackedMels:
+        """Log-mels end to end, each with the rows of silence that complete its last patch."""
+        order = sorted(range(len(mels)), key=lambda row: len(mels[row]))
+        padded = tuple(self.audio.padded_frames(len(mels[row])) for row in order)
         shape = max(padded), self.audio.mel_bins
         silence = torch.full(shape, self._mel.silence, device=self.device)
         rows = []
-        for mel, count, total in zip(mels, counts, padded, strict=True):
-            rows += [mel, silence[: total - count]]
+        for row, total in zip(order, padded, strict=True):
+            rows += [mels[row], silence[: total - len(mels[row])]]
         return PackedMels(torch.cat(rows), padded, tuple(order))
 
     def _fused(self, clips: DecodedBatch, frames: Tensor) -> MediaInput:

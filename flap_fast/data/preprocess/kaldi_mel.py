@@ -28,7 +28,7 @@ from flap_kernels.precision import float32_products
 FLOOR = 2.0**-23
 PREEMPHASIS = 0.97
 LOW_HZ = 20.0
-_FRAMES_AT_A_TIME = {False: 1024, True: 65_536}
+_FRAMES_AT_A_TIME = 65_536
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,16 @@ class KaldiLogMel:
 
 
 def _parts(clips: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Clips' frames, so many at a time as fit in a core's cache, or are enough for a GPU."""
+    """Clips' frames, as many at a time as fill a GPU.
+
+    On a CPU a clip at a time: it gets the same bits, whichever clips it comes with.
+    """
     some: list[Tensor] = []
     count = 0
     for frames in clips:
         some.append(frames)
         count += len(frames)
-        if count >= _FRAMES_AT_A_TIME[frames.is_cuda]:
+        if not frames.is_cuda or count >= _FRAMES_AT_A_TIME:
             yield some
             some, count = [], 0
     if some:

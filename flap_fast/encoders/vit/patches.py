@@ -20,16 +20,17 @@ def patchify(mel: Tensor, patch: int) -> Tensor:
     return cells.transpose(2, 3).reshape(B, -1, patch * patch)
 
 
-def sine_positions(width: int, grid: tuple[int, int], layout: str = "correct") -> Tensor:
+def sine_positions(width: int, grid: tuple[int, int], row: int | None = None) -> Tensor:
     """(N, D) float32: the first half of D from the frequency, the second from the time.
 
     Args:
         grid: patches along time and along frequency.
-        layout: `audiomae_legacy` gives the table that AudioMAE computed for the transposed grid:
-            unique for each token, but not aligned with time and frequency.
+        row: tokens n after which the second half advances; by default those of a time. AudioMAE's
+            table has the time patches of its clips here, 64: unique for each token, but not aligned
+            with time and frequency.
     """
     n = torch.arange(grid[0] * grid[1])
-    columns = grid[1] if layout == "correct" else grid[0]
+    columns = row or grid[1]
     return torch.cat([_sines(width // 2, n % columns), _sines(width // 2, n // columns)], 1).float()
 
 

@@ -45,7 +45,8 @@ class ViTSettings(PatchEncoder):
     norm_position: Annotated[Literal["tokens", "pooled"], MEANS_WEIGHTS] = "tokens"
     """The final LayerNorm on the tokens before pooling, or on the pooled vector."""
     pos_grid: Literal["correct", "audiomae_legacy"] = "correct"
-    """Grid of the fixed positions; AudioMAE's own table was built for the transposed grid."""
+    """Grid of the fixed positions; AudioMAE's own table was built for the transposed grid of
+    audio.frames, also those of other lengths."""
     time_positions: Annotated[Literal["sines", "rotary"], MEANS_WEIGHTS] = "sines"
     """How a patch's place in time is told: by sines added to its embedding, with those of its
     frequency, as in AudioMAE; or by turning queries and keys (RoPE), so that attention depends on
@@ -73,7 +74,9 @@ class ViTSettings(PatchEncoder):
         """(N, width) float32: fixed 2-D sines; with rotary positions only the decoder's."""
         from flap_fast.encoders.vit.patches import sine_positions
 
-        return sine_positions(width, self.grid, self.pos_grid)
+        legacy = self.pos_grid == "audiomae_legacy"
+        # In rows as long as AudioMAE's, the table goes on beyond the clips it was trained on.
+        return sine_positions(width, self.grid, self.frames // self.patch if legacy else None)
 
     def window_tokens(self, density: float) -> int | None:
         if self.attention_window_s is None:
@@ -108,10 +111,6 @@ class ViTSettings(PatchEncoder):
         require(width % 4 == 0, "audio.width", "be a multiple of 4 (2-D sine positions)", width)
         rule = "not be 'cls' without audio.use_cls"
         require(self.use_cls or self.pool != "cls", "audio.pool", rule, self.pool)
-        rule = "be 'correct' with audio.length = variable: the other table is one length's alone"
-        require(
-            not self.variable or self.pos_grid == "correct", "audio.pos_grid", rule, self.pos_grid
-        )
         if (seconds := self.attention_window_s) is not None:
             self._check_window(seconds)
         if self.rotary:

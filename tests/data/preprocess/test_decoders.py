@@ -117,7 +117,7 @@ def test_each_back_end_gives_log_mels_in_order(kind):
     ]
     mel = kaldi_log_mel(audio)
     given = preprocessor(audio, kind).stream(iter(batches), 3)
-    waves = [np.stack([decode_clip(sound, 0.0, audio) for sound in some]) for some, _ in batches]
+    waves = [np.stack([decode_clip(sound, 0.0, audio) for sound in some]) for some, *_ in batches]
     for out, wave in itertools.zip_longest(given, waves):
         wanted = mel(torch.from_numpy(wave))[:, None]
         assert out.longer is None
