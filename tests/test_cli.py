@@ -86,6 +86,11 @@ def test_rank_prints_the_best_caption_first(run: Path, tmp_path: Path, monkeypat
     cosines = [float(line.split()[0]) for line in capsys.readouterr().out.splitlines()]
     assert len(cosines) == 3
     assert cosines == sorted(cosines, reverse=True)
+    other = ("--length", "variable")  # 3 s, of which the run's model takes 1 s
+    assert (
+        flap("rank", run, sound, "a tone", "noise", "a dog", *other, monkeypatch=monkeypatch) == 0
+    )
+    assert [float(line.split()[0]) for line in capsys.readouterr().out.splitlines()] != cosines
     assert flap("rank", run, tmp_path / "no.ogg", "a tone", monkeypatch=monkeypatch) == 1
     said = capsys.readouterr().err
     assert "no.ogg: missing" in said

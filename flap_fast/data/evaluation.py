@@ -14,7 +14,7 @@ from flap_fast.data.enriched import clip_id, text_key
 from flap_fast.data.lengths import clip_seconds
 from flap_fast.data.preprocess.fusion import PIECES
 from flap_fast.data.preprocess.preprocessor import Preprocessor, make_preprocessor
-from flap_fast.data.preprocess.waveform import Unusable, crop_positions
+from flap_fast.data.preprocess.waveform import Unusable, crop_positions, window_counts
 from flap_fast.data.random_streams import Stream, uniforms
 from flap_fast.data.shards import ShardError, Shards
 from flap_fast.ranks import Ranks
@@ -39,8 +39,7 @@ def crops_of(config: Config, shards: Shards, ranks: Ranks) -> Crops:
     if config.eval.crop == "whole":
         audio = config.audio
         longest_s = config.fusion.longest(audio) / audio.sample_rate_hz
-        # By less than a sample's rounding a clip is not longer.
-        counts = np.ceil(clip_seconds(shards, ranks) / longest_s - 1e-4).clip(1).astype(np.int64)
+        counts = window_counts(clip_seconds(shards, ranks) / longest_s)
     positions = [crop_positions(int(count)) for count in counts]
     return Crops(np.repeat(np.arange(len(shards)), counts), np.concatenate(positions))
 

@@ -6,11 +6,9 @@ import hashlib
 import json
 import math
 import os
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from flap_fast.checks import ConfigError, require
 from flap_fast.config import Config
@@ -36,9 +33,9 @@ from flap_fast.model.model_folder import load_model
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.preparation.prepare import ahead
 from flap_fast.ranks import Ranks
+from flap_fast.tools.pooling import Embedded, pooled
 from flap_fast.tools.sounds import (
     PART,
-    Crops,
     Part,
     Sound,
     crop_count,
@@ -48,10 +45,7 @@ from flap_fast.tools.sounds import (
     decode_part,
 )
 
-Embedded = Generator[Tensor | BadSound]
-"""A (d,) unit row for each sound, or the error that it has instead."""
-
-# What a batch holds at most, for memory; more would not be faster.
+# Of sound that the model embeds at a time, for memory; more would not be faster.
 _SECONDS_AT_A_TIME = {"cpu": 160.0}
 
 # Default prompts of class names.
@@ -142,38 +136,13 @@ class Embedder:
         ahead_sounds: int,
     ) -> Embedded:
         threads = self.config.frontend.threads or os.cpu_count() or 1
-        with ThreadPoolExecutor(threads) as pool:
-            parts = ahead(pool, decode, enumerate(sounds), limit=ahead_sounds + threads)
-            with closing(parts):
-                yield from self._embed_crops((crops_from(part, pool) for part in parts), batch)
-
-    def _embed_crops(self, sounds: Iterable[Crops], batch: int) -> Embedded:
-        """Embed the crops of sounds, `batch` at a time, and average those of each sound."""
         seconds = _SECONDS_AT_A_TIME.get(self.device.type, math.inf)
         most_samples = seconds * self.config.audio.sample_rate_hz
-        waiting: deque[_Pooled] = deque()
-        waves: list[np.ndarray] = []
-        of: list[_Pooled] = []
-        for sound in sounds:
-            pooled = _Pooled()
-            waiting.append(pooled)
-            try:
-                for wave in sound:
-                    waves.append(wave)
-                    of.append(pooled)
-                    pooled.crops += 1
-                    if len(waves) == batch or sum(map(len, waves)) >= most_samples:
-                        self._embed_waves(waves, of)
-                        waves, of = [], []
-                pooled.ended = True
-            except BadSound as error:
-                pooled.error = error
-            while waiting and waiting[0].complete:
-                yield waiting.popleft().result()
-        if waves:
-            self._embed_waves(waves, of)
-        for pooled in waiting:
-            yield pooled.result()
+        with ThreadPoolExecutor(threads) as pool:
+            parts = ahead(pool, decode, enumerate(sounds), limit=ahead_sounds + threads)
+            sounds_crops = (crops_from(part, pool) for part in parts)
+            with closing(parts):
+                yield from pooled(sounds_crops, self._embed_waves, batch, most_samples)
 
     def embed_image(self, images: Sequence[ImageSource], batch: int = 64) -> Tensor:
         """Embed images: (N, d) unit rows, float32, on the CPU.
@@ -248,6 +217,13 @@ class Embedder:
         embed = {"audio": self.embed_audio, "image": self.embed_image}
         return embed[self.config.encoder.modality]([clip])
 
+    @torch.no_grad()
+    def _embed_waves(self, waves: list[np.ndarray]) -> Tensor:
+        """Embed crops: (R, d); fusion takes its crops from the middle of each third."""
+        positions = np.full((len(waves), 1 + PIECES), 0.5)
+        found = self._preprocessor.finish(lay_end_to_end(waves, positions))
+        return self.model.embed_media(found.media, longer=found.longer).cpu()
+
     @cached_property
     def identity(self) -> str:
         """SHA-256 of all that embeddings depend on: weights, front end and pooling."""
@@ -260,39 +236,6 @@ class Embedder:
             digest.update(name.encode())
             digest.update(weights.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
-
-    @torch.no_grad()
-    def _embed_waves(self, waves: list[np.ndarray], of: list[_Pooled]) -> None:
-        """Embed crops for their sounds; fusion takes its crops from the middle of each third."""
-        positions = np.full((len(waves), 1 + PIECES), 0.5)
-        found = self._preprocessor.finish(lay_end_to_end(waves, positions))
-        rows = self.model.embed_media(found.media, longer=found.longer).cpu()
-        for pooled, row in zip(of, rows, strict=True):
-            pooled.rows.append(row)
-
-
-@dataclass
-class _Pooled:
-    """A sound whose crops are being embedded."""
-
-    crops: int = 0
-    rows: list[Tensor] = field(default_factory=list)
-    ended: bool = False
-    """Whether `crops` counts all of them."""
-    error: BadSound | None = None
-
-    @property
-    def complete(self) -> bool:
-        """Whether there is a result."""
-        return self.error is not None or (self.ended and len(self.rows) == self.crops)
-
-    def result(self) -> Tensor | BadSound:
-        """The (d,) unit row of the sound, or its error."""
-        if self.error is not None:
-            return self.error
-        if len(self.rows) == 1:
-            return self.rows[0]
-        return functional.normalize(torch.stack(self.rows).mean(0), dim=0)
 
 
 def load(

@@ -24,6 +24,7 @@ from flap_fast.data.preprocess.waveform import (
     crop_start,
     mono_at,
     read_pieces,
+    window_counts,
 )
 
 Array = np.ndarray | Tensor
@@ -76,7 +77,7 @@ def crops_of(sound: Sound, number: int, rate_hz: float, policy: str, config: Con
     audio, longest = config.audio, config.fusion.longest(config.audio)
 
     def starts(length: int) -> list[int]:
-        crops = -(-length // longest) if policy == "whole" else crop_count(policy)
+        crops = int(window_counts(length / longest)) if policy == "whole" else crop_count(policy)
         positions = crop_positions(crops if length > longest else 1)
         return [crop_start(length, longest, float(at)) for at in positions]
 

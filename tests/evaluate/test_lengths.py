@@ -156,17 +156,19 @@ def test_another_table_of_positions_is_not_taken_for_one_of_another_length(tmp_p
 
 def test_audiomaes_table_goes_on_for_clips_of_any_length(tmp_path: Path):
     """Row n is patch n's in both, and every patch of a longer clip has a position of its own."""
-    folder = saved(tmp_path, tiny("audio.pos_grid=audiomae_legacy"))
+    legacy = (*RECON, "audio.pos_grid=audiomae_legacy")
+    folder = saved(tmp_path, tiny(*legacy))
     settings = ("audio.length=variable", "audio.max_duration_s=3", f"train.init_from={folder}")
-    config = tiny(*settings, "audio.pos_grid=audiomae_legacy")
+    config = tiny(*settings, *legacy)
     model = TwoTowers(config)
     put_first_weights(model, config)
-    table, trained = model.get_buffer("audio.pos_embed"), load_weights(folder)["audio.pos_embed"]
-    assert len(table) > len(trained)
-    assert torch.equal(table[: len(trained)], trained)
-    assert torch.cdist(table, table).fill_diagonal_(1).min() > 0.1
-    opened = load(folder, "cpu", length="variable").model.get_buffer("audio.pos_embed")
-    assert torch.equal(opened[: len(trained)], trained)
+    opened = load(folder, "cpu", length="variable").model
+    for name in ("audio.pos_embed", "decoder.pos_embed"):
+        table, trained = model.get_buffer(name), load_weights(folder)[name]
+        assert len(table) > len(trained)
+        assert torch.equal(table[: len(trained)], trained)
+        assert torch.cdist(table, table).fill_diagonal_(1).min() > 0.1
+        assert torch.equal(opened.get_buffer(name)[: len(trained)], trained)
 
 
 def test_audiomaes_table_is_not_taken_for_another(tmp_path: Path):

@@ -12,11 +12,13 @@ import soundfile
 import torch
 
 from flap_fast.checks import ConfigError
+from flap_fast.data import evaluation
 from flap_fast.data.preprocess import waveform
 from flap_fast.data.preprocess.waveform import BadSound
 from flap_fast.data.tokenize import tokenizer
 from flap_fast.model.two_towers import TwoTowers
-from flap_fast.tools.embedder import Embedder
+from flap_fast.ranks import Ranks
+from flap_fast.tools.embedder import _SECONDS_AT_A_TIME, Embedder
 from flap_fast.tools.sounds import crops_of
 from tests.sounds import chirp, encode, noise, tone
 from tests.tiny import tiny
@@ -210,6 +212,38 @@ def test_long_sounds_are_cropped_as_asked(embedder: Embedder):
     assert same(embedder.embed_audio([WAVE], crop="multi:3"), embedder.embed_audio([WAVE]))
     with pytest.raises(ConfigError, match="crop must be center, multi:K or whole, got 'random'"):
         embedder.embed_audio([wave], crop="random")
+
+
+@pytest.mark.parametrize(("samples", "windows"), [(RATE, 1), (RATE + 1, 1), (RATE + 2, 2)])
+def test_a_rounding_more_is_no_second_window(samples: int, windows: int, monkeypatch):
+    """As in evaluation, which knows lengths from headers: at the front end's rate or another."""
+    config = tiny()
+    crops = crops_of(noise(0, samples / RATE, RATE), 0, RATE, "whole", config)
+    assert len(list(crops)) == windows
+    monkeypatch.setattr(evaluation, "clip_seconds", lambda *_: np.array([samples / RATE]))
+    clip: Any = [None]
+    whole = tiny("audio.length=variable", "audio.max_duration_s=1")
+    assert len(evaluation.crops_of(whole, clip, Ranks()).clips) == windows
+
+
+def test_a_cpu_embeds_a_bounded_time_of_long_sounds_at_once(embedder: Embedder, monkeypatch):
+    """Of an hour 64 windows are 640 s, and of 0.3 s each they are a batch."""
+    sizes: list[int] = []
+    embed = embedder._embed_waves
+
+    def counted(waves: list[np.ndarray]) -> torch.Tensor:
+        sizes.append(len(waves))
+        return embed(waves)
+
+    monkeypatch.setattr(embedder, "_embed_waves", counted)
+    monkeypatch.setitem(_SECONDS_AT_A_TIME, "cpu", 4.0)
+    rows = embedder.embed_audio([noise(0, 10.0, RATE), WAVE, WAVE], batch=8, crop="whole")
+    assert sizes == [4, 4, 4]
+    sizes.clear()
+    monkeypatch.setitem(_SECONDS_AT_A_TIME, "cpu", 160.0)
+    found = embedder.embed_audio([noise(0, 10.0, RATE), WAVE, WAVE], batch=8, crop="whole")
+    assert sizes == [8, 4]
+    assert same(rows, found)
 
 
 def test_a_fused_model_hears_more_of_a_sound_at_once():

@@ -210,6 +210,14 @@ def crop_positions(crops: int) -> np.ndarray:
     return np.minimum(np.linspace(0, 1, crops), np.nextafter(1, 0))
 
 
+def window_counts(lengths: np.ndarray | float) -> np.ndarray:
+    """int64, how many windows cover sounds of these lengths, in windows.
+
+    A sound is not longer by a ten-thousandth: headers and resampling round.
+    """
+    return np.ceil(np.asarray(lengths) - 1e-4).clip(1).astype(np.int64)
+
+
 def crop_start(length: int, samples: int, position: float) -> int:
     """The first sample of a crop, `floor(position * (length - samples + 1))`; 0 without a choice.
 

@@ -1,0 +1,86 @@
+"""The crops of sounds, embedded in batches and averaged for each sound."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from flap_fast.data.preprocess.waveform import BadSound
+from flap_fast.tools.sounds import Crops
+
+Embedded = Generator[Tensor | BadSound]
+"""A (d,) unit row for each sound, or the error that it has instead."""
+
+
+def pooled(
+    sounds: Iterable[Crops],
+    embed: Callable[[list[np.ndarray]], Tensor],
+    batch: int,
+    most_samples: float,
+) -> Embedded:
+    """Yield the mean of each sound's crops, in order.
+
+    Args:
+        embed: R crops -> (R, d) unit rows on the CPU.
+        batch: most crops that are embedded at a time.
+        most_samples: crops are embedded once they have as many samples.
+    """
+    waiting: deque[_Sound] = deque()
+    waves: list[np.ndarray] = []
+    owners: list[_Sound] = []
+
+    def embed_waves() -> None:
+        for owner, row in zip(owners, embed(waves), strict=True):
+            owner.rows.append(row)
+        waves.clear()
+        owners.clear()
+
+    for crops in sounds:
+        sound = _Sound()
+        waiting.append(sound)
+        try:
+            for wave in crops:
+                waves.append(wave)
+                owners.append(sound)
+                sound.crops += 1
+                if len(waves) == batch or sum(map(len, waves)) >= most_samples:
+                    embed_waves()
+            sound.ended = True
+        except BadSound as error:
+            sound.error = error
+        while waiting and waiting[0].complete:
+            yield waiting.popleft().result()
+    if waves:
+        embed_waves()
+    for sound in waiting:
+        yield sound.result()
+
+
+@dataclass
+class _Sound:
+    """A sound whose crops are being embedded."""
+
+    crops: int = 0
+    rows: list[Tensor] = field(default_factory=list)
+    ended: bool = False
+    """Whether `crops` counts all of them."""
+    error: BadSound | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether there is a result."""
+        return self.error is not None or (self.ended and len(self.rows) == self.crops)
+
+    def result(self) -> Tensor | BadSound:
+        """The (d,) unit row of the sound, or its error."""
+        if self.error is not None:
+            return self.error
+        if len(self.rows) == 1:
+            return self.rows[0]
+        return functional.normalize(torch.stack(self.rows).mean(0), dim=0)
