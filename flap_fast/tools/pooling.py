@@ -29,13 +29,15 @@ def pooled(
     Args:
         embed: R crops -> (R, d) unit rows on the CPU.
         batch: most crops that are embedded at a time.
-        most_samples: crops are embedded once they have as many samples.
+        most_samples: most samples that are embedded at a time, unless one crop has more.
     """
     waiting: deque[_Sound] = deque()
     waves: list[np.ndarray] = []
     owners: list[_Sound] = []
 
     def embed_waves() -> None:
+        if not waves:
+            return
         for owner, row in zip(owners, embed(waves), strict=True):
             owner.rows.append(row)
         waves.clear()
@@ -46,18 +48,19 @@ def pooled(
         waiting.append(sound)
         try:
             for wave in crops:
+                if sum(map(len, waves)) + len(wave) > most_samples:
+                    embed_waves()
                 waves.append(wave)
                 owners.append(sound)
                 sound.crops += 1
-                if len(waves) == batch or sum(map(len, waves)) >= most_samples:
+                if len(waves) == batch:
                     embed_waves()
             sound.ended = True
         except BadSound as error:
             sound.error = error
         while waiting and waiting[0].complete:
             yield waiting.popleft().result()
-    if waves:
-        embed_waves()
+    embed_waves()
     for sound in waiting:
         yield sound.result()
 

@@ -244,6 +244,14 @@ def test_a_cpu_embeds_a_bounded_time_of_long_sounds_at_once(embedder: Embedder, 
     found = embedder.embed_audio([noise(0, 10.0, RATE), WAVE, WAVE], batch=8, crop="whole")
     assert sizes == [8, 4]
     assert same(rows, found)
+    sizes.clear()
+    monkeypatch.setitem(_SECONDS_AT_A_TIME, "cpu", 3.5)  # no fourth crop, though three are less
+    assert same(embedder.embed_audio([noise(0, 10.0, RATE), WAVE], crop="whole"), found[:2])
+    assert sizes == [3, 3, 3, 2]
+    sizes.clear()
+    monkeypatch.setitem(_SECONDS_AT_A_TIME, "cpu", 0.5)  # a crop has more
+    assert same(embedder.embed_audio([noise(0, 2.0, RATE), WAVE], crop="whole")[1:], found[1:2])
+    assert sizes == [1, 1, 1]
 
 
 def test_a_fused_model_hears_more_of_a_sound_at_once():
