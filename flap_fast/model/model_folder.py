@@ -225,8 +225,8 @@ def _put(
         elif any_length:
             raise ConfigError(
                 f"{file} must hold this config's sines as {name} with audio.length = variable, "
-                "which takes as many rows as a clip has, got another table; set "
-                "audio.pos_grid=audiomae_legacy if it is AudioMAE's, else audio.length=fixed"
+                "which takes as many rows as a clip has, got another table; set audio.pos_grid and "
+                "audio.frames as in the config.yaml beside it; if they are, audio.length=fixed"
             )
     for name in sorted(saved.keys() | own.keys()):
         there, here = (tuple(w[name].shape) if name in w else "nothing" for w in (saved, own))

@@ -173,9 +173,12 @@ def test_audiomaes_table_goes_on_for_clips_of_any_length(tmp_path: Path):
 
 def test_audiomaes_table_is_not_taken_for_another(tmp_path: Path):
     folder = saved(tmp_path, tiny("audio.pos_grid=audiomae_legacy"))
-    config = tiny("audio.length=variable", "audio.max_duration_s=1", f"train.init_from={folder}")
-    with pytest.raises(ConfigError, match=r"set audio\.pos_grid=audiomae_legacy if it is AudioMAE"):
-        put_first_weights(TwoTowers(config), config)
+    remedy = r"set audio\.pos_grid and audio\.frames as in the config\.yaml beside it"
+    for setting in ("audio.pos_grid=correct", "audio.frames=1024"):
+        other = (*VARIABLE, "audio.pos_grid=audiomae_legacy", setting)
+        config = tiny(*other, f"train.init_from={folder}")
+        with pytest.raises(ConfigError, match=remedy):
+            put_first_weights(TwoTowers(config), config)
     fixed = tiny(f"train.init_from={folder}")
     model = TwoTowers(fixed)
     put_first_weights(model, fixed)
