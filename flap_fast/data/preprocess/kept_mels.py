@@ -60,13 +60,18 @@ class KeptMels:
         ]
 
     def _not_kept(self, batches: Iterator[EncodedBatch]) -> Iterator[EncodedBatch]:
-        """Yield of each batch the clips to decode, one at least: DALI takes no empty batch."""
+        """Yield of each batch the clips to decode.
+
+        One at least, the shortest: DALI takes no empty batch.
+        """
         for clips, positions, numbers in batches:
             numbers = numbers or [None] * len(clips)
             kept = [self._kept.get(number) for number in numbers]
             rows = [row for row, mel in enumerate(kept) if mel is None]
             if not rows:
-                kept[0], rows = None, [0]
+                lengths = [len(mel) for mel in kept if mel is not None]
+                rows = [lengths.index(min(lengths))]
+                kept[rows[0]] = None
             self._pending.append((numbers, kept))
             yield EncodedBatch([clips[row] for row in rows], positions[rows])
 
