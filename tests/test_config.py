@@ -73,6 +73,10 @@ def yaml_file(tmp_path: Path):
             "audio.duration_s must hold one window of 25 ms, got 0.02",
         ),
         (
+            "audio: {length: variable, frames: 8, pos_grid: audiomae_legacy}",
+            "audio.frames must be a multiple of 16 with audio.pos_grid = audiomae_legacy, got 8",
+        ),
+        (
             "audio: {length: variable, max_duration_s: 0.1}",
             "audio.max_duration_s must hold one patch of 175 ms, got 0.1",
         ),

@@ -93,7 +93,8 @@ class Frontend(Section):
     """Batches decoded ahead."""
     cache_mib: Annotated[CountOrZero, FREE_ON_RESUME] = 1024
     """With audio.length = variable, on a CPU: memory for the log-mels of clips that are not
-    cropped, in MiB per rank. What fits is decoded once. A second of sound takes 50 KiB."""
+    cropped, in MiB per rank; a second of sound takes 50 KiB. What fits is decoded once, but for
+    the shortest clip of a batch that is kept as a whole."""
 
 
 def _told_apart(arms: tuple[type[Encoder], ...]) -> Any:

@@ -111,6 +111,9 @@ class ViTSettings(PatchEncoder):
         require(width % 4 == 0, "audio.width", "be a multiple of 4 (2-D sine positions)", width)
         rule = "not be 'cls' without audio.use_cls"
         require(self.use_cls or self.pool != "cls", "audio.pool", rule, self.pool)
+        if self.pos_grid == "audiomae_legacy":  # whose rows are those of audio.frames
+            rule = f"be a multiple of {self.patch} with audio.pos_grid = audiomae_legacy"
+            require(self.frames % self.patch == 0, "audio.frames", rule, self.frames)
         if (seconds := self.attention_window_s) is not None:
             self._check_window(seconds)
         if self.rotary:
