@@ -38,8 +38,8 @@ Overrides = Annotated[
 Lengths = Annotated[
     Path | None,
     typer.Option(
-        help="With audio.length=variable: a file of clips' seconds, one a line, or a manifest with "
-        "duration_s; without, those of data.train, or WavCaps-like ones."
+        help="With audio.length=variable: a file of clips' seconds, one a line, or a manifest of "
+        "JSON lines with duration_s; without, those of data.train, or WavCaps-like ones."
     ),
 ]
 

@@ -81,6 +81,10 @@ def yaml_file(tmp_path: Path):
             "audio.max_duration_s must hold one patch of 175 ms, got 0.1",
         ),
         (
+            "audio: {length: variable, max_duration_s: 1.0e+9}",  # its positions would be held
+            "audio.max_duration_s must be less than or equal to 3600, got 1000000000.0",
+        ),
+        (
             "audio: {use_cls: false, pool: cls}",
             "audio.pool must not be 'cls' without audio.use_cls, got 'cls'",
         ),

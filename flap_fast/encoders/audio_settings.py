@@ -36,9 +36,10 @@ class Audio(Section):
     keeps its own length, up to audio.max_duration_s; clips are packed, not padded."""
     duration_s: Positive = 10.0
     """audio.length = fixed: seconds of a clip; longer ones are cropped, shorter ones filled."""
-    max_duration_s: Annotated[Positive, AFTER_FRONT_END] = 30.0
+    max_duration_s: Annotated[Positive, Field(le=3600), AFTER_FRONT_END] = 30.0
     """audio.length = variable: longer clips are cropped to this; evaluation takes them whole, in
-    windows of it."""
+    windows of it. A model and its checkpoints hold the positions of all patches up to it (size
+    base: 150 KiB a second), but for audio.time_positions = rotary; take no more than clips need."""
     mel: Annotated[Literal["kaldi", "clap"], MEANS_WEIGHTS] = "kaldi"
     """The front end: Kaldi's (25 ms windows, 16 kHz, natural logarithm), or LAION-CLAP's (1024
     samples at 48 kHz, decibels; HTSAT's default). Rate, bins and statistics follow it."""

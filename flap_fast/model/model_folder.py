@@ -115,7 +115,12 @@ def _with_length(config: Config, length: str) -> Config:
     if config.eval.crop == ("whole" if length == "fixed" else "random"):
         del tree["eval"]["crop"]
     tree["train"]["micro_tokens"] = None  # of training, and no setting of clips of one length
-    return parse_config(tree)
+    try:
+        return parse_config(tree)
+    except ConfigError as error:
+        # Its remedy is for who trains: a model's settings stay as they are.
+        why, rule = str(error).partition(", got ")[0], f"be {config.audio.length} with this model"
+        raise ConfigError(f"length must {rule}, got {length}: {why}; leave it out") from None
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:

@@ -120,8 +120,12 @@ def _plain(mel, ids_keep, weight, bias, position, position_index, patch, dtype):
     rows = patch_rows(mel, clips(ids_keep), ids_keep, patch).flatten(0, 1).to(weight.dtype)
     index = ids_keep if position_index is None else position_index.long()
     check_inside("position_index", index, len(position))
+    index = index.flatten()
     # The product is added to bias and positions, which saves a pass over the output.
-    out = (position.to(total_dtype) + bias).index_select(0, index.flatten())
+    if len(position) <= len(index):
+        out = (position.to(total_dtype) + bias).index_select(0, index)
+    else:  # a table for longer clips than these
+        out = position.index_select(0, index).to(total_dtype) + bias
     return add_product(out, rows, weight.T).to(dtype).unflatten(0, ids_keep.shape)
 
 

@@ -137,10 +137,26 @@ def test_a_model_opens_with_either_length(shards: Path, tmp_path: Path, trained)
         assert evaluated.config.eval.crop == crop
 
 
-def test_an_encoder_of_one_length_says_so(tmp_path: Path):
-    folder = saved(tmp_path / "model", tiny(*HTSAT))
-    with pytest.raises(ConfigError, match=r"audio\.length must be 'fixed' with audio\.encoder = h"):
-        load(folder, "cpu", length="variable")
+@pytest.mark.parametrize(
+    ("trained", "length", "why"),
+    [
+        (HTSAT, "variable", r"audio\.length must be 'fixed' with audio\.encoder = htsat, .*"),
+        (("fusion.type=aff_2d",), "variable", r"audio\.length must be fixed with fusion, .*"),
+        (
+            (*VARIABLE, "audio.attention_window_s=1"),
+            "fixed",
+            r"audio\.attention_window_s must be left out with audio\.length = fixed, .*",
+        ),
+    ],
+)
+def test_a_model_of_one_length_says_so(tmp_path: Path, trained, length: str, why: str):
+    """With a remedy for who opens it: the settings that it was trained with are no choice."""
+    folder = saved(tmp_path / "model", tiny(*trained))
+    rule = rf"^length must be \w+ with this model, got {length}: "
+    with pytest.raises(ConfigError, match=rf"{rule}{why}; leave it out$") as raised:
+        load(folder, "cpu", length=length)
+    assert "set " not in str(raised.value)
+    load(folder, "cpu")
 
 
 def test_another_table_of_positions_is_not_taken_for_one_of_another_length(tmp_path: Path):

@@ -255,3 +255,14 @@ def test_compiles_whole_with_its_gradients_under_autocast(device):
 def test_what_cannot_be_embedded_is_refused(change, message):
     with pytest.raises((TypeError, ValueError), match=message):
         patch_embed(**{**draw("cpu"), **change})
+
+
+def test_of_a_long_table_of_positions_only_the_rows_taken_are_computed_with():
+    """That of clips of up to an hour would else take more time than its patches."""
+    mel, weight, bias = torch.randn(1, 8, 8), torch.randn(3, 16), torch.randn(3)
+    position = torch.ones(1, 3).expand(2**40, 3)  # 12 TiB, were it held
+    index = torch.tensor([[0, 2**40 - 1, 5, 5]])
+    found = patch_embed(mel, None, weight, bias, position, index)
+    assert torch.equal(
+        found, patch_embed(mel, None, weight, bias, position[:6], index.clamp(max=5))
+    )
