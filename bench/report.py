@@ -32,9 +32,10 @@ def write(folder: Path) -> None:
     """Write FOLDER/RESULTS.md from FOLDER/results/*.json."""
     results = read(folder / "results")
     sections = [_HEAD, _targets(results)]
-    for kind, section in _SECTIONS.items():
-        for result in newest_by_device(results, kind):
-            sections.append(section(result))
+    others = {result["kind"] for result in results} - _SECTIONS.keys()
+    for kind in (*_SECTIONS, *sorted(others)):
+        section = reproduced if kind.startswith("reproduce_") else _SECTIONS[kind]
+        sections += map(section, newest_by_device(results, kind))
     (folder / "RESULTS.md").write_text("\n".join(sections))
 
 
@@ -209,7 +210,6 @@ _SECTIONS = {
     "lengths_mix": lengths_mix,
     "ablation_masking": ablation,
     "ablation_objectives": ablation,
-    **{f"reproduce_{name}": reproduced for name in ("precision", "demo", "prepare", "sentences")},
 }
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import infonce_cpu, lengths_mix, loaders, microbatch_memory, report
+from bench import infonce_cpu, lengths_mix, loaders, microbatch_memory, report, reproduce
 from bench.machine import machine, save
 from bench.sweep import BOTH, FORWARD, Row
 from flap_fast.config.file import load_config
@@ -159,3 +159,13 @@ def test_ratios_of_layouts_are_of_the_same_rounds(tmp_path: Path):
     report.write(tmp_path)
     written = (tmp_path / "RESULTS.md").read_text()
     assert "| a test | longest | 2 | 7.0 | 0.286 | 8 (2-10) | 0.50 | 0.50 |" in written
+
+
+@pytest.mark.parametrize("name", list(reproduce.COMMANDS))
+def test_what_is_reproduced_stands_in_the_report(tmp_path: Path, name: str):
+    about = {"kind": f"reproduce_{name}", "machine": machine("cpu"), "command": f"flap {name}"}
+    save(tmp_path, {**about, "table": [["a"], ["17"]]})
+    report.write(tmp_path)
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert f"`flap {name}`, by `python -m bench.reproduce {name}`" in text
+    assert "| 17 |" in text
