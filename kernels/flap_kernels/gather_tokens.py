@@ -23,7 +23,7 @@ from flap_kernels.checks import (
     check_shape,
     check_together,
 )
-from flap_kernels.launch import ceil_div, jit, runs_triton, tl
+from flap_kernels.launch import ceil_div, jit, run_kernel, runs_triton, tl
 from flap_kernels.patches import clips, strides
 from flap_kernels.spec import Inputs, Kernel, Size
 from flap_kernels.unshuffle_tokens import spread
@@ -74,7 +74,9 @@ def _gather_tokens(x: Tensor, ids_keep: Tensor) -> Tensor:
     if out.numel() == 0:
         return out
     (B, K, D), tile = out.shape, blocks(x.shape[2])
-    gather_tokens_kernel[(B * ceil_div(K, tile["BLOCK_ROWS"]), ceil_div(D, tile["BLOCK_D"]))](
+    run_kernel(
+        gather_tokens_kernel,
+        (B * ceil_div(K, tile["BLOCK_ROWS"]), ceil_div(D, tile["BLOCK_D"])),
         x,
         ids_keep,
         out,

@@ -1,4 +1,4 @@
-"""The only import of Triton in this package, and the check whether kernels support a tensor.
+"""The only import of Triton in this package, and the only launch of its kernels.
 
 Without Triton, `jit` leaves a kernel undecorated and `tl` is empty; kernels are then never
 called, since `runs_triton` says no to every tensor.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ __all__ = [
     "ceil_div",
     "interpreted",
     "jit",
+    "run_kernel",
     "runs_triton",
     "tl",
     "triton",
@@ -64,6 +65,14 @@ def runs_triton(*tensors: Tensor) -> bool:
     if interpreted():
         return all(x.device.type in ("cpu", "cuda") for x in tensors)
     return all(x.is_cuda for x in tensors)
+
+
+def run_kernel(
+    kernel: Any, grid: tuple[int, ...], x: Tensor, *arguments: Any, **options: Any
+) -> None:
+    """Launch a kernel with `x` as its first argument, on the device of `x`, the current or not."""
+    with torch.cuda.device_of(x):
+        kernel[grid](x, *arguments, **options)
 
 
 def ceil_div(size: int, block: int) -> int:

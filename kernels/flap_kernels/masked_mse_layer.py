@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flap_kernels.launch import ceil_div, interpreted, runs_triton
+from flap_kernels.launch import ceil_div, interpreted, run_kernel, runs_triton
 from flap_kernels.masked_mse_tiles import masked_mse_kernel, tiles
 from flap_kernels.patches import MOST_PIXELS, patch_rows, strides
 from flap_kernels.precision import accumulator_dtype, add_product, float32_precision
@@ -116,7 +116,9 @@ class Layer:
         by_row = self.row_weight is not None
         shape = (rows if by_row else programs,) if error is None else (programs, self.pixels)
         sums = self.mel.new_empty(shape, dtype=torch.float32)
-        masked_mse_kernel[(programs,)](
+        run_kernel(
+            masked_mse_kernel,
+            (programs,),
             self.hidden,
             self.weight,
             self.bias,

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from flap_kernels.checks import check_floats, check_inside, check_shape, check_together
 from flap_kernels.gather_tokens import scatter_tokens
-from flap_kernels.launch import ceil_div, interpreted, runs_triton
+from flap_kernels.launch import ceil_div, interpreted, run_kernel, runs_triton
 from flap_kernels.patch_embed_tiles import patch_embed_kernel, tiles
 from flap_kernels.patches import (
     MOST_PIXELS,
@@ -82,7 +82,9 @@ def _patch_embed(
     tile = tiles(pixels, product, float32_precision())
     # Absent pointers get a dummy tensor; the kernel never reads it.
     index = ids_keep if position_index is None else position_index
-    patch_embed_kernel[(ceil_div(B * K, tile["BLOCK_ROWS"]),)](
+    run_kernel(
+        patch_embed_kernel,
+        (ceil_div(B * K, tile["BLOCK_ROWS"]),),
         mel,
         ids_keep,
         weight,

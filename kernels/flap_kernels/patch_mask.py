@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from flap_kernels.checks import check_integers, check_shape
-from flap_kernels.launch import jit, runs_triton, tl, triton
+from flap_kernels.launch import jit, run_kernel, runs_triton, tl, triton
 from flap_kernels.philox import LOW, philox_words
 from flap_kernels.spec import Inputs, Kernel, Size
 
@@ -225,7 +225,9 @@ def launch(
     """
     C, R = grid
     outer, inner = streams
-    draw_patch_mask_kernel[(len(sample_index),)](
+    run_kernel(
+        draw_patch_mask_kernel,
+        (len(sample_index),),
         sample_index,
         # Absent pointers get a dummy tensor; the kernel never reads it.
         sample_index if clips is None else clips,

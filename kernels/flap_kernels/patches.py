@@ -23,7 +23,7 @@ from flap_kernels.checks import (
     check_shape,
     check_together,
 )
-from flap_kernels.launch import ceil_div, jit, runs_triton, tl, triton
+from flap_kernels.launch import ceil_div, jit, run_kernel, runs_triton, tl, triton
 from flap_kernels.precision import accumulator_dtype
 
 # A tile of larger patches does not fit in shared memory: plain PyTorch is used.
@@ -185,7 +185,9 @@ def pack_patches(mel: Tensor, index: Tensor, patch: int, dtype: torch.dtype) -> 
     out = mel.new_empty((rows, pixels + 8), dtype=dtype)
     if rows:
         tile = pack_tile(pixels)
-        pack_patches_kernel[(ceil_div(rows, tile["BLOCK_ROWS"]),)](
+        run_kernel(
+            pack_patches_kernel,
+            (ceil_div(rows, tile["BLOCK_ROWS"]),),
             mel,
             index,
             out,

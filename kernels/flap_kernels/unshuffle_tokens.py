@@ -25,7 +25,7 @@ from flap_kernels.checks import (
     check_shape,
     check_together,
 )
-from flap_kernels.launch import ceil_div, runs_triton
+from flap_kernels.launch import ceil_div, run_kernel, runs_triton
 from flap_kernels.patches import add_rows, check_positions, clips, strides
 from flap_kernels.precision import accumulator_dtype
 from flap_kernels.spec import Inputs, Kernel, Size
@@ -69,7 +69,9 @@ def spread(
     index = ids_restore if position_index is None else position_index
     tile = blocks(D)
     grid = (B * ceil_div(N, tile["BLOCK_ROWS"]), ceil_div(D, tile["BLOCK_D"]))
-    unshuffle_tokens_kernel[grid](
+    run_kernel(
+        unshuffle_tokens_kernel,
+        grid,
         y,
         ids_restore,
         token,
@@ -136,7 +138,9 @@ def _unshuffle_tokens_backward(
     tile = blocks(D)
     programs = B * ceil_div(N, tile["BLOCK_ROWS"])
     partial = grad.new_empty((programs, D), dtype=torch.float32)
-    unshuffle_tokens_backward_kernel[(programs, ceil_div(D, tile["BLOCK_D"]))](
+    run_kernel(
+        unshuffle_tokens_backward_kernel,
+        (programs, ceil_div(D, tile["BLOCK_D"])),
         grad,
         ids_restore,
         y_grad,

@@ -19,7 +19,7 @@ KERNEL = '''"""scale_tokens: each token times a number of its own.
 
 import torch
 
-from flap_kernels.launch import jit, runs_triton, tl
+from flap_kernels.launch import jit, run_kernel, runs_triton, tl
 from flap_kernels.spec import Inputs, Kernel
 
 
@@ -45,7 +45,8 @@ def _scale_tokens(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     if not runs_triton(x):
         return scale_tokens_reference(x, w)
     out, (N, D) = _fake(x, w), x.shape
-    scale_tokens_kernel[(N,)](x, w, out, D, *x.stride(), *w.stride(), BLOCK_D=1024)
+    strides = *x.stride(), *w.stride()
+    run_kernel(scale_tokens_kernel, (N,), x, w, out, D, *strides, BLOCK_D=1024)
     return out
 
 

@@ -14,7 +14,7 @@ from flap_kernels.infonce.triton_kernels import (
     dlogits_kernel,
     lse_negatives_kernel,
 )
-from flap_kernels.launch import capability, ceil_div, interpreted
+from flap_kernels.launch import capability, ceil_div, interpreted, run_kernel
 from flap_kernels.precision import Float32Precision, add_product, float32_products
 
 # Forward: partial sums. Backward: the dlogits of at least this many rows.
@@ -98,7 +98,9 @@ class TritonTiled:
             x_rows = x[chunk]
             size = len(x_rows)
             tiles_m = ceil_div(size, tile.BLOCK_M)
-            lse_negatives_kernel[(tiles_m * tiles_n,)](
+            run_kernel(
+                lse_negatives_kernel,
+                (tiles_m * tiles_n,),
                 x_rows,
                 y,
                 scale,
@@ -168,7 +170,9 @@ class TritonTiled:
             x_rows = x[chunk]
             size = len(x_rows)
             tiles = ceil_div(size, tile.BLOCK_M) * tiles_n
-            dlogits_kernel[(tiles,)](
+            run_kernel(
+                dlogits_kernel,
+                (tiles,),
                 x_rows,
                 y,
                 scale,
@@ -255,4 +259,13 @@ def _chunks(size: int, most: int, multiple: int) -> Iterator[slice]:
 
 def _add_partials(partials: Tensor, total: Tensor, count: int, *, onto: bool) -> None:
     grid = (ceil_div(len(total), PARTIAL_BLOCKS["BLOCK"]),)
-    add_partial_lse_kernel[grid](partials, total, count, len(total), ONTO=onto, **PARTIAL_BLOCKS)
+    run_kernel(
+        add_partial_lse_kernel,
+        grid,
+        partials,
+        total,
+        count,
+        len(total),
+        ONTO=onto,
+        **PARTIAL_BLOCKS,
+    )
