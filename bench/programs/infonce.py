@@ -18,6 +18,9 @@ from flap_kernels.precision import Float32Precision
 
 B, D = 4608, 512
 
+# What the trainer compares of two pairs: the clip and the caption.
+_IDS = 2
+
 # Rows that share an id; and float32, as the trainer's embeddings are, in each precision.
 _VARIANTS: dict[str, tuple[torch.dtype, Float32Precision, bool]] = {
     "": (torch.bfloat16, "ieee", False),
@@ -111,7 +114,13 @@ def _block(M: int, dtype: torch.dtype, ids: bool) -> dict[str, str | int]:
 
 
 def _flags(precision: str, ids: bool) -> dict[str, bool | str]:
-    return {"ROWS": True, "COLUMNS": True, "IDS": ids, "PRECISION": precision, "UPCAST": False}
+    return {
+        "ROWS": True,
+        "COLUMNS": True,
+        "IDS": _IDS * ids,
+        "PRECISION": precision,
+        "UPCAST": False,
+    }
 
 
 PAPER = PaperSizes(_programs)

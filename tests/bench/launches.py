@@ -126,7 +126,7 @@ def call(kernel: Kernel, changes: dict[str, Any], variant: str) -> None:
     inputs = kernel.inputs("paper", torch.Generator())
     arguments = inputs.cast(argument) | changes
     if "ids" in changes:
-        arguments["ids"] = torch.zeros(len(arguments["audio"]), dtype=changes["ids"])
+        arguments["ids"] = torch.zeros(len(arguments["audio"]), 2, dtype=changes["ids"])
     with torch.autocast("cpu", product, enabled=product != argument):
         outputs = kernel.op(**arguments)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)

@@ -25,6 +25,7 @@ LOG2E = math.log2(math.e)
 
 Direction = Literal["symmetric", "a2t", "t2a"]
 Precision = Literal["ieee", "tf32", "bf16"]
+Duplicates = Literal["mask", "positive"]
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,10 @@ class Targets:
     offset: int = 0
     """The positive of row i is column i + offset, if the block has it."""
     x_ids: Tensor | None = None
-    """(M,): rows and columns with equal ids are not negatives of each other; None with `y_ids`."""
+    """(M, K): rows and columns equal in one of K ids are not negatives of each other; None with
+    `y_ids`."""
     y_ids: Tensor | None = None
-    """(N,)."""
+    """(N, K)."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from flap_kernels.infonce.backend import (
     DirectionSums,
     Targets,
 )
+from flap_kernels.infonce.positives import share_an_id
 from flap_kernels.precision import accumulator_dtype, add_product
 
 # Two tiles (the logits and their factors) fit in the cache of a few cores.
@@ -134,13 +135,15 @@ class _Block:
     """Factor from a cosine to a logit to base 2, ()."""
     targets: Targets
     memory: Tensor
+    sharing: tuple[Tensor, Tensor] | None
+    """The rows (M,) and the columns (N,) that share an id with another pair's column or row."""
 
     @classmethod
     def of(cls, x: Tensor, y: Tensor, scale: Tensor, targets: Targets) -> _Block:
         dtype = accumulator_dtype(x.dtype)
         tile = min(len(x), _TILE_ROWS) * min(len(y), _TILE_COLUMNS)
         memory = torch.empty(2, tile, dtype=dtype, device=x.device)
-        return cls(x, y.to(dtype), scale.to(dtype) * LOG2E, targets, memory)
+        return cls(x, y.to(dtype), scale.to(dtype) * LOG2E, targets, memory, _sharing(targets))
 
     def bounded(self) -> bool:
         """Whether all logits are small enough to be exponentiated without a reference point."""
@@ -178,9 +181,37 @@ class _Block:
         return max(0, -ahead), tile.diagonal(ahead)
 
     def mask_same_ids(self, tile: Tensor, tile_m: slice, tile_n: slice, value: float) -> None:
+        """Fill in the logits of rows and columns that share an id; few rows do, as a rule."""
         x_ids, y_ids = self.targets.x_ids, self.targets.y_ids
-        if x_ids is not None and y_ids is not None:
-            tile.masked_fill_(x_ids[tile_m, None] == y_ids[None, tile_n], value)
+        if self.sharing is None or x_ids is None or y_ids is None:
+            return
+        rows, columns = (
+            of_all[part].nonzero()[:, 0]
+            for of_all, part in zip(self.sharing, (tile_m, tile_n), strict=True)
+        )
+        if len(rows) and len(columns):
+            same = share_an_id(x_ids[tile_m][rows], y_ids[tile_n][columns])
+            i, j = same.nonzero().unbind(1)
+            tile[rows[i], columns[j]] = value
+
+
+def _sharing(targets: Targets) -> tuple[Tensor, Tensor] | None:
+    """The rows (M,) and columns (N,) that share an id with a column or row other than their own."""
+    x_ids, y_ids = targets.x_ids, targets.y_ids
+    if x_ids is None or y_ids is None:
+        return None
+    return _shared(x_ids, y_ids, targets.offset), _shared(y_ids, x_ids, -targets.offset)
+
+
+def _shared(ids: Tensor, others: Tensor, offset: int) -> Tensor:
+    own = torch.arange(len(ids), device=ids.device) + offset
+    has_own = (own >= 0) & (own < len(others))
+    shared = torch.zeros_like(has_own)
+    for column, other in zip(ids.unbind(1), others.unbind(1), strict=True):
+        found, in_order = column.contiguous(), other.sort().values
+        first, last = (torch.searchsorted(in_order, found, right=right) for right in (False, True))
+        shared |= last - first > has_own
+    return shared
 
 
 def _add_sums(logits: Tensor, totals: tuple[Tensor | None, Tensor | None]) -> None:

@@ -91,6 +91,17 @@ def _column_slabs(tile, SLABS: tl.constexpr):
 
 
 @jit
+def _share_an_id(x_ids_ptr, y_ids_ptr, offs_m, offs_n, mask_m, mask_n, IDS: tl.constexpr):
+    """Whether a row and a column are equal in one of their IDS ids."""
+    same = (offs_m < 0)[:, None] & (offs_n < 0)[None, :]
+    for k in tl.static_range(IDS):  # pyright: ignore[reportGeneralTypeIssues]
+        x_ids = tl.load(x_ids_ptr + offs_m.to(tl.int64) * IDS + k, mask=mask_m, other=0)
+        y_ids = tl.load(y_ids_ptr + offs_n.to(tl.int64) * IDS + k, mask=mask_n, other=0)
+        same = same | (x_ids[:, None] == y_ids[None, :])
+    return same
+
+
+@jit
 def lse_negatives_kernel(
     x_ptr,
     y_ptr,
@@ -145,9 +156,6 @@ def lse_negatives_kernel(
     factor = tl.load(scale_ptr).to(tl.float32) * 1.4426950408889634
     offs_m = start_m + tl.arange(0, BLOCK_M)
     mask_m = offs_m < M
-    x_ids = offs_m
-    if IDS:
-        x_ids = tl.load(x_ids_ptr + offs_m, mask=mask_m, other=0)
     tops = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     sums = tl.zeros((BLOCK_M,), dtype=tl.float32)
     slabs = _column_slabs(product, SLABS)
@@ -170,8 +178,7 @@ def lse_negatives_kernel(
             # 2^S = 0 at the positive, past the end, and where the ids are the same
             out = is_positive | ~(mask_m[:, None] & mask_n[None, :])
             if IDS:
-                y_ids = tl.load(y_ids_ptr + offs_n, mask=mask_n, other=0)
-                out = out | (x_ids[:, None] == y_ids[None, :])
+                out = out | _share_an_id(x_ids_ptr, y_ids_ptr, offs_m, offs_n, mask_m, mask_n, IDS)
             logits = tl.where(out, float("-inf"), logits)
         # One exponential serves both sums, unless a row or a column lies so far below the slab's
         # maximum (2^-90: its terms down to 2^-36 of its own largest are then still normal numbers)
@@ -311,9 +318,6 @@ def dlogits_kernel(
     if ROWS:
         row_lse = tl.load(row_lse_ptr + offs_m, mask=mask_m, other=0.0)
         row_one_minus_p = tl.load(row_one_minus_p_ptr + offs_m, mask=mask_m, other=0.0)
-    x_ids = offs_m
-    if IDS:
-        x_ids = tl.load(x_ids_ptr + offs_m, mask=mask_m, other=0)
     scale_sum = tl.full((), 0.0, dtype=tl.float32)
     slabs = _column_slabs(product, SLABS)
     WIDTH: tl.constexpr = BLOCK_N // SLABS
@@ -339,8 +343,7 @@ def dlogits_kernel(
         if IDS or past_end or (ahead < BLOCK_M and ahead > -WIDTH):
             out = ~(mask_m[:, None] & mask_n[None, :])
             if IDS:
-                y_ids = tl.load(y_ids_ptr + offs_n, mask=mask_n, other=0)
-                out = out | (x_ids[:, None] == y_ids[None, :])
+                out = out | _share_an_id(x_ids_ptr, y_ids_ptr, offs_m, offs_n, mask_m, mask_n, IDS)
             dlogits = tl.where(out, 0.0, dlogits)
             # dlogits[i, i + offset] = -(1 - p)[i] - (1 - p)[j]
             is_positive = offs_n[None, :] == (offs_m + offset)[:, None]
