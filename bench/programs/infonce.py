@@ -12,7 +12,7 @@ from flap_kernels.infonce.triton_kernels import (
     dlogits_kernel,
     lse_negatives_kernel,
 )
-from flap_kernels.infonce.triton_launch import PARTIAL_BLOCKS, dlogits_chunks, tile_shape
+from flap_kernels.infonce.triton_tiles import PARTIAL_BLOCKS, dlogits_chunks, tile_shape
 from flap_kernels.launch import ceil_div
 from flap_kernels.precision import Float32Precision
 
@@ -22,7 +22,7 @@ B, D = 4608, 512
 _IDS = 2
 
 # Rows that share an id; and float32, as the trainer's embeddings are, in each precision.
-_VARIANTS: dict[str, tuple[torch.dtype, Float32Precision, bool]] = {
+VARIANTS: dict[str, tuple[torch.dtype, Float32Precision, bool]] = {
     "": (torch.bfloat16, "ieee", False),
     "_ids": (torch.bfloat16, "ieee", True),
     "_tf32": (torch.float32, "tf32", False),
@@ -33,27 +33,27 @@ _VARIANTS: dict[str, tuple[torch.dtype, Float32Precision, bool]] = {
 def _programs(arch: Arch) -> tuple[Program, ...]:
     """Both directions of the loss, forward and backward, one program per variant."""
     found = [_add_partial_lse(arch)]
-    for variant in _VARIANTS:
+    for variant in VARIANTS:
         found += [_lse_negatives(arch, variant), _dlogits(arch, variant)]
     return tuple(found)
 
 
 def _lse_negatives(arch: Arch, variant: str) -> Program:
-    dtype, precision, ids = _VARIANTS[variant]
+    dtype, precision, ids = VARIANTS[variant]
     tile = asdict(tile_shape(arch, dtype, precision))
     partials = ceil_div(B, tile["BLOCK_M"]) + ceil_div(B, tile["BLOCK_N"])
     return Program(
         name=f"infonce_lse_negatives{variant}",
         kernel=lse_negatives_kernel,
         signature={
-            **_block(B, dtype, ids),
+            **block(B, dtype, ids),
             **dict.fromkeys(
                 ("row_partial_ptr", "column_partial_ptr", "positive_logit_ptr"), "*fp32"
             ),
         },
         num_warps=tile.pop("num_warps"),
         num_stages=tile.pop("num_stages"),
-        constants={**_flags(precision, ids), **tile},
+        constants={"ROWS": True, "COLUMNS": True, **flags(precision, ids), **tile},
         matrix_product=dtype == torch.bfloat16 or precision == "tf32",
         bytes_moved=2 * B * D * dtype.itemsize + 4 * B * (partials + 1),
         flops=2 * B * B * D,
@@ -61,7 +61,7 @@ def _lse_negatives(arch: Arch, variant: str) -> Program:
 
 
 def _dlogits(arch: Arch, variant: str) -> Program:
-    dtype, precision, ids = _VARIANTS[variant]
+    dtype, precision, ids = VARIANTS[variant]
     tile = asdict(tile_shape(arch, dtype, precision))
     M = dlogits_chunks(B, B, dtype, tile["BLOCK_M"], None)[0].stop
     sums = ("row_lse_ptr", "row_one_minus_p_ptr", "column_lse_ptr", "column_one_minus_p_ptr")
@@ -69,14 +69,14 @@ def _dlogits(arch: Arch, variant: str) -> Program:
         name=f"infonce_dlogits{variant}",
         kernel=dlogits_kernel,
         signature={
-            **_block(M, dtype, ids),
+            **block(M, dtype, ids),
             **dict.fromkeys((*sums, "scale_partial_ptr"), "*fp32"),
             "dlogits_ptr": pointer(dtype),
             "stride_gm": B,
         },
         num_warps=tile.pop("num_warps"),
         num_stages=tile.pop("num_stages"),
-        constants={**_flags(precision, ids), **tile},
+        constants={"ROWS": True, "COLUMNS": True, **flags(precision, ids), **tile},
         matrix_product=dtype == torch.bfloat16 or precision == "tf32",
         bytes_moved=((M + B) * D + M * B) * dtype.itemsize + 4 * 2 * (M + B),
         flops=2 * M * B * D,
@@ -95,7 +95,7 @@ def _add_partial_lse(arch: Arch) -> Program:
     )
 
 
-def _block(M: int, dtype: torch.dtype, ids: bool) -> dict[str, str | int]:
+def block(M: int, dtype: torch.dtype, ids: bool) -> dict[str, str | int]:
     """Rows and columns of a block of logits, and the vectors that belong to them."""
     rows = pointer(dtype)
     return {
@@ -113,14 +113,8 @@ def _block(M: int, dtype: torch.dtype, ids: bool) -> dict[str, str | int]:
     }
 
 
-def _flags(precision: str, ids: bool) -> dict[str, bool | str]:
-    return {
-        "ROWS": True,
-        "COLUMNS": True,
-        "IDS": _IDS * ids,
-        "PRECISION": precision,
-        "UPCAST": False,
-    }
+def flags(precision: str, ids: bool) -> dict[str, bool | int | str]:
+    return {"IDS": _IDS * ids, "PRECISION": precision, "UPCAST": False}
 
 
 PAPER = PaperSizes(_programs)

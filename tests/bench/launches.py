@@ -32,6 +32,7 @@ COLUMNS, _, KEEP_COLUMNS = ragged_sizes("paper")
 # What a kernel's own inputs leave out.
 CALLS: dict[str, list[dict[str, Any]]] = {
     "infonce": [{}, {"ids": torch.int64}, {"precision": "tf32"}],
+    "sigmoid_loss": [{}, {"ids": torch.int64}, {"precision": "tf32"}],
     "draw_patch_mask": [
         {"shared": True},
         {"shared": False},

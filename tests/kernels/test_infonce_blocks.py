@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import assert_type
+from typing import Any, assert_type
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from flap_kernels.infonce.backend import Backend, BlockSums, DirectionSums, Targ
 from flap_kernels.infonce.op import choose_backend
 from flap_kernels.infonce.torch_tiled import TorchTiled
 from flap_kernels.infonce.triton_launch import TritonTiled
+from flap_kernels.infonce.triton_tiles import chunks_of
 from tests.kernels.test_every_kernel import check_as_exact, strided
 from tests.kernels.test_infonce import pairs
 
@@ -71,7 +72,7 @@ def test_kernels_have_the_sums_and_gradients_of_plain_pytorch(M, N, offset, ids,
         factor = torch.tensor(0.25, device=x.device)
         narrow = [in_float32(sums) for sums in directions]
         for x_wanted, y_wanted in ((True, True), (True, False), (False, True)):
-            wanted = {"x_wanted": x_wanted, "y_wanted": y_wanted}
+            wanted: dict[str, Any] = {"x_wanted": x_wanted, "y_wanted": y_wanted}
             mine = TRITON.gradients(x, y, scale, narrow[0], narrow[1], factor, targets, **wanted)
             theirs = TORCH.gradients(
                 *doubles, directions[0], directions[1], factor.double(), targets, **wanted
@@ -148,7 +149,7 @@ def test_small_workspace_gives_what_a_large_one_does(kernel_device):
 def test_workspace_is_bounded():
     # 1 MiB holds two rows of tiles of 128 here, or 100 rows that are cut to one tile.
     for most, lengths in ((256, [256, 256, 256, 232]), (100, [128] * 7 + [104])):
-        spans = list(triton_launch._chunks(1000, most, 128))
+        spans = list(chunks_of(1000, most, 128))
         assert [span.stop - span.start for span in spans] == lengths
 
 

@@ -7,6 +7,7 @@ a block of their own, whose sums by row are added to those of the pairs.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ class Columns:
         y_wanted: bool = True,
     ) -> BlockGradients:
         """The gradients of the rows, of the pairs and then the extra (N + E, D), of the scale."""
-        wanted = {"x_wanted": x_wanted, "y_wanted": y_wanted}
+        wanted: Any = {"x_wanted": x_wanted, "y_wanted": y_wanted}
         found = backend.gradients(
             x, self.pairs, scale, row_sums, column_sums, factor, self.targets, **wanted
         )

@@ -86,10 +86,16 @@ class Positives:
         ends = torch.searchsorted(self.rows, torch.tensor([part.start, part.stop]))
         return slice(*ends.tolist())
 
-    def differences(self, values: Tensor, part: slice, u: float, v: float) -> Tensor:
-        """c_i of `values` (B, D) for those of the rows that lie in `part`, in the values' dtype."""
+    def differences(
+        self, values: Tensor, part: slice, u: float, v: float, *, mean: bool = True
+    ) -> Tensor:
+        """c_i of `values` (B, D) for those of the rows that lie in `part`, in the values' dtype.
+
+        Without `mean`, |P| is left out of c_i.
+        """
         found = torch.empty_like(values[self.rows[part]])
-        share = 1.0 / self.count.to(values.dtype)[:, None]
+        count = self.count if mean else torch.ones_like(self.count)
+        share = 1.0 / count.to(values.dtype)[:, None]
         for start in range(0, values.shape[1], _WIDTH):
             width = slice(start, start + _WIDTH)
             of_rows = values[self.rows, width]
@@ -123,13 +129,27 @@ def positive_term(
 
     With `sizes` over the pairs of all ranks; gradients are then W times those of this rank's rows.
     """
-    term: Tensor = _PositiveTerm.apply(audio, text, scale, ids, direction, sizes)
+    u, v = float(direction != "t2a"), float(direction != "a2t")
+    term: Tensor = _PositiveTerm.apply(audio, text, scale, None, ids, (u, v), True, sizes)
+    return term
+
+
+def sigmoid_positive_term(
+    audio: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    ids: Tensor,
+    sizes: RankSizes | None = None,
+) -> Tensor:
+    """What makes the sigmoid loss that of several positives, of -l each, as `positive_term`."""
+    term: Tensor = _PositiveTerm.apply(audio, text, scale, bias, ids, (1.0, 0.0), False, sizes)
     return term
 
 
 class _PositiveTerm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, audio, text, scale, ids, direction: Direction, sizes: RankSizes | None):
+    def forward(ctx, audio, text, scale, bias, ids, weights, mean, sizes: RankSizes | None):
         dtype = accumulator_dtype(audio.dtype)
         audio_all, text_all, own = audio, text, slice(0, len(audio))
         if sizes is not None:
@@ -138,22 +158,26 @@ class _PositiveTerm(torch.autograd.Function):
         positives = Positives.of(ids)
         part = positives.within(own)
         rows = positives.rows[part] - own.start
-        u, v = float(direction != "t2a"), float(direction != "a2t")
+        u, v = weights
         audio_wanted, text_wanted = ctx.needs_input_grad[:2]
-        c = positives.differences(text_all.to(dtype), part, u, v)
+        c = positives.differences(text_all.to(dtype), part, u, v, mean=mean)
         value = (audio[rows].to(dtype) * c).sum()
-        of_text = positives.differences(audio_all.to(dtype), part, v, u) if text_wanted else None
-        ctx.save_for_backward(scale, rows, c if audio_wanted else None, of_text, value)
+        of_text = None
+        if text_wanted:
+            of_text = positives.differences(audio_all.to(dtype), part, v, u, mean=mean)
+        further = (1 - positives.count).sum().to(dtype)
+        ctx.save_for_backward(scale, rows, c if audio_wanted else None, of_text, value, further)
         ctx.factor = 1.0 / (len(ids) * (u + v))
         ctx.world = 1 if sizes is None else sizes.world
         ctx.shape, ctx.dtype = audio.shape, audio.dtype
         total = value.clone() if sizes is None else sizes.reduce(value.clone(), dist.ReduceOp.SUM)
-        return total * scale * ctx.factor
+        term = total * scale if bias is None else total * scale + further * bias
+        return (term * ctx.factor).to(dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        scale, rows, c, of_text, value = ctx.saved_tensors
+        scale, rows, c, of_text, value, further = ctx.saved_tensors
         factor = grad * (ctx.factor * ctx.world)
 
         def gradient(of_rows: Tensor | None) -> Tensor | None:
@@ -163,8 +187,15 @@ class _PositiveTerm(torch.autograd.Function):
             whole[rows] = (of_rows * (factor * scale)).to(ctx.dtype)
             return whole
 
-        scale_grad = (factor * value).to(scale.dtype) if ctx.needs_input_grad[2] else None
-        return gradient(c), gradient(of_text), scale_grad, None, None, None
+        scale_wanted, bias_wanted = ctx.needs_input_grad[2:4]
+        return (
+            gradient(c),
+            gradient(of_text),
+            (factor * value).to(scale.dtype) if scale_wanted else None,
+            # All ranks know the number of all pairs: their average is its gradient.
+            (grad * ctx.factor * further).to(scale.dtype) if bias_wanted else None,
+            *(None,) * 4,
+        )
 
 
 def _groups(ids: Tensor) -> Iterator[tuple[int, Tensor]]:

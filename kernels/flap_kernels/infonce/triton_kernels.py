@@ -257,6 +257,19 @@ def add_partial_lse_kernel(
 
 
 @jit
+def _store_dlogits(dlogits_ptr, dlogits, mask, stride_gm, PRECISION: tl.constexpr):
+    """Store a slab of dlogits for a product of this precision; the pointer is the slab's."""
+    if PRECISION == "tf32":  # to the nearest: the next product truncates these bits
+        bits = (dlogits.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        # A NaN stays: its bits would carry into the sign.
+        dlogits = tl.where(dlogits == dlogits, bits.to(tl.float32, bitcast=True), dlogits)
+    offs_m = tl.arange(0, dlogits.shape[0])
+    offs_n = tl.arange(0, dlogits.shape[1])
+    dlogits_ptrs = dlogits_ptr + offs_m[:, None] * stride_gm + offs_n[None, :]
+    tl.store(dlogits_ptrs, dlogits.to(dlogits_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
 def dlogits_kernel(
     x_ptr,
     y_ptr,
@@ -350,12 +363,7 @@ def dlogits_kernel(
             dlogits = tl.where(is_positive & mask_n[None, :], at_positive, dlogits)
         # dscale = sum(dlogits * (x y^T))
         scale_sum += tl.sum(dlogits * product)
-        if PRECISION == "tf32":  # to the nearest: the next product truncates these bits
-            bits = (dlogits.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
-            # A NaN stays: its bits would carry into the sign.
-            dlogits = tl.where(dlogits == dlogits, bits.to(tl.float32, bitcast=True), dlogits)
-        dlogits_ptrs = dlogits_ptr + start_m.to(tl.int64) * stride_gm + first
-        dlogits_ptrs += tl.arange(0, BLOCK_M)[:, None] * stride_gm + tl.arange(0, WIDTH)[None, :]
         mask = mask_m[:, None] & mask_n[None, :]
-        tl.store(dlogits_ptrs, dlogits.to(dlogits_ptr.dtype.element_ty), mask=mask)
+        slab_ptr = dlogits_ptr + start_m.to(tl.int64) * stride_gm + first
+        _store_dlogits(slab_ptr, dlogits, mask, stride_gm, PRECISION)
     tl.store(scale_partial_ptr + pid, scale_sum)
