@@ -47,6 +47,8 @@ class Embeddings:
     """(M, d) float32, unit rows."""
     clip_of_caption: Tensor
     """(M,) int64: the clip that each caption belongs to."""
+    captions: Sequence[str]
+    """The text of each caption."""
     labels: tuple[tuple[str, ...], ...]
     """The class names of each clip, often none; underscores have become spaces."""
 
@@ -78,7 +80,7 @@ def embed(
         media = finite(_pooled(media, np.bincount(crops.clips).tolist()), shards.name)
         text = text_embedder(model.embed_text, tokenizer, ranks, config.eval.batch)(texts.captions)
     clip_of_caption = torch.tensor(texts.clip_of_caption, device=ranks.device).long()
-    return Embeddings(media, text, clip_of_caption, texts.labels)
+    return Embeddings(media, text, clip_of_caption, texts.captions, texts.labels)
 
 
 def _pooled(rows: Tensor, counts: list[int]) -> Tensor:
