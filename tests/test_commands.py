@@ -180,7 +180,7 @@ def test_eval_takes_a_text_encoder_alone(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--tasks", "recall"), "a task must be one of retrieval, zero_shot"),
+        (("--tasks", "recall"), "a task must be one of retrieval, relevance"),
         (("--crop", "left"), "eval.crop must match pattern"),
         (("--batch", "0"), "eval.batch must be greater than or equal to 1"),
         (("--templates", "none", "--tasks", "zero_shot"), "eval.templates must contain {label}"),

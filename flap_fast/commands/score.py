@@ -30,6 +30,7 @@ _TEMPLATES = (
 _EQUAL = (
     "Retrieval: captions equal to another clip's count as right; as the model's eval section says."
 )
+_RELEVANCE = "Of the task relevance: a table of queries and the names of right files."
 _CLASSES = "Zero-shot classes, one a line or LAION's JSON; the labels of the data when not given."
 
 
@@ -46,6 +47,7 @@ def evaluate(
     templates: Annotated[str | None, typer.Option(help=_TEMPLATES)] = None,
     classes: Annotated[Path | None, typer.Option(help=_CLASSES)] = None,
     equal_captions: Annotated[bool | None, typer.Option(help=_EQUAL)] = None,
+    relevance: Annotated[str | None, typer.Option(help=_RELEVANCE)] = None,
     pool: Annotated[
         str, typer.Option(help="Pooling of a text encoder without a model: mean, cls, pooler.")
     ] = "mean",
@@ -57,7 +59,7 @@ def evaluate(
 
     asked = tuple(task for task in tasks.replace(",", " ").split() if task)
     settings = {"batch": batch, "crop": crop, "templates": templates}
-    settings["equal_captions"] = equal_captions
+    settings |= {"equal_captions": equal_captions, "relevance": relevance}
     for name, file in (("--out", out), ("--markdown", markdown), ("--latex", latex)):
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)

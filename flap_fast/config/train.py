@@ -163,6 +163,8 @@ class Eval(Section):
     equal_captions: bool = False
     """Retrieval: a caption finds each clip that has it or an equal caption, a clip each caption
     equal to one of its own. Equal whatever their case, punctuation and white space."""
+    relevance: str = ""
+    """Relevance: a table of queries and the files that are right, as of DCASE 2025 Task 6."""
     sentences: Literal["joint", "tower"] = "joint"
     """Sentence embeddings for STS and SentEval: in the joint space, or the text encoder's own."""
 

@@ -1,7 +1,7 @@
 """Captions that are equal to another clip's: how many there are, and as right answers.
 
 Equal are captions of the same words, whatever their case, punctuation and white space. Retrieval
-systems remove these before they encode a caption (WavCaps; DCASE's baselines of Task 6b and 8).
+systems remove these before they encode a caption (WavCaps; the baseline of DCASE 2025 Task 6).
 """
 
 from __future__ import annotations

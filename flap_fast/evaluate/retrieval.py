@@ -12,7 +12,7 @@ With eval.equal_captions, right for a caption are all clips that have it or an e
 clip all captions equal to one of its own. A query is found by the best of its right answers.
 
 mAP@k is the mean of sum_i i / rank_i / R over queries: R right answers, of which the i-th stands at
-rank_i <= k. As in the baseline of DCASE 2025 Task 6, R is not cut off at k.
+rank_i <= k. As in DCASE's baselines of 2023 and 2025, R is not cut off at k.
 
 Source: FLAP, arXiv 2311.01615, section 4; DCASE 2023 Task 6b for the sorted mAP@10, 2025 Task 6 for
 mAP@16.
@@ -68,9 +68,9 @@ def retrieval(
         by_text = text_to_media_scores(media_positions(media, text, clip_of_caption, ranks))
     else:
         of_captions, of_clips = pairs
-        by_text = _scores_of_pairs(text, media, of_captions, ranks)
+        by_text = scores_of_pairs(text, media, of_captions, ranks)
         # LAION-CLAP's stays a statistic of a clip's own captions.
-        by_media |= _scores_of_pairs(media, text, of_clips, ranks)
+        by_media |= scores_of_pairs(media, text, of_clips, ranks)
     return {to_text: by_media, to_media: by_text, "clips": len(media), "captions": len(text)}
 
 
@@ -82,7 +82,7 @@ def _with_equal(clip_of_caption: Tensor, texts: Sequence[int] | None) -> tuple[P
     return right_pairs(clips, texts)
 
 
-def _scores_of_pairs(
+def scores_of_pairs(
     queries: Tensor, answers: Tensor, pairs: Pairs, ranks: Ranks
 ) -> dict[str, float]:
     """Scores of queries with any number of right answers, without LAION-CLAP's statistic."""

@@ -332,7 +332,7 @@ def test_sentences_may_be_embedded_by_the_tower_alone():
     ("data", "tasks", "message"),
     [
         ((), (), "DATA or --tasks must say what to score, got 'neither'"),
-        (("val",), ("recall",), "a task must be one of retrieval, zero_shot, .*, got 'recall'"),
+        (("val",), ("recall",), "a task must be one of retrieval, relevance, .*, got 'recall'"),
         (("val",), ("sts",), "the data of sts must name a file or folder of sentences"),
         (("val",), ("flops",), "val must be wanted by a task, one of retrieval"),
         (("sts.csv",), ("retrieval",), "the data of retrieval must name a folder of shards"),
