@@ -27,10 +27,8 @@ _CROP = "Of long clips: random, center, multi:K or whole; eval.crop of the model
 _TEMPLATES = (
     "Zero-shot prompt with {label}, a set (audio29, imagenet80), or a file with one a line."
 )
-_EQUAL = (
-    "Retrieval: captions equal to another clip's count as right; as the model's eval section says."
-)
-_RELEVANCE = "Of the task relevance: a table of queries and the names of right files."
+_EQUAL = "Other clips' equal captions count as right; eval.equal_captions when not given."
+_RELEVANCE = "Of the task relevance: a table of queries and their right files."
 _CLASSES = "Zero-shot classes, one a line or LAION's JSON; the labels of the data when not given."
 
 

@@ -52,6 +52,7 @@ _CLOTHO = (
 
 
 def sheet(name: str, found: dict[str, Any], path: str) -> Sheet:
+    """One data set's table, with the papers' rows of both directions."""
     to_text, to_media = directions_of(found)
     modality = to_text.removesuffix("_to_text")
     known = papers.data_set(path, modality) or ""
