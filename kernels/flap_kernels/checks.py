@@ -34,9 +34,13 @@ def check_integers(**tensors: Tensor) -> None:
             raise TypeError(f"{name} must be int32 or int64, got {x.dtype}")
 
 
+# Where indices are checked: reading them would make a GPU synchronise.
+CHECKED_DEVICES = ("cpu",)
+
+
 def checks_values(index: Tensor) -> bool:
-    """Whether indices are checked: on a CPU only, for a GPU would synchronise."""
-    return index.device.type == "cpu"
+    """Whether the values of an index are checked."""
+    return index.device.type in CHECKED_DEVICES
 
 
 def check_inside(name: str, index: Tensor, N: int) -> None:

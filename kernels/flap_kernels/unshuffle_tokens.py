@@ -24,6 +24,7 @@ from flap_kernels.checks import (
     check_integers,
     check_shape,
     check_together,
+    checks_values,
     clamped,
 )
 from flap_kernels.launch import ceil_div, run_kernel, runs_triton
@@ -114,10 +115,8 @@ def _unshuffle_tokens(
 ) -> Tensor:
     if runs_triton(y, mask_token):
         return spread(y, ids_restore, mask_token, position, position_index, dtype)
-    check_inside("ids_restore", ids_restore, ids_restore.shape[1])
-    (B, K, D), total_dtype = y.shape, _promoted(y, mask_token, position)
-    full = torch.cat([y.to(total_dtype), mask_token.to(total_dtype).expand(B, 1, D)], 1)
-    out = full[clips(ids_restore), or_last(ids_restore, K)]
+    total_dtype = _promoted(y, mask_token, position)
+    out = _unshuffled(y.to(total_dtype), ids_restore, mask_token.to(total_dtype))
     if position is not None and position_index is not None:
         p, outside = clamped("position_index", position_index, len(position))
         out += nan_rows(position[p], outside)
@@ -138,9 +137,14 @@ def _unshuffle_tokens_backward(
     """The gradients of `y`, in its dtype, and of the mask token, at least float32."""
     y_grad, token_grad = _empty_gradients(grad, ids_restore, K, dtype)
     if not runs_triton(grad):
+        b = clips(ids_restore)
+        if checks_values(ids_restore):
+            order = _inverse(ids_restore)
+            y_grad.copy_(grad[b, order[:, :K]])
+            return y_grad, grad[b, order[:, K:]].sum((0, 1), dtype=token_grad.dtype)
         slot = or_last(ids_restore, K)
         full = grad.new_zeros((len(grad), K + 1, grad.shape[2]), dtype=dtype)
-        full[clips(slot), slot] = grad.to(dtype)
+        full[b, slot] = grad.to(dtype)
         dropped = grad.masked_fill((slot < K)[..., None], 0)
         return y_grad.copy_(full[:, :K]), dropped.sum((0, 1), dtype=token_grad.dtype)
     if grad.numel() == 0:
@@ -171,6 +175,24 @@ def _empty_gradients(grad, ids_restore, K, dtype):
     B, _, D = grad.shape
     total_dtype = accumulator_dtype(grad.dtype)
     return grad.new_empty((B, K, D), dtype=dtype), grad.new_empty(D, dtype=total_dtype)
+
+
+def _unshuffled(y: Tensor, ids_restore: Tensor, mask_token: Tensor) -> Tensor:
+    """(B, N, D): the kept tokens at their patches, mask tokens at the others."""
+    B, K, D = y.shape
+    if checks_values(ids_restore):  # faster than what also takes indices out of range
+        out = y.new_empty((*ids_restore.shape, D)).copy_(mask_token)
+        out[clips(ids_restore), _inverse(ids_restore)[:, :K]] = y
+        return out
+    full = torch.cat([y, mask_token.expand(B, 1, D)], 1)
+    return full[clips(ids_restore), or_last(ids_restore, K)]
+
+
+def _inverse(ids_restore: Tensor) -> Tensor:
+    """(B, N) int64, the inverse permutation: the kept patches, then the dropped ones."""
+    check_inside("ids_restore", ids_restore, ids_restore.shape[1])
+    n = torch.arange(ids_restore.shape[1], device=ids_restore.device).expand(ids_restore.shape)
+    return torch.empty_like(n).scatter_(1, ids_restore.long(), n)
 
 
 def _setup(ctx, inputs, output):
