@@ -108,10 +108,12 @@ def scatter_tokens(grad: Tensor, ids_keep: Tensor, N: int) -> Tensor:
             grad = grad.masked_fill(outside[..., None], 0)
         at, out = (clips(n), n), grad.new_zeros(B, N, D)
         return out.index_put_(at, grad, accumulate=outside is not None)
-    k = torch.arange(K, device=ids_keep.device).expand(B, K)
-    # The slot of each token among the kept ones, K where it was dropped.
-    slots = torch.full((B, N + 1), K, device=ids_keep.device).scatter_(1, or_last(ids_keep, N), k)
-    return spread(grad, slots[:, :N], None, None, None, grad.dtype)
+    # The slot of each token among the kept ones, K where it was dropped; at the end of all clips
+    # one that takes what is outside, so that rows stay N apart.
+    slots = torch.full((B * N + 1,), K, device=ids_keep.device)
+    n = or_last(ids_keep, N)
+    slots[torch.where(n < N, n + N * clips(n), B * N)] = torch.arange(K, device=n.device)
+    return spread(grad, slots[:-1].view(B, N), None, None, None, grad.dtype)
 
 
 @scatter_tokens.register_fake
