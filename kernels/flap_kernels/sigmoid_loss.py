@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from flap_kernels.checks import check_choice, check_shape, check_together
+from flap_kernels.infonce.arguments import check_arguments, choose_backend, operands
 from flap_kernels.infonce.backend import Duplicates, Precision, Targets
 from flap_kernels.infonce.distributed import REPLICATED_ROWS, Scheme
-from flap_kernels.infonce.op import check_arguments, choose_backend, operands
 from flap_kernels.infonce.positives import share_an_id, sigmoid_positive_term
 from flap_kernels.infonce.rank_sizes import RankSizes
 from flap_kernels.precision import accumulator_dtype

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from flap_kernels.checks import check_choice, check_shape, check_together
+from flap_kernels.infonce.arguments import check_arguments, choose_backend, operands
 from flap_kernels.infonce.backend import (
     Direction,
     DirectionSums,
@@ -37,7 +38,6 @@ from flap_kernels.infonce.backend import (
     losses_and_sums,
 )
 from flap_kernels.infonce.distributed import REPLICATED_ROWS, Scheme, distributed_infonce
-from flap_kernels.infonce.op import check_arguments, choose_backend, operands
 from flap_kernels.infonce.rank_sizes import RankSizes
 from flap_kernels.precision import accumulator_dtype
 

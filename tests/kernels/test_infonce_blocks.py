@@ -11,8 +11,8 @@ from torch import Tensor
 
 from flap_kernels import KERNELS
 from flap_kernels.infonce import triton_launch
-from flap_kernels.infonce.backend import Backend, BlockSums, DirectionSums, Targets
-from flap_kernels.infonce.op import choose_backend
+from flap_kernels.infonce.arguments import choose_backend
+from flap_kernels.infonce.backend import BlockSums, DirectionSums, Targets, TileBackend
 from flap_kernels.infonce.torch_tiled import TorchTiled
 from flap_kernels.infonce.triton_launch import TritonTiled
 from flap_kernels.infonce.triton_tiles import chunks_of
@@ -88,12 +88,12 @@ def test_the_gradient_of_the_scale_has_a_type_from_the_op_to_the_kernel():
     """Checked by pyright: with an Any on the way, `assert_type` is an error there."""
     x = torch.eye(2)
     backend = choose_backend(x, "ieee", None)
-    assert_type(backend, Backend)
+    assert_type(backend, TileBackend)
     sums = DirectionSums(torch.zeros(2), torch.ones(2))
     found = backend.gradients(x, x, torch.ones(()), sums, None, torch.ones(()), Targets())
     assert_type(found.scale, Tensor)
     for every in (TORCH, TRITON):
-        backend: Backend = every
+        backend: TileBackend = every
         assert callable(backend.gradients)
     # S = I log2(e): off the diagonal 2^0 weighs cosines of 0; the positives have -1 each.
     assert found.scale.item() == -2

@@ -98,7 +98,15 @@ class SigmoidSums(NamedTuple):
 
 
 class Backend(Protocol):
-    """Computes a block's sums and gradients; no backend stores the logits."""
+    """Computes a block's sums and gradients; no backend stores the logits.
+
+    A backend of several prefixes (`prefixes`) has a last axis for them in all sums and logits.
+    """
+
+    @property
+    def weights(self) -> Tensor | None:
+        """Weights of the prefixes' losses (K,); None without prefixes."""
+        ...
 
     def sums(
         self,
@@ -123,7 +131,6 @@ class Backend(Protocol):
         factor: Tensor,
         targets: Targets,
         *,
-        values: tuple[Tensor, Tensor] | None = None,
         x_wanted: bool = True,
         y_wanted: bool = True,
     ) -> BlockGradients:
@@ -133,6 +140,28 @@ class Backend(Protocol):
         and -(1 - p) of both at the positive (a direction that is None leaves its terms out):
         x: factor * scale * dlogits y. y: factor * scale * dlogits^T x.
         scale: factor * sum(dlogits * (x y^T)).
+        """
+        ...
+
+
+class TileBackend(Backend, Protocol):
+    """A backend of whole embeddings, which has more uses for a tile of logits."""
+
+    def gradients(
+        self,
+        x: Tensor,
+        y: Tensor,
+        scale: Tensor,
+        row_sums: DirectionSums | None,
+        column_sums: DirectionSums | None,
+        factor: Tensor,
+        targets: Targets,
+        *,
+        values: tuple[Tensor, Tensor] | None = None,
+        x_wanted: bool = True,
+        y_wanted: bool = True,
+    ) -> BlockGradients:
+        """As `Backend.gradients`.
 
         `values`, (M, E) and (N, E) in x's dtype, stand for x and y in the products with dlogits.
         The results are then weighted sums of other embeddings, both in the accumulator's dtype,
@@ -161,9 +190,17 @@ class Backend(Protocol):
         ...
 
 
-def losses_and_sums(lse_negatives: Tensor, positive_logits: Tensor) -> tuple[Tensor, DirectionSums]:
-    """-log p in natural units (M,), and the sums for the gradient; precise for p from 0 to 1."""
+def losses_and_sums(
+    lse_negatives: Tensor, positive_logits: Tensor, weights: Tensor | None = None
+) -> tuple[Tensor, DirectionSums]:
+    """-log p in natural units (M,), and the sums for the gradient; precise for p from 0 to 1.
+
+    Of (M, K) logits with K weights, the losses are weighted sums, and 1 - p is weighted.
+    """
     ahead = (lse_negatives - positive_logits) / LOG2E
     # PyTorch's threshold of 20 would drop e^-20, which is not negligible in float64.
     losses = F.softplus(ahead, threshold=40)
-    return losses, DirectionSums(lse_negatives, torch.sigmoid(ahead))
+    one_minus_p = torch.sigmoid(ahead)
+    if weights is not None:
+        losses, one_minus_p = (losses * weights).sum(1), one_minus_p * weights
+    return losses, DirectionSums(lse_negatives, one_minus_p)

@@ -20,6 +20,7 @@ Source: the gradient's closed form (`backend`); LAION-CLAP and CyCLIP gather wit
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -27,6 +28,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flap_kernels.checks import check_choice
+from flap_kernels.infonce.arguments import (
+    Options,
+    check_arguments,
+    choose_prefix_backend,
+    operands,
+)
 from flap_kernels.infonce.backend import (
     Backend,
     BlockSums,
@@ -37,8 +44,8 @@ from flap_kernels.infonce.backend import (
     losses_and_sums,
 )
 from flap_kernels.infonce.columns import Columns, without_positives
-from flap_kernels.infonce.op import check_arguments, choose_backend, infonce, operands
-from flap_kernels.infonce.positives import positive_term
+from flap_kernels.infonce.op import infonce
+from flap_kernels.infonce.prefixes import check_prefixes, positive_terms
 from flap_kernels.infonce.rank_sizes import RankSizes
 
 Scheme = Literal["auto", "replicated", "sharded"]
@@ -57,6 +64,8 @@ def distributed_infonce(
     scheme: Scheme = "auto",
     ids: Tensor | None = None,
     duplicates: Duplicates = "mask",
+    prefixes: Sequence[int] = (),
+    prefix_weights: Sequence[float] | None = None,
     equal_sizes: bool = False,
     precision: Precision = "ieee",
     workspace_mib: float | None = None,
@@ -81,6 +90,8 @@ def distributed_infonce(
             direction=direction,
             ids=ids,
             duplicates=duplicates,
+            prefixes=prefixes,
+            prefix_weights=prefix_weights,
             precision=precision,
             workspace_mib=workspace_mib,
         )
@@ -90,12 +101,14 @@ def distributed_infonce(
     if scheme == "auto":
         scheme = "replicated" if max(sizes.pairs) <= REPLICATED_ROWS else "sharded"
     run = {"replicated": _Replicated, "sharded": _Sharded}[scheme]
+    prefixes, weights = check_prefixes(prefixes, prefix_weights, audio.shape[1])
     audio, text, products = operands(audio, text, precision)  # rounded before they are sent
-    backend = choose_backend(audio, products, workspace_mib)
+    options = Options(products, workspace_mib, prefixes, weights)
+    backend = choose_prefix_backend(audio, options)
     masked = ids if duplicates == "mask" else None
     loss: Tensor = run.apply(audio, text, scale, masked, sizes, direction, backend)
     if ids is not None and duplicates == "positive":
-        loss = loss + positive_term(audio, text, scale, ids, direction, sizes)
+        loss = loss + positive_terms(audio, text, scale, ids, direction, prefixes, weights, sizes)
     return loss
 
 
@@ -117,7 +130,7 @@ class _Replicated(torch.autograd.Function):
         found = [block.row_lse_negatives for block in blocks]
         packed = torch.stack([*(x for x in found if x is not None), blocks[0].positive_logits], 1)
         *every_lse, positive_logits = sizes.gather(packed).unbind(1)
-        terms = [losses_and_sums(lse, positive_logits) for lse in every_lse]
+        terms = [losses_and_sums(lse, positive_logits, backend.weights) for lse in every_lse]
         row = None if direction == "t2a" else terms[0][1]
         column = None if direction == "a2t" else terms[-1][1]
         sums = *_unpack(row), *_unpack(column)
@@ -176,7 +189,7 @@ class _Sharded(torch.autograd.Function):
         losses = positive_logits.new_zeros(1)
         row = column = None
         if sums.row_lse_negatives is not None:
-            terms, row = losses_and_sums(sums.row_lse_negatives, positive_logits)
+            terms, row = losses_and_sums(sums.row_lse_negatives, positive_logits, backend.weights)
             losses = terms.sum()[None]
         own_lse = sums.column_lse_negatives
         if own_lse is not None:
@@ -186,9 +199,10 @@ class _Sharded(torch.autograd.Function):
             top, every_positive = packed.chunk(2)
             base = top.clamp(min=torch.finfo(top.dtype).min)
             # lse over ranks = base + log2 sum 2^(lse of a rank - base)
-            packed = torch.cat([torch.exp2(own_lse - base), losses])
+            packed = torch.cat([torch.exp2(own_lse - base).flatten(), losses])
             packed = sizes.reduce(packed, dist.ReduceOp.SUM)
-            terms, column = losses_and_sums(packed[:-1].log2() + base, every_positive)
+            lse = packed[:-1].view_as(base).log2() + base
+            terms, column = losses_and_sums(lse, every_positive, backend.weights)
             losses = packed[-1:] + terms.sum()
         else:
             losses = sizes.reduce(losses, dist.ReduceOp.SUM)

@@ -15,23 +15,20 @@ figure 3 (symmetric).
 
 from __future__ import annotations
 
-from typing import get_args
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from flap_kernels.checks import (
-    check_above,
-    check_choice,
-    check_floats,
-    check_integers,
-    check_shape,
-    check_together,
+from flap_kernels.infonce.arguments import (
+    Options,
+    check_arguments,
+    choose_prefix_backend,
+    operands,
 )
 from flap_kernels.infonce.backend import (
-    Backend,
     Direction,
     DirectionSums,
     Duplicates,
@@ -39,20 +36,10 @@ from flap_kernels.infonce.backend import (
     losses_and_sums,
 )
 from flap_kernels.infonce.columns import Columns
-from flap_kernels.infonce.positives import positive_term
+from flap_kernels.infonce.prefixes import check_prefixes, positive_terms
 from flap_kernels.infonce.reference import infonce_reference
-from flap_kernels.infonce.torch_tiled import TorchTiled
-from flap_kernels.infonce.triton_launch import TritonTiled
-from flap_kernels.launch import runs_triton
 from flap_kernels.precision import accumulator_dtype
 from flap_kernels.spec import Inputs, Kernel, Size
-
-
-def choose_backend(x: Tensor, precision: str, workspace_mib: float | None) -> Backend:
-    """The backend for this tensor; `precision` and `workspace_mib` apply to the Triton kernels."""
-    if len(x) and runs_triton(x):
-        return TritonTiled("tf32" if precision == "tf32" else "ieee", workspace_mib)
-    return TorchTiled()
 
 
 @torch.library.custom_op("flap_kernels::infonce", mutates_args=())
@@ -64,9 +51,15 @@ def _forward(
     direction: str,
     precision: str,
     workspace_mib: float | None,
+    prefixes: Sequence[int],
+    weights: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss () and, by row and by column, lse_negatives and 1 - p (B,); (0,) if not used."""
-    backend = choose_backend(audio, precision, workspace_mib)
+    """The loss () and, by row and by column, lse_negatives and 1 - p (B,); (0,) if not used.
+
+    With prefixes the vectors are (B, K).
+    """
+    options = Options(precision, workspace_mib, tuple(prefixes), tuple(weights))
+    backend = choose_prefix_backend(audio, options)
     sums = _columns(text, len(audio), ids).sums(
         backend, audio, scale, rows=direction != "t2a", columns=direction != "a2t"
     )
@@ -76,7 +69,7 @@ def _forward(
         if lse_negatives is None:
             saved += [sums.positive_logits.new_empty(0) for _ in range(2)]
             continue
-        terms, of_direction = losses_and_sums(lse_negatives, sums.positive_logits)
+        terms, of_direction = losses_and_sums(lse_negatives, sums.positive_logits, backend.weights)
         losses.append(terms)
         saved += [of_direction.lse_negatives, of_direction.one_minus_p]
     return torch.stack(losses).mean(), saved[0], saved[1], saved[2], saved[3]
@@ -89,10 +82,11 @@ def _columns(text: Tensor, B: int, ids: Tensor | None) -> Columns:
 
 
 @_forward.register_fake
-def _(audio, text, scale, ids, direction, precision, workspace_mib):
+def _(audio, text, scale, ids, direction, precision, workspace_mib, prefixes, weights):
     dtype = accumulator_dtype(audio.dtype)
-    rows, columns = (len(audio) if direction != other else 0 for other in ("t2a", "a2t"))
-    sizes = (), (rows,), (rows,), (columns,), (columns,)
+    K = (len(prefixes),) if prefixes else ()
+    rows, columns = ((len(audio), *K) if direction != other else (0,) for other in ("t2a", "a2t"))
+    sizes = (), rows, rows, columns, columns
     return tuple(audio.new_empty(size, dtype=dtype) for size in sizes)
 
 
@@ -116,11 +110,14 @@ def _backward(
     text_wanted: bool,
     precision: str,
     workspace_mib: float | None,
+    prefixes: Sequence[int],
+    weights: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of audio, text (empty if not requested) and scale."""
     rows, columns = len(row_one_minus_p) > 0, len(column_one_minus_p) > 0
+    options = Options(precision, workspace_mib, tuple(prefixes), tuple(weights))
     found = _columns(text, len(audio), ids).gradients(
-        choose_backend(audio, precision, workspace_mib),
+        choose_prefix_backend(audio, options),
         audio,
         scale,
         DirectionSums(row_lse_negatives, row_one_minus_p) if rows else None,
@@ -158,11 +155,11 @@ def _backward_flop(audio, text, *rest, **__) -> int:
 
 
 def _save(ctx, inputs, output):
-    audio, text, scale, ids, direction, precision, workspace_mib = inputs
+    audio, text, scale, ids, direction, *options = inputs
     ctx.save_for_backward(audio, text, scale, ids, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.factor = (0.5 if direction == "symmetric" else 1.0) / len(audio)
-    ctx.options = precision, workspace_mib
+    ctx.options = options
 
 
 def _gradients(ctx, grad, *_):
@@ -174,7 +171,7 @@ def _gradients(ctx, grad, *_):
         a_grad if audio_wanted else None,
         t_grad if text_wanted else None,
         scale_grad if scale_wanted else None,
-        *(None,) * 4,
+        *(None,) * 6,
     )
 
 
@@ -189,6 +186,8 @@ def infonce(
     direction: Direction = "symmetric",
     ids: Tensor | None = None,
     duplicates: Duplicates = "mask",
+    prefixes: Sequence[int] = (),
+    prefix_weights: Sequence[float] | None = None,
     precision: Precision = "ieee",
     workspace_mib: float | None = None,
 ) -> Tensor:
@@ -206,6 +205,11 @@ def infonce(
     `positive` positives, and a row's loss is the mean of -log p over its positives, its own pair
     among them. That is for text without extra captions.
 
+    With `prefixes`, ascending widths of at most D, the loss is the sum over them of the weights
+    (1 if not given) times the loss of the embeddings' first columns, brought to length 1; those of
+    the whole width are used as they are. The least arithmetic is that of the longest alone, on a
+    CPU; on a GPU one follows the other.
+
     `precision` is that of float32 operands in products, whose sums stay in float32: `ieee` leaves
     them as they are, the others are for tensor cores and round them to the nearest. `tf32` keeps 10
     bits of the fraction, only on a GPU; `bf16` 7, of the embeddings' gradients too.
@@ -219,63 +223,14 @@ def infonce(
     )
     if len(audio) == 0:
         raise ValueError("audio must hold at least one row, got 0")
+    prefixes, weights = check_prefixes(prefixes, prefix_weights, audio.shape[1])
     audio, text, products = operands(audio, text, precision)
     masked = ids if duplicates == "mask" else None
-    loss: Tensor = _forward(audio, text, scale, masked, direction, products, workspace_mib)[0]
+    options = products, workspace_mib, prefixes, weights
+    loss: Tensor = _forward(audio, text, scale, masked, direction, *options)[0]
     if ids is not None and duplicates == "positive":
-        loss = loss + positive_term(audio, text, scale, ids, direction)
+        loss = loss + positive_terms(audio, text, scale, ids, direction, prefixes, weights)
     return loss
-
-
-def operands(audio: Tensor, text: Tensor, precision: Precision) -> tuple[Tensor, Tensor, str]:
-    """The operands of the products, and the kernels' precision if they are float32."""
-    if precision != "bf16":
-        return audio, text, precision
-    if audio.dtype == torch.float32:
-        audio, text = audio.bfloat16(), text.bfloat16()
-    return audio, text, "ieee"
-
-
-def check_arguments(
-    audio: Tensor,
-    text: Tensor,
-    scale: Tensor | float,
-    direction: str,
-    ids: Tensor | None,
-    duplicates: str,
-    precision: str,
-    workspace_mib: float | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Check the arguments of the public ops; returns the scale as a tensor, and ids as (N, K)."""
-    check_choice("direction", direction, get_args(Direction))
-    check_choice("duplicates", duplicates, get_args(Duplicates))
-    check_choice("precision", precision, get_args(Precision))
-    check_above("workspace_mib", workspace_mib, 0)
-    check_shape("audio", audio, (None, None), "(B, D)")
-    extra = text.ndim == 2 and len(text) > len(audio)
-    check_shape("text", text, (len(text) if extra else len(audio), audio.shape[1]), "(N, D)")
-    if extra and direction == "t2a":
-        raise ValueError(
-            "direction must be symmetric or a2t where text has more rows than audio, got 't2a'"
-        )
-    check_floats(audio=audio, text=text)
-    if audio.dtype != text.dtype:
-        raise TypeError(f"audio and text must be of one type, got {audio.dtype} and {text.dtype}")
-    if not isinstance(scale, Tensor):
-        scale = audio.new_full((), scale, dtype=accumulator_dtype(audio.dtype))
-    check_shape("scale", scale, (), "()")
-    check_together(audio=audio, text=text, scale=scale)
-    if ids is not None:
-        check_integers(ids=ids)
-        wide = ids.ndim == 2 and ids.shape[1] > 0
-        check_shape("ids", ids, (len(text), None) if wide else (len(text),), "(N,) or (N, K)")
-        check_together(audio=audio, ids=ids)
-        ids = ids if wide else ids[:, None]
-        if extra and duplicates == "positive":
-            raise ValueError(
-                "duplicates must be mask where text has more rows than audio, got 'positive'"
-            )
-    return scale, ids
 
 
 def _inputs(size: Size, generator: torch.Generator) -> Inputs:

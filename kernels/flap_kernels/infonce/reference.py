@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flap_kernels.infonce.backend import Direction, Duplicates
@@ -18,8 +22,18 @@ def infonce_reference(
     direction: Direction = "symmetric",
     ids: Tensor | None = None,
     duplicates: Duplicates = "mask",
+    prefixes: Sequence[int] = (),
+    prefix_weights: Sequence[float] | None = None,
 ) -> Tensor:
     """The mean InfoNCE loss of a batch, from the softmax of all logits."""
+    if prefixes:
+        options: Any = {"direction": direction, "ids": ids, "duplicates": duplicates}
+        losses = [
+            infonce_reference(_prefix(audio, d), _prefix(text, d), scale, **options)
+            for d in prefixes
+        ]
+        weights = prefix_weights or (1.0,) * len(losses)
+        return torch.stack([w * x for w, x in zip(weights, losses, strict=True)]).sum()
     logits = scale * (audio @ text.T).to(accumulator_dtype(audio.dtype))
     positives = torch.eye(*logits.shape, dtype=torch.bool, device=audio.device)
     if ids is not None:
@@ -33,6 +47,10 @@ def infonce_reference(
     columns = (logits[:, : len(audio)].T, positives[:, : len(audio)].T)
     summed = {"symmetric": (rows, columns), "a2t": (rows,), "t2a": (columns,)}[direction]
     return torch.stack([_cross_entropy(*each) for each in summed]).mean()
+
+
+def _prefix(x: Tensor, d: int) -> Tensor:
+    return x if d == x.shape[1] else F.normalize(x[:, :d], dim=1)
 
 
 def _cross_entropy(logits: Tensor, positives: Tensor) -> Tensor:

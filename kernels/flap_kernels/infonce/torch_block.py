@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flap_kernels.infonce.backend import Targets
+from flap_kernels.infonce.backend import DirectionSums, Targets
 from flap_kernels.infonce.positives import share_an_id
 from flap_kernels.precision import accumulator_dtype
 
@@ -19,7 +19,7 @@ from flap_kernels.precision import accumulator_dtype
 _TILE_ROWS = 512
 _TILE_COLUMNS = 1024
 # Between 2^-100 and 2^100 a million terms can be summed in float32 as they are.
-_BOUNDED = 100.0
+BOUNDED = 100.0
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Block:
         if not (len(self.x) and len(self.y)):
             return True
         longest = self.y.norm(dim=1).max() * self.x.norm(dim=1, dtype=self.y.dtype).max()
-        return bool(self.factor.abs() * longest < _BOUNDED)
+        return bool(self.factor.abs() * longest < BOUNDED)
 
     def row_tiles(self) -> Iterator[tuple[slice, Tensor]]:
         for start in range(0, len(self.x), _TILE_ROWS):
@@ -91,6 +91,24 @@ class Block:
             same = share_an_id(x_ids[tile_m][rows], y_ids[tile_n][columns])
             i, j = same.nonzero().unbind(1)
             tile[rows[i], columns[j]] = value
+
+    def take_positives(
+        self,
+        dlogits: Tensor,
+        row: DirectionSums | None,
+        column: DirectionSums | None,
+        tile_m: slice,
+        tile_n: slice,
+    ) -> None:
+        """Set a tile's dlogits to -(1 - p) of both directions at the positive, to 0 at same ids."""
+        self.mask_same_ids(dlogits, tile_m, tile_n, 0.0)
+        first, diagonal = self.positives(dlogits, tile_m, tile_n)
+        diagonal.zero_()
+        if row is not None:
+            diagonal -= row.one_minus_p[first:][: len(diagonal)]
+        if column is not None:
+            ahead = self.ahead(tile_m, tile_n)
+            diagonal -= column.one_minus_p[first + ahead :][: len(diagonal)]
 
 
 def _sharing(targets: Targets) -> tuple[Tensor, Tensor] | None:

@@ -26,7 +26,9 @@ _SPREAD = 120.0
 
 
 class TorchTiled:
-    """The `Backend` in plain PyTorch, for every device and type."""
+    """The `TileBackend` in plain PyTorch, for every device and type."""
+
+    weights = None
 
     def sums(
         self,
@@ -55,10 +57,7 @@ class TorchTiled:
                     row_sums[tile_m] if rows else None,
                     column_sums[tile_n] if columns else None,
                 )
-                if bounded:
-                    _add_sums(logits, totals)
-                else:
-                    _add_logarithms(logits, totals, block.scratch(logits))
+                add_to_sums(logits, totals, block.scratch(logits), bounded)
         if bounded:
             row_sums.log2_()
             column_sums.log2_()
@@ -100,16 +99,8 @@ class TorchTiled:
             for tile_n in block.column_tiles():
                 column = None if column_sums is None else column_sums[tile_n]
                 logits = block.logits(x_tile, tile_n)
-                dlogits = _dlogits(logits, row, column, block.scratch(logits), bounded)
-                block.mask_same_ids(dlogits, tile_m, tile_n, 0.0)
-                # dlogits at the positive = -(1 - p), of both directions
-                first, diagonal = block.positives(dlogits, tile_m, tile_n)
-                diagonal.zero_()
-                if row is not None:
-                    diagonal -= row.one_minus_p[first:][: len(diagonal)]
-                if column is not None:
-                    ahead = block.ahead(tile_m, tile_n)
-                    diagonal -= column.one_minus_p[first + ahead :][: len(diagonal)]
+                dlogits = tile_dlogits(logits, row, column, block.scratch(logits), bounded)
+                block.take_positives(dlogits, row, column, tile_m, tile_n)
                 add_product(x_product, dlogits, y_values[tile_n])
                 if y_grad is not None:
                     # dlogits^T x
@@ -174,6 +165,16 @@ class TorchTiled:
         return SigmoidSums(loss, x_grad, y_grad, scale_grad * factor, bias_grad * factor)
 
 
+def add_to_sums(
+    logits: Tensor, totals: tuple[Tensor | None, Tensor | None], scratch: Tensor, bounded: bool
+) -> None:
+    """Add a tile's powers of two to the sums by row and by column, or to their logarithms."""
+    if bounded:
+        _add_sums(logits, totals)
+    else:
+        _add_logarithms(logits, totals, scratch)
+
+
 def _add_sums(logits: Tensor, totals: tuple[Tensor | None, Tensor | None]) -> None:
     """Add the powers of two to the sums; none can overflow or underflow."""
     powers = logits.exp2_()
@@ -199,7 +200,7 @@ def _add_logarithms(
         torch.logaddexp2(total, tile_sums, out=total)
 
 
-def _dlogits(
+def tile_dlogits(
     logits: Tensor,
     row: DirectionSums | None,
     column: DirectionSums | None,

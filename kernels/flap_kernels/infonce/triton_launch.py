@@ -36,13 +36,14 @@ _SUMS_MIB = 256
 
 @dataclass(frozen=True)
 class TritonTiled:
-    """The `Backend` of Triton kernels, for float32 and narrower dtypes, on a GPU or interpreted."""
+    """The `TileBackend` of Triton kernels, for float32 and narrower, on a GPU or interpreted."""
 
     precision: Float32Precision = "ieee"
     """Precision of float32 operands in products."""
     workspace_mib: float | None = None
     """Bounds the memory for partial results; None takes 256 forward, and backward 64 or the
     dlogits of 2048 rows, whichever is more. A row of tiles is always allowed."""
+    weights: None = None
 
     def sums(
         self,
