@@ -353,6 +353,7 @@ def dlogits_kernel(
             dlogits = tl.where(dlogits == dlogits, bits.to(tl.float32, bitcast=True), dlogits)
         dlogits_ptrs = dlogits_ptr + start_m.to(tl.int64) * stride_gm + first
         dlogits_ptrs += tl.arange(0, BLOCK_M)[:, None] * stride_gm + tl.arange(0, WIDTH)[None, :]
-        mask = mask_m[:, None] & mask_n[None, :]
+        # Behind column N the workspace's rows hold zeros: a row is stored in whole lines.
+        mask = mask_m[:, None] & (offs_n < stride_gm)[None, :]
         tl.store(dlogits_ptrs, dlogits.to(dlogits_ptr.dtype.element_ty), mask=mask)
     tl.store(scale_partial_ptr + pid, scale_sum)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flap_kernels.infonce.backend import BlockGradients, BlockSums, DirectionSums, Targets
@@ -147,13 +148,14 @@ class TritonTiled:
         y_wanted: bool = True,
     ) -> BlockGradients:
         """See `Backend.gradients`."""
+        width = x.shape[1]
         x, y = (_operand(v, self.precision) for v in (x, y))
         targets = _contiguous(targets)
         row, column = (sums and sums.contiguous() for sums in (row_sums, column_sums))
         (M, D), N = x.shape, len(y)
         tile = tile_shape(capability(x), x.dtype, self.precision)
         tiles_n = ceil_div(N, tile.BLOCK_N)
-        stride_gm = _dlogits_stride(N)
+        stride_gm = dlogits_stride(N)
         chunks = dlogits_chunks(M, N, x.dtype, tile.BLOCK_M, self.workspace_mib)
         largest = len(range(M)[chunks[0]])
         float32 = {"dtype": torch.float32, "device": x.device}
@@ -161,7 +163,7 @@ class TritonTiled:
         scale_partials = torch.empty(
             len(chunks), ceil_div(largest, tile.BLOCK_M) * tiles_n, **float32
         )
-        x_grad = torch.empty(M, D, dtype=x.dtype, device=x.device) if x_wanted else None
+        x_grad = torch.empty(M, width, dtype=x.dtype, device=x.device) if x_wanted else None
         y_grad = torch.empty(N, D, **float32) if y_wanted else None
         x_product = torch.empty(largest if x_wanted else 0, D, **float32)
         step = factor * scale
@@ -207,21 +209,26 @@ class TritonTiled:
                 if x_grad is not None:
                     # dx = factor * scale * dlogits y
                     add_product(x_product[:size], dlogits, y, beta=0)
-                    torch.mul(x_product[:size], step, out=x_grad[chunk])
+                    torch.mul(x_product[:size, :width], step, out=x_grad[chunk])
                 if y_grad is not None:
                     # dy = factor * scale * dlogits^T x, added up over the chunks
                     add_product(y_grad, dlogits.T, x_rows, beta=int(chunk.start > 0))
         if y_grad is not None:
-            y_grad *= step
+            y_grad = (y_grad.mul_(step))[:, :width].contiguous()
         return BlockGradients(x_grad, y_grad, scale_grad * factor)
 
 
 def _operand(x: Tensor, precision: Float32Precision) -> Tensor:
-    """Round to the nearest tf32: tensor cores truncate, which would make cosines smaller."""
-    if precision == "ieee" or x.dtype != torch.float32:
-        return x
-    nearest = ((x.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
-    return torch.where(x.isfinite(), nearest, x)  # a NaN's bits would carry into the sign
+    """Embeddings as products take them: rounded for `tf32`, their width a multiple of 16.
+
+    Tensor cores truncate to tf32, which would make cosines smaller: numbers are rounded to the
+    nearest first. Other widths get zeros behind: their rows would be loaded number by number.
+    """
+    if precision == "tf32" and x.dtype == torch.float32:
+        nearest = ((x.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+        x = torch.where(x.isfinite(), nearest, x)  # a NaN's bits would carry into the sign
+    missing = -x.shape[1] % 16
+    return F.pad(x, (0, missing)) if missing else x
 
 
 def _contiguous(targets: Targets) -> Targets:
@@ -236,7 +243,7 @@ def dlogits_chunks(
     M: int, N: int, dtype: torch.dtype, BLOCK_M: int, workspace_mib: float | None
 ) -> list[slice]:
     """Chunks of rows whose dlogits fit in the workspace at a time, the longest first."""
-    row_bytes = dtype.itemsize * _dlogits_stride(N)
+    row_bytes = dtype.itemsize * dlogits_stride(N)
     if workspace_mib is None:
         most = max(_DLOGITS_ROWS, _DLOGITS_MIB * 2**20 // row_bytes)
     else:
@@ -244,7 +251,7 @@ def dlogits_chunks(
     return list(_chunks(M, most, BLOCK_M))
 
 
-def _dlogits_stride(N: int) -> int:
+def dlogits_stride(N: int) -> int:
     """Stride of the workspace's rows: a multiple of 128 bytes, for fast library products."""
     return ceil_div(N, 64) * 64
 
