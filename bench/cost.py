@@ -6,8 +6,10 @@ These are predictions, not measurements. What the model assumes:
   the product runs until the path has the tile's multiply-adds; others as often as the program says.
 - A multiprocessor issues 4 instructions a cycle, one for each quarter of its warps. Each kind of
   unit has the chip's published rate (`CHIPS`): tensor cores, 16 exponentials or other special
-  functions a cycle, 128 bytes of shared memory, 64 bytes of the L2 cache, fp32 lanes. Conflicts of
-  banks, latencies, dependences and misses of the instruction cache cost nothing.
+  functions a cycle, 128 bytes of shared memory and loads from global memory, which share the L1
+  cache, fp32 lanes. Copies past the registers and stores go to the L2 cache: of an A100, and taken
+  to be the H100's, 5120 bytes a cycle for all multiprocessors, of a B200 twice that, else 64 for
+  each. Conflicts of banks, latencies, dependences and misses of the instruction cache cost nothing.
 - Within a phase (the product's loop, or the rest) the slowest unit sets the pace. Blocks that are
   resident together overlap one's product with another's rest, at best perfectly; a lone block does
   one after the other.
@@ -40,15 +42,17 @@ class Chip:
     tensor_flops: int
     """Of a multiprocessor in a cycle: dense bf16, summed in fp32; of tf32 half as many."""
     fp32_lanes: int
+    l2_bytes: int
+    """Of a multiprocessor in a cycle."""
 
 
 CHIPS: Mapping[int, Chip] = {
-    80: Chip("A100 SXM", 108, 1.41, 2039, 2048, 64),
-    86: Chip("RTX 3090", 82, 1.695, 936, 512, 128),
-    89: Chip("RTX 4090", 128, 2.52, 1008, 512, 128),
-    90: Chip("H100 SXM", 132, 1.83, 3350, 4096, 128),
-    100: Chip("B200", 148, 1.85, 8000, 8192, 128),
-    120: Chip("RTX 5090", 170, 2.407, 1792, 512, 128),
+    80: Chip("A100 SXM", 108, 1.41, 2039, 2048, 64, 47),
+    86: Chip("RTX 3090", 82, 1.695, 936, 512, 128, 64),
+    89: Chip("RTX 4090", 128, 2.52, 1008, 512, 128, 64),
+    90: Chip("H100 SXM", 132, 1.83, 3350, 4096, 128, 38),
+    100: Chip("B200", 148, 1.85, 8000, 8192, 128, 69),
+    120: Chip("RTX 5090", 170, 2.407, 1792, 512, 128, 64),
 }
 """By compute capability, the product that a prediction is for."""
 
@@ -76,7 +80,7 @@ def predicted(program: Program, arch: int, path: Path, resident: int) -> Predict
         return None
     flops_per_cycle = _flops_per_cycle(program, chip)
     loop = _cycles(path.loops, program.num_warps, chip)
-    rest = _cycles(path.rest, program.num_warps, chip)
+    rest = _cycles(path.rest, program.num_warps, chip, prefetched=bool(path.loops.instructions))
     if program.matrix_product:
         loop["tensor"] = math.ceil(program.tile_flops / flops_per_cycle)
     together = {unit: loop[unit] + rest[unit] for unit in loop}
@@ -108,18 +112,22 @@ def _flops_per_cycle(program: Program, chip: Chip) -> int:
     return chip.tensor_flops // (2 if program.constants["PRECISION"] == "tf32" else 1)
 
 
-def _cycles(counts: Counts, warps: int, chip: Chip) -> dict[str, int]:
-    """Cycles of a multiprocessor for a block's warps, by unit."""
+def _cycles(counts: Counts, warps: int, chip: Chip, *, prefetched: bool = False) -> dict[str, int]:
+    """Cycles of a multiprocessor for a block's warps, by unit.
+
+    What is copied before a loop are its first slices: as many of its own copies are masked off.
+    """
     moved = counts.bytes_moved
-    cache = moved["global_copies"] + moved["global_loads"] + moved["global_stores"]
+    cache = moved["global_stores"] + (0 if prefetched else moved["global_copies"])
+    shared = moved["shared"] + moved["global_loads"]
     fp32 = counts.classes["fp32"] * 32
     return {
         "issue": math.ceil(warps * counts.instructions / 4),
         "tensor": 0,
         "exponentials": math.ceil(warps * counts.classes["mufu"] * 32 / 16),
         "fp32": math.ceil(warps * fp32 / chip.fp32_lanes),
-        "shared memory": math.ceil(warps * moved["shared"] / 128),
-        "L2": math.ceil(warps * cache / 64),
+        "L1": math.ceil(warps * shared / 128),
+        "L2": math.ceil(warps * cache / chip.l2_bytes),
     }
 
 

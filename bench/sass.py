@@ -203,7 +203,7 @@ def _shortest(code: Sequence[Instruction], start: int, stop: int | None) -> list
         steps, i = heapq.heappop(heap)
         if steps > best[i]:
             continue
-        if i == stop or (stop is None and code[i].name == "EXIT" and not code[i].predicate):
+        if i == stop or (stop is None and code[i].name == "EXIT"):
             found = [i]
             while before[found[-1]] >= 0:
                 found.append(before[found[-1]])

@@ -19,9 +19,10 @@ from flap_fast.commands.shard_range import work_division
 from flap_fast.commands.use import _open
 from flap_fast.model.model_folder import save_model
 from flap_fast.model.two_towers import TwoTowers
+from flap_fast.preparation.prepare import prepare
 from flap_fast.preparation.shard_tasks import ShardRange
 from flap_fast.tools.embedder import load
-from tests.sounds import encode, tone
+from tests.sounds import encode, tone, write_manifest
 from tests.test_cli import flap
 from tests.tiny import tiny
 
@@ -64,6 +65,36 @@ def test_eval_writes_every_task_and_both_kinds_of_tables(
     assert markdown.read_text().startswith("### Retrieval, val: 6 clips, 15 captions")
     assert r"\toprule" in latex.read_text()
     assert not (checkpoint / "eval.json").exists()
+
+
+def test_eval_counts_equal_captions_as_right_where_it_is_told_to(
+    checkpoint: Path, sounds: Path, tmp_path: Path, monkeypatch, capsys
+):
+    captions = ("A tone.", "a  tone", "another")
+    rows = [{"audio": f"{n}.wav", "caption": text} for n, text in enumerate(captions)]
+    prepare(write_manifest(sounds / "m.jsonl", rows), tmp_path / "data", show=False)
+
+    def scores(model: Path, *options: str) -> dict:
+        arguments = ("eval", model, tmp_path / "data/train", "--out", tmp_path / "scores.json")
+        assert flap(*arguments, *options, monkeypatch=monkeypatch) == 0
+        return json.loads((tmp_path / "scores.json").read_text())["retrieval"]["train"]
+
+    plain = scores(checkpoint)
+    assert plain["equal_captions"] == 2
+    assert not plain["equal_captions_are_right"]
+    assert plain["chance"]["text_to_audio"]["R@1"] == 1 / 3
+    assert "3 captions, 2 equal to another clip's (not counted as right)" in capsys.readouterr().out
+    more = scores(checkpoint, "--equal-captions")
+    assert more["equal_captions"] == 2
+    assert more["equal_captions_are_right"]
+    assert more["chance"]["text_to_audio"]["R@1"] == pytest.approx((2 + 2 + 1) / 9)
+    # A config can say it, too.
+    told, config = tmp_path / "told", tiny("frontend.backend=torch", "eval.equal_captions=true")
+    torch.manual_seed(0)
+    model = TwoTowers(config)
+    save_model(told, config, model, model.state_dict())
+    assert scores(told) == more
+    assert scores(told, "--no-equal-captions") == plain
 
 
 @pytest.fixture
@@ -149,7 +180,7 @@ def test_eval_takes_a_text_encoder_alone(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--tasks", "recall"), "a task must be one of retrieval, zero_shot"),
+        (("--tasks", "recall"), "a task must be one of retrieval, relevance"),
         (("--crop", "left"), "eval.crop must match pattern"),
         (("--batch", "0"), "eval.batch must be greater than or equal to 1"),
         (("--templates", "none", "--tasks", "zero_shot"), "eval.templates must contain {label}"),

@@ -10,12 +10,14 @@ from bench.programs import (
     masked_mse,
     patch_embed,
     patch_mask,
+    sigmoid_loss,
     unshuffle_tokens,
 )
 from bench.programs.program import AMD, ARCHES, VARIANTS, Arch, PaperSizes, Program
 
 PAPER: dict[str, PaperSizes] = {
     "infonce": infonce.PAPER,
+    "sigmoid_loss": sigmoid_loss.PAPER,
     "draw_patch_mask": patch_mask.PAPER,
     "draw_ragged_patch_mask": patch_mask.RAGGED_PAPER,
     "gather_tokens": gather_tokens.PAPER,

@@ -12,7 +12,7 @@ from flap_kernels.infonce.triton_kernels import (
     dlogits_kernel,
     lse_negatives_kernel,
 )
-from flap_kernels.infonce.triton_launch import (
+from flap_kernels.infonce.triton_tiles import (
     PARTIAL_BLOCKS,
     dlogits_chunks,
     dlogits_stride,
@@ -23,7 +23,7 @@ from flap_kernels.precision import Float32Precision
 
 
 @dataclass(frozen=True)
-class _Block:
+class Block:
     """A block of logits: M rows from `offset` on of N columns, embeddings of width D."""
 
     name: str
@@ -35,18 +35,21 @@ class _Block:
     """Whether the forward also sums columns."""
 
 
-_PAPER = _Block("", 4608, 4608, 512)
-_OTHERS = (
+PAPER_BLOCK = Block("", 4608, 4608, 512)
+OTHER_BLOCKS = (
     # No size a multiple of 16. The width has zeros added by then.
-    _Block("odd_", 4607, 4607, 112),
+    Block("odd_", 4607, 4607, 112),
     # A rank's rows: with `columns` in the sharded scheme, without in the replicated one.
-    _Block("rank_", 576, 4608, 512, offset=1728),
-    _Block("odd_rank_", 575, 4600, 512, offset=1725, columns=False),
-    _Block("large_", 65_536, 65_536, 512),
+    Block("rank_", 576, 4608, 512, offset=1728),
+    Block("odd_rank_", 575, 4600, 512, offset=1725, columns=False),
+    Block("large_", 65_536, 65_536, 512),
 )
 
+# What the trainer compares of two pairs: the clip and the caption.
+_IDS = 2
+
 # Rows that share an id; and float32, as the trainer's embeddings are, in each precision.
-_VARIANTS: dict[str, tuple[torch.dtype, Float32Precision, bool]] = {
+VARIANTS: dict[str, tuple[torch.dtype, Float32Precision, bool]] = {
     "": (torch.bfloat16, "ieee", False),
     "_ids": (torch.bfloat16, "ieee", True),
     "_tf32": (torch.float32, "tf32", False),
@@ -54,17 +57,17 @@ _VARIANTS: dict[str, tuple[torch.dtype, Float32Precision, bool]] = {
 }
 
 
-def _programs(block: _Block, arch: Arch) -> tuple[Program, ...]:
+def _programs(block: Block, arch: Arch) -> tuple[Program, ...]:
     """Both directions of the loss, forward and backward, one program per variant."""
     found = [_add_partial_lse(block, arch)]
-    for variant in _VARIANTS:
+    for variant in VARIANTS:
         found += [_lse_negatives(block, arch, variant), _dlogits(block, arch, variant)]
     return tuple(found)
 
 
-def _lse_negatives(block: _Block, arch: Arch, variant: str) -> Program:
-    dtype, precision, ids = _VARIANTS[variant]
-    tile = asdict(tile_shape(arch, dtype, precision))
+def _lse_negatives(block: Block, arch: Arch, variant: str) -> Program:
+    dtype, precision, ids = VARIANTS[variant]
+    tile = asdict(tile_shape(arch, dtype, precision, "sums"))
     BLOCK_M, BLOCK_N, BLOCK_D = (tile[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_D"))
     M, N, D = block.M, block.N, block.D
     trips = ceil_div(D, BLOCK_D)
@@ -73,14 +76,14 @@ def _lse_negatives(block: _Block, arch: Arch, variant: str) -> Program:
         name=f"{block.name}infonce_lse_negatives{variant}",
         kernel=lse_negatives_kernel,
         signature={
-            **_arguments(block, M, dtype, ids),
+            **arguments(block, M, dtype, ids),
             **dict.fromkeys(
                 ("row_partial_ptr", "column_partial_ptr", "positive_logit_ptr"), "*fp32"
             ),
         },
         num_warps=tile.pop("num_warps"),
         num_stages=tile.pop("num_stages"),
-        constants={**_flags(precision, ids, columns=block.columns), **tile},
+        constants={"ROWS": True, "COLUMNS": block.columns, **flags(precision, ids), **tile},
         matrix_product=dtype == torch.bfloat16 or precision == "tf32",
         bytes_moved=(M + N) * D * dtype.itemsize + 4 * (partials + M),
         flops=2 * M * N * D,
@@ -90,9 +93,9 @@ def _lse_negatives(block: _Block, arch: Arch, variant: str) -> Program:
     )
 
 
-def _dlogits(block: _Block, arch: Arch, variant: str) -> Program:
-    dtype, precision, ids = _VARIANTS[variant]
-    tile = asdict(tile_shape(arch, dtype, precision))
+def _dlogits(block: Block, arch: Arch, variant: str) -> Program:
+    dtype, precision, ids = VARIANTS[variant]
+    tile = asdict(tile_shape(arch, dtype, precision, "dlogits"))
     BLOCK_M, BLOCK_N, BLOCK_D = (tile[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_D"))
     N, D = block.N, block.D
     M, trips = dlogits_chunks(block.M, N, dtype, BLOCK_M, None)[0].stop, ceil_div(D, BLOCK_D)
@@ -101,14 +104,14 @@ def _dlogits(block: _Block, arch: Arch, variant: str) -> Program:
         name=f"{block.name}infonce_dlogits{variant}",
         kernel=dlogits_kernel,
         signature={
-            **_arguments(block, M, dtype, ids),
+            **arguments(block, M, dtype, ids),
             **dict.fromkeys((*sums, "scale_partial_ptr"), "*fp32"),
             "dlogits_ptr": pointer(dtype),
             "stride_gm": dlogits_stride(N),
         },
         num_warps=tile.pop("num_warps"),
         num_stages=tile.pop("num_stages"),
-        constants={**_flags(precision, ids, columns=True), **tile},
+        constants={"ROWS": True, "COLUMNS": True, **flags(precision, ids), **tile},
         matrix_product=dtype == torch.bfloat16 or precision == "tf32",
         bytes_moved=((M + N) * D + M * N) * dtype.itemsize + 4 * 2 * (M + N),
         flops=2 * M * N * D,
@@ -118,8 +121,8 @@ def _dlogits(block: _Block, arch: Arch, variant: str) -> Program:
     )
 
 
-def _add_partial_lse(block: _Block, arch: Arch) -> Program:
-    tile = tile_shape(arch, torch.bfloat16, "ieee")
+def _add_partial_lse(block: Block, arch: Arch) -> Program:
+    tile = tile_shape(arch, torch.bfloat16, "ieee", "sums")
     partials = ceil_div(block.N, tile.BLOCK_N)
     return Program(
         name=f"{block.name}infonce_add_partial_lse",
@@ -137,7 +140,7 @@ def _add_partial_lse(block: _Block, arch: Arch) -> Program:
     )
 
 
-def _arguments(block: _Block, M: int, dtype: torch.dtype, ids: bool) -> dict[str, str | int]:
+def arguments(block: Block, M: int, dtype: torch.dtype, ids: bool) -> dict[str, str | int]:
     """Rows and columns of a block of logits, and the vectors that belong to them."""
     rows = pointer(dtype)
     return {
@@ -155,17 +158,16 @@ def _arguments(block: _Block, M: int, dtype: torch.dtype, ids: bool) -> dict[str
     }
 
 
-def _flags(precision: str, ids: bool, *, columns: bool) -> dict[str, bool | str]:
-    flags = {"ROWS": True, "COLUMNS": columns, "IDS": ids}
-    return {**flags, "PRECISION": precision, "UPCAST": False}
+def flags(precision: str, ids: bool) -> dict[str, bool | int | str]:
+    return {"IDS": _IDS * ids, "PRECISION": precision, "UPCAST": False}
 
 
 def _paper(arch: Arch) -> tuple[Program, ...]:
-    return _programs(_PAPER, arch)
+    return _programs(PAPER_BLOCK, arch)
 
 
 def _others(arch: Arch) -> tuple[Program, ...]:
-    return tuple(program for block in _OTHERS for program in _programs(block, arch))
+    return tuple(program for block in OTHER_BLOCKS for program in _programs(block, arch))
 
 
 PAPER = PaperSizes(_paper, _others)

@@ -27,6 +27,8 @@ _CROP = "Of long clips: random, center, multi:K or whole; eval.crop of the model
 _TEMPLATES = (
     "Zero-shot prompt with {label}, a set (audio29, imagenet80), or a file with one a line."
 )
+_EQUAL = "Other clips' equal captions count as right; eval.equal_captions when not given."
+_RELEVANCE = "Of the task relevance: a table of queries and their right files."
 _CLASSES = "Zero-shot classes, one a line or LAION's JSON; the labels of the data when not given."
 
 
@@ -42,6 +44,8 @@ def evaluate(
     length: LengthOption = None,
     templates: Annotated[str | None, typer.Option(help=_TEMPLATES)] = None,
     classes: Annotated[Path | None, typer.Option(help=_CLASSES)] = None,
+    equal_captions: Annotated[bool | None, typer.Option(help=_EQUAL)] = None,
+    relevance: Annotated[str | None, typer.Option(help=_RELEVANCE)] = None,
     pool: Annotated[
         str, typer.Option(help="Pooling of a text encoder without a model: mean, cls, pooler.")
     ] = "mean",
@@ -53,6 +57,7 @@ def evaluate(
 
     asked = tuple(task for task in tasks.replace(",", " ").split() if task)
     settings = {"batch": batch, "crop": crop, "templates": templates}
+    settings |= {"equal_captions": equal_captions, "relevance": relevance}
     for name, file in (("--out", out), ("--markdown", markdown), ("--latex", latex)):
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -160,6 +160,11 @@ class Eval(Section):
     or of as many as cover the clip (`whole`, the default with audio.length = variable)."""
     templates: str = "This is a sound of {label}."
     """Prompt of zero-shot classes; or `audio29` or `imagenet80`, or a text file with one a line."""
+    equal_captions: bool = False
+    """Retrieval: a caption finds each clip that has it or an equal caption, a clip each caption
+    equal to one of its own. Equal whatever their case, punctuation and white space."""
+    relevance: str = ""
+    """Relevance: a table of queries and the files that are right, as of DCASE 2025 Task 6."""
     sentences: Literal["joint", "tower"] = "joint"
     """Sentence embeddings for STS and SentEval: in the joint space, or the text encoder's own."""
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 # `evaluate/NAME.py` holds the record EVALUATION; scores are printed in this order.
 TASKS = (
     "retrieval",
+    "relevance",
     "zero_shot",
     "geometry",
     "sts",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +36,8 @@ class Texts:
     """The clip that each caption belongs to."""
     labels: tuple[tuple[str, ...], ...]
     """The class names of each clip, often none; underscores have become spaces."""
+    names: tuple[tuple[str, ...], ...]
+    """The names of each clip: its media's file and its id, where they are known."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,12 @@ class Embeddings:
     """(M, d) float32, unit rows."""
     clip_of_caption: Tensor
     """(M,) int64: the clip that each caption belongs to."""
+    captions: Sequence[str]
+    """The text of each caption."""
     labels: tuple[tuple[str, ...], ...]
     """The class names of each clip, often none; underscores have become spaces."""
+    names: tuple[tuple[str, ...], ...]
+    """The names of each clip: its media's file and its id, where they are known."""
 
 
 def embed(
@@ -78,7 +85,7 @@ def embed(
         media = finite(_pooled(media, np.bincount(crops.clips).tolist()), shards.name)
         text = text_embedder(model.embed_text, tokenizer, ranks, config.eval.batch)(texts.captions)
     clip_of_caption = torch.tensor(texts.clip_of_caption, device=ranks.device).long()
-    return Embeddings(media, text, clip_of_caption, texts.labels)
+    return Embeddings(media, text, clip_of_caption, texts.captions, texts.labels, texts.names)
 
 
 def _pooled(rows: Tensor, counts: list[int]) -> Tensor:
@@ -167,6 +174,7 @@ def read_texts(shards: Shards) -> Texts:
     captions: list[str] = []
     clip_of_caption: list[int] = []
     labels: list[tuple[str, ...]] = []
+    names: list[tuple[str, ...]] = []
     for clip in range(len(shards)):
         try:
             record = shards.record(clip, captionless=True)
@@ -177,7 +185,15 @@ def read_texts(shards: Shards) -> Texts:
         captions += record["text"]
         clip_of_caption += [clip] * len(record["text"])
         labels.append(_labels(record.get("tag")))
-    return Texts(captions, clip_of_caption, tuple(labels))
+        names.append(_names(record))
+    return Texts(captions, clip_of_caption, tuple(labels), tuple(names))
+
+
+def _names(record: dict[str, Any]) -> tuple[str, ...]:
+    original = record.get("original_data")
+    file = original.get("file") if isinstance(original, dict) else None
+    names = (name.strip() for name in (file, record.get("id")) if isinstance(name, str))
+    return tuple(dict.fromkeys(names))
 
 
 def _labels(tag: object) -> tuple[str, ...]:

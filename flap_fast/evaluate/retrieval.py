@@ -8,31 +8,37 @@ number of captions a clip, also ragged. Cosines are computed in chunks of a fixe
 of them, and each rank takes some of the queries. The language-encoder paper calls A-T "text
 retrieval" and T-A "audio retrieval".
 
-Source: FLAP, arXiv 2311.01615, section 4; DCASE 2023 Task 6b for the sorted mAP@10.
+With eval.equal_captions, right for a caption are all clips that have it or an equal one, and for a
+clip all captions equal to one of its own. A query is found by the best of its right answers.
+
+mAP@k is the mean of sum_i i / rank_i / R over queries: R right answers, of which the i-th stands at
+rank_i <= k. As in DCASE's baselines of 2023 and 2025, R is not cut off at k.
+
+Source: FLAP, arXiv 2311.01615, section 4; DCASE 2023 Task 6b for the sorted mAP@10, 2025 Task 6 for
+mAP@16.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from rich import box
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 
 from flap_fast.checks import ConfigError
-from flap_fast.evaluate import papers
 from flap_fast.evaluate.embed import Embeddings, Texts, rank_slice
+from flap_fast.evaluate.equal_captions import Pairs, equal_to_others, right_pairs, text_numbers
 from flap_fast.evaluate.evaluated_model import EvaluatedModel
 from flap_fast.evaluate.evaluation import Evaluation
-from flap_fast.evaluate.sheet import Row, Sheet, percent
+from flap_fast.evaluate.retrieval_tables import directions, directions_of, sheet, terminal
 from flap_fast.ranks import Ranks
 
 _COSINES = 2**25
 """Of a chunk: 128 MiB, and 96 MiB more while they are compared."""
 TOP = (1, 5, 10)
+_PRECISION_AT = (10, 16)
 
 
 def retrieval(
@@ -42,6 +48,7 @@ def retrieval(
     ranks: Ranks | None = None,
     *,
     modality: str,
+    texts: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Scores of both directions, fractions in [0, 1]. Collective: call on every rank.
 
@@ -50,29 +57,39 @@ def retrieval(
         text: (M, d) unit rows.
         clip_of_caption: (M,) int64, the clip that each caption belongs to; every clip has one.
         modality: what the directions are called by, as in audio_to_text.
+        texts: (M,) as `text_numbers` gives them; with it, equal captions count as right.
     """
     require_captions(clip_of_caption.unique().numel(), len(media), modality)
     ranks = ranks or Ranks()
     to_text, to_media = directions(modality)
-    return {
-        to_text: media_to_text_scores(
-            caption_positions(media, text, clip_of_caption, ranks), clip_of_caption, len(media)
-        ),
-        to_media: text_to_media_scores(media_positions(media, text, clip_of_caption, ranks)),
-        "clips": len(media),
-        "captions": len(text),
-    }
+    own = caption_positions(media, text, clip_of_caption, ranks)
+    by_media = media_to_text_scores(own, clip_of_caption, len(media))
+    if (pairs := _with_equal(clip_of_caption, texts)) is None:
+        by_text = text_to_media_scores(media_positions(media, text, clip_of_caption, ranks))
+    else:
+        of_captions, of_clips = pairs
+        by_text = scores_of_pairs(text, media, of_captions, ranks)
+        # LAION-CLAP's stays a statistic of a clip's own captions.
+        by_media |= scores_of_pairs(media, text, of_clips, ranks)
+    return {to_text: by_media, to_media: by_text, "clips": len(media), "captions": len(text)}
 
 
-def directions(modality: str) -> tuple[str, str]:
-    """The names of both directions: ("audio_to_text", "text_to_audio")."""
-    return f"{modality}_to_text", f"text_to_{modality}"
+def _with_equal(clip_of_caption: Tensor, texts: Sequence[int] | None) -> tuple[Pairs, Pairs] | None:
+    """`right_pairs` if there are others than each caption and its clip."""
+    clips = clip_of_caption.tolist()
+    if texts is None or not equal_to_others(clips, texts):
+        return None
+    return right_pairs(clips, texts)
 
 
-def directions_of(scores: dict[str, Any]) -> tuple[str, str]:
-    """The names of both directions in the scores of a data set."""
-    (modality,) = (key.removesuffix("_to_text") for key in scores if key.endswith("_to_text"))
-    return directions(modality)
+def scores_of_pairs(
+    queries: Tensor, answers: Tensor, pairs: Pairs, ranks: Ranks
+) -> dict[str, float]:
+    """Scores of queries with any number of right answers, without LAION-CLAP's statistic."""
+    asks, wanted = torch.tensor(pairs, device=queries.device).T
+    positions = answer_positions(queries, asks, answers, wanted, ranks)
+    found = media_to_text_scores(positions, asks, len(queries))
+    return {name: value for name, value in found.items() if name != "mAP@10_laion"}
 
 
 def require_captions(captioned: int, clips: int, modality: str) -> None:
@@ -126,8 +143,10 @@ def _positions(cosines: Tensor, wanted: Tensor) -> Tensor:
 def text_to_media_scores(positions: Tensor) -> dict[str, float]:
     """Scores of queries with one right answer each."""
     found = {f"R@{k}": _fraction(positions < k) for k in TOP}
-    precision = torch.where(positions < 10, 1 / (positions.double() + 1), 0.0)
-    return found | {"mAP@10": precision.mean().item()} | _mean_and_median(positions)
+    for k in _PRECISION_AT:
+        precision = torch.where(positions < k, 1 / (positions.double() + 1), 0.0)
+        found[f"mAP@{k}"] = precision.mean().item()
+    return found | _mean_and_median(positions)
 
 
 def media_to_text_scores(
@@ -144,9 +163,10 @@ def media_to_text_scores(
     best = torch.full_like(count, torch.iinfo(torch.int64).max)
     best = best.scatter_reduce(0, clip_of_caption, positions, "amin")
     scores = {f"R@{k}": _fraction(best < k) for k in TOP}
-    scores["mAP@10"] = _precision(positions, clip_of_caption, count, by_position=True)
+    for k in _PRECISION_AT:
+        scores[f"mAP@{k}"] = _precision(positions, clip_of_caption, count, k, by_position=True)
     scores |= _mean_and_median(best)
-    scores["mAP@10_laion"] = _precision(positions, clip_of_caption, count, by_position=False)
+    scores["mAP@10_laion"] = _precision(positions, clip_of_caption, count, 10, by_position=False)
     for k in TOP:
         mine = torch.zeros(clips, dtype=torch.float64, device=positions.device)
         mine.index_add_(0, clip_of_caption, (positions < k).double())
@@ -155,14 +175,14 @@ def media_to_text_scores(
 
 
 def _precision(
-    positions: Tensor, clip_of_caption: Tensor, count: Tensor, *, by_position: bool
+    positions: Tensor, clip_of_caption: Tensor, count: Tensor, k: int, *, by_position: bool
 ) -> float:
-    """Mean over clips of sum_i i / (position_i + 1) / captions, of its captions in the first 10."""
+    """Mean over clips of sum_i i / (position_i + 1) / captions, of its captions in the first k."""
     order = torch.arange(len(positions), device=positions.device)
     order = positions.argsort(stable=True) if by_position else order
     order = order[clip_of_caption[order].argsort(stable=True)]
     positions, clip_of_caption = positions[order], clip_of_caption[order]
-    hit = (positions < 10).double()
+    hit = (positions < k).double()
     total = hit.cumsum(0)
     first = torch.cat([count.new_zeros(1), count.cumsum(0)[:-1]])
     earlier = (total - hit)[first][clip_of_caption]  # hits of the clips before this one
@@ -181,9 +201,17 @@ def _fraction(hits: Tensor) -> float:
     return hits.double().mean().item()
 
 
-def chance(clip_of_caption: Tensor, clips: int, modality: str) -> dict[str, dict[str, float]]:
-    """R@k of a random order, for the same clips and captions."""
+def chance(
+    clip_of_caption: Tensor, clips: int, modality: str, texts: Sequence[int] | None = None
+) -> dict[str, dict[str, float]]:
+    """R@k of a random order, for the same clips, captions and right answers."""
     to_text, to_media = directions(modality)
+    if (pairs := _with_equal(clip_of_caption, texts)) is not None:
+        of_captions, of_clips = (torch.tensor(some)[:, 0].bincount() for some in pairs)
+        return {
+            to_text: chance_of_any(of_clips, len(clip_of_caption)),
+            to_media: chance_of_any(of_captions, clips),
+        }
     right = clip_of_caption.bincount(minlength=clips)
     return {
         to_text: chance_of_any(right, len(clip_of_caption)),
@@ -213,8 +241,12 @@ def _check(model: EvaluatedModel, texts: Texts) -> None:
 
 
 def _score(model: EvaluatedModel, e: Embeddings) -> dict[str, Any]:
-    found = retrieval(e.media, e.text, e.clip_of_caption, model.ranks, modality=model.modality)
-    return {**found, "chance": chance(e.clip_of_caption, len(e.media), model.modality)}
+    numbers, count_as_right = text_numbers(e.captions), model.config.eval.equal_captions
+    texts, name = numbers if count_as_right else None, model.modality
+    found = retrieval(e.media, e.text, e.clip_of_caption, model.ranks, modality=name, texts=texts)
+    found["chance"] = chance(e.clip_of_caption, len(e.media), name, texts)
+    equal = equal_to_others(e.clip_of_caption.tolist(), numbers)
+    return {**found, "equal_captions": equal, "equal_captions_are_right": count_as_right}
 
 
 def _metrics(found: dict[str, Any]) -> dict[str, float]:
@@ -227,72 +259,12 @@ def _metrics(found: dict[str, Any]) -> dict[str, float]:
     }
 
 
-_COLUMNS = (*(f"R@{k}" for k in TOP), "mAP@10")
-
-
-def _terminal(sets: dict[str, Any]) -> Table:
-    """One table with a row for each direction, and chance."""
-    sizes = [f"{n}: {s['clips']} clips, {s['captions']} captions" for n, s in sets.items()]
-    caption = Text("\n".join(sizes))
-    out = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
-    out.add_column("data", overflow="fold")  # a name may fold, a number must stay whole
-    for heading in ("query to answer", *_COLUMNS, "chance R@10"):
-        out.add_column(heading, no_wrap=True, min_width=len("0.000"))
-    for name, found in sets.items():
-        for direction in directions_of(found):
-            values = (f"{found[direction][metric]:.3f}" for metric in _COLUMNS)
-            by_chance = f"{found['chance'][direction]['R@10']:.3f}"
-            out.add_row(Text(name), direction.replace("_", " "), *values, by_chance)
-    return out
-
-
-_NOTES = {
-    "audio": "In percent. T-A: a caption finds its sound (the language-encoder paper's audio "
-    "retrieval); A-T: a sound finds its captions (its text retrieval).",
-    "image": "In percent. T-I: a caption finds its image; I-T: an image finds its captions.",
-}
-_CLOTHO = (
-    "FLAP's rows are of Clotho's evaluation split, the language-encoder paper's of its validation "
-    "split."
-)
-
-
-def _sheet(name: str, found: dict[str, Any], path: str) -> Sheet:
-    to_text, to_media = directions_of(found)
-    modality = to_text.removesuffix("_to_text")
-    known = papers.data_set(path, modality) or ""
-    letter = modality[0].upper()
-    head = ("system", *(f"{way} {m}" for way in (f"T-{letter}", f"{letter}-T") for m in _COLUMNS))
-    ours = [percent(found[d][m]) for d in (to_media, to_text) for m in _COLUMNS]
-    by_chance = [
-        percent(found["chance"][d][m]) if m in found["chance"][d] else "-"
-        for d in (to_media, to_text)
-        for m in _COLUMNS
-    ]
-    rows: list[Row] = [
-        (papers.cited(row), *row.text_to_media.split(), "-", *row.media_to_text.split(), "-")
-        for row in papers.RETRIEVAL.get(known, ())
-    ]
-    rows += [
-        (papers.cited(row), *"---", row.text_to_media, *"---", row.media_to_text)
-        for row in papers.PRECISION.get(known, ())
-    ]
-    laion = percent(found[to_text]["mAP@10_laion"])
-    note = f"{letter}-T mAP@10 as LAION-CLAP computes it: {laion}"
-    note += f", which is what {papers.LE_4} reports." if known in papers.PRECISION else "."
-    ways = f"In percent. T-{letter}: from text to {modality}; {letter}-T: from {modality} to text."
-    notes = [_NOTES.get(modality, ways), note, *([_CLOTHO] if known == "Clotho" else [])]
-    title = f"Retrieval, {name}: {found['clips']} clips, {found['captions']} captions"
-    both = [("this model", *ours), ("chance", *by_chance)]
-    return Sheet(title, head, both, rows, " ".join(notes))
-
-
 EVALUATION = Evaluation(
     name="retrieval",
     data="clips",
     check=_check,
     score=_score,
-    sheet=_sheet,
+    sheet=sheet,
     metrics=_metrics,
-    terminal=_terminal,
+    terminal=terminal,
 )

@@ -2,7 +2,8 @@
 
 {"retrieval": {NAME: {"audio_to_text": {"R@1": ..}, "text_to_audio": {..}, "chance": {..},
                       "clips": .., "captions": ..}},      of images "image_to_text", ..
- "zero_shot": {NAME: {..}}, "geometry": {NAME: {..}}, "sts": {NAME: {..}}, "transfer": {NAME: {..}},
+ "relevance": {NAME: {..}}, "zero_shot": {NAME: {..}}, "geometry": {NAME: {..}},
+ "sts": {NAME: {..}}, "transfer": {NAME: {..}},
  "flops": [..], "data": {NAME: PATH}}
 """
 

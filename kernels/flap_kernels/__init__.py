@@ -19,6 +19,8 @@ from flap_kernels.patch_mask import PatchMask, draw_patch_mask
 from flap_kernels.ragged import RAGGED as _RAGGED
 from flap_kernels.ragged_patch_mask import KERNEL as _DRAW_RAGGED_PATCH_MASK
 from flap_kernels.ragged_patch_mask import draw_ragged_patch_mask
+from flap_kernels.sigmoid_loss import KERNEL as _SIGMOID_LOSS
+from flap_kernels.sigmoid_loss import sigmoid_loss
 from flap_kernels.spec import Kernel
 from flap_kernels.unshuffle_tokens import KERNEL as _UNSHUFFLE_TOKENS
 from flap_kernels.unshuffle_tokens import unshuffle_tokens
@@ -29,6 +31,7 @@ KERNELS: dict[str, Kernel] = {
     kernel.name: kernel
     for kernel in (
         _INFONCE,
+        _SIGMOID_LOSS,
         _DRAW_PATCH_MASK,
         _DRAW_RAGGED_PATCH_MASK,
         _GATHER_TOKENS,
@@ -51,5 +54,6 @@ __all__ = [
     "infonce",
     "masked_mse",
     "patch_embed",
+    "sigmoid_loss",
     "unshuffle_tokens",
 ]

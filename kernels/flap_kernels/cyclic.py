@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flap_kernels.checks import check_choice, check_floats, check_shape, check_together
-from flap_kernels.infonce.distributed import RankSizes
+from flap_kernels.infonce.rank_sizes import RankSizes
 from flap_kernels.precision import (
     accumulator_dtype,
     add_product,

@@ -34,6 +34,7 @@ CALLS: dict[str, list[dict[str, Any]]] = {
     "unshuffle_tokens": [{}, {"y": torch.bfloat16}],
     "ragged_unshuffle_tokens": [{}, {"y": torch.bfloat16}],
     "infonce": [{}, {"ids": torch.int64}, {"precision": "tf32"}],
+    "sigmoid_loss": [{}, {"ids": torch.int64}, {"precision": "tf32"}],
     "draw_patch_mask": [
         {"shared": True},
         {"shared": False},
@@ -128,7 +129,7 @@ def call(kernel: Kernel, changes: dict[str, Any], variant: str) -> None:
     inputs = kernel.inputs("paper", torch.Generator())
     arguments = inputs.cast(argument) | changes
     if "ids" in changes:
-        arguments["ids"] = torch.zeros(len(arguments["audio"]), dtype=changes["ids"])
+        arguments["ids"] = torch.zeros(len(arguments["audio"]), 2, dtype=changes["ids"])
     if "y" in changes:
         arguments["y"] = inputs.cast(changes["y"])["y"]
     with torch.autocast("cpu", product, enabled=product != argument):

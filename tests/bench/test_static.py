@@ -248,12 +248,13 @@ def test_every_kernel_has_its_programs():
         assert all(found and len(found) == len(set(found)) for found in names.values()), name
 
 
-def test_infonce_takes_tiles_of_128_by_256_on_hopper():
+def test_infonce_takes_its_tiles_on_hopper():
     programs = {p.name: p for p in PAPER["infonce"].programs(90)}
-    for name in ("infonce_lse_negatives", "infonce_dlogits"):
-        tile = programs[name].constants
-        assert (tile["BLOCK_M"], tile["BLOCK_N"]) == (128, 256)
-        assert programs[name].matrix_product
+    for name, columns, warps in (("lse_negatives", 128, 4), ("dlogits", 256, 8)):
+        program = programs[f"infonce_{name}"]
+        assert (program.constants["BLOCK_M"], program.constants["BLOCK_N"]) == (128, columns)
+        assert program.num_warps == warps
+        assert program.matrix_product
 
 
 def compiling(*command: str) -> subprocess.CompletedProcess[str]:

@@ -45,6 +45,11 @@ def scores(folder: Path, ranks: Ranks) -> dict[str, Any]:
     return {
         "texts": texts(["a" * (7 * n % 11) for n in range(10)]).tolist(),
         "retrieval": retrieval(audio, text, clip_of_caption, ranks, modality="audio"),
+        "equal_captions": retrieval(
+            *(audio, text, clip_of_caption, ranks),
+            modality="audio",
+            texts=[n * n % 31 for n in range(97)],
+        ),
         "zero_shot": zero_shot(audio, LABELS, (), ("{label}", "a {label}"), texts, ranks),
         "geometry": geometry(near, far, clip_of_caption, ranks, modality="audio"),
         "transfer": transfer(feeling, folder, ranks),
@@ -65,6 +70,7 @@ def test_three_ranks_score_what_one_scores(tmp_path: Path, monkeypatch: pytest.M
         (folder / name).rename(folder / f"no-{name}")
     whole = scores(folder, Ranks())
     assert 0.01 < whole["retrieval"]["audio_to_text"]["R@10"] < 0.99
+    assert whole["equal_captions"]["text_to_audio"] != whole["retrieval"]["text_to_audio"]
     for found in on_ranks(3, scores_of_a_rank, folder):
         assert found.pop("geometry") == pytest.approx(whole["geometry"], abs=1e-12)
         assert found == {name: part for name, part in whole.items() if name != "geometry"}

@@ -151,13 +151,13 @@ def test_scores_join_those_of_other_tasks_and_data():
 
 @pytest.mark.parametrize("name", ["data/audiocaps-16khz/test", "u[/val]", "val[a]"])
 def test_the_table_keeps_every_digit_and_every_name_on_80_columns(name: str):
-    found = {"R@1": 0.25, "R@5": 0.5, "R@10": 1.0, "mAP@10": 0.375}
+    found = {"R@1": 0.25, "R@5": 0.5, "R@10": 1.0, "mAP@10": 0.375, "mAP@16": 0.875}
     both = {"audio_to_text": found, "text_to_audio": found}
     values = {**both, "chance": both, "clips": 4, "captions": 20}
     console = Console(width=80, record=True)
     console.print(*terminal({"retrieval": {name: values}}))
     text = console.export_text()
-    for number in ("0.250", "0.500", "0.375"):
+    for number in ("0.250", "0.500", "0.375", "0.875"):
         assert text.count(number) == 2
     assert text.count("1.000") == 4  # R@10 and its chance
     assert f"{name}: 4 clips, 20 captions" in text
@@ -332,7 +332,7 @@ def test_sentences_may_be_embedded_by_the_tower_alone():
     ("data", "tasks", "message"),
     [
         ((), (), "DATA or --tasks must say what to score, got 'neither'"),
-        (("val",), ("recall",), "a task must be one of retrieval, zero_shot, .*, got 'recall'"),
+        (("val",), ("recall",), "a task must be one of retrieval, relevance, .*, got 'recall'"),
         (("val",), ("sts",), "the data of sts must name a file or folder of sentences"),
         (("val",), ("flops",), "val must be wanted by a task, one of retrieval"),
         (("sts.csv",), ("retrieval",), "the data of retrieval must name a folder of shards"),

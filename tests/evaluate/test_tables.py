@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from rich.console import Console
@@ -10,7 +11,7 @@ from rich.console import Console
 from flap_fast.evaluate.papers import PRECISION, RETRIEVAL, SENTEVAL, ZERO_SHOT, data_set
 from flap_fast.evaluate.tables import latex, markdown, sheets, terminal
 
-FOUND = {"R@1": 0.25, "R@5": 0.5, "R@10": 1.0, "mAP@10": 0.375}
+FOUND = {"R@1": 0.25, "R@5": 0.5, "R@10": 1.0, "mAP@10": 0.375, "mAP@16": 0.45}
 CHANCE = {"R@1": 0.01, "R@5": 0.05, "R@10": 0.1}
 SCORES = {
     "retrieval": {
@@ -41,15 +42,41 @@ SCORES = {
 
 def test_the_papers_rows_stand_below_ours():
     text = markdown(SCORES)
-    ours = "| this model | 25.00 | 50.00 | 100.00 | 37.50 | 25.00 | 50.00 | 100.00 | 37.50 |"
-    flap = "| FLAP 2-D 0.2/0.2 (FLAP, Table 2, batch 2304) | 17.2 | 41.1 | 52.8 | - | 23.7 | 48.7"
-    mean = "(Language encoder, Table 4) | - | - | - | 21.21 | - | - | - | 12.24 |"
+    ours = f"| this model | {2 * '25.00 | 50.00 | 100.00 | 37.50 | 45.00 | '}".rstrip()
+    flap = "(FLAP, Table 2, batch 2304) | 17.2 | 41.1 | 52.8 | - | - | 23.7 | 48.7"
+    mean = "(Language encoder, Table 4) | - | - | - | 21.21 | - | - | - | - | 12.24 | - |"
     assert 0 < text.index(ours) < text.index(flap) < text.index(mean)
     assert "as LAION-CLAP computes it: 50.00" in text
     assert "evaluation split" in text
     assert "32.7 | 68.0" not in text  # a row of AudioCaps
     assert "| CyCLAP, trained on Clotho (Language encoder, Tables 7 and 11) | 78.00 |" in text
     assert "3 clips without a label are left out" in text
+
+
+@pytest.mark.parametrize(
+    ("count", "right", "said"),
+    [
+        (3, True, "20 captions, 3 equal to another clip's (counted as right)"),
+        (3, False, "20 captions, 3 equal to another clip's (not counted as right)"),
+        (0, False, "20 captions, 0 equal to another clip's"),
+    ],
+)
+def test_tables_say_how_many_captions_are_equal(count: int, right: bool, said: str):
+    more = {"equal_captions": count, "equal_captions_are_right": right}
+    scores = {"retrieval": {"test": {**SCORES["retrieval"]["test"], **more}}}
+    console = Console(width=100, record=True)
+    console.print(*terminal(scores))
+    assert f"test: 4 clips, {said}\n" in re.sub(r" *\n", "\n", console.export_text())
+    assert said.replace("20 captions, ", "Captions: ") + "." in markdown(scores)
+
+
+def test_scores_of_an_older_version_have_a_dash_for_what_they_lack():
+    old = json.loads(json.dumps({"retrieval": SCORES["retrieval"]}).replace("mAP@16", "other"))
+    assert "| 37.50 | - |" in markdown(old)
+    assert "equal to another" not in markdown(old)
+    console = Console(width=80, record=True)
+    console.print(*terminal(old))
+    assert "0.375" in console.export_text()
 
 
 def test_zero_shot_rows_are_those_of_as_many_templates():

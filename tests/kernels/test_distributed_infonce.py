@@ -26,7 +26,7 @@ def compared(audio, text, ids, cuts, runs):
     scale = torch.tensor(20.0, dtype=audio.dtype)
     rows = []
     for options in runs:
-        kept = {name: value for name, value in options.items() if name == "direction"}
+        kept = {name: options[name] for name in ("direction", "duplicates") if name in options}
         own = dict(options)
         if own.pop("ids", False):
             own["ids"], kept["ids"] = ids[mine], ids
@@ -46,11 +46,16 @@ def compared(audio, text, ids, cuts, runs):
 
 def runs_of_all_kinds():
     return [
-        {"direction": direction, "scheme": scheme, "ids": masked}
+        {"direction": direction, "scheme": scheme, **shared}
         for direction in DIRECTIONS
         for scheme in SCHEMES
-        for masked in (False, True)
+        for shared in ({}, {"ids": True}, {"ids": True, "duplicates": "positive"})
     ]
+
+
+def ids_of(B):
+    """Two ids of each pair, with some shared on a rank and some over ranks."""
+    return torch.stack([torch.arange(B) % 5, torch.arange(B) // 3], dim=1)
 
 
 # Ranks with unequal sizes, one of them 0, and equal ones.
@@ -59,7 +64,7 @@ CUTS = [(0, 5, 13), (0, 4, 4, 13), (0, 3, 6, 9, 12)]
 
 @pytest.mark.parametrize("cuts", CUTS)
 def test_ranks_match_the_whole(cuts):
-    inputs = *pairs(cuts[-1], 8), torch.arange(cuts[-1]) % 5
+    inputs = *pairs(cuts[-1], 8), ids_of(cuts[-1])
     by_rank = on_ranks(len(cuts) - 1, compared, *inputs, cuts, runs_of_all_kinds())
     for rows in by_rank:
         for (parts, wholes, _), (first, *_) in zip(rows, by_rank[0], strict=True):
@@ -70,7 +75,7 @@ def test_ranks_match_the_whole(cuts):
 
 @pytest.mark.parametrize("cuts", CUTS)
 def test_ranks_are_as_exact_as_the_whole_in_float32(cuts):
-    inputs = *pairs(cuts[-1], 8, dtype=torch.float32), torch.arange(cuts[-1]) % 5
+    inputs = *pairs(cuts[-1], 8, dtype=torch.float32), ids_of(cuts[-1])
     by_rank = on_ranks(len(cuts) - 1, compared, *inputs, cuts, runs_of_all_kinds())
     for i, name in enumerate(["loss", "gradient of audio", "gradient of text", "of scale"]):
         columns = [
@@ -92,7 +97,7 @@ def test_ranks_match_the_whole_in_the_kernels_too():
     cuts = (0, 40, 80)
     runs: list[dict[str, Any]] = [{"scheme": scheme} for scheme in SCHEMES[:2]]
     runs.append({"scheme": "replicated", "direction": "a2t", "ids": True})
-    inputs = *pairs(80, 8, dtype=torch.float32), torch.arange(80) % 5
+    inputs = *pairs(80, 8, dtype=torch.float32), ids_of(80)
     for rows in on_ranks(2, compared_in_kernels, *inputs, cuts, runs):
         for parts, _, exact in rows:
             for part, whole in zip(parts, exact, strict=True):
@@ -100,27 +105,38 @@ def test_ranks_match_the_whole_in_the_kernels_too():
                 torch.testing.assert_close(part.double(), whole, rtol=0, atol=1e-5 * largest)
 
 
-def hard_negatives_match_whole(audio, text, audio_cuts, text_cuts, order):
+def extra_captions_match_whole(audio, text, ids, audio_cuts, text_cuts, order):
     """On one rank: extra captions of all ranks are negatives of every clip."""
     rank, world = dist.get_rank(), dist.get_world_size()
     mine = slice(audio_cuts[rank], audio_cuts[rank + 1])
-    own = text[text_cuts[rank] : text_cuts[rank + 1]]
+    part = slice(text_cuts[rank], text_cuts[rank + 1])
     scale = torch.tensor(20.0, dtype=torch.float64)
-    found = loss_and_gradients(distributed_infonce, audio[mine], own, scale, direction="a2t")
-    exact = loss_and_gradients(infonce_reference, audio, text[order], scale, direction="a2t")
-    text_grad = torch.empty_like(text)
-    text_grad[order] = exact[2]
-    torch.testing.assert_close(found[0], exact[0], rtol=1e-12, atol=0)
-    torch.testing.assert_close(found[1] / world, exact[1][mine], rtol=1e-12, atol=1e-14)
-    mine = slice(text_cuts[rank], text_cuts[rank + 1])
-    torch.testing.assert_close(found[2] / world, text_grad[mine], rtol=1e-12, atol=1e-14)
+    for direction in ("symmetric", "a2t"):
+        for masked in (False, True):
+            options: dict[str, Any] = {"direction": direction}
+            options["ids"] = ids[order] if masked else None
+            exact = loss_and_gradients(infonce_reference, audio, text[order], scale, **options)
+            text_grad = torch.empty_like(text)
+            text_grad[order] = exact[2]
+            for scheme in SCHEMES:
+                options |= {"scheme": scheme, "ids": ids[part] if masked else None}
+                found = loss_and_gradients(
+                    distributed_infonce, audio[mine], text[part], scale, **options
+                )
+                average = found[3].clone()
+                dist.all_reduce(average)
+                wholes = exact[0], exact[1][mine], text_grad[part], exact[3]
+                parts = found[0], found[1] / world, found[2] / world, average / world
+                for one, whole in zip(parts, wholes, strict=True):
+                    torch.testing.assert_close(one, whole, rtol=1e-12, atol=1e-14)
 
 
 def test_extra_captions_of_all_ranks_are_negatives():
     audio, text = pairs(9, 4)
     # Rank 0 holds 3 pairs and 1 caption more, rank 1 holds 2 pairs and 3 captions more.
     order = torch.tensor([0, 1, 2, 4, 5, 3, 6, 7, 8])
-    on_ranks(2, hard_negatives_match_whole, audio[:5], text, (0, 3, 5), (0, 4, 9), order)
+    ids = torch.tensor([0, 1, 2, 4, 1, 5, 2, 6, 4])
+    on_ranks(2, extra_captions_match_whole, audio[:5], text, ids, (0, 3, 5), (0, 4, 9), order)
 
 
 def promise_matches_question(audio, text):

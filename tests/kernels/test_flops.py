@@ -15,6 +15,8 @@ from flap_kernels.spec import Kernel
 
 # Ops that compute again in the backward what they do not keep: the logits, the prediction.
 RECOMPUTE = ("infonce", "masked_mse")
+# Ops that compute their gradients in the forward.
+AT_ONCE = ("sigmoid_loss",)
 
 
 def counts(op, arguments: dict[str, Any], differentiable: tuple[str, ...]) -> tuple[int, int]:
@@ -49,9 +51,11 @@ def test_an_op_counts_as_many_flop_as_its_reference(kernel, dtype):
     forward, backward = counts(kernel.reference, inputs.cast(dtype), names)
     if kernel.op.__name__ in RECOMPUTE:
         backward += forward
+    if kernel.op.__name__ in AT_ONCE:
+        forward, backward = forward + backward, 0
     for arguments in (inputs.cast(dtype), on_meta(inputs.cast(dtype))):
         assert counts(kernel.op, arguments, names) == (forward, backward)
-    assert bool(forward) == (kernel.op.__name__ in (*RECOMPUTE, "patch_embed"))
+    assert bool(forward) == (kernel.op.__name__ in (*RECOMPUTE, *AT_ONCE, "patch_embed"))
 
 
 def test_a_gradient_that_is_not_wanted_is_not_counted():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import assert_type
+from typing import Any, assert_type
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from flap_kernels.infonce.backend import Backend, BlockSums, DirectionSums, Targ
 from flap_kernels.infonce.op import choose_backend
 from flap_kernels.infonce.torch_tiled import TorchTiled
 from flap_kernels.infonce.triton_launch import TritonTiled
+from flap_kernels.infonce.triton_tiles import chunks_of
 from tests.kernels.test_every_kernel import check_as_exact, strided
 from tests.kernels.test_infonce import pairs
 
@@ -29,8 +30,9 @@ def block(M, N, offset, device, ids, dtype=torch.float32):
     x = x[offset : offset + M].contiguous()
     targets = Targets(offset)
     if ids:
-        groups = torch.arange(N, device=device) % 11
-        targets = Targets(offset, groups[offset : offset + M].contiguous(), groups)
+        row = torch.arange(N, device=device)
+        groups = torch.stack([row % 11, row // 3 % 13], dim=1)[:, :ids]
+        targets = Targets(offset, groups[offset : offset + M], groups)
     return x, y, torch.tensor(25.0, device=device), targets
 
 
@@ -44,7 +46,7 @@ def in_float32(sums: DirectionSums | None) -> DirectionSums | None:
     return DirectionSums(sums.lse_negatives.float(), sums.one_minus_p.float())
 
 
-@pytest.mark.parametrize("ids", [False, True], ids=["all", "grouped"])
+@pytest.mark.parametrize("ids", [0, 1, 2], ids=["all", "by one id", "by two"])
 @pytest.mark.parametrize(("M", "N", "offset"), BLOCKS)
 def test_kernels_have_the_sums_and_gradients_of_plain_pytorch(M, N, offset, ids, kernel_device):
     x, y, scale, targets = block(M, N, offset, kernel_device, ids)
@@ -70,7 +72,7 @@ def test_kernels_have_the_sums_and_gradients_of_plain_pytorch(M, N, offset, ids,
         factor = torch.tensor(0.25, device=x.device)
         narrow = [in_float32(sums) for sums in directions]
         for x_wanted, y_wanted in ((True, True), (True, False), (False, True)):
-            wanted = {"x_wanted": x_wanted, "y_wanted": y_wanted}
+            wanted: dict[str, Any] = {"x_wanted": x_wanted, "y_wanted": y_wanted}
             mine = TRITON.gradients(x, y, scale, narrow[0], narrow[1], factor, targets, **wanted)
             theirs = TORCH.gradients(
                 *doubles, directions[0], directions[1], factor.double(), targets, **wanted
@@ -99,12 +101,12 @@ def test_the_gradient_of_the_scale_has_a_type_from_the_op_to_the_kernel():
 
 def test_vectors_with_a_stride_give_what_dense_ones_do(kernel_device):
     """Sums that ranks exchange are columns of one matrix, and ids may be a table's."""
-    x, y, scale, targets = block(40, 150, 70, kernel_device, ids=True)
+    x, y, scale, targets = block(40, 150, 70, kernel_device, ids=2)
     factor = torch.ones((), device=x.device)
     directions = [DirectionSums(*torch.rand(2, n, device=x.device)) for n in (40, 150)]
 
     def apart(v: Tensor) -> Tensor:
-        return torch.stack([v, -v, v], dim=1)[:, 0]
+        return torch.stack([v, -v, v], dim=-1)[..., 0]
 
     found = []
     x_ids, y_ids = targets.x_ids, targets.y_ids
@@ -123,7 +125,7 @@ def test_vectors_with_a_stride_give_what_dense_ones_do(kernel_device):
 
 
 def test_small_workspace_gives_what_a_large_one_does(kernel_device):
-    x, y, scale, targets = block(150, 150, 0, kernel_device, ids=True)
+    x, y, scale, targets = block(150, 150, 0, kernel_device, ids=2)
     large = TRITON.sums(x, y, scale, targets)
     small = TritonTiled(workspace_mib=0.005).sums(x, y, scale, targets)
     assert large.row_lse_negatives is not None
@@ -147,7 +149,7 @@ def test_small_workspace_gives_what_a_large_one_does(kernel_device):
 def test_workspace_is_bounded():
     # 1 MiB holds two rows of tiles of 128 here, or 100 rows that are cut to one tile.
     for most, lengths in ((256, [256, 256, 256, 232]), (100, [128] * 7 + [104])):
-        spans = list(triton_launch._chunks(1000, most, 128))
+        spans = list(chunks_of(1000, most, 128))
         assert [span.stop - span.start for span in spans] == lengths
 
 
@@ -164,7 +166,7 @@ def test_a_tile_taken_in_slabs_is_as_exact(kernel_device, monkeypatch):
 
 
 def test_a_tile_taken_in_slabs_leaves_out_rows_of_one_id(kernel_device, monkeypatch):
-    x, y, scale, targets = block(40, 150, 70, kernel_device, ids=True)
+    x, y, scale, targets = block(40, 150, 70, kernel_device, ids=2)
     row, column = (DirectionSums(x.new_zeros(n), x.new_ones(n)) for n in (40, 150))
     factor = torch.ones((), device=x.device)
     found = []

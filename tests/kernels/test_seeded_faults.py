@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flap_kernels import KERNELS
-from flap_kernels.infonce import triton_kernels
+from flap_kernels.infonce import triton_kernels, triton_sigmoid
 from tests.kernels.faults import Fault, put_in
 from tests.kernels.test_every_kernel import check_as_exact, strided
 
@@ -71,8 +71,36 @@ FAULTS = [
         "dlogits stored past a row's end",
         "infonce",
         triton_kernels.dlogits_kernel,
-        "tl.arange(0, BLOCK_M)[:, None] * stride_gm",
-        "tl.arange(0, BLOCK_M)[:, None] * N",
+        "start_m.to(tl.int64) * stride_gm",
+        "start_m.to(tl.int64) * N",
+    ),
+    Fault(
+        "the positive's loss taken for that of another",
+        "sigmoid_loss",
+        triton_sigmoid.sigmoid_kernel,
+        "tl.maximum(-logits, 0.0) + log1p",
+        "tl.maximum(logits, 0.0) + log1p",
+    ),
+    Fault(
+        "columns past the end given a loss",
+        "sigmoid_loss",
+        triton_sigmoid.sigmoid_kernel,
+        "losses = tl.where(out, 0.0, losses)",
+        "losses = losses",
+    ),
+    Fault(
+        "the positive not subtracted",
+        "sigmoid_loss",
+        triton_sigmoid.sigmoid_kernel,
+        "-tl.where(logits >= 0.0, e, 1.0) / above_one",
+        "tl.where(logits >= 0.0, 1.0, e) / above_one",
+    ),
+    Fault(
+        "the bias' gradient without its last slab",
+        "sigmoid_loss",
+        triton_sigmoid.sigmoid_kernel,
+        "bias_sum += tl.sum(dlogits)",
+        "bias_sum = bias_sum",
     ),
 ]
 

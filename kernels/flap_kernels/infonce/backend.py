@@ -25,6 +25,7 @@ LOG2E = math.log2(math.e)
 
 Direction = Literal["symmetric", "a2t", "t2a"]
 Precision = Literal["ieee", "tf32", "bf16"]
+Duplicates = Literal["mask", "positive"]
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,10 @@ class Targets:
     offset: int = 0
     """The positive of row i is column i + offset, if the block has it."""
     x_ids: Tensor | None = None
-    """(M,): rows and columns with equal ids are not negatives of each other; None with `y_ids`."""
+    """(M, K): rows and columns equal in one of K ids are not negatives of each other; None with
+    `y_ids`."""
     y_ids: Tensor | None = None
-    """(N,)."""
+    """(N, K)."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,21 @@ class BlockGradients(NamedTuple):
     """() in the accumulator's dtype."""
 
 
+class SigmoidSums(NamedTuple):
+    """Sum of a block's sigmoid losses, and its gradients, which one pass gives."""
+
+    loss: Tensor
+    """() in the accumulator's dtype."""
+    x: Tensor | None
+    """(M, D) in x's dtype, factor * scale * dlogits y; None if not requested."""
+    y: Tensor | None
+    """(N, D) in the accumulator's dtype, factor * scale * dlogits^T x; None if not requested."""
+    scale: Tensor
+    """() factor * sum(dlogits * (x y^T)); 0 where neither x nor y is requested."""
+    bias: Tensor
+    """() factor * sum(dlogits); 0 where neither x nor y is requested."""
+
+
 class Backend(Protocol):
     """Computes a block's sums and gradients; no backend stores the logits."""
 
@@ -106,6 +123,7 @@ class Backend(Protocol):
         factor: Tensor,
         targets: Targets,
         *,
+        values: tuple[Tensor, Tensor] | None = None,
         x_wanted: bool = True,
         y_wanted: bool = True,
     ) -> BlockGradients:
@@ -115,6 +133,29 @@ class Backend(Protocol):
         and -(1 - p) of both at the positive (a direction that is None leaves its terms out):
         x: factor * scale * dlogits y. y: factor * scale * dlogits^T x.
         scale: factor * sum(dlogits * (x y^T)).
+
+        `values` (M, E) and (N, E), in x's dtype, stand for x and y in the products with dlogits:
+        these are then weighted sums of other embeddings; there is no gradient of the scale.
+        """
+        ...
+
+    def sigmoid(
+        self,
+        x: Tensor,
+        y: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        factor: Tensor,
+        targets: Targets,
+        *,
+        x_wanted: bool = True,
+        y_wanted: bool = True,
+    ) -> SigmoidSums:
+        """The sum of the sigmoid losses of a block, and the gradients of `factor` times it.
+
+        With l[i, j] = scale * x[i] . y[j] + bias: softplus(-l) at a row's positive, softplus(l)
+        elsewhere. dlogits = sigmoid(l), less 1 at the positive. Where ids are equal and it is not
+        the positive, neither.
         """
         ...
 

@@ -2,7 +2,7 @@
 
     loss = infonce(audio of all ranks, text of all ranks, scale), the same number on every rank
 
-    W ranks   B clips of them all   b of this rank   D width
+    W ranks   B clips of them all   b of this rank   n >= b of its captions   D width
 
 Gradients are for engines that average over ranks (DDP, DeepSpeed): each rank's is W times the
 gradient of its rows' terms, so that the average is the gradient of the global mean, for the
@@ -20,9 +20,7 @@ Source: the gradient's closed form (`backend`); LAION-CLAP and CyCLIP gather wit
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -31,13 +29,17 @@ from torch import Tensor
 from flap_kernels.checks import check_choice
 from flap_kernels.infonce.backend import (
     Backend,
+    BlockSums,
     Direction,
     DirectionSums,
+    Duplicates,
     Precision,
-    Targets,
     losses_and_sums,
 )
+from flap_kernels.infonce.columns import Columns, without_positives
 from flap_kernels.infonce.op import check_arguments, choose_backend, infonce, operands
+from flap_kernels.infonce.positives import positive_term
+from flap_kernels.infonce.rank_sizes import RankSizes
 
 Scheme = Literal["auto", "replicated", "sharded"]
 
@@ -54,20 +56,23 @@ def distributed_infonce(
     direction: Direction = "symmetric",
     scheme: Scheme = "auto",
     ids: Tensor | None = None,
+    duplicates: Duplicates = "mask",
     equal_sizes: bool = False,
     precision: Precision = "ieee",
     workspace_mib: float | None = None,
 ) -> Tensor:
     """The mean InfoNCE loss over the clips of all ranks of `group`, the same on every rank, ().
 
-    `audio` and `text` are this rank's rows (b, D), more or fewer than another's, or none; the rest
-    is as in `infonce`, and gradients are W times those of this rank's rows. `equal_sizes` promises
-    that all ranks hold as many rows, and saves asking them, a wait for the device. `auto` is
-    *replicated* up to 1500 clips a rank, else *sharded*. Collective: all ranks must call this with
-    the same settings, and run its backward or not together. On one rank, this is `infonce`.
+    `audio` (b, D) and `text` (n, D) are this rank's rows, more or fewer than another's, or none;
+    the rest is as in `infonce`, and gradients are W times those of this rank's rows. `equal_sizes`
+    promises that all ranks hold as many rows, and saves asking them, a wait for the device. `auto`
+    is *replicated* up to 1500 clips a rank, else *sharded*. Collective: all ranks must call this
+    with the same settings, and run its backward or not together. On one rank, this is `infonce`.
     """
     check_choice("scheme", scheme, get_args(Scheme))
-    scale = check_arguments(audio, text, scale, direction, ids, precision, workspace_mib)
+    scale, ids = check_arguments(
+        audio, text, scale, direction, ids, duplicates, precision, workspace_mib
+    )
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
         return infonce(
             audio,
@@ -75,6 +80,7 @@ def distributed_infonce(
             scale,
             direction=direction,
             ids=ids,
+            duplicates=duplicates,
             precision=precision,
             workspace_mib=workspace_mib,
         )
@@ -82,137 +88,73 @@ def distributed_infonce(
     if sizes.total == 0:
         raise ValueError("audio must hold at least one row on some rank, got 0 on all")
     if scheme == "auto":
-        few = max(sizes.audio) <= REPLICATED_ROWS and sizes.audio == sizes.text
-        scheme = "replicated" if few else "sharded"
-    if scheme == "replicated" and sizes.audio != sizes.text:
-        raise ValueError("scheme must be sharded where text has more rows than audio")
+        scheme = "replicated" if max(sizes.pairs) <= REPLICATED_ROWS else "sharded"
     run = {"replicated": _Replicated, "sharded": _Sharded}[scheme]
     audio, text, products = operands(audio, text, precision)  # rounded before they are sent
     backend = choose_backend(audio, products, workspace_mib)
-    loss: Tensor = run.apply(audio, text, scale, ids, sizes, direction, backend)
+    masked = ids if duplicates == "mask" else None
+    loss: Tensor = run.apply(audio, text, scale, masked, sizes, direction, backend)
+    if ids is not None and duplicates == "positive":
+        loss = loss + positive_term(audio, text, scale, ids, direction, sizes)
     return loss
-
-
-@dataclass(frozen=True)
-class RankSizes:
-    """Number of rows on each rank, and the collectives between ranks."""
-
-    audio: tuple[int, ...]
-    text: tuple[int, ...]
-    rank: int
-    group: dist.ProcessGroup | None
-
-    @classmethod
-    def of(
-        cls, audio: Tensor, text: Tensor, group: dist.ProcessGroup | None, equal: bool
-    ) -> RankSizes:
-        """Gather the sizes of all ranks, or assume that they equal this rank's."""
-        world, rank = dist.get_world_size(group), dist.get_rank(group)
-        if equal:
-            return cls((len(audio),) * world, (len(text),) * world, rank, group)
-        own = torch.tensor([len(audio), len(text)], device=audio.device)
-        counts = torch.empty(2 * world, dtype=own.dtype, device=own.device)
-        _all_gather(counts, own, group)
-        pairs = counts.view(world, 2).tolist()
-        return cls(tuple(a for a, _ in pairs), tuple(t for _, t in pairs), rank, group)
-
-    @property
-    def world(self) -> int:
-        """Number of ranks."""
-        return len(self.audio)
-
-    @property
-    def total(self) -> int:
-        """Number of clips of all ranks."""
-        return sum(self.audio)
-
-    @property
-    def offset(self) -> int:
-        """Index of this rank's first caption among those of all ranks."""
-        return sum(self.text[: self.rank])
-
-    @property
-    def own(self) -> slice:
-        """Range of this rank's pairs among the captions of all ranks."""
-        return slice(self.offset, self.offset + self.audio[self.rank])
-
-    def gather(self, x: Tensor) -> Tensor:
-        """The rows of all ranks' text (or of as many), rank by rank."""
-        most = max(self.text)
-        padded = x.contiguous()
-        if len(x) < most:
-            padded = x.new_zeros(most, *x.shape[1:])
-            padded[: len(x)] = x
-        rows = x.new_empty(self.world * most, *x.shape[1:])
-        _all_gather(rows, padded, self.group)
-        if len(set(self.text)) == 1:
-            return rows
-        by_rank = rows.view(self.world, most, *x.shape[1:]).unbind()
-        return torch.cat([rows[:n] for rows, n in zip(by_rank, self.text, strict=True)])
-
-    def scatter_sum(self, x: Tensor) -> Tensor:
-        """This rank's rows of the sum over ranks of x (rows of all ranks' text, D)."""
-        most = max(self.text)
-        if len(set(self.text)) > 1:
-            padded = x.new_zeros(self.world, most, *x.shape[1:])
-            for of_rank, rows in zip(padded, x.split(self.text), strict=True):
-                of_rank[: len(rows)] = rows
-            x = padded.flatten(0, 1)
-        out = x.new_empty(most, *x.shape[1:])
-        _reduce_scatter(out, x, self.group)
-        return out[: self.text[self.rank]]
-
-    def reduce(self, x: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
-        """Sum or maximum over all ranks, in place."""
-        dist.all_reduce(x, op=op, group=self.group)
-        return x
 
 
 class _Replicated(torch.autograd.Function):
     @staticmethod
     def forward(ctx, audio, text, scale, ids, sizes: RankSizes, direction, backend: Backend):
-        both = sizes.gather(torch.cat([audio, text], dim=1))
-        all_audio, all_text = both.chunk(2, dim=1)
-        targets = Targets(sizes.offset, ids, None if ids is None else sizes.gather(ids))
+        own_text, extra = text[: len(audio)], text[len(audio) :]
+        both = sizes.gather(torch.cat([audio, own_text], dim=1))
+        captions = both.chunk(2, dim=1)[1], sizes.gather_extra(extra)
+        every = _Ids.gathered(ids, sizes)
         # Each direction as sums over rows: captions are the rows of t2a.
-        blocks = [
-            backend.sums(x, y, scale, targets, columns=False)
-            for other, x, y in (("t2a", audio, all_text), ("a2t", text, all_audio))
-            if other != direction
-        ]
+        blocks: list[BlockSums] = []
+        if direction != "t2a":
+            columns = every.captions(*captions, sizes)
+            blocks.append(columns.sums(backend, audio, scale, rows=True, columns=False))
+        if direction != "a2t":
+            columns = every.clips(both.chunk(2, dim=1)[0], sizes)
+            blocks.append(columns.sums(backend, own_text, scale, rows=True, columns=False))
         found = [block.row_lse_negatives for block in blocks]
         packed = torch.stack([*(x for x in found if x is not None), blocks[0].positive_logits], 1)
         *every_lse, positive_logits = sizes.gather(packed).unbind(1)
         terms = [losses_and_sums(lse, positive_logits) for lse in every_lse]
         row = None if direction == "t2a" else terms[0][1]
         column = None if direction == "a2t" else terms[-1][1]
-        ctx.save_for_backward(audio, text, scale, both, *_unpack(row), *_unpack(column))
+        sums = *_unpack(row), *_unpack(column)
+        ctx.save_for_backward(audio, text, scale, both, captions[1], *every, *sums)
         ctx.factor = 1.0 / (sizes.total * len(terms))
-        ctx.sizes, ctx.targets, ctx.backend = sizes, targets, backend
+        ctx.sizes, ctx.backend = sizes, backend
         return torch.stack([losses for losses, _ in terms]).sum() * ctx.factor
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        audio, text, scale, both, *saved = ctx.saved_tensors
-        row, column = _pack(*saved[:2]), _pack(*saved[2:])
+        audio, text, scale, both, all_extra, *saved = ctx.saved_tensors
+        every, row, column = _Ids(*saved[:4]), _pack(*saved[4:6]), _pack(*saved[6:])
         sizes: RankSizes = ctx.sizes
         backend: Backend = ctx.backend
         all_audio, all_text = both.chunk(2, dim=1)
+        own_text, extra = text[: len(audio)], text[len(audio) :]
         audio_wanted, text_wanted, scale_wanted = ctx.needs_input_grad[:3]
         # Engines average over ranks: the average of W times each rank's gradient is their sum.
         factor = grad * (ctx.factor * sizes.world)
         a_grad = t_grad = scale_grad = None
         if audio_wanted or scale_wanted:
             own = None if row is None else row[sizes.own]
-            a_grad, _, scale_grad = backend.gradients(
-                audio, all_text, scale, own, column, factor, ctx.targets, y_wanted=False
+            a_grad, _, scale_grad = every.captions(all_text, all_extra, sizes).gradients(
+                backend, audio, scale, own, column, factor, y_wanted=False
             )
         if text_wanted:
             own = None if column is None else column[sizes.own]
-            t_grad, _, _ = backend.gradients(
-                text, all_audio, scale, own, row, factor, ctx.targets, y_wanted=False
+            t_grad, _, _ = every.clips(all_audio, sizes).gradients(
+                backend, own_text, scale, own, row, factor, y_wanted=False
             )
+            if t_grad is not None and len(extra):
+                targets = without_positives(sizes.total, every.own_extra, every.pairs)
+                more, _, _ = backend.gradients(
+                    extra, all_audio, scale, None, row, factor, targets, y_wanted=False
+                )
+                t_grad = t_grad if more is None else torch.cat([t_grad, more])
         return (
             a_grad if audio_wanted else None,
             t_grad,
@@ -224,10 +166,12 @@ class _Replicated(torch.autograd.Function):
 class _Sharded(torch.autograd.Function):
     @staticmethod
     def forward(ctx, audio, text, scale, ids, sizes: RankSizes, direction, backend: Backend):
-        all_text = sizes.gather(text)
-        targets = Targets(sizes.offset, ids, None if ids is None else sizes.gather(ids))
+        all_text = sizes.gather(text[: len(audio)])
+        all_extra = sizes.gather_extra(text[len(audio) :])
+        every = _Ids.gathered(ids, sizes)
+        columns = every.captions(all_text, all_extra, sizes)
         by_row, by_column = direction != "t2a", direction != "a2t"
-        sums = backend.sums(audio, all_text, scale, targets, rows=by_row, columns=by_column)
+        sums = columns.sums(backend, audio, scale, rows=by_row, columns=by_column)
         positive_logits = sums.positive_logits
         losses = positive_logits.new_zeros(1)
         row = column = None
@@ -248,28 +192,28 @@ class _Sharded(torch.autograd.Function):
             losses = packed[-1:] + terms.sum()
         else:
             losses = sizes.reduce(losses, dist.ReduceOp.SUM)
-        ctx.save_for_backward(audio, text, scale, all_text, *_unpack(row), *_unpack(column))
+        gathered = all_text, all_extra, *every
+        ctx.save_for_backward(audio, text, scale, *gathered, *_unpack(row), *_unpack(column))
         ctx.factor = 1.0 / (sizes.total * (by_row + by_column))
-        ctx.sizes, ctx.targets, ctx.backend = sizes, targets, backend
+        ctx.sizes, ctx.backend = sizes, backend
         return losses[0] * ctx.factor
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        audio, text, scale, all_text, *saved = ctx.saved_tensors
+        audio, text, scale, all_text, all_extra, *saved = ctx.saved_tensors
+        every, row, column = _Ids(*saved[:4]), _pack(*saved[4:6]), _pack(*saved[6:])
         sizes: RankSizes = ctx.sizes
-        backend: Backend = ctx.backend
         audio_wanted, text_wanted, scale_wanted = ctx.needs_input_grad[:3]
         # Engines average over ranks: the average of W times each rank's gradient is their sum.
         factor = grad * (ctx.factor * sizes.world)
-        a_grad, t_grad, scale_grad = backend.gradients(
+        a_grad, t_grad, scale_grad = every.captions(all_text, all_extra, sizes).gradients(
+            ctx.backend,
             audio,
-            all_text,
             scale,
-            _pack(*saved[:2]),
-            _pack(*saved[2:]),
+            row,
+            column,
             factor,
-            ctx.targets,
             x_wanted=audio_wanted,
             y_wanted=text_wanted,
         )
@@ -281,6 +225,33 @@ class _Sharded(torch.autograd.Function):
         )
 
 
+class _Ids(NamedTuple):
+    """Ids of this rank's captions and of all ranks'; None without."""
+
+    own: Tensor | None
+    """(b, K), of this rank's pairs."""
+    own_extra: Tensor | None
+    """(n - b, K)."""
+    pairs: Tensor | None
+    """(B, K), of all ranks' pairs."""
+    extra: Tensor | None
+
+    @classmethod
+    def gathered(cls, ids: Tensor | None, sizes: RankSizes) -> _Ids:
+        if ids is None:
+            return cls(None, None, None, None)
+        own, extra = ids.tensor_split([sizes.pairs[sizes.rank]])
+        return cls(own, extra, sizes.gather(own), sizes.gather_extra(extra))
+
+    def captions(self, pairs: Tensor, extra: Tensor, sizes: RankSizes) -> Columns:
+        """All ranks' captions as columns of this rank's clips."""
+        return Columns.of(pairs, extra, sizes.own.start, self.own, self.pairs, self.extra)
+
+    def clips(self, audio: Tensor, sizes: RankSizes) -> Columns:
+        """All ranks' clips as columns of this rank's captions."""
+        return Columns.of(audio, audio[:0], sizes.own.start, self.own, self.pairs)
+
+
 def _unpack(sums: DirectionSums | None) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if sums is None else (sums.lse_negatives, sums.one_minus_p)
 
@@ -289,16 +260,3 @@ def _pack(lse_negatives: Tensor | None, one_minus_p: Tensor | None) -> Direction
     if lse_negatives is None or one_minus_p is None:
         return None
     return DirectionSums(lse_negatives, one_minus_p)
-
-
-def _collective(new: str, old: str) -> Callable[..., Any]:
-    """A collective by its name in PyTorch 2.14 or 2.11; 2.14 warns of the older name."""
-    return getattr(dist, new if hasattr(dist, new) else old)
-
-
-def _all_gather(out: Tensor, x: Tensor, group: Any) -> None:
-    _collective("all_gather_single", "all_gather_into_tensor")(out, x, group=group)
-
-
-def _reduce_scatter(out: Tensor, x: Tensor, group: Any) -> None:
-    _collective("reduce_scatter_single", "reduce_scatter_tensor")(out, x, group=group)

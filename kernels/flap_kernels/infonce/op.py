@@ -4,7 +4,7 @@
     a2t = mean_i (logsumexp_j S[i, j] - S[i, i])      t2a = mean_j (logsumexp_i S[i, j] - S[j, j])
     symmetric = (a2t + t2a) / 2
 
-    B clips and their captions   D width of an embedding
+    B clips and their captions   N >= B captions, with the extra ones   D width   K ids of a row
 
 No B x B matrix is stored: the forward keeps 4 B sums, the backward recomputes S.
 
@@ -34,10 +34,12 @@ from flap_kernels.infonce.backend import (
     Backend,
     Direction,
     DirectionSums,
+    Duplicates,
     Precision,
-    Targets,
     losses_and_sums,
 )
+from flap_kernels.infonce.columns import Columns
+from flap_kernels.infonce.positives import positive_term
 from flap_kernels.infonce.reference import infonce_reference
 from flap_kernels.infonce.torch_tiled import TorchTiled
 from flap_kernels.infonce.triton_launch import TritonTiled
@@ -64,13 +66,9 @@ def _forward(
     workspace_mib: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss () and, by row and by column, lse_negatives and 1 - p (B,); (0,) if not used."""
-    sums = choose_backend(audio, precision, workspace_mib).sums(
-        audio,
-        text,
-        scale,
-        Targets(0, ids, ids),
-        rows=direction != "t2a",
-        columns=direction != "a2t",
+    backend = choose_backend(audio, precision, workspace_mib)
+    sums = _columns(text, len(audio), ids).sums(
+        backend, audio, scale, rows=direction != "t2a", columns=direction != "a2t"
     )
     losses: list[Tensor] = []
     saved: list[Tensor] = []
@@ -82,6 +80,12 @@ def _forward(
         losses.append(terms)
         saved += [of_direction.lse_negatives, of_direction.one_minus_p]
     return torch.stack(losses).mean(), saved[0], saved[1], saved[2], saved[3]
+
+
+def _columns(text: Tensor, B: int, ids: Tensor | None) -> Columns:
+    if ids is None:
+        return Columns.of(text[:B], text[B:])
+    return Columns.of(text[:B], text[B:], 0, ids[:B], ids[:B], ids[B:])
 
 
 @_forward.register_fake
@@ -115,14 +119,13 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of audio, text (empty if not requested) and scale."""
     rows, columns = len(row_one_minus_p) > 0, len(column_one_minus_p) > 0
-    found = choose_backend(audio, precision, workspace_mib).gradients(
+    found = _columns(text, len(audio), ids).gradients(
+        choose_backend(audio, precision, workspace_mib),
         audio,
-        text,
         scale,
         DirectionSums(row_lse_negatives, row_one_minus_p) if rows else None,
         DirectionSums(column_lse_negatives, column_one_minus_p) if columns else None,
         factor,
-        Targets(0, ids, ids),
         x_wanted=audio_wanted,
         y_wanted=text_wanted,
     )
@@ -185,17 +188,23 @@ def infonce(
     *,
     direction: Direction = "symmetric",
     ids: Tensor | None = None,
+    duplicates: Duplicates = "mask",
     precision: Precision = "ieee",
     workspace_mib: float | None = None,
 ) -> Tensor:
     """The mean InfoNCE loss of a batch, () float32.
 
-    `audio` and `text` are (B, D), row i of one the positive of row i of the other; they are used
-    as they are, so normalise them first. `scale` is () and multiplies the cosines: pass
-    exp(logit_scale), clamped. Rows that share an entry of `ids` (B,) are not each other's
-    negatives. With direction a2t, text may have more rows than audio: those are negatives only
-    (hard ones). Gradients come in the inputs' types, through sums in float32; those of float64
-    inputs, whose sums are float64, serve for checking.
+    `audio` is (B, D) and `text` (N, D), row i of one the positive of row i of the other; they are
+    used as they are, so normalise them first. Captions from row B on are negatives of every clip
+    (hard ones) and have no loss of their own; t2a has none. `scale` is () and multiplies the
+    cosines: pass exp(logit_scale), clamped. Gradients come in the inputs' types, through sums in
+    float32; those of float64 inputs, whose sums are float64, serve for checking.
+
+    `ids` are of the captions, (N,) or (N, K), integers: what two pairs have in common, such as
+    their sound (a clip's number) and their words (a caption's hash), may each be an id. What pairs
+    with an id in common are to each other, `duplicates` says: with `mask` no negatives; with
+    `positive` positives, and a row's loss is the mean of -log p over its positives, its own pair
+    among them. That is for text without extra captions.
 
     `precision` is that of float32 operands in products, whose sums stay in float32: `ieee` leaves
     them as they are, the others are for tensor cores and round them to the nearest. `tf32` keeps 10
@@ -205,11 +214,16 @@ def infonce(
 
     Raises ValueError and TypeError on shapes, devices and types that do not fit.
     """
-    scale = check_arguments(audio, text, scale, direction, ids, precision, workspace_mib)
+    scale, ids = check_arguments(
+        audio, text, scale, direction, ids, duplicates, precision, workspace_mib
+    )
     if len(audio) == 0:
         raise ValueError("audio must hold at least one row, got 0")
     audio, text, products = operands(audio, text, precision)
-    loss: Tensor = _forward(audio, text, scale, ids, direction, products, workspace_mib)[0]
+    masked = ids if duplicates == "mask" else None
+    loss: Tensor = _forward(audio, text, scale, masked, direction, products, workspace_mib)[0]
+    if ids is not None and duplicates == "positive":
+        loss = loss + positive_term(audio, text, scale, ids, direction)
     return loss
 
 
@@ -228,16 +242,22 @@ def check_arguments(
     scale: Tensor | float,
     direction: str,
     ids: Tensor | None,
+    duplicates: str,
     precision: str,
     workspace_mib: float | None,
-) -> Tensor:
-    """Check the arguments of the public ops; returns the scale as a tensor."""
+) -> tuple[Tensor, Tensor | None]:
+    """Check the arguments of the public ops; returns the scale as a tensor, and ids as (N, K)."""
     check_choice("direction", direction, get_args(Direction))
+    check_choice("duplicates", duplicates, get_args(Duplicates))
     check_choice("precision", precision, get_args(Precision))
     check_above("workspace_mib", workspace_mib, 0)
     check_shape("audio", audio, (None, None), "(B, D)")
-    more = direction == "a2t" and text.ndim == 2 and len(text) > len(audio) and ids is None
-    check_shape("text", text, (len(text) if more else len(audio), audio.shape[1]), "(B, D)")
+    extra = text.ndim == 2 and len(text) > len(audio)
+    check_shape("text", text, (len(text) if extra else len(audio), audio.shape[1]), "(N, D)")
+    if extra and direction == "t2a":
+        raise ValueError(
+            "direction must be symmetric or a2t where text has more rows than audio, got 't2a'"
+        )
     check_floats(audio=audio, text=text)
     if audio.dtype != text.dtype:
         raise TypeError(f"audio and text must be of one type, got {audio.dtype} and {text.dtype}")
@@ -246,10 +266,16 @@ def check_arguments(
     check_shape("scale", scale, (), "()")
     check_together(audio=audio, text=text, scale=scale)
     if ids is not None:
-        check_shape("ids", ids, (len(audio),), "(B,)")
         check_integers(ids=ids)
+        wide = ids.ndim == 2 and ids.shape[1] > 0
+        check_shape("ids", ids, (len(text), None) if wide else (len(text),), "(N,) or (N, K)")
         check_together(audio=audio, ids=ids)
-    return scale
+        ids = ids if wide else ids[:, None]
+        if extra and duplicates == "positive":
+            raise ValueError(
+                "duplicates must be mask where text has more rows than audio, got 'positive'"
+            )
+    return scale, ids
 
 
 def _inputs(size: Size, generator: torch.Generator) -> Inputs:

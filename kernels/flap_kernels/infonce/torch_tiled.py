@@ -1,13 +1,9 @@
 """InfoNCE's backend in plain PyTorch, tile by tile; used without a GPU.
 
-A tile of logits and one tile of scratch memory serve all tiles, so that they stay in cache. The
-formulas are those of `backend`.
+The formulas are those of `backend`.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,15 +13,12 @@ from flap_kernels.infonce.backend import (
     BlockGradients,
     BlockSums,
     DirectionSums,
+    SigmoidSums,
     Targets,
 )
-from flap_kernels.precision import accumulator_dtype, add_product
+from flap_kernels.infonce.torch_block import Block
+from flap_kernels.precision import add_product
 
-# Two tiles (the logits and their factors) fit in the cache of a few cores.
-_TILE_ROWS = 512
-_TILE_COLUMNS = 1024
-# Between 2^-100 and 2^100 a million terms can be summed in float32 as they are.
-_BOUNDED = 100.0
 # A sum below this may have lost significant terms: it is recomputed from its own maximum.
 _FAINT = 2.0**-90
 # Sums this far apart are divided by in one go: what is lost then is below 2^-66 of its sum.
@@ -46,7 +39,7 @@ class TorchTiled:
         columns: bool = True,
     ) -> BlockSums:
         """See `Backend.sums`."""
-        block = _Block.of(x, y, scale, targets)
+        block = Block.of(x, y, scale, targets, LOG2E)
         bounded = block.bounded()
         start = 0.0 if bounded else -torch.inf
         row_sums, column_sums = (v.new_full((len(v),), start, dtype=block.y.dtype) for v in (x, y))
@@ -83,21 +76,24 @@ class TorchTiled:
         factor: Tensor,
         targets: Targets,
         *,
+        values: tuple[Tensor, Tensor] | None = None,
         x_wanted: bool = True,
         y_wanted: bool = True,
     ) -> BlockGradients:
         """See `Backend.gradients`."""
-        block = _Block.of(x, y, scale, targets)
+        block = Block.of(x, y, scale, targets, LOG2E)
         bounded = block.bounded()
-        x_grad = torch.empty_like(x) if x_wanted else None
-        y_grad = torch.zeros_like(block.y) if y_wanted else None
+        x_values, y_values = (x, block.y) if values is None else values
+        y_values = y_values.to(block.y.dtype)
+        x_grad = x.new_empty(len(x), y_values.shape[1]) if x_wanted else None
+        y_grad = block.y.new_zeros(len(y), x_values.shape[1]) if y_wanted else None
         scale_grad = block.y.new_zeros(())
         step = factor * scale
         for tile_m, x_tile in block.row_tiles():
-            x_rows = x[tile_m].to(block.y.dtype)
+            x_rows = x_values[tile_m].to(block.y.dtype)
             row = None if row_sums is None else row_sums[tile_m]
             # dlogits y, a tile of columns at a time
-            x_product = torch.zeros_like(x_rows)
+            x_product = x_rows.new_zeros(len(x_rows), y_values.shape[1])
             for tile_n in block.column_tiles():
                 column = None if column_sums is None else column_sums[tile_n]
                 logits = block.logits(x_tile, tile_n)
@@ -111,76 +107,68 @@ class TorchTiled:
                 if column is not None:
                     ahead = block.ahead(tile_m, tile_n)
                     diagonal -= column.one_minus_p[first + ahead :][: len(diagonal)]
-                add_product(x_product, dlogits, block.y[tile_n])
+                add_product(x_product, dlogits, y_values[tile_n])
                 if y_grad is not None:
                     # dlogits^T x
                     add_product(y_grad[tile_n], dlogits.T, x_rows)
-            # sum(dlogits * (x y^T)) without another pass: each row's x . (dlogits y)
-            scale_grad += (x_product * x_rows).sum()
+            if values is None:
+                # sum(dlogits * (x y^T)) without another pass: each row's x . (dlogits y)
+                scale_grad += (x_product * x_rows).sum()
             if x_grad is not None:
                 x_grad[tile_m] = x_product.mul_(step)
         return BlockGradients(
             x_grad, None if y_grad is None else y_grad.mul_(step), scale_grad * factor
         )
 
-
-@dataclass(frozen=True)
-class _Block:
-    """A block of logits in the dtype of the computation, and the memory that its tiles reuse."""
-
-    x: Tensor
-    y: Tensor
-    factor: Tensor
-    """Factor from a cosine to a logit to base 2, ()."""
-    targets: Targets
-    memory: Tensor
-
-    @classmethod
-    def of(cls, x: Tensor, y: Tensor, scale: Tensor, targets: Targets) -> _Block:
-        dtype = accumulator_dtype(x.dtype)
-        tile = min(len(x), _TILE_ROWS) * min(len(y), _TILE_COLUMNS)
-        memory = torch.empty(2, tile, dtype=dtype, device=x.device)
-        return cls(x, y.to(dtype), scale.to(dtype) * LOG2E, targets, memory)
-
-    def bounded(self) -> bool:
-        """Whether all logits are small enough to be exponentiated without a reference point."""
-        if not (len(self.x) and len(self.y)):
-            return True
-        longest = self.y.norm(dim=1).max() * self.x.norm(dim=1, dtype=self.y.dtype).max()
-        return bool(self.factor.abs() * longest < _BOUNDED)
-
-    def row_tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        for start in range(0, len(self.x), _TILE_ROWS):
-            tile_m = slice(start, min(start + _TILE_ROWS, len(self.x)))
-            yield tile_m, self.x[tile_m].to(self.y.dtype) * self.factor
-
-    def column_tiles(self) -> Iterator[slice]:
-        for start in range(0, len(self.y), _TILE_COLUMNS):
-            yield slice(start, min(start + _TILE_COLUMNS, len(self.y)))
-
-    def logits(self, x_tile: Tensor, tile_n: slice) -> Tensor:
-        y_tile = self.y[tile_n]
-        shape = (len(x_tile), len(y_tile))
-        return torch.mm(x_tile, y_tile.T, out=self.memory[0, : shape[0] * shape[1]].view(shape))
-
-    def scratch(self, like: Tensor) -> Tensor:
-        return self.memory[1, : like.numel()].view_as(like)
-
-    def ahead(self, tile_m: slice, tile_n: slice) -> int:
-        """Column in this tile of its first row's positive; may be outside the tile."""
-        return tile_m.start + self.targets.offset - tile_n.start
-
-    def positives(self, tile: Tensor, tile_m: slice, tile_n: slice) -> tuple[int, Tensor]:
-        """The first row of the tile that holds its positive, and a view of the positives."""
-        ahead = self.ahead(tile_m, tile_n)
-        if not -tile.shape[0] < ahead < tile.shape[1]:
-            return 0, tile[:0, 0]
-        return max(0, -ahead), tile.diagonal(ahead)
-
-    def mask_same_ids(self, tile: Tensor, tile_m: slice, tile_n: slice, value: float) -> None:
-        x_ids, y_ids = self.targets.x_ids, self.targets.y_ids
-        if x_ids is not None and y_ids is not None:
-            tile.masked_fill_(x_ids[tile_m, None] == y_ids[None, tile_n], value)
+    def sigmoid(
+        self,
+        x: Tensor,
+        y: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        factor: Tensor,
+        targets: Targets,
+        *,
+        x_wanted: bool = True,
+        y_wanted: bool = True,
+    ) -> SigmoidSums:
+        """See `Backend.sigmoid`."""
+        block = Block.of(x, y, scale, targets)
+        x_grad = torch.empty_like(x) if x_wanted else None
+        y_grad = torch.zeros_like(block.y) if y_wanted else None
+        losses, biases = [], []
+        scale_grad = block.y.new_zeros(())
+        step = factor * scale
+        for tile_m, x_tile in block.row_tiles():
+            x_rows = x[tile_m].to(block.y.dtype)
+            x_product = torch.zeros_like(x_rows)
+            for tile_n in block.column_tiles():
+                logits = block.logits(x_tile, tile_n).add_(bias)
+                # -l at the positive: its loss is softplus(-l)
+                _, diagonal = block.positives(logits, tile_m, tile_n)
+                positive = -diagonal
+                block.mask_same_ids(logits, tile_m, tile_n, -torch.inf)
+                diagonal.copy_(positive)
+                softplus = torch.ops.aten.softplus.out
+                # PyTorch's threshold of 20 would drop e^-20, which is not negligible in float64.
+                losses.append(softplus(logits, 1, 40, out=block.scratch(logits)).sum())
+                if not (x_wanted or y_wanted):
+                    continue
+                # dlogits = sigmoid(l), at the positive -sigmoid(-l)
+                dlogits = logits.sigmoid_()
+                diagonal.neg_()
+                biases.append(dlogits.sum())
+                add_product(x_product, dlogits, block.y[tile_n])
+                if y_grad is not None:
+                    add_product(y_grad[tile_n], dlogits.T, x_rows)
+            scale_grad += (x_product * x_rows).sum()
+            if x_grad is not None:
+                x_grad[tile_m] = x_product.mul_(step)
+        loss, bias_grad = (
+            torch.stack([block.y.new_zeros(()), *parts]).sum() for parts in (losses, biases)
+        )
+        y_grad = None if y_grad is None else y_grad.mul_(step)
+        return SigmoidSums(loss, x_grad, y_grad, scale_grad * factor, bias_grad * factor)
 
 
 def _add_sums(logits: Tensor, totals: tuple[Tensor | None, Tensor | None]) -> None:

@@ -91,6 +91,17 @@ def _column_slabs(tile, SLABS: tl.constexpr):
 
 
 @jit
+def _share_an_id(x_ids_ptr, y_ids_ptr, offs_m, offs_n, mask_m, mask_n, IDS: tl.constexpr):
+    """Whether a row and a column are equal in one of their IDS ids."""
+    same = (offs_m < 0)[:, None] & (offs_n < 0)[None, :]
+    for k in tl.static_range(IDS):  # pyright: ignore[reportGeneralTypeIssues]
+        x_ids = tl.load(x_ids_ptr + offs_m.to(tl.int64) * IDS + k, mask=mask_m, other=0)
+        y_ids = tl.load(y_ids_ptr + offs_n.to(tl.int64) * IDS + k, mask=mask_n, other=0)
+        same = same | (x_ids[:, None] == y_ids[None, :])
+    return same
+
+
+@jit
 def lse_negatives_kernel(
     x_ptr,
     y_ptr,
@@ -145,9 +156,6 @@ def lse_negatives_kernel(
     factor = tl.load(scale_ptr).to(tl.float32) * 1.4426950408889634
     offs_m = start_m + tl.arange(0, BLOCK_M)
     mask_m = offs_m < M
-    x_ids = offs_m
-    if IDS:
-        x_ids = tl.load(x_ids_ptr + offs_m, mask=mask_m, other=0)
     tops = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     sums = tl.zeros((BLOCK_M,), dtype=tl.float32)
     slabs = _column_slabs(product, SLABS)
@@ -170,8 +178,7 @@ def lse_negatives_kernel(
             # 2^S = 0 at the positive, past the end, and where the ids are the same
             out = is_positive | ~(mask_m[:, None] & mask_n[None, :])
             if IDS:
-                y_ids = tl.load(y_ids_ptr + offs_n, mask=mask_n, other=0)
-                out = out | (x_ids[:, None] == y_ids[None, :])
+                out = out | _share_an_id(x_ids_ptr, y_ids_ptr, offs_m, offs_n, mask_m, mask_n, IDS)
             logits = tl.where(out, float("-inf"), logits)
         # One exponential serves both sums, unless a row or a column lies so far below the slab's
         # maximum (2^-90: its terms down to 2^-36 of its own largest are then still normal numbers)
@@ -250,6 +257,19 @@ def add_partial_lse_kernel(
 
 
 @jit
+def _store_dlogits(dlogits_ptr, dlogits, mask, stride_gm, PRECISION: tl.constexpr):
+    """Store a slab of dlogits for a product of this precision; the pointer is the slab's."""
+    if PRECISION == "tf32":  # to the nearest: the next product truncates these bits
+        bits = (dlogits.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        # A NaN stays: its bits would carry into the sign.
+        dlogits = tl.where(dlogits == dlogits, bits.to(tl.float32, bitcast=True), dlogits)
+    offs_m = tl.arange(0, dlogits.shape[0])
+    offs_n = tl.arange(0, dlogits.shape[1])
+    dlogits_ptrs = dlogits_ptr + offs_m[:, None] * stride_gm + offs_n[None, :]
+    tl.store(dlogits_ptrs, dlogits.to(dlogits_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
 def dlogits_kernel(
     x_ptr,
     y_ptr,
@@ -311,9 +331,6 @@ def dlogits_kernel(
     if ROWS:
         row_lse = tl.load(row_lse_ptr + offs_m, mask=mask_m, other=0.0)
         row_one_minus_p = tl.load(row_one_minus_p_ptr + offs_m, mask=mask_m, other=0.0)
-    x_ids = offs_m
-    if IDS:
-        x_ids = tl.load(x_ids_ptr + offs_m, mask=mask_m, other=0)
     scale_sum = tl.full((), 0.0, dtype=tl.float32)
     slabs = _column_slabs(product, SLABS)
     WIDTH: tl.constexpr = BLOCK_N // SLABS
@@ -339,21 +356,15 @@ def dlogits_kernel(
         if IDS or past_end or (ahead < BLOCK_M and ahead > -WIDTH):
             out = ~(mask_m[:, None] & mask_n[None, :])
             if IDS:
-                y_ids = tl.load(y_ids_ptr + offs_n, mask=mask_n, other=0)
-                out = out | (x_ids[:, None] == y_ids[None, :])
+                out = out | _share_an_id(x_ids_ptr, y_ids_ptr, offs_m, offs_n, mask_m, mask_n, IDS)
             dlogits = tl.where(out, 0.0, dlogits)
             # dlogits[i, i + offset] = -(1 - p)[i] - (1 - p)[j]
             is_positive = offs_n[None, :] == (offs_m + offset)[:, None]
             dlogits = tl.where(is_positive & mask_n[None, :], at_positive, dlogits)
         # dscale = sum(dlogits * (x y^T))
         scale_sum += tl.sum(dlogits * product)
-        if PRECISION == "tf32":  # to the nearest: the next product truncates these bits
-            bits = (dlogits.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
-            # A NaN stays: its bits would carry into the sign.
-            dlogits = tl.where(dlogits == dlogits, bits.to(tl.float32, bitcast=True), dlogits)
-        dlogits_ptrs = dlogits_ptr + start_m.to(tl.int64) * stride_gm + first
-        dlogits_ptrs += tl.arange(0, BLOCK_M)[:, None] * stride_gm + tl.arange(0, WIDTH)[None, :]
         # Behind column N the workspace's rows hold zeros: a row is stored in whole lines.
         mask = mask_m[:, None] & (offs_n < stride_gm)[None, :]
-        tl.store(dlogits_ptrs, dlogits.to(dlogits_ptr.dtype.element_ty), mask=mask)
+        slab_ptr = dlogits_ptr + start_m.to(tl.int64) * stride_gm + first
+        _store_dlogits(slab_ptr, dlogits, mask, stride_gm, PRECISION)
     tl.store(scale_partial_ptr + pid, scale_sum)

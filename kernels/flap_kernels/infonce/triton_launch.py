@@ -1,61 +1,37 @@
-"""InfoNCE's backend on a GPU: tiles, workspaces and launches of `triton_kernels`."""
+"""InfoNCE's backend on a GPU: launches of `triton_kernels`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from flap_kernels.infonce.backend import BlockGradients, BlockSums, DirectionSums, Targets
+from flap_kernels.infonce.backend import (
+    BlockGradients,
+    BlockSums,
+    DirectionSums,
+    SigmoidSums,
+    Targets,
+)
 from flap_kernels.infonce.triton_kernels import (
     add_partial_lse_kernel,
     dlogits_kernel,
     lse_negatives_kernel,
 )
+from flap_kernels.infonce.triton_sigmoid import sigmoid_kernel
+from flap_kernels.infonce.triton_tiles import (
+    PARTIAL_BLOCKS,
+    Products,
+    chunks_of,
+    operand,
+    tile_shape,
+)
 from flap_kernels.launch import capability, ceil_div, interpreted, run_kernel
-from flap_kernels.precision import Float32Precision, add_product, float32_products
+from flap_kernels.precision import Float32Precision
 
-# Forward: partial sums. Backward: the dlogits of at least this many rows.
+# For partial sums.
 _SUMS_MIB = 256
-_DLOGITS_MIB, _DLOGITS_ROWS = 64, 2048
-
-PARTIAL_BLOCKS = {"BLOCK_P": 16, "BLOCK": 128}
-"""Tile of the kernel that adds up partial sums: partial sums at a time, sums per program."""
-
-
-@dataclass(frozen=True)
-class TileShape:
-    """The size of a tile of logits, and the launch parameters."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-    BLOCK_D: int
-    SLABS: int
-    """Number of slabs of a tile's columns after the product, 1 or 4, to fit in registers."""
-    GROUP_M: int
-    num_warps: int
-    num_stages: int
-
-
-def tile_shape(arch: int, dtype: torch.dtype, precision: Float32Precision) -> TileShape:
-    """The tile for a compute capability (90 for 9.0) and a dtype.
-
-    Operands reach shared memory from the L2 cache: the larger the tile, the fewer bytes of them.
-    """
-    if arch == 0:  # the interpreter: many small tiles, so that small tests have several
-        return TileShape(32, 64, 32, 1, 2, 4, 1)
-    if dtype == torch.float32 and precision == "ieee":
-        return TileShape(64, 64, 32, 1, 8, 4, 3)
-    if dtype == torch.float32:
-        return TileShape(128, 128, 32, 4, 8, 8, 3)
-    if arch in (90, 100, 103):
-        return TileShape(128, 256, 64, 4, 8, 8, 3)
-    if arch == 80:
-        return TileShape(128, 128, 64, 1, 8, 8, 3)
-    return TileShape(128, 128, 32, 1, 8, 8, 3)  # 48 KiB of shared memory
 
 
 @dataclass(frozen=True)
@@ -79,10 +55,10 @@ class TritonTiled:
         columns: bool = True,
     ) -> BlockSums:
         """See `Backend.sums`."""
-        x, y = (_operand(v, self.precision) for v in (x, y))
+        x, y = (operand(v, self.precision) for v in (x, y))
         targets = _contiguous(targets)
         (M, D), N = x.shape, len(y)
-        tile = tile_shape(capability(x), x.dtype, self.precision)
+        tile = tile_shape(capability(x), x.dtype, self.precision, "sums")
         tiles_n = ceil_div(N, tile.BLOCK_N)
         row_bytes = 4 * (tiles_n * rows + ceil_div(N, tile.BLOCK_M) * columns)
         most = int((self.workspace_mib or _SUMS_MIB) * 2**20 / row_bytes)
@@ -90,7 +66,7 @@ class TritonTiled:
         row_sums = torch.empty(M if rows else 0, **float32)
         column_sums = torch.empty(N if columns else 0, **float32)
         positive_logits = torch.empty(M, **float32)
-        chunks = list(_chunks(M, most, tile.BLOCK_M))
+        chunks = list(chunks_of(M, most, tile.BLOCK_M))
         largest = len(range(M)[chunks[0]])
         row_partials = torch.empty(tiles_n * largest if rows else 0, **float32)
         tiles_m = ceil_div(largest, tile.BLOCK_M)
@@ -121,7 +97,7 @@ class TritonTiled:
                 y.stride(1),
                 ROWS=rows,
                 COLUMNS=columns,
-                IDS=targets.x_ids is not None,
+                IDS=0 if targets.x_ids is None else targets.x_ids.shape[1],
                 PRECISION=self.precision,
                 UPCAST=interpreted(),
                 **asdict(tile),
@@ -144,31 +120,34 @@ class TritonTiled:
         factor: Tensor,
         targets: Targets,
         *,
+        values: tuple[Tensor, Tensor] | None = None,
         x_wanted: bool = True,
         y_wanted: bool = True,
     ) -> BlockGradients:
         """See `Backend.gradients`."""
-        width = x.shape[1]
-        x, y = (_operand(v, self.precision) for v in (x, y))
+        width = (values or (x,))[0].shape[1]
+        x, y = (operand(v, self.precision) for v in (x, y))
         targets = _contiguous(targets)
         row, column = (sums and sums.contiguous() for sums in (row_sums, column_sums))
-        (M, D), N = x.shape, len(y)
-        tile = tile_shape(capability(x), x.dtype, self.precision)
+        D, N = x.shape[1], len(y)
+        tile = tile_shape(capability(x), x.dtype, self.precision, "dlogits")
         tiles_n = ceil_div(N, tile.BLOCK_N)
-        stride_gm = dlogits_stride(N)
-        chunks = dlogits_chunks(M, N, x.dtype, tile.BLOCK_M, self.workspace_mib)
-        largest = len(range(M)[chunks[0]])
-        float32 = {"dtype": torch.float32, "device": x.device}
-        workspace = torch.empty(largest, stride_gm, dtype=x.dtype, device=x.device)
-        scale_partials = torch.empty(
-            len(chunks), ceil_div(largest, tile.BLOCK_M) * tiles_n, **float32
+        x_values, y_values = (operand(v, self.precision) for v in values or (x, y))
+        products = Products(
+            x_values,
+            y_values,
+            width,
+            tile.BLOCK_M,
+            self.precision,
+            self.workspace_mib,
+            x_wanted=x_wanted,
+            y_wanted=y_wanted,
         )
-        x_grad = torch.empty(M, width, dtype=x.dtype, device=x.device) if x_wanted else None
-        y_grad = torch.empty(N, D, **float32) if y_wanted else None
-        x_product = torch.empty(largest if x_wanted else 0, D, **float32)
-        step = factor * scale
+        float32 = {"dtype": torch.float32, "device": x.device}
+        tiles_of_chunk = ceil_div(products.largest, tile.BLOCK_M) * tiles_n
+        scale_partials = torch.empty(len(products.chunks), tiles_of_chunk, **float32)
         scale_grad = torch.zeros((), **float32)
-        for chunk, partials in zip(chunks, scale_partials, strict=True):
+        for chunk, partials in zip(products.chunks, scale_partials, strict=True):
             x_rows = x[chunk]
             size = len(x_rows)
             tiles = ceil_div(size, tile.BLOCK_M) * tiles_n
@@ -185,7 +164,7 @@ class TritonTiled:
                 row.one_minus_p[chunk] if row is not None else x,
                 column.lse_negatives if column is not None else x,
                 column.one_minus_p if column is not None else x,
-                workspace,
+                products.dlogits,
                 partials,
                 size,
                 N,
@@ -195,40 +174,89 @@ class TritonTiled:
                 x.stride(1),
                 y.stride(0),
                 y.stride(1),
-                stride_gm,
+                products.dlogits.stride(0),
                 ROWS=row is not None,
                 COLUMNS=column is not None,
-                IDS=targets.x_ids is not None,
+                IDS=0 if targets.x_ids is None else targets.x_ids.shape[1],
                 PRECISION=self.precision,
                 UPCAST=interpreted(),
                 **asdict(tile),
             )
             scale_grad += partials[:tiles].sum()
-            dlogits = workspace[:size, :N]
-            with float32_products(self.precision):
-                if x_grad is not None:
-                    # dx = factor * scale * dlogits y
-                    add_product(x_product[:size], dlogits, y, beta=0)
-                    torch.mul(x_product[:size, :width], step, out=x_grad[chunk])
-                if y_grad is not None:
-                    # dy = factor * scale * dlogits^T x, added up over the chunks
-                    add_product(y_grad, dlogits.T, x_rows, beta=int(chunk.start > 0))
-        if y_grad is not None:
-            y_grad = (y_grad.mul_(step))[:, :width].contiguous()
-        return BlockGradients(x_grad, y_grad, scale_grad * factor)
+            products.add(chunk, factor * scale)
+        return BlockGradients(products.x, products.y, scale_grad * factor)
 
-
-def _operand(x: Tensor, precision: Float32Precision) -> Tensor:
-    """Embeddings as products take them: rounded for `tf32`, their width a multiple of 16.
-
-    Tensor cores truncate to tf32, which would make cosines smaller: numbers are rounded to the
-    nearest first. Other widths get zeros behind: their rows would be loaded number by number.
-    """
-    if precision == "tf32" and x.dtype == torch.float32:
-        nearest = ((x.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
-        x = torch.where(x.isfinite(), nearest, x)  # a NaN's bits would carry into the sign
-    missing = -x.shape[1] % 16
-    return F.pad(x, (0, missing)) if missing else x
+    def sigmoid(
+        self,
+        x: Tensor,
+        y: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        factor: Tensor,
+        targets: Targets,
+        *,
+        x_wanted: bool = True,
+        y_wanted: bool = True,
+    ) -> SigmoidSums:
+        """See `Backend.sigmoid`."""
+        width = x.shape[1]
+        x, y = (operand(v, self.precision) for v in (x, y))
+        targets = _contiguous(targets)
+        (M, D), N = x.shape, len(y)
+        tile = tile_shape(capability(x), x.dtype, self.precision, "sigmoid")
+        tiles_n = ceil_div(N, tile.BLOCK_N)
+        gradients = x_wanted or y_wanted
+        products = None
+        chunks = [slice(0, M)]
+        if gradients:
+            products = Products(
+                x,
+                y,
+                width,
+                tile.BLOCK_M,
+                self.precision,
+                self.workspace_mib,
+                x_wanted=x_wanted,
+                y_wanted=y_wanted,
+            )
+            chunks = products.chunks
+        dlogits = x if products is None else products.dlogits
+        # Of the loss, the scale and the bias; each launch fills the tiles of its chunk.
+        tiles = [ceil_div(chunk.stop - chunk.start, tile.BLOCK_M) * tiles_n for chunk in chunks]
+        partials = torch.zeros(3, sum(tiles), dtype=torch.float32, device=x.device)
+        for chunk, of_chunk in zip(chunks, partials.split(tiles, dim=1), strict=True):
+            run_kernel(
+                sigmoid_kernel,
+                (of_chunk.shape[1],),
+                x[chunk],
+                y,
+                scale,
+                bias,
+                # Absent pointers get x as a dummy; the kernel never reads it.
+                targets.x_ids[chunk] if targets.x_ids is not None else x,
+                targets.y_ids if targets.y_ids is not None else y,
+                dlogits,
+                *of_chunk,
+                chunk.stop - chunk.start,
+                N,
+                D,
+                targets.offset + chunk.start,
+                x.stride(0),
+                x.stride(1),
+                y.stride(0),
+                y.stride(1),
+                dlogits.stride(0),
+                GRADIENTS=gradients,
+                IDS=0 if targets.x_ids is None else targets.x_ids.shape[1],
+                PRECISION=self.precision,
+                UPCAST=interpreted(),
+                **asdict(tile),
+            )
+            if products is not None:
+                products.add(chunk, factor * scale)
+        loss, scale_grad, bias_grad = partials.sum(1)
+        x_grad, y_grad = (None, None) if products is None else (products.x, products.y)
+        return SigmoidSums(loss, x_grad, y_grad, scale_grad * factor, bias_grad * factor)
 
 
 def _contiguous(targets: Targets) -> Targets:
@@ -237,31 +265,6 @@ def _contiguous(targets: Targets) -> Targets:
         return targets
     x_ids, y_ids = targets.x_ids.contiguous(), targets.y_ids.contiguous()
     return replace(targets, x_ids=x_ids, y_ids=y_ids)
-
-
-def dlogits_chunks(
-    M: int, N: int, dtype: torch.dtype, BLOCK_M: int, workspace_mib: float | None
-) -> list[slice]:
-    """Chunks of rows whose dlogits fit in the workspace at a time, the longest first."""
-    row_bytes = dtype.itemsize * dlogits_stride(N)
-    if workspace_mib is None:
-        most = max(_DLOGITS_ROWS, _DLOGITS_MIB * 2**20 // row_bytes)
-    else:
-        most = int(workspace_mib * 2**20 / row_bytes)
-    return list(_chunks(M, most, BLOCK_M))
-
-
-def dlogits_stride(N: int) -> int:
-    """Stride of the workspace's rows: a multiple of 128 bytes, for fast library products."""
-    return ceil_div(N, 64) * 64
-
-
-def _chunks(size: int, most: int, multiple: int) -> Iterator[slice]:
-    """Slices of about equal length, the longest first, of at most `most` rows (or one tile)."""
-    count = ceil_div(size, max(most // multiple, 1) * multiple)
-    length = ceil_div(ceil_div(size, count), multiple) * multiple
-    for start in range(0, size, length):
-        yield slice(start, min(start + length, size))
 
 
 def _add_partials(partials: Tensor, total: Tensor, count: int, *, onto: bool) -> None:
