@@ -2,7 +2,7 @@
 # make test   every test but the slow ones
 # make lint   ruff and pyright
 # make bench  kernel and loading benchmarks on this machine      make gpu   the same on a GPU, in full
-# make static the kernels' compile report for three GPU generations, without a GPU
+# make static the kernels' compile report for seven GPUs and predictions, without a GPU
 #
 # Each but gpu sets up .venv/ first if it is missing or older than pyproject.toml.
 

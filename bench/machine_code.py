@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,28 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench.programs import Arch, Program
+from bench import sass
+from bench.cost import trips_of
+from bench.programs import AMD, Arch, Program
 from flap_kernels.launch import interpreted
 
-TENSOR_CORE: dict[int, str] = {80: "HMMA", 90: "HGMMA", 100: "UTC*MMA"}
+_HMMA = (r"HMMA\b", "HMMA")
+_TENSOR_CORE: dict[int, tuple[str, str]] = {
+    80: _HMMA,
+    86: _HMMA,
+    89: _HMMA,
+    90: (r"HGMMA\b", "HGMMA"),
+    100: (r"UTC\w*MMA\b", "UTC*MMA"),
+    120: _HMMA,
+    AMD: (r"v_s?mfma", "MFMA"),
+}
+TENSOR_CORE = {arch: name for arch, (_, name) in _TENSOR_CORE.items()}
 """The instruction that multiplies matrices at a chip's full rate; HGMMA is a warp group's."""
 
 _PATTERNS = {
-    "tensor_core": {80: r"HMMA\b", 90: r"HGMMA\b", 100: r"UTC\w*MMA\b"},
-    "async_copies": dict.fromkeys(TENSOR_CORE, r"LDGSTS\b"),
-    "bulk_copies": dict.fromkeys(TENSOR_CORE, r"(UTMALDG|UTMASTG|UTMAREDG|UBLKCP)\b"),
-    "local_memory": dict.fromkeys(TENSOR_CORE, r"(LDL|STL)\b"),
+    "async_copies": r"LDGSTS\b",
+    "bulk_copies": r"(UTMALDG|UTMASTG|UTMAREDG|UBLKCP)\b",
+    "local_memory": r"(LDL|STL)\b",
 }
 
 
@@ -41,17 +53,19 @@ class MachineCode:
     """Of a thread: what did not fit in registers."""
     shared_bytes: int
     """Of a block, without the 1 KiB that the system keeps from sm_90 on."""
-    tensor_memory_columns: int
-    """Of a block, on sm_100."""
     tensor_core: int
     """Instructions of the chip's `TENSOR_CORE`."""
-    async_copies: int
-    """cp.async: from global to shared memory, past the registers."""
-    bulk_copies: int
-    """Of the copy engine, TMA."""
     local_memory: int
     """Loads and stores of the stack."""
     instructions: int
+    tensor_memory_columns: int = 0
+    """Of a block, on sm_100."""
+    async_copies: int = 0
+    """cp.async: from global to shared memory, past the registers."""
+    bulk_copies: int = 0
+    """Of the copy engine, TMA."""
+    executed: sass.Path | None = None
+    """What a warp executes; None for AMD's."""
 
 
 def compiled(program: Program, arch: Arch) -> MachineCode:
@@ -61,19 +75,51 @@ def compiled(program: Program, arch: Arch) -> MachineCode:
     signature, constants, attributes = specialised(program)
     kernel = triton.compile(
         ASTSource(program.kernel, signature, constants, attributes),
-        target=GPUTarget("cuda", arch, 32),
+        target=target(arch),
         options={"num_warps": program.num_warps, "num_stages": program.num_stages},
     )
+    if arch == AMD:
+        counts = amd_counts_of(kernel.asm["amdgcn"])
+        return MachineCode(**counts, shared_bytes=kernel.metadata.shared, executed=None)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        resources, sass = (_cuobjdump(flag, file.name) for flag in ("-res-usage", "-sass"))
+        resources, printed = (_cuobjdump(flag, file.name) for flag in ("-res-usage", "-sass"))
     return MachineCode(
         **resources_of(resources),
         shared_bytes=kernel.metadata.shared,
         tensor_memory_columns=getattr(kernel.metadata, "tmem_size", 0) or 0,
-        **instructions_of(sass, arch),
+        **instructions_of(printed, arch),
+        executed=sass.path(sass.parsed(printed), partial(trips_of, program)),
     )
+
+
+def target(arch: Arch) -> GPUTarget:
+    """Triton's name for a chip."""
+    return GPUTarget("hip", "gfx942", 64) if arch == AMD else GPUTarget("cuda", arch, 32)
+
+
+def amd_counts_of(assembly: str) -> dict[str, int]:
+    """Registers, spills and instructions, from AMD's assembly of one kernel."""
+    found = {
+        name: re.search(rf"\.{name}:\s+(\d+)", assembly)
+        for name in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
+    }
+    numbers = {name: int(match[1]) for name, match in found.items() if match}
+    if len(numbers) != len(found):
+        raise ValueError(f"AMD's assembly must name registers and spills, got {assembly[:200]!r}")
+    opcodes = Counter(re.findall(r"^\s+([a-z]\w+)", assembly, re.MULTILINE))
+    return {
+        "registers": numbers["vgpr_count"],
+        "stack_bytes": 4 * numbers["vgpr_spill_count"],
+        "tensor_core": _matching(opcodes, _TENSOR_CORE[AMD][0]),
+        "local_memory": _matching(opcodes, r"scratch_(load|store)"),
+        "instructions": opcodes.total(),
+    }
+
+
+def _matching(opcodes: Counter[str], pattern: str) -> int:
+    return sum(n for opcode, n in opcodes.items() if re.match(pattern, opcode))
 
 
 def specialised(program: Program) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
@@ -120,10 +166,8 @@ def instructions_of(printed: str, arch: Arch) -> dict[str, int]:
     opcodes = Counter(re.findall(line, printed, re.MULTILINE))
     if not opcodes:
         raise ValueError(f"cuobjdump must print instructions, got {printed[:200]!r}")
-    counts = {
-        name: sum(n for opcode, n in opcodes.items() if re.match(by_chip[arch], opcode))
-        for name, by_chip in _PATTERNS.items()
-    }
+    patterns = {"tensor_core": _TENSOR_CORE[arch][0], **_PATTERNS}
+    counts = {name: _matching(opcodes, pattern) for name, pattern in patterns.items()}
     return {**counts, "instructions": opcodes.total()}
 
 

@@ -83,7 +83,8 @@ AUDIOMAE: dict[str, Callable[..., Tensor]] = {
 def arguments(op: str, B: int, device: str) -> dict[str, Any]:
     """Keyword arguments of an op; leaves require gradients.
 
-    On a GPU tokens are bfloat16, as autocast leaves them; weights and log-mels are float32.
+    On a GPU their types are those of training under autocast: what a product gives, `y` of
+    `unshuffle_tokens`, is bfloat16; all else, also what a LayerNorm gives, is float32.
     """
     torch.manual_seed(0)
     narrow = torch.bfloat16 if device == "cuda" else torch.float32
@@ -105,17 +106,17 @@ def arguments(op: str, B: int, device: str) -> dict[str, Any]:
             "ids_keep": ids_keep,
             "weight": leaf(D, P * P),
             "bias": leaf(D),
-            "position": leaf(N, D, dtype=narrow).detach(),
+            "position": leaf(N, D).detach(),
         },
-        "gather_tokens": lambda: {"x": leaf(B, N, D, dtype=narrow), "ids_keep": ids_keep},
+        "gather_tokens": lambda: {"x": leaf(B, N, D), "ids_keep": ids_keep},
         "unshuffle_tokens": lambda: {
             "y": leaf(B, K, H, dtype=narrow),
             "ids_restore": ids_restore,
-            "mask_token": leaf(H, dtype=narrow),
-            "position": leaf(N, H, dtype=narrow).detach(),
+            "mask_token": leaf(H),
+            "position": leaf(N, H).detach(),
         },
         "masked_mse": lambda: {
-            "hidden": leaf(B, M, H, dtype=narrow),
+            "hidden": leaf(B, M, H),
             "weight": leaf(P * P, H),
             "bias": leaf(P * P),
             "mel": mel(),
@@ -123,7 +124,7 @@ def arguments(op: str, B: int, device: str) -> dict[str, Any]:
             "norm_pix": True,
         },
         "reconstruction": lambda: {
-            "x": leaf(B, N, H, dtype=narrow),
+            "x": leaf(B, N, H),
             "weight": leaf(P * P, H),
             "bias": leaf(P * P),
             "mel": mel(),

@@ -13,7 +13,7 @@ from bench.programs import (
     sigmoid_loss,
     unshuffle_tokens,
 )
-from bench.programs.program import ARCHES, VARIANTS, Arch, PaperSizes, Program
+from bench.programs.program import AMD, ARCHES, VARIANTS, Arch, PaperSizes, Program
 
 PAPER: dict[str, PaperSizes] = {
     "infonce": infonce.PAPER,
@@ -30,4 +30,4 @@ PAPER: dict[str, PaperSizes] = {
     # one line for each kernel
 }
 
-__all__ = ["ARCHES", "PAPER", "VARIANTS", "Arch", "PaperSizes", "Program"]
+__all__ = ["AMD", "ARCHES", "PAPER", "VARIANTS", "Arch", "PaperSizes", "Program"]

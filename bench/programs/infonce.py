@@ -1,8 +1,8 @@
-"""Programs that `infonce` launches on each chip at the paper's global batch."""
+"""Programs that `infonce` launches on each chip: the paper's global batch, and other sizes."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -12,11 +12,38 @@ from flap_kernels.infonce.triton_kernels import (
     dlogits_kernel,
     lse_negatives_kernel,
 )
-from flap_kernels.infonce.triton_tiles import PARTIAL_BLOCKS, dlogits_chunks, tile_shape
+from flap_kernels.infonce.triton_tiles import (
+    PARTIAL_BLOCKS,
+    dlogits_chunks,
+    dlogits_stride,
+    tile_shape,
+)
 from flap_kernels.launch import ceil_div
 from flap_kernels.precision import Float32Precision
 
-B, D = 4608, 512
+
+@dataclass(frozen=True)
+class Block:
+    """A block of logits: M rows from `offset` on of N columns, embeddings of width D."""
+
+    name: str
+    M: int
+    N: int
+    D: int
+    offset: int = 0
+    columns: bool = True
+    """Whether the forward also sums columns."""
+
+
+PAPER_BLOCK = Block("", 4608, 4608, 512)
+OTHER_BLOCKS = (
+    # No size a multiple of 16. The width has zeros added by then.
+    Block("odd_", 4607, 4607, 112),
+    # A rank's rows: with `columns` in the sharded scheme, without in the replicated one.
+    Block("rank_", 576, 4608, 512, offset=1728),
+    Block("odd_rank_", 575, 4600, 512, offset=1725, columns=False),
+    Block("large_", 65_536, 65_536, 512),
+)
 
 # What the trainer compares of two pairs: the clip and the caption.
 _IDS = 2
@@ -30,72 +57,90 @@ VARIANTS: dict[str, tuple[torch.dtype, Float32Precision, bool]] = {
 }
 
 
-def _programs(arch: Arch) -> tuple[Program, ...]:
+def _programs(block: Block, arch: Arch) -> tuple[Program, ...]:
     """Both directions of the loss, forward and backward, one program per variant."""
-    found = [_add_partial_lse(arch)]
+    found = [_add_partial_lse(block, arch)]
     for variant in VARIANTS:
-        found += [_lse_negatives(arch, variant), _dlogits(arch, variant)]
+        found += [_lse_negatives(block, arch, variant), _dlogits(block, arch, variant)]
     return tuple(found)
 
 
-def _lse_negatives(arch: Arch, variant: str) -> Program:
+def _lse_negatives(block: Block, arch: Arch, variant: str) -> Program:
     dtype, precision, ids = VARIANTS[variant]
-    tile = asdict(tile_shape(arch, dtype, precision))
-    partials = ceil_div(B, tile["BLOCK_M"]) + ceil_div(B, tile["BLOCK_N"])
+    tile = asdict(tile_shape(arch, dtype, precision, "sums"))
+    BLOCK_M, BLOCK_N, BLOCK_D = (tile[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_D"))
+    M, N, D = block.M, block.N, block.D
+    trips = ceil_div(D, BLOCK_D)
+    partials = M * ceil_div(N, BLOCK_N) + N * ceil_div(M, BLOCK_M) * block.columns
     return Program(
-        name=f"infonce_lse_negatives{variant}",
+        name=f"{block.name}infonce_lse_negatives{variant}",
         kernel=lse_negatives_kernel,
         signature={
-            **block(B, dtype, ids),
+            **arguments(block, M, dtype, ids),
             **dict.fromkeys(
                 ("row_partial_ptr", "column_partial_ptr", "positive_logit_ptr"), "*fp32"
             ),
         },
         num_warps=tile.pop("num_warps"),
         num_stages=tile.pop("num_stages"),
-        constants={"ROWS": True, "COLUMNS": True, **flags(precision, ids), **tile},
+        constants={"ROWS": True, "COLUMNS": block.columns, **flags(precision, ids), **tile},
         matrix_product=dtype == torch.bfloat16 or precision == "tf32",
-        bytes_moved=2 * B * D * dtype.itemsize + 4 * B * (partials + 1),
-        flops=2 * B * B * D,
+        bytes_moved=(M + N) * D * dtype.itemsize + 4 * (partials + M),
+        flops=2 * M * N * D,
+        blocks=ceil_div(M, BLOCK_M) * ceil_div(N, BLOCK_N),
+        tile_flops=2 * BLOCK_M * BLOCK_N * trips * BLOCK_D,
+        trips=(trips,),
     )
 
 
-def _dlogits(arch: Arch, variant: str) -> Program:
+def _dlogits(block: Block, arch: Arch, variant: str) -> Program:
     dtype, precision, ids = VARIANTS[variant]
-    tile = asdict(tile_shape(arch, dtype, precision))
-    M = dlogits_chunks(B, B, dtype, tile["BLOCK_M"], None)[0].stop
+    tile = asdict(tile_shape(arch, dtype, precision, "dlogits"))
+    BLOCK_M, BLOCK_N, BLOCK_D = (tile[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_D"))
+    N, D = block.N, block.D
+    M, trips = dlogits_chunks(block.M, N, dtype, BLOCK_M, None)[0].stop, ceil_div(D, BLOCK_D)
     sums = ("row_lse_ptr", "row_one_minus_p_ptr", "column_lse_ptr", "column_one_minus_p_ptr")
     return Program(
-        name=f"infonce_dlogits{variant}",
+        name=f"{block.name}infonce_dlogits{variant}",
         kernel=dlogits_kernel,
         signature={
-            **block(M, dtype, ids),
+            **arguments(block, M, dtype, ids),
             **dict.fromkeys((*sums, "scale_partial_ptr"), "*fp32"),
             "dlogits_ptr": pointer(dtype),
-            "stride_gm": B,
+            "stride_gm": dlogits_stride(N),
         },
         num_warps=tile.pop("num_warps"),
         num_stages=tile.pop("num_stages"),
         constants={"ROWS": True, "COLUMNS": True, **flags(precision, ids), **tile},
         matrix_product=dtype == torch.bfloat16 or precision == "tf32",
-        bytes_moved=((M + B) * D + M * B) * dtype.itemsize + 4 * 2 * (M + B),
-        flops=2 * M * B * D,
+        bytes_moved=((M + N) * D + M * N) * dtype.itemsize + 4 * 2 * (M + N),
+        flops=2 * M * N * D,
+        blocks=ceil_div(M, BLOCK_M) * ceil_div(N, BLOCK_N),
+        tile_flops=2 * BLOCK_M * BLOCK_N * trips * BLOCK_D,
+        trips=(trips,),
     )
 
 
-def _add_partial_lse(arch: Arch) -> Program:
-    tile = tile_shape(arch, torch.bfloat16, "ieee")
-    partials = ceil_div(B, tile.BLOCK_N)
+def _add_partial_lse(block: Block, arch: Arch) -> Program:
+    tile = tile_shape(arch, torch.bfloat16, "ieee", "sums")
+    partials = ceil_div(block.N, tile.BLOCK_N)
     return Program(
-        name="infonce_add_partial_lse",
+        name=f"{block.name}infonce_add_partial_lse",
         kernel=add_partial_lse_kernel,
-        signature={"partial_ptr": "*fp32", "total_ptr": "*fp32", "partials": partials, "size": B},
+        signature={
+            "partial_ptr": "*fp32",
+            "total_ptr": "*fp32",
+            "partials": partials,
+            "size": block.M,
+        },
         constants={"ONTO": False, **PARTIAL_BLOCKS},
-        bytes_moved=4 * B * (partials + 1),
+        blocks=ceil_div(block.M, PARTIAL_BLOCKS["BLOCK"]),
+        trips=(ceil_div(partials, PARTIAL_BLOCKS["BLOCK_P"]),),
+        bytes_moved=4 * block.M * (partials + 1),
     )
 
 
-def block(M: int, dtype: torch.dtype, ids: bool) -> dict[str, str | int]:
+def arguments(block: Block, M: int, dtype: torch.dtype, ids: bool) -> dict[str, str | int]:
     """Rows and columns of a block of logits, and the vectors that belong to them."""
     rows = pointer(dtype)
     return {
@@ -105,10 +150,10 @@ def block(M: int, dtype: torch.dtype, ids: bool) -> dict[str, str | int]:
         # Absent ids get the embeddings as a dummy; the kernel never reads it.
         **dict.fromkeys(("x_ids_ptr", "y_ids_ptr"), "*i64" if ids else rows),
         "M": M,
-        "N": B,
-        "D": D,
-        "offset": 0,
-        **dict.fromkeys(("stride_xm", "stride_yn"), D),
+        "N": block.N,
+        "D": block.D,
+        "offset": block.offset,
+        **dict.fromkeys(("stride_xm", "stride_yn"), block.D),
         **dict.fromkeys(("stride_xd", "stride_yd"), 1),
     }
 
@@ -117,4 +162,12 @@ def flags(precision: str, ids: bool) -> dict[str, bool | int | str]:
     return {"IDS": _IDS * ids, "PRECISION": precision, "UPCAST": False}
 
 
-PAPER = PaperSizes(_programs)
+def _paper(arch: Arch) -> tuple[Program, ...]:
+    return _programs(PAPER_BLOCK, arch)
+
+
+def _others(arch: Arch) -> tuple[Program, ...]:
+    return tuple(program for block in OTHER_BLOCKS for program in _programs(block, arch))
+
+
+PAPER = PaperSizes(_paper, _others)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 
 import torch
 
 from bench.programs.program import (
     FIXED,
+    ODD,
+    ODD_RAGGED,
+    OTHER_PATCHES,
+    OTHER_VARIANTS,
     RAGGED,
     VARIANTS,
     Arch,
@@ -17,12 +22,13 @@ from bench.programs.program import (
     pointer,
     shaped,
 )
+from flap_kernels.launch import ceil_div
 from flap_kernels.patch_embed_tiles import patch_embed_kernel, tiles
 from flap_kernels.patches import pack_patches_kernel, pack_tile, strides
 
 
-def _programs(batch: Batch, arch: Arch) -> tuple[Program, ...]:
-    B, K, P = batch.B, batch.K, 16
+def _programs(batch: Batch, arch: Arch, variants: Iterable[str] = VARIANTS) -> tuple[Program, ...]:
+    B, K, P = batch.B, batch.K, batch.P
     pixels = P * P
     pack = Program(
         name=f"{batch.name}pack_patches",
@@ -36,19 +42,25 @@ def _programs(batch: Batch, arch: Arch) -> tuple[Program, ...]:
             "N": batch.N,
             "patches_per_row": 8,
             "width": pixels + 8,
-            **strides("m", "btf", shaped(B, batch.T, 128)),
+            **strides("m", "btf", shaped(B, batch.T, batch.bins)),
             **strides("i", "bk", shaped(B, K)),
         },
         constants={"P": P, **pack_tile(pixels)},
+        blocks=ceil_div(B * K, pack_tile(pixels)["BLOCK_ROWS"]),
         bytes_moved=B * K * (4 * pixels + 2 * (pixels + 8)),
     )
-    return (*(_program(batch, variant) for variant in VARIANTS), pack)
+    embed = (_program(batch, variant, arch) for variant in variants)
+    return (*(program for program in embed if program), pack)
 
 
-def _program(batch: Batch, variant: str) -> Program:
-    B, K, D, P = batch.B, batch.K, 768, 16
+def _program(batch: Batch, variant: str, arch: Arch) -> Program | None:
+    """None where plain PyTorch is used."""
+    B, K, D, P = batch.B, batch.K, batch.D, batch.P
     argument, product, precision = VARIANTS[variant]
-    tile = tiles(P * P, product, precision)
+    tile = tiles(P * P, product, precision, arch)
+    if tile is None:
+        return None
+    trips = ceil_div(D, tile["BLOCK_D"])
     return Program(
         name=f"{batch.name}patch_embed{variant}",
         kernel=patch_embed_kernel,
@@ -63,7 +75,7 @@ def _program(batch: Batch, variant: str) -> Program:
             "N": batch.N,
             "positions": batch.positions,
             "patches_per_row": 8,
-            **strides("m", "btf", shaped(B, batch.T, 128)),
+            **strides("m", "btf", shaped(B, batch.T, batch.bins)),
             **strides("k", "bk", shaped(B, K)),
             **strides("w", "dp", shaped(D, P * P)),
             **strides("b", "d", shaped(D)),
@@ -76,16 +88,24 @@ def _program(batch: Batch, variant: str) -> Program:
         matrix_product=product == torch.bfloat16 or precision == "tf32",
         bytes_moved=argument.itemsize * B * K * (P * P + D),
         flops=2 * B * K * P * P * D,
+        blocks=ceil_div(B * K, tile["BLOCK_ROWS"]),
+        tile_flops=2 * tile["BLOCK_ROWS"] * tile["PIXELS"] * trips * tile["BLOCK_D"],
+        trips=(trips,),
     )
 
 
-def _paper(batch: Batch) -> PaperSizes:
+def _others(batches: tuple[Batch, ...], arch: Arch) -> tuple[Program, ...]:
+    return tuple(program for batch in batches for program in _programs(batch, arch, OTHER_VARIANTS))
+
+
+def _paper(batch: Batch, *others: Batch) -> PaperSizes:
     rows = batch.B * batch.K
     return PaperSizes(
         partial(_programs, batch),
-        bytes_moved=2 * rows * 2 * (256 + 768),
+        partial(_others, others),
+        bytes_moved=2 * rows * 4 * (256 + 768),
         flops=4 * rows * 256 * 768,
     )
 
 
-PAPER, RAGGED_PAPER = _paper(FIXED), _paper(RAGGED)
+PAPER, RAGGED_PAPER = _paper(FIXED, ODD, *OTHER_PATCHES), _paper(RAGGED, ODD_RAGGED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bench.programs.program import FIXED, RAGGED, Arch, Batch, PaperSizes, Program
+from flap_kernels.launch import ceil_div
 from flap_kernels.patch_mask import blocks, draw_patch_mask_kernel
 
 
@@ -60,6 +61,8 @@ def _program(
             "SHARED": shared,
             **tile,
         },
+        blocks=288,
+        trips=(ceil_div(C, tile["BLOCK_J"]), R),
         bytes_moved=8 * (288 * (5 if batch.ragged else 1) + 2 * batch.B * batch.N),
     )
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from flap_kernels.cards import AMD, INTERPRETER
+
 if TYPE_CHECKING:
     import triton
     import triton.language as tl
@@ -81,11 +83,13 @@ def ceil_div(size: int, block: int) -> int:
 
 
 def capability(x: Tensor) -> int:
-    """The compute capability that kernels on this tensor run on, 90 for 9.0; 0 if interpreted."""
-    return _capability(x.device.index) if x.is_cuda and not interpreted() else 0
+    """The GPU that kernels on this tensor run on: 90 for compute capability 9.0, see `cards`."""
+    return _capability(x.device.index) if x.is_cuda and not interpreted() else INTERPRETER
 
 
 @cache
 def _capability(device: int) -> int:
+    if torch.version.hip:  # its numbers mean other GPUs than NVIDIA's
+        return AMD
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor

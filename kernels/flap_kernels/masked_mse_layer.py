@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flap_kernels.launch import ceil_div, interpreted, run_kernel, runs_triton
+from flap_kernels.launch import capability, ceil_div, interpreted, run_kernel, runs_triton
 from flap_kernels.masked_mse_tiles import masked_mse_kernel, tiles
 from flap_kernels.patches import MOST_PIXELS, patch_rows, strides
 from flap_kernels.precision import accumulator_dtype, add_product, float32_precision
@@ -49,8 +50,12 @@ class Layer:
         return accumulator_dtype(self.weight.dtype)
 
     @property
-    def on_triton(self) -> bool:
-        return self.pixels <= MOST_PIXELS and runs_triton(self.hidden, self.weight, self.mel)
+    def tile(self) -> dict[str, Any] | None:
+        """The kernel's tile; None where plain PyTorch is used."""
+        if self.pixels > MOST_PIXELS or not runs_triton(self.hidden, self.weight, self.mel):
+            return None
+        H, dtype, precision = self.hidden.shape[1], self.weight.dtype, float32_precision()
+        return tiles(self.pixels, H, dtype, precision, capability(self.mel))
 
     def chunks(self) -> Iterator[slice]:
         step = CHUNK_ROWS.get(self.hidden.device.type, _CHUNK_ROWS_ELSEWHERE)
@@ -63,8 +68,8 @@ class Layer:
         return self.pixels * (len(self.hidden) if self.row_weight is None else 1)
 
     def sum_of_squares(self) -> Tensor:
-        if self.on_triton:
-            sums = self._launch(slice(0, len(self.hidden)), None, None)
+        if tile := self.tile:
+            sums = self._launch(tile, slice(0, len(self.hidden)), None, None)
             return sums.sum() if self.row_weight is None else (sums * self.row_weight).sum()
         return torch.stack([self._sum_of_squares(chunk) for chunk in self.chunks()]).sum()
 
@@ -80,13 +85,14 @@ class Layer:
         scale = 2.0 / self.divisor
         if self.row_weight is not None:
             upstream, scale = scale * upstream * self.row_weight[chunk], 1.0
-        if not self.on_triton:
+        tile = self.tile
+        if tile is None:
             e = self._errors(chunk).mul_(upstream[..., None] * scale)
             return e.to(product), e.sum(0)
         # The interpreter truncates float32 to bfloat16 where a GPU rounds, so PyTorch rounds there.
         stored = torch.float32 if interpreted() else product
         e = self.mel.new_empty((chunk.stop - chunk.start, self.pixels), dtype=stored)
-        sums = self._launch(chunk, upstream, e)
+        sums = self._launch(tile, chunk, upstream, e)
         return e.to(product), sums.sum(0)
 
     def _errors(self, chunk: slice) -> Tensor:
@@ -104,14 +110,15 @@ class Layer:
             e = bias - x
         return add_product(e, self.hidden[chunk].to(self.weight.dtype), self.weight.T)
 
-    def _launch(self, chunk: slice, upstream: Tensor | None, error: Tensor | None) -> Tensor:
+    def _launch(
+        self, tile: dict[str, Any], chunk: slice, upstream: Tensor | None, error: Tensor | None
+    ) -> Tensor:
         """Launch; returns sums of squares, or with `error` each program's column sums.
 
         With weights, squares are summed by row, and `upstream` is scaled and by row; without, by
         program, and ().
         """
         rows = chunk.stop - chunk.start
-        tile = tiles(self.pixels, self.weight.dtype, float32_precision())
         programs = ceil_div(rows, tile["BLOCK_ROWS"])
         by_row = self.row_weight is not None
         shape = (rows if by_row else programs,) if error is None else (programs, self.pixels)

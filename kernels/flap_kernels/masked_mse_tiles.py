@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from flap_kernels.cards import buffers, shared_bytes
 from flap_kernels.launch import jit, tl, triton
 from flap_kernels.patches import load_index, load_patches
 
@@ -113,16 +114,30 @@ def masked_mse_kernel(
         tl.store(sums_ptr + pid, tl.sum(e * e))
 
 
-def tiles(pixels: int, dtype: torch.dtype, precision: str) -> dict[str, Any]:
-    """The tile sizes; a tile holds whole patches, for their mean and variance."""
+def tiles(
+    pixels: int, H: int, dtype: torch.dtype, precision: str, arch: int
+) -> dict[str, Any] | None:
+    """The tile sizes on a GPU; None where patches of this size need more than it has.
+
+    A tile holds whole patches, for their mean and variance. Rows of hidden and weight that are not
+    whole in 16 bytes are loaded number by number, which takes registers: their slices are narrower.
+    """
     power_of_2 = triton.next_power_of_2(max(16, pixels))
     rows, columns, warps, stages = 64, 64, 8, 2
     if dtype.itemsize == 4:
         rows, columns, warps, stages = (64, 32, 8, 2) if precision == "tf32" else (32, 16, 8, 2)
+    rows = max(16, min(rows, rows * 256 // power_of_2))
+    columns = max(16, min(64, columns * 256 // power_of_2))
+    if H % 16:
+        columns = min(columns, 16 if power_of_2 >= 256 else 32)
+        rows = 16 if dtype.itemsize == 4 and precision == "ieee" else rows
+    slices = buffers(arch, stages) * (4 * rows + dtype.itemsize * power_of_2) * columns
+    if max(slices, 4 * rows * power_of_2) > shared_bytes(arch) or (H % 16 and power_of_2 > 512):
+        return None
     return {
         "PIXELS": power_of_2,
-        "BLOCK_ROWS": max(16, min(128, rows * 256 // power_of_2)),
-        "BLOCK_H": max(16, min(64, columns * 256 // power_of_2)),
+        "BLOCK_ROWS": rows,
+        "BLOCK_H": columns,
         "PRECISION": precision,
         "num_warps": warps,
         "num_stages": stages,

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from flap_kernels.checks import check_floats, check_shape, check_together, clamped
 from flap_kernels.gather_tokens import scatter_tokens
-from flap_kernels.launch import ceil_div, interpreted, run_kernel, runs_triton
+from flap_kernels.launch import capability, ceil_div, interpreted, run_kernel, runs_triton
 from flap_kernels.patch_embed_tiles import patch_embed_kernel, tiles
 from flap_kernels.patches import (
     MOST_PIXELS,
@@ -75,12 +75,14 @@ def _patch_embed(
 ) -> Tensor:
     weight = weight.to(product)
     (B, K), (D, pixels) = ids_keep.shape, weight.shape
-    if not (runs_triton(mel, weight) and pixels <= MOST_PIXELS):
+    tile = None
+    if runs_triton(mel, weight) and pixels <= MOST_PIXELS:
+        tile = tiles(pixels, product, float32_precision(), capability(mel))
+    if tile is None:
         return _plain(mel, ids_keep, weight, bias, position, position_index, patch, dtype)
     out = mel.new_empty((B, K, D), dtype=dtype)
     if out.numel() == 0:
         return out
-    tile = tiles(pixels, product, float32_precision())
     # Absent pointers get a dummy tensor; the kernel never reads it.
     index = ids_keep if position_index is None else position_index
     run_kernel(

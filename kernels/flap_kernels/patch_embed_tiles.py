@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from flap_kernels.cards import buffers, shared_bytes
 from flap_kernels.launch import jit, tl, triton
 from flap_kernels.patches import load_index, load_patches
 
@@ -87,21 +88,40 @@ def patch_embed_kernel(
         tl.store(at, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def tiles(pixels: int, dtype: torch.dtype, precision: str) -> dict[str, Any]:
-    """The tile sizes; a tile of patches stays in shared memory while the weight is streamed.
+def tiles(pixels: int, dtype: torch.dtype, precision: str, arch: int) -> dict[str, Any] | None:
+    """The tile sizes on a GPU; None if its shared memory is too small for patches of this size.
 
-    Small enough for three programs on a multiprocessor, so that one's gather hides behind the
+    A tile of patches stays in shared memory while the weight is streamed. Small enough for three
+    programs on a multiprocessor, where that has the room, so that one's gather hides behind the
     products of the others. float32: `ieee` products hold both factors in registers.
     """
     power_of_2 = triton.next_power_of_2(max(16, pixels))
     rows, columns, warps, stages = 64, 32, 4, 2
+    if power_of_2 < 256:  # the weight's slice is wide: with 4 warps it does not fit in registers
+        columns, warps = 64, 8
     if dtype.itemsize == 4:
-        rows, columns, warps, stages = (64, 32, 8, 1) if precision == "tf32" else (32, 32, 4, 1)
+        rows, columns, warps, stages = (
+            (64, columns, 8, 1) if precision == "tf32" else (32, 32, 8, 1)
+        )
+    rows, columns = (max(16, min(x, x * 256 // power_of_2)) for x in (rows, columns))
+    slices = buffers(arch, stages)
+    while _bytes(rows, columns, power_of_2, dtype, slices) > shared_bytes(arch):
+        if rows > 16:
+            rows //= 2
+        elif columns > 16:
+            columns //= 2
+        else:
+            return None
     return {
         "PIXELS": power_of_2,
-        "BLOCK_ROWS": max(16, min(128, rows * 256 // power_of_2)),
-        "BLOCK_D": max(16, min(64, columns * 256 // power_of_2)),
+        "BLOCK_ROWS": rows,
+        "BLOCK_D": columns,
         "PRECISION": precision,
         "num_warps": warps,
         "num_stages": stages,
     }
+
+
+def _bytes(rows: int, columns: int, pixels: int, dtype: torch.dtype, slices: int) -> int:
+    """Shared memory of a tile, about: patches, slices of the weight, and a result to transpose."""
+    return (rows + slices * columns) * pixels * dtype.itemsize + 4 * rows * columns

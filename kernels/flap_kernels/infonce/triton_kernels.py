@@ -363,7 +363,8 @@ def dlogits_kernel(
             dlogits = tl.where(is_positive & mask_n[None, :], at_positive, dlogits)
         # dscale = sum(dlogits * (x y^T))
         scale_sum += tl.sum(dlogits * product)
-        mask = mask_m[:, None] & mask_n[None, :]
+        # Behind column N the workspace's rows hold zeros: a row is stored in whole lines.
+        mask = mask_m[:, None] & (offs_n < stride_gm)[None, :]
         slab_ptr = dlogits_ptr + start_m.to(tl.int64) * stride_gm + first
         _store_dlogits(slab_ptr, dlogits, mask, stride_gm, PRECISION)
     tl.store(scale_partial_ptr + pid, scale_sum)

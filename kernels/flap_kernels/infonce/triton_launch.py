@@ -59,7 +59,7 @@ class TritonTiled:
         x, y = (operand(v, self.precision) for v in (x, y))
         targets = _contiguous(targets)
         (M, D), N = x.shape, len(y)
-        tile = tile_shape(capability(x), x.dtype, self.precision)
+        tile = tile_shape(capability(x), x.dtype, self.precision, "sums")
         tiles_n = ceil_div(N, tile.BLOCK_N)
         row_bytes = 4 * (tiles_n * rows + ceil_div(N, tile.BLOCK_M) * columns)
         most = int((self.workspace_mib or _SUMS_MIB) * 2**20 / row_bytes)
@@ -126,16 +126,20 @@ class TritonTiled:
         y_wanted: bool = True,
     ) -> BlockGradients:
         """See `Backend.gradients`."""
+        width = (values or (x,))[0].shape[1]
         x, y = (operand(v, self.precision) for v in (x, y))
         targets = _contiguous(targets)
         row, column = (sums and sums.contiguous() for sums in (row_sums, column_sums))
         D, N = x.shape[1], len(y)
-        tile = tile_shape(capability(x), x.dtype, self.precision)
+        tile = tile_shape(capability(x), x.dtype, self.precision, "dlogits")
         tiles_n = ceil_div(N, tile.BLOCK_N)
-        x_values, y_values = (operand(v, self.precision) for v in values or (x, y))
+        x_values, y_values = x, y
+        if values is not None:
+            x_values, y_values = (operand(v, self.precision) for v in values)
         products = Products(
             x_values,
             y_values,
+            width,
             tile.BLOCK_M,
             self.precision,
             self.workspace_mib,
@@ -200,10 +204,11 @@ class TritonTiled:
         y_wanted: bool = True,
     ) -> SigmoidSums:
         """See `Backend.sigmoid`."""
+        width = x.shape[1]
         x, y = (operand(v, self.precision) for v in (x, y))
         targets = _contiguous(targets)
         (M, D), N = x.shape, len(y)
-        tile = tile_shape(capability(x), x.dtype, self.precision)
+        tile = tile_shape(capability(x), x.dtype, self.precision, "sigmoid")
         tiles_n = ceil_div(N, tile.BLOCK_N)
         gradients = x_wanted or y_wanted
         products = None
@@ -212,6 +217,7 @@ class TritonTiled:
             products = Products(
                 x,
                 y,
+                width,
                 tile.BLOCK_M,
                 self.precision,
                 self.workspace_mib,

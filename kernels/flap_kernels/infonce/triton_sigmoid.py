@@ -113,7 +113,8 @@ def sigmoid_kernel(
         if GRADIENTS:
             scale_sum += tl.sum(dlogits * product)
             bias_sum += tl.sum(dlogits)
-            mask = mask_m[:, None] & mask_n[None, :]
+            # Behind column N the workspace's rows hold zeros: a row is stored in whole lines.
+            mask = mask_m[:, None] & (offs_n < stride_gm)[None, :]
             slab_ptr = dlogits_ptr + start_m.to(tl.int64) * stride_gm + first
             _store_dlogits(slab_ptr, dlogits, mask, stride_gm, PRECISION)
     tl.store(loss_partial_ptr + pid, loss_sum)

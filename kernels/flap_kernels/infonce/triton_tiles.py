@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from flap_kernels.cards import INTERPRETER
 from flap_kernels.launch import ceil_div
 from flap_kernels.precision import Float32Precision, add_product, float32_products
 
@@ -16,6 +19,9 @@ _DLOGITS_MIB, _DLOGITS_ROWS = 64, 2048
 
 PARTIAL_BLOCKS = {"BLOCK_P": 16, "BLOCK": 128}
 """Tile of the kernel that adds up partial sums: partial sums at a time, sums per program."""
+
+
+KernelName = Literal["sums", "dlogits", "sigmoid"]
 
 
 @dataclass(frozen=True)
@@ -32,30 +38,44 @@ class TileShape:
     num_stages: int
 
 
-def tile_shape(arch: int, dtype: torch.dtype, precision: Float32Precision) -> TileShape:
-    """The tile for a compute capability (90 for 9.0) and a dtype.
+def tile_shape(
+    arch: int, dtype: torch.dtype, precision: Float32Precision, kernel: KernelName
+) -> TileShape:
+    """The tile for a compute capability (90 for 9.0), a dtype and a kernel.
 
     Operands reach shared memory from the L2 cache: the larger the tile, the fewer bytes of them.
+    But what `sums` computes behind the product takes as long as the product: of two smaller blocks
+    on a multiprocessor, one computes it while the other multiplies. `sigmoid` needs the most
+    registers.
     """
-    if arch == 0:  # the interpreter: many small tiles, so that small tests have several
+    if arch == INTERPRETER:  # many small tiles, so that small tests have several
         return TileShape(32, 64, 32, 1, 2, 4, 1)
     if dtype == torch.float32 and precision == "ieee":
-        return TileShape(64, 64, 32, 1, 8, 4, 3)
+        return TileShape(64, 64, 32, 1, 8, 8 if kernel == "sigmoid" else 4, 3)
     if dtype == torch.float32:
         return TileShape(128, 128, 32, 4, 8, 8, 3)
-    if arch in (90, 100, 103):
-        return TileShape(128, 256, 64, 4, 8, 8, 3)
-    if arch == 80:
-        return TileShape(128, 128, 64, 1, 8, 8, 3)
-    return TileShape(128, 128, 32, 1, 8, 8, 3)  # 48 KiB of shared memory
+    large = arch in (80, 90, 100, 103)
+    block_d = 64 if large else 32  # 32: 48 KiB of shared memory
+    if kernel == "sums":
+        return TileShape(128, 128, block_d, 4, 8, 4, 3)
+    if kernel == "sigmoid":
+        return TileShape(128, 128, block_d, 4, 8, 8, 3)
+    if large and arch != 80:
+        return TileShape(128, 256, block_d, 4, 8, 8, 3)
+    return TileShape(128, 128, block_d, 1, 8, 8, 3)
 
 
 def operand(x: Tensor, precision: Float32Precision) -> Tensor:
-    """Round to the nearest tf32: tensor cores truncate, which would make cosines smaller."""
-    if precision == "ieee" or x.dtype != torch.float32:
-        return x
-    nearest = ((x.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
-    return torch.where(x.isfinite(), nearest, x)  # a NaN's bits would carry into the sign
+    """Embeddings as products take them: rounded for `tf32`, their width a multiple of 16.
+
+    Tensor cores truncate to tf32, which would make cosines smaller: numbers are rounded to the
+    nearest first. Other widths get zeros behind: their rows would be loaded number by number.
+    """
+    if precision == "tf32" and x.dtype == torch.float32:
+        nearest = ((x.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+        x = torch.where(x.isfinite(), nearest, x)  # a NaN's bits would carry into the sign
+    missing = -x.shape[1] % 16
+    return F.pad(x, (0, missing)) if missing else x
 
 
 class Products:
@@ -63,13 +83,15 @@ class Products:
 
         x: step * dlogits y_values          y: step * dlogits^T x_values
 
-    A kernel stores the dlogits of `chunk` in `dlogits`, `add` then multiplies them.
+    A kernel stores the dlogits of `chunk` in `dlogits`, `add` then multiplies them. Of the values'
+    columns, the first `width` count: `operand` may have added some.
     """
 
     def __init__(
         self,
         x_values: Tensor,
         y_values: Tensor,
+        width: int,
         BLOCK_M: int,
         precision: Float32Precision,
         workspace_mib: float | None,
@@ -79,17 +101,18 @@ class Products:
         y_wanted: bool,
     ) -> None:
         self._x_values, self._y_values, self._precision = x_values, y_values, precision
+        self._width = width
         M, N, dtype, device = len(x_values), len(y_values), x_values.dtype, x_values.device
         self.chunks = dlogits_chunks(M, N, dtype, BLOCK_M, workspace_mib)
         largest = len(range(M)[self.chunks[0]])
-        self.dlogits = torch.empty(largest, _dlogits_stride(N), dtype=dtype, device=device)
+        self.dlogits = torch.empty(largest, dlogits_stride(N), dtype=dtype, device=device)
         float32 = {"dtype": torch.float32, "device": device}
-        D_x, D_y = y_values.shape[1], x_values.shape[1]
+        D = x_values.shape[1]
         self.x = None
         if x_wanted:
-            self.x = torch.empty(M, D_x, dtype=x_dtype or dtype, device=device)
-        self.y = torch.empty(N, D_y, **float32) if y_wanted else None
-        self._x_product = torch.empty(largest if x_wanted else 0, D_x, **float32)
+            self.x = torch.empty(M, width, dtype=x_dtype or dtype, device=device)
+        self.y = torch.empty(N, D, **float32) if y_wanted else None
+        self._x_product = torch.empty(largest if x_wanted else 0, D, **float32)
 
     @property
     def largest(self) -> int:
@@ -105,19 +128,20 @@ class Products:
             if self.x is not None:
                 # dx = step * dlogits y
                 add_product(self._x_product[:size], dlogits, self._y_values, beta=0)
-                torch.mul(self._x_product[:size], step, out=self.x[chunk])
+                product = self._x_product[:size, : self._width]
+                torch.mul(product, step, out=self.x[chunk])
             if self.y is not None:
                 # dy = step * dlogits^T x, added up over the chunks
                 add_product(self.y, dlogits.T, x_values, beta=int(chunk.start > 0))
                 if chunk.stop >= len(self._x_values):
-                    self.y *= step
+                    self.y = self.y.mul_(step)[:, : self._width].contiguous()
 
 
 def dlogits_chunks(
     M: int, N: int, dtype: torch.dtype, BLOCK_M: int, workspace_mib: float | None
 ) -> list[slice]:
     """Chunks of rows whose dlogits fit in the workspace at a time, the longest first."""
-    row_bytes = dtype.itemsize * _dlogits_stride(N)
+    row_bytes = dtype.itemsize * dlogits_stride(N)
     if workspace_mib is None:
         most = max(_DLOGITS_ROWS, _DLOGITS_MIB * 2**20 // row_bytes)
     else:
@@ -125,7 +149,7 @@ def dlogits_chunks(
     return list(chunks_of(M, most, BLOCK_M))
 
 
-def _dlogits_stride(N: int) -> int:
+def dlogits_stride(N: int) -> int:
     """Stride of the workspace's rows: a multiple of 128 bytes, for fast library products."""
     return ceil_div(N, 64) * 64
 
