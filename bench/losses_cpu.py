@@ -47,8 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(report.facts(facts))
     for row in result["rows"]:
         print(
-            f"{row['loss']:24} {row['median_ms']:7.0f} ms ({row['low_ms']:.0f}-{row['high_ms']:.0f}, "
-            f"rounds: {row['rounds']})  {row['time_ratio']:.2f} of {PLAIN}  "
+            f"{row['loss']:24} {row['median_ms']:7.0f} ms ({row['low_ms']:.0f}-"
+            f"{row['high_ms']:.0f}, rounds: {row['rounds']})  {row['time_ratio']:.2f} of {PLAIN}  "
             f"{row['extra_mb']:5.0f} MB above the inputs and gradients"
         )
     return 0

@@ -44,7 +44,7 @@ from torch.utils import _foreach_utils
 
 from flap_fast.data.batch import to_device
 from flap_fast.tools.profile.parts import tensors_in
-from flap_kernels import launch, precision
+from flap_kernels import launch
 
 DEVICE = torch.device("cuda", 0)
 _PROJECT = Path(__file__).parents[2]
@@ -191,7 +191,6 @@ def fake_cuda(*, backward: bool = False) -> Iterator[FakeCuda]:
         patch.setattr(torch.cuda, "synchronize", _refused)
         patch.setattr(FakeTensor, "tolist", lambda x: x.cpu().tolist())  # one copy, not one a value
         # Answers are cached for the whole process, and these are a fake GPU's.
-        patch.setattr(precision, "_adds_to_float32", lambda dtype, device: False)
         patch.setattr(launch, "_capability", lambda device: 90)
         patch.delenv("TRITON_INTERPRET", raising=False)
         mode = FakeCuda(backward=backward)
@@ -207,7 +206,7 @@ def fake_cuda(*, backward: bool = False) -> Iterator[FakeCuda]:
 
 def _allow_autocast(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
-    patch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    patch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
 
 
 def _show_cpu_to_cpp(patch: pytest.MonkeyPatch) -> None:
