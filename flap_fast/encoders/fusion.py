@@ -21,6 +21,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from flap_fast.data.batch import to_device
+
 # The branches' middle layer has a quarter of the channels.
 _REDUCTION = 4
 
@@ -110,7 +112,7 @@ def fuse_rows(
         return whole
     # ZeRO-3 gathers weights when a module is called, so a rank without longer clips must call it
     # like the others; it discards the result. In training fusion.force_one sees to it.
-    some = (rows if len(rows) else rows.new_zeros(1)).to(whole.device, non_blocking=True)
+    some = to_device(rows if len(rows) else rows.new_zeros(1), whole.device)
     one, other = whole[some], local(some)
     if model.training and len(some) == 1:
         # A norm cannot do with one sample; LAION takes it twice.

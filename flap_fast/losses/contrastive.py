@@ -16,6 +16,7 @@ from flap_fast.losses.base import Loss, Outputs
 from flap_fast.section import Weight
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -26,13 +27,24 @@ class Contrastive(Loss):
     """Mean of both directions (LAION-CLAP, CLIP), or one (FLAP's Eq. 1 is a2t)."""
     scheme: Literal["auto", "replicated", "sharded"] = "auto"
     """How ranks divide the logits; the numbers are the same."""
-    precision: Literal["ieee", "tf32", "bf16"] = "ieee"
-    """Precision of the embeddings in products, summed in fp32: as they are, or rounded for a GPU's
-    tensor cores (`tf32` is exact on a CPU). `python -m bench.infonce_precision` prints the cost."""
+    precision: Literal["auto", "ieee", "tf32", "bf16"] = "auto"
+    """Precision of the embeddings in products, summed in fp32: as they are (`ieee`), or rounded for
+    a GPU's tensor cores (`tf32` is exact on a CPU). `auto`: tf32 on an NVIDIA GPU that has it, else
+    ieee. `python -m bench.infonce_precision` prints the cost."""
 
     @property
     def weights(self) -> dict[str, float]:
         return {"contrastive": self.weight}
+
+    def product_precision(self, device: torch.device) -> Literal["ieee", "tf32", "bf16"]:
+        """The precision of the products on this device."""
+        import torch
+
+        if self.precision != "auto":
+            return self.precision
+        # Triton's kernels have tf32 on few of AMD's GPUs.
+        has_tf32 = device.type == "cuda" and not torch.version.hip
+        return "tf32" if has_tf32 and torch.cuda.is_tf32_supported() else "ieee"
 
     def terms(self, outputs: Outputs) -> dict[str, Tensor]:
         """`contrastive`: the mean over the global batch, the same on every rank, ()."""
@@ -45,6 +57,6 @@ class Contrastive(Loss):
             direction=self.direction,
             scheme=self.scheme,
             equal_sizes=True,  # the loader's are; asking would wait for the device
-            precision=self.precision,
+            precision=self.product_precision(outputs["media"].device),
         )
         return {"contrastive": loss}

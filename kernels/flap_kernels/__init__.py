@@ -21,6 +21,7 @@ from flap_kernels.ragged_patch_mask import KERNEL as _DRAW_RAGGED_PATCH_MASK
 from flap_kernels.ragged_patch_mask import draw_ragged_patch_mask
 from flap_kernels.sigmoid_loss import KERNEL as _SIGMOID_LOSS
 from flap_kernels.sigmoid_loss import sigmoid_loss
+from flap_kernels.soft_infonce import soft_infonce
 from flap_kernels.spec import Kernel
 from flap_kernels.unshuffle_tokens import KERNEL as _UNSHUFFLE_TOKENS
 from flap_kernels.unshuffle_tokens import unshuffle_tokens
@@ -55,5 +56,6 @@ __all__ = [
     "masked_mse",
     "patch_embed",
     "sigmoid_loss",
+    "soft_infonce",
     "unshuffle_tokens",
 ]

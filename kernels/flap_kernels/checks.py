@@ -34,12 +34,33 @@ def check_integers(**tensors: Tensor) -> None:
             raise TypeError(f"{name} must be int32 or int64, got {x.dtype}")
 
 
+# Where indices are checked: reading them would make a GPU synchronise.
+CHECKED_DEVICES = ("cpu",)
+
+
+def checks_values(index: Tensor) -> bool:
+    """Whether the values of an index are checked."""
+    return index.device.type in CHECKED_DEVICES
+
+
 def check_inside(name: str, index: Tensor, N: int) -> None:
-    """Raise unless all values are in [0, N). Checked only on the CPU: a GPU would synchronise."""
-    if index.device.type == "cpu" and index.numel():
+    """Raise unless all values are in [0, N), where values are checked."""
+    if checks_values(index) and index.numel():
         low, high = (bound.item() for bound in index.aminmax())
         if low < 0 or high >= N:
             raise IndexError(f"{name} must be in [0, {N}), got {low} to {high}")
+
+
+def clamped(name: str, index: Tensor, N: int) -> tuple[Tensor, Tensor | None]:
+    """Int64 indices in [0, N), and a mask of those that were not; None if values are checked.
+
+    On a GPU, PyTorch's own indexing of what is outside would end the process.
+    """
+    check_inside(name, index, N)
+    index = index.long()
+    if checks_values(index):
+        return index, None
+    return index.clamp(0, max(N - 1, 0)), (index < 0) | (index >= N)
 
 
 def check_together(**tensors: Tensor) -> None:

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from flap_kernels.checks import (
     check_floats,
-    check_inside,
     check_integers,
     check_shape,
     check_together,
+    clamped,
 )
 from flap_kernels.launch import ceil_div, jit, run_kernel, runs_triton, tl
-from flap_kernels.patches import clips, strides
+from flap_kernels.patches import clips, nan_rows, or_last, strides
 from flap_kernels.spec import Inputs, Kernel, Size
 from flap_kernels.unshuffle_tokens import spread
 from flap_kernels.unshuffle_tokens_tiles import blocks, clip_rows
@@ -68,8 +68,8 @@ def gather_tokens_kernel(
 @torch.library.custom_op("flap_kernels::gather_tokens", mutates_args=())
 def _gather_tokens(x: Tensor, ids_keep: Tensor) -> Tensor:
     if not runs_triton(x):
-        check_inside("ids_keep", ids_keep, x.shape[1])
-        return x[clips(ids_keep), ids_keep.long()]
+        n, outside = clamped("ids_keep", ids_keep, x.shape[1])
+        return nan_rows(x[clips(ids_keep), n], outside)
     out = _empty_kept(x, ids_keep)
     if out.numel() == 0:
         return out
@@ -97,16 +97,23 @@ def _empty_kept(x, ids_keep):
 
 @torch.library.custom_op("flap_kernels::scatter_tokens", mutates_args=())
 def scatter_tokens(grad: Tensor, ids_keep: Tensor, N: int) -> Tensor:
-    """The backward of `gather_tokens`: (B, K, D) -> (B, N, D), zeros where no token was kept."""
+    """The backward of `gather_tokens`: (B, K, D) -> (B, N, D), zeros where no token was kept.
+
+    Gradients of tokens outside [0, N) are left out.
+    """
     B, K, D = grad.shape
     if not runs_triton(grad):
-        out = grad.new_zeros(B, N, D)
-        out[clips(ids_keep), ids_keep.long()] = grad
-        return out
-    k = torch.arange(K, device=ids_keep.device).expand(B, K)
-    # The slot of each token among the kept ones, K where it was dropped.
-    slots = torch.full((B, N), K, device=ids_keep.device).scatter_(1, ids_keep.long(), k)
-    return spread(grad, slots, None, None, None, grad.dtype)
+        n, outside = clamped("ids_keep", ids_keep, N)
+        if outside is not None:  # zeros are added where they were moved to
+            grad = grad.masked_fill(outside[..., None], 0)
+        at, out = (clips(n), n), grad.new_zeros(B, N, D)
+        return out.index_put_(at, grad, accumulate=outside is not None)
+    # The slot of each token among the kept ones, K where it was dropped; at the end of all clips
+    # one that takes what is outside, so that rows stay N apart.
+    slots = torch.full((B * N + 1,), K, device=ids_keep.device)
+    n = or_last(ids_keep, N)
+    slots[torch.where(n < N, n + N * clips(n), B * N)] = torch.arange(K, device=n.device)
+    return spread(grad, slots[:-1].view(B, N), None, None, None, grad.dtype)
 
 
 @scatter_tokens.register_fake
@@ -133,7 +140,7 @@ def gather_tokens(x: Tensor, ids_keep: Tensor) -> Tensor:
     Args:
         x: (B, N, D), any strides.
         ids_keep: (B, K) int32 or int64 in [0, N), no index twice in a row. On a GPU that is not
-            checked: a token outside is NaN.
+            checked: a token outside is NaN, and its gradient is left out.
 
     Raises ValueError and TypeError on shapes, devices and types that do not fit.
     """

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from flap_kernels.checks import check_floats, check_inside, check_shape, check_together
+from flap_kernels.checks import check_floats, check_shape, check_together, clamped
 from flap_kernels.gather_tokens import scatter_tokens
 from flap_kernels.launch import ceil_div, interpreted, run_kernel, runs_triton
 from flap_kernels.patch_embed_tiles import patch_embed_kernel, tiles
@@ -32,6 +32,7 @@ from flap_kernels.patches import (
     check_patches,
     check_positions,
     clips,
+    nan_rows,
     pack_patches,
     patch_rows,
     strides,
@@ -118,16 +119,15 @@ def _patches(mel: Tensor, patch: int) -> int:
 
 def _plain(mel, ids_keep, weight, bias, position, position_index, patch, dtype):
     total_dtype = accumulator_dtype(weight.dtype)
-    ids_keep = ids_keep.long()
     rows = patch_rows(mel, clips(ids_keep), ids_keep, patch).flatten(0, 1).to(weight.dtype)
-    index = ids_keep if position_index is None else position_index.long()
-    check_inside("position_index", index, len(position))
-    index = index.flatten()
+    index = ids_keep if position_index is None else position_index
+    index, outside = clamped("position_index", index.flatten(), len(position))
     # The product is added to bias and positions, which saves a pass over the output.
     if len(position) <= len(index):
         out = (position.to(total_dtype) + bias).index_select(0, index)
     else:  # a table for longer clips than these
         out = position.index_select(0, index).to(total_dtype) + bias
+    out = nan_rows(out, outside)
     return add_product(out, rows, weight.T).to(dtype).unflatten(0, ids_keep.shape)
 
 
@@ -226,7 +226,7 @@ def patch_embed(
     Args:
         mel: (B, T, F), T and F multiples of the patch's side, any strides and floating type.
         ids_keep: (B, K) int32 or int64 in [0, N), no index twice in a row; None keeps all N. On a
-            GPU that is not checked: a patch outside is NaN.
+            GPU that is not checked: a patch outside is NaN, and so is the weight's gradient.
         weight: (D, P * P), the side P of a patch follows from it.
         bias: (D,).
         position: (N, D), what is added to each patch; with `position_index`, any number of rows.

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from flap_kernels.checks import (
     check_floats,
-    check_inside,
     check_integers,
     check_shape,
     check_together,
+    clamped,
 )
 from flap_kernels.launch import ceil_div, jit, run_kernel, runs_triton, tl, triton
 from flap_kernels.precision import accumulator_dtype
@@ -33,9 +33,19 @@ MOST_PIXELS = 32 * 32
 def patch_rows(mel: Tensor, b: Tensor, n: Tensor, patch: int) -> Tensor:
     """The pixels of patches `n` of clips `b`, index tensors that broadcast: (..., P * P)."""
     patches_per_row = mel.shape[2] // patch
-    check_inside("the index of a patch", n, mel.shape[1] // patch * patches_per_row)
+    n, outside = clamped("the index of a patch", n, mel.shape[1] // patch * patches_per_row)
     cells = mel.unflatten(2, (-1, patch)).unflatten(1, (-1, patch)).transpose(2, 3)
-    return cells[b, n // patches_per_row, n % patches_per_row].flatten(-2)
+    return nan_rows(cells[b, n // patches_per_row, n % patches_per_row].flatten(-2), outside)
+
+
+def nan_rows(rows: Tensor, outside: Tensor | None) -> Tensor:
+    """The rows, (..., D), with NaN in those of the mask."""
+    return rows if outside is None else rows.masked_fill(outside[..., None], torch.nan)
+
+
+def or_last(index: Tensor, N: int) -> Tensor:
+    """Int64 indices into N rows and one more, which stands for every index outside [0, N)."""
+    return index.long().clamp(-1, N).remainder(N + 1)
 
 
 def strides(letter: str, axes: str, x: Tensor) -> dict[str, int]:
@@ -63,14 +73,16 @@ def check_positions(
 def add_rows(rows: Tensor, index: Tensor, N: int) -> Tensor:
     """Sums of the rows that name each n: (B, K, D), (B, K) -> (N, D), at least float32.
 
-    The same bits on every run.
+    Rows that name none are left out. The same bits on every run.
     """
     dtype = accumulator_dtype(rows.dtype)
-    rows, index = rows.flatten(0, 1).to(dtype), index.flatten().long()
-    total = rows.new_zeros(N, rows.shape[1])
+    rows, index = rows.flatten(0, 1).to(dtype), or_last(index.flatten(), N)
+    total = rows.new_zeros(N + 1, rows.shape[1])
     if rows.is_cuda:  # there index_add_ adds in any order, and index_put_ sorts first
-        return total.index_put_((index,), rows, accumulate=True)
-    return total.index_add_(0, index, rows)
+        total.index_put_((index,), rows, accumulate=True)
+    else:
+        total.index_add_(0, index, rows)
+    return total[:N]
 
 
 def check_patches(mel: Tensor, name: str, index: Tensor, pixels: int) -> int:
@@ -92,10 +104,14 @@ def check_patches(mel: Tensor, name: str, index: Tensor, pixels: int) -> int:
 
 @jit
 def load_index(index_ptr, row, mask_row, K, stride_b, stride_k):
-    """The clip of each row of a flat (B * K), and its patch index, 0 if masked; both int32."""
+    """The clip of each row of a flat (B * K), and its patch index, 0 if masked; both int32.
+
+    An index that int32 does not hold is -1.
+    """
     b = row // K
     at = index_ptr + b.to(tl.int64) * stride_b + (row % K).to(tl.int64) * stride_k
-    return b, tl.load(at, mask=mask_row, other=0).to(tl.int32)
+    n = tl.load(at, mask=mask_row, other=0)
+    return b, tl.where(n.to(tl.int32) == n, n.to(tl.int32), -1)
 
 
 @jit
@@ -179,7 +195,7 @@ def pack_patches(mel: Tensor, index: Tensor, patch: int, dtype: torch.dtype) -> 
     rows, pixels = index.numel(), patch * patch
     if not runs_triton(mel):
         out = mel.new_zeros((rows, pixels + 8), dtype=dtype)
-        out[:, :pixels] = patch_rows(mel, clips(index), index.long(), patch).flatten(0, 1)
+        out[:, :pixels] = patch_rows(mel, clips(index), index, patch).flatten(0, 1)
         out[:, pixels] = 1
         return out
     out = mel.new_empty((rows, pixels + 8), dtype=dtype)

@@ -24,9 +24,18 @@ from flap_kernels.checks import (
     check_integers,
     check_shape,
     check_together,
+    checks_values,
+    clamped,
 )
 from flap_kernels.launch import ceil_div, run_kernel, runs_triton
-from flap_kernels.patches import add_rows, check_positions, clips, strides
+from flap_kernels.patches import (
+    add_rows,
+    check_positions,
+    clips,
+    nan_rows,
+    or_last,
+    strides,
+)
 from flap_kernels.precision import accumulator_dtype
 from flap_kernels.spec import Inputs, Kernel, Size
 from flap_kernels.unshuffle_tokens_tiles import (
@@ -107,11 +116,10 @@ def _unshuffle_tokens(
     if runs_triton(y, mask_token):
         return spread(y, ids_restore, mask_token, position, position_index, dtype)
     total_dtype = _promoted(y, mask_token, position)
-    out = y.new_empty((*ids_restore.shape, y.shape[2]), dtype=total_dtype).copy_(mask_token)
-    out[clips(ids_restore), inverse(ids_restore)[:, : y.shape[1]]] = y.to(total_dtype)
+    out = _unshuffled(y.to(total_dtype), ids_restore, mask_token.to(total_dtype))
     if position is not None and position_index is not None:
-        check_inside("position_index", position_index, len(position))
-        out += position[position_index.long()]
+        p, outside = clamped("position_index", position_index, len(position))
+        out += nan_rows(position[p], outside)
     elif position is not None:
         out += position
     return out.to(dtype)
@@ -129,9 +137,16 @@ def _unshuffle_tokens_backward(
     """The gradients of `y`, in its dtype, and of the mask token, at least float32."""
     y_grad, token_grad = _empty_gradients(grad, ids_restore, K, dtype)
     if not runs_triton(grad):
-        order, b = inverse(ids_restore), clips(ids_restore)
-        y_grad.copy_(grad[b, order[:, :K]])
-        return y_grad, grad[b, order[:, K:]].sum((0, 1), dtype=token_grad.dtype)
+        b = clips(ids_restore)
+        if checks_values(ids_restore):
+            order = _inverse(ids_restore)
+            y_grad.copy_(grad[b, order[:, :K]])
+            return y_grad, grad[b, order[:, K:]].sum((0, 1), dtype=token_grad.dtype)
+        slot = or_last(ids_restore, K)
+        full = grad.new_zeros((len(grad), K + 1, grad.shape[2]), dtype=dtype)
+        full[b, slot] = grad.to(dtype)
+        dropped = grad.masked_fill((slot < K)[..., None], 0)
+        return y_grad.copy_(full[:, :K]), dropped.sum((0, 1), dtype=token_grad.dtype)
     if grad.numel() == 0:
         return y_grad, token_grad.zero_()
     B, N, D = grad.shape
@@ -162,8 +177,20 @@ def _empty_gradients(grad, ids_restore, K, dtype):
     return grad.new_empty((B, K, D), dtype=dtype), grad.new_empty(D, dtype=total_dtype)
 
 
-def inverse(ids_restore: Tensor) -> Tensor:
+def _unshuffled(y: Tensor, ids_restore: Tensor, mask_token: Tensor) -> Tensor:
+    """(B, N, D): the kept tokens at their patches, mask tokens at the others."""
+    B, K, D = y.shape
+    if checks_values(ids_restore):  # faster than what also takes indices out of range
+        out = y.new_empty((*ids_restore.shape, D)).copy_(mask_token)
+        out[clips(ids_restore), _inverse(ids_restore)[:, :K]] = y
+        return out
+    full = torch.cat([y, mask_token.expand(B, 1, D)], 1)
+    return full[clips(ids_restore), or_last(ids_restore, K)]
+
+
+def _inverse(ids_restore: Tensor) -> Tensor:
     """(B, N) int64, the inverse permutation: the kept patches, then the dropped ones."""
+    check_inside("ids_restore", ids_restore, ids_restore.shape[1])
     n = torch.arange(ids_restore.shape[1], device=ids_restore.device).expand(ids_restore.shape)
     return torch.empty_like(n).scatter_(1, ids_restore.long(), n)
 
@@ -208,13 +235,15 @@ def unshuffle_tokens(
 
     Args:
         y: (B, K, D).
-        ids_restore: (B, N) int32 or int64, a permutation of [0, N) in each row, which is not
-            checked: the index of each patch in `cat(kept, dropped)`.
+        ids_restore: (B, N) int32 or int64, a permutation of [0, N) in each row, the index of each
+            patch in `cat(kept, dropped)`. Its range is checked on a CPU; on a GPU a patch whose
+            index is outside is a mask token, and the gradient of a row of `y` that none names is
+            undefined.
         mask_token: (D,).
         position: (N, D), or None to add nothing; with `position_index`, any number of rows.
         position_index: (B, N) int32 or int64, the row of `position` of each token, for clips of
             different lengths end to end, B = 1; None takes n. On a GPU that is not checked: a
-            token whose row is outside is NaN.
+            token whose row is outside is NaN, and its gradient is left out of position's.
         dtype: of the result; None promotes the inputs' types as PyTorch does. Sums are float32.
 
     Raises ValueError and TypeError on shapes, devices and types that do not fit.

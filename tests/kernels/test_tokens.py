@@ -142,6 +142,12 @@ def test_an_index_below_zero_is_refused_on_a_cpu():
         gather_tokens(x, ids_keep)
 
 
+def test_a_slot_out_of_range_is_refused_on_a_cpu():
+    y, ids_restore = torch.ones(1, 1, 1), torch.tensor([[0, 2]])
+    with pytest.raises(IndexError, match=r"ids_restore must be in \[0, 2\), got 0 to 2"):
+        unshuffle_tokens(y, ids_restore, torch.zeros(1))
+
+
 @pytest.mark.parametrize("backend", ["aot_eager"])
 def test_compiles_whole_with_its_gradients(backend, device):
     def there_and_back(x, ids_keep, ids_restore, token, position):

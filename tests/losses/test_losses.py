@@ -82,8 +82,30 @@ def test_the_contrastive_loss_is_exact_unless_another_precision_is_asked_for():
     away = [abs(term.double() - exact).item() for term in terms]
     assert away[0] == away[1] < 1e-6
     assert 1e-6 < away[2] < 1e-2
-    with pytest.raises(ConfigError, match=r"loss\.contrastive\.precision must be 'ieee', 'tf32'"):
+    with pytest.raises(ConfigError, match=r"loss\.contrastive\.precision must be 'auto', 'ieee'"):
         tiny("loss.contrastive.precision=fp16")
+
+
+@pytest.mark.parametrize(
+    ("device", "hip", "supported", "precision"),
+    [
+        ("cuda", None, True, "tf32"),
+        ("cuda", None, False, "ieee"),
+        ("cuda", "6.4", True, "ieee"),
+        ("cpu", None, True, "ieee"),
+    ],
+)
+def test_the_contrastive_loss_takes_tf32_where_the_gpu_has_it(
+    device, hip, supported, precision, monkeypatch
+):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "is_tf32_supported", lambda: supported)
+    loss = tiny().loss.contrastive
+    assert loss.precision == "auto"
+    assert loss.product_precision(torch.device(device)) == precision
+    for asked in ("ieee", "tf32", "bf16"):
+        set_to = tiny(f"loss.contrastive.precision={asked}").loss.contrastive
+        assert set_to.product_precision(torch.device(device)) == asked
 
 
 EYE = torch.eye(2)

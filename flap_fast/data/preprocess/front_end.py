@@ -77,12 +77,13 @@ class MelFrontEnd:
         chunk = self.audio.frames_of(self.audio.samples)
         groups, order = [], []
         for rows in _groups_by_length(frames, chunk):
-            positions = clips.positions[rows, 1:].to(self.device)
+            positions = to_device(clips.positions[rows, 1:], self.device)
             mel = self._whole(clips, rows)
-            channels = four_channels(mel, frames[rows].to(self.device), chunk, positions)
+            lengths = to_device(frames[rows], self.device)
+            channels = four_channels(mel, lengths, chunk, positions)
             groups.append(pad_frames(channels, self.audio.frames))
             order.append(rows)
-        inverse = torch.cat(order).argsort().to(self.device)
+        inverse = to_device(torch.cat(order).argsort(), self.device)
         return MediaInput(torch.cat(groups)[inverse], frames > chunk)
 
     def _whole(self, clips: DecodedBatch, rows: Tensor) -> Tensor:
@@ -92,7 +93,7 @@ class MelFrontEnd:
         some = to_device(some, self.device).float()
         if some.ndim == 3:
             return some
-        return self._mel.whole(some, clips.lengths[rows].to(self.device))
+        return self._mel.whole(some, to_device(clips.lengths[rows], self.device))
 
 
 def _groups_by_length(frames: Tensor, chunk: int) -> Iterator[Tensor]:

@@ -134,8 +134,9 @@ class Backend(Protocol):
         x: factor * scale * dlogits y. y: factor * scale * dlogits^T x.
         scale: factor * sum(dlogits * (x y^T)).
 
-        `values` (M, E) and (N, E), in x's dtype, stand for x and y in the products with dlogits:
-        these are then weighted sums of other embeddings; there is no gradient of the scale.
+        `values`, (M, E) and (N, E) in x's dtype, stand for x and y in the products with dlogits.
+        The results are then weighted sums of other embeddings, both in the accumulator's dtype,
+        x: factor * dlogits y_values, y: factor * dlogits^T x_values. The scale's is of no use.
         """
         ...
 

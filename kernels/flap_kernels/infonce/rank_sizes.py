@@ -65,6 +65,12 @@ class RankSizes:
         pairs, extra = x.split([self.total, sum(self.extra)])
         return torch.cat([self._scatter(pairs, self.pairs), self._scatter(extra, self.extra)])
 
+    def logsumexp2(self, lse: Tensor) -> Tensor:
+        """log2 of the sum over ranks of 2^lse, where every rank holds one for each element."""
+        top = self.reduce(lse.clone(), dist.ReduceOp.MAX)
+        base = top.clamp(min=torch.finfo(top.dtype).min)
+        return self.reduce(torch.exp2(lse - base), dist.ReduceOp.SUM).log2() + base
+
     def _gather(self, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
         most = max(sizes)
         if most == 0:

@@ -85,10 +85,13 @@ class TorchTiled:
         bounded = block.bounded()
         x_values, y_values = (x, block.y) if values is None else values
         y_values = y_values.to(block.y.dtype)
-        x_grad = x.new_empty(len(x), y_values.shape[1]) if x_wanted else None
+        x_dtype = x.dtype if values is None else block.y.dtype
+        x_grad = None
+        if x_wanted:
+            x_grad = x.new_empty(len(x), y_values.shape[1], dtype=x_dtype)
         y_grad = block.y.new_zeros(len(y), x_values.shape[1]) if y_wanted else None
         scale_grad = block.y.new_zeros(())
-        step = factor * scale
+        step = factor * scale if values is None else factor
         for tile_m, x_tile in block.row_tiles():
             x_rows = x_values[tile_m].to(block.y.dtype)
             row = None if row_sums is None else row_sums[tile_m]

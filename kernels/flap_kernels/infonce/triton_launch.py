@@ -138,9 +138,11 @@ class TritonTiled:
             tile.BLOCK_M,
             self.precision,
             self.workspace_mib,
+            x_dtype=x.dtype if values is None else torch.float32,
             x_wanted=x_wanted,
             y_wanted=y_wanted,
         )
+        step = factor * scale if values is None else factor
         float32 = {"dtype": torch.float32, "device": x.device}
         tiles_of_chunk = ceil_div(products.largest, tile.BLOCK_M) * tiles_n
         scale_partials = torch.empty(len(products.chunks), tiles_of_chunk, **float32)
@@ -181,7 +183,7 @@ class TritonTiled:
                 **asdict(tile),
             )
             scale_grad += partials[:tiles].sum()
-            products.add(chunk, factor * scale)
+            products.add(chunk, step)
         return BlockGradients(products.x, products.y, scale_grad * factor)
 
     def sigmoid(

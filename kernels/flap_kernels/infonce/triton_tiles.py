@@ -74,6 +74,7 @@ class Products:
         precision: Float32Precision,
         workspace_mib: float | None,
         *,
+        x_dtype: torch.dtype | None = None,
         x_wanted: bool,
         y_wanted: bool,
     ) -> None:
@@ -84,7 +85,9 @@ class Products:
         self.dlogits = torch.empty(largest, _dlogits_stride(N), dtype=dtype, device=device)
         float32 = {"dtype": torch.float32, "device": device}
         D_x, D_y = y_values.shape[1], x_values.shape[1]
-        self.x = torch.empty(M, D_x, dtype=dtype, device=device) if x_wanted else None
+        self.x = None
+        if x_wanted:
+            self.x = torch.empty(M, D_x, dtype=x_dtype or dtype, device=device)
         self.y = torch.empty(N, D_y, **float32) if y_wanted else None
         self._x_product = torch.empty(largest if x_wanted else 0, D_x, **float32)
 
