@@ -1,4 +1,18 @@
-"""Losses with open_clip's signatures: its values, and the gradients that DDP averages to its."""
+"""Losses with open_clip's signatures: its values, and the gradients that DDP averages to its.
+
+Where open_clip is installed, it is compared with. Its own tests of losses and tasks can be run on
+these modules: in its checkout, with a plugin `dropin.py` on the path that replaces them,
+
+    import open_clip
+    import flap_kernels.open_clip as ours
+
+    for module in (open_clip, open_clip.loss, open_clip.factory):
+        for name in ("ClipLoss", "SigLipLoss"):
+            if hasattr(module, name):
+                setattr(module, name, getattr(ours, name))
+
+    python -m pytest -p dropin tests/test_loss.py tests/test_task_*.py tests/test_*_task.py
+"""
 
 from __future__ import annotations
 
