@@ -59,8 +59,8 @@ class ClipLoss(nn.Module):
             raise ValueError("use_horovod must be False, got True; use torch.distributed")
         if world_size > 1 and not gather_with_grad:
             warnings.warn(
-                "gather_with_grad=False has no effect: gradients are those of the whole batch, which "
-                "open_clip computes with gather_with_grad=True; pass that",
+                "gather_with_grad=False has no effect: gradients are those of the whole batch, "
+                "as open_clip has them with gather_with_grad=True; pass that",
                 stacklevel=2,
             )
         self.local_loss = local_loss
