@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from flap_fast.losses.base import Loss, Outputs
+from flap_fast.losses.base import Duplicates, Loss, Outputs, ids_of_pairs
 from flap_fast.section import Weight
 
 if TYPE_CHECKING:
@@ -24,6 +24,9 @@ class Contrastive(Loss):
     """Weight in the total."""
     direction: Literal["symmetric", "a2t", "t2a"] = "symmetric"
     """Mean of both directions (LAION-CLAP, CLIP), or one (FLAP's Eq. 1 is a2t)."""
+    duplicates: Duplicates = "ignore"
+    """Pairs of one clip, or of captions that are equal but for case, punctuation and white space:
+    negatives of each other as all pairs are (`ignore`), none (`mask`), or `positive`s."""
     scheme: Literal["auto", "replicated", "sharded"] = "auto"
     """How ranks divide the logits; the numbers are the same."""
     precision: Literal["ieee", "tf32", "bf16"] = "ieee"
@@ -34,6 +37,10 @@ class Contrastive(Loss):
     def weights(self) -> dict[str, float]:
         return {"contrastive": self.weight}
 
+    @property
+    def pair_ids(self) -> bool:
+        return self.duplicates != "ignore"
+
     def terms(self, outputs: Outputs) -> dict[str, Tensor]:
         """`contrastive`: the mean over the global batch, the same on every rank, ()."""
         from flap_kernels import distributed_infonce
@@ -42,6 +49,7 @@ class Contrastive(Loss):
             outputs["media"],
             outputs["text"],
             outputs["scale"],
+            **ids_of_pairs(outputs, self.duplicates),
             direction=self.direction,
             scheme=self.scheme,
             equal_sizes=True,  # the loader's are; asking would wait for the device
