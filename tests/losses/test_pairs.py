@@ -87,6 +87,22 @@ def test_the_losses_of_masked_and_of_positive_duplicates_by_hand():
     assert term("sigmoid", "ignore") == pytest.approx(pull + push)
 
 
+def test_captions_that_embed_alike_are_positives_of_infonce_already():
+    """Which of equal columns is the target changes no softmax, so that `ignore` is `positive`."""
+    ids = pair_ids(np.arange(12), [*"abcdefghij", "A", "a."])
+
+    def gradients(duplicates: str) -> list[Tensor]:
+        config = tiny(f"loss.contrastive.duplicates={duplicates}")
+        media, text = (unit(seed, dtype=torch.float64).requires_grad_() for seed in (0, 1))
+        captions = torch.cat([text[:10], text[:1], text[:1]])
+        total = total_loss(outputs_of(media, captions, pair_ids=ids), config)["total"]
+        return [total.detach(), *torch.autograd.grad(total, [media, text])]
+
+    ignored, masked, positive = map(gradients, ("ignore", "mask", "positive"))
+    torch.testing.assert_close(positive, ignored, rtol=1e-6, atol=1e-8)
+    assert (masked[1] - ignored[1]).abs().max() > 1e-3
+
+
 def whole_total(outputs: dict[str, Tensor], duplicates: tuple[str, str]) -> Tensor:
     """InfoNCE and half of the sigmoid loss from all logits, in float64."""
     ids, own = outputs["pair_ids"], torch.eye(len(outputs["media"])).bool()
