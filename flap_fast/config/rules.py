@@ -131,6 +131,13 @@ def check_sections(config: Config) -> None:
     variable = config.encoder is config.audio and config.audio.variable
     remedy = "set train.micro_batch, or audio.length=variable"
     require(micro_tokens is None or variable, "train.micro_tokens", rule, micro_tokens, remedy)
+    prefixes, width = config.loss.contrastive.prefixes, config.joint.width
+    require(
+        not prefixes or prefixes[-1] <= width,
+        "loss.contrastive.prefixes",
+        f"be at most joint.width = {width}",
+        list(prefixes),
+    )
     if config.loss.simcse.weight:
         rule = "be {} with loss.simcse, whose two views of a sentence differ by dropout alone"
         require(not config.text.freeze, "text.freeze", rule.format("off"), config.text.freeze)

@@ -15,6 +15,7 @@ from flap_fast.config import Config
 from flap_fast.data.batch import BadClip, Batch, EncodedBatch, MediaInput, to_device
 from flap_fast.data.dealing import ClipTokens, Dealt, dealt_equally, dealt_in_order
 from flap_fast.data.enriched import CaptionChoice
+from flap_fast.data.pair_ids import pair_ids
 from flap_fast.data.preprocess.fusion import PIECES
 from flap_fast.data.preprocess.preprocessor import make_preprocessor
 from flap_fast.data.preprocess.waveform import Unusable
@@ -218,7 +219,14 @@ class TrainingLoader:
             epoch=self.sampler.epoch(batch.step),
             micro_batches=batch.micro_batches,
             longer=self._force_one(media.longer, batch.sample_index),
+            pair_ids=self._pair_ids(batch),
         )
+
+    def _pair_ids(self, batch: _PendingBatch) -> Tensor | None:
+        """The clips and captions that the rows have in the end, if a loss asks for them."""
+        if not self._config.loss.pair_ids:
+            return None
+        return to_device(pair_ids(batch.clips, batch.captions), self._ranks.device)
 
     def _force_one(self, longer: Tensor | None, sample_index: Tensor) -> Tensor | None:
         """With fusion.force_one, mark a random clip where no clip is longer."""

@@ -1,15 +1,15 @@
 """Captions that are equal to another clip's: how many there are, and as right answers.
 
-Equal are captions of the same words, whatever their case, punctuation and white space. Retrieval
-systems remove these before they encode a caption (WavCaps; the baseline of DCASE 2025 Task 6).
+Equal are captions of the same words, whatever their case, punctuation and white space, as in
+training (`flap_fast.data.pair_ids`).
 """
 
 from __future__ import annotations
 
-import string
 from collections.abc import Sequence
 
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
+from flap_fast.data.pair_ids import caption_words
+
 Pairs = list[tuple[int, int]]
 """A query and one of its right answers."""
 
@@ -17,12 +17,7 @@ Pairs = list[tuple[int, int]]
 def text_numbers(captions: Sequence[str]) -> list[int]:
     """A number for each of M captions; equal captions have the same."""
     numbers: dict[str, int] = {}
-    return [numbers.setdefault(_words(caption), len(numbers)) for caption in captions]
-
-
-def _words(caption: str) -> str:
-    """The words in lower case; a caption of nothing but punctuation as it is."""
-    return " ".join(caption.translate(_PUNCTUATION).casefold().split()) or caption
+    return [numbers.setdefault(caption_words(caption), len(numbers)) for caption in captions]
 
 
 def equal_to_others(clip_of_caption: Sequence[int], texts: Sequence[int]) -> int:

@@ -7,7 +7,7 @@ A folder appears complete or not at all. Tensors that this project has no use fo
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -175,21 +175,26 @@ def export_checkpoint(path: Path, out: Path) -> str:
     prefix, unused = _unused(folder)
     export = Export(folder, config, model, model.state_dict(), unused, prefix)
     form = "file" if out.suffix in (".pt", ".pth") else "folder"
-    write = _writer(export, form)
+    layout = _writer(export, form)
+    left_out = ""
+    if not layout.holds_bias and export.weights.pop("logit_bias", None) is not None:
+        left_out = ", without loss.sigmoid's logit_bias, which it has no place for"
+    assert layout.write is not None
     if form == "file":
         require(not out.exists(), "OUT", "be new", out)
-        return write(export, out)
+        return layout.write(export, out) + left_out
     with _appearing(out) as inside:
-        return write(export, inside)
+        return layout.write(export, inside) + left_out
 
 
-def _writer(export: Export, form: str) -> Callable[[Export, Path], str]:
+def _writer(export: Export, form: str) -> Layout:
+    """The first layout that can hold the model."""
     reasons = []
     for layout in LAYOUTS:
         if layout.write is None or layout.form != form:
             continue
         if not (why_not := layout.refusal(export)):
-            return layout.write
+            return layout
         reasons.append(f"not {layout.names}: {why_not}")
     raise ConfigError(f"OUT must be in a layout that holds the model, got {'; '.join(reasons)}")
 

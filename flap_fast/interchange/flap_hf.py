@@ -60,4 +60,5 @@ FLAP = Layout(
     matches=lambda source: source.model_type == _MODEL_TYPE,
     read=_read,
     write=_write,
+    holds_bias=True,
 )

@@ -92,6 +92,8 @@ class Layout:
     """The modality of the encoders that it can hold, if not any."""
     encoder: str | None = None
     """The one encoder that it can hold, if not any."""
+    holds_bias: bool = False
+    """It has a place for the `logit_bias` of loss.sigmoid."""
 
     def refusal(self, export: Export) -> str:
         """Why a model cannot be written in this layout; empty if it can."""

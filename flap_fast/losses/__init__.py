@@ -15,6 +15,7 @@ from flap_fast.losses.contrastive import Contrastive
 from flap_fast.losses.cyclic import Cyclic
 from flap_fast.losses.nli import NLI
 from flap_fast.losses.recon import Recon
+from flap_fast.losses.sigmoid import Sigmoid
 from flap_fast.losses.simcse import SimCSE
 from flap_fast.section import Section
 
@@ -31,6 +32,7 @@ __all__ = [
     "Losses",
     "Outputs",
     "Recon",
+    "Sigmoid",
     "SimCSE",
     "total_loss",
 ]
@@ -38,6 +40,7 @@ __all__ = [
 
 class Losses(Section):
     contrastive: Contrastive = Contrastive()
+    sigmoid: Sigmoid = Sigmoid()
     cyclic: Cyclic = Cyclic()
     simcse: SimCSE = SimCSE()
     nli: NLI = NLI()
@@ -54,6 +57,11 @@ class Losses(Section):
         """What the text encoder embeds for each clip, in its rows' order: `text` is the caption."""
         asked = (name for loss in self.active.values() for name in loss.sentences)
         return tuple(dict.fromkeys(("text", *asked)))
+
+    @property
+    def pair_ids(self) -> bool:
+        """Whether an active loss asks which pairs are of one clip or of equal captions."""
+        return any(loss.pair_ids for loss in self.active.values())
 
     @model_validator(mode="after")
     def _something(self):

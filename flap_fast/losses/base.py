@@ -6,12 +6,19 @@ settings are read before PyTorch is.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict, cast
 
 from flap_fast.section import Section
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+Duplicates = Literal["ignore", "mask", "positive"]
+"""What pairs of one clip, or of equal captions, are to each other in a loss over pairs."""
+
+ProductPrecision = Literal["auto", "ieee", "tf32", "bf16"]
+"""Precision of the embeddings in products, summed in fp32."""
 
 
 class Outputs(TypedDict):
@@ -23,8 +30,10 @@ class Outputs(TypedDict):
     """(B, d), unit norm."""
     scale: Tensor
     """(), what cosines are multiplied by."""
+    recon: Tensor
+    """(), the decoder's error on the dropped patches; 0 without a decoder or a target."""
     text_again: NotRequired[Tensor]
-    """(B, d), the captions under another dropout; set, like those below, if a loss asks for it."""
+    """(B, d), the captions under another dropout; set, like all below, if a loss asks for it."""
     premise: NotRequired[Tensor]
     """(B, d), sentences that have nothing to do with the clips."""
     premise_again: NotRequired[Tensor]
@@ -33,8 +42,10 @@ class Outputs(TypedDict):
     """(B, d), what follows from the premises."""
     contradiction: NotRequired[Tensor]
     """(B, d), what contradicts them."""
-    recon: Tensor
-    """(), the decoder's error on the dropped patches; 0 without a decoder or a target."""
+    bias: NotRequired[Tensor]
+    """(), what is added to the scaled cosines."""
+    pair_ids: NotRequired[Tensor]
+    """(B, 2) int64, each pair's clip and caption: equal numbers in a column are the same."""
 
 
 class Loss(Section):
@@ -58,6 +69,32 @@ class Loss(Section):
         """
         return ()
 
+    @property
+    def pair_ids(self) -> bool:
+        """Whether it needs to know which pairs are of one clip or of equal captions."""
+        return False
+
     def terms(self, outputs: Outputs) -> dict[str, Tensor]:
         """The unweighted terms, () each, by the names of `weights`; called if it is active."""
         raise NotImplementedError(f"{type(self).__name__} must compute its terms")
+
+
+def ids_of_pairs(outputs: Outputs, duplicates: Duplicates) -> dict[str, Any]:
+    """Arguments of a kernel over pairs that say which are duplicates; none to ignore them."""
+    if duplicates == "ignore":
+        return {}
+    found = cast("dict[str, Tensor]", outputs)  # an active loss has what it asks for
+    return {"ids": found["pair_ids"], "duplicates": duplicates}
+
+
+def product_precision(
+    precision: ProductPrecision, device: torch.device
+) -> Literal["ieee", "tf32", "bf16"]:
+    """The precision of the products on this device: what `auto` is there."""
+    import torch
+
+    if precision != "auto":
+        return precision
+    # Triton's kernels have tf32 on few of AMD's GPUs.
+    has_tf32 = device.type == "cuda" and not torch.version.hip
+    return "tf32" if has_tf32 and torch.cuda.is_tf32_supported() else "ieee"

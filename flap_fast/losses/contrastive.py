@@ -5,18 +5,29 @@
 
 No B x B matrix is stored; gradients are exact under engines that average over ranks.
 
-Source: FLAP, arXiv 2311.01615, Eq. 1 (`a2t`); the symmetric form is LAION-CLAP's.
+Source: FLAP, arXiv 2311.01615, Eq. 1 (`a2t`); the symmetric form is LAION-CLAP's. Prefixes:
+Matryoshka Representation Learning, arXiv 2205.13147, Eq. 1.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
-from flap_fast.losses.base import Loss, Outputs
-from flap_fast.section import Weight
+from pydantic import model_validator
+
+from flap_fast.checks import require
+from flap_fast.losses.base import (
+    Duplicates,
+    Loss,
+    Outputs,
+    ProductPrecision,
+    ids_of_pairs,
+    product_precision,
+)
+from flap_fast.section import Count, Weight
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 
@@ -25,26 +36,39 @@ class Contrastive(Loss):
     """Weight in the total."""
     direction: Literal["symmetric", "a2t", "t2a"] = "symmetric"
     """Mean of both directions (LAION-CLAP, CLIP), or one (FLAP's Eq. 1 is a2t)."""
+    duplicates: Duplicates = "ignore"
+    """Pairs of one clip, or of captions that are equal but for case, punctuation and white space:
+    negatives of each other as all pairs are (`ignore`), none (`mask`), or `positive`s."""
+    prefixes: tuple[Count, ...] = ()
+    """Widths of prefixes of the embeddings, ascending up to joint.width, whose losses are added
+    (Matryoshka): a prefix of length 1 can then stand for the whole. None: the whole alone."""
+    prefix_weights: tuple[Weight, ...] = ()
+    """Weights of the prefixes' losses; without any 1 each."""
     scheme: Literal["auto", "replicated", "sharded"] = "auto"
     """How ranks divide the logits; the numbers are the same."""
-    precision: Literal["auto", "ieee", "tf32", "bf16"] = "auto"
+    precision: ProductPrecision = "auto"
     """Precision of the embeddings in products, summed in fp32: as they are (`ieee`), or rounded for
     a GPU's tensor cores (`tf32` is exact on a CPU). `auto`: tf32 on an NVIDIA GPU that has it, else
     ieee. `python -m bench.infonce_precision` prints the cost."""
+
+    @model_validator(mode="after")
+    def _prefixes_fit(self):
+        rule = "be ascending widths"
+        ascending = all(a < b for a, b in pairwise(self.prefixes))
+        require(ascending, "loss.contrastive.prefixes", rule, list(self.prefixes))
+        wanted, given = len(self.prefixes), list(self.prefix_weights)
+        rule = f"be one for each of {wanted} prefixes, or none"
+        fits = len(given) in (0, wanted)
+        require(fits, "loss.contrastive.prefix_weights", rule, given)
+        return self
 
     @property
     def weights(self) -> dict[str, float]:
         return {"contrastive": self.weight}
 
-    def product_precision(self, device: torch.device) -> Literal["ieee", "tf32", "bf16"]:
-        """The precision of the products on this device."""
-        import torch
-
-        if self.precision != "auto":
-            return self.precision
-        # Triton's kernels have tf32 on few of AMD's GPUs.
-        has_tf32 = device.type == "cuda" and not torch.version.hip
-        return "tf32" if has_tf32 and torch.cuda.is_tf32_supported() else "ieee"
+    @property
+    def pair_ids(self) -> bool:
+        return self.duplicates != "ignore"
 
     def terms(self, outputs: Outputs) -> dict[str, Tensor]:
         """`contrastive`: the mean over the global batch, the same on every rank, ()."""
@@ -54,9 +78,12 @@ class Contrastive(Loss):
             outputs["media"],
             outputs["text"],
             outputs["scale"],
+            **ids_of_pairs(outputs, self.duplicates),
             direction=self.direction,
+            prefixes=self.prefixes,
+            prefix_weights=self.prefix_weights or None,
             scheme=self.scheme,
             equal_sizes=True,  # the loader's are; asking would wait for the device
-            precision=self.product_precision(outputs["media"].device),
+            precision=product_precision(self.precision, outputs["media"].device),
         )
         return {"contrastive": loss}

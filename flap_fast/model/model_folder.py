@@ -30,6 +30,7 @@ from flap_fast.section import MEANS_WEIGHTS
 TOWER = "audio.safetensors"
 # Parts that a run may add to the weights it begins with: they begin at random.
 _DECODER = "decoder."
+_BIAS = "logit_bias"
 _FUSION = ("mel_conv1d.", "mel_conv2d.", "fusion_model.")
 _POSITIONS = ".pos_embed"
 
@@ -151,7 +152,8 @@ def put_weights(model: TwoTowers, folder: Path, *, any_length: bool = False) -> 
 def put_first_weights(model: TwoTowers, config: Config) -> None:
     """Put the weights that train.init_from or train.init_audio_from name into a new model.
 
-    A decoder, and for an audio encoder what fuses, begin at random where the folder has none.
+    A decoder, and for an audio encoder what fuses, begin at random where the folder has none; the
+    bias of loss.sigmoid begins there as the setting says.
 
     Raises:
         ConfigError: they are another model's, or would compute something else in this one.
@@ -160,7 +162,7 @@ def put_first_weights(model: TwoTowers, config: Config) -> None:
     if config.train.init_from:
         folder = model_folder(config.train.init_from)
         _same_meaning(config, folder, (media, "text.", _DECODER))
-        _put_parts(model, folder / "model.safetensors", ("",), (_DECODER,), any_length)
+        _put_parts(model, folder / "model.safetensors", ("",), (_DECODER, _BIAS), any_length)
     if config.train.init_audio_from:
         path = config.train.init_audio_from
         audio_only = (path / TOWER).is_file()
@@ -207,6 +209,8 @@ def _put_parts(
     saved = {name: value for name, value in _read(file).items() if name.startswith(parts)}
     if model.decoder is None:
         saved = {name: value for name, value in saved.items() if not name.startswith(_DECODER)}
+    if model.logit_bias is None:
+        saved.pop(_BIAS, None)
     absent = tuple(group for group in new if not any(group in name for name in saved))
     own = {name: value for name, value in model.state_dict().items() if name.startswith(parts)}
     own = {n: v for n, v in own.items() if not any(g in n for g in absent)}

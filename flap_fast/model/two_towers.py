@@ -44,6 +44,8 @@ class ModelInputs(TypedDict):
     """(B,) bool on the CPU: with fusion, the clips to fuse."""
     text_pooled: Tensor | None
     """(S B, D) float32, the frozen text encoder's output for the ids; None computes it."""
+    pair_ids: Tensor | None
+    """(B, 2) int64, which the losses are given with the embeddings; None where none asks for it."""
 
 
 class TwoTowers(nn.Module):
@@ -69,6 +71,9 @@ class TwoTowers(nn.Module):
         # Shape (1,), not (): DeepSpeed cannot broadcast a parameter without dimensions.
         self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / config.joint.temperature)]))
         self.max_logit_scale = math.log(config.joint.max_scale)
+        self.logit_bias = None
+        if config.loss.sigmoid.weight > 0:
+            self.logit_bias = nn.Parameter(torch.tensor([config.loss.sigmoid.bias]))
         # Last, so that the towers start from the same weights with and without it.
         self.decoder = None
         if config.loss.recon.weight > 0:
@@ -95,6 +100,7 @@ class TwoTowers(nn.Module):
         erase: Tensor | None = None,
         longer: Tensor | None = None,
         text_pooled: Tensor | None = None,
+        pair_ids: Tensor | None = None,
     ) -> Outputs:
         """Embed media and captions of B pairs; the arguments are those of `ModelInputs`."""
         scale = _Clamp.apply(self.logit_scale, self.max_logit_scale).exp().squeeze(0)
@@ -109,7 +115,13 @@ class TwoTowers(nn.Module):
             with self._autocast(media.device):
                 recon = self.decoder(tokens, mask, target)
         found = {"media": media_rows, "scale": scale, "recon": recon}
-        return cast(Outputs, found | dict(zip(self.sentences, sentences, strict=True)))
+        found |= zip(self.sentences, sentences, strict=True)
+        if self.logit_bias is not None:
+            # A copy: of a view ZeRO 3 would take the memory, and cached gradients find none.
+            found["bias"] = self.logit_bias.squeeze(0).clone()
+        if pair_ids is not None:
+            found["pair_ids"] = pair_ids
+        return cast(Outputs, found)
 
     def embed_media(self, media: Media, *, longer: Tensor | None = None) -> Tensor:
         """Embeddings (B, d) of media as in `ModelInputs`, unit norm, float32."""

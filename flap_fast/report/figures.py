@@ -61,6 +61,7 @@ def curves(run: RunFacts) -> dict[str, str]:
         "R@1 within the batch": _lines(run, ["in_batch_R@1"], within=(0, 1)),
         "Gradient norm": _lines(run, ["grad_norm"]),
         "Logit scale": _lines(run, ["scale"]),
+        **({"Logit bias": _lines(run, ["bias"])} if "bias" in run.steps[-1] else {}),
         "Learning rate": _lines(run, ["lr"], within=(0, None)),
         "Throughput": _lines(run, ["clips_per_s"], "clips/s", within=(0, None)),
         "Fraction of a step that waits for data": _lines(run, ["data_wait"], within=(0, 1)),

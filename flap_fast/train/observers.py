@@ -114,6 +114,7 @@ class Metrics:
             **dict(zip(names, values, strict=True)),
             "grad_norm": terms["grad_norm"].item(),
             "scale": outputs["scale"].item(),
+            **({"bias": outputs["bias"].item()} if "bias" in outputs else {}),
             "in_batch_R@1": in_batch_recall(outputs),
             "lr": lr,
             "clips_per_s": clips / seconds,

@@ -111,7 +111,9 @@ class Gradients:
                 clips.append(batch.clips)
                 inputs += [batch] * self._cache_inputs
 
-        outputs = {name: value.requires_grad_() for name, value in _joined(embedded).items()}
+        outputs = _joined(embedded)
+        for value in outputs.values():
+            value.requires_grad_(value.is_floating_point())
         terms = total_loss(cast(Outputs, outputs), self._config)
         terms["total"].backward()
         cache = {name: value.grad for name, value in outputs.items() if value.grad is not None}
@@ -189,6 +191,7 @@ def model_inputs(batch: Batch, mask: AnyMask | None, config: Config) -> ModelInp
         "erase": erase,
         "longer": batch.longer,
         "text_pooled": None,
+        "pair_ids": batch.pair_ids,
     }
 
 

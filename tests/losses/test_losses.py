@@ -14,6 +14,7 @@ import flap_kernels
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
 from flap_fast.losses import Outputs, total_loss
+from flap_fast.losses.base import product_precision
 from flap_kernels.infonce import infonce_reference
 from tests.ranks import on_ranks
 from tests.tiny import tiny
@@ -100,12 +101,37 @@ def test_the_contrastive_loss_takes_tf32_where_the_gpu_has_it(
 ):
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "is_tf32_supported", lambda: supported)
-    loss = tiny().loss.contrastive
-    assert loss.precision == "auto"
-    assert loss.product_precision(torch.device(device)) == precision
+    for loss in (tiny().loss.contrastive, tiny().loss.sigmoid):
+        assert loss.precision == "auto"
+    assert product_precision("auto", torch.device(device)) == precision
     for asked in ("ieee", "tf32", "bf16"):
-        set_to = tiny(f"loss.contrastive.precision={asked}").loss.contrastive
-        assert set_to.product_precision(torch.device(device)) == asked
+        assert product_precision(asked, torch.device(device)) == asked
+
+
+def test_prefixes_of_the_embeddings_have_losses_of_their_own():
+    outputs = outputs_of(unit(0), unit(1))
+    by_width = [
+        tiny(f"loss.contrastive.prefixes=[{d}]").loss.contrastive.terms(outputs)["contrastive"]
+        for d in (2, 4)
+    ]
+    asked = "loss.contrastive.prefixes=[2,4]", "loss.contrastive.prefix_weights=[0.5,2]"
+    both = tiny(*asked).loss.contrastive.terms(outputs)["contrastive"]
+    torch.testing.assert_close(both, 0.5 * by_width[0] + 2 * by_width[1])
+    whole = tiny().loss.contrastive.terms(outputs)["contrastive"]
+    torch.testing.assert_close(by_width[1], whole)
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("prefixes=[8,4]", "loss.contrastive.prefixes must be ascending widths"),
+        ("prefixes=[8,1024]", "loss.contrastive.prefixes must be at most joint.width"),
+        ("prefix_weights=[1]", "prefix_weights must be one for each of 0 prefixes, or none"),
+    ],
+)
+def test_prefixes_that_do_not_fit_are_refused(setting, says):
+    with pytest.raises(ConfigError, match=says):
+        tiny(f"loss.contrastive.{setting}")
 
 
 EYE = torch.eye(2)

@@ -18,6 +18,7 @@ from tests.triples import write_triples
 
 TERMS = {
     "contrastive": 1.0,
+    "sigmoid": 0.5,
     "cyclic_cross": 0.25,
     "cyclic_in": 0.25,
     "simcse": 0.1,
@@ -25,6 +26,8 @@ TERMS = {
     "recon": 0.5,
 }
 EVERY = (
+    *("loss.sigmoid.weight=0.5", "loss.sigmoid.duplicates=positive"),
+    "loss.contrastive.duplicates=mask",
     *("loss.cyclic.cross_weight=0.25", "loss.cyclic.in_weight=0.25"),
     *("loss.simcse.weight=0.1", "loss.nli.weight=0.2", "text.dropout=0.1"),
     *("loss.recon.weight=0.5", "decoder.width=16", "decoder.depth=1", "decoder.heads=2"),
@@ -82,6 +85,7 @@ def test_sentence_losses_fall_when_they_are_trained_on(
     prepared: Path, triples: Path, tmp_path: Path
 ):
     alone = ("loss.contrastive.weight=0", "loss.cyclic.cross_weight=0", "loss.cyclic.in_weight=0")
+    alone += ("loss.sigmoid.weight=0",)
     long = ("loss.recon.weight=0", "train.steps=40", "optim.lr=3e-3", "sched.warmup_steps=0")
     config = settings(prepared, triples, tmp_path, "alone", *alone, *long)
     train(config)

@@ -44,6 +44,9 @@ def settings(*overrides: str, clips: int = CLIPS) -> Config:
     return tiny(*small, *RECON, *CYCLIC, *OF_TEXT, *overrides)
 
 
+# Of 50 clips and 40 captions, some of them in other micro-batches and on other ranks.
+PAIR_IDS = torch.arange(CLIPS)[:, None] % torch.tensor([50, 40])
+
 Deal = Callable[[Config, Ranks, int], list[np.ndarray]]
 """A rank's micro-batches of a step, as rows of the global batch."""
 
@@ -80,6 +83,7 @@ def batches(
                 clips=np.arange(clips)[rows],
                 epoch=step,
                 micro_batches=len(dealt),
+                pair_ids=PAIR_IDS[:clips][rows] if config.loss.pair_ids else None,
             )
 
 

@@ -29,6 +29,7 @@ from flap_fast.model.two_towers import Outputs, TwoTowers
 from flap_fast.tools.profile.fake import (
     FakeMode,
     attention_of_a_gpu,
+    duplicates_of_a_gpu,
     fake_batch,
     fake_model,
     fake_ranks,
@@ -240,9 +241,12 @@ class StepCounts:
     def _count_losses(self, clips: int, world: int) -> LossCounts:
         config, width = self.config, self.config.joint.width
         names = ("media", *config.loss.sentences)
-        with fake_ranks(world), self._mode:
+        with fake_ranks(world), duplicates_of_a_gpu(), self._mode:
             outputs = {name: torch.empty(clips, width, requires_grad=True) for name in names}
-            outputs |= {n: torch.empty((), requires_grad=True) for n in ("scale", "recon")}
+            scalars = ("scale", "recon", *["bias"] * config.loss.sigmoid.active)
+            outputs |= {n: torch.empty((), requires_grad=True) for n in scalars}
+            if config.loss.pair_ids:
+                outputs["pair_ids"] = torch.empty(clips, 2, dtype=torch.int64)
             with Trace(outputs.values()) as trace:
                 with CountTraffic() as forward:
                     total = total_loss(cast(Outputs, outputs), config)["total"]

@@ -23,6 +23,8 @@ from flap_fast.model.two_towers import TwoTowers
 from flap_fast.tools.profile.packed import packed_attention_in_one
 from flap_fast.tools.profile.parts import tensors_in
 from flap_fast.tools.profile.synthetic import without_files
+from flap_kernels.infonce.positives import Positives
+from flap_kernels.infonce.torch_block import Block
 
 
 class FakeMode(FakeTensorMode):
@@ -65,6 +67,25 @@ def _attention_without_dropout() -> Iterator[None]:
         yield
     finally:
         functional.scaled_dot_product_attention = real
+
+
+@contextmanager
+def duplicates_of_a_gpu() -> Iterator[None]:
+    """A context in which duplicates cost what they do on a GPU, where kernels are not to ask.
+
+    Masked inside the kernels, they take nothing; as positives, all rows are summed.
+    """
+    real: Any = Block.mask_same_ids, Positives.__dict__["of"], Positives.within
+
+    def of_all(cls: type[Positives], ids: Tensor) -> Positives:
+        return cls._of_rows(ids, torch.arange(len(ids)))
+
+    patched: Any = lambda *_: None, classmethod(of_all), lambda _, part: part
+    Block.mask_same_ids, Positives.of, Positives.within = patched
+    try:
+        yield
+    finally:
+        Block.mask_same_ids, Positives.of, Positives.within = real
 
 
 def traceable(config: Config, *, half: bool) -> Config:

@@ -209,10 +209,11 @@ def _plan(config: Config, machine: Machine, engine: str, mix: LengthMix | None) 
 
 
 def _scheme(config: Config, clips: int, world: int) -> str:
-    """How `distributed_infonce` divides the work: `alone`, `replicated` or `sharded`."""
-    scheme = config.loss.contrastive.scheme
+    """How ranks divide the logits of pairs: `alone`, `replicated` or `sharded`."""
     if world == 1:
         return "alone"
+    of_pairs = config.loss.contrastive if config.loss.contrastive.active else config.loss.sigmoid
+    scheme = of_pairs.scheme
     if scheme == "auto":
         return "replicated" if clips <= REPLICATED_ROWS else "sharded"
     return scheme

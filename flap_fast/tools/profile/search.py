@@ -260,6 +260,8 @@ class Attempts:
         del rows
         outputs["scale"] = torch.tensor(10.0, device=device)
         outputs["recon"] = torch.zeros((), device=device)
+        outputs["bias"] = torch.tensor(-10.0, device=device)
+        outputs["pair_ids"] = torch.arange(whole, device=device)[:, None].repeat(1, 2)
         total_loss(cast(Outputs, outputs), self._config)["total"].backward()
 
     def _step(self, config: Config) -> None:

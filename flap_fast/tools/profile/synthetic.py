@@ -125,6 +125,7 @@ class SyntheticLoader:
                 epoch=0,
                 micro_batches=len(rows),
                 longer=torch.ones(most, dtype=torch.bool) if config.fusion.on else None,
+                pair_ids=some[:, None].repeat(1, 2).to(device) if config.loss.pair_ids else None,
             )
 
     def _dealt(self) -> tuple[list[np.ndarray], list[tuple[int, ...]]]:

@@ -76,7 +76,7 @@ def _head(planned: Plan) -> str:
     head = (
         f"{planned.clips * machine.gpus} clips a step: {planned.clips} on each of {machine.gpus} "
         f"GPU(s), {machine.nodes} node(s){parts}\n"
-        f"{engine}, {planned.precision}, contrastive {planned.scheme}, {size}"
+        f"{engine}, {planned.precision}, logits {planned.scheme}, {size}"
     )
     return "\n".join([head, *_lengths(planned.lengths)])
 

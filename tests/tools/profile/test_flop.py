@@ -80,6 +80,7 @@ def test_a_steps_products_are_as_many_as_pytorch_counts_in_the_trainers_step(ove
     assert sum(part.total for part in parts.values()) == counted
 
 
+SIGMOID = ("loss.sigmoid.weight=1", "loss.sigmoid.duplicates=positive")
 SIMCSE, NLI = ("text.dropout=0.1", "loss.simcse.weight=1"), ("loss.nli.weight=1",)
 FUSION = ("fusion.type=aff_2d",)
 OTHERS = [
@@ -91,6 +92,8 @@ OTHERS = [
     tiny_clip(*NLI, "train.global_batch=6", MICRO),
     tiny(*NLI, *RECON, "loss.contrastive.weight=0", "train.global_batch=6"),
     tiny(*RECON, "loss.contrastive.weight=0", "train.global_batch=6"),
+    tiny(*SIGMOID, "loss.contrastive.weight=0", "train.global_batch=6", MICRO),
+    tiny(*SIGMOID, "loss.contrastive.duplicates=mask", "train.global_batch=6"),
 ]
 
 

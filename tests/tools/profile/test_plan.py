@@ -69,6 +69,17 @@ LOSSES = [
     ("joint.width=2", "loss.cyclic.cross_weight=1"),  # more clips than twice the width: gram
     ("loss.contrastive.scheme=sharded", "loss.cyclic.cross_weight=1", "loss.cyclic.in_weight=1"),
     ("text.dropout=0.1", "loss.simcse.weight=1", "loss.simcse.on=nli", "loss.nli.weight=1"),
+    *(
+        ("loss.contrastive.weight=0", "loss.sigmoid.weight=1", f"loss.sigmoid.scheme={s}")
+        for s in SCHEMES
+    ),
+    *(
+        (
+            "loss.sigmoid.weight=1",
+            *(f"loss.{loss}.duplicates={d}" for loss in ("contrastive", "sigmoid")),
+        )
+        for d in ("mask", "positive")
+    ),
 ]
 
 
@@ -85,7 +96,8 @@ def counted_in_the_loss(clips: int):
         config = tiny(*overrides)
         names = ("media", *config.loss.sentences)
         outputs = {name: embeddings(clips, config.joint.width) for name in names}
-        outputs["scale"] = torch.tensor(5.0)
+        outputs["scale"] = outputs["bias"] = torch.tensor(5.0)
+        outputs["pair_ids"] = torch.arange(2 * clips).view(clips, 2)
         with CountTraffic() as forward:
             total = total_loss(outputs, config)["total"]  # type: ignore[arg-type]
         with CountTraffic() as backward:
@@ -278,6 +290,9 @@ STEPS = [
     ("loss.nli.weight=1", "loss.simcse.weight=1", "loss.simcse.on=nli", "text.dropout=0.1"),
     ("fusion.type=aff_2d", "fusion.max_duration_s=2"),
     ("loss.contrastive.weight=0", *RECON),
+    ("loss.contrastive.weight=0", "loss.sigmoid.weight=1", "train.micro_batch=8"),
+    ("loss.sigmoid.weight=1", "loss.sigmoid.duplicates=positive", "joint.width=512"),
+    ("loss.contrastive.duplicates=mask", "train.micro_batch=8"),
     ("text.freeze=true", "train.micro_batch=8"),
     VARIABLE,
     (*VARIABLE, *RECON),

@@ -1,0 +1,37 @@
+"""What tells a batch's pairs apart: their clips, and what their captions say.
+
+Two pairs of one clip, or of equal captions, are no true negatives of each other: a data set may
+have a caption many times, and a clip with several captions may stand in a batch twice.
+
+Equal are captions of the same words, whatever their case, punctuation and white space. Retrieval
+systems remove these before they encode a caption (WavCaps; the baseline of DCASE 2025 Task 6).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import string
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def caption_words(caption: str) -> str:
+    """The words in lower case; a caption of nothing but punctuation as it is."""
+    return " ".join(caption.translate(_PUNCTUATION).casefold().split()) or caption
+
+
+def caption_id(caption: str) -> int:
+    """A 64-bit digest of a caption's words, signed; the same in every process and version."""
+    words = caption_words(caption).encode(errors="surrogatepass")
+    return int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "little", signed=True)
+
+
+def pair_ids(clips: np.ndarray, captions: Sequence[str]) -> Tensor:
+    """(B, 2) int64 on the CPU: each pair's clip, by its number in the shards, and its caption."""
+    texts = [caption_id(caption) for caption in captions]
+    return torch.from_numpy(np.stack([clips, np.array(texts, np.int64)], axis=1))
