@@ -2,6 +2,7 @@
 
     python -m bench.reproduce precision [--write]              half a minute
     python -m bench.reproduce demo [--write]                   ten trainings of one to three minutes
+    python -m bench.reproduce losses [--write]                 twenty trainings like these
     python -m bench.reproduce demo_step [--write]              `flap profile`, ten times
     python -m bench.reproduce more_sounds MANIFEST [--write]   six trainings of 400 s, and two short
     python -m bench.reproduce fusion MANIFEST [--write]        six trainings of two minutes
@@ -38,6 +39,12 @@ SCORES = ("answers among", "query to answer", "R@1", "R@10", "mAP@10", "chance R
 OTHERS = "configs/demo.yaml data.train=[data/demo/train,OTHER/train]"
 # The demo's clips as long as they are, and each brought to 5 s by repeats, with [CLS].
 LENGTHS = {"variable": (), "fixed": ("audio.length=fixed", "audio.use_cls=true")}
+LOSSES = {
+    "ignore": ("loss.contrastive.duplicates=ignore",),
+    "mask": ("loss.contrastive.duplicates=mask",),
+    "positive": ("loss.contrastive.duplicates=positive",),
+    "sigmoid": ("loss.contrastive.weight=0", "loss.sigmoid.weight=1", "joint.temperature=0.1"),
+}
 FUSION = {
     "as they are": ("audio.max_duration_s=10",),
     "fused": (
@@ -64,9 +71,20 @@ def precision() -> Reproduced:
 
 def demo() -> Reproduced:
     """The demo's scores, seed by seed, with clips as long as they are and of one length."""
-    rows = [["clips", "seed", "query to answer", "R@1", "R@5", "R@10", "mAP@10", "chance R@10"]]
-    for (length, settings), seed in product(LENGTHS.items(), SEEDS):
-        name = f"demo-{length}-{seed}"
+    command = f"flap train configs/demo.yaml run.seed=SEED [{' '.join(LENGTHS['fixed'])}]"
+    return command, _demo_scores("clips", LENGTHS)
+
+
+def losses() -> Reproduced:
+    """The demo's scores, seed by seed, by what equal captions are, and with the sigmoid loss."""
+    command = "flap train configs/demo.yaml run.seed=SEED loss.contrastive.duplicates=LOSS"
+    return f"{command} | {' '.join(LOSSES['sigmoid'])}", _demo_scores("loss", LOSSES)
+
+
+def _demo_scores(what: str, variants: dict[str, tuple[str, ...]]) -> list[list[str]]:
+    rows = [[what, "seed", "query to answer", "R@1", "R@5", "R@10", "mAP@10", "chance R@10"]]
+    for (variant, settings), seed in product(variants.items(), SEEDS):
+        name = f"demo-{variant}-{seed}"
         run = (f"run.seed={seed}", f"run.name={name}", "run.folder=runs/reproduce", *settings)
         flap("train", "configs/demo.yaml", *run, "--resume")
         scores = json.loads((ROOT / f"runs/reproduce/{name}/eval.json").read_text())
@@ -76,8 +94,8 @@ def demo() -> Reproduced:
             chance = found["chance"][direction]["R@10"]
             called = direction.replace("_", " ")
             shown = (f"{value:.3f}" for value in (*values, chance))
-            rows.append([length, str(seed), called, *shown])
-    return f"flap train configs/demo.yaml run.seed=SEED [{' '.join(LENGTHS['fixed'])}]", rows
+            rows.append([variant, str(seed), called, *shown])
+    return rows
 
 
 def demo_step() -> Reproduced:
@@ -219,7 +237,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 COMMANDS = {
-    f.__name__: f for f in (precision, demo, demo_step, more_sounds, fusion, prepare, sentences)
+    f.__name__: f
+    for f in (precision, demo, losses, demo_step, more_sounds, fusion, prepare, sentences)
 }
 
 if __name__ == "__main__":
