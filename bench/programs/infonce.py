@@ -14,7 +14,7 @@ from flap_kernels.infonce.triton_kernels import (
 )
 from flap_kernels.infonce.triton_tiles import (
     PARTIAL_BLOCKS,
-    dlogits_chunks,
+    dlogits_parts,
     dlogits_stride,
     tile_shape,
 )
@@ -95,10 +95,11 @@ def _lse_negatives(block: Block, arch: Arch, variant: str) -> Program:
 
 def _dlogits(block: Block, arch: Arch, variant: str) -> Program:
     dtype, precision, ids = VARIANTS[variant]
-    tile = asdict(tile_shape(arch, dtype, precision, "dlogits"))
+    shape = tile_shape(arch, dtype, precision, "dlogits")
+    M, N = (parts[0].stop for parts in dlogits_parts(block.M, block.N, dtype, shape, None))
+    tile, D = asdict(shape), block.D
     BLOCK_M, BLOCK_N, BLOCK_D = (tile[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_D"))
-    N, D = block.N, block.D
-    M, trips = dlogits_chunks(block.M, N, dtype, BLOCK_M, None)[0].stop, ceil_div(D, BLOCK_D)
+    trips = ceil_div(D, BLOCK_D)
     sums = ("row_lse_ptr", "row_one_minus_p_ptr", "column_lse_ptr", "column_one_minus_p_ptr")
     return Program(
         name=f"{block.name}infonce_dlogits{variant}",

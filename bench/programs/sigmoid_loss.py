@@ -16,7 +16,7 @@ from bench.programs.infonce import (
 )
 from bench.programs.program import Arch, PaperSizes, Program, pointer
 from flap_kernels.infonce.triton_sigmoid import sigmoid_kernel
-from flap_kernels.infonce.triton_tiles import dlogits_chunks, dlogits_stride, tile_shape
+from flap_kernels.infonce.triton_tiles import dlogits_parts, dlogits_stride, tile_shape
 from flap_kernels.launch import ceil_div
 
 
@@ -27,10 +27,11 @@ def _programs(block: Block, arch: Arch) -> tuple[Program, ...]:
 
 def _sigmoid(block: Block, arch: Arch, variant: str) -> Program:
     dtype, precision, ids = VARIANTS[variant]
-    tile = asdict(tile_shape(arch, dtype, precision, "sigmoid"))
+    shape = tile_shape(arch, dtype, precision, "sigmoid")
+    M, N = (parts[0].stop for parts in dlogits_parts(block.M, block.N, dtype, shape, None))
+    tile, D = asdict(shape), block.D
     BLOCK_M, BLOCK_N, BLOCK_D = (tile[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_D"))
-    N, D = block.N, block.D
-    M, trips = dlogits_chunks(block.M, N, dtype, BLOCK_M, None)[0].stop, ceil_div(D, BLOCK_D)
+    trips = ceil_div(D, BLOCK_D)
     partials = ("loss_partial_ptr", "scale_partial_ptr", "bias_partial_ptr")
     return Program(
         name=f"{block.name}sigmoid_loss{variant}",

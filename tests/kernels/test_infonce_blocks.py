@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flap_kernels import KERNELS
-from flap_kernels.infonce import triton_launch
+from flap_kernels.infonce import triton_launch, triton_tiles
 from flap_kernels.infonce.arguments import choose_backend
 from flap_kernels.infonce.backend import BlockSums, DirectionSums, Targets, TileBackend
 from flap_kernels.infonce.torch_tiled import TorchTiled
@@ -151,6 +151,26 @@ def test_workspace_is_bounded():
     for most, lengths in ((256, [256, 256, 256, 232]), (100, [128] * 7 + [104])):
         spans = list(chunks_of(1000, most, 128))
         assert [span.stop - span.start for span in spans] == lengths
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "dtype", "parts"),
+    [
+        (4608, 4608, torch.bfloat16, (4608, 4608)),
+        (65_536, 65_536, torch.bfloat16, (8192, 16_384)),
+        (65_536, 65_536, torch.float32, (8192, 8192)),
+        (1024, 65_536, torch.bfloat16, (1024, 65_536)),
+    ],
+)
+def test_dlogits_are_in_parts_that_fill_a_gpu(M, N, dtype, parts):
+    tile = triton_launch.tile_shape(90, dtype, "tf32", "dlogits")
+    rows, columns = triton_tiles.dlogits_parts(M, N, dtype, tile, None)
+    assert (rows[0].stop, columns[0].stop) == parts
+    assert rows[-1].stop == M
+    assert columns[-1].stop == N
+    # Tiles of 128 x 256 of the gradients, 512 wide, for 132 multiprocessors: no fewer than 0.9.
+    if M == N == 65_536:
+        assert parts[0] // 128 * (512 // 256) >= 0.9 * 132
 
 
 def take_in_slabs(monkeypatch):

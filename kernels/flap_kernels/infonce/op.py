@@ -213,8 +213,8 @@ def infonce(
     `precision` is that of float32 operands in products, whose sums stay in float32: `ieee` leaves
     them as they are, the others are for tensor cores and round them to the nearest. `tf32` keeps 10
     bits of the fraction, only on a GPU; `bf16` 7, of the embeddings' gradients too.
-    `workspace_mib` bounds the memory for partial results, 256 forward and 64 backward (or 2048 rows
-    of B) if not given; a row of tiles is always allowed.
+    `workspace_mib` bounds the memory for partial results, 256 forward and backward each if not
+    given; forward a row of tiles is always allowed, backward a tile.
 
     Raises ValueError and TypeError on shapes, devices and types that do not fit.
     """
@@ -234,8 +234,9 @@ def infonce(
 
 
 def _inputs(size: Size, generator: torch.Generator) -> Inputs:
-    # Several tiles in each direction: of a GPU's, or of the interpreter's small ones.
-    odd = (389, 131) if generator.device.type == "cuda" else (77, 37)
+    # Several tiles in each direction: of a GPU's, or of the interpreter's small ones. A width that
+    # is no multiple of 16 is copied, with zeros, as in `edge`; these are read where they lie.
+    odd = (389, 144) if generator.device.type == "cuda" else (77, 48)
     B, D = {"edge": (2, 2), "odd": odd, "paper": (4608, 512)}[size]
     draw = {"generator": generator, "device": generator.device, "dtype": torch.float64}
     audio = F.normalize(torch.randn(B, D, **draw), dim=1)

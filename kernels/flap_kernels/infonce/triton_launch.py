@@ -41,8 +41,8 @@ class TritonTiled:
     precision: Float32Precision = "ieee"
     """Precision of float32 operands in products."""
     workspace_mib: float | None = None
-    """Bounds the memory for partial results; None takes 256 forward, and backward 64 or the
-    dlogits of 2048 rows, whichever is more. A row of tiles is always allowed."""
+    """Bounds the memory for partial results; None takes 256 forward and backward each. Forward a
+    row of tiles is always allowed, backward a tile."""
     weights: None = None
 
     def sums(
@@ -130,9 +130,7 @@ class TritonTiled:
         x, y = (operand(v, self.precision) for v in (x, y))
         targets = _contiguous(targets)
         row, column = (sums and sums.contiguous() for sums in (row_sums, column_sums))
-        D, N = x.shape[1], len(y)
         tile = tile_shape(capability(x), x.dtype, self.precision, "dlogits")
-        tiles_n = ceil_div(N, tile.BLOCK_N)
         x_values, y_values = x, y
         if values is not None:
             x_values, y_values = (operand(v, self.precision) for v in values)
@@ -140,7 +138,7 @@ class TritonTiled:
             x_values,
             y_values,
             width,
-            tile.BLOCK_M,
+            tile,
             self.precision,
             self.workspace_mib,
             x_dtype=x.dtype if values is None else torch.float32,
@@ -149,32 +147,30 @@ class TritonTiled:
         )
         step = factor * scale if values is None else factor
         float32 = {"dtype": torch.float32, "device": x.device}
-        tiles_of_chunk = ceil_div(products.largest, tile.BLOCK_M) * tiles_n
-        scale_partials = torch.empty(len(products.chunks), tiles_of_chunk, **float32)
+        scale_partials = torch.empty(len(products.parts), products.most_tiles, **float32)
         scale_grad = torch.zeros((), **float32)
-        for chunk, partials in zip(products.chunks, scale_partials, strict=True):
-            x_rows = x[chunk]
-            size = len(x_rows)
-            tiles = ceil_div(size, tile.BLOCK_M) * tiles_n
+        for (rows, columns), partials in zip(products.parts, scale_partials, strict=True):
+            x_part, y_part = x[rows], y[columns]
+            sizes = len(x_part), len(y_part)
+            tiles = ceil_div(sizes[0], tile.BLOCK_M) * ceil_div(sizes[1], tile.BLOCK_N)
             run_kernel(
                 dlogits_kernel,
                 (tiles,),
-                x_rows,
-                y,
+                x_part,
+                y_part,
                 scale,
                 # Absent pointers get x as a dummy; the kernel never reads it.
-                targets.x_ids[chunk] if targets.x_ids is not None else x,
-                targets.y_ids if targets.y_ids is not None else y,
-                row.lse_negatives[chunk] if row is not None else x,
-                row.one_minus_p[chunk] if row is not None else x,
-                column.lse_negatives if column is not None else x,
-                column.one_minus_p if column is not None else x,
+                targets.x_ids[rows] if targets.x_ids is not None else x,
+                targets.y_ids[columns] if targets.y_ids is not None else y,
+                row.lse_negatives[rows] if row is not None else x,
+                row.one_minus_p[rows] if row is not None else x,
+                column.lse_negatives[columns] if column is not None else x,
+                column.one_minus_p[columns] if column is not None else x,
                 products.dlogits,
                 partials,
-                size,
-                N,
-                D,
-                targets.offset + chunk.start,
+                *sizes,
+                x.shape[1],
+                targets.offset + rows.start - columns.start,
                 x.stride(0),
                 x.stride(1),
                 y.stride(0),
@@ -188,7 +184,7 @@ class TritonTiled:
                 **asdict(tile),
             )
             scale_grad += partials[:tiles].sum()
-            products.add(chunk, step)
+            products.add(rows, columns, step)
         return BlockGradients(products.x, products.y, scale_grad * factor)
 
     def sigmoid(
@@ -207,45 +203,46 @@ class TritonTiled:
         width = x.shape[1]
         x, y = (operand(v, self.precision) for v in (x, y))
         targets = _contiguous(targets)
-        (M, D), N = x.shape, len(y)
         tile = tile_shape(capability(x), x.dtype, self.precision, "sigmoid")
-        tiles_n = ceil_div(N, tile.BLOCK_N)
-        gradients = x_wanted or y_wanted
-        products = None
-        chunks = [slice(0, M)]
+        gradients, products = x_wanted or y_wanted, None
+        parts, dlogits = [(slice(0, len(x)), slice(0, len(y)))], x
         if gradients:
             products = Products(
                 x,
                 y,
                 width,
-                tile.BLOCK_M,
+                tile,
                 self.precision,
                 self.workspace_mib,
                 x_wanted=x_wanted,
                 y_wanted=y_wanted,
             )
-            chunks = products.chunks
-        dlogits = x if products is None else products.dlogits
-        # Of the loss, the scale and the bias; each launch fills the tiles of its chunk.
-        tiles = [ceil_div(chunk.stop - chunk.start, tile.BLOCK_M) * tiles_n for chunk in chunks]
+            parts, dlogits = products.parts, products.dlogits
+        tiles = [
+            ceil_div(rows.stop - rows.start, tile.BLOCK_M)
+            * ceil_div(columns.stop - columns.start, tile.BLOCK_N)
+            for rows, columns in parts
+        ]
+        # Of the loss, the scale and the bias; each launch fills the tiles of its part.
         partials = torch.zeros(3, sum(tiles), dtype=torch.float32, device=x.device)
-        for chunk, of_chunk in zip(chunks, partials.split(tiles, dim=1), strict=True):
+        for (rows, columns), of_part in zip(parts, partials.split(tiles, dim=1), strict=True):
+            x_part, y_part = x[rows], y[columns]
             run_kernel(
                 sigmoid_kernel,
-                (of_chunk.shape[1],),
-                x[chunk],
-                y,
+                (of_part.shape[1],),
+                x_part,
+                y_part,
                 scale,
                 bias,
                 # Absent pointers get x as a dummy; the kernel never reads it.
-                targets.x_ids[chunk] if targets.x_ids is not None else x,
-                targets.y_ids if targets.y_ids is not None else y,
+                targets.x_ids[rows] if targets.x_ids is not None else x,
+                targets.y_ids[columns] if targets.y_ids is not None else y,
                 dlogits,
-                *of_chunk,
-                chunk.stop - chunk.start,
-                N,
-                D,
-                targets.offset + chunk.start,
+                *of_part,
+                len(x_part),
+                len(y_part),
+                x.shape[1],
+                targets.offset + rows.start - columns.start,
                 x.stride(0),
                 x.stride(1),
                 y.stride(0),
@@ -258,7 +255,7 @@ class TritonTiled:
                 **asdict(tile),
             )
             if products is not None:
-                products.add(chunk, factor * scale)
+                products.add(rows, columns, factor * scale)
         loss, scale_grad, bias_grad = partials.sum(1)
         x_grad, y_grad = (None, None) if products is None else (products.x, products.y)
         return SigmoidSums(loss, x_grad, y_grad, scale_grad * factor, bias_grad * factor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 import torch
@@ -14,8 +15,8 @@ from flap_kernels.cards import INTERPRETER
 from flap_kernels.launch import ceil_div
 from flap_kernels.precision import Float32Precision, add_product, float32_products
 
-# The dlogits of at least this many rows.
-_DLOGITS_MIB, _DLOGITS_ROWS = 64, 2048
+# For dlogits; and the most rows of them at a time, whose gradients fill the largest GPUs.
+_DLOGITS_MIB, _DLOGITS_ROWS = 256, 8192
 
 PARTIAL_BLOCKS = {"BLOCK_P": 16, "BLOCK": 128}
 """Tile of the kernel that adds up partial sums: partial sums at a time, sums per program."""
@@ -79,11 +80,11 @@ def operand(x: Tensor, precision: Float32Precision) -> Tensor:
 
 
 class Products:
-    """The products of a block's dlogits with its rows and columns, some rows at a time.
+    """The products of a block's dlogits with its rows and columns, some of both at a time.
 
         x: step * dlogits y_values          y: step * dlogits^T x_values
 
-    A kernel stores the dlogits of `chunk` in `dlogits`, `add` then multiplies them. Of the values'
+    A kernel stores the dlogits of a part in `dlogits`, `add` then multiplies them. Of the values'
     columns, the first `width` count: `operand` may have added some.
     """
 
@@ -92,7 +93,7 @@ class Products:
         x_values: Tensor,
         y_values: Tensor,
         width: int,
-        BLOCK_M: int,
+        tile: TileShape,
         precision: Float32Precision,
         workspace_mib: float | None,
         *,
@@ -103,50 +104,55 @@ class Products:
         self._x_values, self._y_values, self._precision = x_values, y_values, precision
         self._width = width
         M, N, dtype, device = len(x_values), len(y_values), x_values.dtype, x_values.device
-        self.chunks = dlogits_chunks(M, N, dtype, BLOCK_M, workspace_mib)
-        largest = len(range(M)[self.chunks[0]])
-        self.dlogits = torch.empty(largest, dlogits_stride(N), dtype=dtype, device=device)
+        rows, columns = dlogits_parts(M, N, dtype, tile, workspace_mib)
+        self.parts = list(product(rows, columns))
+        most, widest = (len(range(n)[parts[0]]) for n, parts in ((M, rows), (N, columns)))
+        self.most_tiles = ceil_div(most, tile.BLOCK_M) * ceil_div(widest, tile.BLOCK_N)
+        self.dlogits = torch.empty(most, dlogits_stride(widest), dtype=dtype, device=device)
         float32 = {"dtype": torch.float32, "device": device}
         D = x_values.shape[1]
         self.x = None
         if x_wanted:
             self.x = torch.empty(M, width, dtype=x_dtype or dtype, device=device)
-        self.y = torch.empty(N, D, **float32) if y_wanted else None
-        self._x_product = torch.empty(largest if x_wanted else 0, D, **float32)
+        self._y = torch.empty(N, D, **float32) if y_wanted else None
+        self._x_product = torch.empty(most if x_wanted else 0, D, **float32)
 
     @property
-    def largest(self) -> int:
-        """Most rows of a chunk."""
-        return len(self.dlogits)
+    def y(self) -> Tensor | None:
+        """(N, width), once all parts are added."""
+        return None if self._y is None else self._y[:, : self._width].contiguous()
 
-    def add(self, chunk: slice, step: Tensor) -> None:
-        """Multiply the dlogits of these rows."""
-        x_values = self._x_values[chunk]
-        size = len(x_values)
-        dlogits = self.dlogits[:size, : len(self._y_values)]
+    def add(self, rows: slice, columns: slice, step: Tensor) -> None:
+        """Multiply the dlogits of a part."""
+        x_values, y_values = self._x_values[rows], self._y_values[columns]
+        dlogits = self.dlogits[: len(x_values), : len(y_values)]
         with float32_products(self._precision):
             if self.x is not None:
-                # dx = step * dlogits y
-                add_product(self._x_product[:size], dlogits, self._y_values, beta=0)
-                product = self._x_product[:size, : self._width]
-                torch.mul(product, step, out=self.x[chunk])
-            if self.y is not None:
-                # dy = step * dlogits^T x, added up over the chunks
-                add_product(self.y, dlogits.T, x_values, beta=int(chunk.start > 0))
-                if chunk.stop >= len(self._x_values):
-                    self.y = self.y.mul_(step)[:, : self._width].contiguous()
+                # dx = step * dlogits y, added up over the columns
+                total = self._x_product[: len(x_values)]
+                add_product(total, dlogits, y_values, beta=int(columns.start > 0))
+                if columns.stop >= len(self._y_values):
+                    torch.mul(total[:, : self._width], step, out=self.x[rows])
+            if self._y is not None:
+                # dy = step * dlogits^T x, added up over the rows
+                total = self._y[columns]
+                add_product(total, dlogits.T, x_values, beta=int(rows.start > 0))
+                if rows.stop >= len(self._x_values):
+                    total *= step
 
 
-def dlogits_chunks(
-    M: int, N: int, dtype: torch.dtype, BLOCK_M: int, workspace_mib: float | None
-) -> list[slice]:
-    """Chunks of rows whose dlogits fit in the workspace at a time, the longest first."""
-    row_bytes = dtype.itemsize * dlogits_stride(N)
-    if workspace_mib is None:
-        most = max(_DLOGITS_ROWS, _DLOGITS_MIB * 2**20 // row_bytes)
-    else:
-        most = int(workspace_mib * 2**20 / row_bytes)
-    return list(chunks_of(M, most, BLOCK_M))
+def dlogits_parts(
+    M: int, N: int, dtype: torch.dtype, tile: TileShape, workspace_mib: float | None
+) -> tuple[list[slice], list[slice]]:
+    """Rows and columns whose dlogits fit in the workspace at a time, the longest first.
+
+    About square where the whole does not fit: the gradients of few rows, D wide, are too few
+    tiles of a product for all multiprocessors.
+    """
+    most = int((workspace_mib or _DLOGITS_MIB) * 2**20 / dtype.itemsize)
+    square = max(int(most**0.5), 1)
+    rows = list(chunks_of(M, min(max(square, most // max(N, 1)), _DLOGITS_ROWS), tile.BLOCK_M))
+    return rows, list(chunks_of(N, most // len(range(M)[rows[0]]), tile.BLOCK_N))
 
 
 def dlogits_stride(N: int) -> int:
