@@ -186,6 +186,24 @@ def _infonce_cpu(result: Result) -> str:
     )
 
 
+def _losses_cpu(result: Result) -> str:
+    rows = [["loss", "ms", "over InfoNCE", "MB above inputs and gradients"]]
+    for row in result["rows"]:
+        spread = f"{number(row['low_ms'])}-{number(row['high_ms'])}"
+        time = f"{number(row['median_ms'])} ({spread})"
+        rows.append([row["loss"], time, f"{row['time_ratio']:.2f}", number(row["extra_mb"])])
+    return "\n".join(
+        [
+            f"## Other losses on a CPU: {result['machine']['device']}\n",
+            facts(result["machine"]) + ".\n",
+            "`python -m bench.losses_cpu`: forward and backward in float32, 8,192 x 512. "
+            "Of the pairs, 11.6 % share a caption.\n",
+            markdown(rows),
+            "",
+        ]
+    )
+
+
 def _loading(result: Result) -> str:
     rows = [["shards", "way", "clips/s (20 % to 80 %)"]]
     for row in result["rows"]:
@@ -205,6 +223,7 @@ def _loading(result: Result) -> str:
 _SECTIONS = {
     "sweep": _sweep,
     "infonce_cpu": _infonce_cpu,
+    "losses_cpu": _losses_cpu,
     "loading": _loading,
     "microbatch_memory": microbatch_memory,
     "lengths_mix": lengths_mix,

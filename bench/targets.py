@@ -18,7 +18,7 @@ class Target:
     """One target. `value` reads a result of `kind`; None if the result does not hold it."""
 
     what: str
-    kind: Literal["sweep", "infonce_cpu", "loading", "step"]
+    kind: Literal["sweep", "infonce_cpu", "losses_cpu", "loading", "step"]
     relation: Relation
     bound: float
     unit: str
@@ -92,6 +92,10 @@ def _cpu(what: str, bound: float, unit: str, name: str) -> Target:
     return Target(what, "infonce_cpu", "<=", bound, unit, _named(name))
 
 
+def _loss(what: str, bound: float, unit: str, name: str) -> Target:
+    return Target(what, "losses_cpu", "<=", bound, unit, _named(name))
+
+
 def _loading(what: str, bound: float, unit: str, name: str) -> Target:
     return Target(what, "loading", ">=", bound, unit, _named(name))
 
@@ -131,6 +135,10 @@ TARGETS = (
     _cpu("InfoNCE on a CPU, 8,192 x 512 fp32: time over open_clip's", 0.75, "", "time_ratio"),
     _cpu("... extra peak memory over open_clip's", 1 / 6, "", "memory_ratio"),
     _cpu("... 32,768 x 512 fp32: memory above the inputs", 1, "GB", "large_gb"),
+    _loss("several positives, 8,192 x 512: time over InfoNCE's", 1.1, "", "positive_ratio"),
+    _loss("... sigmoid loss", 0.85, "", "sigmoid_ratio"),
+    _loss("... four prefixes", 1.3, "", "prefixes_ratio"),
+    _loss("... most memory of these above inputs and gradients", 50, "MB", "most_extra_mb"),
     _loading(f"{_PEER}, same 16 kHz shards, all cores each", 2, _FASTER, "same_shards"),
     _loading("... that on one core", 2, _FASTER, "same_shards_one_core"),
     _loading("... that from 48 kHz FLAC, all cores each", 8, _FASTER, "usual_path"),

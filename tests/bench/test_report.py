@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from bench import infonce_cpu, lengths_mix, loaders, microbatch_memory, report, reproduce
+from bench import (
+    infonce_cpu,
+    lengths_mix,
+    loaders,
+    losses_cpu,
+    microbatch_memory,
+    report,
+    reproduce,
+)
 from bench.machine import machine, save
 from bench.sweep import BOTH, FORWARD, Row
 from flap_fast.config.file import load_config
@@ -94,6 +102,29 @@ def test_infonce_on_a_cpu_is_compared_on_the_same_inputs(tmp_path):
     assert f"| 64 x 512 | {infonce_cpu.PEER} |" in text
     assert target(text, "InfoNCE on a CPU")[0] == f"{ratio:,.3g}"
     assert "**GPU: not measured yet.**" in text
+
+
+def test_other_losses_are_compared_with_infonce_in_the_same_run(tmp_path):
+    found = losses_cpu.measure(64, rounds=2)
+    of = {row["loss"]: row for row in found["rows"]}
+    assert of[losses_cpu.PLAIN]["time_ratio"] == 1
+    assert found["figures"]["sigmoid_ratio"] == of["sigmoid"]["time_ratio"]
+    save(tmp_path, {"kind": "losses_cpu", "machine": machine("cpu"), **found})
+    report.write(tmp_path)
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert target(text, "several positives")[0] == f"{of['positive']['time_ratio']:,.3g}"
+    assert "| teacher's probabilities |" in text
+
+
+def test_pairs_of_the_comparison_share_captions_as_audiocaps_do(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(losses_cpu, "infonce", lambda **given: asked.update(given))
+    losses_cpu.functions(8192)["masked"]()
+    clip, caption = asked["ids"].unbind(1)
+    assert len(clip.unique()) == 8192
+    _, number, count = caption.unique(return_inverse=True, return_counts=True)
+    shared = (count[number] > 1).double().mean().item()
+    assert shared == pytest.approx(0.116, abs=0.03)
 
 
 def test_the_memory_of_micro_batches_is_shown_with_its_ratios(tmp_path):
