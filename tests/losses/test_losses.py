@@ -108,6 +108,13 @@ def test_the_contrastive_loss_takes_tf32_where_the_gpu_has_it(
         assert product_precision(asked, torch.device(device)) == asked
 
 
+def test_prefixes_must_not_all_weigh_nothing():
+    """They would turn the loss off while it counts as active."""
+    says = r"loss.contrastive.prefix_weights must be above 0 for a prefix, got '\[0.0, 0.0\]'"
+    with pytest.raises(ConfigError, match=says):
+        tiny("loss.contrastive.prefixes=[2,4]", "loss.contrastive.prefix_weights=[0,0]")
+
+
 def test_prefixes_of_the_embeddings_have_losses_of_their_own():
     outputs = outputs_of(unit(0), unit(1))
     by_width = [
@@ -127,6 +134,7 @@ def test_prefixes_of_the_embeddings_have_losses_of_their_own():
         ("prefixes=[8,4]", "loss.contrastive.prefixes must be ascending widths"),
         ("prefixes=[8,1024]", "loss.contrastive.prefixes must be at most joint.width"),
         ("prefix_weights=[1]", "prefix_weights must be one for each of 0 prefixes, or none"),
+        ("prefixes=8", "loss.contrastive.prefixes must be a list, got 8"),
     ],
 )
 def test_prefixes_that_do_not_fit_are_refused(setting, says):
