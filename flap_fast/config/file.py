@@ -163,6 +163,7 @@ _WORDS = {
     "String should": "must",
     "Keys should": "must",
     "Field required": "must be given",
+    "a valid tuple": "a list",
     "Input is not a valid path for <class 'pathlib.Path'>": "must be a path",
 }
 

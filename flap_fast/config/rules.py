@@ -133,9 +133,9 @@ def check_sections(config: Config) -> None:
     require(micro_tokens is None or variable, "train.micro_tokens", rule, micro_tokens, remedy)
     prefixes, width = config.loss.contrastive.prefixes, config.joint.width
     require(
-        not prefixes or prefixes[-1] <= width,
+        not prefixes or prefixes[-1] == width,
         "loss.contrastive.prefixes",
-        f"be at most joint.width = {width}",
+        f"end with joint.width = {width}, as what evaluation takes is trained",
         list(prefixes),
     )
     if config.loss.simcse.weight:

@@ -46,7 +46,8 @@ def read_relevance(
         for line, row in read_rows(Path(file)):
             query, right = str(row.get("query") or "").strip(), _listed(row.get(column))
             rule = f"have a query and a list of names in {column}"
-            require(bool(query and right), f"{file}:{line}", rule, dict(row))
+            remedy = "write ['a.wav', 'b.wav']"
+            require(bool(query and right), f"{file}:{line}", rule, dict(row), remedy)
             for name in right:
                 found = clips.get(name, ())
                 require(len(found) == 1, f"{name} of {file}:{line}", "name one clip", len(found))

@@ -46,13 +46,16 @@ def score(model: EvaluatedModel, data: Sequence[Path], tasks: Sequence[str] = ()
 
     Args:
         data: folders of shards, files or folders of sentences.
-        tasks: names in `TASKS`; without any, retrieval of clips and STS of sentences.
+        tasks: names in `TASKS`; without any, retrieval of clips, relevance where eval.relevance
+            names a table, and STS of sentences.
 
     Raises:
         ConfigError: an unknown task, data that no task is for, a task without data.
     """
     kinds: dict[Path, Data] = {p: "sentences" if holds_sentences(p) else "clips" for p in data}
-    defaults = {"retrieval": "clips", "sts": "sentences"}
+    defaults = {"retrieval": "clips", "relevance": "clips", "sts": "sentences"}
+    if not model.config.eval.relevance:
+        del defaults["relevance"]
     tasks = tuple(dict.fromkeys(tasks)) or [
         t for t, kind in defaults.items() if kind in kinds.values()
     ]

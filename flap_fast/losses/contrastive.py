@@ -40,8 +40,8 @@ class Contrastive(Loss):
     """Pairs of one clip, or of captions that are equal but for case, punctuation and white space:
     negatives of each other as all pairs are (`ignore`), none (`mask`), or `positive`s."""
     prefixes: tuple[Count, ...] = ()
-    """Widths of prefixes of the embeddings, ascending up to joint.width, whose losses are added
-    (Matryoshka): a prefix of length 1 can then stand for the whole. None: the whole alone."""
+    """Widths of prefixes of the embeddings, ascending to joint.width, whose losses are added
+    (Matryoshka): a prefix, normalised, can then stand for the whole. None: the whole alone."""
     prefix_weights: tuple[Weight, ...] = ()
     """Weights of the prefixes' losses; without any 1 each."""
     scheme: Literal["auto", "replicated", "sharded"] = "auto"
@@ -60,6 +60,8 @@ class Contrastive(Loss):
         rule = f"be one for each of {wanted} prefixes, or none"
         fits = len(given) in (0, wanted)
         require(fits, "loss.contrastive.prefix_weights", rule, given)
+        rule, some = "be above 0 for a prefix", not given or any(given)
+        require(some, "loss.contrastive.prefix_weights", rule, given)
         return self
 
     @property

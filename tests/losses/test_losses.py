@@ -108,25 +108,36 @@ def test_the_contrastive_loss_takes_tf32_where_the_gpu_has_it(
         assert product_precision(asked, torch.device(device)) == asked
 
 
+def test_prefixes_must_not_all_weigh_nothing():
+    """They would turn the loss off while it counts as active."""
+    says = r"loss.contrastive.prefix_weights must be above 0 for a prefix, got '\[0.0, 0.0\]'"
+    with pytest.raises(ConfigError, match=says):
+        tiny(
+            "joint.width=4",
+            "loss.contrastive.prefixes=[2,4]",
+            "loss.contrastive.prefix_weights=[0,0]",
+        )
+
+
 def test_prefixes_of_the_embeddings_have_losses_of_their_own():
-    outputs = outputs_of(unit(0), unit(1))
-    by_width = [
-        tiny(f"loss.contrastive.prefixes=[{d}]").loss.contrastive.terms(outputs)["contrastive"]
-        for d in (2, 4)
-    ]
+    media, text = unit(0), unit(1)
     asked = "loss.contrastive.prefixes=[2,4]", "loss.contrastive.prefix_weights=[0.5,2]"
-    both = tiny(*asked).loss.contrastive.terms(outputs)["contrastive"]
-    torch.testing.assert_close(both, 0.5 * by_width[0] + 2 * by_width[1])
-    whole = tiny().loss.contrastive.terms(outputs)["contrastive"]
-    torch.testing.assert_close(by_width[1], whole)
+    loss = tiny("joint.width=4", *asked).loss.contrastive
+    found = loss.terms(outputs_of(media, text))["contrastive"]
+    x, y = (torch.nn.functional.normalize(v[:, :2], dim=1) for v in (media, text))
+    one = torch.ones(())
+    expected = 0.5 * infonce_reference(x, y, one) + 2 * infonce_reference(media, text, one)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(
     ("setting", "says"),
     [
         ("prefixes=[8,4]", "loss.contrastive.prefixes must be ascending widths"),
-        ("prefixes=[8,1024]", "loss.contrastive.prefixes must be at most joint.width"),
+        ("prefixes=[8,1024]", "loss.contrastive.prefixes must end with joint.width = 16"),
+        ("prefixes=[4,8]", "loss.contrastive.prefixes must end with joint.width = 16"),
         ("prefix_weights=[1]", "prefix_weights must be one for each of 0 prefixes, or none"),
+        ("prefixes=8", "loss.contrastive.prefixes must be a list, got 8"),
     ],
 )
 def test_prefixes_that_do_not_fit_are_refused(setting, says):

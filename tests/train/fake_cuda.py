@@ -190,6 +190,8 @@ def fake_cuda(*, backward: bool = False) -> Iterator[FakeCuda]:
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
         patch.setattr(torch.cuda, "synchronize", _refused)
         patch.setattr(FakeTensor, "tolist", lambda x: x.cpu().tolist())  # one copy, not one a value
+        # Printing reads values, and a fake tensor prints none.
+        patch.setattr(FakeTensor, "__repr__", lambda x, **_: repr(x.cpu()))
         # Answers are cached for the whole process, and these are a fake GPU's.
         patch.setattr(launch, "_capability", lambda device: 90)
         patch.delenv("TRITON_INTERPRET", raising=False)

@@ -40,6 +40,8 @@ SENTENCES = ("loss.simcse.weight=0.1", "loss.nli.weight=0.2", "text.dropout=0.1"
 VARIABLE = ("audio.length=variable", "audio.max_duration_s=2")
 WINDOW = ("audio.attention_window_s=0.5", "audio.pool=mean_patch", "audio.time_positions=rotary")
 ALONE = "loss.contrastive.weight=0"
+PAIRS = ("loss.contrastive.duplicates=mask", "loss.sigmoid.duplicates=positive")
+PREFIXES = "loss.contrastive.prefixes=[4,16]"
 CASES = {
     "contrastive": (),
     "contrastive of bf16": ("loss.contrastive.precision=bf16", "train.precision=fp32"),
@@ -49,7 +51,10 @@ CASES = {
     "simcse": ("loss.simcse.weight=0.1", "text.dropout=0.1", ALONE),
     "nli": ("loss.nli.weight=0.2", ALONE),
     "recon": (*RECON, ALONE, "mask.kind=2d"),
-    "every loss": (*CYCLIC, *SENTENCES, *RECON),
+    "sigmoid": ("loss.sigmoid.weight=1", ALONE),
+    "sigmoid, duplicates": (*PAIRS, "loss.sigmoid.weight=0.5"),
+    "duplicates": ("loss.contrastive.duplicates=positive",),
+    "every loss": (*CYCLIC, *SENTENCES, *RECON, *PAIRS, PREFIXES, "loss.sigmoid.weight=0.5"),
     "no mask": ("mask.kind=none",),
     "recomputed blocks": (
         *("train.checkpoint_activations=true", "audio.drop_path=0.1", "audio.depth=2"),
@@ -73,7 +78,8 @@ CASES = {
 SOUNDS, CAPTIONS = {"__call__": 1, "_batch": 2}, {"pack": 3}
 COPIES = {
     "contrastive": SOUNDS | CAPTIONS,
-    "every loss": SOUNDS | CAPTIONS,
+    "sigmoid": SOUNDS | CAPTIONS,
+    "every loss": SOUNDS | CAPTIONS | {"_pair_ids": 1},
     "padded text": SOUNDS | {"_padded": 1},
     "CLIP's text encoder": SOUNDS | {"_embed": 1},
     "HTSAT": SOUNDS | CAPTIONS,
@@ -84,7 +90,7 @@ COPIES = {
     "micro-batches": {"__call__": 2, "_batch": 4, "pack": 12},
 }
 # Waits that are meant: the row of numbers that is logged, and new captions of a frozen encoder,
-# whose vectors go into a file.
+# whose vectors go into a file. The bias of loss.sigmoid is a number more (`logged`).
 LOGGED = {"check_finite": 1, "_row": 3, "in_batch_recall": 1}
 FROZEN = ("flap_fast/train/frozen_text.py", "_add")
 
@@ -140,6 +146,10 @@ def counts(copies: list[Copy], *, to_host: bool) -> dict[str, int]:
     return dict(Counter(copy.line.function for copy in copies if copy.to_host == to_host))
 
 
+def logged(config: Config) -> dict[str, int]:
+    return LOGGED | {"_row": LOGGED["_row"] + config.loss.sigmoid.active}
+
+
 def is_meant(copy: Copy) -> bool:
     return not copy.waits or (copy.line.file, copy.line.function) == FROZEN
 
@@ -152,12 +162,12 @@ def test_a_step_stays_on_its_device_copies_its_batch_and_waits_only_to_log(
     with fake_cuda(backward=True) as gpu:
         first, last = copies_of_steps(config, gpu, TwoTowers(config), tmp_path)
     assert not [str(copy) for copy in first if not is_meant(copy)]
-    assert counts([copy for copy in last if not is_meant(copy)], to_host=True) == LOGGED
+    assert counts([copy for copy in last if not is_meant(copy)], to_host=True) == logged(config)
     assert not [str(copy) for copy in last if copy.waits and not copy.to_host]
     if name in COPIES:
         assert counts(first, to_host=False) == counts(last, to_host=False) == COPIES[name]
         assert counts(first, to_host=True) == {}
-        assert counts(last, to_host=True) == LOGGED
+        assert counts(last, to_host=True) == logged(config)
     assert gpu.launched or not config.loss.contrastive.weight
 
 
@@ -208,6 +218,7 @@ WAITS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "item": (lambda x: x + x.sum().item(), "_local_scalar_dense.default, device to host, waits"),
     "if": (lambda x: x if x.sum() > 0 else -x, "_local_scalar_dense.default, device to host"),
     "tolist": (lambda x: x + sum(x[0].tolist()), "_to_copy.default, device to host, waits"),
+    "print": (lambda x: x + len(str(x)), "_to_copy.default, device to host, waits"),
     "cpu": (lambda x: x + x.mean(0).cpu().mean(), "_to_copy.default, device to host, waits"),
     "to": (lambda x: x + x.to("cpu").mean(), "_to_copy.default, device to host, waits"),
     "copy_": (lambda x: x + torch.empty(1).copy_(x[0, :1]).mean(), "copy_.default, device to host"),

@@ -51,7 +51,9 @@ def choose_prefix_backend(x: Tensor, options: Options) -> Backend:
     backend = choose_backend(x, options.precision, options.workspace_mib)
     if not options.prefixes:
         return backend
-    weights = x.new_tensor(options.weights, dtype=accumulator_dtype(x.dtype))
+    # Filled on the device: a list that is copied to it is waited for.
+    dtype = accumulator_dtype(x.dtype)
+    weights = torch.stack([x.new_full((), weight, dtype=dtype) for weight in options.weights])
     if isinstance(backend, TorchTiled):
         return TorchPrefixes(options.prefixes, weights)
     return ByPrefix(backend, options.prefixes, weights)
