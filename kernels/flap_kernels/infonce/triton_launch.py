@@ -221,6 +221,7 @@ class TritonTiled:
                 tile.BLOCK_M,
                 self.precision,
                 self.workspace_mib,
+                x_dtype=torch.float32,
                 x_wanted=x_wanted,
                 y_wanted=y_wanted,
             )
