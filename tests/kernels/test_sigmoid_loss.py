@@ -111,6 +111,14 @@ def test_float16_has_what_a_gradient_scaler_multiplies_by(device):
             assert error <= torch.finfo(torch.float16).eps * theirs.abs().max().item(), loss_scale
 
 
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True), (False, False)])
+def test_its_op_is_a_proper_operator_of_transposed_inputs(wanted, device):
+    x, y = (v.to(device).T.contiguous().T for v in pairs(9, 5, dtype=torch.float32))
+    numbers = (torch.tensor(v, device=device) for v in (10.0, -6.0, 1.0))
+    given = x, y, *numbers, None, None, 0, *wanted, "ieee", None
+    torch.library.opcheck(torch.ops.flap_kernels.sigmoid_block.default, given)
+
+
 @pytest.mark.parametrize("name", ["scale", "bias"])
 def test_numbers_that_are_not_floating_are_refused(name):
     given: Any = {"scale": 10.0, "bias": -9.5} | {name: torch.tensor(10)}
