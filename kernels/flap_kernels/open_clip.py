@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from flap_kernels.checks import check_choice
+from flap_kernels.checks import check_choice, check_shape
 from flap_kernels.infonce.backend import Precision
 from flap_kernels.infonce.distributed import distributed_infonce
 from flap_kernels.infonce.op import infonce
@@ -158,7 +158,12 @@ class SigLipLoss(nn.Module):
 
 
 def _of_one_type(images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
-    """Both features in the wider of their types: towers under autocast may return two."""
+    """Both features in the wider of their types: towers under autocast may return two.
+
+    Raises unless each image has its text and no text is left over.
+    """
+    check_shape("image_features", images, (None, None), "(b, D)")
+    check_shape("text_features", texts, images.shape, "(b, D) like image_features")
     dtype = torch.promote_types(images.dtype, texts.dtype)
     return images.to(dtype), texts.to(dtype)
 

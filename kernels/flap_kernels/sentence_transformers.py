@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flap_kernels.checks import check_choice
+from flap_kernels.checks import check_choice, check_shape
 from flap_kernels.infonce.backend import Direction, Precision
 from flap_kernels.infonce.distributed import distributed_infonce
 from flap_kernels.infonce.op import infonce
@@ -94,6 +94,8 @@ class MultipleNegativesRankingLoss(nn.Module):
                 f"embeddings must be of anchors and positives at least, got {len(embeddings)} "
                 "column(s)"
             )
+        for i, x in enumerate(embeddings):
+            check_shape(f"embeddings[{i}]", x, embeddings[0].shape, "(b, D) like the anchors'")
         anchors, *documents = (F.normalize(x, dim=1) for x in embeddings)
         direction: Direction = "symmetric" if BACKWARD in self.directions else "a2t"
         # Hard negatives are captions without a clip of their own: negatives of every anchor.

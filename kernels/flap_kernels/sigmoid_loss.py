@@ -21,8 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from flap_kernels.checks import check_choice, check_shape, check_together
-from flap_kernels.infonce.arguments import check_arguments, choose_backend, operands
+from flap_kernels.checks import check_choice, check_together
+from flap_kernels.infonce.arguments import (
+    check_arguments,
+    checked_scalar,
+    choose_backend,
+    operands,
+)
 from flap_kernels.infonce.backend import Duplicates, Precision, Targets
 from flap_kernels.infonce.distributed import REPLICATED_ROWS, Scheme
 from flap_kernels.infonce.positives import share_an_id, sigmoid_positive_term
@@ -79,7 +84,7 @@ def _sigmoid_block(
         x_wanted=x_wanted,
         y_wanted=y_wanted,
     )
-    x_grad = x.new_empty(0) if found.x is None else found.x
+    x_grad = found.loss.new_empty(0) if found.x is None else found.x
     y_grad = found.loss.new_empty(0) if found.y is None else found.y
     return found.loss, x_grad, y_grad, found.scale, found.bias
 
@@ -87,7 +92,7 @@ def _sigmoid_block(
 @_sigmoid_block.register_fake
 def _(x, y, scale, bias, factor, x_ids, y_ids, offset, x_wanted, y_wanted, *_):
     dtype = accumulator_dtype(x.dtype)
-    of_x = x.new_empty(x.shape if x_wanted else (0,))
+    of_x = x.new_empty(x.shape if x_wanted else (0,), dtype=dtype)
     of_y = y.new_empty(y.shape if y_wanted else (0,), dtype=dtype)
     return (x.new_empty((), dtype=dtype), of_x, of_y, *(of_y.new_empty(()) for _ in range(2)))
 
@@ -122,9 +127,7 @@ def sigmoid_loss(
     scale, ids = check_arguments(
         audio, text, scale, "symmetric", ids, duplicates, precision, workspace_mib
     )
-    if not isinstance(bias, Tensor):
-        bias = scale.new_full((), bias)
-    check_shape("bias", bias, (), "()")
+    bias = checked_scalar("bias", bias, audio)
     check_together(audio=audio, bias=bias)
     sizes = None
     if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
@@ -193,19 +196,19 @@ class _SigmoidLoss(torch.autograd.Function):
                 t_grad = torch.cat([of_pairs, of_extra])
             elif text_wanted:
                 t_grad = sizes.scatter_sum(t_grad)
-        ctx.save_for_backward(
-            a_grad if audio_wanted else None,
-            t_grad.to(text.dtype) if text_wanted else None,
-            scale_grad.to(scale.dtype),
-            bias_grad.to(bias.dtype),
-        )
+        found = a_grad if audio_wanted else None, t_grad if text_wanted else None
+        ctx.save_for_backward(*found, scale_grad, bias_grad)
+        ctx.dtypes = audio.dtype, text.dtype, scale.dtype, bias.dtype
         return loss / B
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        wanted = zip(ctx.saved_tensors, ctx.needs_input_grad[:4], strict=True)
-        found = (grad.to(x.dtype) * x if x is not None and want else None for x, want in wanted)
+        # Rounded here and no earlier: float16 needs what a gradient scaler multiplies by.
+        wanted = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:4], strict=True)
+        found = (
+            (grad * x).to(dtype) if x is not None and want else None for x, dtype, want in wanted
+        )
         return *found, None, None, None
 
 

@@ -29,7 +29,12 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from flap_kernels.checks import check_choice, check_shape, check_together
-from flap_kernels.infonce.arguments import check_arguments, choose_backend, operands
+from flap_kernels.infonce.arguments import (
+    check_arguments,
+    checked_scalar,
+    choose_backend,
+    operands,
+)
 from flap_kernels.infonce.backend import (
     Direction,
     DirectionSums,
@@ -84,18 +89,17 @@ def soft_infonce(
     `teacher_scale` () get none. Its least value is the entropy of the teacher's probabilities.
     """
     check_choice("scheme", scheme, get_args(Scheme))
+    check_shape("text", text, audio.shape, "(B, D) like audio")
     options = direction, None, "mask", precision, workspace_mib
     scale, _ = check_arguments(audio, text, scale, *options)
-    teacher_scale, _ = check_arguments(teacher_audio, teacher_text, teacher_scale, *options)
-    check_shape("text", text, audio.shape, "(B, D) like audio")
-    of_teacher = (len(audio), teacher_audio.shape[1])
-    check_shape("teacher_audio", teacher_audio, of_teacher, "(B, E)")
-    check_shape("teacher_text", teacher_text, of_teacher, "(B, E)")
-    check_together(audio=audio, teacher_audio=teacher_audio)
-    if teacher_audio.dtype != audio.dtype:
-        raise TypeError(
-            f"teacher_audio must be of audio's type {audio.dtype}, got {teacher_audio.dtype}"
-        )
+    check_shape("teacher_audio", teacher_audio, (len(audio), None), "(B, E)")
+    check_shape("teacher_text", teacher_text, teacher_audio.shape, "(B, E) like teacher_audio")
+    given = {"teacher_audio": teacher_audio, "teacher_text": teacher_text}
+    for name, x in given.items():
+        if x.dtype != audio.dtype:
+            raise TypeError(f"{name} must be of audio's type {audio.dtype}, got {x.dtype}")
+    teacher_scale = checked_scalar("teacher_scale", teacher_scale, audio)
+    check_together(audio=audio, **given, teacher_scale=teacher_scale)
     loss = distributed_infonce(
         audio,
         text,

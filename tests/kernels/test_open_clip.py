@@ -101,6 +101,10 @@ def test_what_it_cannot_do_is_refused_by_name():
         SigLipLoss(dist_impl="ring")
     with pytest.raises(ValueError, match=r"logit_scale must hold one number, got shape \(12, 8\)"):
         ClipLoss()(audio, text, audio)
+    for loss in (ClipLoss(), SigLipLoss()):
+        for more in (torch.cat([text, text]), text[:5], text[0]):
+            with pytest.raises(ValueError, match=r"^text_features must be \(b, D\) like image_fe"):
+                loss(audio, more, scale, bias)
     for loss in (ClipLoss(gather_with_grad=True, world_size=2), SigLipLoss(world_size=2)):
         with pytest.raises(ValueError, match="world_size must be the number of ranks, 1, got 2"):
             loss(audio, text, scale, bias)

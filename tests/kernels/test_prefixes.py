@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.flop_counter import FlopCounterMode
 
 from flap_kernels import distributed_infonce, infonce
 from flap_kernels.infonce import infonce_reference, torch_prefixes
+from flap_kernels.infonce.backend import Targets, losses_and_sums
 from flap_kernels.infonce.prefixes import ByPrefix
 from flap_kernels.infonce.torch_prefixes import TorchPrefixes
 from flap_kernels.infonce.torch_tiled import TorchTiled
@@ -148,6 +150,47 @@ def test_its_op_is_a_proper_operator():
     for direction in DIRECTIONS:
         given = audio, text, torch.tensor(20.0).double().requires_grad_(), None, direction
         torch.library.opcheck(op, (*given, "ieee", None, [4, 12], [1.0, 2.0]))
+
+
+@pytest.mark.parametrize("backend", ["in one pass", "by prefix"])
+def test_its_gradients_are_contiguous_as_their_fakes_are(backend):
+    x, y = (each.T.contiguous().T for each in rows(9))
+    one = torch.ones((), dtype=x.dtype)
+    made = TorchPrefixes((4, 12), None)
+    if backend == "by prefix":
+        made = ByPrefix(TorchTiled(), (4, 12), None)
+    sums = made.sums(x, y, one, Targets())
+    lse, positive = sums.row_lse_negatives, sums.positive_logits
+    assert lse is not None
+    row = losses_and_sums(lse, positive, one.new_ones(2))[1]
+    found = made.gradients(x, y, one, row, None, one, Targets())
+    assert all(each is not None and each.is_contiguous() for each in (found.x, found.y))
+
+
+@pytest.mark.parametrize("duplicates", DUPLICATES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_prefix_of_zeros_has_a_loss(dtype, duplicates):
+    audio, text = rows(6, dtype=torch.float32)
+    audio[0, :4] = 0
+    audio, text = audio.to(dtype), text.to(dtype)
+    options: Any = {"prefixes": (4, 12), "ids": torch.tensor([0, 0, 1, 2, 3, 4])}
+    options["duplicates"] = duplicates
+    near: Any = {"rtol": 1e-5, "atol": 0.0}
+    exact = infonce_reference(audio.double(), text.double(), torch.tensor(90.0), **options)
+    torch.testing.assert_close(infonce(audio, text, 90.0, **options).double(), exact, **near)
+
+
+def test_the_flop_are_those_of_the_longest_prefix():
+    audio, text = (torch.rand(6, 12, device="meta", requires_grad=True) for _ in range(2))
+    with FlopCounterMode(display=False) as counter:
+        infonce(audio, text, 20.0, prefixes=(3, 5)).backward()
+    assert counter.get_total_flops() == 4 * 2 * 6 * 6 * 5
+
+
+@pytest.mark.parametrize("prefixes", [4, (2.5, 12)])
+def test_prefixes_that_are_no_whole_numbers_are_refused(prefixes: Any):
+    with pytest.raises(TypeError, match=r"^prefixes must be whole numbers, got "):
+        infonce(*rows(5), 20.0, prefixes=prefixes)
 
 
 def compared(audio, text, ids, cuts):

@@ -85,6 +85,10 @@ def test_what_it_cannot_do_is_refused_by_name():
             MultipleNegativesRankingLoss(Model(), **{name: value})
     with pytest.raises(ValueError, match="embeddings must be of anchors and positives"):
         MultipleNegativesRankingLoss(Model())(features(2)[:1])
+    loss, x = MultipleNegativesRankingLoss(Model()), torch.rand(6, 4)
+    for i, columns in ((1, [x, x[:5], x]), (2, [x, x, x[:3]]), (1, [x, x[:, :3]])):
+        with pytest.raises(ValueError, match=rf"^embeddings\[{i}\] must be \(b, D\) like the anch"):
+            loss.compute_loss_from_embeddings(columns)
 
 
 def test_it_does_without_sentence_transformers():

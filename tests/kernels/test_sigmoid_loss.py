@@ -83,6 +83,49 @@ def test_what_needs_no_gradient_gets_none_and_changes_no_bit():
     torch.testing.assert_close(twice[0], whole[2])
 
 
+def test_the_bias_is_not_rounded_to_the_scales_type():
+    audio, text = pairs(9, 5, dtype=torch.float32)
+    scale, ids = torch.tensor(8.0, dtype=torch.bfloat16), torch.tensor([0, 0, 1, 1, 1, 2, 3, 4, 5])
+    exact = sigmoid_loss(audio, text, 8.0, -9.3)
+    assert torch.equal(sigmoid_loss(audio, text, scale, -9.3), exact)
+    runs: list[dict[str, Any]] = [{}, {"ids": ids}, {"ids": ids, "duplicates": "positive"}]
+    for options in runs:
+        bias = torch.tensor(-9.3, requires_grad=True)
+        mine, theirs = (
+            torch.autograd.grad(sigmoid_loss(audio, text, each, bias, **options), bias)[0]
+            for each in (scale, 8.0)
+        )
+        assert torch.equal(mine, theirs), options
+
+
+def test_float16_has_what_a_gradient_scaler_multiplies_by(device):
+    narrow = [x.to(device, torch.float16) for x in pairs(64, 16, dtype=torch.float32)]
+    wide = [x.double() for x in narrow]
+    for loss_scale in (0.37, 65536.0):  # 65536 is not a number of float16
+        found, exact = (
+            torch.autograd.grad(loss_scale * sigmoid_loss(a, t, 10.0, -6.0), (a, t))
+            for a, t in ([x.requires_grad_() for x in each] for each in (narrow, wide))
+        )
+        for mine, theirs in zip(found, exact, strict=True):
+            error = (mine.double() - theirs).abs().max().item()
+            assert error <= torch.finfo(torch.float16).eps * theirs.abs().max().item(), loss_scale
+
+
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True), (False, False)])
+def test_its_op_is_a_proper_operator_of_transposed_inputs(wanted, device):
+    x, y = (v.to(device).T.contiguous().T for v in pairs(9, 5, dtype=torch.float32))
+    numbers = (torch.tensor(v, device=device) for v in (10.0, -6.0, 1.0))
+    given = x, y, *numbers, None, None, 0, *wanted, "ieee", None
+    torch.library.opcheck(torch.ops.flap_kernels.sigmoid_block.default, given)
+
+
+@pytest.mark.parametrize("name", ["scale", "bias"])
+def test_numbers_that_are_not_floating_are_refused(name):
+    given: Any = {"scale": 10.0, "bias": -9.5} | {name: torch.tensor(10)}
+    with pytest.raises(TypeError, match=rf"^{name} must be float32, .*, got torch.int64$"):
+        sigmoid_loss(*pairs(4, 3), **given)
+
+
 def check_digits(scale, bias, device):
     # At scale 40, pairs that are the same and nothing else alike: all terms are e^-20.
     apart = (torch.eye(64), torch.eye(64))

@@ -139,13 +139,19 @@ def test_ranks_match_the_whole_in_the_kernels_too():
 @pytest.mark.parametrize(
     ("change", "error", "says"),
     [
-        ({"teacher_text": torch.rand(4, 6)}, ValueError, r"teacher_text must be|text must be"),
-        ({"teacher_audio": torch.rand(4, 6).double()}, TypeError, "of one type"),
+        ({"teacher_text": torch.rand(4, 6)}, ValueError, r"^teacher_text must be \(B, E\)"),
+        ({"teacher_text": torch.rand(7, 6)}, ValueError, r"^teacher_text must be \(B, E\)"),
+        ({"teacher_audio": torch.rand(5)}, ValueError, r"^teacher_audio must be \(B, E\)"),
+        ({"teacher_audio": torch.rand(5, 6).double()}, TypeError, "^teacher_audio must be of"),
+        ({"teacher_text": torch.ones(5, 6).long()}, TypeError, "^teacher_text must be of"),
+        ({"teacher_scale": torch.ones(1)}, ValueError, r"^teacher_scale must be \(\)"),
+        ({"teacher_scale": torch.tensor(2)}, TypeError, "^teacher_scale must be float32"),
         ({"text": torch.rand(6, 3)}, ValueError, r"text must be \(B, D\) like audio"),
     ],
 )
 def test_what_does_not_fit_is_named(change, error, says):
-    given = {"audio": torch.rand(5, 3), "text": torch.rand(5, 3), "scale": 1.0}
+    given: Any = {"audio": torch.rand(5, 3), "text": torch.rand(5, 3), "scale": 1.0}
     given |= {"teacher_audio": torch.rand(5, 6), "teacher_text": torch.rand(5, 6)}
-    with pytest.raises(error, match=says):
-        soft_infonce(**(given | change), teacher_scale=2.0)
+    for direction in DIRECTIONS:
+        with pytest.raises(error, match=says):
+            soft_infonce(**(given | {"teacher_scale": 2.0, "direction": direction} | change))

@@ -68,6 +68,15 @@ def operands(audio: Tensor, text: Tensor, precision: Precision) -> tuple[Tensor,
     return audio, text, "ieee"
 
 
+def checked_scalar(name: str, x: Tensor | float, audio: Tensor) -> Tensor:
+    """A number as a tensor () beside `audio`, in the accumulator's dtype; a tensor as it is."""
+    if not isinstance(x, Tensor):
+        return audio.new_full((), x, dtype=accumulator_dtype(audio.dtype))
+    check_shape(name, x, (), "()")
+    check_floats(**{name: x})
+    return x
+
+
 def check_arguments(
     audio: Tensor,
     text: Tensor,
@@ -93,9 +102,7 @@ def check_arguments(
     check_floats(audio=audio, text=text)
     if audio.dtype != text.dtype:
         raise TypeError(f"audio and text must be of one type, got {audio.dtype} and {text.dtype}")
-    if not isinstance(scale, Tensor):
-        scale = audio.new_full((), scale, dtype=accumulator_dtype(audio.dtype))
-    check_shape("scale", scale, (), "()")
+    scale = checked_scalar("scale", scale, audio)
     check_together(audio=audio, text=text, scale=scale)
     if ids is not None:
         check_integers(ids=ids)

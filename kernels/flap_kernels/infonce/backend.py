@@ -88,7 +88,7 @@ class SigmoidSums(NamedTuple):
     loss: Tensor
     """() in the accumulator's dtype."""
     x: Tensor | None
-    """(M, D) in x's dtype, factor * scale * dlogits y; None if not requested."""
+    """(M, D) in the accumulator's dtype, factor * scale * dlogits y; None if not requested."""
     y: Tensor | None
     """(N, D) in the accumulator's dtype, factor * scale * dlogits^T x; None if not requested."""
     scale: Tensor

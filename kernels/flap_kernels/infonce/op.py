@@ -91,8 +91,14 @@ def _(audio, text, scale, ids, direction, precision, workspace_mib, prefixes, we
 
 
 @register_flop_formula(torch.ops.flap_kernels.infonce)
-def _forward_flop(audio, text, *_, **__) -> int:
-    return 2 * audio[0] * text[0] * audio[1]
+def _forward_flop(audio, text, *rest, **__) -> int:
+    return _product_flop(audio, text, rest[-2])
+
+
+def _product_flop(audio, text, prefixes) -> int:
+    # One pass over the longest prefix has the logits of all.
+    width = prefixes[-1] if prefixes else audio[1]
+    return 2 * audio[0] * text[0] * width
 
 
 @torch.library.custom_op("flap_kernels::infonce_backward", mutates_args=())
@@ -151,7 +157,7 @@ def _(audio, text, scale, *rest):
 def _backward_flop(audio, text, *rest, **__) -> int:
     # S is recomputed, then one product for each gradient.
     audio_wanted, text_wanted = rest[7:9]
-    return (1 + audio_wanted + text_wanted) * _forward_flop(audio, text)
+    return (1 + audio_wanted + text_wanted) * _product_flop(audio, text, rest[-2])
 
 
 def _save(ctx, inputs, output):

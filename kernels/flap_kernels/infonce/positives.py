@@ -170,6 +170,7 @@ class _PositiveTerm(torch.autograd.Function):
         ctx.factor = 1.0 / (len(ids) * (u + v))
         ctx.world = 1 if sizes is None else sizes.world
         ctx.shape, ctx.dtype = audio.shape, audio.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
         total = value.clone() if sizes is None else sizes.reduce(value.clone(), dist.ReduceOp.SUM)
         term = total * scale if bias is None else total * scale + further * bias
         return (term * ctx.factor).to(dtype)
@@ -193,7 +194,7 @@ class _PositiveTerm(torch.autograd.Function):
             gradient(of_text),
             (factor * value).to(scale.dtype) if scale_wanted else None,
             # All ranks know the number of all pairs: their average is its gradient.
-            (grad * ctx.factor * further).to(scale.dtype) if bias_wanted else None,
+            (grad * ctx.factor * further).to(ctx.bias_dtype) if bias_wanted else None,
             *(None,) * 4,
         )
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import index
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +83,7 @@ class ByPrefix:
         """See `Backend.gradients`."""
         dtype = accumulator_dtype(x.dtype)
         x_grad, y_grad = (
-            torch.zeros_like(v, dtype=dtype) if wanted else None
+            v.new_zeros(v.shape, dtype=dtype) if wanted else None
             for v, wanted in ((x, x_wanted), (y, y_wanted))
         )
         scale_grad = x.new_zeros((), dtype=dtype)
@@ -137,7 +138,10 @@ def check_prefixes(
     prefixes: Sequence[int], weights: Sequence[float] | None, D: int
 ) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """The prefixes and their weights, checked."""
-    prefixes = tuple(prefixes)
+    try:
+        prefixes = tuple(index(d) for d in prefixes)
+    except TypeError:
+        raise TypeError(f"prefixes must be whole numbers, got {prefixes}") from None
     ascending = all(a < b for a, b in pairwise(prefixes))
     if prefixes and not (prefixes[0] > 0 and ascending and prefixes[-1] <= D):
         raise ValueError(f"prefixes must be ascending and in [1, {D}], got {prefixes}")
@@ -162,10 +166,11 @@ def positive_terms(
     """The sum of the prefixes' `positive_term`; without prefixes that of the embeddings."""
     if not prefixes:
         return positive_term(audio, text, scale, ids, direction, sizes)
-    terms = []
+    terms, dtype = [], accumulator_dtype(audio.dtype)
     for d, weight in zip(prefixes, weights, strict=True):
+        # In the accumulator's type: in float16 the shortest length would be 0.
         x, y = (
-            v if d == v.shape[1] else F.normalize(v[:, :d], dim=1, eps=_SHORTEST)
+            v if d == v.shape[1] else F.normalize(v[:, :d].to(dtype), dim=1, eps=_SHORTEST)
             for v in (audio, text)
         )
         terms.append(weight * positive_term(x, y, scale, ids, direction, sizes))

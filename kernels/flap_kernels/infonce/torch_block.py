@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flap_kernels.infonce.backend import DirectionSums, Targets
 from flap_kernels.infonce.positives import share_an_id
+from flap_kernels.launch import ceil_div
 from flap_kernels.precision import accumulator_dtype
 
 # Two tiles (the logits and their factors) fit in the cache of a few cores.
@@ -49,6 +50,11 @@ class Block:
             return True
         longest = self.y.norm(dim=1).max() * self.x.norm(dim=1, dtype=self.y.dtype).max()
         return bool(self.factor.abs() * longest < BOUNDED)
+
+    @property
+    def tile_count(self) -> int:
+        """Number of tiles."""
+        return ceil_div(len(self.x), _TILE_ROWS) * ceil_div(len(self.y), _TILE_COLUMNS)
 
     def row_tiles(self) -> Iterator[tuple[slice, Tensor]]:
         for start in range(0, len(self.x), _TILE_ROWS):

@@ -96,8 +96,8 @@ class TorchPrefixes:
         by_row, by_column = (
             [of_prefix(sums, k) for k in range(K)] for sums in (row_sums, column_sums)
         )
-        x_grad = torch.empty_like(x) if x_wanted else None
-        y_grad = torch.zeros_like(block.y) if y_wanted else None
+        x_grad = x.new_empty(x.shape) if x_wanted else None
+        y_grad = block.y.new_zeros(y.shape) if y_wanted else None
         x_dots, y_dots = (v.new_zeros(K, len(v), dtype=dtype) for v in (x, y))
         scale_grad = block.y.new_zeros(())
         step = factor * scale

@@ -128,15 +128,18 @@ class TorchTiled:
     ) -> SigmoidSums:
         """See `Backend.sigmoid`."""
         block = Block.of(x, y, scale, targets)
-        x_grad = torch.empty_like(x) if x_wanted else None
-        y_grad = torch.zeros_like(block.y) if y_wanted else None
-        losses, biases = [], []
+        x_grad = block.y.new_empty(x.shape) if x_wanted else None
+        y_grad = block.y.new_zeros(y.shape) if y_wanted else None
+        # Set down in one piece: small tensors between a tile's large ones would keep their memory.
+        losses, biases = block.y.new_zeros(2, block.tile_count)
+        tile = iter(range(block.tile_count))
         scale_grad = block.y.new_zeros(())
         step = factor * scale
         for tile_m, x_tile in block.row_tiles():
             x_rows = x[tile_m].to(block.y.dtype)
             x_product = torch.zeros_like(x_rows)
             for tile_n in block.column_tiles():
+                k = next(tile)
                 logits = block.logits(x_tile, tile_n).add_(bias)
                 # -l at the positive: its loss is softplus(-l)
                 _, diagonal = block.positives(logits, tile_m, tile_n)
@@ -145,24 +148,21 @@ class TorchTiled:
                 diagonal.copy_(positive)
                 softplus = torch.ops.aten.softplus.out
                 # PyTorch's threshold of 20 would drop e^-20, which is not negligible in float64.
-                losses.append(softplus(logits, 1, 40, out=block.scratch(logits)).sum())
+                losses[k] = softplus(logits, 1, 40, out=block.scratch(logits)).sum()
                 if not (x_wanted or y_wanted):
                     continue
                 # dlogits = sigmoid(l), at the positive -sigmoid(-l)
                 dlogits = logits.sigmoid_()
                 diagonal.neg_()
-                biases.append(dlogits.sum())
+                biases[k] = dlogits.sum()
                 add_product(x_product, dlogits, block.y[tile_n])
                 if y_grad is not None:
                     add_product(y_grad[tile_n], dlogits.T, x_rows)
             scale_grad += (x_product * x_rows).sum()
             if x_grad is not None:
                 x_grad[tile_m] = x_product.mul_(step)
-        loss, bias_grad = (
-            torch.stack([block.y.new_zeros(()), *parts]).sum() for parts in (losses, biases)
-        )
         y_grad = None if y_grad is None else y_grad.mul_(step)
-        return SigmoidSums(loss, x_grad, y_grad, scale_grad * factor, bias_grad * factor)
+        return SigmoidSums(losses.sum(), x_grad, y_grad, scale_grad * factor, biases.sum() * factor)
 
 
 def add_to_sums(

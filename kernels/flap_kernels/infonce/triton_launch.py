@@ -214,6 +214,7 @@ class TritonTiled:
                 tile,
                 self.precision,
                 self.workspace_mib,
+                x_dtype=torch.float32,
                 x_wanted=x_wanted,
                 y_wanted=y_wanted,
             )
