@@ -93,7 +93,9 @@ class Block:
             of_all[part].nonzero()[:, 0]
             for of_all, part in zip(self.sharing, (tile_m, tile_n), strict=True)
         )
-        if len(rows) and len(columns):
+        if len(rows) * len(columns) > tile.numel() // 4:
+            tile.masked_fill_(share_an_id(x_ids[tile_m], y_ids[tile_n]), value)
+        elif len(rows) and len(columns):
             same = share_an_id(x_ids[tile_m][rows], y_ids[tile_n][columns])
             i, j = same.nonzero().unbind(1)
             tile[rows[i], columns[j]] = value
