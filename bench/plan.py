@@ -16,7 +16,7 @@ from bench.tasks import ALL_PATCHES, OF_PATCHES, PAPER_CLIPS, Task, others
 
 
 @dataclass(frozen=True)
-class Tests:
+class GpuTests:
     """Tests marked `gpu`, compiled; one that fails voids every time of the run."""
 
     paths: tuple[str, ...]
@@ -46,7 +46,7 @@ class Step:
     """One step of a run."""
 
     name: str
-    work: Tests | Sweep | Program
+    work: GpuTests | Sweep | Program
     estimate_s: float
     limit_s: float
 
@@ -57,7 +57,7 @@ def plan(device: str, *, quick: bool) -> list[Step]:
         return _on_cpu()
     steps = _quick() if quick else _full()
     return [
-        Step("contract tests", Tests(("tests/kernels/test_every_kernel.py",)), 60, 120),
+        Step("contract tests", GpuTests(("tests/kernels/test_every_kernel.py",)), 60, 120),
         Step("ceilings", Program("bench.ceilings"), 15, 40),
         *steps,
     ]
@@ -88,9 +88,11 @@ def _full() -> list[Step]:
         Step("sigmoid loss and ids at 65,536", Sweep(duplicates), 45, 80),
         Step("training step", Program("bench.training_step", needs=_TRAINER), 110, 150),
         Step("peers", Sweep((large, small[0]), peers=True), 60, 100),
-        Step("steps that never wait", Tests(("tests/train/test_never_waits.py",)), 45, 80),
+        Step("steps that never wait", GpuTests(("tests/train/test_never_waits.py",)), 45, 80),
         Step("InfoNCE at 262,144", Sweep((Task("infonce", 262_144),)), 15, 40),
-        Step("other GPU tests", Tests(("tests/kernels", "tests/encoders", "tests/train")), 90, 150),
+        Step(
+            "other GPU tests", GpuTests(("tests/kernels", "tests/encoders", "tests/train")), 90, 150
+        ),
         Step("other sizes", Sweep(rest), 90, 200),
     ]
 
@@ -117,7 +119,7 @@ def _on_cpu() -> list[Step]:
         *others("odd"),
     )
     return [
-        Step("contract tests", Tests(()), 0, 10),
+        Step("contract tests", GpuTests(()), 0, 10),
         Step("ceilings", Program("bench.ceilings", ("--device", "cpu")), 8, 40),
         Step("InfoNCE", Sweep(squared), 20, 120),
         Step("peers", Sweep(squared[:1], peers=True), 10, 60),

@@ -17,7 +17,7 @@ from typing import Any
 from bench import gpu_tests
 from bench.deadline import in_a_group
 from bench.peers import any_installed, is_package
-from bench.plan import Program, Step, Sweep, Tests
+from bench.plan import GpuTests, Program, Step, Sweep
 from bench.records import merge, merge_rows
 from bench.sweep import Row
 from bench.sweep_process import complete_lines, last_line, sweep
@@ -79,14 +79,14 @@ def _record(step: Step) -> dict[str, Any]:
 
 def _run(step: Step, run: Run, deadline: float) -> tuple[str, str]:
     """Run one step; returns its status and the reason."""
-    if isinstance(step.work, Tests):
+    if isinstance(step.work, GpuTests):
         return _run_tests(step, step.work, run, deadline)
     if isinstance(step.work, Sweep):
         return _run_sweep(step.work, run, deadline)
     return _run_program(step.work, run, deadline)
 
 
-def _run_tests(step: Step, tests: Tests, run: Run, deadline: float) -> tuple[str, str]:
+def _run_tests(step: Step, tests: GpuTests, run: Run, deadline: float) -> tuple[str, str]:
     found = gpu_tests.run(run.device, tests.paths, limit_s=deadline - time.monotonic())
     if run.result["gpu_tests"].get("reason") == "not reached" or step.name == "contract tests":
         run.result["gpu_tests"] = found
@@ -98,13 +98,12 @@ def _run_tests(step: Step, tests: Tests, run: Run, deadline: float) -> tuple[str
 
 
 def _run_sweep(work: Sweep, run: Run, deadline: float) -> tuple[str, str]:
-    without = list(run.without)
-    if work.peers:
-        if not any_installed():
-            return "skipped", "no peer is installed"
-    else:
+    left_out = {}
+    if not work.peers:
         names = {name for task in work.tasks for name in providers(task.op, run.device)}
-        without += [name for name in names if is_package(name)]
+        left_out = {name: "see the step `peers`" for name in names if is_package(name)}
+    elif not any_installed():
+        return "skipped", "no peer is installed"
 
     def each(rows: list[Row]) -> None:
         merge_rows(run.result, [asdict(row) for row in rows])
@@ -116,7 +115,8 @@ def _run_sweep(work: Sweep, run: Run, deadline: float) -> tuple[str, str]:
         deadline,
         budget_s=run.budget_s,
         hang_s=run.hang_s,
-        without=without,
+        without=run.without,
+        left_out=left_out,
         each=each,
     )
     # Reasons why a task has no numbers; they replace none.

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -28,17 +28,22 @@ def sweep(
     *,
     budget_s: float,
     hang_s: float,
-    without: list[str],
+    without: Sequence[str],
+    left_out: Mapping[str, str] | None = None,
     each: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
     """The rows of all tasks; tasks that were not reached in time get rows with status `no time`.
 
     `deadline` is in the time of time.monotonic(). A process that dies or hangs is restarted
     without the provider that it was running. `each` gets the rows of a task when it is done.
+    Providers whose names contain a word of `without` are left out, and those of `left_out`, for the
+    reason there.
     """
     barred: dict[str, dict[str, str]] = {task.name: {} for task in order}
     for task in order:
         for name in providers(task.op, device):
+            if left_out and name in left_out:
+                barred[task.name][name] = f"left out: {left_out[name]}"
             if any(piece in name for piece in without):
                 barred[task.name][name] = "left out: on request"
     done: dict[int, list[Row]] = {}

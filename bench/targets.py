@@ -118,14 +118,14 @@ TARGETS = (
     _sweep("... memory above inputs and gradients", "<=", 2.5, "GB", _memory(262_144)),
     *(
         _sweep(
-            f"InfoNCE, {B:,} x 512 bf16, against the fastest of eager and compiled{how}",
+            f"InfoNCE{how}, {B:,} x 512 bf16, against the fastest of eager and compiled",
             ">=",
             1,
             _FASTER,
             _against(B, *_EAGER_AND_COMPILED, launches=not how),
         )
         for B in (2304, 4608)
-        for how in ("", ", CUDA graphs")
+        for how in ("", " in CUDA graphs")
     ),
     _sweep("sigmoid loss, 65,536 x 768 bf16", "<=", 44, "ms", _time("sigmoid_loss", 65_536)),
     _sweep("masked patch embedding, 288 clips, forward, device alone", "<=", 110, "us", _EMBED),

@@ -94,8 +94,10 @@ def calls(
     )
 
     def dlogits(x_wanted: bool = False, y_wanted: bool = False) -> object:
-        wanted = {"x_wanted": x_wanted, "y_wanted": y_wanted}
-        return backend.gradients(audio, text, scale, rows, columns, factor, targets, **wanted)
+        sums = rows, columns
+        return backend.gradients(
+            audio, text, scale, *sums, factor, targets, x_wanted=x_wanted, y_wanted=y_wanted
+        )
 
     return {
         "sums": lambda: backend.sums(audio, text, scale, targets),

@@ -43,16 +43,19 @@ _PROGRAMS: dict[str, str] = {
 
 def check_all(tiles: Tiles, arch: int, device: str) -> Checked:
     """Each candidate's error, registers and prediction, or the reason why it is left out."""
-    asked = [(kernel, tile) for kernel, of_kernel in tiles.items() for tile in of_kernel]
+    asked: list[tuple[KernelName, TileShape]] = [
+        (kernel, tile) for kernel, of_kernel in tiles.items() for tile in of_kernel
+    ]
     with ThreadPoolExecutor(MOST_AT_ONCE) as pool:
-        found = list(pool.map(lambda one: _in_process(*one, arch, device), asked))
+        found = list(pool.map(lambda one: in_process(one[0], one[1], arch, device), asked))
     checked: Checked = {kernel: {} for kernel in tiles}
     for (kernel, tile), row in zip(asked, found, strict=True):
         checked[kernel][tile] = row
     return checked
 
 
-def _in_process(kernel: KernelName, tile: TileShape, arch: int, device: str) -> dict[str, Any]:
+def in_process(kernel: KernelName, tile: TileShape, arch: int, device: str) -> dict[str, Any]:
+    """The row of one candidate, from a process that is ended if it takes too long."""
     arguments = [kernel, json.dumps(asdict(tile)), str(arch), device]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"

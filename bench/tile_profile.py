@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from bench.measure import Call
+from flap_kernels.infonce.triton_tiles import KernelName
 
 _RUNS = 2
 # Parts of the names that cuBLAS and CUTLASS give to the kernels of products.
 _PRODUCTS = ("gemm", "nvjet", "cutlass", "xmma", "mm")
 
 
-def launches(calls: Mapping[str, Any], B: int, D: int, device: str) -> list[dict[str, Any]]:
+def launches(calls: Mapping[KernelName, Any], B: int, D: int, device: str) -> list[dict[str, Any]]:
     """Rows by call and kernel: launches and milliseconds of one call.
 
     The two library products are told apart by calls that want only one of them. A product's kernel
