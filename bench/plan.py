@@ -14,12 +14,17 @@ from dataclasses import dataclass, replace
 from bench.tables import markdown
 from bench.tasks import ALL_PATCHES, OF_PATCHES, PAPER_CLIPS, Task, others
 
+CONTRACT = "contract tests"
+"""The first step: every kernel's contract."""
+
 
 @dataclass(frozen=True)
 class GpuTests:
     """Tests marked `gpu`, compiled; one that fails voids every time of the run."""
 
     paths: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    """Modules without which it is skipped."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ def plan(device: str, *, quick: bool) -> list[Step]:
         return _on_cpu()
     steps = _quick() if quick else _full()
     return [
-        Step("contract tests", GpuTests(("tests/kernels/test_every_kernel.py",)), 60, 120),
+        Step(CONTRACT, GpuTests(("tests/kernels/test_every_kernel.py",)), 60, 120),
         Step("ceilings", Program("bench.ceilings"), 15, 40),
         *steps,
     ]
@@ -65,6 +70,7 @@ def plan(device: str, *, quick: bool) -> list[Step]:
 
 _TILES = Program("bench.tiles", needs=("triton",))
 _TRAINER = ("pydantic", "yaml", "transformers", "typer")
+_TESTED = (*_TRAINER, "soundfile", "webdataset", "PIL")
 
 
 def _full() -> list[Step]:
@@ -88,11 +94,9 @@ def _full() -> list[Step]:
         Step("sigmoid loss and ids at 65,536", Sweep(duplicates), 45, 80),
         Step("training step", Program("bench.training_step", needs=_TRAINER), 110, 150),
         Step("peers", Sweep((large, small[0]), peers=True), 60, 100),
-        Step("steps that never wait", GpuTests(("tests/train/test_never_waits.py",)), 45, 80),
+        Step("trainer's GPU tests", GpuTests(("tests/train", "tests/encoders"), _TESTED), 70, 110),
         Step("InfoNCE at 262,144", Sweep((Task("infonce", 262_144),)), 15, 40),
-        Step(
-            "other GPU tests", GpuTests(("tests/kernels", "tests/encoders", "tests/train")), 90, 150
-        ),
+        Step("all kernel tests", GpuTests(("tests/kernels",)), 70, 150),
         Step("other sizes", Sweep(rest), 90, 200),
     ]
 
@@ -119,7 +123,7 @@ def _on_cpu() -> list[Step]:
         *others("odd"),
     )
     return [
-        Step("contract tests", GpuTests(()), 0, 10),
+        Step(CONTRACT, GpuTests(()), 0, 10),
         Step("ceilings", Program("bench.ceilings", ("--device", "cpu")), 8, 40),
         Step("InfoNCE", Sweep(squared), 20, 120),
         Step("peers", Sweep(squared[:1], peers=True), 10, 60),

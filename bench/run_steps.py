@@ -17,7 +17,7 @@ from typing import Any
 from bench import gpu_tests
 from bench.deadline import in_a_group
 from bench.peers import any_installed, is_package
-from bench.plan import GpuTests, Program, Step, Sweep
+from bench.plan import CONTRACT, GpuTests, Program, Step, Sweep
 from bench.records import merge, merge_rows
 from bench.sweep import Row
 from bench.sweep_process import complete_lines, last_line, sweep
@@ -79,6 +79,10 @@ def _record(step: Step) -> dict[str, Any]:
 
 def _run(step: Step, run: Run, deadline: float) -> tuple[str, str]:
     """Run one step; returns its status and the reason."""
+    needs = () if isinstance(step.work, Sweep) else step.work.needs
+    missing = [name for name in needs if find_spec(name) is None]
+    if missing:
+        return "skipped", f"needs {', '.join(missing)}"
     if isinstance(step.work, GpuTests):
         return _run_tests(step, step.work, run, deadline)
     if isinstance(step.work, Sweep):
@@ -88,7 +92,7 @@ def _run(step: Step, run: Run, deadline: float) -> tuple[str, str]:
 
 def _run_tests(step: Step, tests: GpuTests, run: Run, deadline: float) -> tuple[str, str]:
     found = gpu_tests.run(run.device, tests.paths, limit_s=deadline - time.monotonic())
-    if run.result["gpu_tests"].get("reason") == "not reached" or step.name == "contract tests":
+    if step.name == CONTRACT:
         run.result["gpu_tests"] = found
     else:
         run.result.setdefault("more_tests", {})[step.name] = found
@@ -127,9 +131,6 @@ def _run_sweep(work: Sweep, run: Run, deadline: float) -> tuple[str, str]:
 
 
 def _run_program(work: Program, run: Run, deadline: float) -> tuple[str, str]:
-    missing = [name for name in work.needs if find_spec(name) is None]
-    if missing:
-        return "skipped", f"needs {', '.join(missing)}"
     with tempfile.TemporaryDirectory() as folder:
         results, log = Path(folder) / "results", Path(folder) / "log"
         results.touch()

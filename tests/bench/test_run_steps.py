@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from bench import gpu, plan, records, run_steps
+from bench import gpu, gpu_tests, plan, records, run_steps
 from bench.machine import ROOT, save
 from bench.plan import GpuTests, Program, Step, Sweep
 from bench.tasks import Task
@@ -169,6 +169,7 @@ gpu.main({arguments})
 def test_a_killed_run_leaves_what_was_done_and_says_where_it_ended(tmp_path: Path):
     code = KILLED.format(arguments=[*SMALL, "--out", str(tmp_path)])
     with subprocess.Popen([sys.executable, "-c", code], start_new_session=True) as process:
+        files: list[Path] = []
         try:
             results = tmp_path / "results"
             for _ in range(600):
@@ -234,3 +235,12 @@ def test_steps_and_ops_can_be_chosen():
     ops = plan.only(steps, ops=("sigmoid_loss",), names=())
     works = [s.work for s in ops[2:]]
     assert works == [Sweep((Task("sigmoid_loss", 65_536),))]
+
+
+def test_another_red_test_voids_the_times_and_an_unfinished_one_does_not():
+    green = {"status": "passed", "passed": 3, "failed": 0, "skipped": 0}
+    late = green | {"status": "not finished"}
+    red = green | {"status": "failed", "failed": 1}
+    assert not gpu_tests.voids({"gpu_tests": green, "more_tests": {"a": late}})
+    assert gpu_tests.voids({"gpu_tests": green, "more_tests": {"a": green, "b": red}})
+    assert gpu_tests.voids({"gpu_tests": late})
