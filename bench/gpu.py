@@ -13,6 +13,7 @@ prints its table last. Ends with 1 if a test fails or ours fails anywhere: then 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from functools import partial
@@ -122,4 +123,6 @@ def _begin(asked: argparse.Namespace, facts: dict[str, Any], out: Path) -> dict[
 
 
 if __name__ == "__main__":
+    # Steps run in groups of their own: what ends this process, such as `timeout`, must end them.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main(begun=time.monotonic() - age_s()))

@@ -6,22 +6,20 @@ python -m bench.tile_checks KERNEL TILE ARCH DEVICE      (TILE as JSON; prints J
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from pathlib import Path
-from subprocess import TimeoutExpired
+from functools import partial
 from typing import Any, cast
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from bench.deadline import in_a_group
+from bench.machine import ROOT
 from bench.measure import reason
-from bench.sweep_process import last_line
 from bench.tile_calls import calls, with_tile
 from flap_kernels.infonce.torch_tiled import TorchTiled
 from flap_kernels.infonce.triton_tiles import KernelName, TileShape
@@ -57,20 +55,17 @@ def check_all(tiles: Tiles, arch: int, device: str) -> Checked:
 def in_process(kernel: KernelName, tile: TileShape, arch: int, device: str) -> dict[str, Any]:
     """The row of one candidate, from a process that is ended if it takes too long."""
     arguments = [kernel, json.dumps(asdict(tile)), str(arch), device]
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log"
-        with (
-            log.open("w") as output,
-            in_a_group([sys.executable, "-m", "bench.tile_checks", *arguments], output) as process,
-        ):
-            try:
-                code = process.wait(LIMIT_S)
-            except TimeoutExpired:
-                return {**_NOTHING, "reason": f"longer than {LIMIT_S:g} s"}
-        said = last_line(log)
-    if code:
-        return {**_NOTHING, "reason": f"failed: {said}"}
-    return json.loads(said)
+    command = [sys.executable, "-m", "bench.tile_checks", *arguments]
+    # In this process's own group, so that it ends with it.
+    run = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=False)
+    try:
+        done = run(command, timeout=LIMIT_S)
+    except subprocess.TimeoutExpired:
+        return {**_NOTHING, "reason": f"longer than {LIMIT_S:g} s"}
+    if done.returncode:
+        said = done.stderr.strip().splitlines()
+        return {**_NOTHING, "reason": f"failed: {said[-1][:200] if said else 'it said nothing'}"}
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def check(kernel: KernelName, tile: TileShape, arch: int, device: str) -> dict[str, Any]:

@@ -34,6 +34,12 @@ while True: pass
     "sleeps": "import time; time.sleep(600)",
     "fails": "sys.exit('no such device')",
 }
+# Ends once the run that started it was killed.
+SILENT = """
+import os, time
+parent = os.getppid()
+while os.getppid() == parent: time.sleep(0.1)
+"""
 FIRST = """
 import sys
 from bench.records import append
@@ -47,7 +53,7 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder.mkdir()
     for name, text in MODULES.items():
         (folder / f"{name}.py").write_text(FIRST + text)
-    (folder / "silent.py").write_text(MODULES["sleeps"])
+    (folder / "silent.py").write_text(SILENT)
     found = os.pathsep.join(map(str, (folder, ROOT, ROOT / "kernels")))
     monkeypatch.setenv("PYTHONPATH", found)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
