@@ -38,7 +38,7 @@ while True: pass
 SILENT = """
 import os, time
 parent = os.getppid()
-while os.getppid() == parent: time.sleep(0.1)
+while os.getppid() == parent != 1: time.sleep(0.1)
 """
 FIRST = """
 import sys
