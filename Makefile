@@ -51,7 +51,8 @@ bench: $(READY)
 static: $(READY)
 	$(BIN)/python -m bench.static
 
-# Needs torch, triton, pytest and pytest-benchmark alone: it runs in whatever Python is active.
+# 13 minutes (`--minutes`, `--resume`: docs/kernels.md). Needs torch, triton, pytest and pytest-benchmark
+# alone: it runs in whatever Python is active.
 gpu:
 	PYTHONPATH=.:kernels $(PYTHON) -m bench.gpu
 

@@ -13,8 +13,9 @@ import torch
 
 from bench.measure import why_not_compiled
 from bench.peers import ours
+from bench.plan import tasks
 from bench.sweep import FORWARD
-from bench.tasks import Task, forward, gradients, problem, providers, tasks
+from bench.tasks import ALL_PATCHES, Task, forward, gradients, problem, providers
 from flap_kernels import KERNELS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -26,7 +27,7 @@ CASES = [(op, name) for op in OPS for name in providers(op, DEVICE)]
 
 def task_of(op: str) -> Task:
     (task, *_) = [task for task in tasks(DEVICE, quick=True) if task.op == op]
-    return task if task.B is None else Task(op, CLIPS[op not in ("infonce", "cyclic")])
+    return task if task.B is None else Task(op, CLIPS[op in ALL_PATCHES])
 
 
 @pytest.mark.parametrize(("op", "name"), CASES, ids=[f"{op}, {name}" for op, name in CASES])

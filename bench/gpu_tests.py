@@ -1,6 +1,6 @@
 """Runs the kernels' tests on a GPU, compiled: times do not count if a test fails.
 
-They run in a process of their own, those marked `gpu` of tests/kernels. Files that import what this
+They run in a process of their own, those marked `gpu`. Files that import what this
 machine lacks (pydantic, say, which the trainer needs and the kernels do not) are left out by name.
 """
 
@@ -12,49 +12,54 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from bench.machine import ROOT
+from bench.deadline import in_a_group
 
 _OURS = ("flap_fast", "flap_kernels", "tests", "bench")
 
 
-def run(device: str, *, quick: bool, limit_s: float) -> dict[str, Any]:
-    """Results of the tests: status `passed`, `failed`, `not finished` or `not run`, and counts.
+def run(device: str, paths: Sequence[str], *, limit_s: float) -> dict[str, Any]:
+    """Results of these files: status `passed`, `failed`, `not finished` or `not run`, and counts.
 
-    `quick` runs only test_every_kernel.py.
+    Takes at most 3 s more than `limit_s`, in which pytest reports what it has.
     """
     if device != "cuda":
         return {"status": "not run", "reason": "no GPU; `make test` interprets the kernels"}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        finished = _pytest(report, quick, limit_s)
+        finished = _pytest(report, paths, limit_s)
         if not report.is_file():
-            return {"status": "failed", "reason": "pytest wrote no report"}
-        return {**_counts(report.read_text()), **({} if finished else {"status": "not finished"})}
+            status = "failed" if finished else "not finished"
+            return {"status": status, "reason": "pytest wrote no report"}
+        counts = _counts(report.read_text())
+        late = not finished and counts["status"] != "failed"
+        return {**counts, **({"status": "not finished"} if late else {})}
 
 
-def _pytest(report: Path, quick: bool, limit_s: float) -> bool:
+def _pytest(report: Path, paths: Sequence[str], limit_s: float) -> bool:
     """Run the tests; returns whether they finished."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", f"--junit-xml={report}", "-q"]
-    # Without the project's pytest options (they name plugins) and its conftest (it reads sounds).
-    command += ["-o", "addopts=", "--confcutdir=tests/kernels", "-p", "no:cacheprovider"]
+    # Without the project's pytest options: they name plugins. What every test shares imports the
+    # data's packages, which the kernels do without.
+    command += ["-o", "addopts=", "-p", "no:cacheprovider"]
+    if all(path.startswith("tests/kernels") for path in paths):
+        command.append("--confcutdir=tests/kernels")
     command += ["--continue-on-collection-errors", "--tb=short"]
     if importlib.util.find_spec("xdist"):
         command += ["-n", "8"]  # compiling is most of it
-    command.append("tests/kernels/test_every_kernel.py" if quick else "tests/kernels")
-    with subprocess.Popen(command, cwd=ROOT) as process:
+    with in_a_group([*command, *paths]) as process:
         try:
             process.wait(limit_s)
             return True
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGINT)  # pytest then writes what it has
-            try:
-                process.wait(15)
-            except subprocess.TimeoutExpired:
-                process.kill()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(3)
             return False
 
 
@@ -86,8 +91,14 @@ def _missing(text: str) -> str:
 
 
 def is_red(found: dict[str, Any]) -> bool:
-    """Whether a test failed, so that times do not count."""
+    """Whether a test failed or did not finish, so that times do not count."""
     return found["status"] in ("failed", "not finished")
+
+
+def voids(result: dict[str, Any]) -> bool:
+    """Whether a result's times do not count: contract tests are red, or another test failed."""
+    more = result.get("more_tests", {}).values()
+    return is_red(result["gpu_tests"]) or any(found.get("failed") for found in more)
 
 
 def sentence(found: dict[str, Any]) -> str:

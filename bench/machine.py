@@ -80,8 +80,13 @@ def slug(facts: dict[str, Any]) -> str:
 
 
 def save(folder: Path, result: dict[str, Any]) -> Path:
-    """Write a result with its `kind` and `machine` to FOLDER/results; returns the file."""
+    """Write a result with its `kind` and `machine` to FOLDER/results; returns the file.
+
+    The file is replaced at once: whoever is killed meanwhile leaves the one before.
+    """
     file = folder / "results" / f"{slug(result['machine'])}-{result['kind']}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(result, indent=1) + "\n")
+    unfinished = file.with_suffix(f".{os.getpid()}.unfinished")
+    unfinished.write_text(json.dumps(result, indent=1) + "\n")
+    unfinished.replace(file)
     return file

@@ -1,4 +1,5 @@
-"""Peers of InfoNCE, each as (audio, text, scale) -> (), called as its authors document.
+"""Peers of InfoNCE, each as (audio, text, scale) -> (), and of the sigmoid loss (a bias as well),
+called as their authors document.
 
 Both directions, mean over the batch, all of them; a peer of one direction is called twice. What a
 peer cannot do or does otherwise stands in its `note`. Peers are other people's packages, and none
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.measure import compiled
-from flap_kernels import infonce
+from flap_kernels import infonce, sigmoid_loss
 from flap_kernels.infonce import infonce_reference
+from flap_kernels.sigmoid_loss import sigmoid_loss_reference
 
 # 1 / 0.07, the value at the start of training. Fixed for all, since some peers take a number.
 SCALE = 1 / 0.07
@@ -141,15 +144,10 @@ def _cut_cross_entropy() -> Provider:
 def _siglip() -> Provider:
     loss = import_module("siglip_kernel").fused_siglip_loss
 
-    def sigmoid(audio: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-        return loss(audio, text, scale.log(), scale.new_full((), -10.0))
+    def sigmoid(audio: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        return loss(audio, text, scale.log(), bias)
 
-    return Provider(
-        sigmoid,
-        version("siglip-kernel"),
-        same=False,
-        note="the sigmoid loss, another function",
-    )
+    return Provider(sigmoid, version("siglip-kernel"))
 
 
 def ours(device: str) -> str:
@@ -171,5 +169,36 @@ def infonce_providers(device: str) -> dict[str, Callable[[], Provider]]:
         "liger": _liger,
         "liger, scaled": _liger_scaled,
         "cut_cross_entropy": _cut_cross_entropy,
+    }
+
+
+def sigmoid_providers(device: str) -> dict[str, Callable[[], Provider]]:
+    """All implementations of the sigmoid loss by name."""
+    return {
+        ours(device): lambda: Provider(sigmoid_loss),
+        "reference": lambda: Provider(sigmoid_loss_reference, logit_bytes=12.0),
+        "reference, compiled": lambda: Provider(compiled(sigmoid_loss_reference), logit_bytes=8.0),
         "siglip-kernel": _siglip,
     }
+
+
+PACKAGES = {
+    "open_clip": "open_clip",
+    "memeff": "memeff",
+    "inf_cl": "inf_cl",
+    "liger": "liger_kernel",
+    "cut_cross_entropy": "cut_cross_entropy",
+    "siglip-kernel": "siglip_kernel",
+}
+"""The modules of peers that are other people's packages, by (the start of) a provider's name."""
+
+
+def is_package(provider: str) -> bool:
+    """Whether a provider is another's package."""
+    # "open_clip's form" is in this file.
+    return provider != "open_clip's form" and provider.startswith(tuple(PACKAGES))
+
+
+def any_installed() -> bool:
+    """Whether one of the peers' packages is here."""
+    return any(find_spec(module) is not None for module in PACKAGES.values())

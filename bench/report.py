@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import gpu_tests
+from bench.report_gpu import gpu_sections
 from bench.report_training import ablation, lengths_mix, microbatch_memory, reproduced
 from bench.tables import facts, markdown, number
 from bench.targets import TARGETS, Result, Target
@@ -72,7 +73,7 @@ def _measured(target: Target, results: list[Result]) -> list[str]:
         gpu_only = target.kind == "sweep" and result.get("device") != "cuda"
         if result["kind"] != target.kind or gpu_only:
             continue
-        if target.kind == "sweep" and gpu_tests.is_red(result["gpu_tests"]):
+        if target.kind == "sweep" and gpu_tests.voids(result):
             continue  # a time on a red test meets no target
         if target.device not in result["machine"]["device"]:
             continue
@@ -90,18 +91,23 @@ def _sweep(result: Result) -> str:
     blocks = [
         f"## {kind.capitalize()}: {result['machine']['device']}\n",
         facts(result["machine"]) + ".\n",
-        f"Limits measured in the same run: a matrix product {limits['matmul_tflops']:.4g} TFLOP/s "
-        f"({'bfloat16' if gpu else 'float32'}), a copy {limits['copy_tb_per_s']:.3g} TB/s. "
-        "`of limit` is the least time that these allow over the measured one.",
-        gpu_tests.sentence(result["gpu_tests"]) + "\n",
     ]
+    if limits:
+        blocks.append(
+            f"Limits measured in the same run: a matrix product {limits['matmul_tflops']:.4g} "
+            f"TFLOP/s ({'bfloat16' if gpu else 'float32'}), a copy "
+            f"{limits['copy_tb_per_s']:.3g} TB/s. "
+            "`of limit` is the least time that these allow over the measured one."
+        )
+    tests = [result["gpu_tests"], *result.get("more_tests", {}).values()]
+    blocks.append("\n".join(map(gpu_tests.sentence, tests)) + "\n")
     if not gpu:
         blocks.append("Small sizes on a CPU, to try the code; it says nothing of a GPU.\n")
     for op in dict.fromkeys(row["op"] for row in result["rows"]):
         mine = [row for row in result["rows"] if row["op"] == op]
         blocks += [f"### {op}\n", markdown(_op_table(mine, limits)), ""]
         blocks += [_missing(mine)]
-    return "\n".join(blocks)
+    return "\n".join([*blocks, *gpu_sections(result)])
 
 
 def _op_table(rows: list[dict[str, Any]], limits: dict[str, float]) -> list[list[str]]:
@@ -138,6 +144,8 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def _utilisation(row: dict[str, Any], limits: dict[str, float]) -> str:
     """Least time that arithmetic and traffic allow, divided by the measured time."""
+    if not limits:
+        return ""
     least_ms = max(
         row["flops"] / limits["matmul_tflops"] / 1e9,
         row["bytes_moved"] / limits["copy_tb_per_s"] / 1e9,

@@ -121,10 +121,10 @@ def rows(
     processes = min(os.cpu_count() or 1, math.ceil(len(compilations) / 12))
     with _fresh_cache():
         if processes == 1:
-            return [_row(compilation) for compilation in compilations]
+            return [row(compilation) for compilation in compilations]
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(processes, mp_context=spawn) as pool:
-            return list(pool.map(_row, compilations, chunksize=4))
+            return list(pool.map(row, compilations, chunksize=4))
 
 
 def _compilations(
@@ -165,16 +165,22 @@ def _fresh_cache() -> Iterator[None]:
                 os.environ["TRITON_CACHE_DIR"] = before
 
 
-def _row(compilation: Compilation) -> Row:
+def program_of(kernel: str, name: str, arch: Arch) -> Program:
+    """A kernel's program by its name."""
+    return next(p for p in programs(kernel, arch) if p.name == name)
+
+
+def row(compilation: Compilation) -> Row:
+    """Compile a program for a chip; an error of the compiler's stands in the row."""
     kernel, name, arch = compilation
-    program = next(p for p in programs(kernel, arch) if p.name == name)
+    program = program_of(*compilation)
     code, error = None, ""
     try:
         code = compiled(program, arch)
     except Exception as failed:  # of any type: the report lists it among the faults
         lines = [line for line in str(failed).splitlines() if line.strip()]
         error = f"{type(failed).__name__}: {lines[-1] if lines else ''}"
-    row = Row(
+    found = Row(
         kernel=kernel,
         program=name,
         arch=arch,
@@ -188,8 +194,8 @@ def _row(compilation: Compilation) -> Row:
         error=error,
     )
     if code is None or code.executed is None:
-        return row
-    return replace(row, prediction=predicted(program, arch, code.executed, row.resident))
+        return found
+    return replace(found, prediction=predicted(program, arch, code.executed, found.resident))
 
 
 def _tile(program: Program) -> str:

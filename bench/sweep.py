@@ -133,7 +133,9 @@ def _timed(
         rows[name] = rows[name].timed(timing)
     more: list[Row] = []
     plain = {"call": FORWARD, "peak_mib": None, "gradients_mib": None, "flops": 0, "bytes_moved": 0}
-    backs = {name: run for name, run in runs.items() if run.leaves and task.op != "infonce"}
+    backs = {
+        name: run for name, run in runs.items() if run.leaves and not task.op.startswith("infonce")
+    }
     forwards: dict[str, Call] = {name: run.forward for name, run in backs.items()}
     for name, timing in interleaved(forwards, device, budget_s=budget_s / 4).items():
         more.append(rows[name].timed(timing, **plain))
@@ -150,11 +152,16 @@ def _timed(
             for call, changes in calls.values():
                 try:
                     timing = interleaved({name: graphed(call)}, device, budget_s=0.5)[name]
-                except RuntimeError:  # it synchronises: such a call has no graph
+                except RuntimeError as error:  # it synchronises: such a call has no graph
                     _still_alive(device)
+                    why = {"status": "failed", "reason": f"no CUDA graph: {reason(error)}"}
+                    more.append(Row(**{**asdict(rows[name]), **_UNTIMED, "call": call, **why}))
                     continue
                 more.append(rows[name].timed(timing, launches=False, **changes))
     return [*rows.values(), *more]
+
+
+_UNTIMED = {"launches": False, "median_ms": None, "low_ms": None, "high_ms": None, "rounds": 0}
 
 
 class _Run:
