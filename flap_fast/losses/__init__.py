@@ -59,6 +59,11 @@ class Losses(Section):
         return tuple(dict.fromkeys(("text", *asked)))
 
     @property
+    def negatives(self) -> int:
+        """Captions of each clip that are wrong for it: as many as the loss that asks for most."""
+        return sum(name.startswith("negative_") for name in self.sentences)
+
+    @property
     def pair_ids(self) -> bool:
         """Whether an active loss asks which pairs are of one clip or of equal captions."""
         return any(loss.pair_ids for loss in self.active.values())
