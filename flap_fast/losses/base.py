@@ -46,6 +46,12 @@ class Outputs(TypedDict):
     # And negative_1, negative_2, ...: (B, d) each, captions that are wrong for the clips.
     bias: NotRequired[Tensor]
     """(), what is added to the scaled cosines."""
+    teacher_media: NotRequired[Tensor]
+    """(B, E), unit norm, and with the next two, of loss.distill's teacher: without gradients."""
+    teacher_text: NotRequired[Tensor]
+    """(B, E), unit norm."""
+    teacher_scale: NotRequired[Tensor]
+    """()"""
     pair_ids: NotRequired[Tensor]
     """(B, 2 + n) int64: each pair's clip, its caption and its n negatives, by number; equal
     numbers are the same clip, or the same words."""
