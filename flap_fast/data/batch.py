@@ -112,7 +112,8 @@ class Batch:
     longer: Tensor | None = None
     """With fusion, (B,) bool on the CPU: clips whose pieces are fused with the whole of them."""
     pair_ids: Tensor | None = None
-    """(B, 2) int64, each pair's clip and caption, see `pair_ids`; set if a loss asks for it."""
+    """(B, 2 + n) int64, each pair's clip, caption and n negatives, see `pair_ids`; set if a loss
+    asks for it."""
 
     @property
     def stacked(self) -> Tensor:

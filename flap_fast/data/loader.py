@@ -15,6 +15,7 @@ from flap_fast.config import Config
 from flap_fast.data.batch import BadClip, Batch, EncodedBatch, MediaInput, to_device
 from flap_fast.data.dealing import ClipTokens, Dealt, dealt_equally, dealt_in_order
 from flap_fast.data.enriched import CaptionChoice
+from flap_fast.data.negatives import Negatives
 from flap_fast.data.pair_ids import pair_ids
 from flap_fast.data.preprocess.fusion import PIECES
 from flap_fast.data.preprocess.preprocessor import make_preprocessor
@@ -43,6 +44,10 @@ class _PendingBatch:
     """(B,) in [0, 1): which of a clip's captions a row takes."""
     positions: np.ndarray
     captions: list[str]
+    negative_u: list[list[float]]
+    """(B, n) in [0, 1): which of a clip's negatives a row takes."""
+    negatives: list[list[str]]
+    """(B, n)"""
     encoded: list[bytes]
     micro_batches: int
     repeated: bool
@@ -74,6 +79,7 @@ class TrainingLoader:
         )
         self.bad: list[BadClip] = []
         self._sentences = Sentences(config)
+        self._negatives = Negatives(config, shards)
         self._config, self._shards, self._tokenizer, self._ranks = config, shards, tokenizer, ranks
         self._preprocessor = make_preprocessor(config, ranks, shards)
         self._tokens = tokens
@@ -144,6 +150,7 @@ class TrainingLoader:
         sample_index = torch.from_numpy(rows + step * train.global_batch)
         caption_u, enriched_u = uniforms(seed, Stream.CAPTION, sample_index, 2).T.tolist()
         clips, enriched = self._choice.clips(self.sampler.samples(step)[rows], enriched_u)
+        negative_u = self._negatives.uniforms(seed, sample_index)
         batch = _PendingBatch(
             step=step,
             sample_index=sample_index,
@@ -152,6 +159,8 @@ class TrainingLoader:
             caption_u=caption_u,
             positions=uniforms(seed, Stream.CROP, sample_index, 1 + PIECES).numpy(),
             captions=[""] * len(rows),
+            negative_u=negative_u,
+            negatives=[[]] * len(rows),
             encoded=[b""] * len(rows),
             micro_batches=micro_batches,
             repeated=repeated,
@@ -184,6 +193,7 @@ class TrainingLoader:
                     self.bad.append(BadClip(batch.step, names[0], why, names[1]))
             texts = self._choice.texts(clip, record, enriched=bool(batch.enriched[row]))
             batch.captions[row] = texts[int(batch.caption_u[row] * len(texts))]
+            batch.negatives[row] = self._negatives.of(clip, record, batch.negative_u[row])
             batch.encoded[row] = encoded
             return
         remedy = "data.on_bad_clip=replace takes the next one"
@@ -206,7 +216,7 @@ class TrainingLoader:
         """The micro-batch with its captions as tokens, on the device."""
         device = self._ranks.device
         rows = batch.sample_index.numpy() - batch.step * self._config.train.global_batch
-        texts = self._sentences(batch.step, rows, batch.captions)
+        texts = self._sentences(batch.step, rows, batch.captions, batch.negatives)
         ids, attention_mask = self._tokenizer(texts)
         if device.type == "cuda":
             ids, attention_mask = ids.pin_memory(), attention_mask.pin_memory()
@@ -226,7 +236,8 @@ class TrainingLoader:
         """The clips and captions that the rows have in the end, if a loss asks for them."""
         if not self._config.loss.pair_ids:
             return None
-        return to_device(pair_ids(batch.clips, batch.captions), self._ranks.device)
+        found = pair_ids(batch.clips, batch.captions, batch.negatives)
+        return to_device(found, self._ranks.device)
 
     def _force_one(self, longer: Tensor | None, sample_index: Tensor) -> Tensor | None:
         """With fusion.force_one, mark a random clip where no clip is longer."""

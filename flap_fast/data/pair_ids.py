@@ -31,7 +31,14 @@ def caption_id(caption: str) -> int:
     return int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "little", signed=True)
 
 
-def pair_ids(clips: np.ndarray, captions: Sequence[str]) -> Tensor:
-    """(B, 2) int64 on the CPU: each pair's clip, by its number in the shards, and its caption."""
-    texts = [caption_id(caption) for caption in captions]
-    return torch.from_numpy(np.stack([clips, np.array(texts, np.int64)], axis=1))
+def pair_ids(
+    clips: np.ndarray, captions: Sequence[str], negatives: Sequence[Sequence[str]] = ()
+) -> Tensor:
+    """(B, 2 + n) int64 on the CPU: each pair's clip, by its number in the shards, and its caption.
+
+    Args:
+        negatives: n captions for each pair, whose ids follow.
+    """
+    columns = [captions, *zip(*negatives, strict=True)]
+    texts = [np.array([caption_id(text) for text in column], np.int64) for column in columns]
+    return torch.from_numpy(np.stack([clips, *texts], axis=1))

@@ -30,6 +30,7 @@ class Stream(IntEnum):
     SPECAUG = 5
     EVAL_CROP = 6
     NLI = 7
+    NEGATIVES = 8
     WRITE = 16
 
 

@@ -1,4 +1,4 @@
-"""The texts of a step besides its captions: the captions a second time, and triples of sentences.
+"""The texts of a step besides its captions: these a second time, negatives, triples of sentences.
 
     FILE.jsonl     {"premise": "A man sings.", "entailment": "Someone sings.", "contradiction": ...}
     FILE.tsv .csv  the same columns, or SimCSE's: sent0, sent1, hard_neg
@@ -19,6 +19,7 @@ from flap_fast.config import Config
 from flap_fast.data.random_streams import Stream
 from flap_fast.data.sampler import Sampler
 from flap_fast.files import ManifestError, read_rows, whole_characters
+from flap_fast.losses.base import negative_names
 
 Triple = tuple[str, str, str]
 
@@ -48,13 +49,22 @@ class Sentences:
                 what="triples of data.nli",
             )
 
-    def __call__(self, step: int, rows: np.ndarray, captions: Sequence[str]) -> list[str]:
+    def __call__(
+        self,
+        step: int,
+        rows: np.ndarray,
+        captions: Sequence[str],
+        negatives: Sequence[Sequence[str]] = (),
+    ) -> list[str]:
         """A sentence of each name for each caption, `text` first.
 
         Args:
             rows: (B,) which of the step's global batch these are.
+            negatives: as many of each caption's clip as the losses ask for.
         """
         texts: dict[str, Sequence[str]] = {"text": captions}
+        columns = list(zip(*negatives, strict=True))
+        texts |= zip(negative_names(len(columns)), columns, strict=True)
         if self._triples:
             triples = (self._triples[row] for row in self._sampler.samples(step)[rows])
             texts |= zip(_COLUMNS, zip(*triples, strict=True), strict=True)

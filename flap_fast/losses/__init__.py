@@ -13,6 +13,7 @@ from flap_fast.checks import require
 from flap_fast.losses.base import Loss, Outputs
 from flap_fast.losses.contrastive import Contrastive
 from flap_fast.losses.cyclic import Cyclic
+from flap_fast.losses.distill import Distill
 from flap_fast.losses.nli import NLI
 from flap_fast.losses.recon import Recon
 from flap_fast.losses.sigmoid import Sigmoid
@@ -28,6 +29,7 @@ __all__ = [
     "NLI",
     "Contrastive",
     "Cyclic",
+    "Distill",
     "Loss",
     "Losses",
     "Outputs",
@@ -45,6 +47,7 @@ class Losses(Section):
     simcse: SimCSE = SimCSE()
     nli: NLI = NLI()
     recon: Recon = Recon()
+    distill: Distill = Distill()
     # one line for each loss
 
     @property
@@ -57,6 +60,11 @@ class Losses(Section):
         """What the text encoder embeds for each clip, in its rows' order: `text` is the caption."""
         asked = (name for loss in self.active.values() for name in loss.sentences)
         return tuple(dict.fromkeys(("text", *asked)))
+
+    @property
+    def negatives(self) -> int:
+        """Captions of each clip that are wrong for it: as many as the loss that asks for most."""
+        return sum(name.startswith("negative_") for name in self.sentences)
 
     @property
     def pair_ids(self) -> bool:

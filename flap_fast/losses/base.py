@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict, cast
 
+from flap_fast.checks import require
 from flap_fast.section import Section
 
 if TYPE_CHECKING:
@@ -42,10 +43,18 @@ class Outputs(TypedDict):
     """(B, d), what follows from the premises."""
     contradiction: NotRequired[Tensor]
     """(B, d), what contradicts them."""
+    # And negative_1, negative_2, ...: (B, d) each, captions that are wrong for the clips.
     bias: NotRequired[Tensor]
     """(), what is added to the scaled cosines."""
+    teacher_media: NotRequired[Tensor]
+    """(B, E), unit norm, and with the next two, of loss.distill's teacher: without gradients."""
+    teacher_text: NotRequired[Tensor]
+    """(B, E), unit norm."""
+    teacher_scale: NotRequired[Tensor]
+    """()"""
     pair_ids: NotRequired[Tensor]
-    """(B, 2) int64, each pair's clip and caption: equal numbers in a column are the same."""
+    """(B, 2 + n) int64: each pair's clip, its caption and its n negatives, by number; equal
+    numbers are the same clip, or the same words."""
 
 
 class Loss(Section):
@@ -65,7 +74,8 @@ class Loss(Section):
     def sentences(self) -> tuple[str, ...]:
         """Further sentences that the text encoder must embed for it besides `text`, by name.
 
-        `_again` names the same sentence under another dropout; the others are data.nli's.
+        `_again` names the same sentence under another dropout, `negative_1`, `negative_2`, ...
+        captions that are wrong for the clip; the others are data.nli's.
         """
         return ()
 
@@ -79,12 +89,43 @@ class Loss(Section):
         raise NotImplementedError(f"{type(self).__name__} must compute its terms")
 
 
-def ids_of_pairs(outputs: Outputs, duplicates: Duplicates) -> dict[str, Any]:
-    """Arguments of a kernel over pairs that say which are duplicates; none to ignore them."""
+def negative_names(negatives: int) -> tuple[str, ...]:
+    """What `sentences` and `Outputs` call so many negatives of each clip."""
+    return tuple(f"negative_{number}" for number in range(1, negatives + 1))
+
+
+def with_negatives(outputs: Outputs, negatives: int) -> Tensor:
+    """(B + n B, d): the captions, then each clip's first negative, each one's second, ..."""
+    import torch
+
+    found = cast("dict[str, Tensor]", outputs)  # an active loss has what it asks for
+    if not negatives:
+        return found["text"]
+    return torch.cat([found[name] for name in ("text", *negative_names(negatives))])
+
+
+def ids_of_pairs(outputs: Outputs, duplicates: Duplicates, negatives: int = 0) -> dict[str, Any]:
+    """Arguments of a kernel over pairs that say which are duplicates; none to ignore them.
+
+    The ids are of the rows of `with_negatives`. A negative shares its words with a caption, or
+    nothing: it is of no clip, also not of the one that it was written for.
+    """
+    import torch
+
     if duplicates == "ignore":
         return {}
-    found = cast("dict[str, Tensor]", outputs)  # an active loss has what it asks for
-    return {"ids": found["pair_ids"], "duplicates": duplicates}
+    ids = cast("dict[str, Tensor]", outputs)["pair_ids"]
+    if negatives:
+        captions = ids[:, 2 : 2 + negatives].T.reshape(-1)
+        no_clip = torch.full_like(captions, -1)
+        ids = torch.cat([ids[:, :2], torch.stack([no_clip, captions], dim=1)])
+    return {"ids": ids, "duplicates": duplicates}
+
+
+def check_negatives(name: str, negatives: int, duplicates: Duplicates) -> None:
+    """Raise `ConfigError` where a loss is to have negatives beside several positives."""
+    rule = f"be ignore or mask with {name}.negatives"
+    require(not negatives or duplicates != "positive", f"{name}.duplicates", rule, duplicates)
 
 
 def product_precision(

@@ -6,7 +6,8 @@
 No B x B matrix is stored; gradients are exact under engines that average over ranks.
 
 Source: FLAP, arXiv 2311.01615, Eq. 1 (`a2t`); the symmetric form is LAION-CLAP's. Prefixes:
-Matryoshka Representation Learning, arXiv 2205.13147, Eq. 1.
+Matryoshka Representation Learning, arXiv 2205.13147, Eq. 1. Negatives: NegCLIP, arXiv 2210.01936,
+section 4, which has hard negative clips, too.
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ from flap_fast.losses.base import (
     Loss,
     Outputs,
     ProductPrecision,
+    check_negatives,
     ids_of_pairs,
+    negative_names,
     product_precision,
+    with_negatives,
 )
-from flap_fast.section import Count, Weight
+from flap_fast.section import Count, CountOrZero, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +43,9 @@ class Contrastive(Loss):
     duplicates: Duplicates = "ignore"
     """Pairs of one clip, or of captions that are equal but for case, punctuation and white space:
     negatives of each other as all pairs are (`ignore`), none (`mask`), or `positive`s."""
+    negatives: CountOrZero = 0
+    """Captions of each clip that are wrong, `negatives` of its shard, drawn at each step: columns
+    of all clips' softmax, and no rows of the captions' (NegCLIP)."""
     prefixes: tuple[Count, ...] = ()
     """Widths of prefixes of the embeddings, ascending to joint.width, whose losses are added
     (Matryoshka): a prefix, normalised, can then stand for the whole. None: the whole alone."""
@@ -64,9 +71,21 @@ class Contrastive(Loss):
         require(some, "loss.contrastive.prefix_weights", rule, given)
         return self
 
+    @model_validator(mode="after")
+    def _negatives_fit(self):
+        rule = "be symmetric or a2t with loss.contrastive.negatives, which are columns of a2t"
+        fits = not self.negatives or self.direction != "t2a"
+        require(fits, "loss.contrastive.direction", rule, self.direction)
+        check_negatives("loss.contrastive", self.negatives, self.duplicates)
+        return self
+
     @property
     def weights(self) -> dict[str, float]:
         return {"contrastive": self.weight}
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        return negative_names(self.negatives)
 
     @property
     def pair_ids(self) -> bool:
@@ -78,9 +97,9 @@ class Contrastive(Loss):
 
         loss = distributed_infonce(
             outputs["media"],
-            outputs["text"],
+            with_negatives(outputs, self.negatives),
             outputs["scale"],
-            **ids_of_pairs(outputs, self.duplicates),
+            **ids_of_pairs(outputs, self.duplicates, self.negatives),
             direction=self.direction,
             prefixes=self.prefixes,
             prefix_weights=self.prefix_weights or None,

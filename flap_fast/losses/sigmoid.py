@@ -13,15 +13,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, cast
 
+from pydantic import model_validator
+
 from flap_fast.losses.base import (
     Duplicates,
     Loss,
     Outputs,
     ProductPrecision,
+    check_negatives,
     ids_of_pairs,
+    negative_names,
     product_precision,
+    with_negatives,
 )
-from flap_fast.section import Weight
+from flap_fast.section import CountOrZero, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,14 +40,26 @@ class Sigmoid(Loss):
     duplicates: Duplicates = "ignore"
     """Pairs of one clip, or of captions that are equal but for case, punctuation and white space:
     no pairs with each other (`ignore`), not asked about (`mask`), or pairs (`positive`)."""
+    negatives: CountOrZero = 0
+    """Captions of each clip that are wrong, as in loss.contrastive: pairs with no clip. Where both
+    losses have some, they are the same."""
     scheme: Literal["auto", "replicated", "sharded"] = "auto"
     """How ranks divide the logits; the numbers are the same."""
     precision: ProductPrecision = "auto"
     """Precision of the embeddings in products, as in loss.contrastive."""
 
+    @model_validator(mode="after")
+    def _negatives_fit(self):
+        check_negatives("loss.sigmoid", self.negatives, self.duplicates)
+        return self
+
     @property
     def weights(self) -> dict[str, float]:
         return {"sigmoid": self.weight}
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        return negative_names(self.negatives)
 
     @property
     def pair_ids(self) -> bool:
@@ -55,10 +72,10 @@ class Sigmoid(Loss):
         found = cast("dict[str, Tensor]", outputs)  # an active loss has what it asks for
         loss = sigmoid_loss(
             found["media"],
-            found["text"],
+            with_negatives(outputs, self.negatives),
             found["scale"],
             found["bias"],
-            **ids_of_pairs(outputs, self.duplicates),
+            **ids_of_pairs(outputs, self.duplicates, self.negatives),
             scheme=self.scheme,
             equal_sizes=True,  # the loader's are; asking would wait for the device
             precision=product_precision(self.precision, found["media"].device),

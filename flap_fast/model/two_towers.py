@@ -45,7 +45,7 @@ class ModelInputs(TypedDict):
     text_pooled: Tensor | None
     """(S B, D) float32, the frozen text encoder's output for the ids; None computes it."""
     pair_ids: Tensor | None
-    """(B, 2) int64, which the losses are given with the embeddings; None where none asks for it."""
+    """(B, 2 + n) int64, given to the losses with the embeddings; None where none asks for it."""
 
 
 class TwoTowers(nn.Module):

@@ -5,12 +5,13 @@
     id        a name for the clip; its file's stem without one
     split     train, val, ...: names a folder; `train` without one
     labels    class names (a list; in CSV separated by `|`)
+    negatives   captions that are wrong for the clip (a list; in CSV separated by `|`)
     start_s   where the clip starts in its file, in seconds
     duration_s   how long it lasts
 
-Rows of the same piece of the same file are one clip with the captions and labels of all. Other
-columns, the first row's, travel along as `original_data`. An image and its captions are such a row
-too, with the image as `audio`.
+Rows of the same piece of the same file are one clip with the captions, labels and negatives of
+all. Other columns, the first row's, travel along as `original_data`. An image and its captions are
+such a row too, with the image as `audio`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from typing import Any
 
 from flap_fast.files import ManifestError, read_rows, whole_characters
 
-_KNOWN = ("audio", "image", "caption", "captions", "id", "split", "labels", "start_s", "duration_s")
+_TEXTS = ("caption", "captions", "labels", "negatives")
+_KNOWN = ("audio", "image", *_TEXTS, "id", "split", "start_s", "duration_s")
 Row = tuple[Path, int, dict[str, Any]]
 """A row's file, its line and its cells."""
 
@@ -52,6 +54,8 @@ class Entry:
     """Offset and size of the media in `audio`, a tar."""
     more: dict[str, Any] = field(default_factory=dict)
     """Further fields of its JSON record."""
+    negatives: list[str] = field(default_factory=list)
+    """Captions that are wrong for it."""
     under: str = ""
     """The folder of `audio`, relative to its manifest's; empty without a manifest."""
 
@@ -98,6 +102,7 @@ def collect(rows: Iterable[Row], folder: Path, called: str) -> list[Entry]:
             first = clips[piece]
             first.captions.extend(entry.captions)
             first.labels = list(dict.fromkeys([*first.labels, *entry.labels]))
+            first.negatives = list(dict.fromkeys([*first.negatives, *entry.negatives]))
             continue
         if not _given(row, "id") and (entry.split, entry.id) in owners:
             entry.id = f"{entry.id}@{entry.start_s:g}-{line}"
@@ -146,6 +151,7 @@ def _entry(file: Path, line: int, row: dict[str, Any], folder: Path) -> Entry:
     try:
         captions = [*_texts(row, "captions"), *_texts(row, "caption", several=False)]
         labels = _texts(row, "labels")
+        negatives = list(dict.fromkeys(_texts(row, "negatives")))
     except TypeError as error:
         raise ManifestError(f"{file}:{line}: {error}") from None
     return Entry(
@@ -155,6 +161,7 @@ def _entry(file: Path, line: int, row: dict[str, Any], folder: Path) -> Entry:
         id=str(row["id"]) if _given(row, "id") else path.stem,
         split=split,
         labels=labels,
+        negatives=negatives,
         start_s=start_s,
         duration_s=duration_s,
         original={k: v for k, v in row.items() if k not in _KNOWN and _given(row, k)},

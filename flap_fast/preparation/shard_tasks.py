@@ -233,7 +233,7 @@ def _row(entry: Entry) -> dict[str, Any]:
     return row | {name: value for name, value in optional.items() if value}
 
 
-_OPTIONAL = ("image", "inside", "more", "under")
+_OPTIONAL = ("image", "inside", "more", "under", "negatives")
 _FIELDS = tuple(field.name for field in fields(Entry) if field.name not in _OPTIONAL)
 
 
@@ -246,6 +246,8 @@ def _record(entry: Entry) -> dict[str, Any]:
             original["start_s"] = entry.start_s
     return {
         **entry.more,
+        # Left out where empty: the shards keep the bytes that they had before there were any.
+        **({"negatives": entry.negatives} if entry.negatives else {}),
         "text": entry.captions,
         "id": entry.id,
         "tag": entry.labels,

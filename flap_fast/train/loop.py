@@ -62,7 +62,7 @@ def train_from(
         run.checkpoints.mark_scored(run.first, run.scorer.best, is_best=improved)
 
     per_epoch = loader.sampler.steps_per_epoch
-    gradients = Gradients(config, ranks, engine, steps, per_epoch, run.frozen_text)
+    gradients = Gradients(config, ranks, engine, steps, per_epoch, run.frozen_text, run.teacher)
     batches = run.metrics.timed(loader.batches(run.first, steps, times=gradients.reads))
     for step in range(run.first + 1, steps + 1):
         outputs, terms = gradients(step, batches)

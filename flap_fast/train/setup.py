@@ -27,6 +27,7 @@ from flap_fast.train.observers import Metrics, check_wandb, observers
 from flap_fast.train.run_folder import begin, write_config
 from flap_fast.train.scorer import Scorer
 from flap_fast.train.stop import Stop
+from flap_fast.train.teacher import Teacher, check_teacher, teacher
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Run:
     stop: Stop
     frozen_text: FrozenText | None
     """Outputs of the text encoder, with text.freeze."""
+    teacher: Teacher | None
+    """Of loss.distill, if it has a weight."""
     first: int
     """Steps done before."""
     steps: int
@@ -61,6 +64,7 @@ def check_run(config: Config, *, resume: bool) -> Path | None:
     check_engine(config, world_size())
     check_micro_tokens(config)
     check_wandb(config)
+    check_teacher(config)
     start = begin(config, resume=resume)
     for folder in config.data.val:
         texts = read_texts(open_shards([folder], shard_kinds(config)))
@@ -103,6 +107,7 @@ def set_up(config: Config, ranks: Ranks, start: Path | None, open_files: ExitSta
         scorer=Scorer(config, ranks, engine, tokens, metrics, state.best if state else None),
         stop=stop,
         frozen_text=text,
+        teacher=teacher(config, ranks),
         first=first,
         steps=steps,
         unscored=bool(state and not state.scored and config.data.val),

@@ -45,6 +45,7 @@ from flap_fast.model.two_towers import ModelInputs, Outputs
 from flap_fast.ranks import Ranks
 from flap_fast.train.engine import Engine
 from flap_fast.train.frozen_text import FrozenText
+from flap_fast.train.teacher import Teacher
 
 
 class Gradients:
@@ -54,6 +55,7 @@ class Gradients:
         steps: of the whole run.
         per_epoch: steps of an epoch.
         frozen_text: outputs of the frozen text encoder; None runs the encoder in each step.
+        teacher: of loss.distill, if it has a weight.
     """
 
     def __init__(
@@ -64,9 +66,10 @@ class Gradients:
         steps: int,
         per_epoch: int,
         frozen_text: FrozenText | None = None,
+        teacher: Teacher | None = None,
     ):
         self._config, self._ranks, self._engine = config, ranks, engine
-        self._frozen_text = frozen_text
+        self._frozen_text, self._teacher = frozen_text, teacher
         self._steps, self._per_epoch = steps, per_epoch
         self._local = config.train.accumulation == "local"
         replay, on_gpu = config.train.replay, ranks.device.type == "cuda"
@@ -93,7 +96,8 @@ class Gradients:
     ) -> tuple[Outputs, dict[str, Tensor]]:
         all_outputs, all_terms = [], []
         for micro in range(micro_batches):
-            outputs = self._forward(next(batches), step, micro)
+            batch = next(batches)
+            outputs = self._taught(batch, self._forward(batch, step, micro))
             terms = total_loss(outputs, self._config)
             self._backward(terms["total"], micro, micro_batches)
             all_outputs.append(_detached(outputs))
@@ -107,7 +111,8 @@ class Gradients:
         with torch.no_grad():
             for micro in range(micro_batches):
                 batch = next(batches)
-                embedded.append(self._forward(batch, step, micro, decode=False))
+                outputs = self._forward(batch, step, micro, decode=False)
+                embedded.append(self._taught(batch, outputs))
                 clips.append(batch.clips)
                 inputs += [batch] * self._cache_inputs
 
@@ -153,6 +158,12 @@ class Gradients:
         if not decode:
             inputs["target"] = None
         return self._engine.model(**inputs)
+
+    def _taught(self, batch: Batch, outputs: Outputs) -> Outputs:
+        """The outputs with the teacher's, which have no gradient: a second pass needs none."""
+        if self._teacher is None:
+            return outputs
+        return cast(Outputs, outputs | self._teacher(batch))
 
 
 def patch_mask_of(batch: Batch, config: Config, steps: int, per_epoch: int) -> AnyMask | None:

@@ -36,6 +36,7 @@ FULL = {
     "id": "7",
     "split": "val",
     "labels": ["dog", "animal"],
+    "negatives": ["a cat, barking", "a hiss"],
     "start_s": 1.5,
     "duration_s": 2.0,
     "licence": "CC0",
@@ -44,8 +45,8 @@ FULL = {
 
 def test_json_lines_and_csv_say_the_same(manifest):
     table = (
-        "\ufeffaudio,captions,id,split,labels,start_s,duration_s,licence,empty\n"
-        'x.wav,"a dog, barking| a bark",7,val,dog|animal,1.5,2,CC0,\n'
+        "\ufeffaudio,captions,id,split,labels,negatives,start_s,duration_s,licence,empty\n"
+        'x.wav,"a dog, barking| a bark",7,val,dog|animal,"a cat, barking|a hiss",1.5,2,CC0,\n'
     )
     (line,) = read_manifest(manifest([FULL]))
     for name in ("m.csv", "m.CSV"):
@@ -53,6 +54,7 @@ def test_json_lines_and_csv_say_the_same(manifest):
         line.line = row.line
         assert row == line
     assert row.captions == ["a dog, barking", "a bark"]
+    assert row.negatives == ["a cat, barking", "a hiss"]
     assert row.original == {"licence": "CC0"}
 
 
@@ -66,6 +68,20 @@ def test_blank_lines_and_blank_captions_are_nothing(manifest):
     text = '\n{"audio": "a.wav", "captions": [" ", "", " x "]}\n\n{"audio": "b.wav"}\n'
     first, second = read_manifest(manifest(text))
     assert (first.captions, first.line, second.line) == (["x"], 2, 4)
+
+
+def test_a_clips_negatives_are_those_of_its_rows_each_once(manifest):
+    rows = [
+        {"audio": "a.wav", "caption": "one", "negatives": ["x", "y", "x"]},
+        {"audio": "a.wav", "caption": "two", "negatives": ["y", " z "]},
+        {"audio": "b.wav", "caption": "three"},
+    ]
+    first, second = read_manifest(manifest(rows))
+    assert (first.negatives, second.negatives) == (["x", "y", "z"], [])
+    with pytest.raises(
+        ManifestError, match=r"m\.jsonl:1: negatives must be a text or a list of te"
+    ):
+        read_manifest(manifest([{"audio": "a.wav", "negatives": 3}]))
 
 
 def test_rows_of_one_piece_are_one_clip_with_several_captions(manifest):

@@ -24,7 +24,7 @@ from flap_fast.files import ManifestError
 from flap_fast.preparation.encoding import FlacEncoder
 from flap_fast.preparation.manifest import Entry
 from flap_fast.preparation.prepare import ahead, prepare
-from flap_fast.preparation.shard_tasks import Prepared
+from flap_fast.preparation.shard_tasks import Prepared, ShardTask
 from flap_fast.preparation.sources import SOURCES
 from tests.sounds import encode, noise, tone, write_corpus, write_manifest
 
@@ -53,6 +53,38 @@ def test_shards_hold_what_the_manifest_names_at_the_front_ends_rate(corpus, prep
             original = read_sound(corpus.parent / row["audio"], RATE).clip(-1, 1)
             assert np.abs(stored - original).max() <= 2**-15
     assert (prepared / "rejected.jsonl").read_text() == ""
+
+
+def test_negatives_come_into_the_shards_that_have_some_and_change_no_other(
+    corpus, prepared, tmp_path
+):
+    rows = [json.loads(line) for line in corpus.read_text().splitlines()]
+    rows[8]["negatives"] = ["A cat.", "half an emoji \ud83d"]
+    manifest = write_manifest(corpus.with_name("negatives.jsonl"), rows)
+    prepare(manifest, tmp_path / "out", shard_clips=7, show=False)
+    shards = open_shards([tmp_path / "out" / "train"])
+    assert shards.record(8)["negatives"] == ["A cat.", "half an emoji \ufffd"]
+    assert not any("negatives" in shards.record(n) for n in range(len(shards)) if n != 8)
+    before, after = contents(prepared), contents(tmp_path / "out")
+    changed = {name for name, data in after.items() if before[name] != data}
+    assert changed == {"train/1.tar", "train/1.idx", ".prepare/train-1.json"}
+    with pytest.raises(ManifestError, match=r"OUT must be new .* got another train-1 in"):
+        prepare(corpus, tmp_path / "out", shard_clips=7, show=False)
+    # Shards are a source, too: to another rate, say.
+    again = tmp_path / "again"
+    prepare(SOURCES["shards"].read(tmp_path / "out"), again, shard_clips=7, show=False)
+    copied = open_shards([again / "train"])
+    assert copied.record(8)["negatives"] == shards.record(8)["negatives"]
+    assert "negatives" not in copied.record(7)
+
+
+def test_what_tells_a_shard_apart_is_what_it_was_before_there_were_negatives():
+    """So that a call may go on with shards that an earlier version wrote."""
+    entry = Entry(3, Path("a/x.wav"), ["a dog"], "x")
+    fingerprint = ShardTask("train", 0, [entry]).fingerprint(FlacEncoder(RATE))
+    assert fingerprint == "d79cf60e1b6ad812bc6d9f54ef0db604c13b9b2f0f6c3c5812f8661194656e00"
+    entry.negatives.append("a cat")
+    assert ShardTask("train", 0, [entry]).fingerprint(FlacEncoder(RATE)) != fingerprint
 
 
 @pytest.fixture

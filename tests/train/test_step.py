@@ -47,6 +47,14 @@ def settings(*overrides: str, clips: int = CLIPS) -> Config:
 # Of 50 clips and 40 captions, some of them in other micro-batches and on other ranks.
 PAIR_IDS = torch.arange(CLIPS)[:, None] % torch.tensor([50, 40])
 
+
+def pair_ids_of(config: Config) -> Tensor:
+    """Of pairs and their negatives, most of which say what another clip's caption says."""
+    numbers = torch.arange(CLIPS)[:, None]
+    negatives = (7 * numbers + torch.arange(config.loss.negatives)) % 45
+    return torch.cat([PAIR_IDS, negatives], dim=1)[: config.train.global_batch]
+
+
 Deal = Callable[[Config, Ranks, int], list[np.ndarray]]
 """A rank's micro-batches of a step, as rows of the global batch."""
 
@@ -83,7 +91,7 @@ def batches(
                 clips=np.arange(clips)[rows],
                 epoch=step,
                 micro_batches=len(dealt),
-                pair_ids=PAIR_IDS[:clips][rows] if config.loss.pair_ids else None,
+                pair_ids=pair_ids_of(config)[rows] if config.loss.pair_ids else None,
             )
 
 

@@ -239,14 +239,14 @@ class StepCounts:
         return sorted({max(1, longest * n // 3) for n in (1, 2, 3)})
 
     def _count_losses(self, clips: int, world: int) -> LossCounts:
-        config, width = self.config, self.config.joint.width
-        names = ("media", *config.loss.sentences)
+        config, loss, width = self.config, self.config.loss, self.config.joint.width
+        names = ("media", *loss.sentences)
         with fake_ranks(world), duplicates_of_a_gpu(), self._mode:
             outputs = {name: torch.empty(clips, width, requires_grad=True) for name in names}
-            scalars = ("scale", "recon", *["bias"] * config.loss.sigmoid.active)
+            scalars = ("scale", "recon", *["bias"] * loss.sigmoid.active)
             outputs |= {n: torch.empty((), requires_grad=True) for n in scalars}
-            if config.loss.pair_ids:
-                outputs["pair_ids"] = torch.empty(clips, 2, dtype=torch.int64)
+            if loss.pair_ids:
+                outputs["pair_ids"] = torch.empty(clips, 2 + loss.negatives, dtype=torch.int64)
             with Trace(outputs.values()) as trace:
                 with CountTraffic() as forward:
                     total = total_loss(cast(Outputs, outputs), config)["total"]

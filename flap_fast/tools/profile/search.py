@@ -261,7 +261,9 @@ class Attempts:
         outputs["scale"] = torch.tensor(10.0, device=device)
         outputs["recon"] = torch.zeros((), device=device)
         outputs["bias"] = torch.tensor(-10.0, device=device)
-        outputs["pair_ids"] = torch.arange(whole, device=device)[:, None].repeat(1, 2)
+        columns = 2 + self._config.loss.negatives
+        ids = torch.arange(whole * columns, device=device)  # all different
+        outputs["pair_ids"] = ids.unflatten(0, (whole, columns))
         total_loss(cast(Outputs, outputs), self._config)["total"].backward()
 
     def _step(self, config: Config) -> None:

@@ -125,8 +125,16 @@ class SyntheticLoader:
                 epoch=0,
                 micro_batches=len(rows),
                 longer=torch.ones(most, dtype=torch.bool) if config.fusion.on else None,
-                pair_ids=some[:, None].repeat(1, 2).to(device) if config.loss.pair_ids else None,
+                pair_ids=self._pair_ids(some),
             )
+
+    def _pair_ids(self, some: Tensor) -> Tensor | None:
+        """Ids that are all different."""
+        loss, batch = self._config.loss, self._config.train.global_batch
+        if not loss.pair_ids:
+            return None
+        first = torch.tensor([0, 0, *(batch * n for n in range(1, loss.negatives + 1))])
+        return (some[:, None] + first).to(self._ranks.device)
 
     def _dealt(self) -> tuple[list[np.ndarray], list[tuple[int, ...]]]:
         """This rank's rows of each micro-batch, and, where they differ, the frames of its clips."""

@@ -83,6 +83,7 @@ def test_a_steps_products_are_as_many_as_pytorch_counts_in_the_trainers_step(ove
 SIGMOID = ("loss.sigmoid.weight=1", "loss.sigmoid.duplicates=positive")
 SIMCSE, NLI = ("text.dropout=0.1", "loss.simcse.weight=1"), ("loss.nli.weight=1",)
 FUSION = ("fusion.type=aff_2d",)
+NEGATIVES = ("loss.contrastive.negatives=2",)
 OTHERS = [
     tiny(*HTSAT, "train.global_batch=6", "audio.drop_path=0.1"),
     tiny(*HTSAT, "train.global_batch=6", "train.checkpoint_activations=true"),
@@ -94,6 +95,8 @@ OTHERS = [
     tiny(*RECON, "loss.contrastive.weight=0", "train.global_batch=6"),
     tiny(*SIGMOID, "loss.contrastive.weight=0", "train.global_batch=6", MICRO),
     tiny(*SIGMOID, "loss.contrastive.duplicates=mask", "train.global_batch=6"),
+    tiny(*NEGATIVES, "loss.sigmoid.weight=1", "loss.sigmoid.negatives=1", "train.global_batch=6"),
+    tiny(*NEGATIVES, "loss.contrastive.duplicates=mask", "train.global_batch=6", MICRO),
 ]
 
 
@@ -167,6 +170,18 @@ def test_the_losss_products_by_hand(world: int, scheme: str):
     least = 8 * 6 * 6 * world * config.joint.width
     # Replicated, a rank takes its clips against all captions and its captions against all clips.
     assert loss.flop.total == (1.5 * least if scheme == "replicated" else least)
+
+
+def test_negatives_are_rows_of_the_text_encoder_and_columns_of_the_clips():
+    config = tiny(*NEGATIVES, "loss.contrastive.direction=a2t", "loss.contrastive.scheme=sharded")
+    loss = StepCounts(config, half=False).loss(6, 4)
+    assert loss.flop.total == 8 * 6 * (3 * 6 * 4) * config.joint.width
+    with_some, without = (
+        StepCounts(tiny(*some), half=False).flop([9] * 6 * (1 + 2 * len(some)))
+        for some in (NEGATIVES, ())
+    )
+    assert with_some["text tower"].total == 3 * without["text tower"].total
+    assert with_some["audio tower"] == without["audio tower"]
 
 
 def test_vit_b_by_hand():

@@ -290,6 +290,7 @@ OTHERS = [
     tiny("text.dropout=0.1", "loss.simcse.weight=1", "loss.nli.weight=1", "train.micro_batch=4"),
     tiny("loss.contrastive.weight=0", "loss.recon.weight=1", "decoder.width=16"),
     tiny("loss.sigmoid.weight=1", "loss.contrastive.duplicates=positive", "train.micro_batch=4"),
+    tiny("loss.contrastive.negatives=2", "loss.contrastive.duplicates=mask"),
     tiny_clip(),
     tiny_clip("text.tokenizer=package:nowhere", "loss.nli.weight=1"),
 ]
@@ -313,7 +314,11 @@ def test_batches_have_all_sentences_and_the_shape_of_the_encoders_input(config: 
     assert batch.media.shape[1:] == config.encoder.input_shape(config.fusion)
     assert len(batch.ids) == len(batch.attention_mask) == clips * sentences
     assert (batch.longer is not None) == config.fusion.on
-    assert (batch.pair_ids is not None) == config.loss.pair_ids
+    if config.loss.pair_ids:
+        assert batch.pair_ids is not None
+        assert batch.pair_ids.shape == (clips, 2 + config.loss.negatives)
+    else:
+        assert batch.pair_ids is None
 
 
 def test_a_batch_that_would_take_the_machine_down_is_refused_before_it_is_made(

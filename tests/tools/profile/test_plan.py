@@ -69,6 +69,8 @@ LOSSES = [
     ("joint.width=2", "loss.cyclic.cross_weight=1"),  # more clips than twice the width: gram
     ("loss.contrastive.scheme=sharded", "loss.cyclic.cross_weight=1", "loss.cyclic.in_weight=1"),
     ("text.dropout=0.1", "loss.simcse.weight=1", "loss.simcse.on=nli", "loss.nli.weight=1"),
+    *(("loss.contrastive.negatives=2", f"loss.contrastive.scheme={s}") for s in SCHEMES),
+    ("loss.contrastive.negatives=2", "loss.contrastive.duplicates=mask"),
     *(
         ("loss.contrastive.weight=0", "loss.sigmoid.weight=1", f"loss.sigmoid.scheme={s}")
         for s in SCHEMES
@@ -97,7 +99,8 @@ def counted_in_the_loss(clips: int):
         names = ("media", *config.loss.sentences)
         outputs = {name: embeddings(clips, config.joint.width) for name in names}
         outputs["scale"] = outputs["bias"] = torch.tensor(5.0)
-        outputs["pair_ids"] = torch.arange(2 * clips).view(clips, 2)
+        columns = 2 + config.loss.negatives
+        outputs["pair_ids"] = torch.arange(columns * clips).view(clips, columns)
         with CountTraffic() as forward:
             total = total_loss(outputs, config)["total"]  # type: ignore[arg-type]
         with CountTraffic() as backward:
