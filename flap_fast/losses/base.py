@@ -6,10 +6,10 @@ settings are read before PyTorch is.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, TypedDict, cast
 
 from flap_fast.checks import require
-from flap_fast.section import Section
+from flap_fast.section import FREE_ON_RESUME, Section
 
 if TYPE_CHECKING:
     import torch
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 Duplicates = Literal["ignore", "mask", "positive"]
 """What pairs of one clip, or of equal captions, are to each other in a loss over pairs."""
 
-ProductPrecision = Literal["auto", "ieee", "tf32", "bf16"]
-"""Precision of the embeddings in products, summed in fp32."""
+ProductPrecision = Annotated[Literal["auto", "ieee", "tf32", "bf16"], FREE_ON_RESUME]
+"""Precision of the embeddings in products, summed in fp32; another GPU may want another."""
 
 
 class Outputs(TypedDict):
