@@ -120,8 +120,9 @@ def predicted(kernel: KernelName, tile: TileShape, arch: int) -> dict[str, Any]:
         return {}
     found: dict[str, Any] = {"registers": row.code.registers if row.code else None}
     if row.prediction is not None:
-        M = cast(int, program.signature["M"])
-        found["predicted_ms"] = row.prediction.time_us / 1000 * 65_536 / M
+        M, N = (cast(int, program.signature[name]) for name in ("M", "N"))
+        launches = 65_536 / M * 65_536 / N
+        found["predicted_ms"] = row.prediction.time_us / 1000 * launches
     return found
 
 
