@@ -76,7 +76,7 @@ def _lse_negatives(block: Block, arch: Arch, variant: str) -> Program:
         name=f"{block.name}infonce_lse_negatives{variant}",
         kernel=lse_negatives_kernel,
         signature={
-            **arguments(block, M, dtype, ids),
+            **arguments(block, M, N, dtype, ids),
             **dict.fromkeys(
                 ("row_partial_ptr", "column_partial_ptr", "positive_logit_ptr"), "*fp32"
             ),
@@ -105,7 +105,7 @@ def _dlogits(block: Block, arch: Arch, variant: str) -> Program:
         name=f"{block.name}infonce_dlogits{variant}",
         kernel=dlogits_kernel,
         signature={
-            **arguments(block, M, dtype, ids),
+            **arguments(block, M, N, dtype, ids),
             **dict.fromkeys((*sums, "scale_partial_ptr"), "*fp32"),
             "dlogits_ptr": pointer(dtype),
             "stride_gm": dlogits_stride(N),
@@ -141,7 +141,7 @@ def _add_partial_lse(block: Block, arch: Arch) -> Program:
     )
 
 
-def arguments(block: Block, M: int, dtype: torch.dtype, ids: bool) -> dict[str, str | int]:
+def arguments(block: Block, M: int, N: int, dtype: torch.dtype, ids: bool) -> dict[str, str | int]:
     """Rows and columns of a block of logits, and the vectors that belong to them."""
     rows = pointer(dtype)
     return {
@@ -151,7 +151,7 @@ def arguments(block: Block, M: int, dtype: torch.dtype, ids: bool) -> dict[str, 
         # Absent ids get the embeddings as a dummy; the kernel never reads it.
         **dict.fromkeys(("x_ids_ptr", "y_ids_ptr"), "*i64" if ids else rows),
         "M": M,
-        "N": block.N,
+        "N": N,
         "D": block.D,
         "offset": block.offset,
         **dict.fromkeys(("stride_xm", "stride_yn"), block.D),

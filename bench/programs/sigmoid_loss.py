@@ -37,7 +37,7 @@ def _sigmoid(block: Block, arch: Arch, variant: str) -> Program:
         name=f"{block.name}sigmoid_loss{variant}",
         kernel=sigmoid_kernel,
         signature={
-            **arguments(block, M, dtype, ids),
+            **arguments(block, M, N, dtype, ids),
             **dict.fromkeys(("bias_ptr", *partials), "*fp32"),
             "dlogits_ptr": pointer(dtype),
             "stride_gm": dlogits_stride(N),

@@ -135,9 +135,12 @@ class TorchPrefixes:
             if x_grad is not None:
                 of_norms = block.of_norms(x_rows, x_dots[:, tile_m], block.x_norms[:, tile_m])
                 x_grad[tile_m] = x_product.mul_(step).sub_(of_norms.mul_(factor))
-        if y_grad is not None:
-            of_norms = block.of_norms(block.y, y_dots, block.y_norms)
-            y_grad.mul_(step).sub_(of_norms.mul_(factor))
+        for tile_n in block.column_tiles():
+            if y_grad is None:
+                break
+            of_norms = block.of_norms(block.y[tile_n], y_dots[:, tile_n], block.y_norms[:, tile_n])
+            y_grad[tile_n] *= step
+            y_grad[tile_n] -= of_norms.mul_(factor)
         return BlockGradients(x_grad, y_grad, scale_grad * factor)
 
 
