@@ -61,8 +61,10 @@ def tile_shape(
         return TileShape(128, 128, block_d, 4, 8, 4, 3)
     if kernel == "sigmoid":
         return TileShape(128, 128, block_d, 4, 8, 8, 3)
-    if large and arch != 80:
+    if arch == 90:
         return TileShape(128, 256, block_d, 4, 8, 8, 3)
+    if arch in (100, 103):  # the wider tile spills where two ids are compared
+        return TileShape(128, 128, block_d, 4, 8, 8, 3)
     return TileShape(128, 128, block_d, 1, 8, 8, 3)
 
 
