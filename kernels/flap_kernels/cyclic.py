@@ -79,9 +79,7 @@ def cyclic(
     check_shape("text", text, audio.shape, "(B, D) like audio")
     check_floats(audio=audio, text=text)
     check_together(audio=audio, text=text)
-    sizes = None
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
-        sizes = RankSizes.of(audio, text, group, equal_sizes)
+    sizes = RankSizes.of(audio, text, group, equal_sizes)
     B, D = len(audio) if sizes is None else sizes.total, audio.shape[1]
     if B == 0:
         raise ValueError("audio must hold at least one row, got 0")

@@ -29,9 +29,8 @@ from flap_kernels.infonce.arguments import (
     operands,
 )
 from flap_kernels.infonce.backend import Duplicates, Precision, Targets
-from flap_kernels.infonce.distributed import REPLICATED_ROWS, Scheme
 from flap_kernels.infonce.positives import share_an_id, sigmoid_positive_term
-from flap_kernels.infonce.rank_sizes import RankSizes
+from flap_kernels.infonce.rank_sizes import RankSizes, Scheme, scheme_in_force
 from flap_kernels.precision import accumulator_dtype
 from flap_kernels.spec import Inputs, Kernel, Size
 
@@ -129,11 +128,9 @@ def sigmoid_loss(
     )
     bias = checked_scalar("bias", bias, audio)
     check_together(audio=audio, bias=bias)
-    sizes = None
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
-        sizes = RankSizes.of(audio, text, group, equal_sizes)
-        if scheme == "auto":
-            scheme = "replicated" if max(sizes.pairs) <= REPLICATED_ROWS else "sharded"
+    sizes = RankSizes.of(audio, text, group, equal_sizes)
+    if sizes is not None:
+        scheme = scheme_in_force(scheme, max(sizes.pairs))
     if (len(audio) if sizes is None else sizes.total) == 0:
         raise ValueError("audio must hold at least one row, got 0")
     audio, text, products = operands(audio, text, precision)

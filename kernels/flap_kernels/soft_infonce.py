@@ -42,8 +42,8 @@ from flap_kernels.infonce.backend import (
     Targets,
     losses_and_sums,
 )
-from flap_kernels.infonce.distributed import REPLICATED_ROWS, Scheme, distributed_infonce
-from flap_kernels.infonce.rank_sizes import RankSizes
+from flap_kernels.infonce.distributed import distributed_infonce
+from flap_kernels.infonce.rank_sizes import RankSizes, Scheme, scheme_in_force
 from flap_kernels.precision import accumulator_dtype
 
 
@@ -100,6 +100,10 @@ def soft_infonce(
             raise TypeError(f"{name} must be of audio's type {audio.dtype}, got {x.dtype}")
     teacher_scale = checked_scalar("teacher_scale", teacher_scale, audio)
     check_together(audio=audio, **given, teacher_scale=teacher_scale)
+    sizes = RankSizes.of(audio, text, group, equal_sizes)
+    if sizes is not None:
+        scheme = scheme_in_force(scheme, max(sizes.pairs))
+        equal_sizes = sizes.equal  # known now: the ranks are not asked again
     loss = distributed_infonce(
         audio,
         text,
@@ -111,11 +115,6 @@ def soft_infonce(
         precision=precision,
         workspace_mib=workspace_mib,
     )
-    sizes = None
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
-        sizes = RankSizes.of(audio, text, group, equal_sizes)
-        if scheme == "auto":
-            scheme = "replicated" if max(sizes.pairs) <= REPLICATED_ROWS else "sharded"
     audio, text, products = operands(audio, text, precision)
     teacher = *operands(teacher_audio.detach(), teacher_text.detach(), precision)[:2], teacher_scale
     settings = direction, scheme, (products, workspace_mib)

@@ -30,7 +30,7 @@ from flap_fast.tools.profile.trace import Flop
 from flap_fast.tools.profile.traffic import engine_traffic, sent_bytes
 from flap_fast.tools.profile.work import Work, loss_times, rank_work, two_passes, work_summary
 from flap_fast.train.engine import BUCKET_NUMBERS
-from flap_kernels.infonce.distributed import REPLICATED_ROWS
+from flap_kernels.infonce.rank_sizes import scheme_in_force
 
 # Fused Adam reads weight, gradient and both moments, and writes all but the gradient, in float32.
 _ADAM_BYTES = 7 * 4
@@ -213,10 +213,7 @@ def _scheme(config: Config, clips: int, world: int) -> str:
     if world == 1:
         return "alone"
     of_pairs = config.loss.contrastive if config.loss.contrastive.active else config.loss.sigmoid
-    scheme = of_pairs.scheme
-    if scheme == "auto":
-        return "replicated" if clips <= REPLICATED_ROWS else "sharded"
-    return scheme
+    return scheme_in_force(of_pairs.scheme, clips)
 
 
 def _optimizer_s(config: Config, machine: Machine, parameters: Parameters, stage: int) -> float:

@@ -21,7 +21,7 @@ Source: the gradient's closed form (`backend`); LAION-CLAP and CyCLIP gather wit
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -46,12 +46,7 @@ from flap_kernels.infonce.backend import (
 from flap_kernels.infonce.columns import Columns, without_positives
 from flap_kernels.infonce.op import infonce
 from flap_kernels.infonce.prefixes import check_prefixes, positive_terms
-from flap_kernels.infonce.rank_sizes import RankSizes
-
-Scheme = Literal["auto", "replicated", "sharded"]
-
-# Above this many clips a rank, a third less arithmetic outweighs the exchange in the backward.
-REPLICATED_ROWS = 1500
+from flap_kernels.infonce.rank_sizes import RankSizes, Scheme, scheme_in_force
 
 
 def distributed_infonce(
@@ -82,7 +77,8 @@ def distributed_infonce(
     scale, ids = check_arguments(
         audio, text, scale, direction, ids, duplicates, precision, workspace_mib
     )
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
+    sizes = RankSizes.of(audio, text, group, equal_sizes)
+    if sizes is None:
         return infonce(
             audio,
             text,
@@ -95,12 +91,10 @@ def distributed_infonce(
             precision=precision,
             workspace_mib=workspace_mib,
         )
-    sizes = RankSizes.of(audio, text, group, equal_sizes)
     if sizes.total == 0:
         raise ValueError("audio must hold at least one row on some rank, got 0 on all")
-    if scheme == "auto":
-        scheme = "replicated" if max(sizes.pairs) <= REPLICATED_ROWS else "sharded"
-    run = {"replicated": _Replicated, "sharded": _Sharded}[scheme]
+    sharded = scheme_in_force(scheme, max(sizes.pairs)) == "sharded"
+    run = _Sharded if sharded else _Replicated
     prefixes, weights = check_prefixes(prefixes, prefix_weights, audio.shape[1])
     audio, text, products = operands(audio, text, precision)  # rounded before they are sent
     options = Options(products, workspace_mib, prefixes, weights)
