@@ -19,7 +19,7 @@ from flap_fast.config import Config
 from flap_fast.data.random_streams import Stream
 from flap_fast.data.sampler import Sampler
 from flap_fast.files import ManifestError, read_rows, whole_characters
-from flap_fast.losses.base import negative_names
+from flap_fast.losses.pairs import negative_names
 
 Triple = tuple[str, str, str]
 

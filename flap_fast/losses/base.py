@@ -6,20 +6,12 @@ settings are read before PyTorch is.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, TypedDict, cast
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
-from flap_fast.checks import require
-from flap_fast.section import FREE_ON_RESUME, Section
+from flap_fast.section import Section
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
-
-Duplicates = Literal["ignore", "mask", "positive"]
-"""What pairs of one clip, or of equal captions, are to each other in a loss over pairs."""
-
-ProductPrecision = Annotated[Literal["auto", "ieee", "tf32", "bf16"], FREE_ON_RESUME]
-"""Precision of the embeddings in products, summed in fp32; another GPU may want another."""
 
 
 class Outputs(TypedDict):
@@ -87,55 +79,3 @@ class Loss(Section):
     def terms(self, outputs: Outputs) -> dict[str, Tensor]:
         """The unweighted terms, () each, by the names of `weights`; called if it is active."""
         raise NotImplementedError(f"{type(self).__name__} must compute its terms")
-
-
-def negative_names(negatives: int) -> tuple[str, ...]:
-    """What `sentences` and `Outputs` call so many negatives of each clip."""
-    return tuple(f"negative_{number}" for number in range(1, negatives + 1))
-
-
-def with_negatives(outputs: Outputs, negatives: int) -> Tensor:
-    """(B + n B, d): the captions, then each clip's first negative, each one's second, ..."""
-    import torch
-
-    found = cast("dict[str, Tensor]", outputs)  # an active loss has what it asks for
-    if not negatives:
-        return found["text"]
-    return torch.cat([found[name] for name in ("text", *negative_names(negatives))])
-
-
-def ids_of_pairs(outputs: Outputs, duplicates: Duplicates, negatives: int = 0) -> dict[str, Any]:
-    """Arguments of a kernel over pairs that say which are duplicates; none to ignore them.
-
-    The ids are of the rows of `with_negatives`. A negative shares its words with a caption, or
-    nothing: it is of no clip, also not of the one that it was written for.
-    """
-    import torch
-
-    if duplicates == "ignore":
-        return {}
-    ids = cast("dict[str, Tensor]", outputs)["pair_ids"]
-    if negatives:
-        captions = ids[:, 2 : 2 + negatives].T.reshape(-1)
-        no_clip = torch.full_like(captions, -1)
-        ids = torch.cat([ids[:, :2], torch.stack([no_clip, captions], dim=1)])
-    return {"ids": ids, "duplicates": duplicates}
-
-
-def check_negatives(name: str, negatives: int, duplicates: Duplicates) -> None:
-    """Raise `ConfigError` where a loss is to have negatives beside several positives."""
-    rule = f"be ignore or mask with {name}.negatives"
-    require(not negatives or duplicates != "positive", f"{name}.duplicates", rule, duplicates)
-
-
-def product_precision(
-    precision: ProductPrecision, device: torch.device
-) -> Literal["ieee", "tf32", "bf16"]:
-    """The precision of the products on this device: what `auto` is there."""
-    import torch
-
-    if precision != "auto":
-        return precision
-    # Triton's kernels have tf32 on few of AMD's GPUs.
-    has_tf32 = device.type == "cuda" and not torch.version.hip
-    return "tf32" if has_tf32 and torch.cuda.is_tf32_supported() else "ieee"

@@ -18,45 +18,24 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import model_validator
 
 from flap_fast.checks import require
-from flap_fast.losses.base import (
-    Duplicates,
-    Loss,
-    Outputs,
-    ProductPrecision,
-    check_negatives,
-    ids_of_pairs,
-    negative_names,
-    product_precision,
-    with_negatives,
-)
-from flap_fast.section import Count, CountOrZero, Weight
+from flap_fast.losses.base import Outputs
+from flap_fast.losses.pairs import PairLoss
+from flap_fast.section import Count, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Contrastive(Loss):
+class Contrastive(PairLoss):
     weight: Weight = 1.0
     """Weight in the total."""
     direction: Literal["symmetric", "a2t", "t2a"] = "symmetric"
     """Mean of both directions (LAION-CLAP, CLIP), or one (FLAP's Eq. 1 is a2t)."""
-    duplicates: Duplicates = "ignore"
-    """Pairs of one clip, or of captions that are equal but for case, punctuation and white space:
-    negatives of each other as all pairs are (`ignore`), none (`mask`), or `positive`s."""
-    negatives: CountOrZero = 0
-    """Captions of each clip that are wrong, `negatives` of its shard, drawn at each step: columns
-    of all clips' softmax, and no rows of the captions' (NegCLIP)."""
     prefixes: tuple[Count, ...] = ()
     """Widths of prefixes of the embeddings, ascending to joint.width, whose losses are added
     (Matryoshka): a prefix, normalised, can then stand for the whole. None: the whole alone."""
     prefix_weights: tuple[Weight, ...] = ()
     """Weights of the prefixes' losses; without any 1 each."""
-    scheme: Literal["auto", "replicated", "sharded"] = "auto"
-    """How ranks divide the logits; the numbers are the same."""
-    precision: ProductPrecision = "auto"
-    """Precision of the embeddings in products, summed in fp32: as they are (`ieee`), or rounded for
-    a GPU's tensor cores (`tf32` is exact on a CPU). `auto`: tf32 on an NVIDIA GPU that has it, else
-    ieee. `python -m bench.infonce_precision` prints the cost."""
 
     @model_validator(mode="after")
     def _prefixes_fit(self):
@@ -72,39 +51,24 @@ class Contrastive(Loss):
         return self
 
     @model_validator(mode="after")
-    def _negatives_fit(self):
+    def _direction_fits(self):
         rule = "be symmetric or a2t with loss.contrastive.negatives, which are columns of a2t"
         fits = not self.negatives or self.direction != "t2a"
         require(fits, "loss.contrastive.direction", rule, self.direction)
-        check_negatives("loss.contrastive", self.negatives, self.duplicates)
         return self
 
     @property
     def weights(self) -> dict[str, float]:
         return {"contrastive": self.weight}
 
-    @property
-    def sentences(self) -> tuple[str, ...]:
-        return negative_names(self.negatives)
-
-    @property
-    def pair_ids(self) -> bool:
-        return self.duplicates != "ignore"
-
     def terms(self, outputs: Outputs) -> dict[str, Tensor]:
         """`contrastive`: the mean over the global batch, the same on every rank, ()."""
         from flap_kernels import distributed_infonce
 
         loss = distributed_infonce(
-            outputs["media"],
-            with_negatives(outputs, self.negatives),
-            outputs["scale"],
-            **ids_of_pairs(outputs, self.duplicates, self.negatives),
+            **self.kernel_arguments(outputs),
             direction=self.direction,
             prefixes=self.prefixes,
             prefix_weights=self.prefix_weights or None,
-            scheme=self.scheme,
-            equal_sizes=True,  # the loader's are; asking would wait for the device
-            precision=product_precision(self.precision, outputs["media"].device),
         )
         return {"contrastive": loss}

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Literal, cast
 from pydantic import model_validator
 
 from flap_fast.checks import require
-from flap_fast.losses.base import Loss, Outputs, ProductPrecision, product_precision
+from flap_fast.losses.base import Loss, Outputs
+from flap_fast.losses.pairs import ProductPrecision, product_precision
 from flap_fast.section import Positive, Weight
 
 if TYPE_CHECKING:

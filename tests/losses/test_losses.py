@@ -14,7 +14,7 @@ import flap_kernels
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
 from flap_fast.losses import Outputs, total_loss
-from flap_fast.losses.base import product_precision
+from flap_fast.losses.pairs import product_precision
 from flap_kernels.infonce import infonce_reference
 from tests.ranks import on_ranks
 from tests.tiny import tiny

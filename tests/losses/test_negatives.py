@@ -15,7 +15,7 @@ from flap_fast.checks import ConfigError
 from flap_fast.config import Config
 from flap_fast.data.pair_ids import pair_ids
 from flap_fast.losses import total_loss
-from flap_fast.losses.base import ids_of_pairs, with_negatives
+from flap_fast.losses.pairs import ids_of_pairs, with_negatives
 from tests.losses.test_losses import outputs_of, unit
 from tests.losses.test_pairs import EYE, SIGMOID
 from tests.ranks import on_ranks
