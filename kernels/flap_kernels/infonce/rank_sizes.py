@@ -39,9 +39,10 @@ class RankSizes:
     ) -> RankSizes | None:
         """Gather the sizes of all ranks, or assume that they equal this rank's.
 
-        None on one rank and without torch.distributed.
+        None on one rank, on a rank outside of the group and without torch.distributed.
         """
-        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
+        # PyTorch gives a rank outside of the group a world size of -1.
+        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) <= 1:
             return None
         world, rank = dist.get_world_size(group), dist.get_rank(group)
         pairs, extra = len(audio), len(text) - len(audio)
