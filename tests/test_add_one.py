@@ -18,8 +18,7 @@ import pytest
 from flap_fast.evaluate.evaluation import Evaluation
 from flap_fast.losses.base import Loss
 from flap_fast.preparation.sources.layout import Source
-
-ROOT = Path(__file__).parents[1]
+from tests.copies import ROOT, flap
 
 SETTINGS = '''"""Settings of an encoder that averages the frames of a log-mel."""
 
@@ -95,20 +94,6 @@ def insert(file: Path, before: str, *lines: str) -> None:
     file.write_text(text.replace(before, "".join(lines) + before))
 
 
-def flap(copy: Path, *arguments: object) -> str:
-    """Run the command in the copy."""
-    paths = os.pathsep.join(map(str, (copy, ROOT / "kernels")))
-    done = subprocess.run(
-        [sys.executable, "-m", "flap_fast", *map(str, arguments)],
-        cwd=copy,
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
 SMALL = (
     *("audio.duration_s=1.0", "audio.frames=112", "joint.width=16", "text.width=32"),
     *("text.depth=2", "text.heads=2", "text.dropout=0", "train.global_batch=8", "train.steps=2"),
@@ -128,20 +113,23 @@ def test_an_encoder_is_a_folder_and_a_line(copy: Path, prepared: Path):
     empty = copy / "empty.yaml"
     empty.write_text("run: {name: mean}\naudio: {encoder: frame_mean}\n")
     data = (f"data.train={prepared}/train", f"data.val={prepared}/val")
-    assert "the run is complete" in flap(copy, "train", empty, *SMALL, *data)
+    trained, scored, planned, profiled = flap(
+        copy,
+        ("train", empty, *SMALL, *data),
+        ("eval", "runs/mean", prepared / "val", "--tasks", "retrieval,flops"),
+        ("plan", empty, *SMALL, "--gpus", 1),
+        ("profile", empty, *SMALL, "--synthetic", "--no-search", "--steps", 1),
+    )
+    assert "the run is complete" in trained
     weights = copy / "runs/mean/checkpoints/step-000002/model.safetensors"
     assert weights.stat().st_size > 0
-
-    printed = flap(copy, "eval", "runs/mean", prepared / "val", "--tasks", "retrieval,flops")
-    assert "audio to text" in printed
+    assert "audio to text" in scored
     scores = json.loads((copy / "runs/mean/eval.json").read_text())
     assert scores["retrieval"]["val"]["clips"] == 6
     (row,) = scores["flops"]  # one product of 128 bins and 24 numbers, over 8 clips
     assert row["gflops"] * 1e9 == pytest.approx(8 * 128 * 24)
 
-    planned = flap(copy, "plan", empty, *SMALL, "--gpus", 1)
     assert "audio tower" in planned
-    profiled = flap(copy, "profile", empty, *SMALL, "--synthetic", "--no-search", "--steps", 1)
     assert "audio tower" in profiled
     found = json.loads((copy / "runs/mean/profile/profile.json").read_text())
     # Forward: the encoder's product and its head's two, 2 FLOP a multiply-add.
@@ -178,13 +166,16 @@ def test_a_loss_is_a_file_and_a_line_and_trains_alone(copy: Path, prepared: Path
     tiny = ROOT / "configs/tiny.yaml"
     own = ("loss.contrastive.weight=0", "loss.distance.weight=0.5", "run.name=distance")
     data = (f"data.train={prepared}/train", "data.val=[]")
-    flap(copy, "train", tiny, *SMALL, *own, *data)
+    _, shown = flap(
+        copy,
+        ("train", tiny, *SMALL, *own, *data),
+        ("config", "show", copy / "runs/distance/config.yaml"),
+    )
     rows = (copy / "runs/distance/metrics.jsonl").read_text().splitlines()
     first = json.loads(rows[0])
     assert 0 < first["distance"] < 4
     assert first["loss"] == pytest.approx(first["distance"] / 2)
     assert "contrastive" not in first
-    shown = flap(copy, "config", "show", copy / "runs/distance/config.yaml")
     assert "distance:\n    weight: 0.5" in shown
 
 

@@ -145,7 +145,8 @@ _CLIP = ("image.width=8", "image.layers=[1,1,1,1]", "image.resolution=32", "opti
 _LITERAL = ("optim.betas=[0.9,0.999]",)
 # What each of these does, one of the others does with more; they take a minute and run when asked.
 _SLOW = (
-    *("flap", "flap_nomask", "flap_1d", "flap_literal", "flap_fusion", "flap_fusion_recon"),
+    *("flap", "flap_nomask", "flap_1d", "flap_1d_recon", "flap_literal"),
+    *("flap_fusion", "flap_fusion_recon"),
     *("lsclap", "clap", "claps", "cyclap"),
 )
 

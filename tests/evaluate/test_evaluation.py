@@ -15,9 +15,9 @@ from flap_fast.evaluate import TASKS, load_evaluation
 from flap_fast.evaluate.evaluation import Evaluation
 from flap_fast.evaluate.sheet import Sheet
 from flap_fast.train.loop import train
+from tests.copies import ROOT, flap
 from tests.tiny import tiny
 
-ROOT = Path(__file__).parents[2]
 PARTS = {
     "name": "hubness",
     "data": "clips",
@@ -117,22 +117,6 @@ EVALUATION = Evaluation(
 LINE = "    # one line for each evaluation\n"
 
 
-def flap(tree: Path, *arguments: object) -> str:
-    """What a command of the package in `tree` prints."""
-    command = [sys.executable, "-m", "flap_fast", *map(str, arguments)]
-    path = f"{tree}:{ROOT / 'kernels'}"
-    done = subprocess.run(
-        command,
-        cwd=tree,
-        env={"PYTHONPATH": path, "PATH": "", "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_a_new_evaluation_is_a_file_and_a_line(prepared: Path, tmp_path: Path):
     """As CONTRIBUTING says: evaluate/NAME.py, and NAME in `TASKS` of evaluate/__init__.py."""
     tree = tmp_path / "tree"
@@ -148,20 +132,22 @@ def test_a_new_evaluation_is_a_file_and_a_line(prepared: Path, tmp_path: Path):
     config = tiny(*data, *settings)
     train(config)
 
-    assert "hubness" in flap(tree, "eval", "--help")
-    printed = flap(
-        *(tree, "eval", run, prepared / "val", "--tasks", "hubness,retrieval"),
-        *("--markdown", f"{out}.md", "--latex", f"{out}.tex"),
+    again = tmp_path / "again"
+    of_markup = ("--markdown", f"{out}.md", "--latex", f"{out}.tex")
+    explained, printed, *_ = flap(
+        tree,
+        ("eval", "--help"),
+        ("eval", run, prepared / "val", "--tasks", "hubness,retrieval", *of_markup),
+        ("train", run / "config.yaml", f"run.folder={tmp_path}", "run.name=again"),
+        ("report", again),
     )
+    assert "hubness" in explained
     skew = json.loads((run / "eval.json").read_text())["hubness"]["val"]["skew"]
     assert "Hubness, val" in printed
     assert f"{skew:.3f}" in printed
     assert f"| this model | 3 | {skew:.3f} |" in Path(f"{out}.md").read_text()
     assert rf"this model & 3 & {skew:.3f} \\" in Path(f"{out}.tex").read_text()
     # Training there scores it on data.val, and the report shows it.
-    again = run.rename(tmp_path / "evaluated")
-    flap(tree, "train", again / "config.yaml", f"run.folder={tmp_path}", "run.name=again")
-    rows = [json.loads(line) for line in (tmp_path / "again/metrics.jsonl").open()]
+    rows = [json.loads(line) for line in (again / "metrics.jsonl").open()]
     assert rows[-1]["val/hubness"] == pytest.approx(skew, abs=1e-6)
-    flap(tree, "report", again)
     assert "<h3>Hubness, val</h3>" in (again / "report.html").read_text()

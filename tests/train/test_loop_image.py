@@ -181,7 +181,9 @@ def test_show_refuses_an_encoder_without_a_log_mel(trained):
     assert str(found.exception).startswith(shown)
 
 
-@pytest.mark.parametrize("arguments", [["plan", "--gpus", "1"], ["profile", "--synthetic"]])
+@pytest.mark.parametrize(
+    "arguments", [["plan", "--gpus", "1"], ["profile", "--synthetic", "--no-search", "--steps=1"]]
+)
 def test_a_run_on_images_is_planned_and_profiled(trained, arguments, monkeypatch):
     monkeypatch.chdir(trained.run_folder)
     command, *options = arguments

@@ -49,6 +49,7 @@ from flap_fast.train.step import Gradients
 from tests.ranks import on_ranks
 from tests.tiny import HTSAT, tiny, tiny_clip
 from tests.tools.profile.live import Live
+from tests.tools.profile.shipped import shipped
 
 CPU = torch.device("cpu")
 PARTS = step_parts("audio")
@@ -254,24 +255,7 @@ def shrunk(file: Path) -> Config:
     return load_config(file, small)
 
 
-def kinds() -> dict[str, Path]:
-    """A shipped config for each set of encoders, fusion and losses."""
-    found: dict[tuple, Path] = {}
-    for file in sorted(Path("configs").glob("*.yaml")):
-        config = load_config(file)
-        encoders = config.encoder.encoder, config.text.encoder
-        kind = config.fusion.type, config.audio.length, *config.loss.active
-        found.setdefault((*encoders, *kind), file)
-    return {file.stem: file for file in found.values()}
-
-
-SHIPPED = [
-    pytest.param(file, id=file.stem, marks=() if file.stem in kinds() else pytest.mark.slow)
-    for file in sorted(Path("configs").glob("*.yaml"))
-]
-
-
-@pytest.mark.parametrize("file", SHIPPED)
+@pytest.mark.parametrize("file", shipped())
 def test_every_shipped_config_is_profiled_without_files(file: Path, tmp_path: Path):
     """Of each kind of config one at once, and all of them with the slow tests."""
     config = shrunk(file)

@@ -42,6 +42,7 @@ from flap_fast.train.step import Gradients
 from tests.ranks import on_ranks
 from tests.tiny import HTSAT, tiny, tiny_clip
 from tests.tools.profile.live import Live, tensors_of
+from tests.tools.profile.shipped import shipped
 
 DIRECTIONS = ("symmetric", "a2t", "t2a")
 SCHEMES = ("replicated", "sharded")
@@ -480,7 +481,7 @@ def test_offloaded_adam_takes_the_cpus_time_and_its_memory():
     assert planned.memory.states["optimizer"] == 0
 
 
-@pytest.mark.parametrize("file", sorted(Path("configs").glob("*.yaml")), ids=lambda f: f.stem)
+@pytest.mark.parametrize("file", shipped())
 def test_every_shipped_config_is_planned(file: Path):
     config = load_config(file)
     planned = plan(config, Machine(gpus=default_gpus(config)))
