@@ -47,6 +47,7 @@ from flap_fast.tools.profile.work import rank_work
 from flap_fast.train.engine import PlainEngine
 from flap_fast.train.frozen_text import frozen_text
 from flap_fast.train.step import Gradients
+from flap_fast.train.teacher import teacher, teacher_config
 
 # Fraction of a CPU's free memory that the search may use.
 _SAFE = 0.8
@@ -193,6 +194,8 @@ class Attempts:
         self._config, self._ranks = config, Ranks(device=device)
         self._memory = Memory(device)
         self._engine = PlainEngine(config, TwoTowers(config, weights=False), self._ranks)
+        self._teacher, found = teacher(config, self._ranks), teacher_config(config)
+        self._teacher_width = found.joint.width if found else 0
         self._warm = False
 
     def __call__(self, clips: int) -> Trial:
@@ -248,7 +251,8 @@ class Attempts:
             media_bytes = int(4 * frames * self._config.audio.mel_bins)
         else:
             media_bytes = 4 * prod(self._config.encoder.input_shape(self._config.fusion))
-        sizes = held_bytes(self._config, clips, media_bytes, on_gpu=device.type == "cuda")
+        on_gpu, width = device.type == "cuda", self._teacher_width
+        sizes = held_bytes(self._config, clips, media_bytes, on_gpu=on_gpu, teacher_width=width)
         return [torch.ones(n // 4, device=device) for n in sizes.values()]
 
     def _compute_losses(self) -> None:
@@ -258,6 +262,10 @@ class Attempts:
         rows = {name: torch.randn(whole, width, device=device) for name in names}
         outputs = {name: normalize(x, dim=1).requires_grad_() for name, x in rows.items()}
         del rows
+        if width := self._teacher_width:
+            for name in ("teacher_media", "teacher_text"):
+                outputs[name] = normalize(torch.randn(whole, width, device=device), dim=1)
+            outputs["teacher_scale"] = torch.tensor(10.0, device=device)
         outputs["scale"] = torch.tensor(10.0, device=device)
         outputs["recon"] = torch.zeros((), device=device)
         outputs["bias"] = torch.tensor(-10.0, device=device)
@@ -270,7 +278,8 @@ class Attempts:
         module = self._engine.module
         # All captions are new, as in a run's first epoch: that takes the most.
         with frozen_text(config, module, self._ranks) as text:
-            gradients = Gradients(config, self._ranks, self._engine, 1000, 1000, text)
+            inputs = self._ranks, self._engine, 1000, 1000, text, self._teacher
+            gradients = Gradients(config, *inputs)
             loader = SyntheticLoader(config, module.text, self._ranks, self._mix)
             gradients(1, loader.batches(0, 1, times=gradients.reads))
         self._engine.step(config.optim.lr)
