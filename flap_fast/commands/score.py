@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flap_fast.checks import ConfigError, require
+from flap_fast.checks import ConfigError, read_text, require
 from flap_fast.commands.length import LengthOption
 from flap_fast.evaluate import TASKS
 
@@ -124,24 +124,18 @@ def read_classes(file: Path | None) -> tuple[str, ...]:
     """Class names from a text file, one a line, or from LAION's {"dog": 0, ...}."""
     if file is None:
         return ()
-    require(file.is_file(), "--classes", "name an existing file", file)
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--classes must be a UTF-8 text file, got '{file}': {error}") from None
+    text = read_text("--classes", file)
     if file.suffix == ".json":
         try:
             found = json.loads(text)
-            names = (
-                sorted(found, key=lambda name: found[name])
-                if isinstance(found, dict)
-                else list(found)
-            )
+            names = sorted(found, key=found.__getitem__) if isinstance(found, dict) else found
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise TypeError("neither a list of texts nor an object with them as names")
         except (ValueError, TypeError) as error:
             raise ConfigError(f"{file} must hold class names: {error}") from None
     else:
         names = text.splitlines()
-    classes = tuple(" ".join(str(name).replace("_", " ").split()) for name in names)
+    classes = tuple(" ".join(name.replace("_", " ").split()) for name in names)
     classes = tuple(name for name in classes if name)
     require(bool(classes), str(file), "name classes", "none")
     twice = sorted({name for name in classes if classes.count(name) > 1})

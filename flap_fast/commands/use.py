@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flap_fast.checks import require
+from flap_fast.checks import read_text, require
 from flap_fast.commands.length import LengthOption
 from flap_fast.commands.shard_range import DistributorOption, ShardRangeOption, work_division
 
@@ -140,8 +140,8 @@ def classify(
     from flap_fast.tools.sounds import default_crop
 
     require(top >= 1, "--top", "be at least 1", top)
-    from_file = "," not in labels and Path(labels).is_file()
-    text = Path(labels).read_text() if from_file else labels.replace(",", "\n")
+    from_file = "," not in labels and os.path.isfile(labels)
+    text = read_text("--labels", labels) if from_file else labels.replace(",", "\n")
     names = list(dict.fromkeys(name.strip() for name in text.splitlines() if name.strip()))
     require(len(names) > 1, "--labels", "name at least two classes", labels)
     files = find_sounds(sounds)

@@ -175,7 +175,7 @@ def _add(
 def _lines(file: Path) -> list[str]:
     """The lines of a SentEval file: quotes are not special, and only a newline ends a line."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} must be a UTF-8 text file: {error}") from None
     return text.removesuffix("\n").split("\n") if text else []
