@@ -12,6 +12,7 @@ import json
 import os
 import re
 import secrets
+import sys
 import tokenize
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -119,6 +120,35 @@ def listed_texts(cell: str) -> list[str] | None:
 def whole_characters(text: str) -> str:
     """The text with U+FFFD for lone surrogates, which JSON's escapes allow and UTF-8 does not."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+# Controls of terminals (C0, DEL, C1), marks that turn the direction of writing, what is no text.
+_UNSEEN = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
+# Bytes of names that are not UTF-8, as Python has them; a terminal may be able to show them.
+_OTHER_BYTES = {chr(code) for code in range(0xDCA0, 0xDD00)}
+
+
+def visible(text: object, *, keep: str = "", document: bool = False) -> str:
+    """A name or a caption for a line that people read: no control character acts on it.
+
+    Args:
+        keep: characters to leave as they are, such as line ends.
+        document: also escape bytes that are not UTF-8, which a terminal may show.
+    """
+
+    def escaped(found: re.Match[str]) -> str:
+        sign = found[0]
+        kept = sign in keep or (sign in _OTHER_BYTES and not document)
+        return sign if kept else sign.encode("unicode_escape").decode()
+
+    return _UNSEEN.sub(escaped, str(text))
+
+
+def say(text: object, *, error: bool = False) -> None:
+    """Print lines to stdout or stderr, control characters escaped."""
+    print(visible(text, keep="\n\t"), file=sys.stderr if error else sys.stdout, flush=error)
 
 
 def as_utf8(json_text: str) -> bytes:

@@ -300,6 +300,29 @@ def test_a_name_that_is_no_utf8_is_printed_as_it_is(checkpoint: Path, sounds: Pa
     assert odd in printed.buffer.getvalue()  # type: ignore[attr-defined]
 
 
+def test_a_name_with_control_characters_is_printed_harmlessly_on_one_line(
+    checkpoint: Path, sounds: Path, monkeypatch, capsys
+):
+    odd = sounds / "a\x1b[2J\u202e\n.wav"
+    (sounds / "0.wav").rename(odd)
+    (sounds / "bad.ogg").rename(sounds / "b\x1b.ogg")
+    shown = str(sounds) + r"/a\x1b[2J\u202e\n.wav"
+    classes = "dog\x9b2J,rain"
+    for asked in (
+        ("search", "rain\x1b", "dog", "--audio", sounds, "--model", checkpoint),
+        ("classify", sounds, "--labels", classes, "--top", "2", "--model", checkpoint),
+        ("rank", checkpoint, odd, "a\x1b[2J\n", "b"),
+    ):
+        flap(*asked, monkeypatch=monkeypatch)
+        said = capsys.readouterr()
+        assert not {"\x1b", "\x9b", "\u202e"} & set(said.out + said.err)
+        if asked[0] == "rank":
+            assert len(said.out.splitlines()) == 2
+        else:
+            assert any(shown in line for line in said.out.splitlines())
+            assert r"b\x1b.ogg: unreadable" in said.err
+
+
 def test_classify_prints_a_line_a_sound_and_fails_on_bad_ones(
     checkpoint: Path, sounds: Path, tmp_path: Path, monkeypatch, capsys
 ):

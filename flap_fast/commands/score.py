@@ -12,6 +12,7 @@ import typer
 from flap_fast.checks import ConfigError, read_text, require
 from flap_fast.commands.length import LengthOption
 from flap_fast.evaluate import TASKS
+from flap_fast.files import say
 
 if TYPE_CHECKING:
     from flap_fast.evaluate.evaluated_model import EvaluatedModel
@@ -79,7 +80,7 @@ def evaluate(
             write_scores(ours, merged(read_scores(ours), scores))
         print_scores(scores)
         if out or ours:
-            print(f"written to {out or ours}")
+            say(f"written to {out or ours}")
         _write_tables(scores, markdown, latex)
     finally:
         leave_ranks()
@@ -176,4 +177,4 @@ def _write_tables(scores: dict[str, Any], markdown: Path | None, latex: Path | N
     for file, write in ((markdown, tables.markdown), (latex, tables.latex)):
         if file is not None:
             write_atomically(file, write(scores).encode())
-            print(f"written to {file}")
+            say(f"written to {file}")
