@@ -63,6 +63,14 @@ def test_a_name_that_is_too_long_for_a_file_is_refused():
         load_config("x" * 5000)
 
 
+@pytest.mark.parametrize("overrides", ["run.name=x", {"run.name": "x"}])
+def test_overrides_are_a_list(overrides):
+    with pytest.raises(
+        TypeError, match=r"^overrides must be a list such as \['mask.kind=1d'\], got"
+    ):
+        load_config(None, overrides)
+
+
 def test_aliases_that_grow_exponentially_are_shown_in_short(tmp_path: Path):
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join(8 * [f'*a{n - 1}'])}]" for n in range(1, 12)]

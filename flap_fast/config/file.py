@@ -24,6 +24,8 @@ def load_config(file: str | Path | None = None, overrides: Sequence[str] = ()) -
     Raises:
         ConfigError: an unreadable file, an unknown name, a value against its rule.
     """
+    if isinstance(overrides, (str, Mapping)):
+        raise TypeError(f"overrides must be a list such as ['mask.kind=1d'], got {overrides!r}")
     tree = _read_yaml(Path(file)) if file is not None else {}
     given: dict[str, Any] = {}
     for override in overrides:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from flap_fast.model.model_folder import load_model
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.preparation.prepare import ahead
 from flap_fast.ranks import Ranks
-from flap_fast.tools.inputs import file_or_bytes, listed, texts
+from flap_fast.tools.inputs import file_or_bytes, listed, shown, texts
 from flap_fast.tools.pooling import Embedded, pooled
 from flap_fast.tools.sounds import (
     PART,
@@ -288,6 +289,6 @@ def _class_names(labels: Any) -> list[str]:
 
 
 def _require_batch(batch: int) -> None:
-    if not isinstance(batch, int):
-        raise TypeError(f"batch must be an integer, got {batch!r}")
+    if not isinstance(batch, Integral):
+        raise TypeError(f"batch must be an integer, got {shown(batch)}")
     require(batch >= 1, "batch", "be at least 1", batch)

@@ -46,7 +46,7 @@ def texts(values: Any, name: str) -> list[str]:
     found = []
     for number, text in enumerate(listed(values, name)):
         if not isinstance(text, str):
-            raise TypeError(f"{name}[{number}] must be a text, got {_shown(text)}")
+            raise TypeError(f"{name}[{number}] must be a text, got {shown(text)}")
         if not _is_unicode(text):
             raise ConfigError(f"{name}[{number}] must be valid Unicode, got {text[:60]!r}")
         found.append(str(text).removeprefix(BOM))
@@ -57,9 +57,9 @@ def _is_unicode(text: str) -> bool:
     return text.isascii() or not any("\ud800" <= sign <= "\udfff" for sign in text)
 
 
-def _shown(value: Any) -> str:
-    """A short value itself, of others the type."""
-    plain = value is None or isinstance(value, (bool, int, float, bytes))
+def shown(value: Any) -> str:
+    """A value for a message: one that is short itself, of others the type."""
+    plain = value is None or isinstance(value, (bool, int, float, str, bytes))
     return repr(value)[:60] if plain else type(value).__name__
 
 

@@ -29,7 +29,7 @@ from flap_fast.data.preprocess.waveform import (
     read_pieces,
     window_counts,
 )
-from flap_fast.tools.inputs import file_or_bytes
+from flap_fast.tools.inputs import file_or_bytes, shown
 
 Array = np.ndarray | Tensor
 Waveform = Array | tuple[Array, float] | Mapping[str, Any]
@@ -143,7 +143,7 @@ def _waveform(sound: Any, rate_hz: float, sample_rate_hz: int) -> np.ndarray:
     """Return a waveform as (samples,) float32 at the model's rate; raises `BadSound`."""
     sound, rate_hz = _with_rate(sound, rate_hz)
     if not isinstance(rate_hz, Real) or not 0 < rate_hz < math.inf:
-        raise BadSound(f"a waveform's rate must be a number of hertz above 0, got {rate_hz!r}")
+        raise BadSound(f"a waveform's rate must be a number of hertz above 0, got {shown(rate_hz)}")
     if rate_hz < LOWEST_HZ:
         raise BadSound(f"a waveform's rate must be {LOWEST_HZ} Hz or more, got {rate_hz:g} Hz")
     if isinstance(sound, Tensor):  # NumPy has no bfloat16
@@ -153,8 +153,7 @@ def _waveform(sound: Any, rate_hz: float, sample_rate_hz: int) -> np.ndarray:
     except ValueError as error:
         raise BadSound(f"a waveform must be an array of numbers: {error}") from None
     if wave.dtype.kind not in "biufc" or (wave.ndim == 0 and not isinstance(sound, _ARRAYS)):
-        got = "None" if sound is None else type(sound).__name__
-        raise BadSound(f"a sound must {_RULE}, got {got}")
+        raise BadSound(f"a sound must {_RULE}, got {shown(sound)}")
     if wave.ndim not in (1, 2) or not wave.size:
         rule = "be (samples,) or have channels too"
         raise BadSound(f"a waveform must {rule}, got shape {wave.shape}")

@@ -160,8 +160,10 @@ def test_every_way_to_hand_over_an_encoded_sound_gives_the_same_row(
     ("sound", "why"),
     [
         (None, "a sound must be a file, its bytes, a waveform, .* got None"),
-        (5, "got int"),
+        (5, "got 5"),
         (["a.wav"], "got list"),
+        ((RATE, WAVE), "hertz above 0, got ndarray"),  # as SciPy returns them
+        (("a.wav", RATE), "a waveform, .* got 'a.wav'"),
         (object(), "got object"),
         (io.StringIO("a"), "a file object must give bytes, got str; open it with mode 'rb'"),
         ({"bytes": None, "path": None}, r"must have 'array' .*, or 'bytes' or 'path'"),
@@ -187,6 +189,18 @@ def test_one_sound_is_no_list(embedder: Embedder, one: Any):
     for call in (embedder.embed_audio, embedder.embed_each):
         with pytest.raises(TypeError, match=r"^sounds must be a list, got one"):
             call(one)
+
+
+def test_a_batch_is_an_integer_of_any_kind(embedder: Embedder):
+    assert embedder.embed_text(["a", "b"], batch=np.int64(1)).shape == (2, 16)  # type: ignore
+    for call in (
+        lambda batch: embedder.embed_text(["a"], batch),
+        lambda batch: embedder.embed_audio([WAVE], batch),
+    ):
+        with pytest.raises(TypeError, match=r"^batch must be an integer, got '3'"):
+            call("3")
+        with pytest.raises(ConfigError, match=r"^batch must be at least 1, got 0"):
+            call(0)
 
 
 def test_images_are_handed_over_as_sounds_are(tmp_path: Path):
