@@ -25,7 +25,7 @@ _BLOCK = 2**18
 _PREROLL = 32 * 1152
 
 # A lower rate says that the header is wrong: it would be resampled to thousands of times its size.
-_LOWEST_HZ = 1000
+LOWEST_HZ = 1000
 
 # Encodings in which a sample stands at a place of its own, and FLAC, which finds samples by number.
 _ADDRESSED = {"PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW"}
@@ -110,8 +110,8 @@ def open_sound(source: Source) -> Iterator[SoundFile]:
         raise Unread("missing: no such file")
     try:
         with _open(source) as file:
-            if file.samplerate < _LOWEST_HZ:
-                rule = f"its sample rate must be {_LOWEST_HZ} Hz or more"
+            if file.samplerate < LOWEST_HZ:
+                rule = f"its sample rate must be {LOWEST_HZ} Hz or more"
                 raise BadSound(f"unreadable: {rule}, got {file.samplerate} Hz")
             yield file
     except soundfile.LibsndfileError as error:
