@@ -127,7 +127,8 @@ def tiles(
     if dtype.itemsize == 4:
         rows, columns, warps, stages = (64, 32, 8, 2) if precision == "tf32" else (32, 16, 8, 2)
     rows = max(16, min(rows, rows * 256 // power_of_2))
-    columns = max(16, min(64, columns * 256 // power_of_2))
+    widest = 32 if dtype.itemsize == 4 and precision == "tf32" else 64
+    columns = max(16, min(widest, columns * 256 // power_of_2))
     if H % 16:
         columns = min(columns, 16 if power_of_2 >= 256 else 32)
         rows = 16 if dtype.itemsize == 4 and precision == "ieee" else rows

@@ -97,8 +97,8 @@ def tiles(pixels: int, dtype: torch.dtype, precision: str, arch: int) -> dict[st
     """
     power_of_2 = triton.next_power_of_2(max(16, pixels))
     rows, columns, warps, stages = 64, 32, 4, 2
-    if power_of_2 < 256:  # the weight's slice is wide: with 4 warps it does not fit in registers
-        columns, warps = 64, 8
+    if power_of_2 < 256:  # with 4 warps or a wider slice some do not fit in registers
+        warps = 8
     if dtype.itemsize == 4:
         rows, columns, warps, stages = (
             (64, columns, 8, 1) if precision == "tf32" else (32, 32, 8, 1)
