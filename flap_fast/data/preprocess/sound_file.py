@@ -8,12 +8,20 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import soundfile
+
+from flap_fast.data.preprocess.mpeg_frames import count_frames, counted_frames, is_mpeg
+from flap_fast.data.preprocess.sound_header import Patches, mended
+from flap_fast.data.preprocess.unusable import BadSound as BadSound
+from flap_fast.data.preprocess.unusable import Unread as Unread
+from flap_fast.data.preprocess.unusable import Unusable as Unusable
 
 Source = Path | bytes
 """A file, or the bytes of one."""
@@ -30,20 +38,11 @@ _LOWEST_HZ = 1000
 # Encodings in which a sample stands at a place of its own, and FLAC, which finds samples by number.
 _ADDRESSED = {"PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW"}
 
+# Frames; of a FLAC that does not say, libsndfile says 2**63 - 1.
+_LONGEST = 2**35
+
 # libsndfile's code for an error of the system.
 _SYSTEM = 2
-
-
-class Unusable(ValueError):
-    """A clip that cannot be used, and the reason."""
-
-
-class BadSound(Unusable):
-    """A sound that cannot be used, and the reason."""
-
-
-class Unread(BadSound):
-    """A sound that the system failed to read; a retry may succeed."""
 
 
 class SoundFile(soundfile.SoundFile):
@@ -52,6 +51,9 @@ class SoundFile(soundfile.SoundFile):
     soundfile seeks to the end of each read, if it can: MP3 then loses what it kept of the frame
     before, and FLAC with a wrong length fails.
     """
+
+    longer = False
+    """It says that it is longer than it is."""
 
     def seekable(self) -> bool:
         return False
@@ -62,7 +64,7 @@ class SoundFile(soundfile.SoundFile):
         Raises:
             BadSound: a sample is not finite.
         """
-        return map(mono, self._raw_blocks(frames))
+        return map(mono, self.raw_blocks(frames))
 
     def skip(self, frames: int, *, seek: bool) -> None:
         """Leave out the first `frames`, or all if there are fewer; `seek` if the file `seeks`."""
@@ -70,10 +72,11 @@ class SoundFile(soundfile.SoundFile):
             frames = min(frames, self.frames)
             self.seek(max(0, frames - _PREROLL))
             frames = min(frames, _PREROLL)
-        for _ in self._raw_blocks(frames):
+        for _ in self.raw_blocks(frames):
             pass
 
-    def _raw_blocks(self, frames: int) -> Iterator[np.ndarray]:
+    def raw_blocks(self, frames: int) -> Iterator[np.ndarray]:
+        """Yield them as (n, channels) float32."""
         while frames > 0:
             wanted = min(frames, max(1, _BLOCK // self.channels))
             block = self.read(wanted, dtype="float32", always_2d=True)
@@ -124,20 +127,43 @@ def open_sound(source: Source) -> Iterator[SoundFile]:
 
 @contextmanager
 def _open(source: Source) -> Iterator[SoundFile]:
-    # As bytes, for names that are no UTF-8: soundfile cannot encode them.
-    name = io.BytesIO(source) if isinstance(source, bytes) else os.fsencode(source)
-    try:
-        file = SoundFile(name)  # type: ignore[arg-type] - takes bytes, says str
-    except TypeError as error:  # x.raw, which has no header
-        raise BadSound(f"unreadable: {error}") from None
-    with file:
-        if file.format != "MP3":
-            yield file
-            return
     with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as opened:
-        data = opened if counts_frames(opened) else _Longer(opened)
-        with SoundFile(data) as file:  # type: ignore[arg-type] - reads, seeks and tells
+        if (data := _mended(opened)) is None:
+            opened.seek(0)
+            # As bytes, for names that are no UTF-8: soundfile cannot encode them.
+            data = opened if isinstance(source, bytes) else os.fsencode(source)
+        try:
+            file = SoundFile(data)  # type: ignore[arg-type] - takes bytes and files, says str
+        except TypeError as error:  # x.raw, which has no header
+            raise BadSound(f"unreadable: {error}") from None
+        file.longer = isinstance(data, _Mended) and data.longer
+        with file:
             yield file
+
+
+def _mended(file: BinaryIO) -> _Mended | None:
+    """The file as libsndfile reads all of it; None where it does as it is."""
+    if not is_mpeg(file):
+        patches = mended(file)
+        return _Mended(file, patches) if patches else None
+    counted = counted_frames(file)
+    if counted is None:
+        return _Mended(file, {}, longer=True)
+    offset, frames = counted
+    there = count_frames(file)
+    if there < frames:
+        raise BadSound(f"truncated: its header says {frames} frames, got {there}; fetch it again")
+    # A frame with the tag, and one that some writers do not count.
+    return _Mended(file, {offset: bytes(4)}, longer=True) if there > frames + 2 else None
+
+
+def sound_seconds(source: Source) -> float:
+    """The duration: as the header says, or counted where none does; raises as `open_sound`."""
+    with open_sound(source) as file:
+        frames = file.frames
+        if file.longer or frames > _LONGEST:
+            frames = sum(len(block) for block in file.raw_blocks(sys.maxsize))
+        return frames / file.samplerate
 
 
 def seeks(source: Source) -> bool:
@@ -159,28 +185,18 @@ def seeks_exactly(source: Source) -> bool:
     return addressed and seeks(source)
 
 
-def counts_frames(file: io.BufferedIOBase | io.RawIOBase) -> bool:
-    """Whether the first frame of an MP3 tells the number of frames."""
-    file.seek(0)
-    tag = file.read(10)
-    # ID3v2: the length of what follows, in four bytes of seven bits.
-    length = sum(byte << 7 * (3 - n) for n, byte in enumerate(tag[6:10]))
-    file.seek(10 + length if tag.startswith(b"ID3") else 0)
-    head = file.read(4096)
-    file.seek(0)
-    return any(name in head for name in (b"Xing", b"Info", b"VBRI"))
-
-
-class _Longer(io.BufferedIOBase):
-    """An MP3 that says it is longer than it is.
+class _Mended(io.BufferedIOBase):
+    """A file with other bytes at some offsets, and, if `longer`, an MP3 that says it is longer.
 
     Without a count of frames libsndfile estimates a length from the file's size and the first
     frame's, and reads no further; of a variable bit rate this may be a small part.
     """
 
-    def __init__(self, file: io.BufferedIOBase):
-        self._file, self._extra = file, 0
-        self._claim = 256 * file.seek(0, os.SEEK_END)  # 320 kbit/s against 8, and more
+    def __init__(self, file: BinaryIO, patches: Patches, *, longer: bool = False):
+        self._file, self._patches, self._extra = file, patches, 0
+        self.longer = longer
+        # 320 kbit/s against 8, and more.
+        self._claim = 256 * file.seek(0, os.SEEK_END) if longer else 0
         file.seek(0)
 
     def readable(self) -> bool:
@@ -198,5 +214,11 @@ class _Longer(io.BufferedIOBase):
         return self._file.tell() + self._extra
 
     def readinto(self, buffer, /) -> int:
-        self._extra = 0
-        return self._file.readinto(buffer)
+        self._extra, begin, out = 0, self._file.tell(), memoryview(buffer).cast("B")
+        data = bytearray(self._file.read(len(out)))
+        for offset, patch in self._patches.items():
+            for at, byte in enumerate(patch, offset - begin):
+                if 0 <= at < len(data):
+                    data[at] = byte
+        out[: len(data)] = data
+        return len(data)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,9 +117,9 @@ class Clips:
 
 def _seconds(file: Path) -> float:
     """A file's duration; 0 for one that cannot be read, which `prepare` rejects."""
-    import soundfile
+    from flap_fast.data.preprocess.sound_file import BadSound, sound_seconds
 
     try:
-        return soundfile.info(os.fsencode(file)).duration  # type: ignore[arg-type]
-    except soundfile.LibsndfileError:
+        return sound_seconds(file)
+    except BadSound:
         return 0.0

@@ -75,9 +75,9 @@ FLAC = encode(noise(2, 1.0, RATE), RATE)
         (b"", "unreadable: Format not recognised."),
         (bytes(1000), "unreadable: Format not recognised."),
         (b"<html>404 Not Found</html>", "unreadable: Format not recognised."),
-        (FLAC[: len(FLAC) // 2], "unreadable: .*"),
+        (FLAC[: len(FLAC) // 2], "(truncated|unreadable): .*"),
         (FLAC[:9000] + bytes(len(FLAC) - 9000), "unreadable: .*"),
-        (encode(noise(2, 1.0, RATE), RATE, "OGG")[:6000], "empty: no samples"),
+        (encode(noise(2, 1.0, RATE), RATE, "OGG")[:6000], "truncated: .*"),
         (encode(noise(2, 1.0, RATE)[:0], RATE, "WAV"), "empty: no samples"),
         (encode(noise(2, 1.0, RATE)[:1], 48_000, "WAV"), "empty: no samples"),
         (encode(np.full(100, np.nan), RATE, "WAV", "FLOAT"), "unreadable: samples are not finite"),
@@ -183,7 +183,7 @@ def test_what_the_system_does_not_let_us_read_is_told_apart(tmp_path: Path):
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))  # "too many open files"
     try:
-        with pytest.raises(Unread, match="unreadable: System error"):
+        with pytest.raises(Unread, match=r"unreadable: .*open files"):
             read_sound(file, 16_000)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
