@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flap_fast.checks import require
 from flap_fast.config import Config
+from flap_fast.data.preprocess.sound_file import QUIETEST
 from flap_fast.data.preprocess.waveform import (
     BadSound,
     crop_and_fill,
@@ -151,7 +152,12 @@ def _waveform(sound: Waveform, rate_hz: float, sample_rate_hz: int) -> np.ndarra
         rule = "be (samples,) or have channels too"
         raise BadSound(f"a waveform must {rule}, got shape {wave.shape}")
     if np.issubdtype(wave.dtype, np.signedinteger):
-        wave = wave / -float(np.iinfo(wave.dtype).min)
+        dtype, wave = wave.dtype, wave / -float(np.iinfo(wave.dtype).min)
+        if dtype.itemsize > 2 and 0 < np.abs(wave).max() <= QUIETEST:
+            raise BadSound(
+                f"a waveform of {dtype} must use more than 16 of its bits; "
+                "pass 16-bit values as int16"
+            )
     elif not np.issubdtype(wave.dtype, np.floating):
         raise BadSound(f"a waveform must be floats or signed integers, got {wave.dtype}")
     channels_last = (

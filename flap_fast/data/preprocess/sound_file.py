@@ -32,6 +32,13 @@ _BLOCK = 2**18
 # Frames decoded before a wanted one: at most what MP3 keeps of earlier frames, 511 bytes.
 _PREROLL = 32 * 1152
 
+# A peak above it (12 dB over full scale) says that samples are not in [-1, 1] but integers.
+LOUDEST = 4.0
+# A peak up to it, of 32-bit integers, says that they are 16-bit ones.
+QUIETEST = 2.0**-16
+# Quieter than -80 dB of full scale at its loudest: nothing to hear, and a constant log-mel.
+SILENT = 1e-4
+
 # A lower rate says that the header is wrong: it would be resampled to thousands of times its size.
 _LOWEST_HZ = 1000
 
@@ -62,9 +69,22 @@ class SoundFile(soundfile.SoundFile):
         """Yield the next `frames`, or those up to the end: (n,) float32, channels averaged.
 
         Raises:
-            BadSound: a sample is not finite.
+            BadSound: a sample is not finite, or beyond `LOUDEST`; after the last block, channels
+                that cancel out, or 16-bit values stored as 32-bit ones.
         """
-        return map(mono, self.raw_blocks(frames))
+        peak = loudest = 0.0
+        for block in self.raw_blocks(frames):
+            wave, its_peak = mono(block)
+            peak = max(peak, its_peak)
+            if peak < SILENT:
+                loudest = max(loudest, float(np.abs(block).max(initial=0)))
+            yield wave
+        check_peaks(peak, loudest)
+        if self.subtype == "PCM_32" and 0 < peak <= QUIETEST:
+            raise BadSound(
+                "unreadable: its 32-bit samples must use more than 16 of their bits; "
+                "store them as 16-bit ones"
+            )
 
     def skip(self, frames: int, *, seek: bool) -> None:
         """Leave out the first `frames`, or all if there are fewer; `seek` if the file `seeks`."""
@@ -84,11 +104,11 @@ class SoundFile(soundfile.SoundFile):
             frames = frames - wanted if len(block) == wanted else 0
 
 
-def mono(block: np.ndarray) -> np.ndarray:
-    """Average the channels of (n, channels) float32: (n,).
+def mono(block: np.ndarray) -> tuple[np.ndarray, float]:
+    """Average the channels of (n, channels) float32: (n,), and its peak.
 
     Raises:
-        BadSound: a sample is not finite.
+        BadSound: a sample is not finite, or beyond `LOUDEST`.
     """
     # Channel by channel: the mean along so short an axis takes NumPy fifteen times as long.
     wave = block[:, 0].copy()
@@ -96,9 +116,25 @@ def mono(block: np.ndarray) -> np.ndarray:
         wave += block[:, channel]
     if block.shape[1] > 1:
         wave /= block.shape[1]
-    if not np.isfinite(wave).all():
-        raise BadSound("unreadable: samples are not finite")
-    return wave
+    # NaN is in both, so that no pass over the samples is for them alone.
+    peak = float(np.maximum(wave.max(initial=0), -wave.min(initial=0)))
+    if not peak <= LOUDEST:
+        if not np.isfinite(peak):
+            raise BadSound("unreadable: samples are not finite")
+        raise BadSound(
+            f"unreadable: its samples must be in [-1, 1], with peaks up to {LOUDEST:g}, got "
+            f"{peak:.6g}; divide 16-bit values by 32768"
+        )
+    return wave, peak
+
+
+def check_peaks(average: float, loudest: float) -> None:
+    """Raise `BadSound` where the average of channels is silent, and the loudest of them is not."""
+    if average < SILENT and loudest > 10 * SILENT:
+        raise BadSound(
+            f"unreadable: its channels must not cancel out, got a peak of {loudest:.2g} and "
+            f"{average:.2g} in their average (left = -right?); keep one of them"
+        )
 
 
 @contextmanager
@@ -152,7 +188,9 @@ def _mended(file: BinaryIO) -> _Mended | None:
     offset, frames = counted
     there = count_frames(file)
     if there < frames:
-        raise BadSound(f"truncated: its header says {frames} frames, got {there}; fetch it again")
+        raise BadSound(
+            f"unreadable: truncated, its header says {frames} frames, got {there}; fetch it again"
+        )
     # A frame with the tag, and one that some writers do not count.
     return _Mended(file, {offset: bytes(4)}, longer=True) if there > frames + 2 else None
 

@@ -214,7 +214,7 @@ def _ogg(file: BinaryIO, size: int) -> Patches:
 
 
 def _truncated(claim: str, there: str) -> BadSound:
-    return BadSound(f"truncated: its header says {claim}, got {there}; fetch it again")
+    return BadSound(f"unreadable: truncated, its header says {claim}, got {there}; fetch it again")
 
 
 def _longer(claim: str, more: str) -> BadSound:

@@ -14,14 +14,16 @@ import soxr
 
 from flap_fast.config import Audio, Fusion
 from flap_fast.data.preprocess.resampling import entry, resampled, resampled_length
-from flap_fast.data.preprocess.sound_file import BadSound as BadSound
 from flap_fast.data.preprocess.sound_file import (
+    SILENT,
     Source,
+    check_peaks,
     mono,
     open_sound,
     seeks,
     seeks_exactly,
 )
+from flap_fast.data.preprocess.sound_file import BadSound as BadSound
 from flap_fast.data.preprocess.sound_file import Unread as Unread
 from flap_fast.data.preprocess.sound_file import Unusable as Unusable
 
@@ -60,7 +62,7 @@ def read_sound(
     """The mono waveform, (samples,) float32 in [-1, 1], channels averaged.
 
     Raises:
-        BadSound: unreadable, empty, or not finite.
+        BadSound: unreadable, empty, not finite, or not in [-1, 1] (peaks up to 4 are let pass).
         Unread: missing, or refused by the system.
     """
     return joined(read_blocks(source, sample_rate_hz, start_s=start_s, duration_s=duration_s))
@@ -193,9 +195,11 @@ def mono_at(wave: np.ndarray, rate: float, sample_rate_hz: int) -> np.ndarray:
     """(samples, channels) float32 at `rate` -> (samples,) at `sample_rate_hz`, channels averaged.
 
     Raises:
-        BadSound: empty, or not finite.
+        BadSound: empty, not finite, or a peak beyond 4.
     """
-    averaged = mono(wave)
+    averaged, peak = mono(wave)
+    if peak < SILENT:
+        check_peaks(peak, float(np.abs(wave).max(initial=0)))
     if rate != sample_rate_hz:
         averaged = soxr.resample(averaged, rate, sample_rate_hz, quality="HQ")
     if len(averaged) == 0:
