@@ -86,11 +86,14 @@ def _mel_seconds(head: bytes) -> float:
 def _libsndfile_seconds(shards: Shards, clip: int) -> float:
     try:
         found = soundfile.info(_Clip(shards, clip))  # type: ignore[arg-type] - takes files
-        if found.frames > _LONGEST or found.format == "MP3":
-            return sound_seconds(shards.encoded(clip))
-    except (BadSound, soundfile.LibsndfileError):
+        if found.frames <= _LONGEST and found.format != "MP3":
+            return found.frames / found.samplerate
+    except soundfile.LibsndfileError:
+        pass  # a format of ffmpeg's, or none
+    try:
+        return sound_seconds(shards.encoded(clip))
+    except BadSound:
         return 0.0
-    return found.frames / found.samplerate
 
 
 class _Clip(io.RawIOBase):

@@ -26,10 +26,10 @@ from typing import Any
 import numpy as np
 
 from flap_fast.config import Config
-from flap_fast.data.preprocess.waveform import Unusable
+from flap_fast.data.preprocess.sound_formats import SOUNDS
+from flap_fast.data.preprocess.unusable import Unusable
 from flap_fast.files import as_utf8, whole_characters
 
-SOUNDS = ("flac", "wav", "ogg", "mp3", "opus")
 IMAGES = ("jpg", "jpeg", "png")
 MELS = ("npy",)
 KINDS = {"sounds": SOUNDS, "images": IMAGES, "mels": MELS}

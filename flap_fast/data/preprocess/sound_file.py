@@ -1,7 +1,7 @@
 """A sound file or its bytes -> mono blocks at the file's own rate (CPU, NumPy).
 
-Files: whatever libsndfile reads (WAV, FLAC, OGG, MP3). They are read forward, a block at a time:
-memory does not grow with a sound, nor with what its header claims.
+Files: what libsndfile reads, and ffmpeg where it is installed (see `sound_formats`). They are read
+forward, a block at a time: memory does not grow with a sound, nor with what its header claims.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 import soundfile
 
 from flap_fast.data.preprocess.mpeg_frames import count_frames, counted_frames, is_mpeg
+from flap_fast.data.preprocess.sound_formats import as_wav, ffmpeg_format
 from flap_fast.data.preprocess.sound_header import Patches, mended
 from flap_fast.data.preprocess.unusable import BadSound as BadSound
 from flap_fast.data.preprocess.unusable import Unread as Unread
@@ -164,6 +165,10 @@ def open_sound(source: Source) -> Iterator[SoundFile]:
 @contextmanager
 def _open(source: Source) -> Iterator[SoundFile]:
     with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as opened:
+        if name := ffmpeg_format(opened.read(16)):
+            with as_wav(source, name) as wav, SoundFile(os.fspath(wav)) as file:
+                yield file
+            return
         if (data := _mended(opened)) is None:
             opened.seek(0)
             # As bytes, for names that are no UTF-8: soundfile cannot encode them.

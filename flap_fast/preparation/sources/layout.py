@@ -81,7 +81,7 @@ class Clips:
 
     def __init__(self, folder: Path):
         # Here: the names of sources are listed without waiting for NumPy.
-        from flap_fast.data.shards import SOUNDS
+        from flap_fast.data.preprocess.sound_formats import SOUNDS
 
         self._folder = folder
         self._files: dict[str, Path] = {}
