@@ -54,12 +54,28 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = parsed_json(line)
             except json.JSONDecodeError as error:
                 raise ManifestError(f"{file}:{number} is not JSON: {error}") from None
             if not isinstance(row, dict):
                 raise ManifestError(f"{file}:{number} must be an object, got {line.strip()[:60]}")
             yield number, row
+
+
+def parsed_json(text: str | bytes) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        JSONDecodeError: no JSON, a number of thousands of digits, or nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise
+    except ValueError:
+        raise json.JSONDecodeError("a number has thousands of digits", "", 0) from None
+    except RecursionError:
+        raise json.JSONDecodeError("it is nested too deeply", "", 0) from None
 
 
 def whole_characters(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,9 +88,33 @@ def _drop_other_length(below: dict[str, Any], above: dict[str, Any]) -> None:
 
 def _parse(text: str | bytes, what: str) -> Any:
     try:
-        return yaml.load(text, _OnceLoader)
-    except (yaml.YAMLError, UnicodeError) as error:
+        loader = _OnceLoader(text)
+        node = loader.get_single_node()
+        if (size := _expanded(node, {})) > _MOST_VALUES:
+            rule = f"hold {_MOST_VALUES} values or fewer, aliases written out"
+            raise ConfigError(f"{what} must {rule}, got {size}")
+        return loader.construct_document(node) if node is not None else None
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, ValueError) as error:  # also numbers of thousands of digits
         raise ConfigError(f"{what} must be YAML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{what} must be YAML: it is nested too deeply") from None
+
+
+# All settings together are a few hundred.
+_MOST_VALUES = 100_000
+
+
+def _expanded(node: yaml.Node | None, sizes: dict[int, float]) -> float:
+    """The number of values below a node, with its aliases written out; infinite for a cycle."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in sizes:
+        sizes[id(node)] = math.inf  # while it is being counted
+        below = [n for pair in node.value for n in (pair if isinstance(pair, tuple) else (pair,))]
+        sizes[id(node)] = 1 + sum(_expanded(n, sizes) for n in below)
+    return sizes[id(node)]
 
 
 class _OnceLoader(yaml.SafeLoader):

@@ -9,7 +9,6 @@ never opens the file.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import numpy as np
 from flap_fast.checks import ConfigError
 from flap_fast.config import Data
 from flap_fast.data.shards import ShardError, Shards
-from flap_fast.files import whole_characters
+from flap_fast.files import parsed_json, whole_characters
 
 FILE = "captions.jsonl"
 
@@ -107,7 +106,7 @@ def _read(file: Path) -> dict[int, str]:
     with file.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                row = json.loads(line)
+                row = parsed_json(line)
                 key = caption_key(str(row["id"]), row["original"])
                 found[key] = whole_characters(str(row["caption"]))
             except (ValueError, KeyError, TypeError) as error:

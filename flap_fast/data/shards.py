@@ -32,7 +32,7 @@ from flap_fast.data.preprocess.sound_formats import SOUNDS
 from flap_fast.data.preprocess.unusable import Unusable
 from flap_fast.data.tar_members import Members, scan, tars_of
 from flap_fast.data.tar_members import ShardError as ShardError
-from flap_fast.files import as_utf8, whole_characters
+from flap_fast.files import as_utf8, parsed_json, whole_characters
 
 IMAGES = ("jpg", "jpeg", "png")
 MELS = ("npy",)
@@ -91,13 +91,13 @@ class Shards:
         data = _read(self.files[file], offset, size)
         try:
             plain = self.plain is not None and self.plain[clip]
-            record = {"text": data.decode("utf-8-sig")} if plain else json.loads(data)
+            record = {"text": data.decode("utf-8-sig")} if plain else parsed_json(data)
             found = (texts_of(record.get(name)) for name in ("text", "caption", "captions"))
             texts = next(filter(None, found), [])
             if not texts and self.texts is not None and self.texts[clip, 1]:
                 beside = _read(self.files[file], *self.texts[clip].tolist())
                 texts = texts_of(beside.decode("utf-8-sig"))
-        except (ValueError, AttributeError, RecursionError) as error:
+        except (ValueError, AttributeError) as error:
             raise Unusable(f"its JSON cannot be read: {error}") from None
         if not texts and not captionless:
             raise Unusable("captionless: its JSON holds no text")
@@ -209,7 +209,7 @@ def _check_sizes(file: Path, clips: dict[str, int | None]) -> None:
     None is not compared: shards without our index, LAION's, whose sizes.json is only about right.
     """
     try:
-        listed = dict(json.loads(file.read_text()) if file.is_file() else {})
+        listed = dict(parsed_json(file.read_text()) if file.is_file() else {})
     except (ValueError, TypeError) as error:
         raise ShardError(f"{file} must be a JSON object: {error}; fetch it again") from None
     for name, count in listed.items():

@@ -40,8 +40,12 @@ QUIETEST = 2.0**-16
 # Quieter than -80 dB of full scale at its loudest: nothing to hear, and a constant log-mel.
 SILENT = 1e-4
 
-# A lower rate says that the header is wrong: it would be resampled to thousands of times its size.
-_LOWEST_HZ = 1000
+# Other rates say that the header is wrong: of a lower one a sound becomes a thousand times larger.
+_RATES_HZ = range(1000, 1_000_001)
+# As many as ambisonics of the seventh order has.
+_CHANNELS = 64
+# The longest sound, and the latest start and longest duration of a piece of one: a day.
+LONGEST_S = 24 * 3600
 
 # Encodings in which a sample stands at a place of its own, and FLAC, which finds samples by number.
 _ADDRESSED = {"PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW"}
@@ -70,11 +74,15 @@ class SoundFile(soundfile.SoundFile):
         """Yield the next `frames`, or those up to the end: (n,) float32, channels averaged.
 
         Raises:
-            BadSound: a sample is not finite, or beyond `LOUDEST`; after the last block, channels
-                that cancel out, or 16-bit values stored as 32-bit ones.
+            BadSound: a sample is not finite, or beyond `LOUDEST`; more than `LONGEST_S`; after the
+                last block, channels that cancel out, or 16-bit values stored as 32-bit ones.
         """
         peak = loudest = 0.0
+        left = LONGEST_S * self.samplerate
         for block in self.raw_blocks(frames):
+            left -= len(block)
+            if left < 0:
+                raise BadSound(too_long("it"))
             wave, its_peak = mono(block)
             peak = max(peak, its_peak)
             if peak < SILENT:
@@ -103,6 +111,11 @@ class SoundFile(soundfile.SoundFile):
             block = self.read(wanted, dtype="float32", always_2d=True)
             yield block
             frames = frames - wanted if len(block) == wanted else 0
+
+
+def too_long(what: str) -> str:
+    """Why a sound, or a piece of it, is refused."""
+    return f"unreadable: {what} must last {LONGEST_S // 3600} hours or less; cut it into clips"
 
 
 def mono(block: np.ndarray) -> tuple[np.ndarray, float]:
@@ -143,16 +156,21 @@ def open_sound(source: Source) -> Iterator[SoundFile]:
     """Open a sound; errors of libsndfile in the `with` block become these.
 
     Raises:
-        BadSound: unreadable, or a sample rate that cannot be true.
+        BadSound: unreadable, or a sample rate or number of channels that cannot be true.
         Unread: missing, or refused by the system.
     """
     if isinstance(source, Path) and not os.path.isfile(source):  # a name may be too long to ask
         raise Unread("missing: no such file")
     try:
         with _open(source) as file:
-            if file.samplerate < _LOWEST_HZ:
-                rule = f"its sample rate must be {_LOWEST_HZ} Hz or more"
-                raise BadSound(f"unreadable: {rule}, got {file.samplerate} Hz")
+            if file.samplerate not in _RATES_HZ:
+                limit = f"{_RATES_HZ[0]} Hz or more" if file.samplerate < 1000 else "1 MHz or less"
+                raise BadSound(
+                    f"unreadable: its sample rate must be {limit}, got {file.samplerate} Hz"
+                )
+            if file.channels > _CHANNELS:
+                rule = f"it must have {_CHANNELS} channels or fewer"
+                raise BadSound(f"unreadable: {rule}, got {file.channels}")
             yield file
     except soundfile.LibsndfileError as error:
         kind = Unread if error.code == _SYSTEM else BadSound

@@ -41,6 +41,8 @@ _BEGINS = (
     (0, b"MAC ", "Monkey's Audio"),
     (0, b"wvpk", "WavPack"),
 )
+# A second more than a sound may last: a longer one is refused, not cut.
+_SECONDS = 24 * 3600 + 1
 
 
 def ffmpeg_format(head: bytes) -> str | None:
@@ -67,7 +69,18 @@ def as_wav(source: Path | bytes, name: str) -> Iterator[Path]:
             given = Path(folder) / "given"
             given.write_bytes(source)  # type: ignore[arg-type] - bytes, as asked above
         call = [command, "-v", "error", "-nostdin", "-protocol_whitelist", "file"]
-        call += ["-i", f"file:{given}", "-map", "0:a:0", "-c:a", "pcm_s16le", "-rf64", "auto"]
+        call += [
+            "-t",
+            str(_SECONDS),
+            "-i",
+            f"file:{given}",
+            "-map",
+            "0:a:0",
+            "-c:a",
+            "pcm_s16le",
+            "-rf64",
+            "auto",
+        ]
         done = subprocess.run([*call, f"file:{wav}"], capture_output=True, check=False)
         if done.returncode:
             said = done.stderr.decode(errors="replace").strip().splitlines() or ["no reason"]

@@ -15,6 +15,7 @@ import soxr
 from flap_fast.config import Audio, Fusion
 from flap_fast.data.preprocess.resampling import entry, resampled, resampled_length
 from flap_fast.data.preprocess.sound_file import (
+    LONGEST_S,
     SILENT,
     Source,
     check_peaks,
@@ -87,6 +88,9 @@ def read_blocks(
     found = False
     with open_sound(source) as file:
         rate = file.samplerate
+        for name, seconds in (("start_s", start_s), ("duration_s", duration_s or 0.0)):
+            if not 0 <= seconds <= LONGEST_S:
+                raise BadSound(f"{name} must be in [0, {LONGEST_S}] s, got {seconds:g}")
         if start_s:
             file.skip(round(start_s * rate), seek=seeks(source))
         frames = file.frames if duration_s is None else round(duration_s * rate)
