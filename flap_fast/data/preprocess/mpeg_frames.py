@@ -21,6 +21,8 @@ _KBITS = (
 )
 _HZ = (44_100, 48_000, 32_000)
 _BLOCK = 2**20
+# Bytes that might begin a frame, and do not, after which no more are counted: noise, not sound.
+_MOST_LOST = 2**16
 
 
 def is_mpeg(file: BinaryIO) -> bool:
@@ -60,8 +62,8 @@ def count_frames(file: BinaryIO) -> int:
     """The number of whole frames, that of the tag included."""
     size = file.seek(0, os.SEEK_END)
     at, frames, alike = first_frame(file), 0, None
-    base, data = at, b""
-    while at + 4 <= size:
+    base, data, lost = at, b"", 0
+    while at + 4 <= size and lost < _MOST_LOST:
         if at + 4 > base + len(data):
             file.seek(at)
             base, data = at, file.read(_BLOCK)
@@ -72,6 +74,7 @@ def count_frames(file: BinaryIO) -> int:
         if not length or (alike or same) != same:
             found = data.find(b"\xff", at - base + 1)
             at = base + (len(data) if found < 0 else found)
+            lost += 1
             continue
         alike = same
         frames += at + length <= size

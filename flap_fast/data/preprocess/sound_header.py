@@ -32,6 +32,8 @@ _NEAR = 2**16
 _PADDING = 2**16
 # A FLAC's smallest frame, in samples: if fewer are missing, its header is wrong.
 _BLOCK = 16
+# Chunks looked through for the one with the samples.
+_MOST_CHUNKS = 1000
 _TAGS = (b"TAG", b"ID3", b"APETAGEX", b"LYRICS")
 _FILES = (b"RIFF", b"RIFX", b"RF64", b"FORM", b"riff")
 
@@ -86,7 +88,7 @@ def _chunks(file: BinaryIO, size: int) -> Patches:
     magic = _at(file, 0, 4)
     of = _CONTAINERS[magic]
     at, long_at = of.first, 0
-    while True:
+    for _ in range(_MOST_CHUNKS):
         name, claim = of.header.unpack(_at(file, at, of.header.size))
         begin = at + of.header.size
         if name.startswith(of.sound):
@@ -95,6 +97,8 @@ def _chunks(file: BinaryIO, size: int) -> Patches:
             long_at = begin + 8
         at = begin + max(0, claim - of.counted)
         at += -(at - of.first) % of.aligned
+    else:
+        return {}  # zeros, or no sound file
     field, form = at + of.header.size - struct.calcsize("I"), of.header.format[0] + "I"
     unknown = 2**32 - 1
     if of.header.size > 8 or (magic == b"RF64" and long_at and claim == 2**32 - 1):
@@ -167,22 +171,22 @@ def _flac_frame_end(head: bytes, block: int, channels: int) -> int | None:
     """The sample after a frame; None where no frame's header is."""
     if len(head) < 6 or head[3] & 1:
         return None
-    assigned = head[3] >> 4
+    code, rate, assigned = head[2] >> 4, head[2] & 15, head[3] >> 4
+    if code == 0 or rate == 15:
+        return None
     if channels != (1 if assigned > 7 else assigned) or assigned > 10:
         return None
     ones = 8 - (head[4] ^ 0xFF).bit_length()  # as in UTF-8, the bytes of the number
     number, at = head[4] & 0x7F >> ones, 4 + max(1, ones)
     for byte in head[5:at]:
         number = number << 6 | byte & 0x3F
-    code = head[2] >> 4
     count = 2 if code == 7 else 1 if code == 6 else 0
     if count:
         length = int.from_bytes(head[at : at + count], "big") + 1
     else:
         length = 192 if code == 1 else 576 << code - 2 if code < 6 else 256 << code - 8
-    rate = head[2] & 15
     at += count + {12: 1, 13: 2, 14: 2}.get(rate, 0)
-    if code == 0 or rate == 15 or at >= len(head) or _crc8(head[:at]) != head[at]:
+    if at >= len(head) or _crc8(head[:at]) != head[at]:
         return None
     return number + length if head[1] & 1 else number * block + length
 
@@ -223,5 +227,7 @@ def _longer(claim: str, more: str) -> BadSound:
 
 
 def _at(file: BinaryIO, offset: int, size: int) -> bytes:
+    if offset >= 2**63:  # a size that cannot be
+        return b""
     file.seek(offset)
     return file.read(size)
