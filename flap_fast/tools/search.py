@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -28,12 +26,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from flap_fast.checks import ConfigError, require
-from flap_fast.data.preprocess.sound_formats import SOUNDS
+from flap_fast.data.preprocess.sound_formats import SOUNDS, sounds_among
 from flap_fast.data.preprocess.waveform import BadSound, Unread
 from flap_fast.files import write_atomically
 from flap_fast.tools.embedder import Embedder
 
-ENDINGS = frozenset(f".{ending}" for ending in SOUNDS)
 _SAVE_EVERY_S = 60.0
 
 
@@ -208,18 +205,10 @@ def find_sounds(paths: Iterable[Path]) -> list[Path]:
         ConfigError: a path does not exist, or there is no sound.
     """
     found: dict[Path, None] = {}  # in order, each once
-    others = Counter[str]()
     for path in paths:
         require(path.exists(), "a sound", "be an existing file or folder", path)
         below = [] if path.is_file() else [file for file in _below(path) if file.is_file()]
-        inside = [file for file in below if file.suffix.lower() in ENDINGS]
-        others += Counter(f.suffix.lower() or f.name for f in below) - Counter(
-            file.suffix.lower() for file in inside
-        )
-        found |= dict.fromkeys([path] if path.is_file() else inside)
-    if others:
-        kinds = ", ".join(f"{count} {ending}" for ending, count in others.most_common(8))
-        print(f"{others.total()} files are no sounds by their endings: {kinds}", file=sys.stderr)
+        found |= dict.fromkeys([path] if path.is_file() else sounds_among(below))
     rule = f"be files such as {', '.join(f'.{ending}' for ending in SOUNDS[:4])}"
     require(bool(found), "the sounds", rule, "none")
     return list(found)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -43,6 +45,22 @@ _BEGINS = (
 )
 # A second more than a sound may last: a longer one is refused, not cut.
 _SECONDS = 24 * 3600 + 1
+
+
+def sounds_among(files: Iterable[Path], *, known: Iterable[str] = ()) -> list[Path]:
+    """The sounds among files, by their endings; how many others there are is said on stderr.
+
+    Args:
+        known: endings of files that are expected beside sounds.
+    """
+    files, endings = list(files), {f".{ending}" for ending in SOUNDS}
+    found = [file for file in files if file.suffix.lower() in endings]
+    expected = endings.union(known)
+    others = Counter(f.suffix.lower() or f.name for f in files if f.suffix.lower() not in expected)
+    if others:
+        kinds = ", ".join(f"{count} {ending}" for ending, count in others.most_common(8))
+        print(f"{others.total()} files are no sounds by their endings: {kinds}", file=sys.stderr)
+    return found
 
 
 def ffmpeg_format(head: bytes) -> str | None:

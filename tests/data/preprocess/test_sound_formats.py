@@ -78,7 +78,9 @@ def test_files_of_every_format_are_found(tmp_path, capsys):
         (tmp_path / name).write_bytes(b"x")
     assert [file.name[0] for file in find_sounds([tmp_path])] == ["a", "b", "c", "d", "e"]
     assert "3 files are no sounds by their endings: 2 .pdf, 1 .txt" in capsys.readouterr().err
+    (tmp_path / "train.csv").touch()
     assert Clips(tmp_path).row("a", 0, 10, ())["audio"] == "a.m4a"
+    assert "2 files are no sounds by their endings: 2 .pdf\n" in capsys.readouterr().err
 
 
 def piped(flac: bytes) -> bytes:
