@@ -116,8 +116,6 @@ def write_shards(
             return writer.encoder.encode(entry)
         except Unusable as why:
             return str(why)
-        except MemoryError:
-            return "unreadable: it does not fit into memory; cut it into clips"
         finally:
             advance(1)
 

@@ -53,6 +53,10 @@ _ADDRESSED = {"PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE
 # Frames; of a FLAC that does not say, libsndfile says 2**63 - 1.
 _LONGEST = 2**35
 
+# Missing samples that are no damage: fewer than a window has, or than a few frames of MP3.
+_SLACK_S = 0.025
+_MP3_SLACK = 4 * 1152
+
 # libsndfile's code for an error of the system.
 _SYSTEM = 2
 
@@ -88,11 +92,20 @@ class SoundFile(soundfile.SoundFile):
             if peak < SILENT:
                 loudest = max(loudest, float(np.abs(block).max(initial=0)))
             yield wave
+        self._check_end(frames, LONGEST_S * self.samplerate - left)
         check_peaks(peak, loudest)
         if self.subtype == "PCM_32" and 0 < peak <= QUIETEST:
             raise BadSound(
                 "unreadable: its 32-bit samples must use more than 16 of their bits; "
                 "store them as 16-bit ones"
+            )
+
+    def _check_end(self, wanted: int, read: int) -> None:
+        """Raise `BadSound` where all was wanted, and fewer frames came than the header says."""
+        slack = _MP3_SLACK if self.format == "MP3" else _SLACK_S * self.samplerate
+        if wanted == self.frames <= _LONGEST and not self.longer and wanted - read > slack:
+            raise BadSound(
+                f"unreadable: damaged, its header says {wanted} samples, got {read}; fetch it again"
             )
 
     def skip(self, frames: int, *, seek: bool) -> None:

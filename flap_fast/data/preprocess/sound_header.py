@@ -10,7 +10,9 @@ header is mended in what libsndfile is given, or the file is refused by name:
     MP3's frames             counted: without a count or with too small a one, read to the end
     Ogg                      a page that ends early, or a second stream after the first: refused
 
-Only headers are read, of MP3 those of all frames, of Ogg those of all pages.
+Damage in the middle, of which libsndfile says nothing for Ogg, shows as samples that are missing at
+the end (`SoundFile.mono_blocks`). Only headers are read, of MP3 those of all frames, of Ogg those
+of all pages.
 """
 
 from __future__ import annotations

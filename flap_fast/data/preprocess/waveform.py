@@ -93,7 +93,9 @@ def read_blocks(
                 raise BadSound(f"{name} must be in [0, {LONGEST_S}] s, got {seconds:g}")
         if start_s:
             file.skip(round(start_s * rate), seek=seeks(source))
-        frames = file.frames if duration_s is None else round(duration_s * rate)
+        frames = file.frames  # asked for all of them, it tells whether some are missing
+        if start_s or duration_s is not None:
+            frames = round((duration_s or LONGEST_S + 1) * rate)
         for block in resampled(file.mono_blocks(frames), rate, sample_rate_hz):
             found = found or len(block) > 0
             if len(block):

@@ -16,7 +16,7 @@ from flap_fast.config.file import load_config
 from flap_fast.data.preprocess import sound_file
 from flap_fast.data.preprocess.waveform import BadSound, read_crop, read_sound
 from flap_fast.files import ManifestError, parsed_json
-from flap_fast.preparation.manifest import Entry, read_manifest
+from flap_fast.preparation.manifest import read_manifest
 from flap_fast.preparation.prepare import prepare
 from tests.sounds import encode, noise, write_manifest
 
@@ -75,24 +75,6 @@ def test_a_piece_that_cannot_be_is_rejected_and_the_others_are_prepared(tmp_path
     assert json.loads(rejected.splitlines()[0])["reason"].startswith(
         f"{name} must be in [0, 86400]"
     )
-
-
-def test_a_clip_that_does_not_fit_into_memory_does_not_stop_the_others(tmp_path, monkeypatch):
-    (tmp_path / "a.wav").write_bytes(encode(noise(0, 0.5, RATE), RATE, "WAV"))
-    rows = [{"audio": "a.wav", "caption": "x", "id": name} for name in ("large", "small")]
-    manifest = write_manifest(
-        tmp_path / "m.jsonl", [{**row, "start_s": n / 9} for n, row in enumerate(rows)]
-    )
-
-    def blocks(entry: Entry, *_):
-        if entry.id == "large":
-            raise MemoryError
-        yield noise(0, 0.5, RATE)
-
-    monkeypatch.setattr("flap_fast.preparation.encoding.checked_blocks", blocks)
-    done = prepare(manifest, tmp_path / "out", show=False)
-    assert (done.kept, done.rejected) == (1, 1)
-    assert "does not fit into memory; cut it" in (tmp_path / "out" / "rejected.jsonl").read_text()
 
 
 DEEP = "[" * 100_000

@@ -172,6 +172,24 @@ def test_frames_of_each_rate_are_counted(rate, compression):
     assert count_frames(file) == counted[1] + 1
 
 
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+@pytest.mark.parametrize("damage", ["zeros", "a flipped byte", "a gap"])
+def test_an_ogg_with_a_lost_page_is_named(subtype, damage):
+    """libsndfile goes on after it without a word."""
+    data = bytearray(encode(noise(0, 8.0, RATE), RATE, "OGG", subtype))
+    assert len(read_sound(bytes(data), RATE)) == 8 * RATE
+    middle = len(data) // 2
+    if damage == "zeros":
+        data[middle : middle + 500] = bytes(500)
+    elif damage == "a gap":
+        del data[middle : middle + 3000]
+    else:
+        data[middle] ^= 255
+    for read in (read_sound, lambda data, rate: read_crop(data, rate, 1000, 0.1)):
+        with pytest.raises(BadSound, match="unreadable: damaged, its header says 128000 samples"):
+            read(bytes(data), RATE)
+
+
 def test_spoilt_headers_are_read_or_named_and_raise_nothing_else():
     """Bytes changed, cut off and put in; none takes long, whatever sizes it claims."""
     random = np.random.default_rng(0)
