@@ -19,9 +19,12 @@ from flap_fast import __version__
 from flap_fast.checks import ConfigError, require
 from flap_fast.commands import enrich, exchange, prepare, report, score, use
 from flap_fast.commands.length import LengthOption
+from flap_fast.commands.usage import Commands
+from flap_fast.files import say, visible
 
 app = typer.Typer(
     name="flap",
+    cls=Commands,
     help="Contrastive language-audio pre-training.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -95,7 +98,7 @@ def train(
     if first:
         if scores is not None:
             score.print_scores(scores)
-        print(f"{settings.run_folder}: the run is complete (flap eval {settings.run_folder} DATA)")
+        say(f"{settings.run_folder}: the run is complete (flap eval {settings.run_folder} DATA)")
 
 
 app.command("eval")(score.evaluate)
@@ -119,7 +122,7 @@ def rank(
     from flap_fast.tools.embedder import load
 
     for caption, cosine in load(checkpoint, length=length).rank(sound, captions):
-        print(f"{cosine:6.3f}  {caption}")
+        say(f"{cosine:6.3f}  {visible(caption)}")
 
 
 @app.command()
@@ -136,7 +139,7 @@ def show(
     from flap_fast.config.file import load_config
     from flap_fast.report.masking import masking_figure
 
-    print(masking_figure(load_config(config, overrides or []), out, sound=sound, clip=clip))
+    say(masking_figure(load_config(config, overrides or []), out, sound=sound, clip=clip))
 
 
 @app.command()
@@ -179,7 +182,7 @@ def profile(
         profile_figure(folder)
     except ConfigError as error:
         print_error(f"no profile.png: {error}")
-    print(f"written to {folder}: {', '.join(sorted(f.name for f in folder.iterdir()))}")
+    say(f"written to {folder}: {', '.join(sorted(f.name for f in folder.iterdir()))}")
 
 
 @app.command()
@@ -240,7 +243,7 @@ def plan(
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(as_json(planned), indent=1) + "\n")
-        print(f"written to {out}")
+        say(f"written to {out}")
     if not planned.fits:
         print_error(planned.remedy())
         raise typer.Exit(1)
@@ -262,7 +265,7 @@ def config_show(
 def print_error(message: str) -> None:
     """Print a line to stderr, with the rank if there are several."""
     world, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")
-    print(message if world == "1" else f"[rank {rank}] {message}", file=sys.stderr, flush=True)
+    say(message if world == "1" else f"[rank {rank}] {message}", error=True)
 
 
 def main() -> None:

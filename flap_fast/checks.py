@@ -1,5 +1,10 @@
 """Checks of settings; errors give the name, the rule, the value and the remedy."""
 
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
 
 class ConfigError(ValueError):
     """An invalid setting."""
@@ -10,3 +15,21 @@ def require(holds: bool, name: str, rule: str, value: object, remedy: str | None
     if not holds:
         got = value if isinstance(value, (int, float, type(None))) else f"'{value}'"
         raise ConfigError(f"{name} must {rule}, got {got}" + (f"; {remedy}" if remedy else ""))
+
+
+def read_text(name: str, file: str | Path) -> str:
+    """The text of a file that a setting or an option names, without byte order marks.
+
+    Raises:
+        ConfigError: no such file, or text that is not UTF-8.
+    """
+    require(os.path.isfile(file), name, "name an existing file", file)  # a name may be too long
+    rule, remedy = "be a UTF-8 text file", f"iconv -f CHARSET -t UTF-8 {file} converts another"
+    try:
+        text = Path(file).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name} must {rule}, got '{file}': {error}; {remedy}") from None
+    # UTF-16 without a mark; files that were joined have a mark in each part.
+    if "\0" in text:
+        raise ConfigError(f"{name} must {rule}, got '{file}' with NUL characters; {remedy}")
+    return text.replace("\n\ufeff", "\n")

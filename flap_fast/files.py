@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import csv
 import errno
 import glob
+import io
 import json
 import os
+import re
 import secrets
+import sys
+import tokenize
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,10 +35,29 @@ def read_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises:
         ManifestError: text that is not UTF-8, a line that is not a row.
     """
+    rule, other = "must be UTF-8 text, JSON lines or CSV", f"iconv -f CHARSET -t UTF-8 {file}"
+    with file.open("rb") as data:
+        start = data.read(4)
+    for signature, what in _BINARY.items():
+        if start.startswith(signature):
+            raise ManifestError(f"{file} {rule}, got {what.format(file, file.stem)}")
+    if b"\0" in start:
+        raise ManifestError(f"{file} {rule}, got NUL characters; convert it: {other}")
     try:
         yield from _rows(file)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ManifestError(f"{file} must be UTF-8 text, JSON lines or CSV: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ManifestError(f"{file} {rule}: {error}; convert it: {other}") from None
+    except csv.Error as error:
+        raise ManifestError(f"{file} {rule}: {error}") from None
+
+
+# How files of other formats begin, and what to do about them.
+_BINARY = {
+    b"PAR1": 'a parquet file; convert it: python -c "import pandas; '
+    "pandas.read_parquet('{0}').to_json('{1}.jsonl', orient='records', lines=True)\"",
+    b"PK\x03\x04": "a spreadsheet or a zip archive; save the table as CSV",
+    b"\x1f\x8b": "a compressed file; gunzip {0}",
+}
 
 
 def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -41,6 +65,10 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         kind = file.suffix.lower()
         if kind in _CELLS:
             reader = csv.DictReader(lines, **_CELLS[kind])
+            columns = [column for column in reader.fieldnames or () if column]
+            twice = {column for column in columns if columns.count(column) > 1}
+            if twice:
+                raise ManifestError(f"{file}:1 must name each column once, got {sorted(twice)}")
             for row in reader:
                 if None in row:
                     remedy = "; put quotes around a text with commas" if kind == ".csv" else ""
@@ -56,7 +84,8 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             try:
                 row = parsed_json(line)
             except json.JSONDecodeError as error:
-                raise ManifestError(f"{file}:{number} is not JSON: {error}") from None
+                remedy = "write one object a line, or call a table .csv or .tsv"
+                raise ManifestError(f"{file}:{number} is not JSON: {error}; {remedy}") from None
             if not isinstance(row, dict):
                 raise ManifestError(f"{file}:{number} must be an object, got {line.strip()[:60]}")
             yield number, row
@@ -78,9 +107,62 @@ def parsed_json(text: str | bytes) -> Any:
         raise json.JSONDecodeError("it is nested too deeply", "", 0) from None
 
 
+def listed_texts(cell: str) -> list[str] | None:
+    """The texts of a cell that holds a list as JSON or Python write it; None if it holds none.
+
+    Raises:
+        ValueError: a list of another writing, as NumPy's without commas.
+    """
+    cell = cell.strip()
+    if not re.fullmatch(r"\[\s*(['\"].*)?\]", cell, re.DOTALL):
+        return None
+    try:
+        found = ast.literal_eval(cell)
+        strings = [
+            t
+            for t in tokenize.generate_tokens(io.StringIO(cell).readline)
+            if t.type == tokenize.STRING
+        ]
+    except (ValueError, SyntaxError, MemoryError, RecursionError, tokenize.TokenError) as error:
+        raise ValueError(f"a list that cannot be read: {error}") from None
+    # Python joins texts without a comma between them.
+    if len(strings) != len(found) or not all(isinstance(text, str) for text in found):
+        raise ValueError("a list whose texts are not separated by commas")
+    return found
+
+
 def whole_characters(text: str) -> str:
     """The text with U+FFFD for lone surrogates, which JSON's escapes allow and UTF-8 does not."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+# Controls of terminals (C0, DEL, C1), marks that turn the direction of writing, what is no text.
+_UNSEEN = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
+# Bytes of names that are not UTF-8, as Python has them; a terminal may be able to show them.
+_OTHER_BYTES = {chr(code) for code in range(0xDCA0, 0xDD00)}
+
+
+def visible(text: object, *, keep: str = "", document: bool = False) -> str:
+    """A name or a caption for a line that people read: no control character acts on it.
+
+    Args:
+        keep: characters to leave as they are, such as line ends.
+        document: also escape bytes that are not UTF-8, which a terminal may show.
+    """
+
+    def escaped(found: re.Match[str]) -> str:
+        sign = found[0]
+        kept = sign in keep or (sign in _OTHER_BYTES and not document)
+        return sign if kept else sign.encode("unicode_escape").decode()
+
+    return _UNSEEN.sub(escaped, str(text))
+
+
+def say(text: object, *, error: bool = False) -> None:
+    """Print lines to stdout or stderr, control characters escaped."""
+    print(visible(text, keep="\n\t"), file=sys.stderr if error else sys.stdout, flush=error)
 
 
 def as_utf8(json_text: str) -> bytes:

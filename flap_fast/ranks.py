@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,6 +13,11 @@ import torch.distributed as dist
 
 # When a rank dies, the others fail after this long, instead of waiting forever.
 _TIMEOUT = timedelta(minutes=15)
+
+# Gloo's threads free their last collective under the GIL, and outlive the process group where DDP
+# or DeepSpeed has used it. One that is still waiting for the GIL when Python ends aborts the
+# process after a complete run (PyTorch 2.14): it gets this long first.
+_LAST_COLLECTIVE_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -93,4 +99,7 @@ def join_ranks() -> Ranks:
 def leave_ranks() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
+        on_cpu = dist.get_backend() == "gloo"
         dist.destroy_process_group()
+        if on_cpu:
+            time.sleep(_LAST_COLLECTIVE_S)

@@ -201,6 +201,12 @@ def test_classes_are_read_from_text_and_from_laions_json(tmp_path: Path):
     laion.write_text('{"sea waves": 1, "dog": 0}')
     assert read_classes(text) == read_classes(laion) == ("dog", "sea waves")
     assert read_classes(None) == ()
+    text.write_bytes(b"\xef\xbb\xbfdog\r\nsea_waves\r\n")
+    assert read_classes(text) == ("dog", "sea waves")
+    for tree in ('"dog"', "[1, 2]", '[["dog"]]', "null"):
+        laion.write_text(tree)
+        with pytest.raises(ConfigError, match=r"classes.json must hold class names"):
+            read_classes(laion)
     for content, message in (
         (
             b"dog\ncat\nsea_waves\ndog\nsea waves\n",
@@ -294,6 +300,29 @@ def test_a_name_that_is_no_utf8_is_printed_as_it_is(checkpoint: Path, sounds: Pa
     assert odd in printed.buffer.getvalue()  # type: ignore[attr-defined]
 
 
+def test_a_name_with_control_characters_is_printed_harmlessly_on_one_line(
+    checkpoint: Path, sounds: Path, monkeypatch, capsys
+):
+    odd = sounds / "a\x1b[2J\u202e\n.wav"
+    (sounds / "0.wav").rename(odd)
+    (sounds / "bad.ogg").rename(sounds / "b\x1b.ogg")
+    shown = str(sounds) + r"/a\x1b[2J\u202e\n.wav"
+    classes = "dog\x9b2J,rain"
+    for asked in (
+        ("search", "rain\x1b", "dog", "--audio", sounds, "--model", checkpoint),
+        ("classify", sounds, "--labels", classes, "--top", "2", "--model", checkpoint),
+        ("rank", checkpoint, odd, "a\x1b[2J\n", "b"),
+    ):
+        flap(*asked, monkeypatch=monkeypatch)
+        said = capsys.readouterr()
+        assert not {"\x1b", "\x9b", "\u202e"} & set(said.out + said.err)
+        if asked[0] == "rank":
+            assert len(said.out.splitlines()) == 2
+        else:
+            assert any(shown in line for line in said.out.splitlines())
+            assert r"b\x1b.ogg: unreadable" in said.err
+
+
 def test_classify_prints_a_line_a_sound_and_fails_on_bad_ones(
     checkpoint: Path, sounds: Path, tmp_path: Path, monkeypatch, capsys
 ):
@@ -309,7 +338,7 @@ def test_classify_prints_a_line_a_sound_and_fails_on_bad_ones(
         best = ours.classify(file, ["dog", "rain"], "A {label}.")[0]
         assert (label, float(share)) == (best[0], pytest.approx(best[1], abs=6e-4))
     labels = tmp_path / "labels.txt"
-    labels.write_text("a dog, barking\nrain\n")
+    labels.write_text("\ufeffa dog, barking\nrain\n")
     asked = ("--labels", labels, "--top", "2")
     assert flap("classify", sounds / "0.wav", *asked, *model, monkeypatch=monkeypatch) == 0
     found = {line.split("\t")[1] for line in capsys.readouterr().out.splitlines()}

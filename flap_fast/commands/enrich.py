@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from flap_fast.checks import require
+from flap_fast.files import say
 
 _SOURCE = "A folder of shards, or a manifest."
 _OUT = "Output folder of captions.jsonl; for training, the folder of the shards."
@@ -67,9 +67,9 @@ def enrich(
     with progress("enrich", clips.captions) as advance:
         counts = run(clips, out, recipe, advance)
     kept = ", ".join(f"{n} {reason}" for reason, n in counts.items() if n and reason != "enriched")
-    print(
+    say(
         f"{out / 'captions.jsonl'}: {counts['enriched']} of {clips.captions} captions enriched"
         + (f"; the original kept: {kept}" if kept else "")
     )
     if clips.left:
-        print(f"{clips.left} captions of other splits are unchanged", file=sys.stderr)
+        say(f"{clips.left} captions of other splits are unchanged", error=True)

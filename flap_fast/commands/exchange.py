@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from flap_fast.files import say
+
 
 def import_(
     checkpoint: Annotated[
@@ -39,7 +41,7 @@ def import_(
     use = import_checkpoint(
         checkpoint, out, overrides or [], strip=strip or [], partial=partial, decoder=decoder
     )
-    print(f"{out}: {use}")
+    say(f"{out}: {use}")
 
 
 def export(
@@ -52,4 +54,4 @@ def export(
     """Convert a model for other projects: a `ClapModel` if possible, a CLIP in OpenAI's names."""
     from flap_fast.interchange.convert import export_checkpoint
 
-    print(f"{out}: {export_checkpoint(checkpoint, out)}")
+    say(f"{out}: {export_checkpoint(checkpoint, out)}")

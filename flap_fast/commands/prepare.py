@@ -11,6 +11,7 @@ import typer
 
 from flap_fast.checks import require
 from flap_fast.commands.shard_range import DistributorOption, ShardRangeOption, work_division
+from flap_fast.files import say
 from flap_fast.preparation.sources import SOURCES
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def prepare(
         retry=retry,
         distributor=distribution,
     )
-    print(_summary(out, done, wanted))
+    say(_summary(out, done, wanted))
 
 
 def _front_end(config: Path | None, sample_rate_hz: int | None) -> Audio:
@@ -97,7 +98,7 @@ def _write_sentences(splits: dict[str, list[Any]], out: Path) -> None:
     for split, rows in splits.items():
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_atomically(out / f"{split}.jsonl", lines.encode())
-    print(f"{out}: " + ", ".join(f"{len(rows)} in {split}.jsonl" for split, rows in splits.items()))
+    say(f"{out}: " + ", ".join(f"{len(rows)} in {split}.jsonl" for split, rows in splits.items()))
 
 
 def _summary(out: Path, done: Prepared, shard_range: ShardRange | None) -> str:

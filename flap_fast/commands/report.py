@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from flap_fast.files import say
+
 
 def report(
     run: Annotated[Path, typer.Argument(help="A run's folder, such as runs/demo.")],
@@ -21,4 +23,4 @@ def report(
     from flap_fast.report.page import report as write
 
     file = write(run, out, others=others or [])
-    print(f"{file}: {file.stat().st_size / 1e6:.2f} MB, one file that fetches nothing")
+    say(f"{file}: {file.stat().st_size / 1e6:.2f} MB, one file that fetches nothing")

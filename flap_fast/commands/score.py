@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flap_fast.checks import ConfigError, require
+from flap_fast.checks import ConfigError, read_text, require
 from flap_fast.commands.length import LengthOption
 from flap_fast.evaluate import TASKS
+from flap_fast.files import say
 
 if TYPE_CHECKING:
     from flap_fast.evaluate.evaluated_model import EvaluatedModel
@@ -79,7 +80,7 @@ def evaluate(
             write_scores(ours, merged(read_scores(ours), scores))
         print_scores(scores)
         if out or ours:
-            print(f"written to {out or ours}")
+            say(f"written to {out or ours}")
         _write_tables(scores, markdown, latex)
     finally:
         leave_ranks()
@@ -124,24 +125,18 @@ def read_classes(file: Path | None) -> tuple[str, ...]:
     """Class names from a text file, one a line, or from LAION's {"dog": 0, ...}."""
     if file is None:
         return ()
-    require(file.is_file(), "--classes", "name an existing file", file)
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--classes must be a UTF-8 text file, got '{file}': {error}") from None
+    text = read_text("--classes", file)
     if file.suffix == ".json":
         try:
             found = json.loads(text)
-            names = (
-                sorted(found, key=lambda name: found[name])
-                if isinstance(found, dict)
-                else list(found)
-            )
+            names = sorted(found, key=found.__getitem__) if isinstance(found, dict) else found
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise TypeError("neither a list of texts nor an object with them as names")
         except (ValueError, TypeError) as error:
             raise ConfigError(f"{file} must hold class names: {error}") from None
     else:
         names = text.splitlines()
-    classes = tuple(" ".join(str(name).replace("_", " ").split()) for name in names)
+    classes = tuple(" ".join(name.replace("_", " ").split()) for name in names)
     classes = tuple(name for name in classes if name)
     require(bool(classes), str(file), "name classes", "none")
     twice = sorted({name for name in classes if classes.count(name) > 1})
@@ -182,4 +177,4 @@ def _write_tables(scores: dict[str, Any], markdown: Path | None, latex: Path | N
     for file, write in ((markdown, tables.markdown), (latex, tables.latex)):
         if file is not None:
             write_atomically(file, write(scores).encode())
-            print(f"written to {file}")
+            say(f"written to {file}")

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flap_fast.checks import require
+from flap_fast.checks import read_text, require
 from flap_fast.commands.length import LengthOption
 from flap_fast.commands.shard_range import DistributorOption, ShardRangeOption, work_division
+from flap_fast.files import say, visible
 
 if TYPE_CHECKING:
     from flap_fast.tools.embedder import Embedder
@@ -66,15 +67,15 @@ def embed(
         progress=partial(progress, "embed"),
     )
     if done.unfinished:
-        print(
+        say(
             f"{out}: shard range {chosen} is done, {done.unfinished} chunks of the others are not: "
             "the last to finish writes embeddings.npy"
         )
         return
-    print(f"{out}: {done.rows} sounds in embeddings.npy, their names in sounds.jsonl")
+    say(f"{out}: {done.rows} sounds in embeddings.npy, their names in sounds.jsonl")
     if done.rejected:
         count = f"{done.rejected} of {done.rows + done.rejected} sounds"
-        print(f"{count} cannot be read, see {out / 'rejected.jsonl'}", file=sys.stderr)
+        say(f"{count} cannot be read, see {out / 'rejected.jsonl'}", error=True)
 
 
 def search(
@@ -115,9 +116,9 @@ def search(
     answers = found.nearest(embedder.embed_text(queries), top)
     for query, nearest in zip(queries, answers, strict=True):
         if len(queries) > 1:
-            print(query)
+            say(visible(query))
         for path, cosine in nearest:
-            print(f"{cosine:6.3f}  {path}")
+            say(f"{cosine:6.3f}  {visible(path)}")
 
 
 def classify(
@@ -140,8 +141,8 @@ def classify(
     from flap_fast.tools.sounds import default_crop
 
     require(top >= 1, "--top", "be at least 1", top)
-    from_file = "," not in labels and Path(labels).is_file()
-    text = Path(labels).read_text() if from_file else labels.replace(",", "\n")
+    from_file = "," not in labels and os.path.isfile(labels)
+    text = read_text("--labels", labels) if from_file else labels.replace(",", "\n")
     names = list(dict.fromkeys(name.strip() for name in text.splitlines() if name.strip()))
     require(len(names) > 1, "--labels", "name at least two classes", labels)
     files = find_sounds(sounds)
@@ -152,13 +153,13 @@ def classify(
     for file, row in zip(files, rows, strict=True):
         if isinstance(row, BadSound):
             bad += 1
-            print(row, file=sys.stderr)
+            say(row, error=True)
             continue
         best = embedder.probabilities(row[None], vectors)[0].topk(min(top, len(names)))
         for probability, n in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            print(f"{file}\t{names[n]}\t{probability:.3f}")
+            say(f"{visible(file)}\t{visible(names[n])}\t{probability:.3f}")
     if bad:
-        print(f"{bad} of {len(files)} sounds cannot be read", file=sys.stderr)
+        say(f"{bad} of {len(files)} sounds cannot be read", error=True)
         raise typer.Exit(1)
 
 
@@ -170,7 +171,7 @@ def _named(model: Path | None) -> Path:
     remedy = "name one with --model, or train one with: flap train CONFIG"
     require(bool(states), "runs/", "hold a trained model", "none", remedy)
     newest = max(states, key=lambda state: state.stat().st_mtime).parents[2]
-    print(f"model: {newest}, the newest in runs/", file=sys.stderr)
+    say(f"model: {newest}, the newest in runs/", error=True)
     return newest
 
 
@@ -190,13 +191,13 @@ def _updated(file: Path, sounds: list[Path], embedder: Embedder, crop: str, batc
     require(writable, "the index", rule, file, "name another file with --index")
     update = plan_update(file, embedder, sounds, crop)
     if update.rebuild_reason:
-        print(f"{file}: {update.rebuild_reason}; all sounds are embedded again", file=sys.stderr)
+        say(f"{file}: {update.rebuild_reason}; all sounds are embedded again", error=True)
     with progress("embed", len(update.new)) as advance:
         index = update_index(file, embedder, update, crop=crop, batch=batch, advance=advance)
     for rejected in index.rejected:
-        print(rejected.error, file=sys.stderr)
+        say(rejected.error, error=True)
     if index.rejected:
-        print(f"{len(index.rejected)} of {len(sounds)} sounds cannot be read", file=sys.stderr)
+        say(f"{len(index.rejected)} of {len(sounds)} sounds cannot be read", error=True)
     return index
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from flap_fast.encoders.audio_settings import Audio
 from flap_fast.section import Count, CountOrZero, Positive, Ratio, Section
@@ -15,7 +17,7 @@ class Fusion(Section):
     """How clips longer than audio.duration_s are used: cropped, or whole and with three pieces.
     The pieces join the patches' embeddings (`_2d`) or the log-mel (`_1d`) by attention, by iterated
     attention or by a sum, or are channels of the patch embedding. LAION's is `aff_2d`."""
-    max_duration_s: Positive = 30.0
+    max_duration_s: Annotated[Positive, Field(le=86400)] = 30.0
     """Seconds of a clip that are decoded; longer clips are cropped to this."""
     force_one: bool = True
     """Treat one clip as longer in a batch without any, so that each batch trains the fusion

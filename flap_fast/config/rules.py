@@ -167,13 +167,10 @@ def check_before_loading(config: Config, world: int) -> None:
         require(file.exists(), "data.nli", "be existing files or folders of them", file)
     for name in ("train", "val"):
         for folder in getattr(config.data, name):
-            require(
-                folder.is_dir(),
-                f"data.{name}",
-                "be existing folders of shards",
-                folder,
-                "write them with: flap prepare MANIFEST OUT (the demo's: make data)",
-            )
+            made = "write them with: flap prepare MANIFEST OUT (the demo's: make data)"
+            several = f"write several as [{folder}]" if "," in str(folder) else made
+            rule = "be existing folders of shards"
+            require(folder.is_dir(), f"data.{name}", rule, folder, several)
     first = config.data.train[0]
     require(
         config.data.captions == "original"

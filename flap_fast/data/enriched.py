@@ -18,7 +18,7 @@ import numpy as np
 from flap_fast.checks import ConfigError
 from flap_fast.config import Data
 from flap_fast.data.shards import ShardError, Shards
-from flap_fast.files import parsed_json, whole_characters
+from flap_fast.files import read_rows, whole_characters
 
 FILE = "captions.jsonl"
 
@@ -103,15 +103,13 @@ class CaptionChoice:
 
 def _read(file: Path) -> dict[int, str]:
     found: dict[int, str] = {}
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = parsed_json(line)
-                key = caption_key(str(row["id"]), row["original"])
-                found[key] = whole_characters(str(row["caption"]))
-            except (ValueError, KeyError, TypeError) as error:
-                raise ConfigError(
-                    f"{file}:{number} must hold id, original and caption: {error!r}; "
-                    "write it again with flap enrich"
-                ) from None
+    for number, row in read_rows(file):
+        try:
+            key = caption_key(str(row["id"]), row["original"])
+            found[key] = whole_characters(str(row["caption"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{file}:{number} must hold id, original and caption: {error!r}; "
+                "write it again with flap enrich"
+            ) from None
     return found

@@ -100,5 +100,8 @@ def _triple(file: Path, line: int, row: dict[str, Any]) -> Triple:
 def _text(file: Path, line: int, row: dict[str, Any], name: str) -> str:
     value = row.get(name, row.get(_COLUMNS[name]))
     if not isinstance(value, str) or not value.strip():
-        raise ManifestError(f"{file}:{line}: {name} must be a text with words, got {value!r}")
+        found = f"; its columns are {', '.join(map(repr, row))}" if value is None else ""
+        raise ManifestError(
+            f"{file}:{line}: {name} must be a text with words, got {value!r}{found}"
+        )
     return whole_characters(value.strip())

@@ -34,7 +34,7 @@ class Audio(Section):
     length: Literal["fixed", "variable"] = "fixed"
     """`fixed`: each clip is brought to audio.duration_s, as the papers train. `variable`: each clip
     keeps its own length, up to audio.max_duration_s; clips are packed, not padded."""
-    duration_s: Positive = 10.0
+    duration_s: Annotated[Positive, Field(le=86400)] = 10.0
     """audio.length = fixed: seconds of a clip; longer ones are cropped, shorter ones filled."""
     max_duration_s: Annotated[Positive, Field(le=3600), AFTER_FRONT_END] = 30.0
     """audio.length = variable: longer clips are cropped to this; evaluation takes them whole, in

@@ -6,9 +6,9 @@ uses for every image data set.
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
-from flap_fast.checks import ConfigError, require
+from flap_fast.checks import read_text, require
 
 LABEL = "{label}"
 SOUND = "This is a sound of {label}."
@@ -145,11 +145,8 @@ def prompts(templates: str) -> tuple[str, ...]:
         return (templates,)
     remedy = f"for example '{SOUND}'; sets: {', '.join(SETS)}"
     rule = "contain {label}, or name a set or a text file with one a line"
-    require(Path(templates).is_file(), "eval.templates", rule, templates, remedy)
-    try:
-        text = Path(templates).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"eval.templates must name a UTF-8 text file: {error}") from None
+    require(os.path.isfile(templates), "eval.templates", rule, templates, remedy)
+    text = read_text("eval.templates", templates)
     lines = tuple(line for line in text.splitlines() if line.strip())
     require(bool(lines), "eval.templates", "name a file that is not empty", templates)
     for line in lines:

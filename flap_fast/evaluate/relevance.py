@@ -7,7 +7,6 @@ be captions. All other clips of the data are wrong, also one that has the query 
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from flap_fast.evaluate.evaluated_model import EvaluatedModel
 from flap_fast.evaluate.evaluation import Evaluation
 from flap_fast.evaluate.retrieval import chance_of_any, scores_of_pairs
 from flap_fast.evaluate.sheet import Sheet, percent
-from flap_fast.files import ManifestError, read_rows
+from flap_fast.files import ManifestError, listed_texts, read_rows
 
 
 def read_relevance(
@@ -62,8 +61,8 @@ def read_relevance(
 def _listed(cell: object) -> list[str]:
     """The names in a cell; none if it holds no list of texts."""
     try:
-        names = ast.literal_eval(cell) if isinstance(cell, str) else cell
-    except (ValueError, SyntaxError):
+        names = listed_texts(cell) if isinstance(cell, str) else cell
+    except ValueError:
         return []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return []

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from flap_fast.evaluate import papers
 from flap_fast.evaluate.sheet import Row, Sheet, percent
+from flap_fast.files import visible
 
 _COLUMNS = ("R@1", "R@5", "R@10", "mAP@10", "mAP@16")
 
@@ -27,7 +28,7 @@ def directions_of(scores: dict[str, Any]) -> tuple[str, str]:
 
 def terminal(sets: dict[str, Any]) -> Table:
     """One table with a row for each direction, and chance."""
-    caption = Text("\n".join(f"{n}: {_sizes(s)}{_equal(s)}" for n, s in sets.items()))
+    caption = Text("\n".join(f"{visible(n)}: {_sizes(s)}{_equal(s)}" for n, s in sets.items()))
     out = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
     out.add_column("data", overflow="fold")  # a name may fold, a number must stay whole
     for heading in ("query to answer", *_COLUMNS, "chance R@10"):
@@ -36,7 +37,7 @@ def terminal(sets: dict[str, Any]) -> Table:
         for direction in directions_of(found):
             values = (f"{v:.3f}" if v is not None else "-" for v in _values(found[direction]))
             by_chance = f"{found['chance'][direction]['R@10']:.3f}"
-            out.add_row(Text(name), direction.replace("_", " "), *values, by_chance)
+            out.add_row(Text(visible(name)), direction.replace("_", " "), *values, by_chance)
     return out
 
 

@@ -11,6 +11,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from flap_fast.files import visible
+
 Row = tuple[str, ...]
 
 
@@ -63,10 +65,9 @@ def averaged(
 def markdown(sheet: Sheet) -> str:
     """The table under its title, its note below."""
     lines = [sheet.head, ("---", *("---:" for _ in sheet.head[1:])), *sheet.ours, *sheet.papers]
-    body = ["| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines]
-    return "\n".join(
-        [f"### {sheet.title}", "", *body, "", *([sheet.note, ""] if sheet.note else [])]
-    )
+    body = ["| " + " | ".join(_shown(c).replace("|", r"\|") for c in line) + " |" for line in lines]
+    note = [_shown(sheet.note), ""] if sheet.note else []
+    return "\n".join([f"### {_shown(sheet.title)}", "", *body, "", *note])
 
 
 def latex(sheet: Sheet) -> str:
@@ -100,10 +101,10 @@ def terminal(sheet: Sheet) -> Group:
     """Our rows under the title."""
     table = Table(box=box.SIMPLE_HEAD)
     for heading in sheet.head:
-        table.add_column(Text(heading), overflow="fold", min_width=len("100.00"))
+        table.add_column(Text(visible(heading)), overflow="fold", min_width=len("100.00"))
     for row in sheet.ours:
-        table.add_row(*map(Text, row))
-    return Group(Text(sheet.title), table)
+        table.add_row(*(Text(visible(cell)) for cell in row))
+    return Group(Text(visible(sheet.title)), table)
 
 
 # Backslash first: the others bring some.
@@ -112,8 +113,13 @@ _SPECIAL = {
     "~": r"\textasciitilde ",
     "^": r"\textasciicircum ",
 }
+_SPECIAL |= {"<": r"\textless ", ">": r"\textgreater "}
 _SPECIAL |= {sign: "\\" + sign for sign in "&%$#_{}"}
 
 
 def _escaped(text: str) -> str:
-    return "".join(_SPECIAL.get(sign, sign) for sign in text)
+    return "".join(_SPECIAL.get(sign, sign) for sign in _shown(text))
+
+
+def _shown(text: str) -> str:
+    return visible(text, document=True)

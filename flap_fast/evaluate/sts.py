@@ -2,6 +2,9 @@
 
     score = Spearman(cosine of a pair, its judgement), over all pairs of a year's subsets together
 
+Cosines are rounded to 6 digits, so that pairs of one sentence twice, and equal pairs, are ties and
+not ranked by rounding errors, as SentEval and sentence-transformers do.
+
 Nothing is trained: SimCSE's "all" protocol. Files as SentEval publishes them, or single files:
 
     FOLDER/STS/STS12-en-test/STS.input.MSRpar.txt, STS.gs.MSRpar.txt, ...
@@ -41,6 +44,10 @@ SINGLE = {
 }
 
 
+# Of cosines: float32 embeddings are exact to about 1e-7.
+_DIGITS = 6
+
+
 @dataclass
 class Pairs:
     """Sentence pairs and their human judgements."""
@@ -75,9 +82,10 @@ def similarity(texts: EmbedTexts, path: Path) -> dict[str, Any]:
     """
     found, scores = read_sets(path), {}
     for name, pairs in found.items():
-        rows = functional.normalize(texts(pairs.first + pairs.second).double(), dim=-1)
-        first, second = rows.chunk(2)
-        cosines = (first * second).sum(1).cpu().numpy()
+        row_of = {text: n for n, text in enumerate(dict.fromkeys(pairs.first + pairs.second))}
+        rows = functional.normalize(texts(list(row_of)).double(), dim=-1).cpu()
+        first, second = (rows[[row_of[t] for t in side]] for side in (pairs.first, pairs.second))
+        cosines = (first * second).sum(1).numpy().round(_DIGITS)
         scores[name] = {
             "spearman": spearman(cosines, np.array(pairs.judged)),
             "pairs": len(pairs.judged),
@@ -175,7 +183,7 @@ def _add(
 def _lines(file: Path) -> list[str]:
     """The lines of a SentEval file: quotes are not special, and only a newline ends a line."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} must be a UTF-8 text file: {error}") from None
     return text.removesuffix("\n").split("\n") if text else []

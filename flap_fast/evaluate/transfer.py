@@ -17,6 +17,7 @@ arXiv 2104.08821.
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,7 +222,9 @@ def _numbered(file: Path) -> list[tuple[int, str]]:
 
 def _lines(file: Path, encoding: str) -> list[str]:
     try:
-        return file.read_text(encoding=encoding).removesuffix("\n").split("\n")
+        data = file.read_bytes()
+        text = data.decode("utf-8-sig" if data.startswith(codecs.BOM_UTF8) else encoding)
+        return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} must be a {encoding} text file: {error}") from None
 

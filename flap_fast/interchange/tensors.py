@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flap_fast.checks import ConfigError, require
+from flap_fast.files import say
 
 Tensors = dict[str, Tensor]
 # What DistributedDataParallel puts before names, of LAION's and CyCLIP's files.
@@ -151,7 +151,7 @@ def fitted_tensors(found: Tensors, wanted: Tensors, source: Path, *, partial: bo
     )
     if lines:
         count = f"took {len(fits)} of {len(wanted)} tensors"
-        print(f"{count}; the missing and mis-shaped are random:\n{listed}", file=sys.stderr)
+        say(f"{count}; the missing and mis-shaped are random:\n{listed}", error=True)
     return {n: found[n].to(v.dtype) if n in fits else v for n, v in wanted.items()}
 
 

@@ -23,7 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flap_fast.files import ManifestError, read_rows, whole_characters
+from flap_fast.files import ManifestError, listed_texts, read_rows, whole_characters
+from flap_fast.preparation.columns import like_texts, listed, remedy
 
 _TEXTS = ("caption", "captions", "labels", "negatives")
 _KNOWN = ("audio", "image", *_TEXTS, "id", "split", "start_s", "duration_s")
@@ -33,6 +34,10 @@ Row = tuple[Path, int, dict[str, Any]]
 # Endings of image files.
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 _FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+# Files that stand where splits' folders do, or in them.
+_FILES = (".jsonl", ".json", ".tar", ".idx", ".part")
+# How tables write a missing value.
+_MISSING = ("nan", "none", "null", "na")
 
 
 @dataclass(slots=True)
@@ -125,7 +130,11 @@ def _entry(file: Path, line: int, row: dict[str, Any], folder: Path) -> Entry:
         raise ManifestError(f"{file}:{line}: a row must have audio or image, got both")
     if not isinstance(audio, str) or not audio:
         what = "image must name an image file" if image else "audio must name a sound file"
-        raise ManifestError(f"{file}:{line}: {what}, got {audio!r}")
+        found = "" if "audio" in row or "image" in row else _columns(file, row)
+        raise ManifestError(f"{file}:{line}: {what}, got {audio!r}{found}")
+    if not any(name in row for name in _TEXTS[:3]) and like_texts(row):
+        rule = "captions must be in caption or captions, and labels in labels"
+        raise ManifestError(f"{file}:{line}: {rule}{_columns(file, row)}")
     path = folder / audio
     image = image or path.suffix.lower().lstrip(".") in IMAGE_ENDINGS
     try:
@@ -148,12 +157,21 @@ def _entry(file: Path, line: int, row: dict[str, Any], folder: Path) -> Entry:
             f"{file}:{line}: split must be letters, digits, '.', '_' or '-' (it names a folder), "
             f"got {split!r}"
         )
+    if split.lower() in _MISSING or split.lower().endswith(_FILES):
+        rule = f"neither be a missing value nor end with {', '.join(_FILES)}, as files of shards do"
+        what = "leave the cell empty for 'train'" if split.lower() in _MISSING else "rename it"
+        raise ManifestError(f"{file}:{line}: split must {rule}, got {split!r}; {what}")
     try:
         captions = [*_texts(row, "captions"), *_texts(row, "caption", several=False)]
         labels = _texts(row, "labels")
         negatives = list(dict.fromkeys(_texts(row, "negatives")))
     except TypeError as error:
         raise ManifestError(f"{file}:{line}: {error}") from None
+    original = {k: v for k, v in row.items() if k not in _KNOWN and _given(row, k)}
+    for name, value in (("id", row.get("id")), *original.items()):
+        if not isinstance(value, str) and not _is_json(value):
+            rule = f"{name} must be a value of JSON, which has no NaN and no Infinity"
+            raise ManifestError(f"{file}:{line}: {rule}, got {value!r}; write null")
     return Entry(
         line=line,
         audio=path,
@@ -164,7 +182,7 @@ def _entry(file: Path, line: int, row: dict[str, Any], folder: Path) -> Entry:
         negatives=negatives,
         start_s=start_s,
         duration_s=duration_s,
-        original={k: v for k, v in row.items() if k not in _KNOWN and _given(row, k)},
+        original=original,
         image=image,
     )
 
@@ -174,13 +192,37 @@ def _given(row: dict[str, Any], name: str) -> bool:
     return row.get(name) not in (None, "")
 
 
+def _columns(file: Path, row: dict[str, Any]) -> str:
+    """The columns found, those accepted, and what reads this layout."""
+    accepted = f"audio (or image), caption (or captions), {', '.join((*_TEXTS[2:], *_KNOWN[6:]))}"
+    found = list(row)
+    return f"; its columns are {listed(found)}, accepted are {accepted}" + remedy(
+        file, found, _KNOWN
+    )
+
+
+def _is_json(value: Any) -> bool:
+    """Whether JSON can hold a value that was read from JSON: NaN and infinity are extensions."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, dict):
+        return all(map(_is_json, value.values()))
+    return not isinstance(value, list) or all(map(_is_json, value))
+
+
 def _texts(row: dict[str, Any], name: str, *, several: bool = True) -> list[str]:
-    """The non-blank texts of a cell: a list, or one string (of several, by `|`)."""
+    """The non-blank texts of a cell: a list, also as JSON or Python write it, or one string (of
+    several, by `|`)."""
     value = row.get(name)
     if value is None:
         return []
     if isinstance(value, str):
-        value = value.split("|") if several else [value]
+        try:
+            texts = listed_texts(value)
+        except ValueError as error:
+            what = f"{name} must be a text or a list of texts, got {value!r}, {error}"
+            raise TypeError(f"{what}; separate several by |") from None
+        value = (value.split("|") if several else [value]) if texts is None else texts
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         raise TypeError(f"{name} must be a text or a list of texts, got {value!r}")
     return [whole_characters(text.strip()) for text in value if text.strip()]

@@ -78,7 +78,13 @@ def prepare(
             shard_range is None, "part", "be left out with shard_range", part, "give one of them"
         )
         shard_range = part
-    entries = read_manifest(Path(manifest)) if isinstance(manifest, (str, Path)) else manifest
+    if isinstance(manifest, (str, os.PathLike)):
+        entries = read_manifest(Path(manifest))
+    elif isinstance(manifest, Sequence) and all(isinstance(clip, Entry) for clip in manifest):
+        entries = manifest
+    else:
+        what = type(manifest[0] if isinstance(manifest, Sequence) else manifest).__name__
+        raise TypeError(f"manifest must be one file, or the clips of a source, got {what}")
     tasks = list(shard_tasks(entries, shard_clips))
     writer = ShardWriter(Path(out).absolute(), _clip_encoder(sample_rate_hz, cache))
     writer.begin(tasks)

@@ -15,6 +15,7 @@ import numpy as np
 from flap_fast.checks import ConfigError
 from flap_fast.evaluate.flops import CLIPS, encoder_flops
 from flap_fast.evaluate.retrieval import directions
+from flap_fast.files import visible
 from flap_fast.report.examples import RetrievalExamples
 from flap_fast.report.run import RunFacts
 
@@ -25,6 +26,7 @@ _THEME |= {color: f"var(--line-{number})" for number, color in enumerate(_LINES)
 _INK, _FAINT = list(_THEME)[:2]
 _STYLE = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # names may have a $
     "font.family": "sans-serif",
     "font.size": 9,
     "axes.edgecolor": _FAINT,
@@ -45,6 +47,10 @@ _STYLE = {
 }
 
 _NOUNS = {"audio": "sound"}
+
+
+def _label(name: str) -> str:
+    return visible(name.replace("_", " "), document=True)
 
 
 def curves(run: RunFacts) -> dict[str, str]:
@@ -87,7 +93,7 @@ def _lines(
             steps, values = run.column(name)
             few = {"marker": "o", "markersize": 3} if len(steps) < 30 else {}
             color = _LINES[number % len(_LINES)]
-            axis.plot(steps, values, color=color, label=name.replace("_", " "), **few)
+            axis.plot(steps, values, color=color, label=_label(name), **few)
         axis.set_xlabel("step")
         axis.set_ylabel(unit)
         axis.set_xlim(0, 1.03 * run.steps[-1]["step"])
@@ -172,6 +178,7 @@ def _svg(name: str, draw: Callable[[Any], None], size: tuple[float, float] = (4.
         from matplotlib.figure import Figure
     except ImportError:
         raise ConfigError("reports must have matplotlib; pip install 'flap_fast[report]'") from None
+    name = visible(name, document=True)
     with rc_context({**_STYLE, "svg.hashsalt": name}):  # type: ignore[arg-type]
         figure = Figure(figsize=size, layout="constrained")
         draw(figure.subplots())
@@ -182,7 +189,7 @@ def _svg(name: str, draw: Callable[[Any], None], size: tuple[float, float] = (4.
     for marker, variable in _THEME.items():
         svg = svg.replace(marker, variable)
     # Several SVGs share one page: an id belongs to its figure.
-    prefix = re.sub(r"\W", "-", name)
+    prefix = re.sub(r"\W", lambda sign: f"-{ord(sign[0]):x}-", name)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", svg)
     # The page gives the width; the view box keeps the shape.
     return re.sub(r'<svg[^>]*(viewBox="[^"]*")[^>]*>', r'<svg \1 role="img">', svg, count=1)

@@ -15,6 +15,7 @@ from flap_fast.data.preprocess.front_end import MelFrontEnd
 from flap_fast.data.preprocess.waveform import crop_and_fill, read_crop
 from flap_fast.data.shards import open_shards
 from flap_fast.encoders.audio_settings import PatchEncoder
+from flap_fast.files import visible
 from flap_fast.model.masking import patch_mask
 
 
@@ -60,7 +61,7 @@ def masking_figure(config: Config, out: Path, *, sound: Path | None = None, clip
             cells.T.numpy(), origin="lower", aspect="auto", extent=extent, cmap="magma", **bounds
         )
         axis.set_facecolor("0.85")
-        axis.set_title(title, fontsize=10)
+        axis.set_title(visible(title, document=True), fontsize=10, parse_math=False)
         axis.set_ylabel("mel bin")
     axes[1].set_xlabel("seconds")
     figure.colorbar(image, ax=axes, label="log energy")  # type: ignore[possibly-undefined]

@@ -16,7 +16,7 @@ from flap_fast.config.file import dump_config
 from flap_fast.evaluate.flops import CLIPS
 from flap_fast.evaluate.sheet import Sheet
 from flap_fast.evaluate.tables import sheets
-from flap_fast.files import write_atomically
+from flap_fast.files import visible, write_atomically
 from flap_fast.report import figures
 from flap_fast.report.examples import retrieval_examples
 from flap_fast.report.run import RunFacts, read_run
@@ -115,6 +115,12 @@ def _why_not(run: RunFacts, other: RunFacts, name: str) -> str:
     return "" if ours == theirs else "its scores are of {}, {} clips, {} captions".format(*theirs)
 
 
+def _shown(value: Any) -> Any:
+    """A value of the page; control characters of names are escaped, figures are as they are."""
+    named = isinstance(value, (str, Path)) and not hasattr(value, "__html__")
+    return visible(value, keep="\n\t", document=True) if named else value
+
+
 def _rendered(**contents: Any) -> str:
     try:
         from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -123,6 +129,7 @@ def _rendered(**contents: Any) -> str:
     environment = Environment(
         loader=PackageLoader("flap_fast.report", "."),
         autoescape=True,
+        finalize=_shown,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -32,6 +32,7 @@ def profile_figure(folder: Path) -> Path:
         f"{found['config']} on {found['device']}: {found['clips_per_s']:.1f} clips/s, "
         f"{utilisation:.0%} of the measured ceiling",
         fontsize=11,
+        parse_math=False,
     )
     axes: Any = figure.subplots(2 if trials else 1, 2, squeeze=False)
     _draw_parts(axes[0, 0], found, parts, colors)

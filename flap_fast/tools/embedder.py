@@ -6,10 +6,11 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from flap_fast.checks import ConfigError, require
 from flap_fast.config import Config
 from flap_fast.data.batch import lay_end_to_end
 from flap_fast.data.preprocess.fusion import PIECES
-from flap_fast.data.preprocess.image import ImageSource, any_square
+from flap_fast.data.preprocess.image import BadImage, ImageSource, any_square
 from flap_fast.data.preprocess.preprocessor import make_preprocessor
-from flap_fast.data.preprocess.waveform import BadSound
+from flap_fast.data.preprocess.waveform import BadSound, Unusable
 from flap_fast.data.tokenize import Tokenizer, tokenizer
 from flap_fast.encoders.settings import ImageEncoder
 from flap_fast.evaluate.embed import text_embedder
@@ -33,6 +34,7 @@ from flap_fast.model.model_folder import load_model
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.preparation.prepare import ahead
 from flap_fast.ranks import Ranks
+from flap_fast.tools.inputs import file_or_bytes, listed, shown, texts
 from flap_fast.tools.pooling import Embedded, pooled
 from flap_fast.tools.sounds import (
     PART,
@@ -64,7 +66,7 @@ class Embedder:
 
     def embed_audio(
         self,
-        sounds: Sequence[Sound],
+        sounds: Iterable[Sound],
         batch: int = 64,
         *,
         sample_rate_hz: float | None = None,
@@ -83,8 +85,7 @@ class Embedder:
         Raises:
             BadSound: a sound cannot be used; names the first one.
         """
-        if isinstance(sounds, (str, Path, Mapping)):
-            raise TypeError(f"sounds must be a list, got one {type(sounds).__name__}: put it in []")
+        sounds = _counted(sounds, "sounds")
         rows = torch.empty(len(sounds), self.config.joint.width)
         found = self.embed_each(sounds, batch, sample_rate_hz=sample_rate_hz, crop=crop)
         with closing(found):
@@ -113,12 +114,13 @@ class Embedder:
                 sound). eval.crop by default, `center` if that is random. Shorter sounds are filled
                 as in training, or taken as they are.
         """
-        require(batch >= 1, "batch", "be at least 1", batch)
+        sounds = listed(sounds, "sounds")
+        _require_batch(batch)
         modality = self.config.encoder.modality
         rule, remedy = "have an audio encoder to embed sounds", f"call embed_{modality}"
         require(modality == "audio", "the model", rule, f"an {modality} encoder", remedy)
         policy = crop_policy(self.config, crop)
-        rate_hz = float(sample_rate_hz or self.config.audio.sample_rate_hz)
+        rate_hz = self.config.audio.sample_rate_hz if sample_rate_hz is None else sample_rate_hz
 
         def decode(numbered: tuple[int, Sound]) -> Part:
             number, sound = numbered
@@ -144,26 +146,31 @@ class Embedder:
             with closing(parts):
                 yield from pooled(sounds_crops, self._embed_waves, batch, most_samples)
 
-    def embed_image(self, images: Sequence[ImageSource], batch: int = 64) -> Tensor:
+    def embed_image(self, images: Iterable[ImageSource], batch: int = 64) -> Tensor:
         """Embed images: (N, d) unit rows, float32, on the CPU.
 
         Args:
-            images: files, Pillow's images, or (h, w, 3) uint8 arrays, of any size.
+            images: files, the bytes of files or open ones, Pillow's images, (h, w, 3) uint8 arrays,
+                or rows of an Image column of Hugging Face datasets; of any size.
             batch: images that the model embeds at a time; files are decoded ahead on threads.
 
         Raises:
             BadImage: an image cannot be used; names the first one.
         """
-        require(batch >= 1, "batch", "be at least 1", batch)
+        images = _counted(images, "images")
+        _require_batch(batch)
         encoder = self.config.encoder
         rule, remedy = "have an image encoder to embed images", f"call embed_{encoder.modality}"
         if not isinstance(encoder, ImageEncoder):
             raise ConfigError(f"the model must {rule}, got an {encoder.modality} encoder; {remedy}")
-        if isinstance(images, (str, Path)):
-            raise TypeError(f"images must be a list, got one: ['{images}']")
 
         def decode(numbered: tuple[int, ImageSource]) -> np.ndarray:
-            return any_square(numbered[1], numbered[0], encoder.resolution)
+            number, image = numbered
+            try:
+                source = file_or_bytes(image)
+            except Unusable as why:
+                raise BadImage(f"image number {number}: {why}") from None
+            return any_square(source, number, encoder.resolution)
 
         rows = torch.empty(len(images), self.config.joint.width)
         with (
@@ -176,33 +183,45 @@ class Embedder:
                 part.copy_(self.model.embed_media(self._preprocessor.finish(clips).media))
         return rows
 
-    def embed_text(self, captions: Sequence[str], batch: int = 256) -> Tensor:
-        """Embed captions: (M, d) unit rows, float32, on the CPU."""
-        if isinstance(captions, str):
-            raise TypeError(f"captions must be a list, got one: ['{captions}']")
+    def embed_text(self, captions: Iterable[str], batch: int = 256) -> Tensor:
+        """Embed captions: (M, d) unit rows, float32, on the CPU.
+
+        Raises:
+            TypeError, ConfigError: see `flap_fast.tools.inputs.texts`.
+        """
+        captions = texts(captions, "captions")
+        _require_batch(batch)
         ranks = Ranks(device=self.device)
         return text_embedder(self.model.embed_text, self._tokenizer, ranks, batch)(captions).cpu()
 
-    def embed_labels(self, labels: Sequence[str], templates: str | None = None) -> Tensor:
+    def embed_labels(self, labels: Iterable[str], templates: str | Path | None = None) -> Tensor:
         """Embed class names as the means of their prompts: (C, d) unit rows.
 
         Args:
             templates: a prompt with {label}, the set `audio29` or `imagenet80`, or a text file;
                 by default "This is a sound of {label}.", or `imagenet80` for images.
         """
-        require(len(labels) > 0, "labels", "name at least one class", "none")
+        labels = _class_names(labels)
         templates = templates or _TEMPLATES[self.config.encoder.modality]
-        return class_vectors(self.embed_text, labels, prompts(templates))
+        if not isinstance(templates, (str, Path)):
+            rule = "be a prompt with {label}, a set's name or a text file"
+            raise TypeError(f"templates must {rule}, got {type(templates).__name__}")
+        return class_vectors(self.embed_text, labels, prompts(str(templates)))
 
-    def rank(self, sound: Sound | ImageSource, captions: Sequence[str]) -> list[tuple[str, float]]:
+    def rank(self, sound: Sound | ImageSource, captions: Iterable[str]) -> list[tuple[str, float]]:
         """Return captions with their cosine similarities to a sound or image, best first."""
+        captions = texts(captions, "captions")
         cosines = (self.embed_text(captions) @ self._embed_one(sound)[0]).tolist()
         return sorted(zip(captions, cosines, strict=True), key=lambda pair: -pair[1])
 
     def classify(
-        self, sound: Sound | ImageSource, labels: Sequence[str], templates: str | None = None
+        self,
+        sound: Sound | ImageSource,
+        labels: Iterable[str],
+        templates: str | Path | None = None,
     ) -> list[tuple[str, float]]:
         """Return classes with their probabilities for a sound or image, best first (zero-shot)."""
+        labels = _class_names(labels)
         vectors = self.embed_labels(labels, templates)
         probabilities = self.probabilities(self._embed_one(sound), vectors)[0].tolist()
         return sorted(zip(labels, probabilities, strict=True), key=lambda pair: -pair[1])
@@ -253,3 +272,23 @@ def load(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model, config = load_model(Path(path), device, length=length)
     return Embedder(model, config, tokenizer(config.text), device)
+
+
+def _counted(values: Any, name: str) -> Sequence[Any]:
+    """A list whose length is known: of a generator, what it gives."""
+    values = listed(values, name)
+    return values if hasattr(values, "__len__") else list(values)  # type: ignore[return-value]
+
+
+def _class_names(labels: Any) -> list[str]:
+    names = texts(labels, "labels")
+    require(bool(names), "labels", "name at least one class", "none")
+    for number, name in enumerate(names):
+        require(bool(name.strip()), f"labels[{number}]", "name a class", name)
+    return names
+
+
+def _require_batch(batch: int) -> None:
+    if not isinstance(batch, Integral):
+        raise TypeError(f"batch must be an integer, got {shown(batch)}")
+    require(batch >= 1, "batch", "be at least 1", batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -10,16 +11,17 @@ from dataclasses import dataclass
 from itertools import islice
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from torch import Tensor
 
 from flap_fast.checks import require
 from flap_fast.config import Config
-from flap_fast.data.preprocess.sound_file import QUIETEST
+from flap_fast.data.preprocess.sound_file import LOWEST_HZ, QUIETEST
 from flap_fast.data.preprocess.waveform import (
     BadSound,
+    Unusable,
     crop_and_fill,
     crop_positions,
     crop_start,
@@ -27,17 +29,23 @@ from flap_fast.data.preprocess.waveform import (
     read_pieces,
     window_counts,
 )
+from flap_fast.tools.inputs import file_or_bytes, shown
 
 Array = np.ndarray | Tensor
 Waveform = Array | tuple[Array, float] | Mapping[str, Any]
-Sound = str | Path | Waveform
-"""A file; a waveform, at the rate that the call gives or at the model's; a waveform with its rate,
-as librosa, torchaudio and soundfile load them; or a row of an Audio column of Hugging Face
-datasets: {"array": .., "sampling_rate": ..}."""
+Sound = str | os.PathLike[str] | bytes | BinaryIO | Waveform | Any
+"""A file, the bytes of one, or an open one; a waveform, at the rate that the call gives or at the
+model's; a waveform with its rate, as librosa, torchaudio and soundfile load them; a row of an Audio
+column of Hugging Face datasets: {"array": .., "sampling_rate": ..}, not decoded {"bytes": ..,
+"path": ..}, or a decoder of torchcodec (with `get_all_samples`), or what that gives."""
+
+_RULE = "be a file, its bytes, a waveform, a pair of waveform and rate, or a row of an Audio column"
 
 Crops = Iterator[np.ndarray]
 """Crops of a sound, (samples,) float32 each; with fusion, their lengths differ. Raises `BadSound`,
 also after some of them: a file is read as its crops are taken."""
+
+_ARRAYS = (np.ndarray, Tensor)
 
 # Crops of one sound that are decoded ahead: an hour has hundreds.
 PART = 16
@@ -55,7 +63,7 @@ def crop_policy(config: Config, crop: str | None) -> str:
         ConfigError: it is none of center, multi:K and whole.
     """
     policy = crop or ("center" if config.eval.crop == "random" else config.eval.crop)
-    known = re.fullmatch(r"center|whole|multi:[1-9]\d*", policy)
+    known = re.fullmatch(r"center|whole|multi:[1-9]\d*", str(policy))
     require(bool(known), "crop", "be center, multi:K or whole", policy)
     return policy
 
@@ -83,17 +91,19 @@ def crops_of(sound: Sound, number: int, rate_hz: float, policy: str, config: Con
         return [crop_start(length, longest, float(at)) for at in positions]
 
     try:
-        if isinstance(sound, (str, Path)):
-            pieces = read_pieces(Path(sound), audio.sample_rate_hz, longest, starts)
+        source = file_or_bytes(sound)
+        if isinstance(source, (Path, bytes)):
+            pieces = read_pieces(source, audio.sample_rate_hz, longest, starts)
         else:
-            wave = _waveform(sound, rate_hz, audio.sample_rate_hz)
+            wave = _waveform(source, rate_hz, audio.sample_rate_hz)
             # Copies: a view of a crop would keep the whole recording in memory.
             pieces = (wave[start : start + longest].copy() for start in starts(len(wave)))
         for piece in pieces:
             yield crop_and_fill(piece, 0.0, audio, config.fusion)
-    except BadSound as error:
-        name = str(sound) if isinstance(sound, (str, Path)) else f"sound number {number}"
-        raise type(error)(f"{name}: {error}") from None
+    except Unusable as error:
+        kind = type(error) if isinstance(error, BadSound) else BadSound
+        named = isinstance(sound, (str, os.PathLike))
+        raise kind(f"{sound if named else f'sound number {number}'}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -129,25 +139,21 @@ def crops_from(part: Part, pool: ThreadPoolExecutor) -> Crops:
         part = more.result()
 
 
-def _waveform(sound: Waveform, rate_hz: float, sample_rate_hz: int) -> np.ndarray:
+def _waveform(sound: Any, rate_hz: float, sample_rate_hz: int) -> np.ndarray:
     """Return a waveform as (samples,) float32 at the model's rate; raises `BadSound`."""
-    if isinstance(sound, Mapping):
-        if not {"array", "sampling_rate"} <= sound.keys():
-            raise BadSound(f"a mapping must have 'array' and 'sampling_rate', got {list(sound)}")
-        sound = (sound["array"], sound["sampling_rate"])
-    if isinstance(sound, tuple):
-        if len(sound) != 2:
-            rule = "be an array or a pair of array and rate"
-            raise BadSound(f"a waveform must {rule}, got {len(sound)} items")
-        sound, rate_hz = sound
+    sound, rate_hz = _with_rate(sound, rate_hz)
     if not isinstance(rate_hz, Real) or not 0 < rate_hz < math.inf:
-        raise BadSound(f"a waveform's rate must be a number of hertz above 0, got {rate_hz!r}")
+        raise BadSound(f"a waveform's rate must be a number of hertz above 0, got {shown(rate_hz)}")
+    if rate_hz < LOWEST_HZ:
+        raise BadSound(f"a waveform's rate must be {LOWEST_HZ} Hz or more, got {rate_hz:g} Hz")
     if isinstance(sound, Tensor):  # NumPy has no bfloat16
         sound = (sound.float() if sound.is_floating_point() else sound).detach().cpu()
     try:
         wave = np.asarray(sound)
     except ValueError as error:
         raise BadSound(f"a waveform must be an array of numbers: {error}") from None
+    if wave.dtype.kind not in "biufc" or (wave.ndim == 0 and not isinstance(sound, _ARRAYS)):
+        raise BadSound(f"a sound must {_RULE}, got {shown(sound)}")
     if wave.ndim not in (1, 2) or not wave.size:
         rule = "be (samples,) or have channels too"
         raise BadSound(f"a waveform must {rule}, got shape {wave.shape}")
@@ -164,3 +170,26 @@ def _waveform(sound: Waveform, rate_hz: float, sample_rate_hz: int) -> np.ndarra
         wave[:, None] if wave.ndim == 1 else wave if wave.shape[0] > wave.shape[1] else wave.T
     )
     return mono_at(channels_last.astype(np.float32, copy=False), rate_hz, sample_rate_hz)
+
+
+def _with_rate(sound: Any, rate_hz: float) -> tuple[Any, Any]:
+    """Return the array of a waveform, and its own rate or, without one, `rate_hz`."""
+    if isinstance(sound, Mapping):
+        if sound.get("array") is None or "sampling_rate" not in sound:
+            rule = "have 'array' and 'sampling_rate', or 'bytes' or 'path'"
+            column = "; pass the cell of its column 'audio'" if "audio" in sound else ""
+            raise BadSound(f"a mapping must {rule}, got {list(sound)}{column}")
+        return sound["array"], sound["sampling_rate"]
+    if isinstance(sound, tuple):
+        if len(sound) != 2:
+            rule = "be an array or a pair of array and rate"
+            raise BadSound(f"a waveform must {rule}, got {len(sound)} items")
+        return sound
+    if hasattr(sound, "get_all_samples"):
+        try:
+            sound = sound.get_all_samples()
+        except (RuntimeError, ValueError, OSError) as error:
+            raise BadSound(f"unreadable: {error}") from None
+    if hasattr(sound, "data") and hasattr(sound, "sample_rate"):
+        return sound.data, sound.sample_rate
+    return sound, rate_hz

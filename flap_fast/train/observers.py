@@ -25,6 +25,7 @@ from torch import Tensor
 from flap_fast.checks import require
 from flap_fast.config import Config
 from flap_fast.data.batch import BadClip
+from flap_fast.files import visible
 from flap_fast.model.model_folder import step_folders
 from flap_fast.model.two_towers import Outputs
 from flap_fast.ranks import Ranks
@@ -171,7 +172,10 @@ def terminal(config: Config, open_files: ExitStack, first: int, steps: int) -> O
         if "loss" not in row:
             scores = "  ".join(f"{name} {row[name]:.3f}" for name in row if name != "step")
             (bar.console if console.is_terminal else console).print(
-                f"step {row['step']}  {scores}", highlight=False, soft_wrap=True
+                f"step {row['step']}  {visible(scores)}",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
             )
             return
         numbers = (
@@ -240,8 +244,10 @@ def report_bad_clips(folder: Path, ranks: Ranks, bad: list[BadClip]) -> None:
         lines.writelines(json.dumps(row) + "\n" for row in rows)
     for clip in bad:
         Console(stderr=True).print(
-            f"step {clip.step + 1}: {clip.clip} cannot be used ({clip.reason}); "
-            f"replaced by {clip.replaced_by} (recorded in {folder / name})",
+            visible(
+                f"step {clip.step + 1}: {clip.clip} cannot be used ({clip.reason}); "
+                f"replaced by {clip.replaced_by} (recorded in {folder / name})"
+            ),
             highlight=False,
             markup=False,
             soft_wrap=True,

@@ -20,6 +20,7 @@ from flap_fast.config import Config
 from flap_fast.data.batch import Batch, to_device
 from flap_fast.data.tokenize import tokenizer
 from flap_fast.model.model_folder import load_model, model_folder, read_config
+from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks
 
 # Cases, digits, punctuation, other scripts, white space: what tokenizers treat differently.
@@ -37,24 +38,37 @@ class Teacher:
         distill = config.loss.distill
         assert distill.teacher is not None
         self._device = ranks.device
-        self.model, _ = load_model(distill.teacher, ranks.device)
-        self.model.requires_grad_(False)
-        self.model.decoder = None
-        self.model.precision = config.train.precision
+        model, _ = load_model(distill.teacher, ranks.device)
+        self.model = frozen(model, config.train.precision)
         own = self.model.logit_scale.clamp(0, self.model.max_logit_scale).exp().squeeze(0)
         self._scale = own if distill.scale is None else own.new_tensor(distill.scale)
 
-    @torch.no_grad()
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """`teacher_media` and `teacher_text` (B, E), unit norm, and `teacher_scale` (), float32."""
-        media = batch.media.contiguous() if isinstance(batch.media, Tensor) else batch.media
-        captions = slice(len(batch.clips))  # the other sentences follow them
-        ids = to_device(batch.ids[captions], self._device)
-        return {
-            "teacher_media": self.model.embed_media(media, longer=batch.longer),
-            "teacher_text": self.model.embed_text(ids, batch.attention_mask[captions]),
-            "teacher_scale": self._scale,
-        }
+        return embeddings(self.model, batch, self._device) | {"teacher_scale": self._scale}
+
+
+def frozen(model: TwoTowers, precision: str) -> TwoTowers:
+    """The model as a teacher: in evaluation mode, untrained, without its decoder.
+
+    Args:
+        precision: the student's train.precision.
+    """
+    model.eval().requires_grad_(False)
+    model.decoder, model.precision = None, precision
+    return model
+
+
+@torch.no_grad()
+def embeddings(model: TwoTowers, batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """`teacher_media` and `teacher_text` (B, E): of the unmasked media and of their captions."""
+    media = batch.media.contiguous() if isinstance(batch.media, Tensor) else batch.media
+    captions = slice(len(batch.clips))  # the other sentences follow them
+    ids = to_device(batch.ids[captions], device)
+    return {
+        "teacher_media": model.embed_media(media, longer=batch.longer),
+        "teacher_text": model.embed_text(ids, batch.attention_mask[captions]),
+    }
 
 
 def teacher(config: Config, ranks: Ranks) -> Teacher | None:
@@ -62,15 +76,25 @@ def teacher(config: Config, ranks: Ranks) -> Teacher | None:
     return Teacher(config, ranks) if config.loss.distill.active else None
 
 
-def check_teacher(config: Config) -> None:
-    """Raise `ConfigError` where the teacher cannot take the student's batches."""
+def teacher_config(config: Config) -> Config | None:
+    """The config of loss.distill's teacher, its text tower's files its own; None without one.
+
+    Raises:
+        ConfigError: loss.distill.teacher is not the folder of a model or a run.
+    """
     path = config.loss.distill.teacher
     if path is None or not config.loss.distill.active:
+        return None
+    rule, remedy = "be an existing folder of a model or a run", "name one that `flap train` wrote"
+    require(path.is_dir(), "loss.distill.teacher", rule, path, remedy)
+    return read_config(model_folder(path))
+
+
+def check_teacher(config: Config) -> None:
+    """Raise `ConfigError` where the teacher cannot take the student's batches."""
+    there = teacher_config(config)
+    if there is None:
         return
-    rule = "be an existing folder of a model or a run"
-    require(path.is_dir(), "loss.distill.teacher", rule, path)
-    folder = model_folder(path)
-    there = read_config(folder)
     differing = [
         f"{name} = {theirs} (here {ours})"
         for name, theirs, ours in _compared(there, config)
@@ -79,9 +103,10 @@ def check_teacher(config: Config) -> None:
     if not differing and not _same_tokenizer(there, config):
         differing = ["another tokenizer (text.folder, text.tokenizer)"]
     if differing:
+        assert config.loss.distill.teacher is not None
         raise ConfigError(
             "loss.distill.teacher must have this config's front end and tokenizer, got "
-            f"'{folder}' with {', '.join(differing)}"
+            f"'{model_folder(config.loss.distill.teacher)}' with {', '.join(differing)}"
         )
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+import flap_fast
 from flap_fast.data.random_streams import Stream, permutation, uniforms
 from flap_kernels.philox import philox
 
@@ -85,3 +89,12 @@ def test_a_permutation_has_every_number_once_and_is_its_own_each_epoch():
     assert len({tuple(order) for order in orders.values()}) == len(orders)
     assert (permutation(3407, 1, 100) == orders[3407, 1, 0]).all()
     assert (permutation(0, 0, 100) != np.arange(100)).any()
+
+
+def test_no_two_modules_draw_from_one_stream():
+    """Negatives drawn with the captions' numbers would follow the captions."""
+    used = []
+    for file in sorted(Path(flap_fast.__file__).parent.rglob("*.py")):
+        if file.name != "random_streams.py":
+            used += sorted(set(re.findall(r"\bStream\.([A-Z_]+)", file.read_text())))
+    assert sorted(used) == sorted(Stream.__members__)

@@ -51,6 +51,7 @@ def test_triples_are_read_from_each_format_and_from_a_folder_of_them(
     ("text", "message"),
     [
         ('{"premise": "a", "entailment": "b"}', r"a\.jsonl:2: contradiction must be a text .*None"),
+        ('{"premise;sent": "a"}', r"got None; its columns are 'premise;sent'$"),
         ('{"premise": " ", "sent1": "b", "hard_neg": "c"}', r"a\.jsonl:2: premise must be .*' '"),
         ("premise", r"a\.jsonl:2 is not JSON"),
     ],

@@ -44,6 +44,36 @@ def test_sts_benchmark_of_a_file_with_quotes_and_a_licence_column(tmp_path: Path
     assert similarity(at_angle, file)["sts-test"] == {"spearman": pytest.approx(0.5), "pairs": 3}
 
 
+def noisy(sentences: Sequence[str]) -> Tensor:
+    """As an encoder's rows, whose last bits depend on the sentences beside them."""
+    rows = at_angle(sentences).float()
+    return rows * (1 + 1e-7 * torch.randn(rows.shape, generator=torch.Generator().manual_seed(0)))
+
+
+def test_pairs_of_one_sentence_twice_are_ties_whatever_the_last_bits(tmp_path: Path):
+    file = tmp_path / "sts-test.csv"
+    same = [f"g\tf\ty\t1\t{5 - n % 3}\t{7 * n} x\t{7 * n} x" for n in range(30)]
+    turned = [
+        f"g\tf\ty\t1\t{n % 4}\t{a} x\t{b} x" for n, (a, b) in enumerate(6 * [(3, 40), (40, 3)])
+    ]
+    write(file, *same, *turned)
+    judged = [float(line.split("\t")[4]) for line in (*same, *turned)]
+    exact = spearman(np.repeat([1.0, 0.5], (30, 12)), np.array(judged))
+    for texts in (at_angle, noisy):
+        assert similarity(texts, file)["sts-test"]["spearman"] == pytest.approx(exact, abs=1e-12)
+
+
+def test_each_sentence_is_embedded_once(tmp_path: Path):
+    seen: list[str] = []
+
+    def texts(sentences: Sequence[str]) -> Tensor:
+        seen.extend(sentences)
+        return at_angle(sentences)
+
+    similarity(texts, senteval(tmp_path) / SINGLE["SICKRelatedness"])
+    assert seen == ["0 x", "9 x", "2 x", "5 x"]
+
+
 def senteval(folder: Path) -> Path:
     """Each subset is ordered as people have it, from a level of its own."""
     for year, subsets in YEARS.items():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flap_kernels import KERNELS
-from flap_kernels.infonce import triton_kernels, triton_sigmoid
+from flap_kernels.infonce import triton_kernels, triton_product, triton_sigmoid
 from tests.kernels.faults import Fault, put_in
 from tests.kernels.test_every_kernel import check_as_exact, strided
 
@@ -14,14 +14,14 @@ FAULTS = [
     Fault(
         "a wrong stride",
         "infonce",
-        triton_kernels._products,
+        triton_product.products,
         "offs_n[None, :] * stride_yn",
         "offs_n[None, :] * stride_xm",
     ),
     Fault(
         "the width's end unmasked",
         "infonce",
-        triton_kernels._products,
+        triton_product.products,
         "mask=mask_m & (offs_d[None, :] < D - d)",
         "mask=mask_m",
     ),

@@ -9,6 +9,7 @@ import pytest
 
 from flap_fast.files import ManifestError
 from flap_fast.preparation.manifest import read_manifest
+from flap_fast.preparation.sources import SOURCES
 
 
 @pytest.fixture
@@ -173,6 +174,121 @@ def test_a_wrong_table_is_refused(manifest, table, message):
     file = manifest(table, "m.csv")
     with pytest.raises(ManifestError, match=f"^{file}{message}"):
         read_manifest(file)
+
+
+ACCEPTED = r", accepted are audio \(or image\), caption \(or captions\), labels, negatives, "
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "columns", "remedy"),
+    [
+        ("m.csv", "audio;caption\na.wav;dog\n", "'audio;caption'", "by commas, not by ';'"),
+        ("m.csv", "audio\tcaption\na.wav\tdog\n", r"'audio\\tcaption'", "commas, not by tabs"),
+        ("m.tsv", "audio,caption\na.wav,dog\n", "'audio,caption'", "by tabs, not by commas"),
+        ("m.csv", "a.wav,dog\nb.wav,cat\n", "'a.wav', 'dog'", "the first line must name the col"),
+        ("m.csv", "Audio,Caption\na.wav,dog\n", "'Audio', 'Caption'", "write audio for 'Audio', c"),
+        ("m.csv", "audio,Caption\na.wav,dog\n", "'audio', 'Caption'", "write caption for 'Capti"),
+        ("m.csv", "audio, caption\na.wav, dog\n", "'audio', ' caption'", "caption for ' caption'"),
+        ("m.csv", "filename,text\na.wav,dog\n", "'filename', 'text'", "prepare --source folder "),
+        ("m.csv", "audio,text\na.wav,dog\n", "'audio', 'text'", "prepare --source folder "),
+        ("m.csv", "youtube_id,start_time,caption\nx,3,dog\n", "'youtube_id', .*", "ce audiocaps "),
+        ("m.jsonl", '{"ytid": "x", "caption": "dog"}', "'ytid', 'caption'", "--source musiccaps "),
+        (
+            "m.jsonl",
+            '{"Audio": "a.wav", "caption": "dog"}',
+            "'Audio', 'caption'",
+            "write audio for",
+        ),
+    ],
+)
+def test_a_table_of_another_layout_is_told_its_columns_and_what_reads_them(
+    manifest, name, table, columns, remedy
+):
+    file = manifest(table, name)
+    with pytest.raises(ManifestError, match=f"; its columns are {columns}{ACCEPTED}.*{remedy}"):
+        read_manifest(file)
+
+
+def test_a_folder_of_that_layout_is_read_by_the_source_it_names(manifest, tmp_path):
+    manifest("filename,text\na.wav,\"['a dog', 'a cat']\"\nb.wav,rain\n", "m.csv")
+    assert [clip.captions for clip in SOURCES["folder"].read(tmp_path)] == [
+        ["a dog", "a cat"],
+        ["rain"],
+    ]
+    manifest("filename;text\na.wav;rain\n", "m.csv")
+    with pytest.raises(ManifestError, match="separate the columns by commas, not by ';'"):
+        SOURCES["folder"].read(tmp_path)
+    (tmp_path / "m.csv").rename(tmp_path / "m.parquet")
+    with pytest.raises(ManifestError, match=r"without, but with m.parquet; read_parquet"):
+        SOURCES["folder"].read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"PAR1\x15\x04", r"a parquet file; convert it: .*read_parquet\('.*m.jsonl'\).to_json"),
+        (b"PK\x03\x04", "a spreadsheet or a zip archive"),
+        (b"\x1f\x8b\x08", "a compressed file; gunzip"),
+        ('{"audio"'.encode("utf-16-le"), "NUL characters; convert it: iconv"),
+    ],
+)
+def test_a_file_of_another_format_is_named(tmp_path, data, what):
+    file = tmp_path / "m.jsonl"
+    file.write_bytes(data)
+    with pytest.raises(ManifestError, match=f"^{file} must be UTF-8 text, .*, got {what}"):
+        read_manifest(file)
+
+
+@pytest.mark.parametrize(
+    ("cell", "captions"),
+    [
+        ("['a dog', 'a cat']", ["a dog", "a cat"]),
+        ('["a dog", "caf\\u00e9"]', ["a dog", "caf\u00e9"]),
+        ("""["it's", 'b']""", ["it's", "b"]),
+        ("['one|two']", ["one|two"]),
+        ("[]", []),
+        ("[music] a dog [end]", ["[music] a dog [end]"]),
+    ],
+)
+def test_a_list_in_a_cell_is_read_as_python_and_json_write_it(manifest, cell, captions):
+    for column in ("captions", "caption"):
+        table = f'audio,{column}\na.wav,"{cell.replace(chr(34), 2 * chr(34))}"\n'
+        (clip,) = read_manifest(manifest(table, "m.csv"))
+        assert clip.captions == captions
+
+
+@pytest.mark.parametrize("cell", ["['a dog' 'a cat']", "['a', 3]", "['a', b]", "['a' * 9]"])
+def test_a_list_that_is_written_otherwise_is_refused(manifest, cell):
+    """NumPy's: Python would join its texts to one."""
+    with pytest.raises(ManifestError, match=r":2: captions must be .* separate several by \|"):
+        read_manifest(manifest(f'audio,captions\na.wav,"{cell}"\n', "m.csv"))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            '"split": NaN',
+            "split must neither be a missing value .* got 'nan'; leave the cell empty",
+        ),
+        ('"split": "None"', "split must neither be a missing value .* got 'None'"),
+        ('"split": "rejected.jsonl"', "nor end with .jsonl, .* got 'rejected.jsonl'; rename it"),
+        ('"split": "0.tar"', "nor end with .* got '0.tar'"),
+        ('"id": NaN', "id must be a value of JSON, which has no NaN .* got nan; write null"),
+        ('"caption": NaN', "caption must be a text or a list of texts, got nan"),
+        ('"more": {"x": [1, Infinity]}', r"more must be a value of JSON, .*'x': .*inf"),
+        ('"more": 1e999', "more must be a value of JSON, .* got inf"),
+    ],
+)
+def test_missing_values_and_splits_that_are_files_are_refused(manifest, row, message):
+    file = manifest('{"audio": "a.wav", ' + row + "}\n")
+    with pytest.raises(ManifestError, match=f"^{file}:1: .*{message}"):
+        read_manifest(file)
+
+
+def test_a_column_that_is_named_twice_is_refused(manifest):
+    with pytest.raises(ManifestError, match=r"must name each column once, got \['caption'\]"):
+        read_manifest(manifest("audio,caption,caption\na.wav,x,y\n", "m.csv"))
 
 
 def test_a_manifest_of_other_bytes_is_refused(tmp_path):

@@ -44,6 +44,29 @@ def page(run: Path) -> str:
     return report(run).read_text()
 
 
+def test_names_with_mathematics_tags_and_controls_are_shown_as_they_are(
+    run: Path, prepared: Path, tmp_path: Path
+):
+    odd = "v$^$<i>\x1b[31m\u202e"
+    (tmp_path / odd).symlink_to(prepared / "val")
+    copy = tmp_path / "a$\\frac<b>\x1b\udce9"
+    shutil.copytree(run, copy)
+    config = yaml.safe_load((copy / "config.yaml").read_text())
+    config["data"]["val"] = [str(tmp_path / odd)]
+    (copy / "config.yaml").write_text(yaml.safe_dump(config))
+    renamed = json.dumps(odd)[1:-1]
+    rows = (copy / "metrics.jsonl").read_text()
+    assert '"val/' in rows
+    (copy / "metrics.jsonl").write_text(rows.replace('"val/', f'"{renamed}/'))
+    scores = (copy / "eval.json").read_text()
+    (copy / "eval.json").write_text(scores.replace('"val"', f'"{renamed}"'))
+    html = report(copy).read_text()
+    assert "v$^$&lt;i&gt;\\x1b[31m\\u202e" in html
+    assert r"a$\frac&lt;b&gt;\x1b\udce9" in html
+    assert not {"\x1b", "\u202e"} & set(html)
+    assert not {"i", "b"} & {tag for tag, _ in Tags(html).found}
+
+
 class Tags(HTMLParser):
     """Every tag with its attributes, and that those that open are closed."""
 

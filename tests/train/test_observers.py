@@ -23,6 +23,7 @@ from flap_fast.train.observers import (
     metrics_file,
     observers,
     report_bad_clips,
+    terminal,
     weights_and_biases,
 )
 from flap_fast.train.run_folder import cut_after
@@ -93,6 +94,13 @@ def test_a_resumed_run_writes_over_the_rows_it_repeats(tmp_path: Path):
         {"step": 3, "loss": 1.0},
     ]
     cut_after(tmp_path / "none.jsonl", 3)  # nothing to cut is no error
+
+
+def test_a_validation_set_of_any_name_is_shown_as_it_is(capsys):
+    with ExitStack() as open_files:
+        observe = terminal(tiny(), open_files, 0, 4)
+        observe({"step": 2, "a[/b]\x1b[2J/audio_to_text/R@1": 0.5})
+    assert r"step 2  a[/b]\x1b[2J/audio_to_text/R@1 0.500" in capsys.readouterr().err
 
 
 def test_tensorboard_shows_every_number(tmp_path: Path):

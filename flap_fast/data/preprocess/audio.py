@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import io
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from flap_fast.data.preprocess.kept_mels import KeptMels
 from flap_fast.data.preprocess.log_mel import normalise
 from flap_fast.data.preprocess.waveform import BadSound, decode_clip
 from flap_fast.data.shards import Shards
+from flap_fast.files import say
 from flap_fast.ranks import Ranks
 
 
@@ -113,8 +113,8 @@ def _warn_of_rate(shards: Shards, wanted_hz: int) -> None:
 
 @functools.cache  # once a process: each evaluation makes a new preprocessor
 def _warn_once(folder: Path, rate_hz: int, wanted_hz: int) -> None:
-    print(
+    say(
         f"{folder} holds sounds at {rate_hz} Hz and audio.sample_rate_hz is {wanted_hz}: above "
         f"{rate_hz // 2} Hz the model hears silence; prepare them for it: flap prepare --config",
-        file=sys.stderr,
+        error=True,
     )

@@ -33,8 +33,8 @@ from flap_fast.ranks import Ranks
 # A side 50 times as long as the other is a strip: gigabytes once its shorter side is enlarged.
 _LONGEST = 50
 
-ImageSource = str | Path | pillow.Image | np.ndarray
-"""A file, one of Pillow's images, or an (h, w, 3) uint8 array."""
+ImageSource = str | Path | bytes | pillow.Image | np.ndarray | Any
+"""A file or its bytes, one of Pillow's images, or an (h, w, 3) uint8 array."""
 
 
 class BadImage(Unusable):
@@ -56,11 +56,16 @@ def any_square(image: ImageSource, number: int, resolution: int) -> np.ndarray:
     try:
         if isinstance(image, (str, Path)):
             return read_image(Path(image), resolution)
+        if isinstance(image, bytes):
+            return read_image(image, resolution)
         if isinstance(image, np.ndarray):
             shape, dtype = image.shape, image.dtype
             if dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or not image.size:
                 raise BadImage(f"an array must be (h, w, 3) uint8, got {shape} {dtype}")
             image = pillow.fromarray(image)
+        if not isinstance(image, pillow.Image):
+            rule = "be a file, its bytes, an image of Pillow or an (h, w, 3) uint8 array"
+            raise BadImage(f"an image must {rule}, got {type(image).__name__}")
         return square(rgb(image), resolution)
     except BadImage as why:
         name = image if named else f"image number {number}"

@@ -41,7 +41,8 @@ QUIETEST = 2.0**-16
 SILENT = 1e-4
 
 # Other rates say that the header is wrong: of a lower one a sound becomes a thousand times larger.
-_RATES_HZ = range(1000, 1_000_001)
+LOWEST_HZ = 1000
+RATES_HZ = range(LOWEST_HZ, 1_000_001)
 # As many as ambisonics of the seventh order has.
 _CHANNELS = 64
 # The longest sound, and the latest start and longest duration of a piece of one: a day.
@@ -176,8 +177,10 @@ def open_sound(source: Source) -> Iterator[SoundFile]:
         raise Unread("missing: no such file")
     try:
         with _open(source) as file:
-            if file.samplerate not in _RATES_HZ:
-                limit = f"{_RATES_HZ[0]} Hz or more" if file.samplerate < 1000 else "1 MHz or less"
+            if file.samplerate not in RATES_HZ:
+                limit = (
+                    "1 MHz or less" if file.samplerate > LOWEST_HZ else f"{LOWEST_HZ} Hz or more"
+                )
                 raise BadSound(
                     f"unreadable: its sample rate must be {limit}, got {file.samplerate} Hz"
                 )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flap_fast.files import ManifestError, read_rows
+from flap_fast.preparation.columns import remedy
 from flap_fast.preparation.manifest import Entry, Row, collect
 from flap_fast.preparation.sources.layout import Source
 
@@ -31,9 +32,12 @@ def read(folder: Path) -> list[Entry]:
         found = {path.name: _only_table(path) for path in inner}
         tables = {split: file for split, file in found.items() if file}
     if not tables:
+        parquet = next(folder.rglob("*.parquet"), None)
+        what = "; read_parquet(...).to_json of pandas converts a parquet file to JSON lines"
         raise ManifestError(
             f"a folder must have a table of captions (.csv or .jsonl), or one in each of its "
             f"splits' folders, got '{folder}' without"
+            + (f", but with {parquet.relative_to(folder)}{what}" if parquet else "")
         )
     rows = (row for split, file in tables.items() for row in _rows(file, split))
     return collect(rows, folder, str(folder))
@@ -56,16 +60,17 @@ def _rows(file: Path, split: str | None) -> Iterator[Row]:
     for line, row in read_rows(file):
         path = next((name for name in _PATHS if row.get(name)), None)
         if path is None:
+            found = list(row)
             raise ManifestError(
-                f"{file}:{line} must name a file in one of {', '.join(_PATHS)}, got {list(row)}"
+                f"{file}:{line} must name a file in one of {', '.join(_PATHS)}, got {found}"
+                f"{remedy(file, found, (*_PATHS, 'caption', 'captions', 'text'))}"
             )
         clip: dict[str, Any] = {k: v for k, v in row.items() if k != path}
         clip["audio"] = row[path] if split is None else f"{split}/{row[path]}"
         numbered = sorted((int(k[8:]), k) for k in clip if re.fullmatch(r"caption_\d+", k))
         more = [clip.pop(name) for _, name in numbered]
         if "text" in clip and not clip.get("caption"):
-            text = clip.pop("text")
-            more += text if isinstance(text, list) else [text]
+            clip["caption"] = clip.pop("text")
         if more:
             own = clip.get("captions") or []
             own = own.split("|") if isinstance(own, str) else own

@@ -19,7 +19,7 @@ from flap_fast.preparation.manifest import Row
 def read_json(file: Path, *lists: str) -> dict[str, list]:
     """A JSON object with these lists in it; raises `ManifestError` for any other."""
     try:
-        data = parsed_json(file.read_text(encoding="utf-8"))
+        data = parsed_json(file.read_text(encoding="utf-8-sig"))
         if not all(isinstance(data[name], list) for name in lists):
             raise TypeError("no lists of these names")
     except (ValueError, KeyError, TypeError) as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flap_fast.files import ManifestError, read_rows
+from flap_fast.preparation.columns import listed, remedy
 from flap_fast.preparation.manifest import Entry, Row, collect
 
 
@@ -43,9 +44,11 @@ def table(file: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, A
     for line, row in read_rows(file):
         missing = [column for column in columns if row.get(column) is None]
         if missing:
+            found = list(row)
             raise ManifestError(
                 f"{file}:{line} must have the columns {', '.join(columns)}, got none called "
-                f"{', '.join(missing)}"
+                f"{', '.join(missing)}; its columns are {listed(found)}"
+                + remedy(file, found, columns)
             )
         yield line, row
 

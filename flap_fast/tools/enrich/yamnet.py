@@ -127,5 +127,5 @@ def _open(file: Path) -> tuple[Any, dict[str, Scale | None]]:
 def _class_names(folder: Path) -> list[str]:
     found = sorted(folder.glob("*class_map*.csv"))
     require(bool(found), "--tagger", "have a *class_map*.csv next to its model", folder)
-    with found[0].open(newline="", encoding="utf-8") as lines:
+    with found[0].open(newline="", encoding="utf-8-sig") as lines:
         return [row["display_name"] for row in csv.DictReader(lines)]

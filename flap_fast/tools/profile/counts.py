@@ -1,12 +1,10 @@
 """Counts of a step from PyTorch: FLOP by part, bytes allocated, bytes sent by the losses.
 
-The trainer's own pieces run on fake tensors: the model's forward and backward on few clips, and the
-losses once on as many embeddings as a step has. A tower's FLOP are proportional to its clips, and a
-text tower's a polynomial of second degree in a caption's tokens; of clips of different lengths a
-pack of all of them is counted. Bytes kept are a line through those of two sizes, operator by
-operator: numbers of clips, or packs of few and of many clips that both stand for the mix, by their
-tokens. A frozen text encoder is left out but for its weights: it embeds each caption once, mostly
-in the first epoch.
+The trainer's own pieces run on fake tensors: the model's forward and backward on few clips
+(`extrapolate`), the losses once on as many embeddings as a step has (`loss_counts`), and a
+teacher's forward (`teacher_counts`). Bytes kept are extrapolated operator by operator. A frozen
+text encoder is left out but for its weights: it embeds each caption once, mostly in the first
+epoch.
 """
 
 from __future__ import annotations
@@ -23,44 +21,25 @@ import torch
 
 from flap_fast.config import Config
 from flap_fast.data.batch import PackedMels
-from flap_fast.losses import total_loss
-from flap_fast.model.masking import tokens_of_seconds
-from flap_fast.model.two_towers import Outputs, TwoTowers
+from flap_fast.model.two_towers import TwoTowers
+from flap_fast.tools.profile.extrapolate import CLIPS, samples, tower_flop
 from flap_fast.tools.profile.fake import (
     FakeMode,
     attention_of_a_gpu,
-    duplicates_of_a_gpu,
     fake_batch,
     fake_model,
-    fake_ranks,
     traceable,
 )
 from flap_fast.tools.profile.lengths import LengthMix, frames_of, has_lengths
-from flap_fast.tools.profile.parts import DECODER, LOSS, marked, tower
-from flap_fast.tools.profile.trace import Array, Flop, Trace, interpolated, scaled, summed
-from flap_fast.tools.profile.traffic import CountTraffic, Traffic
+from flap_fast.tools.profile.loss_counts import LossCounts, count_losses
+from flap_fast.tools.profile.parts import DECODER, LOSS, TEACHER, marked
+from flap_fast.tools.profile.teacher_counts import TeacherCounts
+from flap_fast.tools.profile.trace import Array, Flop, Trace, scaled
 from flap_fast.tools.profile.work import loss_times, rank_work, two_passes
 from flap_fast.train.optimizers import parameter_groups
 from flap_fast.train.step import model_inputs, patch_mask_of
 
-_CLIPS = 2, 4
-# Clips of different lengths that stand for their mix, once and twice: as many operators.
-_MIXED = 16
-_LONGEST = 24
 _FLOAT = 4
-
-
-@dataclass(frozen=True)
-class LossCounts:
-    """The losses of one rank, over its clips or a micro-batch of them."""
-
-    flop: Flop
-    forward: Traffic
-    backward: Traffic
-    peak_bytes: int
-    """Peak of all tensors but the embeddings."""
-    compared: tuple[str, ...]
-    """The outputs of the model that get a gradient."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +102,7 @@ class StepCounts:
     ):
         assert (mix is not None) == has_lengths(config)
         self.config, self.mix = traceable(config, half=half), mix
-        self._on_gpu, self._mode = on_gpu, FakeMode()
+        self._half, self._on_gpu, self._mode = half, on_gpu, FakeMode()
         self._losses: dict[Any, LossCounts] = {}
         self._towers: dict[Any, tuple[dict[str, Flop], TowerBytes]] = {}
 
@@ -131,6 +110,14 @@ class StepCounts:
     def model(self) -> TwoTowers:
         """The model with fake tensors."""
         return fake_model(self.config, self._mode)
+
+    @cached_property
+    def teacher(self) -> TeacherCounts | None:
+        """Of loss.distill; None without."""
+        if not self.config.loss.distill.active:
+            return None
+        options: Any = {"half": self._half, "on_gpu": self._on_gpu, "mix": self.mix}
+        return TeacherCounts(self.config, self._mode, **options)
 
     @cached_property
     def groups(self) -> tuple[tuple[int, ...], ...]:
@@ -153,8 +140,8 @@ class StepCounts:
         """FLOP of one rank's step, by part.
 
         Args:
-            lengths: the tokens of each sentence of its clips: real ones for what the step is worth,
-                padded ones for what it costs.
+            lengths: the tokens of each sentence of its clips, all captions first: real ones for
+                what the step is worth, padded ones for what it costs.
             world: ranks, each with as many clips.
             frames: of clips of different lengths, ascending; without, those of the mix.
             micro_batches: of the step; without, those of the mix.
@@ -164,31 +151,25 @@ class StepCounts:
             work = rank_work(config, world, self.mix)
             micro_batches = work.micro_batches
             frames = work.lengths.frames if work.lengths else ()
-        sentences = len(config.loss.sentences)
-        clips, points = len(lengths) // sentences, self._points(lengths)
-        traced = {n: self._traced(_CLIPS[0], n)[0] for n in points}
-        found = {part: scaled(f, clips, _CLIPS[0]) for part, f in traced[points[0]].items()}
-        rows = _CLIPS[0] * sentences
-        by_length = {n: flop[tower("text")] for n, flop in traced.items()}
-        if frames:
-            packed, _ = self._traced(len(frames), points[0], tuple(frames))
-            found |= {part: f for part, f in packed.items() if part != tower("text")}
-        found[tower("text")] = summed(
-            scaled(interpolated(by_length, n), many, rows) for n, many in Counter(lengths).items()
-        )
+        sentences, traced = len(config.loss.sentences), lambda *batch: self._traced(*batch)[0]
+        found = tower_flop(traced, lengths, sentences, frames, config.text.max_tokens)
         if two_passes(config, micro_batches):  # the decoder rests in the first
             found = {
                 part: f if part == DECODER else replace(f, first_pass=f.forward)
                 for part, f in found.items()
             }
-        times = loss_times(config, world)
+        clips, times = len(lengths) // sentences, loss_times(config, world)
+        if self.teacher:
+            found[TEACHER] = self.teacher.flop(lengths[:clips], frames)
         return found | {LOSS: scaled(self.loss(clips // times, world).flop, times)}
 
     def loss(self, clips: int, world: int = 1) -> LossCounts:
         """Counts of the losses over `clips` clips of each rank."""
         key = clips, world
         if key not in self._losses:
-            self._losses[key] = self._count_losses(clips, world)
+            width = self.teacher.width if self.teacher else 0
+            found = count_losses(self.config, self._mode, clips, world, teacher_width=width)
+            self._losses[key] = found
         return self._losses[key]
 
     def loss_bytes(self, clips: int, world: int, *, counted: int) -> int:
@@ -208,20 +189,11 @@ class StepCounts:
         Args:
             clips: of different lengths, what they are in clips of the mix's mean tokens.
         """
-        if self.mix is None:
-            few, many = (self._traced(n, tokens)[1] for n in _CLIPS)
-            first, second = _CLIPS
-        else:
-            seconds = self.mix.spread(_MIXED)
-            one, every = (
-                tokens_of_seconds(self.config, s).masked for s in (seconds, self.mix.seconds)
-            )
-            first, second = (n * one.sum() / every.mean() for n in (1, 2))
-            packs = (frames_of(self.config, seconds.repeat(n)) for n in (1, 2))
-            few, many = (self._traced(len(pack), tokens, pack)[1] for pack in packs)
+        first, second = samples(self.config, self.mix, masked=True)
+        few, many = (self._traced(n, tokens, frames)[1] for n, frames, _ in (first, second))
         if len(few.kept) != len(many.kept):  # operators that depend on the clips
             few, many = few.coarse(), many.coarse()
-        return few.extended(many, (clips - first) / (second - first))
+        return few.extended(many, (clips - first.size) / (second.size - first.size))
 
     @cached_property
     def media_bytes(self) -> int:
@@ -230,33 +202,6 @@ class StepCounts:
             return fake_batch(self.config, 1, 1, self._mode).media.nbytes
         frames = np.mean(frames_of(self.config, self.mix.seconds))
         return int(_FLOAT * frames * self.config.audio.mel_bins)
-
-    def _points(self, lengths: Sequence[int]) -> list[int]:
-        """Caption lengths to count with: one if all are equal, else three."""
-        if len(set(lengths)) == 1:
-            return [lengths[0]]
-        longest = min(_LONGEST, self.config.text.max_tokens)
-        return sorted({max(1, longest * n // 3) for n in (1, 2, 3)})
-
-    def _count_losses(self, clips: int, world: int) -> LossCounts:
-        config, loss, width = self.config, self.config.loss, self.config.joint.width
-        names = ("media", *loss.sentences)
-        with fake_ranks(world), duplicates_of_a_gpu(), self._mode:
-            outputs = {name: torch.empty(clips, width, requires_grad=True) for name in names}
-            scalars = ("scale", "recon", *["bias"] * loss.sigmoid.active)
-            outputs |= {n: torch.empty((), requires_grad=True) for n in scalars}
-            if loss.pair_ids:
-                outputs["pair_ids"] = torch.empty(clips, 2 + loss.negatives, dtype=torch.int64)
-            with Trace(outputs.values()) as trace:
-                with CountTraffic() as forward:
-                    total = total_loss(cast(Outputs, outputs), config)["total"]
-                trace.in_backward = True
-                with CountTraffic() as backward:
-                    total.backward()
-        flop = summed(trace.flop().values())
-        compared = tuple(name for name, x in outputs.items() if x.grad is not None)
-        peak = int(trace.allocated()[0].max())
-        return LossCounts(flop, forward.traffic, backward.traffic, peak, compared)
 
     def _traced(
         self, clips: int, tokens: int, frames: tuple[int, ...] | None = None
@@ -277,7 +222,7 @@ class StepCounts:
         self, clips: int, tokens: int, frames: tuple[int, ...] | None
     ) -> tuple[dict[str, Flop], TowerBytes]:
         config, model = self.config, self.model
-        compared = self.loss(_CLIPS[0]).compared
+        compared = self.loss(CLIPS[0]).compared
         weights = [*model.parameters(), *model.buffers()]
         ends: list[tuple[str, int]] = []
         batch = fake_batch(config, clips, tokens, self._mode, frames)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional
 
-from flap_fast.checks import require
 from flap_fast.config import Config
 from flap_fast.data.batch import Batch, PackedMels
 from flap_fast.model.two_towers import TwoTowers
@@ -90,13 +89,7 @@ def duplicates_of_a_gpu() -> Iterator[None]:
 
 
 def traceable(config: Config, *, half: bool) -> Config:
-    """The config with PyTorch's attention, and a precision that does not depend on the device.
-
-    Raises:
-        ConfigError: it has a teacher, which is neither counted nor measured.
-    """
-    distill, rule = config.loss.distill.weight, "be 0 in a plan or a profile, which has no teacher"
-    require(not distill, "loss.distill.weight", rule, distill)
+    """The config with PyTorch's attention, and a precision that does not depend on the device."""
     precision = "bf16" if half else "fp32"
     found = {"train": config.train.model_copy(update={"precision": precision})}
     for name in ("audio", "image", "text"):

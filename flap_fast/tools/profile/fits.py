@@ -19,6 +19,7 @@ from flap_fast.tools.profile.memory import divisors, footprint
 from flap_fast.tools.profile.synthetic import caption_lengths
 from flap_fast.tools.profile.work import rank_work
 from flap_fast.train.engine import check_engine
+from flap_fast.train.teacher import check_teacher
 
 # Fraction of the free memory: counts leave out heaps, libraries and an optimizer's temporaries.
 _SAFE = 0.7
@@ -50,6 +51,7 @@ def check_settings(config: Config, *, synthetic: bool) -> None:
             raise ConfigError(f"{error}. Without data: --synthetic") from None
     check_engine(config, world_size())
     check_micro_tokens(config)
+    check_teacher(config)
 
 
 def check_memory(config: Config, needed: Needed, ranks: Ranks) -> None:

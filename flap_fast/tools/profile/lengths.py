@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from flap_fast.checks import ConfigError, require
+from flap_fast.checks import read_text, require
 from flap_fast.config import Config
 from flap_fast.data.lengths import clip_seconds
 from flap_fast.data.shards import open_shards, shard_kinds
@@ -100,13 +100,8 @@ def read_lengths(file: Path) -> np.ndarray:
     Raises:
         ConfigError: no such file, or a line that is neither.
     """
-    require(file.is_file(), "--lengths", "name an existing file", file)
     found = []
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--lengths must be a UTF-8 text file, got '{file}': {error}") from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text("--lengths", file).splitlines(), 1):
         if line.strip():
             rule = "be seconds above 0, or a JSON object with duration_s"
             seconds = _seconds(line)

@@ -14,19 +14,16 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from flap_fast.checks import ConfigError, require
 from flap_fast.config import Config
-from flap_fast.data.batch import Batch, PackedMels
 from flap_fast.data.loader import TrainingLoader
 from flap_fast.data.shards import open_shards, shard_kinds
 from flap_fast.data.tokenize import tokenizer
@@ -37,6 +34,7 @@ from flap_fast.tools.profile.counts import StepCounts
 from flap_fast.tools.profile.device import Memory, measure_ceiling, most_allocated
 from flap_fast.tools.profile.fits import check_memory, check_settings, count_here
 from flap_fast.tools.profile.lengths import LengthMix, length_mix
+from flap_fast.tools.profile.noted import Noted, noting, sentence_lengths
 from flap_fast.tools.profile.parts import step_parts
 from flap_fast.tools.profile.search import search as search_micro_batch
 from flap_fast.tools.profile.synthetic import SyntheticLoader, without_files
@@ -45,6 +43,7 @@ from flap_fast.tools.profile.timeline import (
     timed_batches,
     timed_collectives,
     timed_engine,
+    timed_teacher,
 )
 from flap_fast.tools.profile.trace import Flop, mean
 from flap_fast.tools.profile.traffic import CountTraffic, sent_bytes
@@ -55,6 +54,7 @@ from flap_fast.train.frozen_text import frozen_text
 from flap_fast.train.optimizers import warmup_cosine
 from flap_fast.train.setup import clip_tokens
 from flap_fast.train.step import Gradients
+from flap_fast.train.teacher import teacher
 
 WARM_UP, TRACED = 3, 2
 _SEARCH_S = 30.0
@@ -74,7 +74,8 @@ def profile(
     """Profile steps and write the files; returns the contents of profile.json, on the first rank.
 
     Args:
-        synthetic: random batches; needs neither shards nor the text tower's folder.
+        synthetic: random batches; needs neither shards nor the text tower's folder, but a teacher
+            and, to compare its tokenizer, the text tower's.
         mix: with audio.length = variable, the clips' lengths; of data.train, or of the default mix,
             without.
         search: look for the largest micro-batch that fits; in a run of one process only.
@@ -109,16 +110,6 @@ def _why_no_search(search: bool) -> str:
     return "of one process only, without a launcher" if search else "--no-search"
 
 
-class _Noted(NamedTuple):
-    """What is noted of a batch."""
-
-    mask: Tensor
-    """Of its captions."""
-    frames: tuple[int, ...]
-    """Of its clips, where they differ."""
-    micro_batches: int
-
-
 class _Session:
     """Measures the steps of one model, its engine and its loader."""
 
@@ -132,7 +123,8 @@ class _Session:
         out: Path,
     ):
         self.config, self.ranks, self.steps, self.out = config, ranks, steps, out
-        self.counts, self.parts = counts, step_parts(config.encoder.modality)
+        taught = config.loss.distill.active
+        self.counts, self.parts = counts, step_parts(config.encoder.modality, teacher=taught)
         self.half = takes_bf16(config.train.precision, ranks.device)
         self.memory = Memory(ranks.device)
         self.timeline: Timeline | None = None
@@ -150,6 +142,7 @@ class _Session:
             engine = make_engine(self.config, self.model, self.ranks)
             engine = hooks.enter_context(timed_engine(engine, lambda: self.timeline))
             self.text = hooks.enter_context(frozen_text(self.config, self.model, self.ranks))
+            self.teacher = timed_teacher(teacher(self.config, self.ranks), lambda: self.timeline)
             self._begin(engine, WARM_UP + self.steps + extra)
             try:
                 for _ in range(WARM_UP):
@@ -180,20 +173,15 @@ class _Session:
         # Far from the end of a run, and from an unmasked tail.
         self.run_steps = 1000 * per_epoch
         self.engine = engine
-        self.gradients = Gradients(config, ranks, engine, self.run_steps, per_epoch, self.text)
+        models = engine, self.run_steps, per_epoch, self.text, self.teacher
+        self.gradients = Gradients(config, ranks, *models)
         batches = timed_batches(
             loader.batches(0, steps, times=self.gradients.reads), lambda: self.timeline
         )
-        self.noted: list[_Noted] = []
-        self.batches = self._noting(batches)
+        self.noted: list[Noted] = []
+        self.batches = noting(batches, self.noted)
 
-    def _noting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        for batch in batches:
-            frames = batch.media.frames if isinstance(batch.media, PackedMels) else ()
-            self.noted.append(_Noted(batch.attention_mask, frames, batch.micro_batches))
-            yield batch
-
-    def _step(self) -> list[_Noted]:
+    def _step(self) -> list[Noted]:
         """Run a step of the trainer's loop with its batches; returns what was noted of those."""
         if self.timeline:
             self.timeline.begin_step()
@@ -224,8 +212,8 @@ class _Session:
         real = sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
         return seconds, memory, flop, real
 
-    def _flop_of(self, step: list[_Noted]) -> dict[str, Flop]:
-        lengths = [n for batch in step for n in batch.mask.sum(1).tolist()]
+    def _flop_of(self, step: list[Noted]) -> dict[str, Flop]:
+        lengths = sentence_lengths(step, len(self.config.loss.sentences))
         frames = sorted(n for batch in step for n in batch.frames)
         world = self.ranks.world
         return self.counts.flop(lengths, world, frames=frames, micro_batches=len(step))

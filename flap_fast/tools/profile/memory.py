@@ -5,7 +5,9 @@
     loss         gathered embeddings, logits by tile, gradients, counted likewise
     held         of micro-batches: embeddings of all, and media that are not decoded again
 
-With micro-batches, activations are those of one, and gradients are held all the time.
+With micro-batches, activations are those of one, and gradients are held all the time. A teacher's
+weights are whole on each rank; its forward comes between the model's and the loss, and what it
+takes is freed before the loss.
 
 Left out: the front end, allocators' rounding and fragments, and what an operator allocates and
 frees within itself.
@@ -14,11 +16,11 @@ frees within itself.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flap_fast.config import Config
 from flap_fast.tools.profile.counts import StepCounts
-from flap_fast.tools.profile.parts import OTHER
+from flap_fast.tools.profile.parts import OTHER, TEACHER
 from flap_fast.tools.profile.states import Parameters, state_bytes
 
 _FLOAT = 4
@@ -33,6 +35,7 @@ class Footprint:
     """What train.offload keeps in the CPU's memory; not in the peak."""
     activations: dict[str, int]
     loss: dict[str, int]
+    """Of the losses, and of a teacher's forward before them."""
     held: dict[str, int]
     peak: int
 
@@ -73,9 +76,17 @@ def footprint(
     loss = counts.loss_bytes(
         clips if both else min(clips, math.ceil(at_once)), world, counted=counted
     )
-    held = held_bytes(config, clips, counts.media_bytes, on_gpu=on_gpu) if several else {}
+    teacher, after, embedded = counts.teacher, {"loss": loss}, 0
+    if teacher:
+        states = replace(states, on_device=states.on_device | {TEACHER: teacher.weight_bytes})
+        after["teacher's forward"] = teacher.peak_bytes(at_once, tokens)
+        embedded = 0 if both else teacher.embedding_bytes(math.ceil(at_once))
+    width = teacher.width if teacher else 0
+    held = {}
+    if several:
+        held = held_bytes(config, clips, counts.media_bytes, on_gpu=on_gpu, teacher_width=width)
     towers = counts.towers(at_once, tokens)
-    allocated = towers.kept if both else towers.kept + towers.batch
+    allocated = (towers.kept if both else towers.kept + towers.batch) + embedded
     if both and "media" not in held:  # those of the second pass are kept through its backward
         held["media"] = int(at_once * counts.media_bytes)
     full, without = states.with_gradients, states.without_gradients
@@ -89,11 +100,11 @@ def footprint(
         steps = full + allocated + new
         before = full
     forward = max(0, towers.forward - 1)
-    losses = without + loss if both else before + allocated[forward] + loss
+    losses = max(after.values()) + (without if both else before + allocated[forward])
     peak = int(max(steps.max(), losses)) + sum(held.values())
     parts = ("media" if part == OTHER else part for part in towers.parts)
     activations = {part: n for part, n in zip(parts, towers.parts.values(), strict=True) if n > 0}
-    return Footprint(states.on_device, states.on_cpu, activations, {"loss": loss}, held, peak)
+    return Footprint(states.on_device, states.on_cpu, activations, after, held, peak)
 
 
 def parameters(counts: StepCounts) -> Parameters:
@@ -102,11 +113,17 @@ def parameters(counts: StepCounts) -> Parameters:
     return Parameters(sum(sizes), counts.frozen, max(sizes))
 
 
-def held_bytes(config: Config, clips: int, media_bytes: int, *, on_gpu: bool) -> dict[str, int]:
-    """Bytes that a step holds between its first and its second pass, by name."""
-    # Each embedding, all of them joined, and their gradients.
-    embeddings = 1 + len(config.loss.sentences)
-    found = {"embeddings": 3 * _FLOAT * clips * embeddings * config.joint.width}
+def held_bytes(
+    config: Config, clips: int, media_bytes: int, *, on_gpu: bool, teacher_width: int = 0
+) -> dict[str, int]:
+    """Bytes that a step holds between its first and its second pass, by name.
+
+    Args:
+        teacher_width: of the teacher's embeddings; 0 without one.
+    """
+    # Each embedding, all of them joined, and their gradients, which a teacher's two have none of.
+    numbers = 3 * (1 + len(config.loss.sentences)) * config.joint.width + 2 * 2 * teacher_width
+    found = {"embeddings": _FLOAT * clips * numbers}
     keeps = config.train.replay == "keep" or (config.train.replay == "auto" and on_gpu)
     if keeps and config.train.accumulation == "exact":
         found["media"] = clips * media_bytes

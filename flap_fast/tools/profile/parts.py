@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 DATA_WAIT, DECODER, LOSS, OTHER = "data wait", "decoder", "loss", "other"
 OPTIMIZER, COMMUNICATION = "optimizer", "communication"
+TEACHER = "teacher"
 
 
 def tower(name: str) -> str:
@@ -21,10 +22,10 @@ def tower(name: str) -> str:
     return f"{name} tower"
 
 
-def step_parts(modality: str) -> tuple[str, ...]:
-    """Every part, in the order of a step with media of this modality."""
-    towers = tower(modality), tower("text")
-    return (DATA_WAIT, *towers, DECODER, LOSS, OPTIMIZER, COMMUNICATION, OTHER)
+def step_parts(modality: str, *, teacher: bool = False) -> tuple[str, ...]:
+    """Every part, in the order of a step with media of this modality, with a teacher or without."""
+    towers, taught = (tower(modality), tower("text"), DECODER), (TEACHER,) * teacher
+    return (DATA_WAIT, *towers, *taught, LOSS, OPTIMIZER, COMMUNICATION, OTHER)
 
 
 @contextmanager

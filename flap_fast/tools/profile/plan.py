@@ -24,12 +24,14 @@ from flap_fast.tools.profile.counts import StepCounts
 from flap_fast.tools.profile.largest import StepMemory
 from flap_fast.tools.profile.lengths import LengthMix, length_mix
 from flap_fast.tools.profile.memory import Footprint, parameters
+from flap_fast.tools.profile.parts import TEACHER
 from flap_fast.tools.profile.states import Parameters
 from flap_fast.tools.profile.synthetic import LONGEST
 from flap_fast.tools.profile.trace import Flop
 from flap_fast.tools.profile.traffic import engine_traffic, sent_bytes
 from flap_fast.tools.profile.work import Work, loss_times, rank_work, two_passes, work_summary
 from flap_fast.train.engine import BUCKET_NUMBERS
+from flap_fast.train.teacher import check_teacher
 from flap_kernels.infonce.rank_sizes import scheme_in_force
 
 # Fused Adam reads weight, gradient and both moments, and writes all but the gradient, in float32.
@@ -155,7 +157,8 @@ def plan(config: Config, machine: Machine, mix: LengthMix | None = None) -> Plan
             without.
 
     Raises:
-        ConfigError: the batch or the ranks cannot be divided evenly, or the engine cannot do it.
+        ConfigError: the batch or the ranks cannot be divided evenly, the engine cannot do it, or
+            the teacher cannot take the batches.
     """
     machine.check()
     batch, world = config.train.global_batch, machine.gpus
@@ -173,6 +176,7 @@ def plan(config: Config, machine: Machine, mix: LengthMix | None = None) -> Plan
     rule = "be 'none' in plain PyTorch"
     remedy = "set train.engine=deepspeed"
     require(engine == "deepspeed" or offload == "none", "train.offload", rule, offload, remedy)
+    check_teacher(config)
     return _plan(config, machine, engine, mix or length_mix(config))
 
 
@@ -265,7 +269,7 @@ def _exchanges(
     if stage == 3 and not two_passes(
         config, micro_batches
     ):  # gathered ahead of the forward that uses them
-        ahead = sum(f.forward for f in flop.values()) / rate
+        ahead = sum(f.forward for part, f in flop.items() if part != TEACHER) / rate
         exposed["weights"] = max(0.0, seconds["weights"] - ahead)
     names = {
         "forward": "embeddings, forward",

@@ -20,9 +20,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from math import prod
 from pathlib import Path
 from statistics import mean
@@ -41,98 +40,17 @@ from flap_fast.model.two_towers import Outputs, TwoTowers
 from flap_fast.ranks import Ranks
 from flap_fast.tools.profile.device import Memory, free_bytes
 from flap_fast.tools.profile.lengths import LengthMix, frames_of, length_mix
-from flap_fast.tools.profile.memory import divisors, held_bytes
+from flap_fast.tools.profile.memory import held_bytes
 from flap_fast.tools.profile.synthetic import SyntheticLoader, without_files
+from flap_fast.tools.profile.trials import Trial, largest, trials
 from flap_fast.tools.profile.work import rank_work
 from flap_fast.train.engine import PlainEngine
 from flap_fast.train.frozen_text import frozen_text
 from flap_fast.train.step import Gradients
+from flap_fast.train.teacher import teacher, teacher_config
 
 # Fraction of a CPU's free memory that the search may use.
 _SAFE = 0.8
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One trial: a micro-batch of `clips` clips, and whether it fits."""
-
-    clips: int
-    fits: bool
-    peak_bytes: int = 0
-    trial_s: float = 0.0
-    clips_per_s: float = 0.0
-    """Of a whole step, extrapolated from the trial."""
-    tokens: int = 0
-    """Of the larger micro-batch, of clips of different lengths."""
-
-
-def trials(
-    attempt: Callable[[int], Trial],
-    *,
-    batch: int,
-    limit_bytes: int | None,
-    seconds: float,
-    clock: Callable[[], float] = time.monotonic,
-) -> Iterator[Trial]:
-    """Yield trials until the largest micro-batch is found or the time is over.
-
-    Args:
-        batch: clips of the whole batch; above half of it, only the whole batch is tried.
-        limit_bytes: trials whose expected peak is above it are not started; None starts all.
-        seconds: trials that are expected to end later are not started.
-    """
-    until, done = clock() + seconds, []
-    possible = divisors(batch)
-    fits, fails, clips = 0, None, min(2, batch)
-    while True:
-        late = bool(done) and clock() + _expected(done, clips, "trial_s") * 2 > until
-        if late:
-            return
-        too_much = limit_bytes is not None and _expected(done, clips, "peak_bytes") > limit_bytes
-        trial = None if too_much else attempt(clips)
-        if trial:
-            yield trial
-        if trial and trial.fits:
-            done.append(trial)
-            fits = clips
-        else:
-            fails = clips
-        if fails is None:
-            if fits == batch:
-                return
-            clips = 2 * clips if 4 * clips <= batch else batch
-        else:
-            between = [n for n in possible if fits < n < fails]
-            if not between:
-                return
-            clips = between[len(between) // 2]
-
-
-def largest(found: Sequence[Trial], batch: int, limit_bytes: int | None) -> dict[str, Any]:
-    """The largest trial that fits, and the limit that a line through the peaks predicts.
-
-    `micro_batch` is a valid train.micro_batch: the largest divisor of the batch that is not larger
-    than the largest trial that fits; 0 if not even the smallest fits.
-    """
-    good = sorted((t for t in found if t.fits), key=lambda t: t.clips)
-    tried = good[-1].clips if good else 0
-    predicted = None
-    if limit_bytes is not None and len(good) >= 2:
-        slope = (good[-1].peak_bytes - good[-2].peak_bytes) / (good[-1].clips - good[-2].clips)
-        if slope > 0:
-            more = tried + int((limit_bytes - good[-1].peak_bytes) / slope)
-            predicted = _divisor(batch, max(tried, more))
-    return {
-        "global_batch": batch,
-        "tried": tried,
-        "micro_batch": _divisor(batch, tried),
-        "predicted": predicted,
-        "trials": [asdict(t) for t in found],
-    }
-
-
-def _divisor(batch: int, most: int) -> int:
-    return max((n for n in divisors(batch) if n <= most), default=0)
 
 
 def search(config: Config, mix: LengthMix | None = None, *, seconds: float) -> dict[str, Any]:
@@ -193,6 +111,8 @@ class Attempts:
         self._config, self._ranks = config, Ranks(device=device)
         self._memory = Memory(device)
         self._engine = PlainEngine(config, TwoTowers(config, weights=False), self._ranks)
+        self._teacher, found = teacher(config, self._ranks), teacher_config(config)
+        self._teacher_width = found.joint.width if found else 0
         self._warm = False
 
     def __call__(self, clips: int) -> Trial:
@@ -248,7 +168,8 @@ class Attempts:
             media_bytes = int(4 * frames * self._config.audio.mel_bins)
         else:
             media_bytes = 4 * prod(self._config.encoder.input_shape(self._config.fusion))
-        sizes = held_bytes(self._config, clips, media_bytes, on_gpu=device.type == "cuda")
+        on_gpu, width = device.type == "cuda", self._teacher_width
+        sizes = held_bytes(self._config, clips, media_bytes, on_gpu=on_gpu, teacher_width=width)
         return [torch.ones(n // 4, device=device) for n in sizes.values()]
 
     def _compute_losses(self) -> None:
@@ -258,6 +179,10 @@ class Attempts:
         rows = {name: torch.randn(whole, width, device=device) for name in names}
         outputs = {name: normalize(x, dim=1).requires_grad_() for name, x in rows.items()}
         del rows
+        if width := self._teacher_width:
+            for name in ("teacher_media", "teacher_text"):
+                outputs[name] = normalize(torch.randn(whole, width, device=device), dim=1)
+            outputs["teacher_scale"] = torch.tensor(10.0, device=device)
         outputs["scale"] = torch.tensor(10.0, device=device)
         outputs["recon"] = torch.zeros((), device=device)
         outputs["bias"] = torch.tensor(-10.0, device=device)
@@ -270,7 +195,8 @@ class Attempts:
         module = self._engine.module
         # All captions are new, as in a run's first epoch: that takes the most.
         with frozen_text(config, module, self._ranks) as text:
-            gradients = Gradients(config, self._ranks, self._engine, 1000, 1000, text)
+            inputs = self._ranks, self._engine, 1000, 1000, text, self._teacher
+            gradients = Gradients(config, *inputs)
             loader = SyntheticLoader(config, module.text, self._ranks, self._mix)
             gradients(1, loader.batches(0, 1, times=gradients.reads))
         self._engine.step(config.optim.lr)
@@ -286,15 +212,6 @@ class Attempts:
 def _out_of_memory(error: Exception) -> bool:
     kinds = (torch.OutOfMemoryError, MemoryError)
     return isinstance(error, kinds) or "can't allocate memory" in str(error)
-
-
-def _expected(done: Sequence[Trial], clips: int, what: str) -> float:
-    """Value on a line through the last two trials that fit; 0 with fewer than two."""
-    if len(done) < 2:
-        return 0.0
-    (a, b) = done[-2:]
-    slope = (getattr(b, what) - getattr(a, what)) / (b.clips - a.clips)
-    return getattr(b, what) + max(0.0, slope) * (clips - b.clips)
 
 
 def _bound_memory() -> int:

@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from flap_fast.files import visible
 from flap_fast.tools.profile.plan import Machine, Plan
 
 _MIB = 2**20
@@ -87,7 +88,8 @@ def _lengths(found: dict[str, Any] | None) -> list[str]:
         return []
     cropped = f", {_percent(found['cropped'])} are cropped" if found["cropped"] else ""
     return [
-        f"lengths of {found['clips']:,} clips ({found['source']}): mean {found['mean_s']:.1f} s,",
+        f"lengths of {found['clips']:,} clips ({visible(found['source'])}): "
+        f"mean {found['mean_s']:.1f} s,",
         f"  median {found['median_s']:.1f} s, longest {found['longest_s']:,.1f} s{cropped}",
         f"audio tokens: {found['tokens_per_clip']:.0f} a clip, {found['rank_tokens']:,} a rank, "
         f"{found['micro_tokens']:,} at a time;",

@@ -10,13 +10,14 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from flap_fast.data.batch import Batch
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.tools.profile.parts import (
     COMMUNICATION,
@@ -24,9 +25,11 @@ from flap_fast.tools.profile.parts import (
     LOSS,
     OPTIMIZER,
     OTHER,
+    TEACHER,
     marked,
 )
 from flap_fast.train.engine import Engine
+from flap_fast.train.teacher import Teacher
 
 
 class Timeline:
@@ -130,6 +133,19 @@ def timed_engine(engine: Engine, now: Now) -> Iterator[Engine]:
 
     with marked(engine.module, mark):
         yield cast(Engine, _MarkedEngine(engine, mark))  # other attributes are forwarded to it
+
+
+def timed_teacher(teacher: Teacher | None, now: Now) -> Teacher | None:
+    """The teacher, whose forward is the part `teacher`, if there is one."""
+    if teacher is None:
+        return None
+
+    def timed(batch: Batch) -> dict[str, Tensor]:
+        timeline = now()
+        with timeline.within(TEACHER) if timeline else nullcontext():
+            return teacher(batch)
+
+    return cast(Teacher, timed)
 
 
 class _MarkedEngine:

@@ -83,7 +83,7 @@ class Trace(TorchDispatchMode):
         super().__init__()
         self.part = "other"
         self.in_backward = False
-        self._formulas = {op: shape_wrapper(f) for op, f in formulas().items()} | flop_registry
+        self._formulas = {op: shape_wrapper(f) for op, f in formulas().items()}
         self._flop: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
         self._serial: dict[int, int] = {}
         self._changes: list[tuple[int, int]] = []
@@ -96,7 +96,9 @@ class Trace(TorchDispatchMode):
         if func is torch.ops.prim.device.default:  # called very often
             return func(*args)
         result = func(*args, **kwargs)
-        if formula := self._formulas.get(func._overloadpacket):
+        operator = func._overloadpacket
+        # Kernels join the registry when a loss imports them, which may be inside.
+        if formula := flop_registry.get(operator) or self._formulas.get(operator):
             phase = "forward"
             if self.in_backward:  # autograd's own products run without grad mode
                 phase = "recomputed" if torch.is_grad_enabled() else "backward"

@@ -9,12 +9,12 @@ M rows x   N columns y   D width   logits and sums in float32
 
 from __future__ import annotations
 
-from flap_kernels.infonce.triton_kernels import (
-    _column_slabs,
-    _products,
-    _share_an_id,
-    _store_dlogits,
-    _tile_of,
+from flap_kernels.infonce.triton_product import (
+    column_slabs,
+    products,
+    share_an_id,
+    store_dlogits,
+    tile_of,
 )
 from flap_kernels.launch import jit, tl
 
@@ -52,10 +52,10 @@ def sigmoid_kernel(
 ):
     """The sum of a tile's losses; with GRADIENTS its dlogits, and their sums for scale and bias."""
     pid = tl.program_id(0)
-    pid_m, pid_n = _tile_of(pid, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    pid_m, pid_n = tile_of(pid, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     start_m = pid_m * BLOCK_M
     start_n = pid_n * BLOCK_N
-    product = _products(
+    product = products(
         x_ptr + start_m.to(tl.int64) * stride_xm,
         y_ptr + start_n.to(tl.int64) * stride_yn,
         M - start_m,
@@ -78,7 +78,7 @@ def sigmoid_kernel(
     loss_sum = tl.full((), 0.0, dtype=tl.float32)
     scale_sum = loss_sum
     bias_sum = loss_sum
-    slabs = _column_slabs(product, SLABS)
+    slabs = column_slabs(product, SLABS)
     WIDTH: tl.constexpr = BLOCK_N // SLABS
     for slab in tl.static_range(SLABS):  # pyright: ignore[reportGeneralTypeIssues]
         first = start_n + slab * WIDTH
@@ -103,7 +103,7 @@ def sigmoid_kernel(
             is_positive = offs_n[None, :] == (offs_m + offset)[:, None]
             out = ~(mask_m[:, None] & mask_n[None, :])
             if IDS:
-                same = _share_an_id(x_ids_ptr, y_ids_ptr, offs_m, offs_n, mask_m, mask_n, IDS)
+                same = share_an_id(x_ids_ptr, y_ids_ptr, offs_m, offs_n, mask_m, mask_n, IDS)
                 out = out | (same & (is_positive == 0))
             losses = tl.where(is_positive, tl.maximum(-logits, 0.0) + log1p, losses)
             losses = tl.where(out, 0.0, losses)
@@ -116,7 +116,7 @@ def sigmoid_kernel(
             # Behind column N the workspace's rows hold zeros: a row is stored in whole lines.
             mask = mask_m[:, None] & (offs_n < stride_gm)[None, :]
             slab_ptr = dlogits_ptr + start_m.to(tl.int64) * stride_gm + first
-            _store_dlogits(slab_ptr, dlogits, mask, stride_gm, PRECISION)
+            store_dlogits(slab_ptr, dlogits, mask, stride_gm, PRECISION)
     tl.store(loss_partial_ptr + pid, loss_sum)
     if GRADIENTS:
         tl.store(scale_partial_ptr + pid, scale_sum)

@@ -107,9 +107,9 @@ def laughs() -> str:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        (laughs(), "must hold 100000 values or fewer, aliases written out, got"),
-        ("run: &r [*r]\n", "must hold 100000 values or fewer, .* got inf"),
-        ("run: " + "[" * 3000 + "]" * 3000, "must be YAML: it is nested too deeply"),
+        (laughs(), "must be YAML: at most 100000 values, aliases written out, got"),
+        ("run: &r [*r]\n", "must be YAML: "),
+        ("run: " + "[" * 3000 + "]" * 3000, "must be YAML: nested too deeply"),
         ("run: {" * 3000, "must be YAML: "),
         (f"run: {{seed: {DIGITS}}}\n", "must be YAML: "),
     ],

@@ -1,4 +1,4 @@
-"""The shipped configs as a test's parameters: of each kind one at once, the others are slow."""
+"""The shipped configs as a test's parameters: at once those that bring something new."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from flap_fast.config.file import load_config
 
 
 def shipped() -> list[Any]:
-    """All files; those are slow of whose encoders, fusion and losses another one is."""
-    kinds: set[tuple] = set()
+    """All files; those are slow whose encoders, fusion, lengths and losses other ones have."""
+    known: set[tuple[str, str]] = set()
     found = []
     for file in sorted(Path("configs").glob("*.yaml")):
         config = load_config(file)
-        encoders = config.encoder.encoder, config.text.encoder
-        kind = (*encoders, config.fusion.type, config.audio.length, *config.loss.active)
-        marks = pytest.mark.slow if kind in kinds else ()
-        found.append(pytest.param(file, id=file.stem, marks=marks))
-        kinds.add(kind)
+        has = {("media", config.encoder.encoder), ("text", config.text.encoder)}
+        has |= {("fusion", config.fusion.type), ("length", config.audio.length)}
+        has |= {("loss", name) for name in config.loss.active}
+        found.append(
+            pytest.param(file, id=file.stem, marks=pytest.mark.slow if has <= known else ())
+        )
+        known |= has
     return found

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from flap_fast.config import Config
 from flap_fast.config.file import load_config
@@ -14,12 +14,14 @@ from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks
 from flap_fast.tools.profile.counts import StepCounts
 from flap_fast.tools.profile.lengths import LengthMix
+from flap_fast.tools.profile.noted import Noted, noting, sentence_lengths
 from flap_fast.tools.profile.synthetic import SyntheticLoader
-from flap_fast.tools.profile.trace import formulas
+from flap_fast.tools.profile.trace import Trace, formulas
 from flap_fast.tools.profile.work import rank_work
 from flap_fast.train.engine import PlainEngine
 from flap_fast.train.frozen_text import frozen_text
 from flap_fast.train.step import Gradients
+from flap_fast.train.teacher import teacher
 from flap_kernels.masked_mse import _masked_mse, _masked_mse_backward
 from tests.tiny import HTSAT, tiny, tiny_clip
 
@@ -133,11 +135,12 @@ def test_products_of_clips_of_their_own_lengths_are_as_many_as_pytorch_counts(ov
 
 
 def products_of_a_step(config: Config, mix: LengthMix | None = None) -> tuple[list[int], int]:
-    """The tokens of a step's sentences, and what PyTorch counts in it."""
+    """The tokens of a step's sentences, captions first, and what PyTorch counts in it."""
     engine = PlainEngine(config, TwoTowers(config).train(), Ranks())
     loader = SyntheticLoader(config, engine.module.text, Ranks(), mix)
     with frozen_text(config, engine.module, Ranks()) as text:
-        gradients = Gradients(config, Ranks(), engine, 1000, 1000, text)
+        models = text, teacher(config, Ranks())
+        gradients = Gradients(config, Ranks(), engine, 1000, 1000, *models)
         batches = list(loader.batches(0, 1, times=gradients.reads))
         if text:  # the encoder is frozen: no caption is new
             for batch in batches:
@@ -145,11 +148,19 @@ def products_of_a_step(config: Config, mix: LengthMix | None = None) -> tuple[li
         # Attention as plain products: PyTorch's own registry does not have the CPU's fused one.
         with sdpa_kernel(SDPBackend.MATH), counter() as counted:
             gradients(1, iter(batches))
-    first = batches[: batches[0].micro_batches]
-    lengths = [n for batch in first for n in batch.attention_mask.sum(1).tolist()]
+    noted: list[Noted] = []
+    list(noting(iter(batches[: batches[0].micro_batches]), noted))
+    lengths = sentence_lengths(noted, len(config.loss.sentences))
     if config.text.encoder == "clip":  # computes the padding, too
         lengths = [max(lengths)] * len(lengths)
     return lengths, counted.get_total_flops()
+
+
+def test_a_kernel_that_is_imported_inside_of_a_trace_is_counted(monkeypatch: pytest.MonkeyPatch):
+    with Trace() as trace:
+        monkeypatch.setitem(flop_registry, torch.ops.aten.neg, lambda *_, **__: 7)
+        torch.ones(2).neg()
+    assert trace.flop()["other"].total == 7
 
 
 def test_what_a_second_pass_adds_is_a_forward_of_the_towers():

@@ -31,7 +31,7 @@ from flap_fast.tools.profile.device import Memory, free_bytes, measure_ceiling, 
 from flap_fast.tools.profile.measure import profile
 from flap_fast.tools.profile.memory import footprint
 from flap_fast.tools.profile.parts import step_parts
-from flap_fast.tools.profile.search import Attempts, Trial, largest, search, trials
+from flap_fast.tools.profile.search import Attempts, search
 from flap_fast.tools.profile.synthetic import (
     SyntheticLoader,
     caption_lengths,
@@ -44,6 +44,7 @@ from flap_fast.tools.profile.timeline import (
     timed_collectives,
     timed_engine,
 )
+from flap_fast.tools.profile.trials import Trial, largest, trials
 from flap_fast.train.engine import PlainEngine
 from flap_fast.train.step import Gradients
 from tests.ranks import on_ranks

@@ -25,7 +25,7 @@ from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks
 from flap_fast.tools.profile.counts import StepCounts
 from flap_fast.tools.profile.lengths import LengthMix
-from flap_fast.tools.profile.memory import footprint, parameters
+from flap_fast.tools.profile.memory import Footprint, footprint, parameters
 from flap_fast.tools.profile.plan import Machine, default_gpus, parse_rate, plan
 from flap_fast.tools.profile.states import Parameters, States, state_bytes
 from flap_fast.tools.profile.synthetic import SyntheticLoader, caption_lengths
@@ -39,6 +39,7 @@ from flap_fast.tools.profile.work import loss_times, rank_work, two_passes
 from flap_fast.train.engine import BUCKET_NUMBERS, DeepSpeedEngine, Engine, PlainEngine
 from flap_fast.train.frozen_text import frozen_text
 from flap_fast.train.step import Gradients
+from flap_fast.train.teacher import teacher
 from tests.ranks import on_ranks
 from tests.tiny import HTSAT, tiny, tiny_clip
 from tests.tools.profile.live import Live, tensors_of
@@ -92,14 +93,20 @@ def loss_traffic(config: Config, clips: int, world: int) -> dict[str, Traffic]:
     return {"forward": loss.forward, "backward": loss.backward}
 
 
-def counted_in_the_loss(clips: int):
+def of_a_teacher(folder: Path) -> list[tuple[str, ...]]:
+    own = ("loss.distill.weight=1", f"loss.distill.teacher={folder}", "loss.contrastive.weight=0")
+    return [(*own, f"loss.distill.scheme={s}") for s in SCHEMES]
+
+
+def counted_in_the_loss(clips: int, folder: Path):
     """On one rank: by loss, what each phase sent."""
     found = []
-    for overrides in LOSSES:
+    for overrides in [*LOSSES, *of_a_teacher(folder)]:
         config = tiny(*overrides)
         names = ("media", *config.loss.sentences)
         outputs = {name: embeddings(clips, config.joint.width) for name in names}
-        outputs["scale"] = outputs["bias"] = torch.tensor(5.0)
+        outputs |= {f"teacher_{n}": embeddings(clips, 24).detach() for n in ("media", "text")}
+        outputs["scale"] = outputs["bias"] = outputs["teacher_scale"] = torch.tensor(5.0)
         columns = 2 + config.loss.negatives
         outputs["pair_ids"] = torch.arange(columns * clips).view(clips, columns)
         with CountTraffic() as forward:
@@ -111,10 +118,11 @@ def counted_in_the_loss(clips: int):
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_fake_ranks_send_for_the_losses_what_real_ones_do(world: int):
-    expected = [loss_traffic(tiny(*overrides), 3, world) for overrides in LOSSES]
+def test_fake_ranks_send_for_the_losses_what_real_ones_do(world: int, teacher_folder: Path):
+    cases = [*LOSSES, *of_a_teacher(teacher_folder)]
+    expected = [loss_traffic(tiny(*overrides), 3, world) for overrides in cases]
     assert all(sum(traffic["forward"].values()) > 0 for traffic in expected)
-    for found in on_ranks(world, counted_in_the_loss, 3):
+    for found in on_ranks(world, counted_in_the_loss, 3, teacher_folder):
         assert found == expected
 
 
@@ -323,16 +331,19 @@ def test_the_predicted_peak_of_other_encoders_is_right_within_a_tenth(config: Co
     compare_peaks(config)
 
 
-def compare_peaks(config: Config) -> None:
+def compare_peaks(config: Config) -> Footprint:
+    """Of the trainer's step: what is predicted, if it is right within a tenth."""
     ranks = Ranks()
     engine = PlainEngine(config, TwoTowers(config).train(), ranks)
     loader = SyntheticLoader(config, engine.module.text, ranks, mix_of(config))
+    taught = teacher(config, ranks)
     with frozen_text(config, engine.module, ranks) as text:
-        gradients = Gradients(config, ranks, engine, 1000, 1000, text)
+        gradients = Gradients(config, ranks, engine, 1000, 1000, text, taught)
         batches = loader.batches(0, 2, times=gradients.reads)
         gradients(1, batches)
         engine.step(1e-4)  # makes the moments
-        with Live(tensors_of(engine.module, engine._optimizer)) as live:
+        models = (engine.module, taught.model) if taught else (engine.module,)
+        with Live(tensors_of(*models, engine._optimizer)) as live:
             gradients(2, batches)
             engine.step(1e-4)
     mix = mix_of(config)
@@ -346,6 +357,7 @@ def compare_peaks(config: Config) -> None:
         config, counts, 32, tokens, 1, engine="plain", on_gpu=False, at_once=at_once
     )
     assert predicted.peak == pytest.approx(live.most, rel=0.1)
+    return predicted
 
 
 def test_states_by_hand():

@@ -1,0 +1,104 @@
+"""What users pass to the embedder: lists of texts, of sounds and of images.
+
+A list is anything that gives its items in an order: a list, a tuple, an array, a column of a
+table, a generator. One text, one sound, a mapping and a set are none.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from flap_fast.checks import ConfigError
+from flap_fast.data.preprocess.waveform import Unusable
+
+BOM = "\ufeff"
+
+
+def listed(values: Any, name: str) -> Iterable[Any]:
+    """Return `values` if they are a list; raises `TypeError` with the name and the remedy."""
+    kind = type(values).__name__
+    single = isinstance(values, (str, bytes, bytearray, memoryview, os.PathLike, Mapping))
+    with_rate = isinstance(values, tuple) and len(values) == 2 and isinstance(values[1], Real)
+    if single or with_rate or readable(values) or hasattr(values, "get_all_samples"):
+        if isinstance(values, (str, os.PathLike)):
+            raise TypeError(f"{name} must be a list, got one: ['{str(values)[:60]}']")
+        raise TypeError(f"{name} must be a list, got one {kind}: put it in []")
+    if isinstance(values, (set, frozenset)) or not hasattr(values, "__iter__"):
+        raise TypeError(f"{name} must be a list, got {'None' if values is None else kind}")
+    return values
+
+
+def texts(values: Any, name: str) -> list[str]:
+    """Return a list of texts as strings.
+
+    Raises:
+        TypeError: not a list, or an item that is no text.
+        ConfigError: a lone surrogate, as in a file's name that is not UTF-8.
+    """
+    dimensions = getattr(values, "ndim", 1)
+    if dimensions != 1:
+        rule = "be a list of texts, an array of one axis or one column of a table"
+        raise TypeError(f"{name} must {rule}, got {type(values).__name__} of {dimensions} axes")
+    found = []
+    for number, text in enumerate(listed(values, name)):
+        if not isinstance(text, str):
+            raise TypeError(f"{name}[{number}] must be a text, got {shown(text)}")
+        if not _is_unicode(text):
+            raise ConfigError(f"{name}[{number}] must be valid Unicode, got {text[:60]!r}")
+        found.append(str(text).removeprefix(BOM))
+    return found
+
+
+def _is_unicode(text: str) -> bool:
+    return text.isascii() or not any("\ud800" <= sign <= "\udfff" for sign in text)
+
+
+def shown(value: Any) -> str:
+    """A value for a message: one that is short itself, of others the type."""
+    plain = value is None or isinstance(value, (bool, int, float, str, bytes))
+    return repr(value)[:60] if plain else type(value).__name__
+
+
+def file_or_bytes(value: Any) -> Any:
+    """Return a `Path`, or the bytes of an encoded file, if `value` is one; else `value` as it is.
+
+    A file object is read from where it stands, and left there. Of a row of Hugging Face datasets
+    that is not decoded, {"bytes": .., "path": ..}, the bytes come first.
+
+    Raises:
+        Unusable: a file object that gives no bytes.
+    """
+    if isinstance(value, Mapping) and value.get("array") is None:
+        encoded = value.get("bytes")
+        value = value if encoded is None and value.get("path") is None else encoded or value["path"]
+    if isinstance(value, (str, os.PathLike)):
+        return Path(os.fsdecode(value))
+    if isinstance(value, (bytes, bytearray)) or (
+        isinstance(value, memoryview) and value.format == "B"
+    ):
+        return bytes(value)
+    return _read(value) if readable(value) else value
+
+
+def readable(value: Any) -> bool:
+    """Whether a value is an open file."""
+    return callable(getattr(value, "read", None))
+
+
+def _read(file: Any) -> bytes:
+    try:
+        start = file.tell() if file.seekable() else None
+        data = file.read()
+        if start is not None:
+            file.seek(start)
+    except (OSError, ValueError) as error:  # ValueError: closed
+        raise Unusable(f"unreadable: {error}") from None
+    if not isinstance(data, bytes):
+        raise Unusable(
+            f"a file object must give bytes, got {type(data).__name__}; open it with mode 'rb'"
+        )
+    return data

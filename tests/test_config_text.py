@@ -1,0 +1,157 @@
+"""What is wrong with the text of a config, and what a wrong name may have meant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flap_fast.checks import ConfigError
+from flap_fast.config.file import load_config
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("2001-99-99", "not a value of timestamp: month must be in 1..12"),
+        ("2001-01-01T99:00:00", "not a value of timestamp: hour must be in 0..23"),
+        ("!!int x", "not a value of int: invalid literal"),
+        ("!!timestamp x", "not a value of timestamp"),
+        ("9" * 5000, "not a value of int: Exceeds the limit"),
+        ("&a [*a]", "found unconstructable recursive node"),
+        ("&a {name: *a}", "found unconstructable recursive node"),
+        ('"\\ud800"', r"a text must be valid Unicode, got '\\ud800'"),
+        ("{[a]: b}", "while constructing a mapping, found unhashable key"),
+        ("!!python/name:os.system x", "could not determine a constructor"),
+        ("[", "while parsing a flow node"),
+    ],
+)
+def test_whatever_yaml_cannot_read_is_a_sentence_with_line_and_setting(
+    value: str, reason: str, tmp_path: Path
+):
+    with pytest.raises(
+        ConfigError, match=f"^the value of run.name must be YAML: {reason}"
+    ) as error:
+        load_config(None, [f"run.name={value}"])
+    assert "\n" not in str(error.value)
+    file = tmp_path / "c.yaml"
+    file.write_text(f"# a comment\nmask: {{}}\nrun:\n  seed: 1\n  name: {value}\n")
+    with pytest.raises(ConfigError, match=f"^{file} must be YAML: {reason}") as error:
+        load_config(file)
+    assert "\n" not in str(error.value)
+    assert ", in line " in str(error.value)
+    if value != "[":  # which swallows the rest
+        assert str(error.value).endswith(", in line 5, setting run.name")
+
+
+@pytest.mark.parametrize("value", ["[" * 3000, "{a: " * 3000])
+def test_a_value_that_is_nested_too_deeply_is_refused(value: str, tmp_path: Path):
+    (tmp_path / "c.yaml").write_text(f"run: {value}")
+    with pytest.raises(ConfigError, match=r"c.yaml must be YAML: nested too deeply$"):
+        load_config(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", b"a\x00b", b"a\x1bb"])
+def test_bytes_that_are_no_text_are_named_with_their_line(name: bytes, tmp_path: Path):
+    (tmp_path / "c.yaml").write_bytes(b"run:\n  name: " + name)
+    with pytest.raises(ConfigError, match=r"c.yaml must be YAML: .*, in line 2, setting name$"):
+        load_config(tmp_path / "c.yaml")
+
+
+def test_a_name_that_is_too_long_for_a_file_is_refused():
+    with pytest.raises(ConfigError, match=r"^the config must be an existing YAML file"):
+        load_config("x" * 5000)
+
+
+@pytest.mark.parametrize("overrides", ["run.name=x", {"run.name": "x"}])
+def test_overrides_are_a_list(overrides):
+    with pytest.raises(
+        TypeError, match=r"^overrides must be a list such as \['mask.kind=1d'\], got"
+    ):
+        load_config(None, overrides)
+
+
+def test_aliases_that_grow_exponentially_are_shown_in_short(tmp_path: Path):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join(8 * [f'*a{n - 1}'])}]" for n in range(1, 12)]
+    (tmp_path / "c.yaml").write_text("\n".join([*lines, "run: {name: *a11}"]))
+    with pytest.raises(ConfigError, match=r"run.name must be a valid string, got") as error:
+        load_config(tmp_path / "c.yaml")
+    assert len(str(error.value)) < 60_000
+
+
+@pytest.mark.parametrize("name", ["audio.duration_s", "fusion.max_duration_s"])
+@pytest.mark.parametrize("value", ["1e308", "1.0e308", "1e6"])
+def test_a_duration_is_at_most_a_day(name: str, value: str):
+    with pytest.raises(ConfigError, match=f"^{name} must be less than or equal to 86400, got"):
+        load_config(None, [f"{name}={value}"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("lr", "optim.lr"),
+        ("train.lr", "optim.lr"),
+        ("train.batch_size", "train.global_batch"),
+        ("batch_size", "train.global_batch"),
+        ("optim.learning_rate", "optim.lr"),
+        ("seed", "run.seed"),
+        ("train.seed", "run.seed"),
+        ("epochs", "train.epochs"),
+        ("train.max_steps", "train.steps"),
+        ("train.warmup_steps", "sched.warmup_steps"),
+        ("data.num_workers", "frontend.threads"),
+        ("optim.wd", "optim.weight_decay"),
+        ("optim.weight_decy", "optim.weight_decay"),
+        ("weight_decy", "optim.weight_decay"),
+        ("name", "run.name or optim.name"),
+        ("contrastive", "loss.contrastive"),
+        ("n_mels", "audio.mel_bins"),
+    ],
+)
+def test_an_unknown_name_suggests_the_setting_that_it_means(wrong: str, meant: str):
+    with pytest.raises(
+        ConfigError, match=f"^{wrong} is not a setting: did you mean {meant}. Known"
+    ):
+        load_config(None, [f"{wrong}=1"])
+
+
+def test_every_suggestion_is_a_setting():
+    from flap_fast.config import Config
+    from flap_fast.config.faults import _ELSEWHERE, _settings
+
+    assert set(_ELSEWHERE.values()) <= set(_settings(Config))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train:\nglobal_batch: 8", r"global_batch .* train.global_batch\? Indent it below train:"),
+        (
+            "mask:\nkind: 2d\nratio: 0.5",
+            r"kind is .*\nratio is .* mask.ratio\? Indent it below mask:",
+        ),
+        (
+            "run:\n  name: x\n  train:\n    steps: 3",
+            "run.train is not a setting: did you mean train.",
+        ),
+        ("run.name: x", r"run.name is not a setting: in a file write run: {name: ...}"),
+    ],
+)
+def test_a_key_that_is_not_indented_is_named(text: str, message: str, tmp_path: Path):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=f"(?s)^{message}"):
+        load_config(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("loss.contrastive.prefixes=8,16", r"must be a list, got '8,16'; write \[8,16\]$"),
+        ("optim.betas=0.9, 0.98", r"must be a list, got '0.9, 0.98'; write \[0.9,0.98\]$"),
+        ("train.checkpoint_activations=audio,text", r"got 'audio,text'; write \[audio,text\]$"),
+    ],
+)
+def test_commas_without_brackets_are_told_the_list(override: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, [override])
