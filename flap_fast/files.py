@@ -82,15 +82,29 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = parsed_json(line)
             except json.JSONDecodeError as error:
                 remedy = "write one object a line, or call a table .csv or .tsv"
                 raise ManifestError(f"{file}:{number} is not JSON: {error}; {remedy}") from None
-            except RecursionError:
-                raise ManifestError(f"{file}:{number} is not JSON: nested too deeply") from None
             if not isinstance(row, dict):
                 raise ManifestError(f"{file}:{number} must be an object, got {line.strip()[:60]}")
             yield number, row
+
+
+def parsed_json(text: str | bytes) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        JSONDecodeError: no JSON, a number of thousands of digits, or nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise
+    except ValueError:
+        raise json.JSONDecodeError("a number has thousands of digits", "", 0) from None
+    except RecursionError:
+        raise json.JSONDecodeError("it is nested too deeply", "", 0) from None
 
 
 def listed_texts(cell: str) -> list[str] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -17,12 +18,34 @@ def parse_yaml(text: str | bytes, what: str) -> Any:
         ConfigError: "WHAT must be YAML: ...", of a file with the line and the setting.
     """
     try:
-        return yaml.load(text, _Loader)
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        size = _expanded(node, {})
+        if (
+            size <= _MOST_VALUES or size == math.inf
+        ):  # the loader names a value that contains itself
+            return loader.construct_document(node) if node is not None else None
+        reason = f"at most {_MOST_VALUES} values, aliases written out, got {size}"
     except (yaml.YAMLError, UnicodeError) as error:
         reason = _reason(error, text)
     except RecursionError:
         reason = "nested too deeply"
     raise ConfigError(f"{what} must be YAML: {reason}")
+
+
+# All settings together are a few hundred.
+_MOST_VALUES = 100_000
+
+
+def _expanded(node: yaml.Node | None, sizes: dict[int, float]) -> float:
+    """The number of values below a node, with its aliases written out; infinite for a cycle."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in sizes:
+        sizes[id(node)] = math.inf  # while it is being counted
+        below = [n for pair in node.value for n in (pair if isinstance(pair, tuple) else (pair,))]
+        sizes[id(node)] = 1 + sum(_expanded(n, sizes) for n in below)
+    return sizes[id(node)]
 
 
 def _reason(error: Exception, text: str | bytes) -> str:

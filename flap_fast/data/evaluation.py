@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -55,28 +56,36 @@ def evaluation_batches(
     size, clips = config.eval.batch, crops.clips
     starts = range(0, len(clips), size)
 
-    def encoded() -> Iterator[EncodedBatch]:
-        for start in starts:
-            some = clips[start : start + size]
-            positions = np.full((len(some), 1 + PIECES), 0.5)
-            positions[:, 0] = crops.positions[start : start + size]
-            if config.eval.crop == "random":
-                keys = torch.tensor([_crop_key(shards, clip) for clip in some])
-                positions = uniforms(0, Stream.EVAL_CROP, keys, 1 + PIECES).numpy()
-            read = {clip: shards.encoded(clip) for clip in np.unique(some).tolist()}
-            yield EncodedBatch([read[clip] for clip in some.tolist()], positions)
+    def encoded(start: int) -> EncodedBatch:
+        some = clips[start : start + size]
+        positions = np.full((len(some), 1 + PIECES), 0.5)
+        positions[:, 0] = crops.positions[start : start + size]
+        if config.eval.crop == "random":
+            keys = torch.tensor([_crop_key(shards, clip) for clip in some])
+            positions = uniforms(0, Stream.EVAL_CROP, keys, 1 + PIECES).numpy()
+        read = {clip: shards.encoded(clip) for clip in np.unique(some).tolist()}
+        return EncodedBatch([read[clip] for clip in some.tolist()], positions)
 
     preprocessor = make_preprocessor(_decoded_in_windows(config), ranks, shards)
-    inputs = preprocessor.stream(encoded(), size)
+    inputs = preprocessor.stream(map(encoded, starts), size)
     for start in starts:
         try:
             media = next(inputs)
-        except Unusable as error:
+        except Unusable:
             some = np.unique(clips[start : start + size])
-            names = ", ".join(_undecodable(shards, some, preprocessor))
-            remedy = "delete the tar and run the same flap prepare again"
-            raise ShardError(f"cannot be decoded: {names or error}; {remedy}") from None
+            if names := ", ".join(_undecodable(shards, some, preprocessor)):
+                remedy = remedy_of(shards.folder(int(some[0])))
+                raise ShardError(f"cannot be decoded: {names}; {remedy}") from None
+            # Of what DALI cannot decode, and the reference can.
+            media = preprocessor.decode(*encoded(start)[:2])
         yield media
+
+
+def remedy_of(folder: Path) -> str:
+    """What to do about clips of a folder's shards that cannot be decoded."""
+    if (folder.parent / ".prepare").is_dir():
+        return "delete the tar and run the same flap prepare again"
+    return "leave out what cannot be used: flap prepare --source shards FOLDER OUT"
 
 
 def _decoded_in_windows(config: Config) -> Config:

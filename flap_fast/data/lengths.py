@@ -20,8 +20,7 @@ import numpy as np
 import soundfile
 import torch
 
-from flap_fast.data.preprocess.sound_file import counts_frames
-from flap_fast.data.preprocess.waveform import BadSound, read_sound
+from flap_fast.data.preprocess.sound_file import BadSound, sound_seconds
 from flap_fast.data.shards import Shards
 from flap_fast.ranks import Ranks
 
@@ -86,14 +85,15 @@ def _mel_seconds(head: bytes) -> float:
 
 def _libsndfile_seconds(shards: Shards, clip: int) -> float:
     try:
-        file = _Clip(shards, clip)
-        found = soundfile.info(file)  # type: ignore[arg-type] - takes files
-        frames, rate_hz = found.frames, found.samplerate
-        if frames > _LONGEST or (found.format == "MP3" and not counts_frames(file)):
-            frames = len(read_sound(shards.encoded(clip), rate_hz))
-    except (BadSound, soundfile.LibsndfileError):
+        found = soundfile.info(_Clip(shards, clip))  # type: ignore[arg-type] - takes files
+        if found.frames <= _LONGEST and found.format != "MP3":
+            return found.frames / found.samplerate
+    except soundfile.LibsndfileError:
+        pass  # a format of ffmpeg's, or none
+    try:
+        return sound_seconds(shards.encoded(clip))
+    except BadSound:
         return 0.0
-    return frames / rate_hz
 
 
 class _Clip(io.RawIOBase):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -206,10 +207,12 @@ class TrainingLoader:
         for row in range(len(batch.clips)):
             self._read_row(batch, row, check=True)
         if (batch.clips == before).all():
-            raise ShardError(
-                f"step {batch.step}: {error}, though each of its clips can be read, the first of "
-                f"them {self._shards.name(int(before[0]))}; set frontend.backend=torch"
-            ) from error
+            warnings.warn(
+                f"decoded without DALI: the clips of step {batch.step}, such as "
+                f"{self._shards.name(int(before[0]))} ({error}); frontend.backend=torch may be "
+                "faster if there are many",
+                stacklevel=2,
+            )
         return self._preprocessor.decode(batch.encoded, batch.positions)
 
     def _batch(self, batch: _PendingBatch, media: MediaInput) -> Batch:

@@ -1,13 +1,14 @@
 """WebDataset tar shards on disk: written once, read at any clip.
 
     FOLDER/0.tar 1.tar ...    KEY.flac + KEY.json for each clip, LAION's layout; of images KEY.jpg
-                              or KEY.png + KEY.json, or KEY.txt with only a caption; KEY.npy, a
-                              cached log-mel, in place of the sound
+                              or KEY.png; KEY.npy, a cached log-mel, in place of the sound; KEY.txt,
+                              a caption, in place of the JSON or of the text in it
     FOLDER/0.idx 1.idx ...    offset and size of each file of a clip in the tar (DALI's format)
     FOLDER/sizes.json         {"0.tar": clips, ...}
 
 A clip is read with two `pread`s, so that any order over all shards costs the same. Shards without
-an index (LAION's own) are scanned once.
+an index (LAION's own) are scanned once; of these, members that are no clip's, and clips without
+media or captions, are left out and counted on stderr.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import io
 import json
 import os
 import re
+import sys
 import tarfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -26,19 +28,17 @@ from typing import Any
 import numpy as np
 
 from flap_fast.config import Config
-from flap_fast.data.preprocess.waveform import Unusable
-from flap_fast.files import as_utf8, whole_characters
+from flap_fast.data.preprocess.sound_formats import SOUNDS
+from flap_fast.data.preprocess.unusable import Unusable
+from flap_fast.data.tar_members import Members, scan, tars_of
+from flap_fast.data.tar_members import ShardError as ShardError
+from flap_fast.files import as_utf8, parsed_json, whole_characters
 
-SOUNDS = ("flac", "wav", "ogg", "mp3", "opus")
 IMAGES = ("jpg", "jpeg", "png")
 MELS = ("npy",)
 KINDS = {"sounds": SOUNDS, "images": IMAGES, "mels": MELS}
 KINDS_OF_MODALITY = {"audio": ("sounds", "mels"), "image": ("images",)}
 _OPEN_FILES = 256
-
-
-class ShardError(ValueError):
-    """A shard that cannot be read; the message gives the reason and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,14 @@ class Shards:
         locations: (N, 5) int64: the file's number, offset and size of the clip, and of its JSON.
         kind: what the clips are, one of `KINDS`.
         plain: (N,) bool, whether there is no JSON, but a text file that is the caption.
+        texts: (N, 2) int64: offset and size of a text file beside the JSON, zeros without.
     """
 
     files: tuple[Path, ...]
     locations: np.ndarray
     kind: str = "sounds"
     plain: np.ndarray | None = None
+    texts: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.locations)
@@ -74,7 +76,10 @@ class Shards:
         return self.files[self.locations[clip, 0]].parent
 
     def record(self, clip: int, *, captionless: bool = False) -> dict[str, Any]:
-        """A clip's JSON, with `text` as a list of captions (img2dataset's is `caption`).
+        """A clip's JSON, with `text` as a list of captions.
+
+        They are `text`, `caption` (img2dataset's) or `captions` of the JSON, the first of these
+        that is not blank, or else the text file beside it.
 
         Args:
             captionless: take a clip without captions too.
@@ -86,12 +91,14 @@ class Shards:
         data = _read(self.files[file], offset, size)
         try:
             plain = self.plain is not None and self.plain[clip]
-            record = {"text": data.decode()} if plain else json.loads(data)
-            text = record.get("text", record.get("caption"))
+            record = {"text": data.decode("utf-8-sig")} if plain else parsed_json(data)
+            found = (texts_of(record.get(name)) for name in ("text", "caption", "captions"))
+            texts = next(filter(None, found), [])
+            if not texts and self.texts is not None and self.texts[clip, 1]:
+                beside = _read(self.files[file], *self.texts[clip].tolist())
+                texts = texts_of(beside.decode("utf-8-sig"))
         except (ValueError, AttributeError) as error:
             raise Unusable(f"its JSON cannot be read: {error}") from None
-        texts = [text] if isinstance(text, str) else text if isinstance(text, list) else []
-        texts = [whole_characters(t.strip()) for t in texts if isinstance(t, str) and t.strip()]
         if not texts and not captionless:
             raise Unusable("captionless: its JSON holds no text")
         return {**record, "text": texts}
@@ -100,6 +107,12 @@ class Shards:
         """A clip's file and offset, for messages."""
         file, offset, *_ = self.locations[clip].tolist()
         return f"{self.files[file]} at byte {offset}"
+
+
+def texts_of(value: Any) -> list[str]:
+    """The captions of a value in a JSON: a text or a list of them, without blank ones."""
+    texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+    return [whole_characters(t.strip()) for t in texts if isinstance(t, str) and t.strip()]
 
 
 def shard_kinds(config: Config) -> tuple[str, ...]:
@@ -114,15 +127,18 @@ def open_shards(folders: Sequence[Path], kinds: Sequence[str] = ("sounds", "mels
         kinds: the kinds that are accepted, of `KINDS`.
 
     Raises:
-        ShardError: a folder without shards, or not written or fetched to its end; a truncated
-            shard; a clip without media or JSON; shards of more than one kind.
+        ShardError: a folder without shards or clips, or not written or fetched to its end; a
+            truncated or compressed shard; no clip of a shard with media and JSON; shards of more
+            than one kind.
     """
     files: list[Path] = []
+    texts: list[tuple[int, int]] = []
     locations: list[np.ndarray] = []
     plain: list[bool] = []
     kind_files: dict[str, Path] = {}
     for folder in folders:
-        found = sorted(folder.glob("*.tar"), key=_natural)
+        tars, left_out = tars_of(folder)
+        found = sorted(tars, key=_natural)
         if not found:
             raise ShardError(
                 f"{folder} must hold .tar shards, got none; "
@@ -135,22 +151,31 @@ def open_shards(folders: Sequence[Path], kinds: Sequence[str] = ("sounds", "mels
             )
         counts: dict[str, int | None] = {}
         for file in found:
-            rows, texts, endings = _index(file, kinds)
+            rows, beside, endings, others = _index(file, kinds)
+            left_out += [f"{name} in {file.name}" for name in others]
             kind_files |= {k: file for k, of in KINDS.items() if not endings.isdisjoint(of)}
-            plain += texts
+            plain += [at < 0 for at, _ in beside]
+            texts += [(max(0, at), size) for at, size in beside]
             locations.append(
                 np.array([(len(files), *row) for row in rows], np.int64).reshape(-1, 5)
             )
             files.append(file)
             counts[file.name] = len(rows) if file.with_suffix(".idx").is_file() else None
         _check_sizes(folder / "sizes.json", counts)
+        if not any(map(len, locations[-len(found) :])):
+            raise ShardError(f"{folder} must hold shards with clips, got none in {found[0].name}")
+        if left_out:
+            _say_left_out(folder, tuple(left_out))
     if len(kind_files) > 1:
         listed = ", ".join(f"{kind} in {file}" for kind, file in kind_files.items())
         raise ShardError(
             f"shards must be of one kind, got {listed}; name them in separate settings"
         )
     kind = next(iter(kind_files), kinds[0])
-    return Shards(tuple(files), np.concatenate(locations), kind, np.array(plain, bool))
+    texts_beside = np.array(texts, np.int64).reshape(-1, 2)
+    return Shards(
+        tuple(files), np.concatenate(locations), kind, np.array(plain, bool), texts_beside
+    )
 
 
 def pack(samples: Iterable[tuple[str, bytes, dict[str, Any]]]) -> tuple[bytes, str, int]:
@@ -184,7 +209,7 @@ def _check_sizes(file: Path, clips: dict[str, int | None]) -> None:
     None is not compared: shards without our index, LAION's, whose sizes.json is only about right.
     """
     try:
-        listed = dict(json.loads(file.read_text()) if file.is_file() else {})
+        listed = dict(parsed_json(file.read_text()) if file.is_file() else {})
     except (ValueError, TypeError) as error:
         raise ShardError(f"{file} must be a JSON object: {error}; fetch it again") from None
     for name, count in listed.items():
@@ -194,40 +219,53 @@ def _check_sizes(file: Path, clips: dict[str, int | None]) -> None:
             raise ShardError(f"{what} run flap prepare again, or take it out of sizes.json")
 
 
+@functools.cache  # once a process
+def _say_left_out(folder: Path, names: tuple[str, ...]) -> None:
+    some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    print(f"{folder}: left out {len(names)} files that are no clips: {some}", file=sys.stderr)
+
+
 def _index(
     file: Path, kinds: Sequence[str]
-) -> tuple[list[tuple[int, int, int, int]], list[bool], set[str]]:
+) -> tuple[list[tuple[int, int, int, int]], list[tuple[int, int]], set[str], list[str]]:
     """Offset and size of each clip's media and JSON, from the .idx file or from the tar.
 
-    And whether a plain text stands in for the JSON; and the endings of the media.
+    And those of a text beside the JSON, or (-1, 0) where it stands in for the JSON; and the endings
+    of the media; and the names of what is left out: no clips, or without media or JSON.
     """
     index = file.with_suffix(".idx")
-    clips = _parse_index(index) if index.is_file() else _scan(file)
+    media_endings = {ending for of in KINDS.values() for ending in of}
+    clips, others = (_parse_index(index), []) if index.is_file() else scan(file, media_endings)
     size = file.stat().st_size
     wanted = [ending for kind in kinds for ending in KINDS[kind]]
     what = f"an image ({', '.join(IMAGES)})" if kinds[0] == "images" else "a sound"
-    rows, plain, endings = [], [], set()
+    rows, texts, endings, halves = [], [], set(), {}
+    keys = {key for key, _ in clips}
     for key, files in clips:
         ending = next((ending for ending in wanted if ending in files), "")
         media, text = files.get(ending), files.get("json", files.get("txt"))
         if media is None or text is None:
-            raise ShardError(f"{file}: clip {key} must have {what} and a .json, got {list(files)}")
+            if key.rpartition(".")[0] not in keys:  # KEY.more.json is KEY's
+                halves[key] = list(files)
+            continue
         endings.add(ending)
-        plain.append("json" not in files)
+        texts.append(files.get("txt", (0, 0)) if "json" in files else (-1, 0))
         if max(sum(media), sum(text)) > size:
             raise ShardError(
                 f"{file} is truncated: clip {key} ends at byte {max(sum(media), sum(text))} of "
                 f"{size}; delete it and run flap prepare again, or fetch it again"
             )
         rows.append((*media, *text))
-    return rows, plain, endings
+    if halves and (not rows or index.is_file()):
+        key, found = next(iter(halves.items()))
+        raise ShardError(f"{file}: clip {key} must have {what} and a .json, got {found}")
+    if not rows:
+        others.append("all")
+    others += [f"{key} ({', '.join(found)})" for key, found in halves.items()]
+    return rows, texts, endings, others
 
 
-# A clip's key, and offset and size of each of its files in the tar.
-_Clip = tuple[str, dict[str, tuple[int, int]]]
-
-
-def _parse_index(index: Path) -> list[_Clip]:
+def _parse_index(index: Path) -> list[tuple[str, Members]]:
     try:
         version, *lines = index.read_text().splitlines() or [""]
         if not version.startswith("v1.2 "):
@@ -245,31 +283,6 @@ def _parse_index(index: Path) -> list[_Clip]:
             f"{index} must be a whole index of version 1.2: {error}; delete it"
         ) from None
     return clips
-
-
-def _scan(file: Path) -> list[_Clip]:
-    clips: dict[str, dict[str, tuple[int, int]]] = {}
-    try:
-        with tarfile.open(file, "r:") as tar:
-            for member in tar:
-                if member.isfile():
-                    folder, _, name = member.name.rpartition("/")
-                    key, _, ending = name.partition(".")
-                    files = clips.setdefault(f"{folder}/{key}" if folder else key, {})
-                    if ending.lower() in files:
-                        raise ShardError(f"{file}: {member.name} must stand once; it stands twice")
-                    files[ending.lower()] = (member.offset_data, member.size)
-            end = tar.offset
-    except tarfile.TarError as error:
-        raise ShardError(f"{file} is truncated or no tar: {error}; fetch it again") from None
-    # tarfile takes a file that was cut or spoilt between two members for a whole one.
-    with file.open("rb") as whole:
-        whole.seek(end)
-        if whole.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise ShardError(
-                f"{file} is truncated or no tar: it has no end mark at byte {end}; fetch it again"
-            )
-    return list(clips.items())
 
 
 def _natural(file: Path) -> tuple:

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from flap_fast.config import Config
 from flap_fast.data.batch import MediaInput
-from flap_fast.data.evaluation import crops_of, evaluation_batches
+from flap_fast.data.evaluation import crops_of, evaluation_batches, remedy_of
 from flap_fast.data.preprocess.waveform import Unusable
 from flap_fast.data.shards import ShardError, Shards
 from flap_fast.data.tokenize import Tokenizer
@@ -180,7 +180,7 @@ def read_texts(shards: Shards) -> Texts:
             record = shards.record(clip, captionless=True)
         except Unusable as why:
             raise ShardError(
-                f"{shards.name(clip)}: {why}; delete the tar and run the same flap prepare again"
+                f"{shards.name(clip)}: {why}; {remedy_of(shards.folder(clip))}"
             ) from None
         captions += record["text"]
         clip_of_caption += [clip] * len(record["text"])

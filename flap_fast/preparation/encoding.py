@@ -16,11 +16,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import soundfile
 
+from flap_fast.data.preprocess.sound_file import SILENT
 from flap_fast.data.preprocess.waveform import BadSound, Unusable, read_blocks
 from flap_fast.preparation.manifest import Entry
 
-# Quieter than -80 dB of full scale at its loudest: nothing to hear, and a constant log-mel.
-_SILENT = 1e-4
 _SHORTEST_S = 0.025
 
 
@@ -141,5 +140,5 @@ def checked_blocks(entry: Entry, source: Path | bytes, sample_rate_hz: int) -> I
         yield block
     if samples < _SHORTEST_S * sample_rate_hz:
         raise BadSound(f"empty: {samples / sample_rate_hz * 1000:.1f} ms, shorter than a window")
-    if peak < _SILENT:
+    if peak < SILENT:
         raise BadSound("silent: below -80 dB of full scale throughout")

@@ -140,7 +140,7 @@ def _entry(file: Path, line: int, row: dict[str, Any], folder: Path) -> Entry:
     try:
         start_s = float(row["start_s"]) if _given(row, "start_s") else 0.0
         duration_s = float(row["duration_s"]) if _given(row, "duration_s") else None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ManifestError(
             f"{file}:{line}: start_s and duration_s must be seconds: {error}"
         ) from None

@@ -26,13 +26,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from flap_fast.checks import ConfigError, require
+from flap_fast.data.preprocess.sound_formats import SOUNDS, sounds_among
 from flap_fast.data.preprocess.waveform import BadSound, Unread
 from flap_fast.files import write_atomically
 from flap_fast.tools.embedder import Embedder
 
-ENDINGS = frozenset(
-    (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64")
-)
 _SAVE_EVERY_S = 60.0
 
 
@@ -201,15 +199,18 @@ def _by_path(item: tuple[File, object]) -> str:
 def find_sounds(paths: Iterable[Path]) -> list[Path]:
     """Return the given files and all sound files below the given folders, without duplicates.
 
+    What is left out of folders is counted, by ending, on stderr.
+
     Raises:
         ConfigError: a path does not exist, or there is no sound.
     """
     found: dict[Path, None] = {}  # in order, each once
     for path in paths:
         require(path.exists(), "a sound", "be an existing file or folder", path)
-        inside = (f for f in _below(path) if f.suffix.lower() in ENDINGS and f.is_file())
-        found |= dict.fromkeys([path] if path.is_file() else inside)
-    require(bool(found), "the sounds", f"be files such as {', '.join(sorted(ENDINGS)[:4])}", "none")
+        below = [] if path.is_file() else [file for file in _below(path) if file.is_file()]
+        found |= dict.fromkeys([path] if path.is_file() else sounds_among(below))
+    rule = f"be files such as {', '.join(f'.{ending}' for ending in SOUNDS[:4])}"
+    require(bool(found), "the sounds", rule, "none")
     return list(found)
 
 

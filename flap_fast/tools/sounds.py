@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flap_fast.checks import require
 from flap_fast.config import Config
-from flap_fast.data.preprocess.sound_file import LOWEST_HZ
+from flap_fast.data.preprocess.sound_file import LOWEST_HZ, QUIETEST
 from flap_fast.data.preprocess.waveform import (
     BadSound,
     Unusable,
@@ -158,7 +158,12 @@ def _waveform(sound: Any, rate_hz: float, sample_rate_hz: int) -> np.ndarray:
         rule = "be (samples,) or have channels too"
         raise BadSound(f"a waveform must {rule}, got shape {wave.shape}")
     if np.issubdtype(wave.dtype, np.signedinteger):
-        wave = wave / -float(np.iinfo(wave.dtype).min)
+        dtype, wave = wave.dtype, wave / -float(np.iinfo(wave.dtype).min)
+        if dtype.itemsize > 2 and 0 < np.abs(wave).max() <= QUIETEST:
+            raise BadSound(
+                f"a waveform of {dtype} must use more than 16 of its bits; "
+                "pass 16-bit values as int16"
+            )
     elif not np.issubdtype(wave.dtype, np.floating):
         raise BadSound(f"a waveform must be floats or signed integers, got {wave.dtype}")
     channels_last = (

@@ -19,6 +19,7 @@ import soundfile
 from flap_fast.config import Config
 from flap_fast.data.batch import DecodedBatch, EncodedBatch, MediaInput, PackedMels, lay_end_to_end
 from flap_fast.data.preprocess.cached_mel import check_front_end, crop_cached
+from flap_fast.data.preprocess.dali_input import dali_input
 from flap_fast.data.preprocess.decoders import make_decoder
 from flap_fast.data.preprocess.front_end import MelFrontEnd
 from flap_fast.data.preprocess.kept_mels import KeptMels
@@ -59,6 +60,7 @@ class AudioPreprocessor:
             decode=self._decode,
             graph=None if self._cached else self._dali_graph,
             error=BadSound,
+            dali_input=dali_input,
         )
         # Unlike a generator, `map` goes on after it has raised.
         if not self._keeps_mels:

@@ -12,7 +12,6 @@ sound. Statistics and rows of zeros come with the batch, so that they may still 
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import numpy as np
 from flap_fast.checks import ConfigError, require
 from flap_fast.config import Audio, Config
 from flap_fast.data.preprocess.waveform import BadSound
+from flap_fast.files import parsed_json
 
 SETTINGS_FILE = "frontend.json"
 _MAGIC = b"\x93NUMPY"
@@ -65,7 +65,7 @@ def check_front_end(folders: Sequence[Path], config: Config) -> None:
     remedy = "cache them again with this config (flap prepare --cache mel --config), or train on"
     for folder in dict.fromkeys(folders):
         try:
-            found = {**_FIXED, **json.loads((folder / SETTINGS_FILE).read_text())}
+            found = {**_FIXED, **parsed_json((folder / SETTINGS_FILE).read_text())}
         except (OSError, ValueError, TypeError) as error:
             raise ConfigError(
                 f"{folder / SETTINGS_FILE} must say how the log-mels were cached: {error}"

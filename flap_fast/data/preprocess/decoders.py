@@ -70,6 +70,7 @@ def make_decoder(
     decode: Decode,
     graph: Callable[[str], Any] | None,
     error: type[Unusable],
+    dali_input: Callable[[bytes], bytes] | None = None,
 ) -> Iterator[DecodedBatch]:
     """The decoder that frontend.backend asks for.
 
@@ -78,6 +79,7 @@ def make_decoder(
         decode: decodes one clip on a thread.
         graph: gives DALI's graph for a back end's name; None where DALI cannot decode the clips.
         error: what DALI's decoder raises for a clip that cannot be decoded.
+        dali_input: makes of a clip what DALI can decode, on threads.
 
     Raises:
         ConfigError: DALI is asked for and not installed.
@@ -88,9 +90,22 @@ def make_decoder(
         return ThreadedDecoder(batches, decode, **ahead)
     from flap_fast.data.preprocess.dali import DaliDecoder
 
+    if dali_input is not None:
+        batches = _for_dali(batches, dali_input, ahead["threads"])
     return DaliDecoder(
         batches, graph(backend), error=error, batch=batch, device=ranks.device, **ahead
     )
+
+
+def _for_dali(
+    batches: Iterator[EncodedBatch], dali_input: Callable[[bytes], bytes], threads: int
+) -> Iterator[EncodedBatch]:
+    pool = ThreadPoolExecutor(threads)
+
+    def converted(batch: EncodedBatch) -> EncodedBatch:
+        return batch._replace(clips=list(pool.map(dali_input, batch.clips)))
+
+    return map(converted, batches)  # unlike a generator, goes on after an error
 
 
 def decoding_backend(frontend: Frontend) -> str:

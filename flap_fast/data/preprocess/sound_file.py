@@ -1,19 +1,28 @@
 """A sound file or its bytes -> mono blocks at the file's own rate (CPU, NumPy).
 
-Files: whatever libsndfile reads (WAV, FLAC, OGG, MP3). They are read forward, a block at a time:
-memory does not grow with a sound, nor with what its header claims.
+Files: what libsndfile reads, and ffmpeg where it is installed (see `sound_formats`). They are read
+forward, a block at a time: memory does not grow with a sound, nor with what its header claims.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import soundfile
+
+from flap_fast.data.preprocess.mpeg_frames import count_frames, counted_frames, is_mpeg
+from flap_fast.data.preprocess.sound_formats import as_wav, ffmpeg_format
+from flap_fast.data.preprocess.sound_header import Patches, mended
+from flap_fast.data.preprocess.unusable import BadSound as BadSound
+from flap_fast.data.preprocess.unusable import Unread as Unread
+from flap_fast.data.preprocess.unusable import Unusable as Unusable
 
 Source = Path | bytes
 """A file, or the bytes of one."""
@@ -24,26 +33,33 @@ _BLOCK = 2**18
 # Frames decoded before a wanted one: at most what MP3 keeps of earlier frames, 511 bytes.
 _PREROLL = 32 * 1152
 
-# A lower rate says that the header is wrong: it would be resampled to thousands of times its size.
+# A peak above it (12 dB over full scale) says that samples are not in [-1, 1] but integers.
+LOUDEST = 4.0
+# A peak up to it, of 32-bit integers, says that they are 16-bit ones.
+QUIETEST = 2.0**-16
+# Quieter than -80 dB of full scale at its loudest: nothing to hear, and a constant log-mel.
+SILENT = 1e-4
+
+# Other rates say that the header is wrong: of a lower one a sound becomes a thousand times larger.
 LOWEST_HZ = 1000
+RATES_HZ = range(LOWEST_HZ, 1_000_001)
+# As many as ambisonics of the seventh order has.
+_CHANNELS = 64
+# The longest sound, and the latest start and longest duration of a piece of one: a day.
+LONGEST_S = 24 * 3600
 
 # Encodings in which a sample stands at a place of its own, and FLAC, which finds samples by number.
 _ADDRESSED = {"PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW"}
 
+# Frames; of a FLAC that does not say, libsndfile says 2**63 - 1.
+_LONGEST = 2**35
+
+# Missing samples that are no damage: fewer than a window has, or than a few frames of MP3.
+_SLACK_S = 0.025
+_MP3_SLACK = 4 * 1152
+
 # libsndfile's code for an error of the system.
 _SYSTEM = 2
-
-
-class Unusable(ValueError):
-    """A clip that cannot be used, and the reason."""
-
-
-class BadSound(Unusable):
-    """A sound that cannot be used, and the reason."""
-
-
-class Unread(BadSound):
-    """A sound that the system failed to read; a retry may succeed."""
 
 
 class SoundFile(soundfile.SoundFile):
@@ -53,6 +69,9 @@ class SoundFile(soundfile.SoundFile):
     before, and FLAC with a wrong length fails.
     """
 
+    longer = False
+    """It says that it is longer than it is."""
+
     def seekable(self) -> bool:
         return False
 
@@ -60,9 +79,35 @@ class SoundFile(soundfile.SoundFile):
         """Yield the next `frames`, or those up to the end: (n,) float32, channels averaged.
 
         Raises:
-            BadSound: a sample is not finite.
+            BadSound: a sample is not finite, or beyond `LOUDEST`; more than `LONGEST_S`; after the
+                last block, channels that cancel out, or 16-bit values stored as 32-bit ones.
         """
-        return map(mono, self._raw_blocks(frames))
+        peak = loudest = 0.0
+        left = LONGEST_S * self.samplerate
+        for block in self.raw_blocks(frames):
+            left -= len(block)
+            if left < 0:
+                raise BadSound(too_long("it"))
+            wave, its_peak = mono(block)
+            peak = max(peak, its_peak)
+            if peak < SILENT:
+                loudest = max(loudest, float(np.abs(block).max(initial=0)))
+            yield wave
+        self._check_end(frames, LONGEST_S * self.samplerate - left)
+        check_peaks(peak, loudest)
+        if self.subtype == "PCM_32" and 0 < peak <= QUIETEST:
+            raise BadSound(
+                "unreadable: its 32-bit samples must use more than 16 of their bits; "
+                "store them as 16-bit ones"
+            )
+
+    def _check_end(self, wanted: int, read: int) -> None:
+        """Raise `BadSound` where all was wanted, and fewer frames came than the header says."""
+        slack = _MP3_SLACK if self.format == "MP3" else _SLACK_S * self.samplerate
+        if wanted == self.frames <= _LONGEST and not self.longer and wanted - read > slack:
+            raise BadSound(
+                f"unreadable: damaged, its header says {wanted} samples, got {read}; fetch it again"
+            )
 
     def skip(self, frames: int, *, seek: bool) -> None:
         """Leave out the first `frames`, or all if there are fewer; `seek` if the file `seeks`."""
@@ -70,10 +115,11 @@ class SoundFile(soundfile.SoundFile):
             frames = min(frames, self.frames)
             self.seek(max(0, frames - _PREROLL))
             frames = min(frames, _PREROLL)
-        for _ in self._raw_blocks(frames):
+        for _ in self.raw_blocks(frames):
             pass
 
-    def _raw_blocks(self, frames: int) -> Iterator[np.ndarray]:
+    def raw_blocks(self, frames: int) -> Iterator[np.ndarray]:
+        """Yield them as (n, channels) float32."""
         while frames > 0:
             wanted = min(frames, max(1, _BLOCK // self.channels))
             block = self.read(wanted, dtype="float32", always_2d=True)
@@ -81,11 +127,16 @@ class SoundFile(soundfile.SoundFile):
             frames = frames - wanted if len(block) == wanted else 0
 
 
-def mono(block: np.ndarray) -> np.ndarray:
-    """Average the channels of (n, channels) float32: (n,).
+def too_long(what: str) -> str:
+    """Why a sound, or a piece of it, is refused."""
+    return f"unreadable: {what} must last {LONGEST_S // 3600} hours or less; cut it into clips"
+
+
+def mono(block: np.ndarray) -> tuple[np.ndarray, float]:
+    """Average the channels of (n, channels) float32: (n,), and its peak.
 
     Raises:
-        BadSound: a sample is not finite.
+        BadSound: a sample is not finite, or beyond `LOUDEST`.
     """
     # Channel by channel: the mean along so short an axis takes NumPy fifteen times as long.
     wave = block[:, 0].copy()
@@ -93,9 +144,25 @@ def mono(block: np.ndarray) -> np.ndarray:
         wave += block[:, channel]
     if block.shape[1] > 1:
         wave /= block.shape[1]
-    if not np.isfinite(wave).all():
-        raise BadSound("unreadable: samples are not finite")
-    return wave
+    # NaN is in both, so that no pass over the samples is for them alone.
+    peak = float(np.maximum(wave.max(initial=0), -wave.min(initial=0)))
+    if not peak <= LOUDEST:
+        if not np.isfinite(peak):
+            raise BadSound("unreadable: samples are not finite")
+        raise BadSound(
+            f"unreadable: its samples must be in [-1, 1], with peaks up to {LOUDEST:g}, got "
+            f"{peak:.6g}; divide 16-bit values by 32768"
+        )
+    return wave, peak
+
+
+def check_peaks(average: float, loudest: float) -> None:
+    """Raise `BadSound` where the average of channels is silent, and the loudest of them is not."""
+    if average < SILENT and loudest > 10 * SILENT:
+        raise BadSound(
+            f"unreadable: its channels must not cancel out, got a peak of {loudest:.2g} and "
+            f"{average:.2g} in their average (left = -right?); keep one of them"
+        )
 
 
 @contextmanager
@@ -103,16 +170,23 @@ def open_sound(source: Source) -> Iterator[SoundFile]:
     """Open a sound; errors of libsndfile in the `with` block become these.
 
     Raises:
-        BadSound: unreadable, or a sample rate that cannot be true.
+        BadSound: unreadable, or a sample rate or number of channels that cannot be true.
         Unread: missing, or refused by the system.
     """
     if isinstance(source, Path) and not os.path.isfile(source):  # a name may be too long to ask
         raise Unread("missing: no such file")
     try:
         with _open(source) as file:
-            if file.samplerate < LOWEST_HZ:
-                rule = f"its sample rate must be {LOWEST_HZ} Hz or more"
-                raise BadSound(f"unreadable: {rule}, got {file.samplerate} Hz")
+            if file.samplerate not in RATES_HZ:
+                limit = (
+                    "1 MHz or less" if file.samplerate > LOWEST_HZ else f"{LOWEST_HZ} Hz or more"
+                )
+                raise BadSound(
+                    f"unreadable: its sample rate must be {limit}, got {file.samplerate} Hz"
+                )
+            if file.channels > _CHANNELS:
+                rule = f"it must have {_CHANNELS} channels or fewer"
+                raise BadSound(f"unreadable: {rule}, got {file.channels}")
             yield file
     except soundfile.LibsndfileError as error:
         kind = Unread if error.code == _SYSTEM else BadSound
@@ -124,20 +198,49 @@ def open_sound(source: Source) -> Iterator[SoundFile]:
 
 @contextmanager
 def _open(source: Source) -> Iterator[SoundFile]:
-    # As bytes, for names that are no UTF-8: soundfile cannot encode them.
-    name = io.BytesIO(source) if isinstance(source, bytes) else os.fsencode(source)
-    try:
-        file = SoundFile(name)  # type: ignore[arg-type] - takes bytes, says str
-    except TypeError as error:  # x.raw, which has no header
-        raise BadSound(f"unreadable: {error}") from None
-    with file:
-        if file.format != "MP3":
-            yield file
-            return
     with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as opened:
-        data = opened if counts_frames(opened) else _Longer(opened)
-        with SoundFile(data) as file:  # type: ignore[arg-type] - reads, seeks and tells
+        if name := ffmpeg_format(opened.read(16)):
+            with as_wav(source, name) as wav, SoundFile(os.fspath(wav)) as file:
+                yield file
+            return
+        if (data := _mended(opened)) is None:
+            opened.seek(0)
+            # As bytes, for names that are no UTF-8: soundfile cannot encode them.
+            data = opened if isinstance(source, bytes) else os.fsencode(source)
+        try:
+            file = SoundFile(data)  # type: ignore[arg-type] - takes bytes and files, says str
+        except TypeError as error:  # x.raw, which has no header
+            raise BadSound(f"unreadable: {error}") from None
+        file.longer = isinstance(data, _Mended) and data.longer
+        with file:
             yield file
+
+
+def _mended(file: BinaryIO) -> _Mended | None:
+    """The file as libsndfile reads all of it; None where it does as it is."""
+    if not is_mpeg(file):
+        patches = mended(file)
+        return _Mended(file, patches) if patches else None
+    counted = counted_frames(file)
+    if counted is None:
+        return _Mended(file, {}, longer=True)
+    offset, frames = counted
+    there = count_frames(file)
+    if there < frames:
+        raise BadSound(
+            f"unreadable: truncated, its header says {frames} frames, got {there}; fetch it again"
+        )
+    # A frame with the tag, and one that some writers do not count.
+    return _Mended(file, {offset: bytes(4)}, longer=True) if there > frames + 2 else None
+
+
+def sound_seconds(source: Source) -> float:
+    """The duration: as the header says, or counted where none does; raises as `open_sound`."""
+    with open_sound(source) as file:
+        frames = file.frames
+        if file.longer or frames > _LONGEST:
+            frames = sum(len(block) for block in file.raw_blocks(sys.maxsize))
+        return frames / file.samplerate
 
 
 def seeks(source: Source) -> bool:
@@ -159,28 +262,18 @@ def seeks_exactly(source: Source) -> bool:
     return addressed and seeks(source)
 
 
-def counts_frames(file: io.BufferedIOBase | io.RawIOBase) -> bool:
-    """Whether the first frame of an MP3 tells the number of frames."""
-    file.seek(0)
-    tag = file.read(10)
-    # ID3v2: the length of what follows, in four bytes of seven bits.
-    length = sum(byte << 7 * (3 - n) for n, byte in enumerate(tag[6:10]))
-    file.seek(10 + length if tag.startswith(b"ID3") else 0)
-    head = file.read(4096)
-    file.seek(0)
-    return any(name in head for name in (b"Xing", b"Info", b"VBRI"))
-
-
-class _Longer(io.BufferedIOBase):
-    """An MP3 that says it is longer than it is.
+class _Mended(io.BufferedIOBase):
+    """A file with other bytes at some offsets, and, if `longer`, an MP3 that says it is longer.
 
     Without a count of frames libsndfile estimates a length from the file's size and the first
     frame's, and reads no further; of a variable bit rate this may be a small part.
     """
 
-    def __init__(self, file: io.BufferedIOBase):
-        self._file, self._extra = file, 0
-        self._claim = 256 * file.seek(0, os.SEEK_END)  # 320 kbit/s against 8, and more
+    def __init__(self, file: BinaryIO, patches: Patches, *, longer: bool = False):
+        self._file, self._patches, self._extra = file, patches, 0
+        self.longer = longer
+        # 320 kbit/s against 8, and more.
+        self._claim = 256 * file.seek(0, os.SEEK_END) if longer else 0
         file.seek(0)
 
     def readable(self) -> bool:
@@ -198,5 +291,11 @@ class _Longer(io.BufferedIOBase):
         return self._file.tell() + self._extra
 
     def readinto(self, buffer, /) -> int:
-        self._extra = 0
-        return self._file.readinto(buffer)
+        self._extra, begin, out = 0, self._file.tell(), memoryview(buffer).cast("B")
+        data = bytearray(self._file.read(len(out)))
+        for offset, patch in self._patches.items():
+            for at, byte in enumerate(patch, offset - begin):
+                if 0 <= at < len(data):
+                    data[at] = byte
+        out[: len(data)] = data
+        return len(data)

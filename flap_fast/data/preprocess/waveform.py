@@ -14,14 +14,17 @@ import soxr
 
 from flap_fast.config import Audio, Fusion
 from flap_fast.data.preprocess.resampling import entry, resampled, resampled_length
-from flap_fast.data.preprocess.sound_file import BadSound as BadSound
 from flap_fast.data.preprocess.sound_file import (
+    LONGEST_S,
+    SILENT,
     Source,
+    check_peaks,
     mono,
     open_sound,
     seeks,
     seeks_exactly,
 )
+from flap_fast.data.preprocess.sound_file import BadSound as BadSound
 from flap_fast.data.preprocess.sound_file import Unread as Unread
 from flap_fast.data.preprocess.sound_file import Unusable as Unusable
 
@@ -60,7 +63,7 @@ def read_sound(
     """The mono waveform, (samples,) float32 in [-1, 1], channels averaged.
 
     Raises:
-        BadSound: unreadable, empty, or not finite.
+        BadSound: unreadable, empty, not finite, or not in [-1, 1] (peaks up to 4 are let pass).
         Unread: missing, or refused by the system.
     """
     return joined(read_blocks(source, sample_rate_hz, start_s=start_s, duration_s=duration_s))
@@ -85,9 +88,14 @@ def read_blocks(
     found = False
     with open_sound(source) as file:
         rate = file.samplerate
+        for name, seconds in (("start_s", start_s), ("duration_s", duration_s or 0.0)):
+            if not 0 <= seconds <= LONGEST_S:
+                raise BadSound(f"{name} must be in [0, {LONGEST_S}] s, got {seconds:g}")
         if start_s:
             file.skip(round(start_s * rate), seek=seeks(source))
-        frames = file.frames if duration_s is None else round(duration_s * rate)
+        frames = file.frames  # asked for all of them, it tells whether some are missing
+        if start_s or duration_s is not None:
+            frames = round((duration_s or LONGEST_S + 1) * rate)
         for block in resampled(file.mono_blocks(frames), rate, sample_rate_hz):
             found = found or len(block) > 0
             if len(block):
@@ -193,9 +201,11 @@ def mono_at(wave: np.ndarray, rate: float, sample_rate_hz: int) -> np.ndarray:
     """(samples, channels) float32 at `rate` -> (samples,) at `sample_rate_hz`, channels averaged.
 
     Raises:
-        BadSound: empty, or not finite.
+        BadSound: empty, not finite, or a peak beyond 4.
     """
-    averaged = mono(wave)
+    averaged, peak = mono(wave)
+    if peak < SILENT:
+        check_peaks(peak, float(np.abs(wave).max(initial=0)))
     if rate != sample_rate_hz:
         averaged = soxr.resample(averaged, rate, sample_rate_hz, quality="HQ")
     if len(averaged) == 0:

@@ -9,18 +9,17 @@ Source: "Deep Visual-Semantic Alignments for Generating Image Descriptions", CVP
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from flap_fast.files import ManifestError
+from flap_fast.files import ManifestError, parsed_json
 from flap_fast.preparation.manifest import Row
 
 
 def read_json(file: Path, *lists: str) -> dict[str, list]:
     """A JSON object with these lists in it; raises `ManifestError` for any other."""
     try:
-        data = json.loads(file.read_text(encoding="utf-8-sig"))
+        data = parsed_json(file.read_text(encoding="utf-8-sig"))
         if not all(isinstance(data[name], list) for name in lists):
             raise TypeError("no lists of these names")
     except (ValueError, KeyError, TypeError) as error:

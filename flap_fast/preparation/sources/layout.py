@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,19 +79,22 @@ def labelled_clips(
     return collect(rows(), folder, str(file))
 
 
+# Endings of tables and notes.
+_BESIDE = (".csv", ".tsv", ".json", ".jsonl", ".txt", ".md")
+
+
 class Clips:
     """Clips of YouTube under a folder, as any of the usual downloaders names their files."""
 
     def __init__(self, folder: Path):
         # Here: the names of sources are listed without waiting for NumPy.
-        from flap_fast.data.shards import SOUNDS
+        from flap_fast.data.preprocess.sound_formats import sounds_among
 
         self._folder = folder
         self._files: dict[str, Path] = {}
-        endings = {f".{ending}" for ending in SOUNDS}
-        for file in sorted(folder.rglob("*")):
-            if file.suffix.lower() in endings:
-                self._files.setdefault(file.stem, file)
+        files = (file for file in sorted(folder.rglob("*")) if file.is_file())
+        for file in sounds_among(files, known=_BESIDE):
+            self._files.setdefault(file.stem, file)
 
     def row(self, youtube: str, start_s: float, end_s: float, ids: Sequence[str]) -> dict[str, Any]:
         """`audio` of a clip, and where it starts in a file that is a whole recording.
@@ -121,9 +123,9 @@ class Clips:
 
 def _seconds(file: Path) -> float:
     """A file's duration; 0 for one that cannot be read, which `prepare` rejects."""
-    import soundfile
+    from flap_fast.data.preprocess.sound_file import BadSound, sound_seconds
 
     try:
-        return soundfile.info(os.fsencode(file)).duration  # type: ignore[arg-type]
-    except soundfile.LibsndfileError:
+        return sound_seconds(file)
+    except BadSound:
         return 0.0

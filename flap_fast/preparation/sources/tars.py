@@ -4,15 +4,15 @@
     FOLDER/*.tar          one split, called as the folder
 
 Training reads such shards as they are; to prepare them brings them to another rate, or caches their
-log-mels. All that a JSON says besides is kept. img2dataset's `caption` is taken for `text`.
+log-mels. All that a JSON says besides is kept. Captions are found as in training, see `shards`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from flap_fast.files import ManifestError, whole_characters
+from flap_fast.files import ManifestError
 from flap_fast.preparation.manifest import Entry
 from flap_fast.preparation.sources.layout import Source
 
@@ -46,7 +46,9 @@ def read(folder: Path) -> list[Entry]:
 
 
 def _splits(folder: Path) -> list[Path]:
-    if any(folder.glob("*.tar")):
+    from flap_fast.data.tar_members import tars_of
+
+    if tars_of(folder)[0]:
         return [folder]
     splits = sorted({file.parent for file in folder.glob("*/*.tar")})
     if not splits:
@@ -55,14 +57,15 @@ def _splits(folder: Path) -> list[Path]:
 
 
 def _entry(shards: Shards, clip: int, split: str, line: int) -> Entry:
-    from flap_fast.data.preprocess.waveform import Unusable
+    from flap_fast.data.preprocess.unusable import Unusable
+    from flap_fast.data.shards import texts_of
 
     file, at, size, _, _ = shards.locations[clip].tolist()
     try:
         record = shards.record(clip, captionless=True)
     except Unusable:
         record = {"text": []}  # no captions: `prepare` rejects it
-    captions = record["text"] or _texts(record.pop("caption", record.pop("captions", None)))
+    captions = record["text"]
     original = record.get("original_data")
     return Entry(
         line=line,
@@ -70,16 +73,11 @@ def _entry(shards: Shards, clip: int, split: str, line: int) -> Entry:
         captions=captions,
         id=str(record.get("id") or f"{shards.files[file].stem}@{at}"),
         split=split,
-        labels=_texts(record.get("tag")),
+        labels=texts_of(record.get("tag")),
         original=original if isinstance(original, dict) else {},
         inside=(at, size),
         more={name: value for name, value in record.items() if name not in _OURS},
     )
-
-
-def _texts(value: Any) -> list[str]:
-    texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
-    return [whole_characters(t.strip()) for t in texts if isinstance(t, str) and t.strip()]
 
 
 SHARDS = Source(

@@ -182,7 +182,7 @@ def test_a_file_that_ends_early_between_two_looks_is_named(monkeypatch, tmp_path
             file.truncate(4 * RATE)
         return [length - 100]
 
-    with pytest.raises(BadSound, match=r"^unreadable: it ends \d+ samples before its length$"):
+    with pytest.raises(BadSound, match=r"^unreadable: (damaged|truncated|it ends)"):
         list(read_pieces(tmp_path / "x.wav", RATE, 100, starts))
 
 

@@ -1,0 +1,78 @@
+"""The members of a shard that others wrote: which of them are a clip's, and what is left out."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Collection
+from pathlib import Path
+
+Members = dict[str, tuple[int, int]]
+"""Offset and size in the tar of each file of a clip, by its ending."""
+
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
+
+
+class ShardError(ValueError):
+    """A shard that cannot be read; the message gives the reason and the remedy."""
+
+
+def scan(file: Path, media: Collection[str]) -> tuple[list[tuple[str, Members]], list[str]]:
+    """Key and members of each clip of a tar, and the names that can be no clip's.
+
+    A key ends at the first dot (webdataset), or at the last one where that gives an ending of
+    `media`, a .json or a .txt: `Track 2.0.flac` is `Track 2.0`.
+
+    Raises:
+        ShardError: truncated, compressed or no tar; a member that stands twice.
+    """
+    with file.open("rb") as opened:
+        if opened.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
+            raise ShardError(f"{file} must be a plain tar, got a compressed one; unpack it")
+    clips: dict[str, Members] = {}
+    others: list[str] = []
+    known = {*media, "json", "txt"}
+    try:
+        with tarfile.open(file, "r:") as tar:
+            for member in tar:
+                if not member.isfile():
+                    continue
+                folder, _, name = member.name.rpartition("/")
+                key, _, ending = name.partition(".")
+                if ending.lower() not in known:
+                    last, _, maybe = name.rpartition(".")
+                    key, ending = (last, maybe) if maybe.lower() in known else (key, ending)
+                if name.startswith(".") or not ending or "__MACOSX" in folder.split("/"):
+                    others.append(member.name)  # .DS_Store, ._0.flac, README
+                    continue
+                files = clips.setdefault(f"{folder}/{key}" if folder else key, {})
+                if ending.lower() in files:
+                    raise ShardError(f"{file}: {member.name} must stand once; it stands twice")
+                files[ending.lower()] = (member.offset_data, member.size)
+            end = tar.offset
+    except tarfile.TarError as error:
+        raise ShardError(f"{file} is truncated or no tar: {error}; fetch it again") from None
+    # tarfile takes a file that was cut or spoilt between two members for a whole one.
+    with file.open("rb") as whole:
+        whole.seek(end)
+        if whole.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise ShardError(
+                f"{file} is truncated or no tar: it has no end mark at byte {end}; fetch it again"
+            )
+    return list(clips.items()), others
+
+
+def tars_of(folder: Path) -> tuple[list[Path], list[str]]:
+    """The shards of a folder, unsorted, and the names of hidden files that look like some.
+
+    Raises:
+        ShardError: a shard that is compressed, or no regular file.
+    """
+    packed = (file for file in folder.glob("*.t*") if file.name.lower().endswith(_COMPRESSED))
+    if first := min(packed, default=None):
+        raise ShardError(f"{first} must be a plain tar, got a compressed one; unpack it")
+    found = list(folder.glob("*.tar"))
+    shards = [file for file in found if not file.name.startswith(".")]
+    for file in shards:
+        if not file.is_file():  # a FIFO would be waited for
+            raise ShardError(f"{file} must be a regular file, got none; take it out of the folder")
+    return shards, [file.name for file in found if file.name.startswith(".")]
