@@ -78,7 +78,7 @@ def write_atomically(file: Path, data: bytes | Callable[[], Iterable[bytes]]) ->
     Args:
         data: the bytes, or a function that gives them piece by piece, where they are many.
     """
-    for left in file.parent.glob(f"{glob.escape(file.name)}.*.part"):
+    for left in file.parent.glob(f"{glob.escape(file.name)}.{'[0-9a-f]' * 8}.part"):
         left.unlink(missing_ok=True)  # of a process that was killed
     part = file.with_name(f"{file.name}.{secrets.token_hex(4)}.part")
     try:

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -98,8 +99,7 @@ class Checkpoints:
                 raise OSError(f"{error}; {remedy}") from error
             raise
         if self._ranks.first:
-            # An incomplete one, or the run would have resumed from it.
-            shutil.rmtree(final, ignore_errors=True)
+            _put_aside(final)  # incomplete, or the run would have resumed from it
             partial.replace(final)
             self._rotate(final, is_best)
         self._ranks.barrier()
@@ -128,7 +128,8 @@ class Checkpoints:
 
     def _write(self, partial: Path, engine: Engine, state: bytes) -> None:
         if self._ranks.first:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed; no link
+            _put_aside(partial)
             partial.mkdir(parents=True)
         self._ranks.broadcast(engine.module.buffers())  # as a resumed run finds them on every rank
         weights = engine.weights()
@@ -143,21 +144,32 @@ class Checkpoints:
 
     def _point_to(self, best: Path) -> None:
         link = self.folder / "best.part"
-        link.unlink(missing_ok=True)
+        if link.is_symlink():
+            link.unlink()
         os.symlink(best.name, link)
+        if not (self.folder / "best").is_symlink():
+            _put_aside(self.folder / "best")  # a copy of the run may hold a folder instead
         link.replace(self.folder / "best")
 
     def _delete_old(self) -> None:
-        folders = [folder.resolve() for folder in step_folders(self.folder)]
+        # The run makes no links: one to a folder elsewhere is somebody else's.
+        folders = [folder for folder in step_folders(self.folder) if not folder.is_symlink()]
         best = (self.folder / "best").resolve()
         for folder in folders[: -self._config.ckpt.keep_last]:
-            if folder != best:
+            if folder.resolve() != best:
                 shutil.rmtree(folder)
 
 
 def latest(folder: Path) -> Path | None:
     """The latest complete checkpoint of a folder of checkpoints."""
     return next(reversed(step_folders(folder)), None)
+
+
+def _put_aside(path: Path) -> None:
+    """Rename what lies at a path to the first free one of PATH.old, PATH.old2, ..."""
+    if os.path.lexists(path):
+        names = (path.with_name(f"{path.name}.old{n if n > 1 else ''}") for n in count(1))
+        path.rename(next(name for name in names if not os.path.lexists(name)))
 
 
 def _fsync(path: Path) -> None:

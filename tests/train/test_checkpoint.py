@@ -145,3 +145,24 @@ def test_a_copied_or_renamed_checkpoint_is_none_of_the_run(prepared: Path, runs:
     train(settings(prepared, runs), resume=True)
     assert list(read_run(runs / "flap").checkpoints) == [2, 4]
     assert len(list(checkpoints.iterdir())) == 5  # nor is a copy deleted
+
+
+def test_what_lies_in_the_place_of_a_checkpoint_is_not_removed(prepared: Path, runs: Path):
+    checkpoints, elsewhere = runs / "flap/checkpoints", runs / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("state.json", "thesis.txt"):
+        (elsewhere / name).write_text("{}")
+    shutil.rmtree(checkpoints / "step-000004")
+    for name in ("step-000001", "step-000004.part"):
+        (checkpoints / name).symlink_to(elsewhere)
+    for name in ("step-000004", "best"):
+        (checkpoints / name).mkdir()
+        (checkpoints / name / "thesis.txt").write_text("{}")
+    val = f"data.val={prepared}/val"
+    train(settings(prepared, runs, val, "ckpt.keep_last=1"), resume=True)
+    assert sorted(file.name for file in elsewhere.iterdir()) == ["state.json", "thesis.txt"]
+    assert (checkpoints / "step-000001").is_symlink()
+    for name in ("step-000004.old", "best.old"):
+        assert (checkpoints / name / "thesis.txt").is_file()
+    assert (checkpoints / "best").resolve() == latest(checkpoints) == checkpoints / "step-000004"
+    assert not (checkpoints / "step-000002").exists()
