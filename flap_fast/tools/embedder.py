@@ -239,17 +239,23 @@ class Embedder:
 
 
 def load(
-    path: str | Path, device: str | torch.device | None = None, *, length: str | None = None
+    path: str | Path,
+    device: str | torch.device | None = None,
+    *,
+    length: str | None = None,
+    verify: bool = True,
 ) -> Embedder:
     """Open the folder of a run (its last checkpoint) or of a checkpoint.
 
     Args:
         device: where to compute; by default the GPU, or the CPU without one.
         length: audio.length, `fixed` or `variable`; by default as the model was trained.
+        verify: compare the folder's files with its SHA256SUMS, if it has one.
 
     Raises:
-        ConfigError: the folder holds no checkpoint, or its encoder cannot take clips so.
+        ConfigError: the folder holds no checkpoint, or its encoder cannot take clips so; or a file
+            changed since it was written.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model, config = load_model(Path(path), device, length=length)
+    model, config = load_model(Path(path), device, length=length, verify=verify)
     return Embedder(model, config, tokenizer(config.text), device)

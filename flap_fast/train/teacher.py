@@ -37,7 +37,7 @@ class Teacher:
         distill = config.loss.distill
         assert distill.teacher is not None
         self._device = ranks.device
-        self.model, _ = load_model(distill.teacher, ranks.device)
+        self.model, _ = load_model(distill.teacher, ranks.device, verify=config.ckpt.verify)
         self.model.requires_grad_(False)
         self.model.decoder = None
         self.model.precision = config.train.precision
