@@ -100,6 +100,16 @@ def verified(
                 raise _changed(folder, name, "another SHA-256", remedy)
 
 
+def check_sums(folder: Path, error: type[Exception]) -> None:
+    """Raise `error` where a file changed that a folder still has; one that was deleted may be."""
+    try:
+        gone = [name for name in read_sums(folder) if not (folder / name).is_file()]
+        with verified(folder, skip=gone, remedy="copy it again, or delete it"):
+            pass
+    except ConfigError as changed:
+        raise error(str(changed)) from None
+
+
 def delete_listed(folder: Path) -> None:
     """Delete the files that a folder's SHA256SUMS lists, it too, and the folders left empty.
 

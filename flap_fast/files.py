@@ -8,6 +8,7 @@ import errno
 import glob
 import json
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -78,8 +79,9 @@ def write_atomically(file: Path, data: bytes | Callable[[], Iterable[bytes]]) ->
     Args:
         data: the bytes, or a function that gives them piece by piece, where they are many.
     """
-    for left in file.parent.glob(f"{glob.escape(file.name)}.{'[0-9a-f]' * 8}.part"):
-        left.unlink(missing_ok=True)  # of a process that was killed
+    for left in file.parent.glob(f"{glob.escape(file.name)}.*.part"):
+        if re.fullmatch(r"[0-9a-f]+", left.name[len(file.name) + 1 : -len(".part")]):
+            left.unlink(missing_ok=True)  # of a process that was killed
     part = file.with_name(f"{file.name}.{secrets.token_hex(4)}.part")
     try:
         with part.open("wb") as out:

@@ -16,7 +16,7 @@ from flap_fast.train.run_folder import begin
 from tests.tiny import tiny
 
 
-@pytest.mark.parametrize("name", ["a.json.notes.part", "a.json.12.part", "b.json.0123abcd.part"])
+@pytest.mark.parametrize("name", ["a.json.notes.part", "a.json.v2.part", "b.json.0123abcd.part"])
 def test_a_write_deletes_no_file_whose_name_only_begins_or_ends_as_its_own(tmp_path, name):
     (tmp_path / name).write_text("mine")
     left = tmp_path / "a.json.0123abcd.part"

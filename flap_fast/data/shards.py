@@ -25,8 +25,10 @@ from typing import Any
 
 import numpy as np
 
+from flap_fast.checksums import check_sums
 from flap_fast.config import Config
 from flap_fast.data.preprocess.waveform import Unusable
+from flap_fast.data.tar_header import pair_fault
 from flap_fast.files import as_utf8, whole_characters
 
 SOUNDS = ("flac", "wav", "ogg", "mp3", "opus")
@@ -81,8 +83,16 @@ class Shards:
 
         Raises:
             Unusable: no JSON object, or no caption in it.
+            ShardError: by the tar's headers, the JSON is another clip's: its index is wrong.
         """
-        file, _, _, offset, size = self.locations[clip].tolist()
+        file, at, media, offset, size = self.locations[clip].tolist()
+        tar = self.files[file]
+        fault = pair_fault(functools.partial(_read, tar), (at, media), (offset, size))
+        if fault:
+            raise ShardError(
+                f"{tar.with_suffix('.idx')} must be the index of {tar.name}, got {fault}; delete "
+                "it, or fetch both again"
+            )
         data = _read(self.files[file], offset, size)
         try:
             plain = self.plain is not None and self.plain[clip]
@@ -144,6 +154,7 @@ def open_shards(folders: Sequence[Path], kinds: Sequence[str] = ("sounds", "mels
             files.append(file)
             counts[file.name] = len(rows) if file.with_suffix(".idx").is_file() else None
         _check_sizes(folder / "sizes.json", counts)
+        check_sums(folder, ShardError)
     if len(kind_files) > 1:
         listed = ", ".join(f"{kind} in {file}" for kind, file in kind_files.items())
         raise ShardError(

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from flap_fast.checks import require
+from flap_fast.checksums import write_sums
 from flap_fast.data.shards import pack
 from flap_fast.files import ManifestError, as_utf8, write_atomically
 from flap_fast.preparation.encoding import ClipEncoder
@@ -212,6 +213,8 @@ class ShardWriter:
                 if record["clips"]:
                     sizes[task.split][f"{task.number}.tar"] = record["clips"]
             for split, counts in sizes.items():
+                indices = [(self.out / split / name).with_suffix(".idx") for name in counts]
+                write_sums(self.out / split, indices)
                 data = (json.dumps(counts, indent=1) + "\n").encode()
                 write_atomically(self.out / split / "sizes.json", data)
         return Prepared(kept + len(rejected), shards, kept, len(rejected), unfinished)
