@@ -68,6 +68,21 @@ class Chunk:
         with safe_open(self.file, "np") as file:
             return json.loads(file.metadata()["about"])
 
+    def embeddings(self) -> np.ndarray:
+        """Return a finished chunk's rows, (n, d) float32.
+
+        Raises:
+            ConfigError: they changed since they were written, or are not finite.
+        """
+        with safe_open(self.file, "np") as file:
+            rows = file.get_tensor("embeddings").astype("<f4", copy=False)
+        digest = self.about().get("sha256")
+        same = digest in (None, hashlib.sha256(rows.tobytes()).hexdigest())
+        rule = "hold finite embeddings as they were written"
+        remedy = "delete it and run the same command again"
+        require(same and bool(np.isfinite(rows).all()), str(self.file), rule, "others", remedy)
+        return rows
+
 
 @dataclass(frozen=True)
 class Embedded:
@@ -172,7 +187,8 @@ def _embed(embedder: Embedder, chunk: Chunk, crop: str, batch: int, advance: Adv
                 rows.append(row)
             advance(1)
     embeddings = torch.stack(rows) if rows else torch.empty(0, embedder.config.joint.width)
-    about = {"about": json.dumps({"rejected": rejected, "again": again})}
+    digest = hashlib.sha256(embeddings.numpy().tobytes()).hexdigest()
+    about = {"about": json.dumps({"rejected": rejected, "again": again, "sha256": digest})}
     write_atomically(chunk.file, save({"embeddings": embeddings}, about))
 
 
@@ -208,8 +224,7 @@ def _finish(out: Path, chunks: Sequence[Chunk], width: int) -> Embedded:
             np.lib.format.write_array_header_1_0(header, about)
             yield header.getvalue()
             for chunk in chunks:
-                with safe_open(chunk.file, "np") as file:
-                    yield file.get_tensor("embeddings").astype("<f4", copy=False).tobytes()
+                yield chunk.embeddings().tobytes()
 
         write_atomically(out / _REJECTED, _lines(rejected))
         # Deleted first, so that it never lists the rows of another array.

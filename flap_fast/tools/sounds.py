@@ -91,8 +91,12 @@ def crops_of(sound: Sound, number: int, rate_hz: float, policy: str, config: Con
         for piece in pieces:
             yield crop_and_fill(piece, 0.0, audio, config.fusion)
     except BadSound as error:
-        name = str(sound) if isinstance(sound, (str, Path)) else f"sound number {number}"
-        raise type(error)(f"{name}: {error}") from None
+        raise type(error)(f"{sound_name(sound, number)}: {error}") from None
+
+
+def sound_name(sound: Any, number: int, what: str = "sound") -> str:
+    """Return a sound's or image's path, or its number in its list, for error messages."""
+    return str(sound) if isinstance(sound, (str, Path)) else f"{what} number {number}"
 
 
 @dataclass(frozen=True)
