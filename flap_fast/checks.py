@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -33,3 +34,24 @@ def read_text(name: str, file: str | Path) -> str:
     if "\0" in text:
         raise ConfigError(f"{name} must {rule}, got '{file}' with NUL characters; {remedy}")
     return text.replace("\n\ufeff", "\n")
+
+
+def refuse_code(name: str, folder: Path) -> None:
+    """Raise `ConfigError` where a folder of transformers' names Python files to run (auto_map).
+
+    What its files hold else is for transformers to judge, which is told not to run any.
+    """
+    for file in sorted(folder.glob("*config*.json")):
+        found: list[object] = []
+
+        def note(tree: dict, found: list[object] = found) -> dict:
+            found.extend([tree["auto_map"]] if tree.get("auto_map") else [])
+            return tree
+
+        try:
+            json.loads(file.read_bytes(), object_hook=note)
+        except (ValueError, RecursionError, OSError):
+            continue  # transformers says so
+        rule = "name no code of its own to run"
+        remedy = "if transformers has the class itself, delete auto_map there"
+        require(not found, name, rule, f"auto_map in {file}", remedy)

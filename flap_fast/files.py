@@ -177,7 +177,8 @@ def write_atomically(file: Path, data: bytes | Callable[[], Iterable[bytes]]) ->
         data: the bytes, or a function that gives them piece by piece, where they are many.
     """
     for left in file.parent.glob(f"{glob.escape(file.name)}.*.part"):
-        left.unlink(missing_ok=True)  # of a process that was killed
+        if re.fullmatch(r"[0-9a-f]+", left.name[len(file.name) + 1 : -len(".part")]):
+            left.unlink(missing_ok=True)  # of a process that was killed
     part = file.with_name(f"{file.name}.{secrets.token_hex(4)}.part")
     try:
         with part.open("wb") as out:

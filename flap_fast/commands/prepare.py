@@ -95,9 +95,16 @@ def _write_sentences(splits: dict[str, list[Any]], out: Path) -> None:
     from flap_fast.files import write_atomically
 
     out.mkdir(parents=True, exist_ok=True)
-    for split, rows in splits.items():
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_atomically(out / f"{split}.jsonl", lines.encode())
+    files = {
+        out / f"{split}.jsonl": "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+        for split, rows in splits.items()
+    }
+    for file, lines in files.items():
+        same = not file.exists() or file.read_bytes() == lines.encode()
+        rule, remedy = "be new or hold the same sentences", "name another folder, or delete it"
+        require(same, "OUT", rule, f"{file} with others", remedy)
+    for file, lines in files.items():
+        write_atomically(file, lines.encode())
     say(f"{out}: " + ", ".join(f"{len(rows)} in {split}.jsonl" for split, rows in splits.items()))
 
 

@@ -147,6 +147,9 @@ class Ckpt(Section):
     """Checkpoints to keep; older ones are deleted, except the best."""
     keep_best: bool = True
     """Keep the checkpoint with the best mean of both directions' mAP@10 on data.val."""
+    verify: bool = True
+    """Compare a checkpoint's files with its SHA256SUMS, if it has one, when training resumes or
+    begins from it."""
 
 
 class Eval(Section):

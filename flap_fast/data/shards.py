@@ -27,9 +27,11 @@ from typing import Any
 
 import numpy as np
 
+from flap_fast.checksums import check_sums
 from flap_fast.config import Config
 from flap_fast.data.preprocess.sound_formats import SOUNDS
 from flap_fast.data.preprocess.unusable import Unusable
+from flap_fast.data.tar_header import pair_fault
 from flap_fast.data.tar_members import Members, scan, tars_of
 from flap_fast.data.tar_members import ShardError as ShardError
 from flap_fast.files import as_utf8, parsed_json, whole_characters
@@ -86,8 +88,16 @@ class Shards:
 
         Raises:
             Unusable: no JSON object, or no caption in it.
+            ShardError: by the tar's headers, the JSON is another clip's: its index is wrong.
         """
-        file, _, _, offset, size = self.locations[clip].tolist()
+        file, at, media, offset, size = self.locations[clip].tolist()
+        tar = self.files[file]
+        fault = pair_fault(functools.partial(_read, tar), (at, media), (offset, size))
+        if fault:
+            raise ShardError(
+                f"{tar.with_suffix('.idx')} must be the index of {tar.name}, got {fault}; delete "
+                "it, or fetch both again"
+            )
         data = _read(self.files[file], offset, size)
         try:
             plain = self.plain is not None and self.plain[clip]
@@ -166,6 +176,7 @@ def open_shards(folders: Sequence[Path], kinds: Sequence[str] = ("sounds", "mels
             raise ShardError(f"{folder} must hold shards with clips, got none in {found[0].name}")
         if left_out:
             _say_left_out(folder, tuple(left_out))
+        check_sums(folder, ShardError)
     if len(kind_files) > 1:
         listed = ", ".join(f"{kind} in {file}" for kind, file in kind_files.items())
         raise ShardError(

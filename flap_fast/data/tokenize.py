@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, ByT5Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from flap_fast.checks import ConfigError, require
+from flap_fast.checks import ConfigError, refuse_code, require
 from flap_fast.encoders.settings import TextEncoder
 
 _MULTIPLE = 8  # tensor cores' tiles, and fewer shapes to compile for
@@ -49,7 +49,7 @@ def tokenizer(text: TextEncoder) -> Tokenizer:
     """The tokenizer of a text encoder, from its folder; nothing is fetched from a hub.
 
     Raises:
-        ConfigError: no such folder, or no tokenizer in it.
+        ConfigError: no such folder, no tokenizer in it, or one with code of its own.
     """
     name, files = text.tokenizer_files
     if files == "bytes":
@@ -57,8 +57,11 @@ def tokenizer(text: TextEncoder) -> Tokenizer:
     folder = local_folder(name, files)
     if (folder / _CLIP_MERGES).is_file():
         return Tokenizer(_clip_tokenizer(folder / _CLIP_MERGES), text.max_tokens)
+    refuse_code(name, folder)
     try:
-        inner = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        inner = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise ConfigError(f"{name} must hold a tokenizer, got '{folder}': {error}") from None
     rule = "hold a tokenizer that can pad"
@@ -92,7 +95,7 @@ def _clip_tokenizer(file: Path) -> Any:
         Path(folder, "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
         kind = {"tokenizer_class": "CLIPTokenizer"}
         Path(folder, "tokenizer_config.json").write_text(json.dumps(kind))
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def local_folder(name: str, value: str, remedy: str = _REMEDY) -> Path:

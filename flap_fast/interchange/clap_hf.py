@@ -22,7 +22,7 @@ from flap_fast.encoders.roberta.settings import RobertaSettings
 from flap_fast.interchange.clap_names import from_clap, to_clap
 from flap_fast.interchange.layout import Export, Imported, Layout, Source
 from flap_fast.interchange.tensors import Tensors, read_json, read_tensors, strip_prefixes
-from flap_fast.model.model_folder import save_tensors
+from flap_fast.tensors import save_tensors
 
 if TYPE_CHECKING:
     from transformers import ClapConfig, ClapTextConfig, RobertaConfig

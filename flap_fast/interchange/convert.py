@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from flap_fast.checks import ConfigError, require
+from flap_fast.checksums import write_sums
 from flap_fast.config import Config
 from flap_fast.config.file import dump_config
 from flap_fast.encoders.audio_settings import PatchEncoder
@@ -41,10 +42,10 @@ from flap_fast.model.model_folder import (
     load_model,
     model_folder,
     save_model,
-    save_tensors,
     with_text,
 )
 from flap_fast.model.two_towers import TwoTowers
+from flap_fast.tensors import save_tensors
 
 # The first layout that matches is read, and the first that can hold a model is written.
 LAYOUTS: tuple[Layout, ...] = (
@@ -86,9 +87,10 @@ def import_checkpoint(
         torch.manual_seed(imported.config.run.seed)
         if imported.origin is not None:
             (folder / ORIGIN).write_text(json.dumps(imported.origin, indent=2) + "\n")
-        if imported.encoder_only:
-            return _write_encoder(source, imported, folder, out)
-        return _write_model(source, imported, folder, out)
+        write = _write_encoder if imported.encoder_only else _write_model
+        use = write(source, imported, folder, out)
+        write_sums(folder)
+        return use
 
 
 def _opened(
@@ -130,7 +132,7 @@ def _write_model(source: Source, imported: Imported, folder: Path, out: Path) ->
     config, partial = imported.config, source.partial
     model = TwoTowers(config, weights=False)
     weights = fitted_tensors(imported.tensors, model.state_dict(), source.path, partial=partial)
-    save_model(folder, config, model, weights)
+    save_model(folder, config, model, weights, sums=False)
     if imported.unused:
         save_tensors(folder / UNUSED, imported.unused)
     _write_config(folder, with_text(config, out / "text"), "init_from", out)

@@ -17,7 +17,8 @@ from flap_fast.interchange.clap_hf import CLAP, clap_text_config, why_no_clap_te
 from flap_fast.interchange.clap_names import text_to_clap
 from flap_fast.interchange.layout import Export, Imported, Layout, Source
 from flap_fast.interchange.tensors import read_json, read_tensors
-from flap_fast.model.model_folder import save_tensors, save_text_files, with_text
+from flap_fast.model.model_folder import save_text_files, with_text
+from flap_fast.tensors import save_tensors
 
 _MODEL_TYPE = "flap"
 

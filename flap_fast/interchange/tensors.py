@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flap_fast.checks import ConfigError, require
 from flap_fast.files import say
+from flap_fast.tensors import fault
 
 Tensors = dict[str, Tensor]
 # What DistributedDataParallel puts before names, of LAION's and CyCLIP's files.
@@ -145,18 +146,22 @@ def fitted_tensors(found: Tensors, wanted: Tensors, source: Path, *, partial: bo
             f"{source} must hold this model's weights, got\n{listed}\n"
             "--partial takes what fits and initialises the rest; --strip PREFIX shortens names"
         )
-    fits = {n for n, v in found.items() if n in wanted and v.shape == wanted[n].shape}
+    fits = {n for n, v in found.items() if n in wanted and _fits(v, wanted[n])}
     require(
         bool(fits), str(source), "hold a tensor of this model", "none", "--strip shortens names"
     )
     if lines:
         count = f"took {len(fits)} of {len(wanted)} tensors"
-        say(f"{count}; the missing and mis-shaped are random:\n{listed}", error=True)
+        say(f"{count}; the others of the model are random:\n{listed}", error=True)
     return {n: found[n].to(v.dtype) if n in fits else v for n, v in wanted.items()}
 
 
+def _fits(found: Tensor, wanted: Tensor) -> bool:
+    return found.shape == wanted.shape and not fault(found, wanted.dtype)
+
+
 def faults(found: Tensors, wanted: Tensors) -> list[str]:
-    """Return a line for each tensor that is missing, unexpected or of another shape."""
+    """Return a line for each tensor that is missing, unexpected or mis-shaped, or see `fault`."""
     lines = []
     for name in sorted(found.keys() | wanted.keys()):
         if name not in found:
@@ -166,4 +171,6 @@ def faults(found: Tensors, wanted: Tensors) -> list[str]:
         elif found[name].shape != wanted[name].shape:
             shapes = tuple(found[name].shape), tuple(wanted[name].shape)
             lines.append(f"mis-shaped  {name} {shapes[0]}, wanted {shapes[1]}")
+        elif why := fault(found[name], wanted[name].dtype):
+            lines.append(f"unusable    {name} {why}")
     return lines

@@ -3,6 +3,7 @@
     FOLDER/model.safetensors   fp32 weights, this project's names
     FOLDER/config.yaml         the config it was trained with
     FOLDER/text/               the text tower's config and tokenizer
+    FOLDER/SHA256SUMS          what the files were when they were written
 
 The folder needs nothing but itself; weights are safetensors, never a pickle. An audio tower alone
 (`flap import` makes one of AudioMAE's) is a folder with audio.safetensors instead.
@@ -11,52 +12,52 @@ The folder needs nothing but itself; weights are safetensors, never a pickle. An
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flap_fast.checks import ConfigError, require
+from flap_fast.checksums import SUMS, verified, write_sums
 from flap_fast.config import Config
 from flap_fast.config.file import dump_config, load_config, parse_config
 from flap_fast.data.tokenize import tokenizer
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.section import MEANS_WEIGHTS
+from flap_fast.tensors import fault, load_tensors, save_tensors
 
 # The weights of only an audio tower, and of AudioMAE's decoder if requested.
 TOWER = "audio.safetensors"
+# What only training reads, in a checkpoint.
+OPTIMIZER = "optimizer.safetensors"
 # Parts that a run may add to the weights it begins with: they begin at random.
 _DECODER = "decoder."
 _BIAS = "logit_bias"
 _FUSION = ("mel_conv1d.", "mel_conv2d.", "fusion_model.")
 _POSITIONS = ".pos_embed"
+_COPY = "copy it again"
 
 
-def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file that transformers can also read.
+def save_model(
+    folder: Path,
+    config: Config,
+    model: TwoTowers,
+    weights: dict[str, Tensor],
+    *,
+    sums: bool = True,
+) -> None:
+    """Write a model folder; `weights` is the whole state dict, on the CPU.
 
-    Raises:
-        OSError: it cannot be written; on a full disk, most often.
+    Args:
+        sums: write SHA256SUMS too; False where the caller adds files first.
     """
-    whole = {name: value.contiguous() for name, value in tensors.items()}
-    file.touch()
-    mode = file.stat().st_mode  # safetensors would keep the file for its owner, whatever the umask
-    try:
-        save_file(whole, file, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"{file} cannot be written: {error}") from None
-    file.chmod(mode)
-
-
-def save_model(folder: Path, config: Config, model: TwoTowers, weights: dict[str, Tensor]) -> None:
-    """Write a model folder; `weights` is the whole state dict, on the CPU."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / SUMS).unlink(missing_ok=True)  # of the files that are overwritten now
     save_tensors(folder / "model.safetensors", weights)
     (folder / "config.yaml").write_text(dump_config(config))
     save_text_files(config, model, folder / "text")
+    if sums:
+        write_sums(folder)
 
 
 def save_text_files(config: Config, model: TwoTowers, folder: Path) -> None:
@@ -100,7 +101,14 @@ def step_of(folder: Path) -> int:
 
 
 def read_config(folder: Path) -> Config:
-    """The config of a model folder, its text tower taken from the folder itself."""
+    """The config of a model folder, its text tower taken from the folder itself.
+
+    Raises:
+        ConfigError: a file is missing or no config.
+    """
+    # Without it, transformers takes another tokenizer's settings.
+    file = folder / "text" / "tokenizer_config.json"
+    require(file.is_file(), str(file.parent), f"hold {file.name}", "none", _COPY)
     return with_text(load_config(folder / "config.yaml"), folder / "text")
 
 
@@ -126,14 +134,7 @@ def _with_length(config: Config, length: str) -> Config:
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
     """The weights of a model folder, on the CPU."""
-    return _read(folder / "model.safetensors")
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{file} cannot be read: {error}") from None
+    return load_tensors(folder / "model.safetensors")
 
 
 def put_weights(model: TwoTowers, folder: Path, *, any_length: bool = False) -> None:
@@ -156,20 +157,23 @@ def put_first_weights(model: TwoTowers, config: Config) -> None:
     bias of loss.sigmoid begins there as the setting says.
 
     Raises:
-        ConfigError: they are another model's, or would compute something else in this one.
+        ConfigError: they are another model's, or would compute something else in this one; or a
+            file changed since it was written.
     """
-    media, any_length = f"{model.modality}.", _any_length(config)
+    media, any_length, on = f"{model.modality}.", _any_length(config), config.ckpt.verify
     if config.train.init_from:
         folder = model_folder(config.train.init_from)
-        _same_meaning(config, folder, (media, "text.", _DECODER))
-        _put_parts(model, folder / "model.safetensors", ("",), (_DECODER, _BIAS), any_length)
+        with verified(folder, skip=(OPTIMIZER,), on=on):
+            _same_meaning(config, folder, (media, "text.", _DECODER))
+            _put_parts(model, folder / "model.safetensors", ("",), (_DECODER, _BIAS), any_length)
     if config.train.init_audio_from:
         path = config.train.init_audio_from
         audio_only = (path / TOWER).is_file()
         folder = path if audio_only else model_folder(path)
         file = folder / (TOWER if audio_only else "model.safetensors")
-        _same_meaning(config, folder, (media, _DECODER))
-        _put_parts(model, file, (media, _DECODER), (_DECODER, *_FUSION), any_length)
+        with verified(folder, skip=(OPTIMIZER,), on=on):
+            _same_meaning(config, folder, (media, _DECODER))
+            _put_parts(model, file, (media, _DECODER), (_DECODER, *_FUSION), any_length)
 
 
 def _any_length(config: Config) -> bool:
@@ -206,7 +210,7 @@ def _put_parts(
     model: TwoTowers, file: Path, parts: tuple[str, ...], new: tuple[str, ...], any_length: bool
 ) -> None:
     """Names that begin with one of `parts`; whole groups with one of `new` in them may be new."""
-    saved = {name: value for name, value in _read(file).items() if name.startswith(parts)}
+    saved = {name: value for name, value in load_tensors(file).items() if name.startswith(parts)}
     if model.decoder is None:
         saved = {name: value for name, value in saved.items() if not name.startswith(_DECODER)}
     if model.logit_bias is None:
@@ -244,6 +248,8 @@ def _put(
                 f"{file} must hold the weights of this config's model, got "
                 f"{there} for {name}, which is {here} here; use the config.yaml beside it"
             )
+        if why := fault(saved[name], own[name].dtype):
+            raise ConfigError(f"{file} must hold weights of this model, got {name} {why}; {_COPY}")
     model.load_state_dict(saved, strict=False)
 
 
@@ -254,20 +260,27 @@ def _same_rows(table: Tensor, other: Tensor) -> bool:
 
 
 def load_model(
-    path: Path, device: torch.device | str = "cpu", *, length: str | None = None
+    path: Path,
+    device: torch.device | str = "cpu",
+    *,
+    length: str | None = None,
+    verify: bool = True,
 ) -> tuple[TwoTowers, Config]:
     """Open a model folder, or a run's last checkpoint, for evaluation.
 
     Args:
         length: audio.length, if not the one that it was trained with.
+        verify: compare the folder's files with its SHA256SUMS, if it has one.
 
     Raises:
-        ConfigError: no model, or its encoder cannot take clips so.
+        ConfigError: no model, or its encoder cannot take clips so; or a file changed since it was
+            written.
     """
     folder = model_folder(path)
-    config = read_config(folder)
-    if length is not None and length != config.audio.length:
-        config = _with_length(config, length)
-    model = TwoTowers(config, weights=False)
-    put_weights(model, folder, any_length=_any_length(config))
+    with verified(folder, skip=(OPTIMIZER,), on=verify):
+        config = read_config(folder)
+        if length is not None and length != config.audio.length:
+            config = _with_length(config, length)
+        model = TwoTowers(config, weights=False)
+        put_weights(model, folder, any_length=_any_length(config))
     return model.to(device).eval(), config

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from flap_fast.checks import require
+from flap_fast.checksums import write_sums
 from flap_fast.data.shards import pack
 from flap_fast.files import ManifestError, as_utf8, write_atomically
 from flap_fast.preparation.encoding import ClipEncoder
@@ -131,14 +132,16 @@ class ShardWriter:
         folders = sorted({shard.parent for shard in shards})
         tars = [tar for folder in folders for tar in sorted(folder.glob("*.tar"))]
         begun = self._records.is_dir()  # asked after the tars: another range may be written now
+        ours = [self.out / "rejected.jsonl"]
+        ours += [f for folder in folders for f in (folder / "sizes.json", *folder.glob("*.idx"))]
+        found = [file for file in ours if file.exists()]
+        if found and not tars and not self._records.is_dir():
+            raise self._not_ours(found[0])
         for tar in tars:
             # A call that was killed may have left no record; the index is written before the tar.
             marks = (shards[tar], tar.with_suffix(".idx")) if begun and tar in shards else ()
             if tar.resolve().parent in read or not any(mark.is_file() for mark in marks):
-                raise ManifestError(
-                    f"OUT must be new or hold this manifest's shards, got '{tar}', which is not "
-                    "one of them and might be lost; name another folder"
-                )
+                raise self._not_ours(tar)
 
     def finished(self, task: ShardTask) -> dict[str, Any] | None:
         """The record of a finished shard, or None; raises where it is another manifest's."""
@@ -210,9 +213,17 @@ class ShardWriter:
                 if record["clips"]:
                     sizes[task.split][f"{task.number}.tar"] = record["clips"]
             for split, counts in sizes.items():
+                indices = [(self.out / split / name).with_suffix(".idx") for name in counts]
+                write_sums(self.out / split, indices)
                 data = (json.dumps(counts, indent=1) + "\n").encode()
                 write_atomically(self.out / split / "sizes.json", data)
         return Prepared(kept + len(rejected), shards, kept, len(rejected), unfinished)
+
+    def _not_ours(self, file: Path) -> ManifestError:
+        return ManifestError(
+            f"OUT must be new or hold this manifest's shards, got '{file}', which is not "
+            "one of them and might be lost; name another folder"
+        )
 
     def _other(self, what: str) -> ManifestError:
         return ManifestError(

@@ -30,7 +30,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from flap_fast.checks import ConfigError
+from flap_fast.checks import ConfigError, require
 from flap_fast.data.preprocess.waveform import BadSound, Unread
 from flap_fast.files import as_utf8, write_atomically
 from flap_fast.preparation.prepare import Distributor
@@ -39,6 +39,8 @@ from flap_fast.preparation.shard_tasks import ShardRange
 from flap_fast.tools.embedder import Embedder, load
 from flap_fast.tools.search import stat_sound
 from flap_fast.tools.sounds import default_crop
+
+_ARRAY, _SOUNDS, _REJECTED = "embeddings.npy", "sounds.jsonl", "rejected.jsonl"
 
 Advance = Callable[[int], object]
 """Takes the number of sounds embedded since the last call."""
@@ -65,6 +67,21 @@ class Chunk:
         """Return a finished chunk's metadata: `rejected` (reasons by number) and `again`."""
         with safe_open(self.file, "np") as file:
             return json.loads(file.metadata()["about"])
+
+    def embeddings(self) -> np.ndarray:
+        """Return a finished chunk's rows, (n, d) float32.
+
+        Raises:
+            ConfigError: they changed since they were written, or are not finite.
+        """
+        with safe_open(self.file, "np") as file:
+            rows = file.get_tensor("embeddings").astype("<f4", copy=False)
+        digest = self.about().get("sha256")
+        same = digest in (None, hashlib.sha256(rows.tobytes()).hexdigest())
+        rule = "hold finite embeddings as they were written"
+        remedy = "delete it and run the same command again"
+        require(same and bool(np.isfinite(rows).all()), str(self.file), rule, "others", remedy)
+        return rows
 
 
 @dataclass(frozen=True)
@@ -104,11 +121,12 @@ def embed_files(
             a function to call with the number of sounds embedded.
 
     Raises:
-        ConfigError: no model, an unknown crop or no cluster.
+        ConfigError: no model, an unknown crop, no cluster, or an OUT with another's files.
     """
+    _refuse_others(out)
     embedder = _open(model, length)
     crop = crop or default_crop(embedder.config)
-    out.mkdir(parents=True, exist_ok=True)
+    (out / ".embed").mkdir(parents=True, exist_ok=True)
     chunks = list(_chunks(sounds, out, (embedder.identity, crop, batch), chunk_sounds))
     mine = chunks[shard_range.number - 1 :: shard_range.of] if shard_range else chunks
     pending = [chunk for chunk in mine if chunk.pending]
@@ -121,6 +139,14 @@ def embed_files(
             for chunk in pending:
                 _embed(embedder, chunk, crop, batch, advance)
     return _finish(out, chunks, embedder.config.joint.width)
+
+
+def _refuse_others(out: Path) -> None:
+    """Raise `ConfigError` where files that we did not write would be overwritten."""
+    found = [name for name in (_ARRAY, _SOUNDS, _REJECTED) if (out / name).exists()]
+    rule, remedy = "be new or made by flap embed", "name another folder"
+    begun = (out / ".embed").is_dir()
+    require(begun or not found, "OUT", rule, f"{out} with {', '.join(found)}", remedy)
 
 
 def _ignore(sounds: int) -> None:
@@ -161,8 +187,8 @@ def _embed(embedder: Embedder, chunk: Chunk, crop: str, batch: int, advance: Adv
                 rows.append(row)
             advance(1)
     embeddings = torch.stack(rows) if rows else torch.empty(0, embedder.config.joint.width)
-    chunk.file.parent.mkdir(exist_ok=True)
-    about = {"about": json.dumps({"rejected": rejected, "again": again})}
+    digest = hashlib.sha256(embeddings.numpy().tobytes()).hexdigest()
+    about = {"about": json.dumps({"rejected": rejected, "again": again, "sha256": digest})}
     write_atomically(chunk.file, save({"embeddings": embeddings}, about))
 
 
@@ -198,16 +224,15 @@ def _finish(out: Path, chunks: Sequence[Chunk], width: int) -> Embedded:
             np.lib.format.write_array_header_1_0(header, about)
             yield header.getvalue()
             for chunk in chunks:
-                with safe_open(chunk.file, "np") as file:
-                    yield file.get_tensor("embeddings").astype("<f4", copy=False).tobytes()
+                yield chunk.embeddings().tobytes()
 
-        write_atomically(out / "rejected.jsonl", _lines(rejected))
+        write_atomically(out / _REJECTED, _lines(rejected))
         # Deleted first, so that it never lists the rows of another array.
-        (out / "sounds.jsonl").unlink(missing_ok=True)
-        write_atomically(out / "embeddings.npy", array)
-        write_atomically(out / "sounds.jsonl", _lines(names))
+        (out / _SOUNDS).unlink(missing_ok=True)
+        write_atomically(out / _ARRAY, array)
+        write_atomically(out / _SOUNDS, _lines(names))
         keys = {chunk.file.name for chunk in chunks}
-        for file in (out / ".embed").glob("*.safetensors"):
+        for file in (out / ".embed").glob(f"{'[0-9a-f]' * 64}.safetensors"):
             if file.name not in keys:
                 file.unlink(missing_ok=True)
     return Embedded(rows, len(rejected), unfinished)

@@ -6,7 +6,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import cached_property
@@ -27,7 +28,7 @@ from flap_fast.data.preprocess.preprocessor import make_preprocessor
 from flap_fast.data.preprocess.waveform import BadSound, Unusable
 from flap_fast.data.tokenize import Tokenizer, tokenizer
 from flap_fast.encoders.settings import ImageEncoder
-from flap_fast.evaluate.embed import text_embedder
+from flap_fast.evaluate.embed import finite, text_embedder
 from flap_fast.evaluate.prompts import SOUND, prompts
 from flap_fast.evaluate.zero_shot import class_vectors
 from flap_fast.model.model_folder import load_model
@@ -45,6 +46,7 @@ from flap_fast.tools.sounds import (
     crops_from,
     crops_of,
     decode_part,
+    sound_name,
 )
 
 # Of sound that the model embeds at a time, for memory; more would not be faster.
@@ -83,7 +85,7 @@ class Embedder:
             crop: see `embed_each`.
 
         Raises:
-            BadSound: a sound cannot be used; names the first one.
+            BadSound: a sound cannot be used, or its embedding is not finite; names the first one.
         """
         sounds = _counted(sounds, "sounds")
         rows = torch.empty(len(sounds), self.config.joint.width)
@@ -140,11 +142,21 @@ class Embedder:
         threads = self.config.frontend.threads or os.cpu_count() or 1
         seconds = _SECONDS_AT_A_TIME.get(self.device.type, math.inf)
         most_samples = seconds * self.config.audio.sample_rate_hz
+        names: deque[str] = deque()
+
+        def numbered() -> Iterator[tuple[int, Sound]]:
+            for number, sound in enumerate(sounds):
+                names.append(sound_name(sound, number))
+                yield number, sound
+
         with ThreadPoolExecutor(threads) as pool:
-            parts = ahead(pool, decode, enumerate(sounds), limit=ahead_sounds + threads)
+            parts = ahead(pool, decode, numbered(), limit=ahead_sounds + threads)
             sounds_crops = (crops_from(part, pool) for part in parts)
             with closing(parts):
-                yield from pooled(sounds_crops, self._embed_waves, batch, most_samples)
+                for row in pooled(sounds_crops, self._embed_waves, batch, most_samples):
+                    name = names.popleft()
+                    named = isinstance(row, Tensor) or str(row).startswith(name)
+                    yield row if named else BadSound(f"{name}: {row}")
 
     def embed_image(self, images: Iterable[ImageSource], batch: int = 64) -> Tensor:
         """Embed images: (N, d) unit rows, float32, on the CPU.
@@ -156,6 +168,7 @@ class Embedder:
 
         Raises:
             BadImage: an image cannot be used; names the first one.
+            ArithmeticError: an embedding is not finite; names the first one.
         """
         images = _counted(images, "images")
         _require_batch(batch)
@@ -181,7 +194,7 @@ class Embedder:
             for part in rows.split(batch) if len(rows) else ():
                 clips = lay_end_to_end([next(squares) for _ in part], np.zeros(len(part)))
                 part.copy_(self.model.embed_media(self._preprocessor.finish(clips).media))
-        return rows
+        return finite(rows, lambda n: sound_name(images[n], n, "image"))
 
     def embed_text(self, captions: Iterable[str], batch: int = 256) -> Tensor:
         """Embed captions: (M, d) unit rows, float32, on the CPU.
@@ -258,19 +271,25 @@ class Embedder:
 
 
 def load(
-    path: str | Path, device: str | torch.device | None = None, *, length: str | None = None
+    path: str | Path,
+    device: str | torch.device | None = None,
+    *,
+    length: str | None = None,
+    verify: bool = True,
 ) -> Embedder:
     """Open the folder of a run (its last checkpoint) or of a checkpoint.
 
     Args:
         device: where to compute; by default the GPU, or the CPU without one.
         length: audio.length, `fixed` or `variable`; by default as the model was trained.
+        verify: compare the folder's files with its SHA256SUMS, if it has one.
 
     Raises:
-        ConfigError: the folder holds no checkpoint, or its encoder cannot take clips so.
+        ConfigError: the folder holds no checkpoint, or its encoder cannot take clips so; or a file
+            changed since it was written.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model, config = load_model(Path(path), device, length=length)
+    model, config = load_model(Path(path), device, length=length, verify=verify)
     return Embedder(model, config, tokenizer(config.text), device)
 
 

@@ -38,7 +38,10 @@ def pooled(
     def embed_waves() -> None:
         if not waves:
             return
-        for owner, row in zip(owners, embed(waves), strict=True):
+        rows = embed(waves)
+        for n in (~rows.isfinite().all(1)).nonzero()[:, 0].tolist():
+            rows[n] = embed([waves[n]])[0]  # by itself: its neighbours in the batch may be why
+        for owner, row in zip(owners, rows, strict=True):
             owner.rows.append(row)
         waves.clear()
         owners.clear()
@@ -84,6 +87,8 @@ class _Sound:
         """The (d,) unit row of the sound, or its error."""
         if self.error is not None:
             return self.error
-        if len(self.rows) == 1:
-            return self.rows[0]
-        return functional.normalize(torch.stack(self.rows).mean(0), dim=0)
+        row = self.rows[0]
+        if len(self.rows) > 1:
+            row = functional.normalize(torch.stack(self.rows).mean(0), dim=0)
+        finite = bool(row.isfinite().all())
+        return row if finite else BadSound("not finite: its embedding has NaN or infinity")

@@ -106,6 +106,8 @@ def open_index(file: Path) -> Index:
     try:
         tensors = load_file(file)
         about = json.loads(bytes(tensors["about"].numpy()))
+        if not tensors["embeddings"].isfinite().all():
+            raise ValueError("an embedding is not finite")
         vectors = iter(tensors["embeddings"])
         files = [File(**row) for row in about["files"]]
         rows = {file: next(vectors) if file.error is None else None for file in files}

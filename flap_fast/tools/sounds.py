@@ -102,8 +102,13 @@ def crops_of(sound: Sound, number: int, rate_hz: float, policy: str, config: Con
             yield crop_and_fill(piece, 0.0, audio, config.fusion)
     except Unusable as error:
         kind = type(error) if isinstance(error, BadSound) else BadSound
-        named = isinstance(sound, (str, os.PathLike))
-        raise kind(f"{sound if named else f'sound number {number}'}: {error}") from None
+        raise kind(f"{sound_name(sound, number)}: {error}") from None
+
+
+def sound_name(sound: Any, number: int, what: str = "sound") -> str:
+    """Return a sound's or image's path, or its number in its list, for error messages."""
+    named = isinstance(sound, (str, os.PathLike))
+    return str(sound) if named else f"{what} number {number}"
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 runs/NAME/checkpoints/step-000600/model.safetensors config.yaml text/  for flap_fast.load
                                   state.json optimizer.safetensors     to resume training
+                                  SHA256SUMS                           of the others, but state.json
 runs/NAME/checkpoints/best -> step-000400
 
 Nothing in one depends on the ranks, the ZeRO stage or the engine that wrote it: any others resume.
@@ -13,16 +14,22 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
+from typing import Annotated
 
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from flap_fast.checks import ConfigError, require
+from flap_fast.checksums import SUMS, delete_listed, verified, write_sums
 from flap_fast.config import Config
 from flap_fast.data.shards import Shards
 from flap_fast.files import write_atomically
-from flap_fast.model.model_folder import save_model, step_folders
+from flap_fast.model.model_folder import OPTIMIZER, save_model, step_folders, step_of
 from flap_fast.ranks import Ranks
 from flap_fast.train.engine import Engine
 
@@ -31,7 +38,9 @@ from flap_fast.train.engine import Engine
 class State:
     """A run's progress. The position in the data, masks and dropout follow from the step."""
 
-    step: int
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    step: Annotated[int, Field(ge=0)]
     """Steps done."""
     best: float | None
     """The best score on data.val so far."""
@@ -41,6 +50,13 @@ class State:
     """Clips of data.train."""
     shards: str | None = None
     """Hash of the shards' names, and of where each clip lies in them."""
+    sha256: str | None = None
+    """Of the others, as JSON: this file is written anew, once its step is scored."""
+
+    def digest(self) -> str:
+        """What `sha256` must be."""
+        others = {name: value for name, value in asdict(self).items() if name != "sha256"}
+        return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 
 class Checkpoints:
@@ -59,20 +75,30 @@ class Checkpoints:
         """
         file = folder / "state.json"
         try:
-            state = State(**json.loads(file.read_text()))
-            for file in (folder / "model.safetensors", folder / "optimizer.safetensors"):
+            state = TypeAdapter(State).validate_json(file.read_bytes())
+            if state.sha256 not in (None, state.digest()):
+                raise ValueError("it changed since it was written")
+            if state.step != step_of(folder):
+                raise ValueError(f"its step is {state.step}")
+            for file in (folder / "model.safetensors", folder / OPTIMIZER):
                 with safe_open(file, "pt"):
                     pass  # opening checks that the file is as long as its header says
-        except (OSError, ValueError, TypeError, SafetensorError) as error:
-            before = [earlier.name for earlier in step_folders(self.folder) if earlier != folder]
-            instead = f"resume from {before[-1]}" if before else "start over"
-            message = f"{file} cannot be read: {error}; remove {folder} to {instead}"
+        except (OSError, ValueError, SafetensorError) as error:
+            why = error
+            if isinstance(error, ValidationError):
+                first = error.errors()[0]
+                why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+            message = f"{file} cannot be read: {why}; {self._without(folder)}"
             raise ConfigError(message) from None
         if state.shards not in (None, self._shards):
             rule = f"hold the {state.clips} clips that the run started with"
             got = f"{self._clips} others" if state.clips == self._clips else self._clips
             require(False, "data.train", rule, got, "put them back, or set run.name=ANOTHER")
         return state
+
+    def verified(self, folder: Path) -> AbstractContextManager[None]:
+        """A context that reads a checkpoint, and ends with a `ConfigError` if its files changed."""
+        return verified(folder, on=self._config.ckpt.verify, remedy=self._without(folder))
 
     def save(
         self,
@@ -98,8 +124,7 @@ class Checkpoints:
                 raise OSError(f"{error}; {remedy}") from error
             raise
         if self._ranks.first:
-            # An incomplete one, or the run would have resumed from it.
-            shutil.rmtree(final, ignore_errors=True)
+            _put_aside(final)  # incomplete, or the run would have resumed from it
             partial.replace(final)
             self._rotate(final, is_best)
         self._ranks.barrier()
@@ -113,11 +138,16 @@ class Checkpoints:
             self._rotate(folder, is_best)
         self._ranks.barrier()
 
+    def _without(self, folder: Path) -> str:
+        before = [earlier.name for earlier in step_folders(self.folder) if earlier != folder]
+        return f"remove {folder} to {f'resume from {before[-1]}' if before else 'start over'}"
+
     def _folder(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}"
 
     def _state(self, step: int, best: float | None, scored: bool) -> bytes:
         state = State(step, best, scored, self._clips, self._shards)
+        state = replace(state, sha256=state.digest())
         return (json.dumps(asdict(state), indent=1) + "\n").encode()
 
     def _rotate(self, folder: Path, is_best: bool) -> None:
@@ -128,36 +158,57 @@ class Checkpoints:
 
     def _write(self, partial: Path, engine: Engine, state: bytes) -> None:
         if self._ranks.first:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed; no link
+            _put_aside(partial)
             partial.mkdir(parents=True)
         self._ranks.broadcast(engine.module.buffers())  # as a resumed run finds them on every rank
         weights = engine.weights()
         if self._ranks.first:
-            save_model(partial, self._config, engine.module, weights)
+            save_model(partial, self._config, engine.module, weights, sums=False)
         del weights
-        engine.optimizer_state.save(partial / "optimizer.safetensors")
+        engine.optimizer_state.save(partial / OPTIMIZER)
         if self._ranks.first:
+            paths = list(partial.rglob("*"))
+            with ThreadPoolExecutor(1) as pool:
+                # Beside the disk's work: SHA-256 of 1 GB takes about a second of a core.
+                sums = pool.submit(write_sums, partial, [p for p in paths if p.is_file()])
+                for path in paths:
+                    _fsync(path)
+                sums.result()
             (partial / "state.json").write_bytes(state)
-            for path in (*partial.rglob("*"), partial):
+            for path in (partial / SUMS, partial / "state.json", partial):
                 _fsync(path)
 
     def _point_to(self, best: Path) -> None:
         link = self.folder / "best.part"
-        link.unlink(missing_ok=True)
+        if link.is_symlink():
+            link.unlink()
         os.symlink(best.name, link)
+        if not (self.folder / "best").is_symlink():
+            _put_aside(self.folder / "best")  # a copy of the run may hold a folder instead
         link.replace(self.folder / "best")
 
     def _delete_old(self) -> None:
-        folders = [folder.resolve() for folder in step_folders(self.folder)]
+        # The run makes no links: one to a folder elsewhere is somebody else's.
+        folders = [folder for folder in step_folders(self.folder) if not folder.is_symlink()]
         best = (self.folder / "best").resolve()
         for folder in folders[: -self._config.ckpt.keep_last]:
-            if folder != best:
-                shutil.rmtree(folder)
+            if folder.resolve() != best and (folder / SUMS).is_file():
+                # First of all no checkpoint any more; what others put into it stays.
+                (folder / "state.json").unlink()
+                delete_listed(folder)
 
 
 def latest(folder: Path) -> Path | None:
     """The latest complete checkpoint of a folder of checkpoints."""
     return next(reversed(step_folders(folder)), None)
+
+
+def _put_aside(path: Path) -> None:
+    """Rename what lies at a path to the first free one of PATH.old, PATH.old2, ..."""
+    if os.path.lexists(path):
+        names = (path.with_name(f"{path.name}.old{n if n > 1 else ''}") for n in count(1))
+        path.rename(next(name for name in names if not os.path.lexists(name)))
 
 
 def _fsync(path: Path) -> None:

@@ -14,13 +14,11 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from flap_fast.checks import ConfigError
-from flap_fast.model.model_folder import save_tensors
 from flap_fast.ranks import Ranks
+from flap_fast.tensors import fault, is_finite, load_tensors, save_tensors
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -99,7 +97,8 @@ class OptimizerState:
         """Set the state from a file, which any number of ranks may have written.
 
         Raises:
-            ConfigError: the file cannot be read, or is of another model.
+            ConfigError: the file cannot be read, is of another model, or holds what Adam never
+                does: NaN, infinity, a moment without the other.
         """
         saved = self._read(file)
         on_device = bool(
@@ -114,14 +113,15 @@ class OptimizerState:
                 if moment not in state:  # padding stays zero
                     state[moment] = torch.zeros_like(key, requires_grad=False)
                 values = saved[f"{name}/{moment}"].flatten()[start : start + numel]
+                if not is_finite(values):
+                    raise _unusable(file, f"{name}/{moment} with values that are not finite")
+                if moment == "exp_avg_sq" and values.numel() and values.min() < 0:
+                    raise _unusable(file, f"{name}/{moment} with a value below 0")
                 state[moment].view(-1)[offset : offset + numel] = values
             state["step"] = step.to(key.device if on_device else "cpu", copy=True)
 
     def _read(self, file: Path) -> dict[str, Tensor]:
-        try:
-            saved = load_file(file)  # mapped: what no fragment of this rank covers is not read
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(f"{file} cannot be read: {error}") from None
+        saved = load_tensors(file)  # mapped: what no fragment of this rank covers is not read
         shapes = {f"{f.name}/{moment}": f.shape for f in self._fragments for moment in _MOMENTS}
         shapes |= {f"{f.name}/step": torch.Size() for f in self._fragments}
         for name, value in saved.items():
@@ -130,4 +130,19 @@ class OptimizerState:
                     f"{file} must hold the state of this model's parameters, got {name} of shape "
                     f"{tuple(value.shape)}; resume with the code and the config that wrote it"
                 )
+            if not value.is_floating_point():
+                raise _unusable(file, f"{name} as {value.dtype}")
+            if name.endswith("/step") and fault(value, value.dtype):
+                raise _unusable(file, f"{name} that is not finite")
+        for name in {name.rpartition("/")[0] for name in saved}:
+            absent = [key for key in (*_MOMENTS, "step") if f"{name}/{key}" not in saved]
+            if absent:
+                raise _unusable(file, f"{name} without {', '.join(absent)}")
         return saved
+
+
+def _unusable(file: Path, got: str) -> ConfigError:
+    return ConfigError(
+        f"{file} must hold Adam's state, floats that are finite, got {got}; copy it again, or "
+        "remove the checkpoint to resume from the one before"
+    )

@@ -32,6 +32,9 @@ def begin(config: Config, *, resume: bool) -> Path | None:
     if not (folder / "config.yaml").is_file():
         rule, remedy = "hold the config.yaml of its checkpoints", f"copy the one in {last} there"
         require(last is None, str(folder), rule, "none", f"{remedy}, or set run.name=ANOTHER")
+        rule = "hold the config.yaml of its metrics.jsonl"  # whose rows a new run would drop
+        alone = not (folder / "metrics.jsonl").is_file()
+        require(alone, str(folder), rule, "none", "set run.name=ANOTHER")
         return None
     if not resume:
         raise ConfigError(

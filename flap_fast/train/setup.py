@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from flap_fast.data.shards import Shards, open_shards, shard_kinds
 from flap_fast.data.tokenize import tokenizer
 from flap_fast.evaluate.embed import read_texts
 from flap_fast.model.masking import check_micro_tokens, tokens_of_seconds
-from flap_fast.model.model_folder import put_first_weights, put_weights
+from flap_fast.model.model_folder import OPTIMIZER, put_first_weights, put_weights
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks, world_size
 from flap_fast.train.checkpoint import Checkpoints
@@ -86,9 +86,10 @@ def set_up(config: Config, ranks: Ranks, start: Path | None, open_files: ExitSta
     first = state.step if state else 0
     loader = TrainingLoader(config, shards, tokens, ranks, clip_tokens(config, shards, ranks))
     steps = config.train.run_steps(loader.sampler.steps_per_epoch)
-    engine = make_engine(config, _model(config, start), ranks)
-    if start:
-        engine.optimizer_state.load(start / "optimizer.safetensors")
+    with checkpoints.verified(start) if start else nullcontext():
+        engine = make_engine(config, _model(config, start), ranks)
+        if start:
+            engine.optimizer_state.load(start / OPTIMIZER)
     if ranks.first:
         write_config(config, ranks)
     ranks.barrier()  # every rank needs the run's folder

@@ -38,7 +38,7 @@ class Teacher:
         distill = config.loss.distill
         assert distill.teacher is not None
         self._device = ranks.device
-        model, _ = load_model(distill.teacher, ranks.device)
+        model, _ = load_model(distill.teacher, ranks.device, verify=config.ckpt.verify)
         self.model = frozen(model, config.train.precision)
         own = self.model.logit_scale.clamp(0, self.model.max_logit_scale).exp().squeeze(0)
         self._scale = own if distill.scale is None else own.new_tensor(distill.scale)

@@ -370,3 +370,71 @@ def test_writing_takes_the_place_of_what_was_there(tmp_path):
         assert being_read.read() == b"old and long"
     assert (tmp_path / "x").read_bytes() == b"new"
     assert [f.name for f in tmp_path.iterdir()] == ["x"]
+
+
+def swapped(index: str, first: int, second: int) -> str:
+    """The index with two of its words exchanged, counted from its first clip's."""
+    head, *lines = index.splitlines()
+    words = [line.split(" ") for line in lines]
+    (a, i), (b, j) = divmod(first, 8), divmod(second, 8)
+    words[a][i], words[b][j] = words[b][j], words[a][i]
+    return "\n".join([head, *map(" ".join, words)]) + "\n"
+
+
+def read_all(folder: Path) -> None:
+    shards = open_shards([folder])
+    for clip in range(len(shards)):
+        shards.encoded(clip)
+        shards.record(clip)
+
+
+# Words of a line: ending, offset, size and name, first of the sound, then of the JSON.
+@pytest.mark.parametrize("words", [(1, 9), (5, 13), (1, 5), (2, 10), (5, 21)])
+def test_an_index_that_is_not_its_tars_trains_no_wrong_pairs(shard, words):
+    shard.with_suffix(".idx").write_text(pack(SAMPLES)[1])
+    read_all(shard.parent)
+    shard.with_suffix(".idx").write_text(swapped(pack(SAMPLES)[1], *words))
+    with pytest.raises(ShardError, match=r"0\.idx must be the index of 0\.tar, got "):
+        read_all(shard.parent)
+
+
+def test_clips_of_one_size_are_told_apart_by_their_names(tmp_path):
+    tar, index, _ = pack([(f"{n}", b"fLaC", {"text": str(n)}) for n in range(3)])
+    (tmp_path / "0.tar").write_bytes(tar)
+    for words in ((1, 9), (5, 13)):
+        (tmp_path / "0.idx").write_text(swapped(index, *words))
+        with pytest.raises(ShardError, match=r"got clip \d with the JSON of \d; delete it"):
+            read_all(tmp_path)
+    (tmp_path / "0.idx").write_text(swapped(index, 1, 5))
+    with pytest.raises(ShardError, match="must be the index of "):
+        read_all(tmp_path)
+    (tmp_path / "0.idx").unlink()
+    read_all(tmp_path)
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, 1, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("key", ["a", "./in/a", "\u00e9t\u00e9/\u00e9", "x" * 60 + "/" + "y" * 90])
+def test_an_index_of_others_agrees_with_their_tars(tmp_path, tar_format, key):
+    lines = []
+    with tarfile.open(tmp_path / "0.tar", "w", format=tar_format) as tar:
+        for ending, data in (("flac", b"fLaC"), ("json", b'{"text": "a"}')):
+            info = tarfile.TarInfo(f"{key}.{ending}")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    with tarfile.open(tmp_path / "0.tar") as tar:
+        for m in tar:
+            lines.append(f"{m.name[-4:]} {m.offset_data} {m.size} {m.name}")
+    (tmp_path / "0.idx").write_text("v1.2 1\n" + " ".join(lines))
+    read_all(tmp_path)
+
+
+def test_an_index_that_changed_since_it_was_prepared_is_named(prepared, tmp_path):
+    folder = shutil.copytree(prepared / "train", tmp_path / "renamed")
+    read_all(folder)
+    index = folder / "0.idx"
+    lines = index.read_text().splitlines()
+    index.write_text("\n".join([lines[0], *lines[:0:-1]]))
+    with pytest.raises(ShardError, match=r"0\.idx must be the file that SHA256SUMS lists"):
+        open_shards([folder])
+    index.unlink()
+    read_all(folder)

@@ -67,7 +67,8 @@ def test_negatives_come_into_the_shards_that_have_some_and_change_no_other(
     assert not any("negatives" in shards.record(n) for n in range(len(shards)) if n != 8)
     before, after = contents(prepared), contents(tmp_path / "out")
     changed = {name for name, data in after.items() if before[name] != data}
-    assert changed == {"train/1.tar", "train/1.idx", ".prepare/train-1.json"}
+    shard = {"train/1.tar", "train/1.idx", ".prepare/train-1.json"}
+    assert changed == shard | {"train/SHA256SUMS"}
     with pytest.raises(ManifestError, match=r"OUT must be new .* got another train-1 in"):
         prepare(corpus, tmp_path / "out", shard_clips=7, show=False)
     # Shards are a source, too: to another rate, say.

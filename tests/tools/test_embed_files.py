@@ -12,14 +12,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 
-from flap_fast.data.preprocess.waveform import Unread, read_pieces
+from flap_fast.checks import ConfigError
+from flap_fast.data.preprocess.waveform import BadSound, Unread, read_pieces
 from flap_fast.model.model_folder import save_model
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.preparation.shard_tasks import ShardRange
 from flap_fast.tools.embed_files import Embedded, embed_files
-from flap_fast.tools.embedder import load
+from flap_fast.tools.embedder import Embedder, load
 from flap_fast.tools.search import find_sounds
 from tests.sounds import encode, tone
 from tests.tiny import tiny
@@ -211,3 +215,61 @@ def test_a_cluster_writes_the_bytes_of_one_machine(checkpoint, sounds, tmp_path,
         assert (out / "embeddings.npy").read_bytes() == array
     finally:
         ray.shutdown()
+
+
+def huge(file: Path) -> Path:
+    """A sound of finite samples whose power is beyond float32."""
+    soundfile.write(file, 1e30 * tone(300, 1.0, RATE), RATE, subtype="FLOAT")
+    return file
+
+
+def poisoned(embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make all embeddings of a batch NaN in which a clip is silent, as a mask of 0 x NaN does."""
+    real = type(embedder)._embed_waves
+
+    def embed(self: Embedder, waves: list[np.ndarray]) -> torch.Tensor:
+        quiet = any(not wave.any() for wave in waves)
+        return real(self, waves) * (float("nan") if quiet else 1)
+
+    monkeypatch.setattr(Embedder, "_embed_waves", embed)
+
+
+def test_an_embedding_that_is_not_finite_is_rejected_and_its_neighbours_are_kept(
+    checkpoint, sounds, tmp_path, monkeypatch
+):
+    out, silent = tmp_path / "out", sounds / "02.wav"
+    wanted = embed_files(checkpoint, find_sounds([sounds]), tmp_path / "before")
+    silent.write_bytes(encode(0 * tone(300, 1.0, RATE), RATE, "WAV"))
+    embedder = load(checkpoint)
+    poisoned(embedder, monkeypatch)
+    done = embed_files(checkpoint, find_sounds([sounds]), out)
+    rows = np.load(out / "embeddings.npy")
+    assert np.isfinite(rows).all()
+    assert (done.rows, done.rejected) == (wanted.rows - 1, wanted.rejected + 1)
+    rejected = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+    (row,) = [row for row in rejected if row["audio"] == str(silent)]
+    assert row["reason"] == f"{silent}: not finite: its embedding has NaN or infinity"
+    with pytest.raises(BadSound, match=r"02\.wav: not finite"):
+        embedder.rank(silent, ["a tone"])
+    with pytest.raises(BadSound, match="sound number 1: not finite"):
+        embedder.embed_audio([tone(300, 1.0, RATE), 0 * tone(300, 1.0, RATE)])
+
+
+def test_samples_of_any_size_leave_no_row_of_nan(checkpoint, tmp_path):
+    embedded = embed_files(checkpoint, [huge(tmp_path / "huge.wav")], tmp_path / "out")
+    assert np.isfinite(np.load(tmp_path / "out/embeddings.npy")).all()
+    assert embedded.rows + embedded.rejected == 1
+
+
+@pytest.mark.parametrize("value", [0.5, float("nan")])
+def test_a_chunk_that_changed_is_named(checkpoint, sounds, tmp_path, value):
+    embed_files(checkpoint, find_sounds([sounds]), tmp_path)
+    (file,) = (tmp_path / ".embed").glob("*.safetensors")
+    with safe_open(file, "pt") as chunk:
+        rows, about = chunk.get_tensor("embeddings"), chunk.metadata()
+    rows[0, 0] = value
+    file.write_bytes(save({"embeddings": rows}, about))
+    with pytest.raises(ConfigError, match=r"safetensors must hold finite .*; delete it and run"):
+        embed_files(checkpoint, find_sounds([sounds]), tmp_path)
+    file.unlink()
+    embed_files(checkpoint, find_sounds([sounds]), tmp_path)

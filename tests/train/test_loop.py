@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from flap_fast import tensors as tensor_files
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
 from flap_fast.data.batch import Batch
 from flap_fast.data.shards import ShardError, open_shards
 from flap_fast.losses import total_loss
-from flap_fast.model import model_folder as interop
 from flap_fast.preparation.prepare import prepare
 from flap_fast.tools.embedder import load
 from flap_fast.train import setup
@@ -211,7 +211,7 @@ def test_a_nan_stops_the_run_before_it_reaches_a_checkpoint(
 def test_a_full_disk_costs_the_checkpoint_that_did_not_fit_and_no_other(
     file: str, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    real = interop.save_file
+    real = tensor_files.save_file
 
     def full(tensors: dict[str, torch.Tensor], path: Path, **rest: Any) -> None:
         if "000004" in str(path) and path.name == file:
@@ -220,7 +220,7 @@ def test_a_full_disk_costs_the_checkpoint_that_did_not_fit_and_no_other(
 
     config = settings(prepared, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(interop, "save_file", full)
+        patch.setattr(tensor_files, "save_file", full)
         message = rf"{file} cannot be written: I/O error: No space .*; make room and .*--resume"
         with pytest.raises(OSError, match=message):
             train(config)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, RobertaConfig
 from transformers.utils.logging import disable_progress_bar
 
-from flap_fast.checks import ConfigError, require
+from flap_fast.checks import ConfigError, refuse_code, require
 from flap_fast.data.tokenize import local_folder, tokenizer
 from flap_fast.encoders.attention import varlen_serves, xformers_ops
 from flap_fast.encoders.packing import pack
@@ -158,14 +158,19 @@ class TransformersText(nn.Module):
 def _from_folder(text: RobertaSettings, weights: bool):
     assert text.folder is not None
     folder = local_folder("text.folder", text.folder)
+    refuse_code("text.folder", folder)
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         _set_dropout(config, text.dropout)
         disable_progress_bar()  # a bar for weights that load in a blink
         if not weights:
-            return AutoModel.from_config(config, dtype=torch.float32)
+            return AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
         return AutoModel.from_pretrained(
-            folder, config=config, local_files_only=True, dtype=torch.float32
+            folder,
+            config=config,
+            local_files_only=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"text.folder must hold an encoder, got '{folder}': {error}") from None
@@ -189,7 +194,7 @@ def _random(text: RobertaSettings):
         eos_token_id=inner.eos_token_id,
     )
     _set_dropout(config, text.dropout)
-    return AutoModel.from_config(config, dtype=torch.float32)
+    return AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
 
 
 def _set_dropout(config: Any, dropout: float) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
 
-from flap_fast.checks import ConfigError
+from flap_fast.checks import ConfigError, refuse_code
 
 _WINDOW_S = 10
 
@@ -24,9 +24,14 @@ class Classifier:
 
     def __init__(self, name: str, folder: Path):
         self.name = name
+        refuse_code("--tagger", folder)
         try:
-            self._features = AutoFeatureExtractor.from_pretrained(folder, local_files_only=True)
-            model = AutoModelForAudioClassification.from_pretrained(folder, local_files_only=True)
+            self._features = AutoFeatureExtractor.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+            model = AutoModelForAudioClassification.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"--tagger must hold an audio classifier, got '{folder}': {error}"

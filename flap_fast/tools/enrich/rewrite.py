@@ -23,7 +23,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from flap_fast.checks import ConfigError, require
+from flap_fast.checks import ConfigError, refuse_code, require
 from flap_fast.data.random_streams import Stream, uniforms
 from flap_fast.data.tokenize import local_folder
 from flap_fast.tools.enrich.filter import is_complete
@@ -195,13 +195,16 @@ def _find_model(name: str) -> tuple[Path, str | None]:
 
 def _load(name: str, folder: Path, gguf: str | None, device: torch.device) -> tuple[Any, Any]:
     """Load the model (bf16 on a GPU, fp32 on a CPU) and its tokenizer, which pads on the left."""
+    refuse_code("--model", folder)
     given: dict[str, Any] = {"local_files_only": True}
     if gguf is not None:
         given["gguf_file"] = gguf
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **given)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **given)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **given)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=False, **given
+        )
     except ImportError as error:
         raise ConfigError(
             f"--model '{name}' needs more: {error}; pip install 'flap_fast[enrich]'"
