@@ -32,7 +32,7 @@ from torch import Tensor
 from flap_fast.config import Config
 from flap_fast.data.batch import to_device
 from flap_fast.model.two_towers import TwoTowers
-from flap_fast.ranks import Ranks
+from flap_fast.ranks import Ranks, all_gather_single
 
 _KEY, _CHECKSUM = 16, 4
 
@@ -180,7 +180,7 @@ class FrozenText:
         sent = torch.zeros(most * _KEY, dtype=torch.uint8)
         sent[: len(own)] = torch.from_numpy(own.copy())
         received = sent.new_empty(self._ranks.world * len(sent))
-        dist.all_gather_into_tensor(received, sent, group=self._group)
+        all_gather_single(received, sent, group=self._group)
         seen = {bytes(_KEY)}  # padding
         of_ranks: list[list[bytes]] = []
         for data in map(bytes, received.numpy().reshape(self._ranks.world, -1)):
