@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from flap_fast.commands.errors import print_error
-from flap_fast.launcher import launched
+from flap_fast.launcher import first_of_its_node, launched
+from flap_fast.train.signals import ends_at_once
 
 
 def train(
@@ -22,10 +23,19 @@ def train(
     ] = False,
 ) -> None:
     """Train a model and evaluate it on data.val. Also under `deepspeed --module flap_fast`."""
+    line = "stopped before the first step: nothing is lost"
+    try:
+        with ends_at_once(line, says=first_of_its_node()):
+            _train(config, overrides or [], resume=resume)
+    except KeyboardInterrupt:  # a second Ctrl-C, which `Stop` has answered
+        raise typer.Exit(130) from None
+
+
+def _train(config: Path, overrides: list[str], *, resume: bool) -> None:
     from flap_fast.config.file import load_config
 
     if launched().world == 1:
-        load_config(config, overrides or [])  # its errors before PyTorch is imported
+        load_config(config, overrides)  # its errors before PyTorch is imported
     from flap_fast.commands.score import print_scores
     from flap_fast.ranks.agreement import agree
     from flap_fast.ranks.failure import joined
@@ -33,7 +43,7 @@ def train(
     from flap_fast.train.loop import train as run
 
     with joined() as ranks:
-        settings = agree(ranks, lambda: (load_config(config, overrides or []), {}))
+        settings = agree(ranks, lambda: (load_config(config, overrides), {}))
         try:
             scores, stopped = run(settings, resume=resume), None
         except Stopped as error:

@@ -103,7 +103,7 @@ def set_up(config: Config, ranks: Ranks, start: Path | None, open_files: ExitSta
         engine.optimizer_state.load(start / "optimizer.safetensors")
     # Every rank needs the run's folder.
     agree(ranks, lambda: (write_config(config, ranks) if ranks.first else None, {}))
-    stop = open_files.enter_context(Stop(ranks))
+    stop = open_files.enter_context(Stop(ranks, checkpoints.folder))
     folder, keep = config.run_folder / "text_vectors", start is not None
     text = open_files.enter_context(frozen_text(config, engine.module, ranks, folder, keep=keep))
     metrics = Metrics(
