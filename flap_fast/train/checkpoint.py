@@ -2,13 +2,14 @@
 
 runs/NAME/checkpoints/step-000600/model.safetensors config.yaml text/  for flap_fast.load
                                   state.json optimizer.safetensors     to resume training
-runs/NAME/checkpoints/best -> step-000400
+runs/NAME/checkpoints/best -> step-000400           or a copy, where there are no symlinks
 
 Nothing in one depends on the ranks, the ZeRO stage or the engine that wrote it: any others resume.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -16,13 +17,14 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from flap_fast.checks import ConfigError, require
 from flap_fast.config import Config
 from flap_fast.data.shards import Shards
-from flap_fast.files import write_atomically
-from flap_fast.model.model_folder import save_model, step_folders
+from flap_fast.files import is_full, write_atomically
+from flap_fast.model.model_folder import save_model, step_folders, step_of
 from flap_fast.ranks import Ranks
 from flap_fast.train.engine import Engine
 
@@ -43,6 +45,11 @@ class State:
     """Hash of the shards' names, and of where each clip lies in them."""
 
 
+_STATE = TypeAdapter(State)
+# What file systems without symbolic links say.
+_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+
+
 class Checkpoints:
     """Writes and checks the checkpoints of one run, which trains on `data`."""
 
@@ -59,14 +66,19 @@ class Checkpoints:
         """
         file = folder / "state.json"
         try:
-            state = State(**json.loads(file.read_text()))
+            state = _STATE.validate_json(file.read_bytes(), strict=True)
+            require(state.step == step_of(folder), "step", f"be {step_of(folder)}", state.step)
             for file in (folder / "model.safetensors", folder / "optimizer.safetensors"):
                 with safe_open(file, "pt"):
                     pass  # opening checks that the file is as long as its header says
-        except (OSError, ValueError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
+            why = str(error)
+            if isinstance(error, ValidationError):
+                first = error.errors()[0]
+                why = " ".join([*map(str, first["loc"]), first["msg"]])
             before = [earlier.name for earlier in step_folders(self.folder) if earlier != folder]
             instead = f"resume from {before[-1]}" if before else "start over"
-            message = f"{file} cannot be read: {error}; remove {folder} to {instead}"
+            message = f"{file} cannot be read: {why}; remove {folder} to {instead}"
             raise ConfigError(message) from None
         if state.shards not in (None, self._shards):
             rule = f"hold the {state.clips} clips that the run started with"
@@ -94,8 +106,8 @@ class Checkpoints:
         except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)  # frees a full disk
             if isinstance(error, OSError):
-                remedy = "make room and run the same command with --resume"
-                raise OSError(f"{error}; {remedy}") from error
+                room = "make room and " if is_full(error) else ""
+                raise OSError(f"{error}; {room}run the same command with --resume") from error
             raise
         if self._ranks.first:
             # An incomplete one, or the run would have resumed from it.
@@ -142,10 +154,18 @@ class Checkpoints:
                 _fsync(path)
 
     def _point_to(self, best: Path) -> None:
-        link = self.folder / "best.part"
-        link.unlink(missing_ok=True)
-        os.symlink(best.name, link)
-        link.replace(self.folder / "best")
+        link, target = self.folder / "best.part", self.folder / "best"
+        _remove(link)
+        try:
+            os.symlink(best.name, link)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            to_resume = shutil.ignore_patterns("state.json", "optimizer.safetensors")
+            shutil.copytree(best, link, ignore=to_resume)
+        if not (link.is_symlink() and target.is_symlink()):
+            _remove(target)  # a folder and a link do not replace each other
+        link.replace(target)
 
     def _delete_old(self) -> None:
         folders = [folder.resolve() for folder in step_folders(self.folder)]
@@ -158,6 +178,13 @@ class Checkpoints:
 def latest(folder: Path) -> Path | None:
     """The latest complete checkpoint of a folder of checkpoints."""
     return next(reversed(step_folders(folder)), None)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _fsync(path: Path) -> None:

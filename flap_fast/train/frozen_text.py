@@ -31,6 +31,7 @@ from torch import Tensor
 
 from flap_fast.config import Config
 from flap_fast.data.batch import to_device
+from flap_fast.files import is_full
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks, all_gather_single
 
@@ -160,7 +161,8 @@ class FrozenText:
                 file.write(b"".join(data))
                 file.flush()
         except OSError as error:
-            remedy = "make room and run the same command with --resume"
+            room = "make room and " if is_full(error) else ""
+            remedy = f"{room}run the same command with --resume"
             raise OSError(f"{self._paths[1]}: {error}; {remedy}") from error
         self._row_of |= {key: count + n for n, key in enumerate(rows)}
 
