@@ -17,7 +17,8 @@ from rich.console import Console
 
 from flap_fast import __version__
 from flap_fast.checks import ConfigError, require
-from flap_fast.commands import enrich, exchange, prepare, report, score, use
+from flap_fast.commands import enrich, exchange, prepare, report, score, train, use
+from flap_fast.commands.errors import print_and_status, print_error
 from flap_fast.commands.length import LengthOption
 from flap_fast.commands.usage import Commands
 from flap_fast.files import say, visible
@@ -73,34 +74,7 @@ def main_options(
 app.command()(prepare.prepare)
 
 
-@app.command()
-def train(
-    config: ConfigFile,
-    overrides: Overrides = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run from its last checkpoint.")
-    ] = False,
-) -> None:
-    """Train a model and evaluate it on data.val. Also under `deepspeed --module flap_fast`."""
-    from flap_fast.config.file import load_config
-
-    settings = load_config(config, overrides or [])
-    from flap_fast.train.loop import Stopped
-    from flap_fast.train.loop import train as run
-
-    first = os.environ.get("RANK", "0") == "0"
-    try:
-        scores = run(settings, resume=resume)
-    except Stopped as stopped:
-        if first:
-            print_error(f"{stopped}. Continue with the same command and --resume")
-        raise typer.Exit(130) from None
-    if first:
-        if scores is not None:
-            score.print_scores(scores)
-        say(f"{settings.run_folder}: the run is complete (flap eval {settings.run_folder} DATA)")
-
-
+app.command()(train.train)
 app.command("eval")(score.evaluate)
 app.command()(enrich.enrich)
 app.command()(use.embed)
@@ -262,35 +236,14 @@ def config_show(
     print(dump_config(load_config(config, overrides or [])), end="")
 
 
-def print_error(message: str) -> None:
-    """Print a line to stderr, with the rank if there are several."""
-    world, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")
-    say(message if world == "1" else f"[rank {rank}] {message}", error=True)
-
-
 def main() -> None:
     """Run the command; errors that a user can fix are printed without a traceback."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # file names may be any bytes
     try:
         app()
-    except ConfigError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # nodes can differ in their files
-            print_error(f"error: {error}")
-        sys.exit(2)
-    except OSError as error:
-        print_error(f"error: {error}; everything completed before it is kept")
-        sys.exit(1)
-    except (ValueError, ArithmeticError) as error:
-        from flap_fast.data.preprocess.waveform import Unusable
-        from flap_fast.data.shards import ShardError
-        from flap_fast.files import ManifestError
-
-        known = (ManifestError, ShardError, Unusable, ArithmeticError)
-        if not isinstance(error, known):
-            raise  # a bug: with its traceback
-        print_error(f"error: {error}")
-        sys.exit(1)
+    except Exception as error:
+        sys.exit(print_and_status(error))
 
 
 if __name__ == "__main__":

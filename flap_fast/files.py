@@ -170,6 +170,13 @@ def as_utf8(json_text: str) -> bytes:
     return json_text.encode(errors="backslashreplace")
 
 
+def is_full(error: OSError) -> bool:
+    """Whether an error says that a disk or a quota is full; safetensors' says it in words."""
+    words = re.search(r"os error (\d+)", str(error))
+    number = int(words[1]) if error.errno is None and words else error.errno
+    return number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def write_atomically(file: Path, data: bytes | Callable[[], Iterable[bytes]]) -> None:
     """Write all of `data` or nothing: neither a crash, a full disk nor a second writer mixes in.
 
@@ -190,8 +197,7 @@ def write_atomically(file: Path, data: bytes | Callable[[], Iterable[bytes]]) ->
             return
     except OSError as error:
         # A failed write does not name the file.
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        remedy = "; make room and run the same command again" if full else ""
+        remedy = "; make room and run the same command again" if is_full(error) else ""
         raise OSError(error.errno, f"{error.strerror}{remedy}", str(file)) from None
     finally:
         part.unlink(missing_ok=True)

@@ -40,7 +40,7 @@ def test_shards_do_not_replace_files_of_others(tmp_path, name):
     file.parent.mkdir(parents=True)
     file.write_text("mine")
     manifest = tmp_path / "m.jsonl"
-    row = {"audio": str(manifest), "text": "a tone", "split": "train"}
+    row = {"audio": str(manifest), "caption": "a tone", "split": "train"}
     manifest.write_text(json.dumps(row))
     with pytest.raises(ManifestError, match=rf"got '.*{name}', which is not one of them"):
         prepare(manifest, tmp_path / "out", show=False)

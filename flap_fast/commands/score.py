@@ -54,7 +54,8 @@ def evaluate(
     """Score a model: retrieval, zero-shot, geometry, sentences, FLOPs. Also under torchrun."""
     from flap_fast.evaluate.run import score
     from flap_fast.evaluate.scores_file import merged, read_scores, write_scores
-    from flap_fast.ranks import join_ranks, leave_ranks
+    from flap_fast.ranks.agreement import Facts, agree
+    from flap_fast.ranks.failure import joined
 
     asked = tuple(task for task in tasks.replace(",", " ").split() if task)
     settings = {"batch": batch, "crop": crop, "templates": templates}
@@ -68,9 +69,16 @@ def evaluate(
         ours = Path(model) / "eval.json"
         _require_writable("eval.json", ours)
         read_scores(ours)
-    ranks = join_ranks()
-    try:
-        evaluated = open_model(model, settings, pool, ranks, read_classes(classes), length=length)
+    options = {"--tasks": asked, "data": [str(folder) for folder in data or []], **settings}
+    with joined() as ranks:
+
+        def opened() -> tuple[EvaluatedModel, Facts]:
+            named = read_classes(classes)
+            found = open_model(model, settings, pool, ranks, named, length=length)
+            weights = {f.name: f.stat().st_size for f in Path(model).rglob("*.safetensors")}
+            return found, {"": options, "the classes": named, "bytes in the model of": weights}
+
+        evaluated = agree(ranks, opened)
         scores = score(evaluated, data or [], asked)
         if not ranks.first:
             return
@@ -82,8 +90,6 @@ def evaluate(
         if out or ours:
             say(f"written to {out or ours}")
         _write_tables(scores, markdown, latex)
-    finally:
-        leave_ranks()
 
 
 def open_model(

@@ -78,11 +78,12 @@ def read_triples(paths: Sequence[Path]) -> list[Triple]:
         ManifestError: a folder without such files, a line that is not a row, a row that lacks a
             sentence.
     """
-    files = [file for path in paths for file in _files(path)]
+    files = [file for path in paths for file in triple_files(path)]
     return [_triple(file, line, row) for file in files for line, row in read_rows(file)]
 
 
-def _files(path: Path) -> Iterator[Path]:
+def triple_files(path: Path) -> Iterator[Path]:
+    """The files of one path of data.nli, by name."""
     if not path.is_dir():
         yield path
         return

@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import io
 import json
-import os
 import re
 import sys
 import tarfile
@@ -29,6 +28,7 @@ import numpy as np
 
 from flap_fast.checksums import check_sums
 from flap_fast.config import Config
+from flap_fast.data.open_files import read_range
 from flap_fast.data.preprocess.sound_formats import SOUNDS
 from flap_fast.data.preprocess.unusable import Unusable
 from flap_fast.data.tar_header import pair_fault
@@ -40,7 +40,6 @@ IMAGES = ("jpg", "jpeg", "png")
 MELS = ("npy",)
 KINDS = {"sounds": SOUNDS, "images": IMAGES, "mels": MELS}
 KINDS_OF_MODALITY = {"audio": ("sounds", "mels"), "image": ("images",)}
-_OPEN_FILES = 256
 
 
 @dataclass(frozen=True)
@@ -66,12 +65,12 @@ class Shards:
     def encoded(self, clip: int) -> bytes:
         """The bytes of a clip: its sound, image or cached log-mel."""
         file, offset, size, _, _ = self.locations[clip].tolist()
-        return _read(self.files[file], offset, size)
+        return read_range(self.files[file], offset, size)
 
     def encoded_range(self, clip: int, start: int, size: int) -> bytes:
         """`size` of a clip's bytes, from its byte `start`."""
         file, offset = self.locations[clip, :2].tolist()
-        return _read(self.files[file], offset + start, size)
+        return read_range(self.files[file], offset + start, size)
 
     def folder(self, clip: int) -> Path:
         """The folder of a clip's shard."""
@@ -92,20 +91,20 @@ class Shards:
         """
         file, at, media, offset, size = self.locations[clip].tolist()
         tar = self.files[file]
-        fault = pair_fault(functools.partial(_read, tar), (at, media), (offset, size))
+        fault = pair_fault(functools.partial(read_range, tar), (at, media), (offset, size))
         if fault:
             raise ShardError(
                 f"{tar.with_suffix('.idx')} must be the index of {tar.name}, got {fault}; delete "
                 "it, or fetch both again"
             )
-        data = _read(self.files[file], offset, size)
+        data = read_range(self.files[file], offset, size)
         try:
             plain = self.plain is not None and self.plain[clip]
             record = {"text": data.decode("utf-8-sig")} if plain else parsed_json(data)
             found = (texts_of(record.get(name)) for name in ("text", "caption", "captions"))
             texts = next(filter(None, found), [])
             if not texts and self.texts is not None and self.texts[clip, 1]:
-                beside = _read(self.files[file], *self.texts[clip].tolist())
+                beside = read_range(self.files[file], *self.texts[clip].tolist())
                 texts = texts_of(beside.decode("utf-8-sig"))
         except (ValueError, AttributeError) as error:
             raise Unusable(f"its JSON cannot be read: {error}") from None
@@ -298,28 +297,3 @@ def _parse_index(index: Path) -> list[tuple[str, Members]]:
 
 def _natural(file: Path) -> tuple:
     return tuple(int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name))
-
-
-def _read(file: Path, offset: int, size: int) -> bytes:
-    descriptor = _descriptor(file)  # held: another thread may push it out of the cache
-    data = os.pread(descriptor.fd, size, offset)
-    if len(data) != size:
-        raise ShardError(
-            f"{file} ends before byte {offset + size}, inside a clip; was it replaced?"
-        )
-    return data
-
-
-class _Descriptor:
-    """An open file that closes with its last use."""
-
-    def __init__(self, file: Path):
-        self.fd = os.open(file, os.O_RDONLY)
-
-    def __del__(self):
-        os.close(self.fd)
-
-
-@functools.lru_cache(_OPEN_FILES)
-def _descriptor(file: Path) -> _Descriptor:
-    return _Descriptor(file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from flap_fast.checks import ConfigError, refuse_code, require
 from flap_fast.encoders.settings import TextEncoder
 
+# Cases, digits, punctuation, other scripts, white space: what tokenizers treat differently.
+_PROBE = "A dog's bark, 3.5 s  LONG; e\u0301tude №7 \N{SNOWMAN} 雨\tend"
 _MULTIPLE = 8  # tensor cores' tiles, and fewer shapes to compile for
 _REMEDY = "for example: hf download FacebookAI/roberta-base --local-dir models/roberta-base"
 
@@ -43,6 +46,15 @@ class Tokenizer:
         ids = np.full(mask.shape, self.inner.pad_token_id, np.int64)
         ids[mask] = np.concatenate(cut)
         return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))
+
+
+def tokenizer_digest(tokens: Tokenizer) -> int:
+    """A number that is another one where tokenizers give other ids, as far as their words and a
+    text tell.
+    """
+    inner = tokens.inner
+    vocabulary = sorted(inner.get_vocab().items())
+    return zlib.crc32(repr((inner.padding_side, inner(_PROBE)["input_ids"], vocabulary)).encode())
 
 
 def tokenizer(text: TextEncoder) -> Tokenizer:

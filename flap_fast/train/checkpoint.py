@@ -3,13 +3,14 @@
 runs/NAME/checkpoints/step-000600/model.safetensors config.yaml text/  for flap_fast.load
                                   state.json optimizer.safetensors     to resume training
                                   SHA256SUMS                           of the others, but state.json
-runs/NAME/checkpoints/best -> step-000400
+runs/NAME/checkpoints/best -> step-000400           or a copy, where there are no symlinks
 
 Nothing in one depends on the ranks, the ZeRO stage or the engine that wrote it: any others resume.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -28,7 +29,7 @@ from flap_fast.checks import ConfigError, require
 from flap_fast.checksums import SUMS, delete_listed, verified, write_sums
 from flap_fast.config import Config
 from flap_fast.data.shards import Shards
-from flap_fast.files import write_atomically
+from flap_fast.files import is_full, write_atomically
 from flap_fast.model.model_folder import OPTIMIZER, save_model, step_folders, step_of
 from flap_fast.ranks import Ranks
 from flap_fast.train.engine import Engine
@@ -57,6 +58,10 @@ class State:
         """What `sha256` must be."""
         others = {name: value for name, value in asdict(self).items() if name != "sha256"}
         return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
+
+
+# What file systems without symbolic links say.
+_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 class Checkpoints:
@@ -120,8 +125,8 @@ class Checkpoints:
         except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)  # frees a full disk
             if isinstance(error, OSError):
-                remedy = "make room and run the same command with --resume"
-                raise OSError(f"{error}; {remedy}") from error
+                room = "make room and " if is_full(error) else ""
+                raise OSError(f"{error}; {room}run the same command with --resume") from error
             raise
         if self._ranks.first:
             _put_aside(final)  # incomplete, or the run would have resumed from it
@@ -180,13 +185,18 @@ class Checkpoints:
                 _fsync(path)
 
     def _point_to(self, best: Path) -> None:
-        link = self.folder / "best.part"
-        if link.is_symlink():
-            link.unlink()
-        os.symlink(best.name, link)
-        if not (self.folder / "best").is_symlink():
-            _put_aside(self.folder / "best")  # a copy of the run may hold a folder instead
-        link.replace(self.folder / "best")
+        link, target = self.folder / "best.part", self.folder / "best"
+        _clear(link)
+        try:
+            os.symlink(best.name, link)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            shutil.copytree(best, link, ignore=shutil.ignore_patterns("state.json", OPTIMIZER))
+            write_sums(link)
+        if not (link.is_symlink() and target.is_symlink()):
+            _clear(target)  # a folder and a link do not replace each other
+        link.replace(target)
 
     def _delete_old(self) -> None:
         # The run makes no links: one to a folder elsewhere is somebody else's.
@@ -202,6 +212,18 @@ class Checkpoints:
 def latest(folder: Path) -> Path | None:
     """The latest complete checkpoint of a folder of checkpoints."""
     return next(reversed(step_folders(folder)), None)
+
+
+def _clear(path: Path) -> None:
+    """Delete a link or a copy of a checkpoint, one without a state; put aside what else is there.
+
+    A copy of a run's folder may hold a checkpoint in the place of a link to it.
+    """
+    if path.is_symlink():
+        path.unlink()
+    elif (path / SUMS).is_file() and not (path / "state.json").is_file():
+        delete_listed(path)
+    _put_aside(path)
 
 
 def _put_aside(path: Path) -> None:

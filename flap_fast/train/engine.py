@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -129,6 +130,8 @@ class DeepSpeedEngine:
         # On a CPU DeepSpeed would compile a shared-memory all-reduce that only inference calls:
         # half a minute, and no start at all where there is no C++ compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # It calls collectives by names that PyTorch 2.14 renamed, and warns of on each rank.
+        warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
         self._deepspeed = deepspeed
         self._stage, self._ranks = config.train.zero_stage, ranks
         self._optimizer = optimizer(config, model, ranks.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from contextlib import suppress
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,11 +28,15 @@ def environment(ranks: Ranks) -> dict[str, str]:
         "platform": platform.platform(),
         "python": platform.python_version(),
     }
+    return found | versions()
+
+
+def versions() -> dict[str, str]:
+    """The versions of packages that are installed."""
+    found = {}
     for package in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 

@@ -31,8 +31,9 @@ from torch import Tensor
 
 from flap_fast.config import Config
 from flap_fast.data.batch import to_device
+from flap_fast.files import is_full
 from flap_fast.model.two_towers import TwoTowers
-from flap_fast.ranks import Ranks
+from flap_fast.ranks import Ranks, all_gather_single
 
 _KEY, _CHECKSUM = 16, 4
 
@@ -160,7 +161,8 @@ class FrozenText:
                 file.write(b"".join(data))
                 file.flush()
         except OSError as error:
-            remedy = "make room and run the same command with --resume"
+            room = "make room and " if is_full(error) else ""
+            remedy = f"{room}run the same command with --resume"
             raise OSError(f"{self._paths[1]}: {error}; {remedy}") from error
         self._row_of |= {key: count + n for n, key in enumerate(rows)}
 
@@ -180,7 +182,7 @@ class FrozenText:
         sent = torch.zeros(most * _KEY, dtype=torch.uint8)
         sent[: len(own)] = torch.from_numpy(own.copy())
         received = sent.new_empty(self._ranks.world * len(sent))
-        dist.all_gather_into_tensor(received, sent, group=self._group)
+        all_gather_single(received, sent, group=self._group)
         seen = {bytes(_KEY)}  # padding
         of_ranks: list[list[bytes]] = []
         for data in map(bytes, received.numpy().reshape(self._ranks.world, -1)):

@@ -15,14 +15,19 @@ from flap_fast.checks import ConfigError
 from flap_fast.config import Config
 from flap_fast.data.shards import ShardError
 from flap_fast.evaluate.scores_file import Scores
-from flap_fast.ranks import Ranks, join_ranks, leave_ranks
+from flap_fast.ranks import Ranks
+from flap_fast.ranks.agreement import Facts, agree
+from flap_fast.ranks.failure import Ended, joined
+from flap_fast.train.facts import checkpoint_facts, settings_facts
 from flap_fast.train.observers import report_bad_clips
 from flap_fast.train.optimizers import warmup_cosine
+from flap_fast.train.run_folder import begin
+from flap_fast.train.run_lock import run_lock
 from flap_fast.train.setup import Run, check_run, set_up
 from flap_fast.train.step import Gradients
 
 
-class Stopped(Exception):
+class Stopped(Ended):
     """A signal stopped the run after `step`; it resumes from `checkpoint`."""
 
     def __init__(self, step: int, checkpoint: Path):
@@ -41,14 +46,22 @@ def train(config: Config, *, resume: bool = False) -> Scores | None:
         ShardError: a clip of data.val cannot be scored; the step before it is saved.
         Stopped: on SIGINT or SIGTERM, after a checkpoint was saved.
         NotFinite: NaN or infinity; the checkpoints before it are kept.
+        RanksError: over ranks, an error of any of them before the first step, or a difference.
+        SaidElsewhere: over ranks, an error that another one raises.
     """
-    start = check_run(config, resume=resume)
-    ranks = join_ranks()
-    try:
-        with ExitStack() as open_files:
-            return train_from(config, ranks, start, open_files)
-    finally:
-        leave_ranks()
+    with joined() as ranks, ExitStack() as open_files:
+
+        def checked() -> tuple[None, Facts]:
+            check_run(config, resume=resume)
+            return None, settings_facts(config, ranks) if ranks.world > 1 else {}
+
+        def locked() -> tuple[Path | None, Facts]:
+            open_files.enter_context(run_lock(config, ranks))
+            start = begin(config, resume=resume)
+            return start, checkpoint_facts(start)
+
+        agree(ranks, checked)
+        return train_from(config, ranks, agree(ranks, locked), open_files)
 
 
 def train_from(

@@ -41,14 +41,33 @@ def begin(config: Config, *, resume: bool) -> Path | None:
             f"run.name must be new, got '{config.run.name}', whose run lies in {folder}; "
             f"add --resume to continue it, or set run.name=ANOTHER"
         )
-    changed = differences(load_config(folder / "config.yaml"), config)
+    changed = differences(_started_with(folder / "config.yaml", last), config)
     if changed:
         lines = "\n".join(f"  {name}: {then} -> {now}" for name, then, now in changed)
         raise ConfigError(
             f"--resume must keep the settings that {folder} started with, got\n{lines}\n"
-            "set them back, or set run.name=ANOTHER"
+            f"set them back, or set run.name=ANOTHER{_longer(changed, folder)}"
         )
     return last
+
+
+def _started_with(file: Path, last: Path | None) -> Config:
+    try:
+        require(b":" in file.read_bytes(), str(file), "hold settings", "none")
+        return load_config(file)
+    except ConfigError as error:
+        why = " ".join(str(error).split())
+        remedy = f"copy {last / 'config.yaml'} over it" if last else f"remove {file.parent}"
+        raise ConfigError(
+            f"{file} must be the config that the run started with, got: {why}; {remedy}"
+        ) from None
+
+
+def _longer(changed: list[tuple[str, Any, Any]], folder: Path) -> str:
+    """The remedy for who wants to train on: the learning rate's schedule has one length."""
+    if {name for name, *_ in changed} - {"train.steps", "train.epochs"}:
+        return ""
+    return f" with train.init_from={folder}, which goes on from its weights in a new schedule"
 
 
 def write_config(config: Config, ranks: Ranks) -> None:
@@ -81,15 +100,25 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def cut_after(file: Path, step: int) -> None:
-    """Drop rows after `step`, which a resumed run repeats, and a half-written last row."""
+    """Drop rows after `step`, which a resumed run repeats, and a half-written last row.
+
+    Raises:
+        ConfigError: another row is damaged.
+    """
     if not file.is_file():
         return
     kept = []
-    for line in file.read_text().splitlines():
+    lines = file.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the process was killed while it wrote this row
-        if row["step"] <= step:
-            kept.append(line + "\n")
-    write_atomically(file, "".join(kept).encode())
+        except ValueError:
+            row = None
+        at = row.get("step") if isinstance(row, dict) else None
+        if type(at) is int:
+            kept += [line + b"\n"] if at <= step else []
+        elif number < len(lines):  # the last: killed while it was written
+            rule, remedy = "be a JSON object with a step", "take out the line"
+            got = line[:60].decode(errors="replace")
+            require(False, f"{file}:{number}", rule, got, remedy)
+    write_atomically(file, b"".join(kept))

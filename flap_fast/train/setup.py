@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,14 +15,16 @@ from flap_fast.data.dealing import ClipTokens
 from flap_fast.data.lengths import clip_seconds
 from flap_fast.data.loader import TrainingLoader
 from flap_fast.data.shards import Shards, open_shards, shard_kinds
-from flap_fast.data.tokenize import tokenizer
+from flap_fast.data.tokenize import Tokenizer, tokenizer
 from flap_fast.evaluate.embed import read_texts
 from flap_fast.model.masking import check_micro_tokens, tokens_of_seconds
 from flap_fast.model.model_folder import OPTIMIZER, put_first_weights, put_weights
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks, world_size
-from flap_fast.train.checkpoint import Checkpoints
+from flap_fast.ranks.agreement import Facts, agree
+from flap_fast.train.checkpoint import Checkpoints, State
 from flap_fast.train.engine import Engine, check_engine, make_engine
+from flap_fast.train.facts import data_facts, weights_facts
 from flap_fast.train.frozen_text import FrozenText, frozen_text
 from flap_fast.train.observers import Metrics, check_wandb, observers
 from flap_fast.train.run_folder import begin, write_config
@@ -53,6 +56,17 @@ class Run:
     """The evaluation due at step `first` was interrupted."""
 
 
+class _Read(NamedTuple):
+    """What a run reads before its ranks compute anything together."""
+
+    tokens: Tokenizer
+    shards: Shards
+    model: TwoTowers
+    teacher: Teacher | None
+    checkpoints: Checkpoints
+    state: State | None
+
+
 def check_run(config: Config, *, resume: bool) -> Path | None:
     """The checkpoint to resume from, or None for a new run. Loads no data and no model.
 
@@ -79,21 +93,18 @@ def set_up(config: Config, ranks: Ranks, start: Path | None, open_files: ExitSta
 
     Collective: call on every rank. What must be closed is closed with `open_files`.
     """
-    tokens = tokenizer(config.text)
-    shards = open_shards(config.data.train, shard_kinds(config))
-    checkpoints = Checkpoints(config, ranks, shards)
-    state = checkpoints.state(start) if start else None
+    read = agree(ranks, lambda: _read(config, ranks, start))
+    tokens, shards, model, taught_by, checkpoints, state = read
     first = state.step if state else 0
     loader = TrainingLoader(config, shards, tokens, ranks, clip_tokens(config, shards, ranks))
     steps = config.train.run_steps(loader.sampler.steps_per_epoch)
     with checkpoints.verified(start) if start else nullcontext():
-        engine = make_engine(config, _model(config, start), ranks)
+        engine = make_engine(config, model, ranks)
         if start:
             engine.optimizer_state.load(start / OPTIMIZER)
-    if ranks.first:
-        write_config(config, ranks)
-    ranks.barrier()  # every rank needs the run's folder
-    stop = open_files.enter_context(Stop(ranks))
+    # Every rank needs the run's folder.
+    agree(ranks, lambda: (write_config(config, ranks) if ranks.first else None, {}))
+    stop = open_files.enter_context(Stop(ranks, checkpoints.folder))
     folder, keep = config.run_folder / "text_vectors", start is not None
     text = open_files.enter_context(frozen_text(config, engine.module, ranks, folder, keep=keep))
     metrics = Metrics(
@@ -108,11 +119,30 @@ def set_up(config: Config, ranks: Ranks, start: Path | None, open_files: ExitSta
         scorer=Scorer(config, ranks, engine, tokens, metrics, state.best if state else None),
         stop=stop,
         frozen_text=text,
-        teacher=teacher(config, ranks),
+        teacher=taught_by,
         first=first,
         steps=steps,
         unscored=bool(state and not state.scored and config.data.val),
     )
+
+
+def _read(config: Config, ranks: Ranks, start: Path | None) -> tuple[_Read, Facts]:
+    """What each rank reads and builds for itself, and the facts that must be the same."""
+    (shards, tokens), facts = data_read(config)
+    checkpoints = Checkpoints(config, ranks, shards)
+    state = checkpoints.state(start) if start else None
+    model, taught_by = _model(config, start), teacher(config, ranks)
+    for name, module in {"first": model, "teacher's": taught_by and taught_by.model}.items():
+        if module and ranks.world > 1:
+            facts[f"the {name} weights"] = weights_facts(module)
+    return _Read(tokens, shards, model, taught_by, checkpoints, state), facts
+
+
+def data_read(config: Config) -> tuple[tuple[Shards, Tokenizer], dict[str, Any]]:
+    """The shards of data.train and the tokenizer, and the facts of both."""
+    tokens = tokenizer(config.text)
+    shards = open_shards(config.data.train, shard_kinds(config))
+    return (shards, tokens), data_facts(config, shards, tokens) if world_size() > 1 else {}
 
 
 def clip_tokens(config: Config, shards: Shards, ranks: Ranks) -> ClipTokens | None:

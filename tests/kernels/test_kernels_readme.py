@@ -35,7 +35,7 @@ def sharded_trainer() -> str:
 def run_on(ranks: int, code: str, folder: Path) -> list[float]:
     """The losses that the ranks printed."""
     # A thread of gloo that waits for the GIL when Python ends aborts the process, 1 in 25 times on
-    # a busy machine (PyTorch 2.14): see flap_fast/ranks.py.
+    # a busy machine (PyTorch 2.14): see flap_fast/ranks/__init__.py.
     (folder / "train.py").write_text(f"{code}\nimport time\ntime.sleep(0.2)\n")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     env = os.environ | {"PYTHONPATH": str(KERNELS), "OMP_NUM_THREADS": "1"}

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import pytest
 from flap_fast.__main__ import main
 from flap_fast.config.file import dump_config, load_config
 from flap_fast.train.loop import train
+from tests.ranks import on_ranks
 from tests.tiny import tiny
 
 STEPS = 40
@@ -157,19 +160,24 @@ def test_a_run_resumes_under_other_launchers_with_the_losses_of_one_process(
     assert scores["retrieval"]["val"]["clips"] == 6
 
 
-def test_a_batch_that_ranks_cannot_share_is_refused_once_a_node_and_without_a_traceback(
-    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    command = ["flap", "--local_rank=1", "train", str(config), "train.global_batch=7"]
-    monkeypatch.setattr(sys, "argv", command)
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    printed = []
-    for rank, local_rank in ("00", "11", "20"):
-        monkeypatch.setenv("RANK", rank)
-        monkeypatch.setenv("LOCAL_RANK", local_rank)
+def refused(*arguments: str) -> tuple[object, str]:
+    """The exit status and what is printed where a rank calls `flap`."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(StringIO()) as printed:
+        patch.setattr(sys, "argv", ["flap", *arguments])
         with pytest.raises(SystemExit) as ended:
             main()
-        assert ended.value.code == 2
-        printed.append(capsys.readouterr().err.strip())
-    message = "error: train.global_batch must be a multiple of the 4 ranks, got 7; for example 4"
-    assert printed == [f"[rank 0] {message}", "", f"[rank 2] {message}"]
+    return ended.value.code, printed.getvalue()
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused_once_and_without_a_traceback(config: Path):
+    command = ("--local_rank=1", "train", str(config), "train.global_batch=7")
+    message = "error: train.global_batch must be a multiple of the 2 ranks, got 7; for example 6"
+    assert on_ranks(2, refused, *command) == [(2, f"[rank 0] {message}\n"), (2, "")]
+
+
+def test_a_config_that_one_rank_lacks_is_named_once(config: Path):
+    command = ("train", str(config.with_name("absent.yaml")))
+    (code, printed), other = on_ranks(2, refused, *command)
+    assert (code, other) == (2, (2, ""))
+    assert printed.count("\n") == 1
+    assert "error: the config must be an existing YAML file, got" in printed

@@ -25,11 +25,11 @@ import torch
 from flap_fast.checks import ConfigError, require
 from flap_fast.config import Config
 from flap_fast.data.loader import TrainingLoader
-from flap_fast.data.shards import open_shards, shard_kinds
-from flap_fast.data.tokenize import tokenizer
 from flap_fast.files import write_atomically
 from flap_fast.model.two_towers import TwoTowers, takes_bf16
-from flap_fast.ranks import Ranks, join_ranks, leave_ranks, world_size
+from flap_fast.ranks import Ranks, world_size
+from flap_fast.ranks.agreement import agree
+from flap_fast.ranks.failure import joined
 from flap_fast.tools.profile.counts import StepCounts
 from flap_fast.tools.profile.device import Memory, measure_ceiling, most_allocated
 from flap_fast.tools.profile.fits import check_memory, check_settings, count_here
@@ -50,9 +50,10 @@ from flap_fast.tools.profile.traffic import CountTraffic, sent_bytes
 from flap_fast.tools.profile.work import two_passes, work_summary
 from flap_fast.train.engine import Engine, make_engine
 from flap_fast.train.environment import device_name
+from flap_fast.train.facts import settings_facts
 from flap_fast.train.frozen_text import frozen_text
 from flap_fast.train.optimizers import warmup_cosine
-from flap_fast.train.setup import clip_tokens
+from flap_fast.train.setup import clip_tokens, data_read
 from flap_fast.train.step import Gradients
 from flap_fast.train.teacher import teacher
 
@@ -90,15 +91,13 @@ def profile(
     found = search_micro_batch(config, mix, seconds=_SEARCH_S) if alone else None
     # With fake ranks, so before this process joins its real ones.
     counts, needed = count_here(config, world_size(), mix)
-    ranks = join_ranks()
     out = out or config.run_folder / "profile"
-    try:
+    with joined() as ranks:
+        agree(ranks, lambda: (None, settings_facts(config, ranks) | {"--steps": steps}))
         with without_files(config) if synthetic else nullcontext(config) as complete:
             if needed:
                 check_memory(complete, needed, ranks)
             result = _Session(complete, counts, ranks, steps, synthetic, out).run()
-    finally:
-        leave_ranks()
     if not ranks.first:
         return None
     result["micro_batch"] = found or {"skipped": _why_no_search(search)}
@@ -166,9 +165,9 @@ class _Session:
             loader = SyntheticLoader(config, self.model.text, ranks, self.counts.mix)
             per_epoch = loader.steps_per_epoch
         else:
-            shards = open_shards(config.data.train, shard_kinds(config))
+            shards, texts = agree(ranks, lambda: data_read(config))
             tokens = clip_tokens(config, shards, ranks)
-            loader = TrainingLoader(config, shards, tokenizer(config.text), ranks, tokens)
+            loader = TrainingLoader(config, shards, texts, ranks, tokens)
             per_epoch = loader.sampler.steps_per_epoch
         # Far from the end of a run, and from an unmasked tail.
         self.run_steps = 1000 * per_epoch

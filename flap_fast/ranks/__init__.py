@@ -7,12 +7,16 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from flap_fast.checks import ConfigError, require
+from flap_fast.launcher import launched, require_address
+
 # When a rank dies, the others fail after this long, instead of waiting forever.
-_TIMEOUT = timedelta(minutes=15)
+TIMEOUT = timedelta(minutes=15)
 
 # Gloo's threads free their last collective under the GIL, and outlive the process group where DDP
 # or DeepSpeed has used it. One that is still waiting for the GIL when Python ends aborts the
@@ -49,7 +53,7 @@ class Ranks:
         if self.world == 1:
             return rows
         out = rows.new_empty(self.world * len(rows), *rows.shape[1:])
-        dist.all_gather_into_tensor(out, rows.contiguous())
+        all_gather_single(out, rows.contiguous())
         return out
 
     def broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -72,28 +76,51 @@ class Ranks:
             dist.barrier()
 
 
+def all_gather_single(out: torch.Tensor, rows: torch.Tensor, group: Any = None) -> None:
+    """`dist.all_gather_into_tensor` under PyTorch 2.14's name, which warns of the older one."""
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    getattr(dist, name)(out, rows, group=group)
+
+
 def world_size() -> int:
-    """The number of ranks, from the launcher's environment; needs no process group."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """The number of ranks, from the launcher's environment; needs no process group.
+
+    Raises:
+        ConfigError: see `launched`.
+    """
+    return launched().world
 
 
 def join_ranks() -> Ranks:
-    """Set this process's device and join the process group, if a launcher made one."""
-    world, rank = world_size(), int(os.environ.get("RANK", "0"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    # torchrun's name for it, or deepspeed's.
-    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
-    local_world = int(local or world)
+    """Set this process's device and join the process group, if a launcher made one.
+
+    Raises:
+        ConfigError: the launcher's variables do not fit, or ranks cannot meet where they say.
+    """
+    rank, world, local_rank, local_world, by_launcher = launched()
     on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    device = torch.device("cpu")
     if on_gpu:
+        # A launcher may show each rank only its own GPU.
+        gpus = torch.cuda.device_count()
+        rule, remedy = f"be below the {gpus} GPUs here", "start as many ranks a node as it has GPUs"
+        require(local_rank < gpus or gpus == 1, "LOCAL_RANK", rule, local_rank, remedy)
+        device = torch.device("cuda", local_rank if gpus > 1 else 0)
         torch.cuda.set_device(device)
-    launched = "RANK" in os.environ
-    if launched and not dist.is_initialized():
+    if by_launcher and not dist.is_initialized():
         if not on_gpu and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_TIMEOUT)
-    return Ranks(rank, world, local_world, device, launched)
+        require_address()
+        try:
+            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
+        except dist.DistNetworkError as error:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            remedy = "set another port: --master_port, or MASTER_PORT"
+            why = str(error).splitlines()[0]
+            raise ConfigError(
+                f"ranks must be able to meet at {where}, got: {why}; {remedy}"
+            ) from None
+    return Ranks(rank, world, local_world, device, by_launcher)
 
 
 def leave_ranks() -> None:
