@@ -56,6 +56,8 @@ def commands(page: str) -> list[list[str]]:
 @pytest.mark.parametrize("page", PAGES)
 def test_every_path_exists(page: str):
     made_by_a_run = {
+        "config.yaml",
+        "state.json",
         "metrics.jsonl",
         "eval.json",
         "masking.png",

@@ -94,10 +94,10 @@ def is_gone(pid: int) -> bool:
 
 
 def test_a_step_that_spins_is_cut_with_its_children_and_the_file_has_what_was_done(tmp_path: Path):
-    run = begun(tmp_path, 12.0)
+    run = begun(tmp_path, 7.0)
     since = time.monotonic()
     run_steps.run_steps([step("works"), step("spins"), step("fails", estimate_s=20)], run)
-    assert time.monotonic() - since < 12.0 + 4.0
+    assert time.monotonic() - since < 7.0 + 4.0
     found = written(tmp_path)
     assert statuses(found) == {"works": "done", "spins": "cut off", "fails": "not reached"}
     assert found["seen"] == ["works", "spins"]

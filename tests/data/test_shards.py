@@ -356,7 +356,7 @@ def test_two_who_write_one_file_at_once_both_succeed(tmp_path, monkeypatch):
         if len(written) == 1:
             write_atomically(file, b"the same bytes")
 
-    monkeypatch.setattr("flap_fast.data.shards.os.fsync", other_first)
+    monkeypatch.setattr("flap_fast.files.os.fsync", other_first)
     write_atomically(file, b"the same bytes")
     assert len(written) == 3
     assert file.read_bytes() == b"the same bytes"

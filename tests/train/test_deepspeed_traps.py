@@ -308,10 +308,11 @@ def test_5_a_checkpoint_knows_no_number_of_ranks(folder: Path, found, tmp_path: 
     saved = Checkpoints(config, Ranks(), NO_DATA).save(engine, 1, None)
     names = {file.name for file in saved.iterdir()}
     assert names == {
-        *("config.yaml", "text", "model.safetensors", "optimizer.safetensors", "state.json")
+        *("config.yaml", "text", "model.safetensors", "optimizer.safetensors", "state.json"),
+        "SHA256SUMS",
     }
     assert json.loads((saved / "state.json").read_text()).keys() == {
-        *("step", "best", "scored", "clips", "shards")
+        *("step", "best", "scored", "clips", "shards", "sha256")
     }
     assert found["theirs"]["saved"]
     (refused,) = on_ranks(1, on_one, folder)
