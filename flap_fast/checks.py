@@ -6,6 +6,11 @@ import json
 import os
 from pathlib import Path
 
+from flap_fast.files import visible
+
+# Characters of a value that an error shows.
+_LONG = 500
+
 
 class ConfigError(ValueError):
     """An invalid setting."""
@@ -14,8 +19,18 @@ class ConfigError(ValueError):
 def require(holds: bool, name: str, rule: str, value: object, remedy: str | None = None) -> None:
     """Raise `ConfigError` "NAME must RULE, got VALUE; REMEDY" unless `holds`."""
     if not holds:
-        got = value if isinstance(value, (int, float, type(None))) else f"'{value}'"
+        got = value
+        if not isinstance(value, (int, float, type(None))):
+            text = visible(value)
+            got = f"'{text}'" if len(text) <= _LONG else f"'{text[:_LONG]}...'"
         raise ConfigError(f"{name} must {rule}, got {got}" + (f"; {remedy}" if remedy else ""))
+
+
+def in_one_line(error: Exception) -> str:
+    """What another library says of a file, for the end of a sentence: its type where it is odd."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= _LONG else f"{text[:_LONG]}..."
+    return text if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__} {text}"
 
 
 def read_text(name: str, file: str | Path) -> str:

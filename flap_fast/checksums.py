@@ -77,7 +77,8 @@ def verified(
 
     Raises:
         ConfigError: a file is missing or changed since SHA256SUMS was written; the first on
-            entry, the second on exit.
+            entry, the second on exit, also in place of an error of the body
+            that is no sentence.
     """
     sums = read_sums(folder) if on else {}
     names = [name for name in sums if name not in set(skip)]
@@ -86,18 +87,24 @@ def verified(
         raise _changed(folder, missing, "no such file", remedy)
     with ThreadPoolExecutor(_THREADS) as pool:
         found = [pool.submit(sha256, folder / name) for name in names]
+
+        def compare() -> None:
+            for name, digest in zip(names, found, strict=True):
+                try:
+                    same = digest.result() == sums[name]
+                except OSError as error:
+                    raise ConfigError(f"{folder / name} cannot be read: {error}") from None
+                if not same:
+                    raise _changed(folder, name, "another SHA-256", remedy)
+
         try:
             yield
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, Exception) and not isinstance(error, ConfigError):
+                compare()  # a file that changed is the cause
             pool.shutdown(cancel_futures=True)
             raise
-        for name, digest in zip(names, found, strict=True):
-            try:
-                same = digest.result() == sums[name]
-            except OSError as error:
-                raise ConfigError(f"{folder / name} cannot be read: {error}") from None
-            if not same:
-                raise _changed(folder, name, "another SHA-256", remedy)
+        compare()
 
 
 def check_sums(folder: Path, error: type[Exception]) -> None:

@@ -10,11 +10,21 @@ A mark on a field that is a section marks all of the section's fields.
 
 from __future__ import annotations
 
+import re
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 Ratio = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0)]
@@ -49,6 +59,15 @@ class Section(BaseModel):
     def _empty(cls, tree):
         """`mask:` with all its lines commented out means the defaults."""
         return {} if tree is None else tree
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """`steps: true` is no number, though Python takes it for 1."""
+        takes = str(cls.model_fields[str(info.field_name)].annotation)
+        if isinstance(value, bool) and re.search("int|float", takes) and "bool" not in takes:
+            raise PydanticCustomError("no_number", "must not be true or false")
+        return value
 
     def marked(self, mark: Mark) -> dict[str, Any]:
         """The settings that carry a mark, by their names inside this section: {"a.b": value}."""

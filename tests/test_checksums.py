@@ -70,9 +70,13 @@ def test_a_broken_list_is_named(folder, line):
         check(folder)
 
 
-def test_the_bodys_own_error_comes_first(folder):
-    (folder / "a").write_text("b")
+def test_the_bodys_own_sentence_comes_first_and_another_error_after_the_file_that_changed(folder):
     with pytest.raises(KeyError), verified(folder):
+        raise KeyError
+    (folder / "a").write_text("b")
+    with pytest.raises(ConfigError, match="mine"), verified(folder):
+        raise ConfigError("mine")
+    with pytest.raises(ConfigError, match="another SHA-256"), verified(folder):
         raise KeyError
 
 

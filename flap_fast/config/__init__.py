@@ -53,7 +53,7 @@ __all__ = [
 
 
 class Run(Section):
-    name: str = Field(default="flap", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(default="flap", max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """The run is written to `folder/name/`."""
     folder: Annotated[Path, FREE_ON_RESUME] = Path("runs")
     """The folder of all runs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from flap_fast.checks import require
@@ -158,19 +159,20 @@ def check_before_loading(config: Config, world: int) -> None:
     check_micro_batch(config, world)
     for name in ("init_from", "init_audio_from"):
         folder, rule = getattr(config.train, name), "be an existing folder of weights"
-        require(folder is None or folder.is_dir(), f"train.{name}", rule, folder, "see flap import")
+        found = folder is None or os.path.isdir(folder)  # a name may be too long to ask
+        require(found, f"train.{name}", rule, folder, "see flap import")
     require(bool(config.data.train), "data.train", "name at least one folder of shards", "nothing")
     rule = "name files of sentences for loss.nli, and for loss.simcse.on = nli"
     found = bool(config.data.nli) or "premise" not in config.loss.sentences
     require(found, "data.nli", rule, "nothing")
     for file in config.data.nli:
-        require(file.exists(), "data.nli", "be existing files or folders of them", file)
+        require(os.path.exists(file), "data.nli", "be existing files or folders of them", file)
     for name in ("train", "val"):
         for folder in getattr(config.data, name):
             made = "write them with: flap prepare MANIFEST OUT (the demo's: make data)"
             several = f"write several as [{folder}]" if "," in str(folder) else made
             rule = "be existing folders of shards"
-            require(folder.is_dir(), f"data.{name}", rule, folder, several)
+            require(os.path.isdir(folder), f"data.{name}", rule, folder, several)
     first = config.data.train[0]
     require(
         config.data.captions == "original"
@@ -185,10 +187,11 @@ def check_before_loading(config: Config, world: int) -> None:
 def check_micro_batch(config: Config, world: int) -> None:
     """Raise `ConfigError` for a train.micro_batch that does not divide a rank's clips."""
     clips, micro = config.train.global_batch // world, config.train.micro_batch
+    most = min(micro or 1, 2**16)  # an example is looked for among so many
     require(
         micro is None or clips % micro == 0 or config.train.micro_tokens is not None,
         "train.micro_batch",
         f"divide the {clips} clips of train.global_batch that a rank of {world} has",
         micro,
-        f"for example {next((m for m in range(micro or 1, 0, -1) if clips % m == 0), 1)}",
+        f"for example {next((m for m in range(most, 0, -1) if clips % m == 0), 1)}",
     )

@@ -284,10 +284,12 @@ def _parse_index(index: Path) -> list[tuple[str, Members]]:
         for line in lines:
             words = line.split(" ")
             fields = [words[i : i + 4] for i in range(0, len(words), 4)]
+            if len(words) < 4:
+                raise ValueError(f"it has the line '{line[:80]}'")
             files = {ending.lower(): (int(at), int(size)) for ending, at, size, _ in fields}
             clips.append((words[3].rpartition(".")[0], files))
-        if len(clips) != int(version.split()[1]):
-            raise ValueError(f"it announces {version.split()[1]} clips and has {len(clips)}")
+        if len(clips) != int(version.removeprefix("v1.2 ")):
+            raise ValueError(f"its first line is '{version}' and it has {len(clips)} clips")
     except ValueError as error:
         raise ShardError(
             f"{index} must be a whole index of version 1.2: {error}; delete it"

@@ -51,14 +51,28 @@ def scan(file: Path, media: Collection[str]) -> tuple[list[tuple[str, Members]],
             end = tar.offset
     except tarfile.TarError as error:
         raise ShardError(f"{file} is truncated or no tar: {error}; fetch it again") from None
-    # tarfile takes a file that was cut or spoilt between two members for a whole one.
+    _check_end(file, end)
+    return list(clips.items()), others
+
+
+def _check_end(file: Path, end: int) -> None:
+    """Raise `ShardError` where a tar does not end with zeros, from `end` on.
+
+    tarfile takes a file for a whole one that was cut or spoilt between two members, and a block of
+    zeros for the end of all: a header that was never written, another tar after this one.
+    """
     with file.open("rb") as whole:
         whole.seek(end)
         if whole.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise ShardError(
                 f"{file} is truncated or no tar: it has no end mark at byte {end}; fetch it again"
             )
-    return list(clips.items()), others
+        while rest := whole.read(2**20):
+            if rest.count(0) != len(rest):
+                raise ShardError(
+                    f"{file} is spoilt: it goes on after its end mark at byte {end}; fetch it "
+                    "again, or unpack tars that were joined"
+                )
 
 
 def tars_of(folder: Path) -> tuple[list[Path], list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
+import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, ByT5Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from flap_fast.checks import ConfigError, refuse_code, require
+from flap_fast.checks import ConfigError, in_one_line, refuse_code, require
 from flap_fast.encoders.settings import TextEncoder
 
 # Cases, digits, punctuation, other scripts, white space: what tokenizers treat differently.
@@ -74,8 +75,9 @@ def tokenizer(text: TextEncoder) -> Tokenizer:
         inner = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{name} must hold a tokenizer, got '{folder}': {error}") from None
+    except Exception as error:  # transformers raises all kinds for values that do not belong
+        why = in_one_line(error)
+        raise ConfigError(f"{name} must hold a tokenizer, got '{folder}': {why}") from None
     rule = "hold a tokenizer that can pad"
     require(inner.pad_token_id is not None, name, rule, str(folder))
     return Tokenizer(inner, text.max_tokens)
@@ -113,7 +115,7 @@ def _clip_tokenizer(file: Path) -> Any:
 def local_folder(name: str, value: str, remedy: str = _REMEDY) -> Path:
     """A setting's folder: a path, or `package:NAME/sub/folder` inside an installed package."""
     if not value.startswith("package:"):
-        require(Path(value).is_dir(), name, "be an existing folder", value, remedy)
+        require(os.path.isdir(value), name, "be an existing folder", value, remedy)
         return Path(value)
     package, _, inside = value.removeprefix("package:").partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None

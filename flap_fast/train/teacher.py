@@ -10,6 +10,7 @@ and the same tokenizer; their encoders may differ.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import torch
@@ -83,7 +84,7 @@ def teacher_config(config: Config) -> Config | None:
     if path is None or not config.loss.distill.active:
         return None
     rule, remedy = "be an existing folder of a model or a run", "name one that `flap train` wrote"
-    require(path.is_dir(), "loss.distill.teacher", rule, path, remedy)
+    require(os.path.isdir(path), "loss.distill.teacher", rule, path, remedy)
     return read_config(model_folder(path))
 
 

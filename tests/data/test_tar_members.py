@@ -130,3 +130,10 @@ def test_what_is_no_file_is_named_and_not_waited_for(tmp_path, make):
     make(tmp_path / "1.tar")
     with pytest.raises(ShardError, match=r"1\.tar must be a regular file, got none; take it out"):
         open_shards([tmp_path])
+
+
+@pytest.mark.parametrize("more", [tar_of({"1.flac": FLAC, "1.json": b"{}"}), b"x"])
+def test_a_tar_that_goes_on_after_its_end_is_named(tmp_path, more):
+    (tmp_path / "0.tar").write_bytes(tar_of(PAIR) + more)
+    with pytest.raises(ShardError, match=r"0\.tar is spoilt: it goes on after its end mark at"):
+        open_shards([tmp_path])

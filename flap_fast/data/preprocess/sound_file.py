@@ -140,8 +140,9 @@ def mono(block: np.ndarray) -> tuple[np.ndarray, float]:
     """
     # Channel by channel: the mean along so short an axis takes NumPy fifteen times as long.
     wave = block[:, 0].copy()
-    for channel in range(1, block.shape[1]):
-        wave += block[:, channel]
+    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is refused below
+        for channel in range(1, block.shape[1]):
+            wave += block[:, channel]
     if block.shape[1] > 1:
         wave /= block.shape[1]
     # NaN is in both, so that no pass over the samples is for them alone.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, RobertaConfig
 from transformers.utils.logging import disable_progress_bar
 
-from flap_fast.checks import ConfigError, refuse_code, require
+from flap_fast.checks import ConfigError, in_one_line, refuse_code, require
 from flap_fast.data.tokenize import local_folder, tokenizer
 from flap_fast.encoders.attention import varlen_serves, xformers_ops
 from flap_fast.encoders.packing import pack
@@ -172,8 +172,9 @@ def _from_folder(text: RobertaSettings, weights: bool):
             trust_remote_code=False,
             dtype=torch.float32,
         )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"text.folder must hold an encoder, got '{folder}': {error}") from None
+    except Exception as error:  # transformers raises all kinds for values that do not belong
+        why = in_one_line(error)
+        raise ConfigError(f"text.folder must hold an encoder, got '{folder}': {why}") from None
 
 
 def _random(text: RobertaSettings):

@@ -1,0 +1,194 @@
+"""Damaged checkpoints: the saved weights bit for bit, or the file that changed is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from flap_fast.checks import ConfigError
+from flap_fast.checksums import SUMS
+from flap_fast.config import Config
+from flap_fast.data.shards import Shards, open_shards
+from flap_fast.model.model_folder import load_model
+from flap_fast.ranks import Ranks
+from flap_fast.train.checkpoint import Checkpoints
+from flap_fast.train.loop import train
+from tests.faults.cases import assert_sentence, run_cases, sampled
+from tests.faults.damage import edited, leaves, of_bytes, value
+from tests.tiny import tiny
+
+
+class Saved(NamedTuple):
+    """A run of four steps, with checkpoints 2 and 4, and the weights of the latter."""
+
+    config: Config
+    folder: Path
+    data: Shards
+    weights: dict[str, Tensor]
+
+    @property
+    def last(self) -> Path:
+        return self.folder / "checkpoints/step-000004"
+
+
+@pytest.fixture(scope="module")
+def saved(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    config = tiny(
+        *(f"run.folder={tmp_path_factory.mktemp('runs')}", f"data.train={prepared}/train"),
+        *("audio.depth=1", "text.depth=1", "ckpt.every_steps=2", "log.tensorboard=false"),
+        "sched.warmup_steps=2",
+    )
+    train(config)
+    weights = load_file(config.run_folder / "checkpoints/step-000004/model.safetensors")
+    load_model(config.run_folder)  # what it imports is no case's memory
+    return Saved(config, config.run_folder, open_shards(config.data.train), weights)
+
+
+def of_file(draw: Random, file: Path) -> None:
+    """Bytes of a file."""
+    file.write_bytes(of_bytes(file.read_bytes(), draw)[0])
+
+
+def of_place(draw: Random, file: Path) -> None:
+    """A file that is gone, empty, a folder, a link to nothing, or that of another step."""
+    how = draw.choice(("gone", "empty", "folder", "link", "other", "old"))
+    file.unlink()
+    other = file.parent.parent / "step-000002" / file.name
+    if how == "empty":
+        file.touch()
+    elif how == "folder":
+        file.mkdir()
+    elif how == "link":
+        os.symlink("nowhere", file)
+    elif how in ("other", "old") and other.is_file():
+        shutil.copy(other, file)
+
+
+def of_value(draw: Random, file: Path) -> None:
+    """A value of a JSON file, or of a tensor or its header, in a file that is whole."""
+    if file.suffix == ".json":
+        tree = json.loads(file.read_text())
+        if path := draw.choice(leaves(tree)):
+            file.write_text(json.dumps(edited(tree, path, value(draw))))
+        return None
+    if file.suffix != ".safetensors":
+        return of_file(draw, file)
+    if draw.random() < 0.5:
+        data = file.read_bytes()
+        (size,) = struct.unpack("<Q", data[:8])
+        header = json.loads(data[8 : 8 + size])
+        header = json.dumps(edited(header, draw.choice(leaves(header)), value(draw))).encode()
+        file.write_bytes(struct.pack("<Q", len(header)) + header + data[8 + size :])
+        return None
+    tensors = load_file(file)
+    name, other = draw.sample(sorted(tensors), 2)
+    how = draw.choice(("nan", "type", "shape", "gone", "more", "swapped"))
+    if how == "nan":
+        tensors[name] = torch.full_like(tensors[name], float("nan"))
+    elif how == "type":
+        tensors[name] = tensors[name].to(torch.int32)
+    elif how == "shape":
+        tensors[name] = tensors[name].reshape(-1)[:-1].clone()
+    elif how == "gone":
+        del tensors[name]
+    elif how == "more":
+        tensors["more"] = torch.zeros(2)
+    else:
+        tensors[name], tensors[other] = tensors[other], tensors[name]
+    save_file(tensors, file, metadata={"format": "pt"})
+    return None
+
+
+def resumed(saved: Saved, folder: Path) -> None:
+    """Read what a run would go on from; raises as a run does."""
+    config = saved.config.model_copy(
+        update={"run": saved.config.run.model_copy(update={"folder": folder.parent})}
+    )
+    checkpoints = Checkpoints(config, Ranks(), saved.data)
+    last = folder / "checkpoints/step-000004"
+    checkpoints.state(last)
+    with checkpoints.verified(last):
+        load_file(last / "model.safetensors")
+
+
+def damage_and_read(saved: Saved, draw: Random, place: Path, *, sums: bool) -> str:
+    folder = shutil.copytree(saved.folder, place / saved.folder.name, symlinks=True)
+    last = folder / "checkpoints/step-000004"
+    if not sums:
+        (last / SUMS).unlink()
+    files = sorted(file for file in last.rglob("*") if file.is_file())
+    file = draw.choice(files)
+    whole = file.read_bytes()
+    damage = draw.choice((of_file, of_file, of_place, of_value))
+    damage(draw, file)
+    same = file.is_file() and file.read_bytes() == whole
+    named = (file.name, file.parent.name, "text", "step-")
+    if file.name == "config.yaml":
+        named += (" must ", " is not a setting")  # which it names
+    kind = f"{damage.__name__[3:]} of {file.suffix or file.name}"
+    outcomes = []
+    for read in (lambda: load_model(last), lambda: resumed(saved, folder)):
+        with torch.no_grad(), errors_name(*named) as refused:
+            found = read()
+            if found is not None:
+                weights = found[0].state_dict()
+                for name, tensor in saved.weights.items():
+                    assert not sums or torch.equal(weights[name], tensor), f"{name} changed"
+                    assert weights[name].isfinite().all(), f"{name} is not finite"
+        outcomes.append(bool(refused))
+    if sums and not same and file.name not in (SUMS, "state.json", "optimizer.safetensors"):
+        assert outcomes[0], f"{kind}: loaded as if nothing had changed"
+    if sums and not same and file.name != SUMS:
+        assert outcomes[1], f"{kind}: gone on from as if nothing had changed"
+    assert not same or not any(outcomes), f"{kind}: refused though nothing changed"
+    return ("load refused" if outcomes[0] else "loaded") + (", resume refused" * outcomes[1])
+
+
+@contextmanager
+def errors_name(*named: str) -> Iterator[list[ConfigError]]:
+    """A list that gets the `ConfigError` of the body, which must be a sentence."""
+    found: list[ConfigError] = []
+    try:
+        yield found
+    except ConfigError as error:
+        for line in str(error).splitlines():
+            if not line.startswith(" "):
+                assert_sentence(ConfigError(line), *named)
+        found.append(error)
+
+
+@sampled(40, 300)
+def test_a_damaged_checkpoint_is_bit_equal_or_its_file_is_named(
+    cases, tmp_path: Path, saved: Saved
+):
+    def check(draw: Random, place: Path) -> str:
+        found = damage_and_read(saved, draw, place, sums=True)
+        shutil.rmtree(place)
+        return found
+
+    run_cases("checkpoints", cases, check, tmp_path)
+
+
+@sampled(20, 100)
+def test_a_damaged_checkpoint_without_sums_is_finite_or_refused(
+    cases, tmp_path: Path, saved: Saved
+):
+    def check(draw: Random, place: Path) -> str:
+        found = damage_and_read(saved, draw, place, sums=False)
+        shutil.rmtree(place)
+        return found
+
+    # The first error of a tokenizer imports all of transformers' others.
+    run_cases("older checkpoints", cases, check, tmp_path, mib=512)
