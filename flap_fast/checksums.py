@@ -86,18 +86,25 @@ def verified(
         raise _changed(folder, missing, "no such file", remedy)
     with ThreadPoolExecutor(_THREADS) as pool:
         found = [pool.submit(sha256, folder / name) for name in names]
+
+        def compare() -> None:
+            for name, digest in zip(names, found, strict=True):
+                try:
+                    same = digest.result() == sums[name]
+                except OSError as error:
+                    raise ConfigError(f"{folder / name} cannot be read: {error}") from None
+                if not same:
+                    raise _changed(folder, name, "another SHA-256", remedy)
+
         try:
             yield
+        except Exception:
+            compare()  # that a file changed says more than what came of it
+            raise
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-        for name, digest in zip(names, found, strict=True):
-            try:
-                same = digest.result() == sums[name]
-            except OSError as error:
-                raise ConfigError(f"{folder / name} cannot be read: {error}") from None
-            if not same:
-                raise _changed(folder, name, "another SHA-256", remedy)
+        compare()
 
 
 def check_sums(folder: Path, error: type[Exception]) -> None:
