@@ -77,8 +77,7 @@ def verified(
 
     Raises:
         ConfigError: a file is missing or changed since SHA256SUMS was written; the first on
-            entry, the second on exit, also in place of an error of the body
-            that is no sentence.
+            entry, the second on exit.
     """
     sums = read_sums(folder) if on else {}
     names = [name for name in sums if name not in set(skip)]
@@ -99,9 +98,10 @@ def verified(
 
         try:
             yield
-        except BaseException as error:
-            if isinstance(error, Exception) and not isinstance(error, ConfigError):
-                compare()  # a file that changed is the cause
+        except Exception:
+            compare()  # that a file changed says more than what came of it
+            raise
+        except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
         compare()

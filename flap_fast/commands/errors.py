@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import time
 
 from flap_fast.checks import ConfigError
 from flap_fast.files import say
 from flap_fast.launcher import first_of_its_node
+
+# Launchers end all ranks once one has ended: rank 0 gets this long to say why.
+_SAID_S = 1.0
 
 
 def print_error(message: str) -> None:
@@ -41,4 +45,6 @@ def print_and_status(error: Exception) -> int:
         return 1
     if os.environ.get("RANK", "0") == "0":
         print_error(f"error: {error}")
+    else:
+        time.sleep(_SAID_S)
     return error.code

@@ -98,10 +98,9 @@ def set_up(config: Config, ranks: Ranks, start: Path | None, open_files: ExitSta
     first = state.step if state else 0
     loader = TrainingLoader(config, shards, tokens, ranks, clip_tokens(config, shards, ranks))
     steps = config.train.run_steps(loader.sampler.steps_per_epoch)
-    with checkpoints.verified(start) if start else nullcontext():
-        engine = make_engine(config, model, ranks)
-        if start:
-            engine.optimizer_state.load(start / OPTIMIZER)
+    engine = make_engine(config, model, ranks)
+    if start:
+        engine.optimizer_state.load(start / OPTIMIZER)
     # Every rank needs the run's folder.
     agree(ranks, lambda: (write_config(config, ranks) if ranks.first else None, {}))
     stop = open_files.enter_context(Stop(ranks, checkpoints.folder))
@@ -131,7 +130,9 @@ def _read(config: Config, ranks: Ranks, start: Path | None) -> tuple[_Read, Fact
     (shards, tokens), facts = data_read(config)
     checkpoints = Checkpoints(config, ranks, shards)
     state = checkpoints.state(start) if start else None
-    model, taught_by = _model(config, start), teacher(config, ranks)
+    with checkpoints.verified(start) if start else nullcontext():
+        model = _model(config, start)
+    taught_by = teacher(config, ranks)
     for name, module in {"first": model, "teacher's": taught_by and taught_by.model}.items():
         if module and ranks.world > 1:
             facts[f"the {name} weights"] = weights_facts(module)

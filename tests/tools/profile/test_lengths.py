@@ -19,6 +19,7 @@ from flap_fast.data.shards import open_shards
 from flap_fast.data.tokenize import tokenizer
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks
+from flap_fast.tools.profile import measure
 from flap_fast.tools.profile.counts import StepCounts
 from flap_fast.tools.profile.lengths import LengthMix, frames_of, length_mix, wavcaps_like
 from flap_fast.tools.profile.measure import profile
@@ -145,12 +146,16 @@ def test_bytes_of_many_clips_follow_from_a_few_that_stand_for_them():
     assert line.batch.max() == pytest.approx(whole.batch.max(), rel=0.02)
 
 
-LESS = ("audio.size=base", "text.folder=models/nowhere", "train.checkpoint_activations=true")
+SMALL = (
+    *("audio.width=96", "audio.depth=3", "audio.heads=3", "text.folder=null", "text.width=64"),
+    *("text.depth=2", "text.heads=2", "text.tokenizer=bytes"),
+)
 
 
 def test_a_budget_that_fits_is_named_where_the_batch_does_not():
-    less = (*LESS, "audio.length=variable", "train.global_batch=256")
-    machine = Machine(gpus=1, memory_gib=6)
+    less = (*SMALL, "audio.length=variable", "train.global_batch=256")
+    whole = plan(load_config(None, less), Machine(gpus=1)).memory.peak
+    machine = Machine(gpus=1, memory_gib=0.4 * whole / 2**30)
     small = plan(load_config(None, less), machine)
     assert not small.fits
     assert small.largest_micro_batch > 0
@@ -167,9 +172,7 @@ def test_a_budget_that_fits_is_named_where_the_batch_does_not():
 
 
 def test_longer_clips_take_more_of_everything():
-    config = load_config(
-        None, ["audio.size=base", "text.folder=models/nowhere", "audio.length=variable"]
-    )
+    config = load_config(None, [*SMALL, "audio.length=variable"])
     short, long = (plan(config, Machine(), LengthMix("", np.full(9, s))) for s in (5.0, 20.0))
     assert short.lengths is not None
     assert long.lengths is not None
@@ -204,7 +207,8 @@ def test_the_command_says_which_lengths_it_assumed(tmp_path: Path):
     assert "a WavCaps-like default" in result.output
 
 
-def test_a_profile_of_synthetic_clips_has_their_lengths(tmp_path: Path):
+def test_a_profile_of_synthetic_clips_has_their_lengths(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(measure, "_SEARCH_S", 4.0)
     file, out = tmp_path / "seconds.txt", tmp_path / "profile"
     file.write_text("\n".join(map(str, MIX.seconds)))
     setting = ["audio.length=variable", "audio.max_duration_s=2", "train.micro_tokens=2000"]
