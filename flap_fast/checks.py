@@ -30,7 +30,8 @@ def in_one_line(error: Exception) -> str:
     """What another library says of a file, for the end of a sentence: its type where it is odd."""
     text = " ".join(str(error).split())
     text = text if len(text) <= _LONG else f"{text[:_LONG]}..."
-    return text if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__} {text}"
+    known = text and isinstance(error, (OSError, ValueError))
+    return text if known else f"{type(error).__name__} {text}".strip()
 
 
 def read_text(name: str, file: str | Path) -> str:

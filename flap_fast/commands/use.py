@@ -137,13 +137,14 @@ def classify(
 ) -> None:
     """Print the most likely class of each sound: file, class, probability, separated by tabs."""
     from flap_fast.data.preprocess.waveform import BadSound
+    from flap_fast.tools.inputs import distinct
     from flap_fast.tools.search import find_sounds
     from flap_fast.tools.sounds import default_crop
 
     require(top >= 1, "--top", "be at least 1", top)
     from_file = "," not in labels and os.path.isfile(labels)
     text = read_text("--labels", labels) if from_file else labels.replace(",", "\n")
-    names = list(dict.fromkeys(name.strip() for name in text.splitlines() if name.strip()))
+    names = distinct(name.strip() for name in text.splitlines() if name.strip())
     require(len(names) > 1, "--labels", "name at least two classes", labels)
     files = find_sounds(sounds)
     embedder = _open(model, length)

@@ -183,4 +183,12 @@ class Log(Section):
     tensorboard: bool = True
     """Write TensorBoard's event files."""
     wandb: bool = False
-    """Report to Weights & Biases too (`pip install wandb`)."""
+    """Report to Weights & Biases too (`pip install wandb`). Where that fails, training goes on."""
+    wandb_project: str = Field(default="flap_fast", min_length=1)
+    """Weights & Biases: the project."""
+    wandb_entity: str | None = None
+    """Weights & Biases: the user or team; null: what wandb takes (`WANDB_ENTITY`, your default)."""
+    wandb_group: str | None = None
+    """Weights & Biases: the group of runs; null: what wandb takes (`WANDB_RUN_GROUP`, none)."""
+    wandb_timeout_s: Positive = 60.0
+    """Seconds that a call of Weights & Biases may hold training up; half is its init_timeout."""

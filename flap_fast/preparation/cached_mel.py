@@ -5,7 +5,6 @@ The format, and how training reads it: `flap_fast.data.preprocess.cached_mel`.
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ import torch
 
 from flap_fast.checks import require
 from flap_fast.config import Audio
-from flap_fast.data.preprocess.cached_mel import SETTINGS_FILE, front_end_settings
+from flap_fast.data.preprocess.cached_mel import SETTINGS_FILE, front_end_settings, npy_of
 from flap_fast.data.preprocess.kaldi_mel import KaldiLogMel, kaldi_log_mel
 from flap_fast.data.preprocess.waveform import BadSound, fill, joined, read_sound
 from flap_fast.preparation.encoding import EncodedImage, FlacEncoder, checked_blocks, read_source
@@ -67,9 +66,7 @@ class CachedMelEncoder:
             wave = joined(checked_blocks(entry, source, rate))
         else:  # of a file through the 16 bits of the shard that stands for it
             wave = read_sound(FlacEncoder(rate).encode(entry)[1], rate)
-        buffer = io.BytesIO()
-        np.save(buffer, log_mel_of(wave, self._mel).astype(np.float16))
-        return "npy", buffer.getvalue()
+        return "npy", npy_of(log_mel_of(wave, self._mel))
 
 
 def log_mel_of(wave: np.ndarray, mel: KaldiLogMel) -> np.ndarray:

@@ -35,7 +35,7 @@ from flap_fast.model.model_folder import load_model
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.preparation.prepare import ahead
 from flap_fast.ranks import Ranks
-from flap_fast.tools.inputs import file_or_bytes, listed, shown, texts
+from flap_fast.tools.inputs import distinct, file_or_bytes, listed, shown, texts
 from flap_fast.tools.pooling import Embedded, pooled
 from flap_fast.tools.sounds import (
     PART,
@@ -233,8 +233,11 @@ class Embedder:
         labels: Iterable[str],
         templates: str | Path | None = None,
     ) -> list[tuple[str, float]]:
-        """Return classes with their probabilities for a sound or image, best first (zero-shot)."""
-        labels = _class_names(labels)
+        """Return classes with their probabilities for a sound or image, best first (zero-shot).
+
+        A label that is given twice is one class.
+        """
+        labels = distinct(_class_names(labels))
         vectors = self.embed_labels(labels, templates)
         probabilities = self.probabilities(self._embed_one(sound), vectors)[0].tolist()
         return sorted(zip(labels, probabilities, strict=True), key=lambda pair: -pair[1])

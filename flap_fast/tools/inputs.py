@@ -7,6 +7,7 @@ table, a generator. One text, one sound, a mapping and a set are none.
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Iterable, Mapping
 from numbers import Real
 from pathlib import Path
@@ -51,6 +52,17 @@ def texts(values: Any, name: str) -> list[str]:
             raise ConfigError(f"{name}[{number}] must be valid Unicode, got {text[:60]!r}")
         found.append(str(text).removeprefix(BOM))
     return found
+
+
+def distinct(labels: Iterable[str]) -> list[str]:
+    """The labels, of those that read the same the first: one given twice would share its softmax.
+
+    The same but for white space, and for how Unicode composes their letters.
+    """
+    first: dict[str, str] = {}
+    for label in labels:
+        first.setdefault(unicodedata.normalize("NFC", " ".join(label.split())), label)
+    return list(first.values())
 
 
 def _is_unicode(text: str) -> bool:

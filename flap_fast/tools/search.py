@@ -11,6 +11,7 @@ by the cosine in float64, ties by path.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,6 +92,7 @@ class Index:
     def save(self) -> None:
         """Write the file atomically."""
         about = {"model": self.model, "crop": self.crop, "files": [asdict(f) for f in self.rows]}
+        about |= {"sha256": _digest(about, self.embeddings)}
         text = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         tensors = {"embeddings": self.embeddings, "about": text}
@@ -100,20 +103,33 @@ def open_index(file: Path) -> Index:
     """Read an index.
 
     Raises:
-        ConfigError: the file does not exist or is no index.
+        ConfigError: the file does not exist, is no index or changed since it was written.
     """
     require(file.is_file(), "the index", "be an existing file", file, "name sounds with --audio")
     try:
         tensors = load_file(file)
-        about = json.loads(bytes(tensors["about"].numpy()))
-        if not tensors["embeddings"].isfinite().all():
+        about, embeddings = json.loads(bytes(tensors["about"].numpy())), tensors["embeddings"]
+        digest = about.pop("sha256", None)  # not in indices of before
+        if about.keys() != {"model", "crop", "files"}:
+            raise ValueError(f"it holds {', '.join(about)}")
+        if digest not in (None, _digest(about, embeddings)):
+            raise ValueError("it changed since it was written")
+        if not embeddings.isfinite().all():
             raise ValueError("an embedding is not finite")
-        vectors = iter(tensors["embeddings"])
+        vectors = iter(embeddings)
         files = [File(**row) for row in about["files"]]
         rows = {file: next(vectors) if file.error is None else None for file in files}
         return Index(file, about["model"], about["crop"], rows)
-    except (SafetensorError, KeyError, ValueError, TypeError, StopIteration) as error:
-        raise ConfigError(f"{file} must be an index of flap, delete it: {error!r}") from None
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, StopIteration) as why:
+        raise ConfigError(f"{file} must be an index of flap, delete it: {why!r}") from None
+
+
+def _digest(about: dict[str, Any], embeddings: Tensor) -> str:
+    """SHA-256 of what an index holds: its JSON, and the type, shape and bytes of its embeddings."""
+    head = json.dumps([about, str(embeddings.dtype), list(embeddings.shape)])
+    digest = hashlib.sha256(head.encode())
+    digest.update(embeddings.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -3,36 +3,34 @@
     loop -> Metrics.step (every step, no host sync) -> a row every log.every_steps -> observers
 
 An observer is a function of a row, `{"step": 20, "loss": 3.1, ...}`; a new one gets a line in
-`observers`.
+`observers`. One that fails is named and left out, and training goes on (guarded.py).
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from flap_fast.checks import require
 from flap_fast.config import Config
 from flap_fast.data.batch import BadClip
 from flap_fast.files import visible
 from flap_fast.model.model_folder import step_folders
 from flap_fast.model.two_towers import Outputs
 from flap_fast.ranks import Ranks
+from flap_fast.train.guarded import Guarded, Observer, Row, guarded
 from flap_fast.train.run_folder import cut_after
+from flap_fast.train.weights_and_biases import weights_and_biases
 
-Row = dict[str, Any]
-Observer = Callable[[Row], None]
 Item = TypeVar("Item")
 
 
@@ -43,9 +41,9 @@ class NotFinite(ArithmeticError):
 class Metrics:
     """Turns steps into rows for observers. Its state between rows stays on the device."""
 
-    def __init__(self, config: Config, ranks: Ranks, steps: int, observers: list[Observer]):
+    def __init__(self, config: Config, ranks: Ranks, steps: int, observers: Sequence[Observer]):
         self._config, self._ranks, self._steps = config, ranks, steps
-        self._observers = observers
+        self._observers = [guarded(observer) for observer in observers]
         self._bad_step = torch.zeros((), dtype=torch.int64, device=ranks.device)
         self._since, self._waited_s, self._done = time.perf_counter(), 0.0, 0
 
@@ -134,18 +132,29 @@ def in_batch_recall(outputs: Outputs) -> float:
 
 def observers(
     config: Config, ranks: Ranks, open_files: ExitStack, *, first: int, steps: int
-) -> list[Observer]:
-    """The config's observers, on the first rank; they are closed with `open_files`."""
+) -> list[Guarded]:
+    """The config's observers, on the first rank; they are closed with `open_files`.
+
+    Raises:
+        ConfigError: metrics.jsonl or bad_clips*.jsonl is damaged.
+    """
     if not ranks.first:
         return []
-    for file in config.run_folder.glob("bad_clips*.jsonl"):
+    folder, log = config.run_folder, config.log
+    for file in folder.glob("bad_clips*.jsonl"):
         cut_after(file, first)  # other ranks' too: none of them has started a step yet
-    active = [metrics_file(config.run_folder / "metrics.jsonl", open_files, first)]
-    active.append(terminal(config, open_files, first, steps))
-    if config.log.tensorboard:
-        active.append(tensorboard(config.run_folder / "tensorboard", open_files, first))
-    if config.log.wandb:
-        active.append(weights_and_biases(config, open_files))
+    starts: dict[str, Callable[[ExitStack], Observer]] = {
+        "metrics.jsonl": lambda files: metrics_file(folder / "metrics.jsonl", files, first),
+        "the progress bar": lambda files: terminal(config, files, first, steps),
+    }
+    if log.tensorboard:
+        starts["log.tensorboard"] = lambda files: tensorboard(folder / "tensorboard", files, first)
+    if log.wandb:
+        starts["log.wandb"] = lambda files: weights_and_biases(config, files, first=first)
+    active = []
+    for name, start in starts.items():
+        active.append(Guarded(name, start))
+        open_files.callback(active[-1].close)
     return active
 
 
@@ -190,10 +199,10 @@ def terminal(config: Config, open_files: ExitStack, first: int, steps: int) -> O
 
 
 def tensorboard(folder: Path, open_files: ExitStack, first: int) -> Observer:
-    """Writes TensorBoard scalars; a resumed run hides the points that it repeats."""
+    """Writes TensorBoard scalars; they replace the points of steps that are done again."""
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(folder), purge_step=first + 1 if first else None)
+    writer = SummaryWriter(str(folder), purge_step=first + 1)  # of step 1 on, without checkpoint
     open_files.callback(writer.close)
 
     def observe(row: Row) -> None:
@@ -202,34 +211,6 @@ def tensorboard(folder: Path, open_files: ExitStack, first: int) -> Observer:
                 writer.add_scalar(name, value, row["step"])
 
     return observe
-
-
-def weights_and_biases(config: Config, open_files: ExitStack) -> Observer:
-    """Logs to the Weights & Biases run of the same name, which is resumed if it exists."""
-    check_wandb(config)
-    import wandb  # type: ignore[import-not-found]
-
-    run = wandb.init(
-        project="flap_fast",
-        name=config.run.name,
-        id=config.run.name,
-        resume="allow",
-        dir=config.run_folder,
-        config=config.model_dump(mode="json"),
-    )
-    open_files.callback(run.finish)
-    return lambda row: run.log(row, step=row["step"])
-
-
-def check_wandb(config: Config) -> None:
-    """Raise `ConfigError` if log.wandb is on and Weights & Biases is not installed."""
-    require(
-        not config.log.wandb or importlib.util.find_spec("wandb") is not None,
-        "log.wandb",
-        "be off where Weights & Biases is not installed",
-        config.log.wandb,
-        "pip install wandb",
-    )
 
 
 def report_bad_clips(folder: Path, ranks: Ranks, bad: list[BadClip]) -> None:

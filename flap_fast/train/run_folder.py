@@ -1,12 +1,15 @@
 """A run's folder: started once, resumed only with the settings that it was started with.
 
 runs/NAME/config.yaml  environment.json  metrics.jsonl  bad_clips.jsonl  eval.json
-          tensorboard/  checkpoints/
+          tensorboard/  checkpoints/  wandb/  wandb_id
+
+One in which no step was done is none yet: it is begun anew.
 """
 
 from __future__ import annotations
 
 import json
+from os.path import lexists
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,8 @@ def begin(config: Config, *, resume: bool) -> Path | None:
         alone = not (folder / "metrics.jsonl").is_file()
         require(alone, str(folder), rule, "none", "set run.name=ANOTHER")
         return None
+    if _without_step(folder):
+        return None
     if not resume:
         raise ConfigError(
             f"run.name must be new, got '{config.run.name}', whose run lies in {folder}; "
@@ -49,6 +54,18 @@ def begin(config: Config, *, resume: bool) -> Path | None:
             f"set them back, or set run.name=ANOTHER{_longer(changed, folder)}"
         )
     return last
+
+
+def _without_step(folder: Path) -> bool:
+    """Whether a run ended before its first step there, and nothing but its config is replaced.
+
+    A config.yaml that people wrote, or a model's, is left alone.
+    """
+    rows = (folder / "metrics.jsonl", *folder.glob("bad_clips*.jsonl"))
+    trained = (*folder.glob("checkpoints/*"), *folder.glob("*.safetensors"), folder / "eval.json")
+    if any(file.exists() and file.stat().st_size for file in rows) or any(map(lexists, trained)):
+        return False
+    return (folder / "environment.json").is_file()
 
 
 def _started_with(file: Path, last: Path | None) -> Config:

@@ -26,11 +26,12 @@ from flap_fast.train.checkpoint import Checkpoints, State
 from flap_fast.train.engine import Engine, check_engine, make_engine
 from flap_fast.train.facts import data_facts, weights_facts
 from flap_fast.train.frozen_text import FrozenText, frozen_text
-from flap_fast.train.observers import Metrics, check_wandb, observers
+from flap_fast.train.observers import Metrics, observers
 from flap_fast.train.run_folder import begin, write_config
 from flap_fast.train.scorer import Scorer
 from flap_fast.train.stop import Stop
 from flap_fast.train.teacher import Teacher, check_teacher, teacher
+from flap_fast.train.weights_and_biases import check_wandb
 
 
 @dataclass(frozen=True)

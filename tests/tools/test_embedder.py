@@ -311,6 +311,21 @@ def test_classify_is_a_softmax_of_the_scaled_cosines(embedder: Embedder):
     assert many["dog"] != pytest.approx(dict(found)["dog"], abs=1e-6)
 
 
+@pytest.mark.parametrize("again", ["dog", " dog ", "dog\n", "cafe\u0301", "the  cat"])
+def test_a_label_that_is_given_twice_is_one_class(again: str, embedder: Embedder):
+    labels = ["dog", "caf\u00e9", "the cat", "Dog"]  # another text: its vector is another
+    found = embedder.classify(WAVE, [*labels, again, again])
+    assert dict(found) == pytest.approx(dict(embedder.classify(WAVE, labels)))
+    assert len(found) == 4
+    assert len(embedder.embed_labels([*labels, again])) == 5  # a row a label
+
+
+def test_ranking_gives_each_caption_its_cosine_once_or_twice(embedder: Embedder):
+    once, twice = (embedder.rank(WAVE, captions) for captions in (["a", "b"], ["a", "b", "a"]))
+    assert len(twice) == 3
+    assert dict(twice) == pytest.approx(dict(once))
+
+
 def test_the_identity_is_the_weights_and_the_front_end():
     def identity(seed: int, *overrides: str) -> str:
         config = tiny(*overrides)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from flap_fast.checks import ConfigError
 from flap_fast.data.preprocess.waveform import Unread, read_pieces
@@ -202,6 +205,38 @@ def test_what_is_no_index_is_named(tmp_path: Path):
 def fake_index(rows: torch.Tensor) -> Index:
     files: Rows = {File(f"{n:03d}.wav", 1, 1): row for n, row in enumerate(rows)}
     return Index(Path("index"), "model", "center", files)
+
+
+def test_an_index_that_changed_in_one_bit_is_named_or_says_the_same(tmp_path: Path):
+    torch.manual_seed(0)
+    index = fake_index(torch.randn(3, 8))
+    index.file = tmp_path / ".flap-index"
+    index.save()
+    good, refused = index.file.read_bytes(), 0
+    for at in range(len(good)):
+        changed = bytearray(good)
+        changed[at] ^= 1 << at % 8
+        index.file.write_bytes(changed)
+        try:
+            found = open_index(index.file)
+        except ConfigError:
+            refused += 1
+            continue
+        assert (found.model, found.crop, list(found.rows)) == ("model", "center", list(index.rows))
+        assert torch.equal(found.embeddings, index.embeddings)
+    assert refused > 0.95 * len(good)  # the rest is in the name of the format
+
+
+@pytest.mark.parametrize("rows", [torch.empty(0, 8), torch.ones(2, 8)])
+def test_an_index_is_read_as_it_was_written_also_without_digest(rows: torch.Tensor, tmp_path: Path):
+    index = fake_index(rows)
+    index.file = tmp_path / "index"
+    index.save()
+    assert list(open_index(index.file).rows) == list(index.rows)
+    about = {"model": "model", "crop": "center", "files": [asdict(file) for file in index.rows]}
+    text = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
+    save_file({"embeddings": index.embeddings, "about": text}, index.file)
+    assert list(open_index(index.file).rows) == list(index.rows)
 
 
 @pytest.mark.parametrize("faiss", [True, False])

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,8 +21,8 @@ from flap_fast.train.observers import (
     metrics_file,
     observers,
     report_bad_clips,
+    tensorboard,
     terminal,
-    weights_and_biases,
 )
 from flap_fast.train.run_folder import cut_after
 from tests.tiny import tiny
@@ -124,24 +122,26 @@ def test_tensorboard_shows_every_number(tmp_path: Path):
     assert (score.step, score.value) == (4, 0.75)
 
 
+@pytest.mark.parametrize("first", [0, 2])
+def test_tensorboard_shows_a_step_that_was_done_again_once(first: int, tmp_path: Path):
+    """As --resume does it, from the checkpoint of a step or, without one, from the start."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for begun, value in ((0, 1.0), (first, 2.0)):
+        with ExitStack() as files:
+            observe = tensorboard(tmp_path, files, begun)
+            for step in range(begun + 1, 5):
+                observe({"step": step, "loss": value})
+        for file in tmp_path.glob("events.out.tfevents.[0-9]*"):  # of a second ago, by its name
+            file.rename(file.with_name(file.name.replace("tfevents.", "tfevents.0")))
+    points = [(e.step, e.value) for e in EventAccumulator(str(tmp_path)).Reload().Scalars("loss")]
+    assert points == [(step, 1.0 if step <= first else 2.0) for step in range(1, 5)]
+
+
 def test_only_the_first_rank_writes(tmp_path: Path):
     with ExitStack() as files:
         config = tiny(f"run.folder={tmp_path}")
         assert observers(config, Ranks(rank=1, world=2), files, first=0, steps=4) == []
-
-
-def test_weights_and_biases_gets_rows_and_the_config(tmp_path: Path, monkeypatch):
-    logged: list[Any] = []
-    run = SimpleNamespace(log=lambda row, step: logged.append((step, row)), finish=lambda: None)
-    module: Any = ModuleType("wandb")
-    module.init = lambda **settings: logged.append(settings) or run
-    module.__spec__ = SimpleNamespace(name="wandb")
-    monkeypatch.setitem(sys.modules, "wandb", module)
-    with ExitStack() as files:
-        observe = weights_and_biases(tiny("log.wandb=true"), files)
-        observe({"step": 3, "loss": 1.0})
-    assert logged[0]["config"]["train"]["global_batch"] == 8
-    assert logged[1] == (3, {"step": 3, "loss": 1.0})
 
 
 def test_bad_clips_are_noted_by_rank_and_said_once(tmp_path: Path, capsys):

@@ -2,7 +2,8 @@
 
     KEY.npy          (t, F) float16, a clip's log-mel, not normalised: all of its frames, or those
                      of audio.duration_s where the clip is no longer and was filled (with
-                     audio.length = variable, of one patch)
+                     audio.length = variable, of one patch); after the array, where readers of .npy
+                     files stop, the SHA-256 of all before it (not in caches of before)
     frontend.json    in the shards' folder: every setting that the numbers depend on
 
 A longer clip is cropped at a frame (10 ms), which Kaldi's frames allow: each sees only its 25 ms of
@@ -11,6 +12,7 @@ sound. Statistics and rows of zeros come with the batch, so that they may still 
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +37,14 @@ def front_end_settings(audio: Audio) -> dict[str, Any]:
     return audio.front_end()
 
 
+def npy_of(mel: np.ndarray) -> bytes:
+    """A log-mel (t, F) as the bytes of KEY.npy."""
+    file = io.BytesIO()
+    np.save(file, mel.astype(np.float16))
+    data = file.getvalue()
+    return data + hashlib.sha256(data).digest()
+
+
 def crop_cached(data: bytes, position: float, audio: Audio) -> np.ndarray:
     """(t, F) float16: a cached log-mel, cropped as its sound would be; raises `BadSound`.
 
@@ -42,10 +52,14 @@ def crop_cached(data: bytes, position: float, audio: Audio) -> np.ndarray:
     """
     if not data.startswith(_MAGIC):  # np.load would take a zip, or a pickle, as well
         raise BadSound("unreadable: no cached log-mel: it does not begin as .npy does")
+    file = io.BytesIO(data)
     try:
-        mel = np.load(io.BytesIO(data), allow_pickle=False)
+        mel = np.load(file, allow_pickle=False)
     except Exception as error:  # the header is Python, and its faults are of any kind
         raise BadSound(f"unreadable: no cached log-mel: {error}") from None
+    end = file.tell()
+    if end < len(data) and data[end:] != hashlib.sha256(memoryview(data)[:end]).digest():
+        raise BadSound("unreadable: a cached log-mel that changed since it was written (SHA-256)")
     most, least = (audio.frames_of(n) for n in (audio.samples, audio.least_samples))
     whole = mel.ndim == 2 and len(mel) >= least
     if not whole or mel.shape[1] != audio.mel_bins or mel.dtype != np.float16:

@@ -24,6 +24,7 @@ from flap_fast.encoders.attention import varlen_serves, xformers_ops
 from flap_fast.encoders.packing import pack
 from flap_fast.encoders.roberta.packed import FAMILIES, is_bert, packed_states
 from flap_fast.encoders.roberta.settings import RobertaSettings
+from flap_fast.encoders.roberta.weights import check_weights
 
 # Names of dropouts in transformers' configs: BERT's, DistilBERT's and ModernBERT's.
 _DROPOUTS = (
@@ -165,14 +166,20 @@ def _from_folder(text: RobertaSettings, weights: bool):
         disable_progress_bar()  # a bar for weights that load in a blink
         if not weights:
             return AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
-        return AutoModel.from_pretrained(
+        inner, report = AutoModel.from_pretrained(
             folder,
             config=config,
             local_files_only=True,
             trust_remote_code=False,
             dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
-    except Exception as error:  # transformers raises all kinds for values that do not belong
+        check_weights(folder, inner, report)
+        return inner
+    except ConfigError:
+        raise
+    except Exception as error:  # of a damaged file, transformers passes on what its reader raises
         why = in_one_line(error)
         raise ConfigError(f"text.folder must hold an encoder, got '{folder}': {why}") from None
 

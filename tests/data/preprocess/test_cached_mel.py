@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from flap_fast.checks import ConfigError
 from flap_fast.config import Audio
 from flap_fast.data.evaluation import evaluation_batches
-from flap_fast.data.preprocess.cached_mel import crop_cached, front_end_settings
+from flap_fast.data.preprocess.cached_mel import crop_cached, front_end_settings, npy_of
 from flap_fast.data.preprocess.kaldi_mel import kaldi_log_mel
 from flap_fast.data.preprocess.waveform import BadSound, fill
 from flap_fast.data.shards import ShardError, open_shards
@@ -246,6 +247,52 @@ GOOD = np.zeros((98, 128), np.float16)
 def test_a_clip_that_is_no_cached_log_mel_is_bad(data):
     with pytest.raises(BadSound, match="cached log-mel"):
         crop_cached(data, 0.5, AUDIO)
+
+
+CHANGED = [(at, 1 << bit) for at in (-1, -32, -33, -2000, 60, 128) for bit in (0, 6)]
+
+
+@pytest.mark.parametrize(("at", "bits"), CHANGED)
+def test_a_cached_log_mel_with_one_changed_bit_is_bad(at: int, bits: int):
+    """In its digest, its rows, or the blanks of its header."""
+    good = npy_of(np.ones((98, 128)))
+    assert np.array_equal(np.load(io.BytesIO(good)), np.ones((98, 128)))
+    assert np.array_equal(crop_cached(good, 0.5, AUDIO), np.ones((98, 128)))
+    changed = bytearray(good)
+    changed[at] ^= bits
+    with pytest.raises(BadSound, match="cached log-mel"):
+        crop_cached(bytes(changed), 0.5, AUDIO)
+
+
+@pytest.mark.parametrize("left", [1, 31, -1, -40])
+def test_a_cached_log_mel_with_part_of_its_digest_or_more_is_bad(left: int):
+    good = npy_of(np.ones((98, 128)))
+    with pytest.raises(BadSound, match="cached log-mel that changed since it was written"):
+        crop_cached(good + bytes(-left) if left < 0 else good[:-left], 0.5, AUDIO)
+
+
+def test_a_cache_of_before_digests_is_read():
+    assert crop_cached(npy(GOOD), 0.5, AUDIO).shape == (98, 128)
+
+
+def test_a_changed_byte_of_a_cache_is_replaced_in_training_and_named_in_evaluation(both, tmp_path):
+    folder = tmp_path / "train"
+    shutil.copytree(both / "mels/train", folder)
+    shards = open_shards([folder])
+    file, at, size, *_ = shards.locations[3].tolist()
+    with shards.files[file].open("r+b") as tar:
+        tar.seek(at + size // 2)
+        byte = tar.read(1)
+        tar.seek(-1, 1)
+        tar.write(bytes([byte[0] ^ 1]))
+    found = loader(tiny(f"data.train={folder}", "data.on_bad_clip=replace"))
+    list(found.batches(0, 3))
+    assert {(bad.clip, bad.reason) for bad in found.bad} == {
+        (shards.name(3), "unreadable: a cached log-mel that changed since it was written (SHA-256)")
+    }
+    config = tiny("eval.batch=2", "eval.crop=center")
+    with pytest.raises(ShardError, match=r"cannot be decoded: .*SHA-256"):
+        list(evaluation_batches(config, shards, crops(config, np.arange(5)), Ranks()))
 
 
 def test_a_bad_clip_of_a_cache_is_replaced_and_reported(both, tmp_path):
