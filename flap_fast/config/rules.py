@@ -139,6 +139,9 @@ def check_sections(config: Config) -> None:
         f"end with joint.width = {width}, as what evaluation takes is trained",
         list(prefixes),
     )
+    weights = config.loss.contrastive.prefix_weights
+    rule, got = "end above 0, as what evaluation takes is trained", list(weights or ())
+    require(not weights or weights[-1] > 0, "loss.contrastive.prefix_weights", rule, got)
     if config.loss.simcse.weight:
         rule = "be {} with loss.simcse, whose two views of a sentence differ by dropout alone"
         require(not config.text.freeze, "text.freeze", rule.format("off"), config.text.freeze)

@@ -10,7 +10,9 @@ systems remove these before they encode a caption (WavCaps; the baseline of DCAS
 from __future__ import annotations
 
 import hashlib
+import re
 import string
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,11 +20,23 @@ import torch
 from torch import Tensor
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
+_POINT = re.compile(r"(?<=\d)\.(?=\d)")
 
 
 def caption_words(caption: str) -> str:
-    """The words in lower case; a caption of nothing but punctuation as it is."""
-    return " ".join(caption.translate(_PUNCTUATION).casefold().split()) or caption
+    """The words in lower case, with the points of numbers; of nothing but punctuation all of it.
+
+    Characters are compared in Unicode's form NFKC.
+    """
+    text = unicodedata.normalize("NFKC", caption)
+    parts = (_without_punctuation(part) for part in _POINT.split(text))
+    return " ".join(".".join(parts).casefold().split()) or caption
+
+
+def _without_punctuation(text: str) -> str:
+    if text.isascii():
+        return text.translate(_PUNCTUATION)
+    return "".join(c for c in text if unicodedata.category(c)[0] not in "PS")
 
 
 def caption_id(caption: str) -> int:

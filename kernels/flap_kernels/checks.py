@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,3 +83,27 @@ def check_above(name: str, value: float | None, bound: float) -> None:
     """Raise unless the value is None or above the bound."""
     if value is not None and not value > bound:
         raise ValueError(f"{name} must be above {bound:g}, got {value:g}")
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A Function's backward whose gradients raise where they are differentiated again.
+
+    PyTorch's `once_differentiable` lets them pass as constants where the gradient that arrives
+    needs none itself, as that of a loss.
+    """
+
+    @functools.wraps(backward)
+    def once(ctx: Any, *grads: Tensor) -> Any:
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return found
+        many = found if isinstance(found, tuple) else (found,)
+        error = torch._C._functions.DelayedError(_ONCE, len(many))
+        marked = error(*(x if x is None else x.detach().requires_grad_() for x in many))
+        return tuple(m if x is not None else None for x, m in zip(many, marked, strict=True))
+
+    return once
+
+
+_ONCE = b"flap_kernels' losses have no second derivatives: differentiate them once"

@@ -28,7 +28,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flap_kernels.checks import check_choice, check_floats, check_shape, check_together
+from flap_kernels.checks import (
+    check_choice,
+    check_floats,
+    check_shape,
+    check_together,
+    differentiable_once,
+)
 from flap_kernels.infonce.rank_sizes import RankSizes
 from flap_kernels.precision import (
     accumulator_dtype,
@@ -116,7 +122,7 @@ class _Tiled(torch.autograd.Function):
         return tuple((sums / B).unbind())
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, cross_grad, in_grad):
         both, every = ctx.saved_tensors
         # The factor 4: each pair stands in the sum twice, and is squared. W: engines average.
@@ -156,7 +162,7 @@ class _Gram(torch.autograd.Function):
         return tuple(((product + sign * trace) / (2 * B)).to(dtype) for sign in (-1, 1))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, cross_grad, in_grad):
         audio, text, (p, q, k) = ctx.saved_tensors
         u, v = _sum_and_difference(audio, text, ctx.dtype)

@@ -96,7 +96,9 @@ class MultipleNegativesRankingLoss(nn.Module):
             )
         for i, x in enumerate(embeddings):
             check_shape(f"embeddings[{i}]", x, embeddings[0].shape, "(b, D) like the anchors'")
-        anchors, *documents = (F.normalize(x, dim=1) for x in embeddings)
+        # In float16 normalize's own eps is 0, and an embedding of zeros would be NaN.
+        eps = max(1e-12, *(torch.finfo(x.dtype).smallest_normal for x in embeddings))
+        anchors, *documents = (F.normalize(x, dim=1, eps=eps) for x in embeddings)
         direction: Direction = "symmetric" if BACKWARD in self.directions else "a2t"
         # Hard negatives are captions without a clip of their own: negatives of every anchor.
         candidates = torch.cat(documents)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from flap_kernels.checks import check_choice, check_together
+from flap_kernels.checks import check_choice, check_together, differentiable_once
 from flap_kernels.infonce.arguments import (
     check_arguments,
     checked_scalar,
@@ -199,7 +199,7 @@ class _SigmoidLoss(torch.autograd.Function):
         return loss / B
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, grad):
         # Rounded here and no earlier: float16 needs what a gradient scaler multiplies by.
         wanted = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:4], strict=True)

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from flap_kernels.checks import check_choice, check_shape, check_together
+from flap_kernels.checks import check_choice, check_shape, check_together, differentiable_once
 from flap_kernels.infonce.arguments import (
     check_arguments,
     checked_scalar,
@@ -191,7 +191,7 @@ class _SoftTerm(torch.autograd.Function):
         return (total * scale * ctx.factor).to(value.dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, grad):
         scale, of_audio, of_text, value = ctx.saved_tensors
         # Engines average over ranks: the average of W times each rank's gradient is their sum.

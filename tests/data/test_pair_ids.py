@@ -133,3 +133,19 @@ def test_without_a_loss_that_asks_nothing_is_computed(
     batches, _ = read(tiny(f"data.train={prepared}/train", "frontend.backend=torch"))
     assert [batch.pair_ids for batch in batches] == [None] * 3
     assert "pair_ids" in {field.name for field in fields(Batch)}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "equal"),
+    [
+        ("A dog's bark", "a dog\u2019s bark.", True),
+        ("\u201cRain\u201d falls\u2026", "rain falls", True),
+        ("\u72d7\u53eb\u3002", "\u72d7\u53eb", True),
+        ("cafe\u0301", "caf\u00e9", True),
+        ("beeps for 1.5 s", "beeps for 15 s", False),
+        ("beeps for 1.5 s.", "Beeps, for 1.5 s", True),
+        ("!?", "...", False),
+    ],
+)
+def test_captions_are_equal_by_their_words(one: str, other: str, equal: bool):
+    assert (caption_id(one) == caption_id(other)) == equal

@@ -243,6 +243,10 @@ def test_ranks_match_the_whole(cuts):
             {"prefixes": (2, 3), "prefix_weights": (1.0,)},
             "prefix_weights must be one for each of 2",
         ),
+        (
+            {"prefixes": (2, 3), "prefix_weights": (1.0, float("nan"))},
+            "prefix_weights must be numbers of at least 0",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(options, says):

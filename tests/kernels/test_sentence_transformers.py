@@ -195,3 +195,14 @@ def test_sentence_transformers_own_trainer_learns_the_same_with_it(tmp_path):
     assert len(ours) == 20
     assert ours[-1] < 0.2 * ours[0]
     assert ours == pytest.approx(exact, rel=1e-2, abs=1e-3)
+
+
+def test_an_embedding_of_zeros_is_no_nan_in_float16():
+    rows = [torch.randn(6, 16).half() for _ in range(2)]
+    rows[1][2] = 0
+    loss = MultipleNegativesRankingLoss(nn.Identity())
+    found = [x.requires_grad_() for x in rows]
+    value = loss.compute_loss_from_embeddings(found)
+    value.backward()
+    assert value.isfinite()
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in found)

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flap_kernels.checks import check_choice
+from flap_kernels.checks import check_choice, differentiable_once
 from flap_kernels.infonce.arguments import (
     Options,
     check_arguments,
@@ -134,7 +134,7 @@ class _Replicated(torch.autograd.Function):
         return torch.stack([losses for losses, _ in terms]).sum() * ctx.factor
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, grad):
         audio, text, scale, both, all_extra, *saved = ctx.saved_tensors
         every, row, column = _Ids(*saved[:4]), _pack(*saved[4:6]), _pack(*saved[6:])
@@ -207,7 +207,7 @@ class _Sharded(torch.autograd.Function):
         return losses[0] * ctx.factor
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, grad):
         audio, text, scale, all_text, all_extra, *saved = ctx.saved_tensors
         every, row, column = _Ids(*saved[:4]), _pack(*saved[4:6]), _pack(*saved[6:])

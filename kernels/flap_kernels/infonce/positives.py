@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flap_kernels.checks import differentiable_once
 from flap_kernels.infonce.backend import Direction
 from flap_kernels.infonce.rank_sizes import RankSizes
 from flap_kernels.precision import accumulator_dtype
@@ -176,7 +177,7 @@ class _PositiveTerm(torch.autograd.Function):
         return (term * ctx.factor).to(dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, grad):
         scale, rows, c, of_text, value, further = ctx.saved_tensors
         factor = grad * (ctx.factor * ctx.world)

@@ -11,9 +11,11 @@ Source: Matryoshka Representation Learning, arXiv 2205.13147, Eq. 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Real
 from operator import index
 
 import torch
@@ -150,6 +152,8 @@ def check_prefixes(
         raise ValueError(
             f"prefix_weights must be one for each of {len(prefixes)} prefixes, got {len(weights)}"
         )
+    if not all(isinstance(w, Real) and 0 <= w < math.inf for w in weights):
+        raise ValueError(f"prefix_weights must be numbers of at least 0, got {weights}")
     return prefixes, weights
 
 

@@ -113,7 +113,7 @@ class TorchPrefixes:
                     scratch = block.scratch(logits)
                     dlogits = tile_dlogits(logits, row, column, scratch, bounded)
                     block.take_positives(dlogits, row, column, tile_m, tile_n)
-                    if dlogits.data_ptr() == scratch.data_ptr():
+                    if dlogits is scratch:
                         dlogits = logits.copy_(scratch)
                     if block.is_whole(k):
                         weights.append(dlogits)
