@@ -13,7 +13,7 @@ READY := $(VENV)/ready
 # Empty it (make CONSTRAINTS= test) to take the newest versions that pyproject.toml allows.
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo test lint bench gpu static data setup clean
+.PHONY: demo test faults lint bench gpu static data setup clean
 
 setup: $(READY)
 
@@ -38,7 +38,11 @@ demo: data
 	@echo "Ask it:  $(BIN)/flap rank runs/demo demo/audio/sonicpi_ambi_choir.ogg 'a choir sings' 'a drum' 'a guitar'"
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/faults
+
+# Damaged inputs, kills and full disks: a sample. All of them: `pytest tests/faults -m slow`.
+faults: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/faults
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -99,7 +99,8 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
         if not torch.is_grad_enabled():
             return found
         many = found if isinstance(found, tuple) else (found,)
-        error = torch._C._functions.DelayedError(_ONCE, len(many))
+        functions: Any = torch._C
+        error = functions._functions.DelayedError(_ONCE, len(many))
         marked = error(*(x if x is None else x.detach().requires_grad_() for x in many))
         return tuple(m if x is not None else None for x, m in zip(many, marked, strict=True))
 
