@@ -51,24 +51,32 @@ class State:
     """Clips of data.train."""
     shards: str | None = None
     """Hash of the shards' names, and of where each clip lies in them."""
+    teacher: int | None = None
+    """Checksum of the weights of loss.distill's teacher."""
     sha256: str | None = None
     """Of the others, as JSON: this file is written anew, once its step is scored."""
 
     def digest(self) -> str:
         """What `sha256` must be."""
-        others = {name: value for name, value in asdict(self).items() if name != "sha256"}
+        others = {n: value for n, value in asdict(self).items() if n != "sha256"}
+        others = {n: value for n, value in others.items() if value is not None}
         return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 
+_PUT_BACK = "put them back, or set run.name=ANOTHER"
 # What file systems without symbolic links say.
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 class Checkpoints:
-    """Writes and checks the checkpoints of one run, which trains on `data`."""
+    """Writes and checks the checkpoints of one run, which trains on `data`.
 
-    def __init__(self, config: Config, ranks: Ranks, data: Shards):
-        self._config, self._ranks = config, ranks
+    Args:
+        teacher: checksum of the teacher's weights.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks, data: Shards, teacher: int | None = None):
+        self._config, self._ranks, self._teacher = config, ranks, teacher
         self._clips, self._shards = len(data), _hash(data)
         self.folder = config.run_folder / "checkpoints"
 
@@ -98,7 +106,9 @@ class Checkpoints:
         if state.shards not in (None, self._shards):
             rule = f"hold the {state.clips} clips that the run started with"
             got = f"{self._clips} others" if state.clips == self._clips else self._clips
-            require(False, "data.train", rule, got, "put them back, or set run.name=ANOTHER")
+            require(False, "data.train", rule, got, _PUT_BACK)
+        same, rule = state.teacher in (None, self._teacher), "be the one that the run started with"
+        require(same, "loss.distill.teacher", rule, "other weights", _PUT_BACK)
         return state
 
     def verified(self, folder: Path) -> AbstractContextManager[None]:
@@ -151,7 +161,7 @@ class Checkpoints:
         return self.folder / f"step-{step:06d}"
 
     def _state(self, step: int, best: float | None, scored: bool) -> bytes:
-        state = State(step, best, scored, self._clips, self._shards)
+        state = State(step, best, scored, self._clips, self._shards, self._teacher)
         state = replace(state, sha256=state.digest())
         return (json.dumps(asdict(state), indent=1) + "\n").encode()
 

@@ -50,6 +50,11 @@ def weights_facts(module: nn.Module) -> dict[str, int]:
     return {name: _checksum(value) for name, value in module.state_dict().items()}
 
 
+def checksum(module: nn.Module) -> int:
+    """One checksum of all tensors and their names."""
+    return zlib.crc32(repr(sorted(weights_facts(module).items())).encode())
+
+
 def checkpoint_facts(start: Path | None) -> dict[str, Any]:
     """The checkpoint to resume from, and the sizes of its files."""
     files = [start / name for name in ("state.json", "optimizer.safetensors")] if start else []

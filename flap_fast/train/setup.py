@@ -24,7 +24,7 @@ from flap_fast.ranks import Ranks, world_size
 from flap_fast.ranks.agreement import Facts, agree
 from flap_fast.train.checkpoint import Checkpoints, State
 from flap_fast.train.engine import Engine, check_engine, make_engine
-from flap_fast.train.facts import data_facts, weights_facts
+from flap_fast.train.facts import checksum, data_facts, weights_facts
 from flap_fast.train.frozen_text import FrozenText, frozen_text
 from flap_fast.train.observers import Metrics, observers
 from flap_fast.train.run_folder import begin, write_config
@@ -129,11 +129,11 @@ def set_up(config: Config, ranks: Ranks, start: Path | None, open_files: ExitSta
 def _read(config: Config, ranks: Ranks, start: Path | None) -> tuple[_Read, Facts]:
     """What each rank reads and builds for itself, and the facts that must be the same."""
     (shards, tokens), facts = data_read(config)
-    checkpoints = Checkpoints(config, ranks, shards)
+    taught_by = teacher(config, ranks)
+    checkpoints = Checkpoints(config, ranks, shards, taught_by and checksum(taught_by.model))
     state = checkpoints.state(start) if start else None
     with checkpoints.verified(start) if start else nullcontext():
         model = _model(config, start)
-    taught_by = teacher(config, ranks)
     for name, module in {"first": model, "teacher's": taught_by and taught_by.model}.items():
         if module and ranks.world > 1:
             facts[f"the {name} weights"] = weights_facts(module)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,9 @@ def test_ranks_have_the_teachers_probabilities_of_the_whole_batch(folder: Path, 
             assert_same(stage, whole)
 
 
+OTHER_TEACHER = "loss.distill.teacher must be the one that the run started with, got 'other"
+
+
 def test_a_distilled_run_resumes_bit_for_bit_and_saves_the_student_alone(
     folder: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -147,6 +151,12 @@ def test_a_distilled_run_resumes_bit_for_bit_and_saves_the_student_alone(
         patch.setattr(Stop, "agreed", lambda self: next(asked))
         with pytest.raises(Stopped):
             train(halted)
+    state = halted.run_folder / "checkpoints/step-000002/state.json"
+    written = json.loads(state.read_text())
+    with monkeypatch.context() as patch:
+        patch.setattr("flap_fast.train.setup.checksum", lambda _: written["teacher"] + 1)
+        with pytest.raises(ConfigError, match=OTHER_TEACHER):
+            train(halted, resume=True)
     train(halted, resume=True)
     assert rows(halted) == logged
     folders = [model_folder(config.run_folder) for config in (whole, halted)]
