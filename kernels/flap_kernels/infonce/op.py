@@ -96,7 +96,7 @@ def _forward_flop(audio, text, *rest, **__) -> int:
 
 
 def _product_flop(audio, text, prefixes) -> int:
-    # One pass over the longest prefix has the logits of all; on a GPU each prefix is one of its own.
+    # One pass over the longest prefix has the logits of all. A GPU takes one for each prefix.
     width = prefixes[-1] if prefixes else audio[1]
     return 2 * audio[0] * text[0] * width
 
