@@ -80,6 +80,9 @@ def _adopt_tasks(env: Mapping[str, str]) -> None:
         rank, world, local_rank, local_world = (env.get(name) for name in names)
         if rank is None or not world or world == "1":
             continue
+        # A script of sbatch has the variables of a task 0, but is in no step of the job.
+        if program == "srun" and "SLURM_JOB_ID" in env and "SLURM_STEP_ID" not in env:
+            continue
         local_world = (re.match(r"\d+", local_world or "") or [""])[0]
         if local_world == world:  # all on one node
             os.environ.setdefault("MASTER_ADDR", "127.0.0.1")

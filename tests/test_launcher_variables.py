@@ -60,6 +60,14 @@ def test_mpirun_comes_before_the_job_of_slurm_that_it_runs_in(environment: pytes
     assert launched().rank == 3
 
 
+def test_a_jobs_script_is_no_task_though_it_has_the_variables_of_one(environment):
+    script = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}
+    given(environment, script | {"SLURM_TASKS_PER_NODE": "4"})
+    assert launched() == Launched()
+    given(environment, {"SLURM_STEP_ID": "0"})
+    assert launched().world == 4
+
+
 @pytest.mark.parametrize("one", [{}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}])
 def test_one_process_is_no_rank(one: dict[str, str], environment: pytest.MonkeyPatch):
     given(environment, {"WORLD_SIZE": "1"} | one)

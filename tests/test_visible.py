@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+import flap_fast
 from flap_fast.evaluate import sheet
 from flap_fast.evaluate.retrieval_tables import directions
 from flap_fast.evaluate.retrieval_tables import terminal as retrieval_terminal
@@ -99,3 +101,22 @@ def test_no_error_has_controls(arguments, monkeypatch, capsys, tmp_path: Path):
     assert harmless(said.out + said.err)
     assert "Traceback" not in said.err
     assert said.err
+
+
+# Numbers and settings for programs, and what prints for all others.
+PRINTS = {
+    *("__main__.py", "files.py", "config/reference.py", "tools/profile/search.py"),
+}
+
+
+def test_lines_are_printed_by_the_function_that_escapes_them():
+    package = Path(flap_fast.__file__).parent
+    found = {
+        file.relative_to(package).as_posix()
+        for file in package.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "print"
+    }
+    assert found == PRINTS

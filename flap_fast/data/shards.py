@@ -17,7 +17,6 @@ import functools
 import io
 import json
 import re
-import sys
 import tarfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from flap_fast.data.preprocess.unusable import Unusable
 from flap_fast.data.tar_header import pair_fault
 from flap_fast.data.tar_members import Members, scan, tars_of
 from flap_fast.data.tar_members import ShardError as ShardError
-from flap_fast.files import as_utf8, parsed_json, whole_characters
+from flap_fast.files import as_utf8, parsed_json, say, whole_characters
 
 IMAGES = ("jpg", "jpeg", "png")
 MELS = ("npy",)
@@ -232,7 +231,7 @@ def _check_sizes(file: Path, clips: dict[str, int | None]) -> None:
 @functools.cache  # once a process
 def _say_left_out(folder: Path, names: tuple[str, ...]) -> None:
     some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    print(f"{folder}: left out {len(names)} files that are no clips: {some}", file=sys.stderr)
+    say(f"{folder}: left out {len(names)} files that are no clips: {some}", error=True)
 
 
 def _index(

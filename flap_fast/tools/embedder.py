@@ -124,9 +124,8 @@ class Embedder:
         policy = crop_policy(self.config, crop)
         rate_hz = self.config.audio.sample_rate_hz if sample_rate_hz is None else sample_rate_hz
 
-        def decode(numbered: tuple[int, Sound]) -> Part:
-            number, sound = numbered
-            return decode_part(crops_of(sound, number, rate_hz, policy, self.config))
+        def decode(sound: Sound) -> Part:
+            return decode_part(crops_of(sound, rate_hz, policy, self.config))
 
         # With `whole`, the number of crops is known only after decoding.
         crops = PART if policy == "whole" else min(PART, crop_count(policy))
@@ -135,7 +134,7 @@ class Embedder:
     def _embed_each(
         self,
         sounds: Iterable[Sound],
-        decode: Callable[[tuple[int, Sound]], Part],
+        decode: Callable[[Sound], Part],
         batch: int,
         ahead_sounds: int,
     ) -> Embedded:
@@ -144,19 +143,18 @@ class Embedder:
         most_samples = seconds * self.config.audio.sample_rate_hz
         names: deque[str] = deque()
 
-        def numbered() -> Iterator[tuple[int, Sound]]:
+        def noted() -> Iterator[Sound]:
             for number, sound in enumerate(sounds):
                 names.append(sound_name(sound, number))
-                yield number, sound
+                yield sound
 
         with ThreadPoolExecutor(threads) as pool:
-            parts = ahead(pool, decode, numbered(), limit=ahead_sounds + threads)
+            parts = ahead(pool, decode, noted(), limit=ahead_sounds + threads)
             sounds_crops = (crops_from(part, pool) for part in parts)
             with closing(parts):
                 for row in pooled(sounds_crops, self._embed_waves, batch, most_samples):
                     name = names.popleft()
-                    named = isinstance(row, Tensor) or str(row).startswith(name)
-                    yield row if named else BadSound(f"{name}: {row}")
+                    yield row if isinstance(row, Tensor) else type(row)(f"{name}: {row}")
 
     def embed_image(self, images: Iterable[ImageSource], batch: int = 64) -> Tensor:
         """Embed images: (N, d) unit rows, float32, on the CPU.

@@ -73,15 +73,14 @@ def crop_count(policy: str) -> int:
     return int(policy[6:]) if policy.startswith("multi:") else 1
 
 
-def crops_of(sound: Sound, number: int, rate_hz: float, policy: str, config: Config) -> Crops:
+def crops_of(sound: Sound, rate_hz: float, policy: str, config: Config) -> Crops:
     """Yield the crops of a sound that the model embeds; of a file only these are kept.
 
     Args:
-        number: of the sound in its list, for error messages.
         rate_hz: rate of a waveform that has no rate of its own.
 
     Raises:
-        BadSound: the sound cannot be used; the message names it.
+        BadSound: the sound cannot be used; the message does not name it.
     """
     audio, longest = config.audio, config.fusion.longest(config.audio)
 
@@ -100,9 +99,10 @@ def crops_of(sound: Sound, number: int, rate_hz: float, policy: str, config: Con
             pieces = (wave[start : start + longest].copy() for start in starts(len(wave)))
         for piece in pieces:
             yield crop_and_fill(piece, 0.0, audio, config.fusion)
+    except BadSound:
+        raise
     except Unusable as error:
-        kind = type(error) if isinstance(error, BadSound) else BadSound
-        raise kind(f"{sound_name(sound, number)}: {error}") from None
+        raise BadSound(str(error)) from None
 
 
 def sound_name(sound: Any, number: int, what: str = "sound") -> str:

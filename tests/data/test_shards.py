@@ -19,6 +19,7 @@ from flap_fast.data.preprocess.waveform import Unusable, read_sound
 from flap_fast.data.shards import ShardError, open_shards, pack
 from flap_fast.files import write_atomically
 from tests.sounds import encode, noise, tone
+from tests.tars import tar_of
 
 SAMPLES = [
     (f"{n:09d}", encode(noise(n, 0.1 + 0.05 * n, 16_000), 16_000), {"text": [f"noise {n}"], "n": n})
@@ -31,17 +32,6 @@ def shard(tmp_path: Path) -> Path:
     """A tar of five clips, without an index."""
     (tmp_path / "0.tar").write_bytes(pack(SAMPLES)[0])
     return tmp_path / "0.tar"
-
-
-def tar_of(files: dict[str, bytes]) -> bytes:
-    """A tar with these members, as GNU tar or webdataset would write it."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return buffer.getvalue()
 
 
 @pytest.mark.parametrize("indexed", [True, False])

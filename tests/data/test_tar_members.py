@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gzip
-import io
 import os
 import re
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -14,19 +12,10 @@ import pytest
 from flap_fast.data.shards import ShardError, open_shards
 from flap_fast.preparation.sources.tars import read
 from tests.sounds import encode, noise
+from tests.tars import tar_of
 
 FLAC = encode(noise(0, 0.1, 16_000), 16_000)
 PAIR = {"0.flac": FLAC, "0.json": b'{"text": "a dog"}'}
-
-
-def tar_of(files: dict[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return buffer.getvalue()
 
 
 def texts(folder: Path) -> list[list[str]]:

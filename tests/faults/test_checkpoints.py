@@ -182,26 +182,25 @@ def errors_name(*named: str) -> Iterator[list[ConfigError]]:
         found.append(error)
 
 
+def try_checkpoints(kind: str, cases, tmp_path: Path, saved: Saved, *, sums: bool) -> None:
+    def check(draw: Random, place: Path) -> str:
+        found = damage_and_read(saved, draw, place, sums=sums)
+        shutil.rmtree(place)
+        return found
+
+    # The first error of a tokenizer imports all of transformers' others.
+    run_cases(kind, cases, check, tmp_path, mib=512)
+
+
 @sampled(40, 300)
 def test_a_damaged_checkpoint_is_bit_equal_or_its_file_is_named(
     cases, tmp_path: Path, saved: Saved
 ):
-    def check(draw: Random, place: Path) -> str:
-        found = damage_and_read(saved, draw, place, sums=True)
-        shutil.rmtree(place)
-        return found
-
-    run_cases("checkpoints", cases, check, tmp_path, mib=512)  # with the imports of errors
+    try_checkpoints("checkpoints", cases, tmp_path, saved, sums=True)
 
 
 @sampled(20, 100)
 def test_a_damaged_checkpoint_without_sums_is_finite_or_refused(
     cases, tmp_path: Path, saved: Saved
 ):
-    def check(draw: Random, place: Path) -> str:
-        found = damage_and_read(saved, draw, place, sums=False)
-        shutil.rmtree(place)
-        return found
-
-    # The first error of a tokenizer imports all of transformers' others.
-    run_cases("older checkpoints", cases, check, tmp_path, mib=512)
+    try_checkpoints("older checkpoints", cases, tmp_path, saved, sums=False)

@@ -145,7 +145,7 @@ def test_a_million_sounds_are_decoded_as_they_are_needed(
 @pytest.mark.parametrize("crop", ["center", "multi:3", "whole"])
 def test_a_crop_does_not_keep_its_recording_in_memory(embedder: Embedder, crop: str):
     recording = (np.ones(16_000 * 60, np.float32), RATE)
-    crops = list(crops_of(recording, 0, RATE, crop, embedder.config))
+    crops = list(crops_of(recording, RATE, crop, embedder.config))
     assert crops
     for wave in crops:
         owner = wave if wave.base is None else wave.base
@@ -222,7 +222,7 @@ def test_long_sounds_are_cropped_as_asked(embedder: Embedder):
 def test_a_rounding_more_is_no_second_window(samples: int, windows: int, monkeypatch):
     """As in evaluation, which knows lengths from headers: at the front end's rate or another."""
     config = tiny()
-    crops = crops_of(noise(0, samples / RATE, RATE), 0, RATE, "whole", config)
+    crops = crops_of(noise(0, samples / RATE, RATE), RATE, "whole", config)
     assert len(list(crops)) == windows
     monkeypatch.setattr(evaluation, "clip_seconds", lambda *_: np.array([samples / RATE]))
     clip: Any = [None]

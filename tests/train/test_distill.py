@@ -19,13 +19,13 @@ from flap_fast.tools.profile.measure import profile
 from flap_fast.tools.profile.plan import Machine, plan
 from flap_fast.train import loop
 from flap_fast.train.engine import DeepSpeedEngine, PlainEngine
-from flap_fast.train.loop import Stopped, train
+from flap_fast.train.loop import train
 from flap_fast.train.step import Gradients
-from flap_fast.train.stop import Stop
 from flap_fast.train.teacher import Teacher, check_teacher
 from flap_kernels.soft_infonce import soft_infonce_reference
 from tests.ranks import on_ranks
 from tests.tiny import HTSAT, tiny
+from tests.train.stopping import train_stopped_after
 from tests.train.test_negatives import ONLY
 from tests.train.test_pairs import rows, small
 from tests.train.test_step import assert_same, batches, gradient_of, settings
@@ -146,11 +146,7 @@ def test_a_distilled_run_resumes_bit_for_bit_and_saves_the_student_alone(
     assert all(row["distill"] > 0 for row in logged)
 
     halted = small(prepared, tmp_path, "halted", *own)
-    asked = iter([False, True])
-    with monkeypatch.context() as patch:
-        patch.setattr(Stop, "agreed", lambda self: next(asked))
-        with pytest.raises(Stopped):
-            train(halted)
+    train_stopped_after(2, halted)
     state = halted.run_folder / "checkpoints/step-000002/state.json"
     written = json.loads(state.read_text())
     with monkeypatch.context() as patch:

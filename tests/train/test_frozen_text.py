@@ -25,12 +25,12 @@ from flap_fast.tools.embedder import load
 from flap_fast.train import loop
 from flap_fast.train.engine import DeepSpeedEngine, PlainEngine
 from flap_fast.train.frozen_text import FrozenText
-from flap_fast.train.loop import Stopped, train, train_from
+from flap_fast.train.loop import train, train_from
 from flap_fast.train.run_folder import begin
 from flap_fast.train.step import Gradients
-from flap_fast.train.stop import Stop
 from tests.ranks import on_ranks
 from tests.tiny import tiny, tiny_clip
+from tests.train.stopping import train_stopped_after
 from tests.train.test_step import assert_same, batches, gradient_of
 
 STEPS, CLIPS = 5, 16
@@ -295,11 +295,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit_and_leaves_no_vector
         return real(model, ids, attention_mask)
 
     monkeypatch.setattr(TwoTowers, "pool_text", noted)
-    asked = iter([False, True])
-    with monkeypatch.context() as patch:
-        patch.setattr(Stop, "agreed", lambda self: next(asked))
-        with pytest.raises(Stopped):
-            train(config("halted"))
+    train_stopped_after(2, config("halted"))
     assert (tmp_path / "halted/text_vectors").is_dir()
     train(config("halted"), resume=True)
     assert len({*map(tuple, embedded)}) == len(embedded) > 8

@@ -13,11 +13,11 @@ from flap_fast.config import Config
 from flap_fast.model.model_folder import model_folder
 from flap_fast.ranks import Ranks
 from flap_fast.train.engine import DeepSpeedEngine
-from flap_fast.train.loop import Stopped, train
-from flap_fast.train.stop import Stop
+from flap_fast.train.loop import train
 from tests.data.test_negatives import write_negatives
 from tests.losses.test_negatives import NAMES
 from tests.ranks import on_ranks
+from tests.train.stopping import train_stopped_after
 from tests.train.test_pairs import rows, small
 from tests.train.test_step import assert_same, by_tokens, pair_ids_of, run, settings
 
@@ -110,11 +110,7 @@ def test_a_run_with_negatives_resumes_bit_for_bit(tmp_path: Path, monkeypatch: p
     assert len(logged) == 4
 
     halted = small(data, tmp_path, "halted", *own)
-    asked = iter([False, True])
-    with monkeypatch.context() as patch:
-        patch.setattr(Stop, "agreed", lambda self: next(asked))
-        with pytest.raises(Stopped):
-            train(halted)
+    train_stopped_after(2, halted)
     train(halted, resume=True)
     assert rows(halted) == logged
     folders = [model_folder(config.run_folder) for config in (whole, halted)]

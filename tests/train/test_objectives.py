@@ -11,9 +11,9 @@ import pytest
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
 from flap_fast.train import setup
-from flap_fast.train.loop import Stopped, train
-from flap_fast.train.stop import Stop
+from flap_fast.train.loop import train
 from tests.tiny import tiny
+from tests.train.stopping import train_stopped_after
 from tests.triples import write_triples
 
 TERMS = {
@@ -72,11 +72,7 @@ def test_a_run_with_every_term_logs_them_and_resumes_bit_for_bit(
         assert row["loss"] == pytest.approx(total, rel=1e-5)
 
     halted = settings(prepared, triples, tmp_path, "halted", *micro)
-    asked = iter([False, False, True])
-    with monkeypatch.context() as patch:
-        patch.setattr(Stop, "agreed", lambda self: next(asked))
-        with pytest.raises(Stopped):
-            train(halted)
+    train_stopped_after(3, halted)
     train(halted, resume=True)
     assert rows(halted) == logged
 

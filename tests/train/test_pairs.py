@@ -17,12 +17,12 @@ from flap_fast.model.model_folder import load_model, load_weights, model_folder,
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks
 from flap_fast.train.engine import DeepSpeedEngine
-from flap_fast.train.loop import Stopped, train
+from flap_fast.train.loop import train
 from flap_fast.train.optimizers import parameter_groups
-from flap_fast.train.stop import Stop
 from tests.losses.test_pairs import whole_total
 from tests.ranks import on_ranks
 from tests.tiny import HTSAT, tiny
+from tests.train.stopping import train_stopped_after
 from tests.train.test_step import PAIR_IDS, assert_same, run, settings
 
 EACH = [("mask", "positive"), ("positive", "mask")]
@@ -113,11 +113,7 @@ def test_the_sigmoid_loss_trains_alone_and_resumes_bit_for_bit(
     assert list(logged[0]).index("bias") == list(logged[0]).index("scale") + 1
 
     halted = small(prepared, tmp_path, "halted", *own)
-    asked = iter([False, True])
-    with monkeypatch.context() as patch:
-        patch.setattr(Stop, "agreed", lambda self: next(asked))
-        with pytest.raises(Stopped):
-            train(halted)
+    train_stopped_after(2, halted)
     train(halted, resume=True)
     assert rows(halted) == logged
     model, _ = load_model(tmp_path / "whole")

@@ -24,11 +24,11 @@ from flap_fast.losses import total_loss
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks
 from flap_fast.train.engine import DeepSpeedEngine, PlainEngine
-from flap_fast.train.loop import Stopped, train
+from flap_fast.train.loop import train
 from flap_fast.train.step import Gradients, dropout_seed, model_inputs, patch_mask_of
-from flap_fast.train.stop import Stop
 from tests.ranks import on_ranks
 from tests.tiny import tiny
+from tests.train.stopping import train_stopped_after
 
 STEPS = 10
 CLIPS = 64
@@ -336,11 +336,7 @@ def test_a_run_in_micro_batches_resumes_bit_for_bit_and_logs_what_one_pass_logs(
 
     micro = ("train.micro_batch=2", "text.dropout=0.1")
     train(config("whole", *micro))
-    asked = iter([False, False, True])
-    with monkeypatch.context() as patch:
-        patch.setattr(Stop, "agreed", lambda self: next(asked))
-        with pytest.raises(Stopped):
-            train(config("halted", *micro))
+    train_stopped_after(3, config("halted", *micro))
     train(config("halted", *micro), resume=True)
     assert rows("halted") == rows("whole")
 

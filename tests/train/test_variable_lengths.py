@@ -24,12 +24,12 @@ from flap_fast.model.masking import check_micro_tokens, tokens_of_seconds
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks
 from flap_fast.train.engine import DeepSpeedEngine, PlainEngine
-from flap_fast.train.loop import Stopped, train
+from flap_fast.train.loop import train
 from flap_fast.train.setup import clip_tokens
 from flap_fast.train.step import Gradients, patch_mask_of
-from flap_fast.train.stop import Stop
 from tests.ranks import on_ranks
 from tests.tiny import tiny
+from tests.train.stopping import train_stopped_after
 
 STEPS = 4
 RECON = ("loss.recon.weight=0.5", "decoder.width=16", "decoder.depth=1", "decoder.heads=2")
@@ -233,11 +233,7 @@ def test_a_run_in_micro_batches_by_tokens_resumes_bit_for_bit_and_logs_its_work(
         return [{k: v for k, v in json.loads(n).items() if k not in times} for n in lines]
 
     train(config("whole"))
-    asked = iter([False, False, True])
-    with monkeypatch.context() as patch:
-        patch.setattr(Stop, "agreed", lambda self: next(asked))
-        with pytest.raises(Stopped):
-            train(config("halted"))
+    train_stopped_after(3, config("halted"))
     train(config("halted"), resume=True)
     assert rows("halted") == rows("whole")
     for row in rows("whole"):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from flap_fast.data.preprocess.unusable import BadSound
+from flap_fast.files import say
 
 # Endings of files that libsndfile reads, the most usual ones first.
 LIBSNDFILE = (
@@ -59,7 +59,7 @@ def sounds_among(files: Iterable[Path], *, known: Iterable[str] = ()) -> list[Pa
     others = Counter(f.suffix.lower() or f.name for f in files if f.suffix.lower() not in expected)
     if others:
         kinds = ", ".join(f"{count} {ending}" for ending, count in others.most_common(8))
-        print(f"{others.total()} files are no sounds by their endings: {kinds}", file=sys.stderr)
+        say(f"{others.total()} files are no sounds by their endings: {kinds}", error=True)
     return found
 
 
@@ -87,19 +87,9 @@ def as_wav(source: Path | bytes, name: str) -> Iterator[Path]:
             given = Path(folder) / "given"
             given.write_bytes(source)  # type: ignore[arg-type] - bytes, as asked above
         call = [command, "-v", "error", "-nostdin", "-protocol_whitelist", "file"]
-        call += [
-            "-t",
-            str(_SECONDS),
-            "-i",
-            f"file:{given}",
-            "-map",
-            "0:a:0",
-            "-c:a",
-            "pcm_s16le",
-            "-rf64",
-            "auto",
-        ]
-        done = subprocess.run([*call, f"file:{wav}"], capture_output=True, check=False)
+        call += ["-t", str(_SECONDS), "-i", f"file:{given}", "-map", "0:a:0"]
+        call += ["-c:a", "pcm_s16le", "-rf64", "auto", f"file:{wav}"]
+        done = subprocess.run(call, capture_output=True, check=False)
         if done.returncode:
             said = done.stderr.decode(errors="replace").strip().splitlines() or ["no reason"]
             raise BadSound(f"unreadable: {name}, of which ffmpeg says: {said[-1]}")

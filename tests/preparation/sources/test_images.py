@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import tarfile
 from pathlib import Path
@@ -17,6 +16,7 @@ from flap_fast.preparation.shard_tasks import Prepared
 from flap_fast.preparation.sources import SOURCES
 from tests.preparation.sources.layouts import JPEG, PNG, WEBP, sound, table, write
 from tests.sounds import write_manifest
+from tests.tars import tar_of
 
 IMAGES = ("images",)
 
@@ -134,14 +134,10 @@ def test_cc3m_takes_what_was_fetched_and_lists_the_rest(tmp_path):
 
 
 def test_shards_of_images_that_img2dataset_wrote_are_read(tmp_path):
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        record = json.dumps({"caption": "a house", "url": "x", "key": "000000001"}).encode()
-        for ending, data in (("jpg", JPEG), ("json", record), ("txt", b"a house")):
-            info = tarfile.TarInfo(f"000000001.{ending}")
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    folder = write(tmp_path / "cc3m", {"00000.tar": buffer.getvalue()})
+    record = json.dumps({"caption": "a house", "url": "x", "key": "000000001"}).encode()
+    files = {"jpg": JPEG, "json": record, "txt": b"a house"}
+    tar = tar_of({f"000000001.{ending}": data for ending, data in files.items()})
+    folder = write(tmp_path / "cc3m", {"00000.tar": tar})
     prepare(SOURCES["shards"].read(folder), tmp_path / "out", show=False)
     shards = open_shards([tmp_path / "out/cc3m"], IMAGES)
     assert shards.kind == "images"
