@@ -130,13 +130,13 @@ def _read(config: Config, ranks: Ranks, start: Path | None) -> tuple[_Read, Fact
     """What each rank reads and builds for itself, and the facts that must be the same."""
     (shards, tokens), facts = data_read(config)
     taught_by = teacher(config, ranks)
-    checkpoints = Checkpoints(config, ranks, shards, taught_by and checksum(taught_by.model))
+    of_teacher = taught_by and checksum(taught_by.model)
+    checkpoints = Checkpoints(config, ranks, shards, of_teacher)
     state = checkpoints.state(start) if start else None
     with checkpoints.verified(start) if start else nullcontext():
         model = _model(config, start)
-    for name, module in {"first": model, "teacher's": taught_by and taught_by.model}.items():
-        if module and ranks.world > 1:
-            facts[f"the {name} weights"] = weights_facts(module)
+    if ranks.world > 1:
+        facts |= {"the first weights": weights_facts(model), "the teacher's weights": of_teacher}
     return _Read(tokens, shards, model, taught_by, checkpoints, state), facts
 
 

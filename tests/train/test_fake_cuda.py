@@ -18,7 +18,6 @@ from flap_fast.data.shards import open_shards, shard_kinds
 from flap_fast.data.tokenize import tokenizer
 from flap_fast.losses import total_loss
 from flap_fast.model.two_towers import TwoTowers
-from flap_fast.preparation.prepare import prepare
 from flap_fast.ranks import Ranks
 from flap_fast.tools.profile.fake import fake_ranks
 from flap_fast.train.engine import PlainEngine
@@ -27,10 +26,9 @@ from flap_fast.train.observers import Metrics
 from flap_fast.train.setup import clip_tokens
 from flap_fast.train.step import Gradients, model_inputs, patch_mask_of
 from flap_kernels import gather_tokens
-from tests.pictures import write_pictures
 from tests.tiny import HTSAT, tiny, tiny_clip
 from tests.train.fake_cuda import DEVICE, Copy, DeviceError, FakeCuda, fake_cuda
-from tests.triples import write_triples
+from tests.train.kinds import sets_of_each_kind
 
 STEPS = 2
 RANKS = Ranks(device=DEVICE)
@@ -97,11 +95,7 @@ FROZEN = ("flap_fast/train/frozen_text.py", "_add")
 
 @pytest.fixture(scope="module")
 def data(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of sounds and of images, and a file of sentences."""
-    folder = tmp_path_factory.mktemp("data")
-    prepare(write_pictures(folder / "files", 16), folder / "images", show=False)
-    triples = write_triples(folder, 20)
-    return {"sounds": prepared / "train", "images": folder / "images" / "train", "nli": triples}
+    return sets_of_each_kind(prepared, tmp_path_factory.mktemp("data"))
 
 
 def settings(data: dict[str, Path], name: str, *overrides: str) -> Config:

@@ -17,14 +17,12 @@ from flap_fast.data.loader import TrainingLoader
 from flap_fast.data.shards import open_shards, shard_kinds
 from flap_fast.data.tokenize import tokenizer
 from flap_fast.model.two_towers import TwoTowers
-from flap_fast.preparation.prepare import prepare
 from flap_fast.ranks import Ranks
 from flap_fast.train.engine import PlainEngine
 from flap_fast.train.setup import clip_tokens
 from flap_fast.train.step import Gradients
-from tests.pictures import write_pictures
+from tests.train.kinds import sets_of_each_kind
 from tests.train.test_fake_cuda import settings
-from tests.triples import write_triples
 
 # A case for each encoder of clips and of captions, each loss and each kind of micro-batch. Frozen
 # captions are left out: new ones go into a file, so that step waits.
@@ -38,11 +36,7 @@ WARM_UP, STEPS = 2, 3
 
 @pytest.fixture(scope="module")
 def data(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of sounds and of images, and a file of sentences."""
-    folder = tmp_path_factory.mktemp("data")
-    prepare(write_pictures(folder / "files", 16), folder / "images", show=False)
-    triples = write_triples(folder, 20)
-    return {"sounds": prepared / "train", "images": folder / "images" / "train", "nli": triples}
+    return sets_of_each_kind(prepared, tmp_path_factory.mktemp("data"))
 
 
 @contextmanager
