@@ -7,7 +7,7 @@ import os
 import shutil
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -53,6 +53,14 @@ def saved(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Saved:
     train(config)
     weights = load_file(config.run_folder / "checkpoints/step-000004/model.safetensors")
     load_model(config.run_folder)  # what it imports is no case's memory
+    # Nor is what transformers imports with its first error of a tokenizer.
+    spoilt = shutil.copytree(config.run_folder, tmp_path_factory.mktemp("spoilt") / "run")
+    for file in spoilt.glob("checkpoints/*/text/*.json"):
+        file.write_text("{}")
+    for file in spoilt.glob("checkpoints/*/SHA256SUMS"):
+        file.unlink()
+    with suppress(ConfigError):
+        load_model(spoilt)
     return Saved(config, config.run_folder, open_shards(config.data.train), weights)
 
 
@@ -182,14 +190,15 @@ def errors_name(*named: str) -> Iterator[list[ConfigError]]:
         found.append(error)
 
 
-def try_checkpoints(kind: str, cases, tmp_path: Path, saved: Saved, *, sums: bool) -> None:
+def try_checkpoints(
+    kind: str, cases, tmp_path: Path, saved: Saved, *, sums: bool, mib: float = 256
+) -> None:
     def check(draw: Random, place: Path) -> str:
         found = damage_and_read(saved, draw, place, sums=sums)
         shutil.rmtree(place)
         return found
 
-    # The first error of a tokenizer imports all of transformers' others.
-    run_cases(kind, cases, check, tmp_path, mib=512)
+    run_cases(kind, cases, check, tmp_path, mib=mib)
 
 
 @sampled(40, 300)
@@ -203,4 +212,5 @@ def test_a_damaged_checkpoint_is_bit_equal_or_its_file_is_named(
 def test_a_damaged_checkpoint_without_sums_is_finite_or_refused(
     cases, tmp_path: Path, saved: Saved
 ):
-    try_checkpoints("older checkpoints", cases, tmp_path, saved, sums=False)
+    # A first error in a tokenizer's own files imports all of transformers' others.
+    try_checkpoints("older checkpoints", cases, tmp_path, saved, sums=False, mib=512)
