@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from flap_fast.checks import ConfigError
@@ -19,6 +20,7 @@ from flap_fast.files import write_atomically
 SUMS = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 _THREADS = 4
+_SMALL = 16 << 20  # bytes, which take 10 ms
 
 
 def sha256(file: Path) -> str:
@@ -68,7 +70,9 @@ def read_sums(folder: Path) -> dict[str, str]:
 def verified(
     folder: Path, *, skip: Iterable[str] = (), on: bool = True, remedy: str | None = None
 ) -> Iterator[None]:
-    """A context that checks a folder's files on threads, while its body reads them.
+    """A context that checks a folder's files: small ones first, large ones while its body runs.
+
+    So a config that changed makes no model that fills the memory.
 
     Args:
         skip: names of files that are not checked, and may be missing.
@@ -76,35 +80,38 @@ def verified(
         remedy: what to do with a file that changed.
 
     Raises:
-        ConfigError: a file is missing or changed since SHA256SUMS was written; the first on
-            entry, the second on exit.
+        ConfigError: a file is missing or changed since SHA256SUMS was written; on exit for a
+            large one that changed.
     """
     sums = read_sums(folder) if on else {}
     names = [name for name in sums if name not in set(skip)]
     missing = next((name for name in names if not (folder / name).is_file()), None)
     if missing is not None:
         raise _changed(folder, missing, "no such file", remedy)
+
+    def compare(names: list[str], digests: Iterable[Callable[[], str]]) -> None:
+        for name, digest in zip(names, digests, strict=True):
+            try:
+                same = digest() == sums[name]
+            except OSError as error:
+                raise ConfigError(f"{folder / name} cannot be read: {error}") from None
+            if not same:
+                raise _changed(folder, name, "another SHA-256", remedy)
+
+    large = [name for name in names if (folder / name).stat().st_size > _SMALL]
+    small = [name for name in names if name not in large]
+    compare(small, (partial(sha256, folder / name) for name in small))
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = [pool.submit(sha256, folder / name) for name in names]
-
-        def compare() -> None:
-            for name, digest in zip(names, found, strict=True):
-                try:
-                    same = digest.result() == sums[name]
-                except OSError as error:
-                    raise ConfigError(f"{folder / name} cannot be read: {error}") from None
-                if not same:
-                    raise _changed(folder, name, "another SHA-256", remedy)
-
+        found = [pool.submit(sha256, folder / name).result for name in large]
         try:
             yield
         except Exception:
-            compare()  # that a file changed says more than what came of it
+            compare(large, found)  # that a file changed says more than what came of it
             raise
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-        compare()
+        compare(large, found)
 
 
 def check_sums(folder: Path, error: type[Exception]) -> None:

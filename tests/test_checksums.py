@@ -97,3 +97,15 @@ def test_a_changed_file_is_named_before_what_came_of_reading_it(folder):
     write_sums(folder)
     with pytest.raises(ValueError, match="no weights"), verified(folder):
         raise ValueError("no weights for text.inner")
+
+
+def test_a_small_file_that_changed_is_named_before_anything_is_done(folder, monkeypatch):
+    (folder / "a").write_text("other")
+    with pytest.raises(ConfigError, match="another SHA-256"), verified(folder):
+        pytest.fail("the body ran")
+    # A large one is read beside the body.
+    monkeypatch.setattr("flap_fast.checksums._SMALL", 0)
+    ran = []
+    with pytest.raises(ConfigError, match="another SHA-256"), verified(folder):
+        ran.append(1)
+    assert ran

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from flap_fast.checks import ConfigError
 from flap_fast.config.file import load_config, parse_config
 from flap_fast.model.model_folder import load_model
 
@@ -49,3 +52,15 @@ def test_a_checkpoint_gives_the_embeddings_that_it_gave(name: str):
         }
     for side, rows in found.items():
         torch.testing.assert_close(rows, torch.tensor(wanted[side]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_a_config_of_another_size_is_refused_before_the_memory_is_taken(name: str, tmp_path: Path):
+    folder = shutil.copytree(OLDER / name, tmp_path / name)
+    file = folder / "config.yaml"
+    section = "image" if name == "clip" else "audio"
+    before, found, after = file.read_text().partition(f"\n{section}:\n")
+    after = re.sub(r"\n  width: \d+", "\n  width: 8388608", after, count=1)
+    file.write_text(before + found + after)
+    with pytest.raises(ConfigError, match=r"must hold the weights of this config's model"):
+        load_model(folder)

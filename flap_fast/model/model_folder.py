@@ -150,6 +150,18 @@ def put_weights(model: TwoTowers, folder: Path, *, any_length: bool = False) -> 
     _put(model, file, load_weights(folder), own, any_length=any_length)
 
 
+def _check_size(config: Config, folder: Path) -> None:
+    """Refuse a config of another size before the memory that it asks for is taken."""
+    with torch.device("meta"):
+        own = TwoTowers(config, weights=False).state_dict()
+    saved = load_weights(folder)
+    if _any_length(config):  # as many rows as a clip may have
+        saved, own = (
+            {n: w for n, w in s.items() if not n.endswith(_POSITIONS)} for s in (saved, own)
+        )
+    _same_shapes(folder / "model.safetensors", saved, own)
+
+
 def put_first_weights(model: TwoTowers, config: Config) -> None:
     """Put the weights that train.init_from or train.init_audio_from name into a new model.
 
@@ -241,6 +253,14 @@ def _put(
                 "which takes as many rows as a clip has, got another table; set audio.pos_grid and "
                 "audio.frames as in the config.yaml beside it; if they are, audio.length=fixed"
             )
+    _same_shapes(file, saved, own)
+    for name, weight in sorted(saved.items()):
+        if why := fault(weight, own[name].dtype):
+            raise ConfigError(f"{file} must hold weights of this model, got {name} {why}; {_COPY}")
+    model.load_state_dict(saved, strict=False)
+
+
+def _same_shapes(file: Path, saved: dict[str, Tensor], own: dict[str, Tensor]) -> None:
     for name in sorted(saved.keys() | own.keys()):
         there, here = (tuple(w[name].shape) if name in w else "nothing" for w in (saved, own))
         if there != here:
@@ -248,9 +268,6 @@ def _put(
                 f"{file} must hold the weights of this config's model, got "
                 f"{there} for {name}, which is {here} here; use the config.yaml beside it"
             )
-        if why := fault(saved[name], own[name].dtype):
-            raise ConfigError(f"{file} must hold weights of this model, got {name} {why}; {_COPY}")
-    model.load_state_dict(saved, strict=False)
 
 
 def _same_rows(table: Tensor, other: Tensor) -> bool:
@@ -281,6 +298,8 @@ def load_model(
         config = read_config(folder)
         if length is not None and length != config.audio.length:
             config = _with_length(config, length)
+        if not (folder / SUMS).is_file():  # so nothing else says yet that the config is its own
+            _check_size(config, folder)
         model = TwoTowers(config, weights=False)
         put_weights(model, folder, any_length=_any_length(config))
     return model.to(device).eval(), config
