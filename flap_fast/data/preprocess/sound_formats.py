@@ -5,6 +5,7 @@ ffmpeg gets only files that begin as one of its formats here does, and may open 
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections import Counter
@@ -43,6 +44,8 @@ _BEGINS = (
     (0, b"MAC ", "Monkey's Audio"),
     (0, b"wvpk", "WavPack"),
 )
+# What in ffmpeg prints a line, and its address in memory, which differs from run to run.
+_SPEAKER = re.compile(r"^(\[[^\]]* @ 0x[0-9a-f]+\] *)+", re.MULTILINE)
 # A second more than a sound may last: a longer one is refused, not cut.
 _SECONDS = 24 * 3600 + 1
 
@@ -73,7 +76,8 @@ def as_wav(source: Path | bytes, name: str) -> Iterator[Path]:
     """A WAV of the first sound in a file, decoded by ffmpeg: 16 bits, at its rate and channels.
 
     Raises:
-        BadSound: ffmpeg is not installed, or cannot read it.
+        BadSound: ffmpeg is not installed, or cannot read all of it: of a truncated or damaged file
+            it gives what there is, and only says so.
     """
     command = shutil.which("ffmpeg")
     if command is None:
@@ -90,7 +94,10 @@ def as_wav(source: Path | bytes, name: str) -> Iterator[Path]:
         call += ["-t", str(_SECONDS), "-i", f"file:{given}", "-map", "0:a:0"]
         call += ["-c:a", "pcm_s16le", "-rf64", "auto", f"file:{wav}"]
         done = subprocess.run(call, capture_output=True, check=False)
-        if done.returncode:
-            said = done.stderr.decode(errors="replace").strip().splitlines() or ["no reason"]
-            raise BadSound(f"unreadable: {name}, of which ffmpeg says: {said[-1]}")
+        said = _SPEAKER.sub("", done.stderr.decode(errors="replace")).strip().splitlines()
+        if done.returncode or said:
+            raise BadSound(
+                f"unreadable: {name}, of which ffmpeg says: {said[0] if said else 'no reason'}; "
+                "fetch it again, or convert the sound to FLAC, if the rest will do"
+            )
         yield wav

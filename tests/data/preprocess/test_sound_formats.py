@@ -42,6 +42,8 @@ def ffmpeg(tmp_path: Path, monkeypatch) -> Path:
         f"#!{sys.executable}\nimport shutil, sys\n"
         "given = sys.argv[sys.argv.index('-i') + 1].removeprefix('file:')\n"
         "if b'broken' in open(given, 'rb').read(): sys.exit('moov atom not found')\n"
+        "says = b'damaged' in open(given, 'rb').read()\n"
+        "says and print('[aac @ 0x5a] [dec:aac @ 0x5b] partial file\\nmore', file=sys.stderr)\n"
         f"shutil.copy({str(wav)!r}, sys.argv[-1].removeprefix('file:'))\n"
     )
     command.chmod(0o755)
@@ -66,6 +68,12 @@ def test_with_ffmpeg_they_are_read(tmp_path, ffmpeg):
         assert len(read_sound(source, RATE, start_s=0.5)) == RATE // 2
     with pytest.raises(BadSound, match="of which ffmpeg says: moov atom not found"):
         read_sound(M4A + b"broken", RATE)
+
+
+def test_what_ffmpeg_reads_in_part_is_named(ffmpeg):
+    """It decodes what there is of a truncated file, and ends with the status of success."""
+    with pytest.raises(BadSound, match="of which ffmpeg says: partial file; fetch it again"):
+        read_sound(M4A + b"damaged", RATE)
 
 
 def test_ffmpeg_is_not_run_on_what_is_none_of_its_formats(ffmpeg):
