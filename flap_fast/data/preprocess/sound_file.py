@@ -17,7 +17,7 @@ from typing import BinaryIO
 import numpy as np
 import soundfile
 
-from flap_fast.data.preprocess.mpeg_frames import count_frames, counted_frames, is_mpeg
+from flap_fast.data.preprocess.mpeg_frames import count_frames, counted_frames, first_frame, is_mpeg
 from flap_fast.data.preprocess.sound_formats import as_wav, ffmpeg_format
 from flap_fast.data.preprocess.sound_header import Patches, mended
 from flap_fast.data.preprocess.unusable import BadSound as BadSound
@@ -200,7 +200,8 @@ def open_sound(source: Source) -> Iterator[SoundFile]:
 @contextmanager
 def _open(source: Source) -> Iterator[SoundFile]:
     with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as opened:
-        if name := ffmpeg_format(opened.read(16)):
+        opened.seek(first_frame(opened))
+        if name := ffmpeg_format(opened.read(64)):
             with as_wav(source, name) as wav, SoundFile(os.fspath(wav)) as file:
                 yield file
             return

@@ -43,6 +43,7 @@ _BEGINS = (
     (0, b"\x0b\x77", "AC-3"),
     (0, b"MAC ", "Monkey's Audio"),
     (0, b"wvpk", "WavPack"),
+    (28, b"\x7fFLAC", "FLAC in Ogg"),
 )
 # What in ffmpeg prints a line, and its address in memory, which differs from run to run.
 _SPEAKER = re.compile(r"^(\[[^\]]* @ 0x[0-9a-f]+\] *)+", re.MULTILINE)
@@ -67,7 +68,11 @@ def sounds_among(files: Iterable[Path], *, known: Iterable[str] = ()) -> list[Pa
 
 
 def ffmpeg_format(head: bytes) -> str | None:
-    """The name of a format that libsndfile does not read and ffmpeg does, by its first bytes."""
+    """The name of a format that libsndfile does not read and ffmpeg does.
+
+    Args:
+        head: the first 64 bytes after tags.
+    """
     return next((name for at, magic, name in _BEGINS if head[at:].startswith(magic)), None)
 
 

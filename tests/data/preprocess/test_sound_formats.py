@@ -28,6 +28,8 @@ HEADS = {
     "wma": b"\x30\x26\xb2\x75\x8e\x66\xcf\x11" + bytes(100),
     "aac": b"\xff\xf1\x50\x80" + bytes(100),
     "amr": b"#!AMR\n" + bytes(100),
+    "oga": b"OggS\0\2" + bytes(20) + b"\1\x33\x7fFLAC\1\0" + bytes(100),
+    "tagged.aac": b"ID3\4\0\0\0\0\1\0" + bytes(128) + b"\xff\xf1\x50\x80" + bytes(100),
 }
 
 
