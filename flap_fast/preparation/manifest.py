@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,8 @@ IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 _FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # Files that stand where splits' folders do, or in them.
 _FILES = (".jsonl", ".json", ".tar", ".idx", ".part")
+# The most lists and objects around a value; deeper ones end in Python's RecursionError.
+_DEPTH = 100
 # How tables write a missing value.
 _MISSING = ("nan", "none", "null", "na")
 
@@ -170,8 +173,9 @@ def _entry(file: Path, line: int, row: dict[str, Any], folder: Path) -> Entry:
     original = {k: v for k, v in row.items() if k not in _KNOWN and _given(row, k)}
     for name, value in (("id", row.get("id")), *original.items()):
         if not isinstance(value, str) and not _is_json(value):
-            rule = f"{name} must be a value of JSON, which has no NaN and no Infinity"
-            raise ManifestError(f"{file}:{line}: {rule}, got {value!r}; write null")
+            rule = f"must be a value of JSON, without NaN or Infinity, nested {_DEPTH} deep at most"
+            got = f"got {reprlib.repr(value)}; write null"
+            raise ManifestError(f"{file}:{line}: {name} {rule}, {got}")
     return Entry(
         line=line,
         audio=path,
@@ -201,13 +205,14 @@ def _columns(file: Path, row: dict[str, Any]) -> str:
     )
 
 
-def _is_json(value: Any) -> bool:
+def _is_json(value: Any, depth: int = _DEPTH) -> bool:
     """Whether JSON can hold a value that was read from JSON: NaN and infinity are extensions."""
     if isinstance(value, float):
         return math.isfinite(value)
-    if isinstance(value, dict):
-        return all(map(_is_json, value.values()))
-    return not isinstance(value, list) or all(map(_is_json, value))
+    if isinstance(value, (dict, list)):
+        inner = value.values() if isinstance(value, dict) else value
+        return depth > 0 and all(_is_json(item, depth - 1) for item in inner)
+    return True
 
 
 def _texts(row: dict[str, Any], name: str, *, several: bool = True) -> list[str]:
