@@ -200,6 +200,8 @@ def open_sound(source: Source) -> Iterator[SoundFile]:
 @contextmanager
 def _open(source: Source) -> Iterator[SoundFile]:
     with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as opened:
+        if opened.seek(0, os.SEEK_END) == 0:
+            raise BadSound("empty: the file has no bytes; fetch it again")
         opened.seek(first_frame(opened))
         if name := ffmpeg_format(opened.read(64)):
             with as_wav(source, name) as wav, SoundFile(os.fspath(wav)) as file:

@@ -76,7 +76,7 @@ INTEGERS = np.float32(32_767) * TONE
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", "unreadable: Format not recognised."),
+        (b"", "empty: the file has no bytes; fetch it again"),
         (bytes(1000), "unreadable: Format not recognised."),
         (b"<html>404 Not Found</html>", "unreadable: Format not recognised."),
         (FLAC[: len(FLAC) // 2], "unreadable: truncated, .*"),
