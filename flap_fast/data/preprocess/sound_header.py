@@ -6,6 +6,7 @@ header is mended in what libsndfile is given, or the file is refused by name:
     size of the sound        unknown (0, -1, near 2**31 or 2**32, as pipes write): mended
     in WAV, RF64, W64,       more than there is: refused, as truncated
     AIFF, 8SVX, CAF, AU      less, and what follows is no chunk: refused; of AU, mended
+    of NIST and VOC          more than there is: refused, as truncated
     FLAC's samples           the last frame's header says: more are read, fewer refused
     MP3's frames             counted: without a count or with too small a one, read to the end
     Ogg                      a page that ends early, or a second stream after the first: refused
@@ -17,6 +18,7 @@ of all pages.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import struct
@@ -36,6 +38,8 @@ _PADDING = 2**16
 _BLOCK = 16
 # Chunks looked through for the one with the samples.
 _MOST_CHUNKS = 1000
+# Types of VOC's blocks with samples.
+_VOC_SOUNDS = (1, 9)
 _TAGS = (b"TAG", b"ID3", b"APETAGEX", b"LYRICS")
 _FILES = (b"RIFF", b"RIFX", b"RF64", b"FORM", b"riff")
 
@@ -79,6 +83,8 @@ def mended(file: BinaryIO) -> Patches:
         b"fLaC": _flac,
         b"OggS": _ogg,
         b".snd": _au,
+        b"NIST": _nist,
+        b"Crea": _voc,
     }.get(magic, _chunks if magic in _CONTAINERS else None)
     try:
         return check(file, size) if check else {}
@@ -141,6 +147,31 @@ def _au(file: BinaryIO, size: int) -> Patches:
     if there < claim < 2**32 - 1:
         raise _truncated(f"{claim} bytes of sound", f"{there} bytes")
     return {8: b"\xff" * 4} if claim < there else {}
+
+
+def _nist(file: BinaryIO, size: int) -> Patches:
+    head = _at(file, 0, 2**12).decode("latin-1").partition("end_head")[0]
+    begin = re.match(r"NIST_1A\s+(\d{1,9})\s", head)
+    said = dict(re.findall(r"^(\w+) -i (\d{1,18})\s", head, re.MULTILINE))
+    if begin is None or ",embedded" in head:  # compressed: libsndfile refuses it
+        return {}
+    factors = [int(said.get(f, 0)) for f in ("sample_count", "channel_count", "sample_n_bytes")]
+    claim, there = math.prod(factors), size - int(begin[1])
+    if claim > there:
+        raise _truncated(f"{claim} bytes of sound", f"{there} bytes")
+    return {}
+
+
+def _voc(file: BinaryIO, size: int) -> Patches:
+    (at,) = struct.unpack("<H", _at(file, 20, 2))
+    for _ in range(_MOST_CHUNKS):
+        (block,) = struct.unpack("<I", _at(file, at, 4))
+        at += 4 + (block >> 8)
+        if block & 0xFF in _VOC_SOUNDS:
+            if at > size:
+                raise _truncated(f"a block up to byte {at}", f"{size} bytes")
+            break
+    return {}
 
 
 def _flac(file: BinaryIO, size: int) -> Patches:

@@ -68,7 +68,7 @@ def test_sizes_that_pipes_write_are_unknown(size):
     assert len(read_sound(with_size("WAV", size, "IMA_ADPCM"), RATE)) >= len(WAVE)
 
 
-@pytest.mark.parametrize("format", [*FORMATS, "OGG", "MP3"])
+@pytest.mark.parametrize("format", [*FORMATS, "OGG", "MP3", "NIST", "VOC"])
 @pytest.mark.parametrize("kept", [0.3, 0.6, 0.9])
 def test_a_truncated_file_is_named(tmp_path, format, kept):
     data = encode(WAVE, RATE, format)
@@ -77,6 +77,17 @@ def test_a_truncated_file_is_named(tmp_path, format, kept):
         read_sound(tmp_path / "x", RATE)
     with pytest.raises(BadSound, match="unreadable: truncated"):
         read_crop(data[: int(kept * len(data))], RATE, 1000, 0.0)
+
+
+@pytest.mark.parametrize("format", ["NIST", "VOC"])
+@pytest.mark.parametrize("subtype", ["PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "ULAW", "ALAW"])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_whole_files_of_formats_without_chunks_are_read(format, subtype, channels):
+    if not soundfile.check_format(format, subtype):
+        pytest.skip("no such encoding")
+    wave = np.repeat(WAVE[:, None], channels, 1)
+    read = read_sound(encode(wave, 8000, format, subtype), 8000)  # a rate that VOC can say
+    assert len(read) - len(WAVE) in (0, 1)  # libsndfile takes VOC's end mark for a sample
 
 
 @pytest.mark.parametrize("format", sorted({*FORMATS} - {"AU"}))
