@@ -19,7 +19,7 @@ import soundfile
 
 from flap_fast.data.preprocess.mpeg_frames import count_frames, counted_frames, first_frame, is_mpeg
 from flap_fast.data.preprocess.sound_formats import as_wav, ffmpeg_format
-from flap_fast.data.preprocess.sound_header import Patches, mended
+from flap_fast.data.preprocess.sound_header import Patches, check_flac_end, mended
 from flap_fast.data.preprocess.unusable import BadSound as BadSound
 from flap_fast.data.preprocess.unusable import Unread as Unread
 from flap_fast.data.preprocess.unusable import Unusable as Unusable
@@ -71,6 +71,8 @@ class SoundFile(soundfile.SoundFile):
 
     longer = False
     """It says that it is longer than it is."""
+    stream: BinaryIO | None = None
+    """A FLAC's file, at the byte to which libsndfile has read."""
 
     def seekable(self) -> bool:
         return False
@@ -108,6 +110,8 @@ class SoundFile(soundfile.SoundFile):
             raise BadSound(
                 f"unreadable: damaged, its header says {wanted} samples, got {read}; fetch it again"
             )
+        if wanted == self.frames and self.stream is not None:
+            check_flac_end(self.stream)
 
     def skip(self, frames: int, *, seek: bool) -> None:
         """Leave out the first `frames`, or all if there are fewer; `seek` if the file `seeks`."""
@@ -199,23 +203,31 @@ def open_sound(source: Source) -> Iterator[SoundFile]:
 
 @contextmanager
 def _open(source: Source) -> Iterator[SoundFile]:
-    with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as opened:
+    with (
+        io.BytesIO(source) if isinstance(source, bytes) else source.open("rb", buffering=0)
+    ) as opened:
         if opened.seek(0, os.SEEK_END) == 0:
             raise BadSound("empty: the file has no bytes; fetch it again")
-        opened.seek(first_frame(opened))
-        if name := ffmpeg_format(opened.read(64)):
+        start = opened.seek(first_frame(opened))
+        head = opened.read(64)
+        if name := ffmpeg_format(head):
             with as_wav(source, name) as wav, SoundFile(os.fspath(wav)) as file:
                 yield file
             return
+        flac = start == 0 and head.startswith(b"fLaC")
         if (data := _mended(opened)) is None:
             opened.seek(0)
-            # As bytes, for names that are no UTF-8: soundfile cannot encode them.
-            data = opened if isinstance(source, bytes) else os.fsencode(source)
+            data = opened
+            if isinstance(source, Path):
+                # As bytes, for names that are no UTF-8: soundfile cannot encode them.
+                data = opened.fileno() if flac else os.fsencode(source)
         try:
-            file = SoundFile(data)  # type: ignore[arg-type] - takes bytes and files, says str
+            # Takes bytes and files, says str.
+            file = SoundFile(data, closefd=False)  # type: ignore[arg-type]
         except TypeError as error:  # x.raw, which has no header
             raise BadSound(f"unreadable: {error}") from None
         file.longer = isinstance(data, _Mended) and data.longer
+        file.stream = opened if flac and not isinstance(data, _Mended) else None
         with file:
             yield file
 

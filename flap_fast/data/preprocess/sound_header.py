@@ -36,6 +36,8 @@ _NEAR = 2**16
 _PADDING = 2**16
 # A FLAC's smallest frame, in samples: if fewer are missing, its header is wrong.
 _BLOCK = 16
+# More than libFLAC reads ahead of what it decodes.
+_AHEAD = 2**15
 # Chunks looked through for the one with the samples.
 _MOST_CHUNKS = 1000
 # Types of VOC's blocks with samples.
@@ -198,6 +200,15 @@ def _flac(file: BinaryIO, size: int) -> Patches:
     if max(ends) + _BLOCK <= samples < 2**36 - 1:
         raise _truncated(f"{samples} samples", f"{max(ends)}")
     return {21: bytes([head[21] & 0xF0, 0, 0, 0, 0])}
+
+
+def check_flac_end(file: BinaryIO) -> None:
+    """Raise `BadSound` where another FLAC follows the one that was read up to the file's offset."""
+    at = file.tell()
+    around = _at(file, max(4, at - _AHEAD), 2 * _AHEAD)
+    file.seek(at)
+    if b"fLaC\0\0\0\x22" in around or b"fLaC\x80\0\0\x22" in around:
+        raise BadSound("unreadable: it must be one FLAC, another one follows it; split the file")
 
 
 def _flac_frame_end(head: bytes, block: int, channels: int) -> int | None:

@@ -124,6 +124,15 @@ def test_two_files_in_one_are_named(format):
         read_sound(encode(WAVE, RATE, format) + encode(-WAVE, RATE, format), RATE)
 
 
+@pytest.mark.parametrize("samples", [500, len(WAVE)])
+def test_two_flacs_in_one_are_named(tmp_path, samples):
+    data = encode(WAVE, RATE) + encode(WAVE[:samples], RATE)
+    (tmp_path / "x.flac").write_bytes(data)
+    for source in (data, tmp_path / "x.flac"):
+        with pytest.raises(BadSound, match="must be one FLAC, another one follows it; split"):
+            read_sound(source, RATE)
+
+
 @pytest.mark.parametrize("samples", [0, 1, 1000, 31_999, 32_001, 2**36 - 1])
 @pytest.mark.parametrize("level", [0.0, 1.0])
 def test_a_flac_with_a_wrong_number_of_samples_is_read_whole(samples, level):
