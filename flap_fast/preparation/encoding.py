@@ -86,8 +86,10 @@ def read_source(entry: Entry) -> Path | bytes | EncodedImage:
     """A clip's sound, as a file or as the bytes in a tar, or its image.
 
     Raises:
-        Unusable: the row has neither captions nor labels, or the image is unreadable.
+        Unusable: the row has a fault, or neither captions nor labels, or the image is unreadable.
     """
+    if entry.fault:
+        raise Unusable(entry.fault)
     if not entry.captions and not entry.labels:  # a clip with only labels can be classified
         raise Unusable("captionless")
     if entry.inside is None:

@@ -64,6 +64,8 @@ class Entry:
     """Further fields of its JSON record."""
     negatives: list[str] = field(default_factory=list)
     """Captions that are wrong for it."""
+    fault: str = ""
+    """Why it cannot be used, where that is known before its media are read."""
     under: str = ""
     """The folder of `audio`, relative to its manifest's; empty without a manifest."""
 

@@ -245,7 +245,8 @@ def _row(entry: Entry) -> dict[str, Any]:
 
 
 _OPTIONAL = ("image", "inside", "more", "under", "negatives")
-_FIELDS = tuple(field.name for field in fields(Entry) if field.name not in _OPTIONAL)
+_NOT_HASHED = (*_OPTIONAL, "fault")
+_FIELDS = tuple(field.name for field in fields(Entry) if field.name not in _NOT_HASHED)
 
 
 def _record(entry: Entry) -> dict[str, Any]:

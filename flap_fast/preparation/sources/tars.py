@@ -61,10 +61,11 @@ def _entry(shards: Shards, clip: int, split: str, line: int) -> Entry:
     from flap_fast.data.shards import texts_of
 
     file, at, size, _, _ = shards.locations[clip].tolist()
+    fault = ""
     try:
         record = shards.record(clip, captionless=True)
-    except Unusable:
-        record = {"text": []}  # no captions: `prepare` rejects it
+    except Unusable as error:
+        record, fault = {"text": []}, f"unreadable: {error}"
     captions = record["text"]
     original = record.get("original_data")
     return Entry(
@@ -76,6 +77,7 @@ def _entry(shards: Shards, clip: int, split: str, line: int) -> Entry:
         labels=texts_of(record.get("tag")),
         original=original if isinstance(original, dict) else {},
         inside=(at, size),
+        fault=fault,
         more={name: value for name, value in record.items() if name not in _OURS},
     )
 

@@ -17,6 +17,7 @@ from flap_fast.preparation.shard_tasks import Prepared
 from flap_fast.preparation.sources import SOURCES
 from tests.preparation.sources.layouts import RATE, sound, table, write
 from tests.sounds import encode, noise, tone
+from tests.tars import tar_of
 
 
 def brief(entries: list[Entry], folder: Path) -> list[tuple]:
@@ -272,3 +273,13 @@ def test_a_table_without_a_column_is_refused_by_its_name(tmp_path):
     write(tmp_path, {"train.csv": table("audiocap_id,youtube_id,start_time,caption", "abcd")})
     with pytest.raises(ManifestError, match=r"train\.csv:2: start_time must be seconds, got 'c'"):
         SOURCES["audiocaps"].read(tmp_path)
+
+
+def test_a_json_that_cannot_be_read_is_the_reason_for_rejecting_its_clip(tmp_path):
+    clip = encode(tone(300, 1.0, RATE), RATE)
+    files = {"a.flac": clip, "a.json": b'{"text": "a dog"}', "b.flac": clip, "b.json": b'{"text":'}
+    (tmp_path / "0.tar").write_bytes(tar_of(files))
+    counts = prepare(SOURCES["shards"].read(tmp_path), tmp_path / "out", show=False)
+    (row,) = map(json.loads, (tmp_path / "out/rejected.jsonl").read_text().splitlines())
+    assert (counts.kept, counts.rejected) == (1, 1)
+    assert row["reason"].startswith("unreadable: its JSON cannot be read: Expecting value")
