@@ -20,12 +20,12 @@ from flap_fast.files import say
 # Endings of files that libsndfile reads, the most usual ones first.
 LIBSNDFILE = (
     *("flac", "wav", "ogg", "mp3", "opus", "oga", "aif", "aiff", "aifc", "au", "snd", "caf"),
-    *("w64", "rf64", "mp2", "mp1", "mpga"),
+    *("w64", "rf64", "bwf", "mp2", "mp1", "mpga", "sph", "voc"),
 )
 # Endings of files that ffmpeg reads.
 FFMPEG = (
     *("m4a", "mp4", "m4b", "mov", "3gp", "webm", "mka", "mkv", "aac", "wma", "asf", "amr", "ac3"),
-    *("ape", "wv"),
+    *("eac3", "ape", "wv"),
 )
 SOUNDS = (*LIBSNDFILE, *FFMPEG)
 

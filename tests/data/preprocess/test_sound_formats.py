@@ -93,6 +93,13 @@ def test_files_of_every_format_are_found(tmp_path, capsys):
     assert "2 files are no sounds by their endings: 2 .pdf\n" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["x.sph", "x.voc", "x.bwf", "x.eac3"])
+def test_what_is_read_is_found_by_its_ending(tmp_path, name):
+    """NIST SPHERE as LDC publishes it, broadcast WAV, ..."""
+    (tmp_path / name).write_bytes(b"x")
+    assert find_sounds([tmp_path]) == [tmp_path / name]
+
+
 def piped(flac: bytes) -> bytes:
     """A FLAC that does not say its number of samples."""
     return flac[:21] + bytes([flac[21] & 0xF0, 0, 0, 0, 0]) + flac[26:]
