@@ -100,12 +100,14 @@ class Shards:
         try:
             plain = self.plain is not None and self.plain[clip]
             record = {"text": data.decode("utf-8-sig")} if plain else parsed_json(data)
+            if not isinstance(record, dict):
+                raise ValueError(f"it must be an object, got a {type(record).__name__}")
             found = (texts_of(record.get(name)) for name in ("text", "caption", "captions"))
             texts = next(filter(None, found), [])
             if not texts and self.texts is not None and self.texts[clip, 1]:
                 beside = read_range(self.files[file], *self.texts[clip].tolist())
                 texts = texts_of(beside.decode("utf-8-sig"))
-        except (ValueError, AttributeError) as error:
+        except ValueError as error:
             raise Unusable(f"its JSON cannot be read: {error}") from None
         if not texts and not captionless:
             raise Unusable("captionless: its JSON holds no text")

@@ -278,7 +278,7 @@ def test_a_folder_without_shards_is_refused_with_the_command_that_writes_them(tm
     ("text", "reason"),
     [
         ("no json", "its JSON cannot be read: "),
-        ("[1]", "its JSON cannot be read: "),
+        ("[1]", "its JSON cannot be read: it must be an object, got a list"),
         ('"x"', "its JSON cannot be read: "),
         ("{}", "captionless: its JSON holds no text"),
         ('{"text": []}', "captionless"),
