@@ -128,3 +128,14 @@ def test_more_ranks_than_gpus_are_refused_on_each_rank_so_that_the_first_one_say
     environment.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ConfigError, match="LOCAL_RANK must be below the 2 GPUs here, got 3; start"):
         join_ranks()
+
+
+@pytest.mark.parametrize("task", [{"LOCAL_RANK": "1"}, ON_NODES | {"SLURM_STEP_ID": "0"}])
+def test_a_command_that_is_no_rank_says_its_error_whatever_started_it(
+    task: dict[str, str], environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    given(environment, task)
+    environment.setattr(sys, "argv", ["flap", "config", "show", "absent.yaml"])
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().err.startswith("error: the config must be an existing YAML file")
