@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 
 import pytest
@@ -139,3 +140,12 @@ def test_a_command_that_is_no_rank_says_its_error_whatever_started_it(
     with pytest.raises(SystemExit):
         main()
     assert capsys.readouterr().err.startswith("error: the config must be an existing YAML file")
+
+
+def test_a_port_that_another_program_has_is_named(environment: pytest.MonkeyPatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        two = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        given(environment, two | {"DS_ACCELERATOR": "cpu"})
+        with pytest.raises(ConfigError, match=f"meet at 127.0.0.1:{port}, got: .*set another port"):
+            join_ranks()
