@@ -21,6 +21,10 @@ _TASKS = {
 _PORT = "29500"
 
 
+class TasksError(ConfigError):
+    """Tasks of srun or mpirun that cannot become ranks; the same one in each of them."""
+
+
 def first_of_its_node() -> bool:
     """Whether this process speaks for its node, where the ranks could not speak to each other."""
     for names in (("", "", "LOCAL_RANK", ""), *_TASKS.values()):
@@ -88,7 +92,7 @@ def _adopt_tasks(env: Mapping[str, str]) -> None:
             os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         if not env.get("MASTER_ADDR"):
             tasks = "--ntasks-per-node=1 " if program == "srun" else "-N 1 "
-            raise ConfigError(
+            raise TasksError(
                 f"MASTER_ADDR must be set for the {world} tasks of {program} to meet as ranks, got "
                 f"none; set it to the first node's name, or start one task a node: {program} "
                 f"{tasks}torchrun --nnodes N --nproc_per_node GPUS --rdzv_backend c10d "

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 
 import pytest
+import torch
 
 from flap_fast.__main__ import main
 from flap_fast.checks import ConfigError
 from flap_fast.launcher import Launched, launched, require_address
+from flap_fast.ranks import join_ranks
 
 PREFIXES = ("SLURM_", "OMPI_", "PMI_", "MPI_", "MASTER_")
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
@@ -112,3 +115,37 @@ def test_tasks_that_cannot_meet_train_nothing_and_the_first_one_says_why(
     printed = capsys.readouterr().err
     assert printed.startswith("error: MASTER_ADDR must be set" if task == 0 else "")
     assert printed.count("\n") == (task == 0)
+
+
+@pytest.mark.parametrize("variables", [TORCHRUN, DEEPSPEED])
+@pytest.mark.parametrize("local_rank", ["0", "3"])
+def test_more_ranks_than_gpus_are_refused_on_each_rank_so_that_the_first_one_says_it(
+    local_rank: str, variables: dict[str, str], environment: pytest.MonkeyPatch
+):
+    four = dict.fromkeys({"LOCAL_WORLD_SIZE", "LOCAL_SIZE"} & variables.keys(), "4")
+    given(environment, variables | MEETING | four | {"LOCAL_RANK": local_rank})
+    environment.delenv("DS_ACCELERATOR", raising=False)
+    environment.setattr(torch.cuda, "is_available", lambda: True)
+    environment.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="LOCAL_RANK must be below the 2 GPUs here, got 3; start"):
+        join_ranks()
+
+
+@pytest.mark.parametrize("task", [{"LOCAL_RANK": "1"}, ON_NODES | {"SLURM_STEP_ID": "0"}])
+def test_a_command_that_is_no_rank_says_its_error_whatever_started_it(
+    task: dict[str, str], environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    given(environment, task)
+    environment.setattr(sys, "argv", ["flap", "config", "show", "absent.yaml"])
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().err.startswith("error: the config must be an existing YAML file")
+
+
+def test_a_port_that_another_program_has_is_named(environment: pytest.MonkeyPatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        two = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        given(environment, two | {"DS_ACCELERATOR": "cpu"})
+        with pytest.raises(ConfigError, match=f"meet at 127.0.0.1:{port}, got: .*set another port"):
+            join_ranks()

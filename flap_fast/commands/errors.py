@@ -7,7 +7,7 @@ import time
 
 from flap_fast.checks import ConfigError
 from flap_fast.files import say
-from flap_fast.launcher import first_of_its_node
+from flap_fast.launcher import TasksError, first_of_its_node
 
 # Launchers end all ranks once one has ended: rank 0 gets this long to say why.
 _SAID_S = 1.0
@@ -22,7 +22,9 @@ def print_error(message: str) -> None:
 def print_and_status(error: Exception) -> int:
     """Print an error that ends the command; returns the exit status. Raises it if it is a bug."""
     if isinstance(error, ConfigError):
-        if first_of_its_node():  # nodes can differ in their files
+        # Ranks have the same one each, but nodes can differ in their files.
+        alike = isinstance(error, TasksError) or "RANK" in os.environ
+        if not alike or first_of_its_node():
             print_error(f"error: {error}")
         return 2
     if isinstance(error, OSError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated
 
@@ -24,9 +25,8 @@ def train(
     ] = False,
 ) -> None:
     """Train a model and evaluate it on data.val. Also under `deepspeed --module flap_fast`."""
-    line = "stopped before the first step: nothing is lost"
     try:
-        with ends_at_once(line, says=first_of_its_node()):
+        with _ends_at_once(imports=True):
             _train(config, overrides or [], resume=resume)
     except KeyboardInterrupt:  # a second Ctrl-C, which `Stop` has answered
         raise typer.Exit(130) from None
@@ -43,7 +43,7 @@ def _train(config: Path, overrides: list[str], *, resume: bool) -> None:
     from flap_fast.train.loop import Stopped
     from flap_fast.train.loop import train as run
 
-    with joined() as ranks:
+    with _ends_at_once(), joined() as ranks:
         settings = agree(ranks, lambda: (load_config(config, overrides), {}))
         try:
             scores, stopped = run(settings, resume=resume), None
@@ -57,3 +57,8 @@ def _train(config: Path, overrides: list[str], *, resume: bool) -> None:
         if scores is not None:
             print_scores(scores)
         say(f"{settings.run_folder}: the run is complete (flap eval {settings.run_folder} DATA)")
+
+
+def _ends_at_once(*, imports: bool = False) -> AbstractContextManager[None]:
+    line = "stopped before the first step: nothing is lost"
+    return ends_at_once(line, says=first_of_its_node(), imports=imports)

@@ -103,8 +103,11 @@ def join_ranks() -> Ranks:
     if on_gpu:
         # A launcher may show each rank only its own GPU.
         gpus = torch.cuda.device_count()
+        # Every rank of the node refuses: only the first one says why.
+        announced = {"LOCAL_WORLD_SIZE", "LOCAL_SIZE"} & os.environ.keys()
+        last = local_world - 1 if announced else local_rank
         rule, remedy = f"be below the {gpus} GPUs here", "start as many ranks a node as it has GPUs"
-        require(local_rank < gpus or gpus == 1, "LOCAL_RANK", rule, local_rank, remedy)
+        require(last < gpus or gpus == 1, "LOCAL_RANK", rule, last, remedy)
         device = torch.device("cuda", local_rank if gpus > 1 else 0)
         torch.cuda.set_device(device)
     if by_launcher and not dist.is_initialized():

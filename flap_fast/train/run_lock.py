@@ -109,8 +109,10 @@ def _read(file: Path) -> dict[str, Any] | None:
     """What a lock says; None if it cannot be read."""
     try:
         found = json.loads(file.read_text())
-        return found if {"host", "pid", "started"} <= found.keys() else None
-    except (OSError, ValueError, AttributeError):
+        pid, restarts = found["pid"], found.get("restarts", 0)
+        whole = type(pid) is int and 0 < pid < 2**31 and type(restarts) is int
+        return found if whole and {"host", "started"} <= found.keys() else None
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
         return None
 
 

@@ -58,13 +58,15 @@ def answered(
 
 
 @contextmanager
-def ends_at_once(line: str, *, says: bool) -> Iterator[None]:
+def ends_at_once(line: str, *, says: bool, imports: bool = False) -> Iterator[None]:
     """A context in which a signal ends the process with status 128 + its number.
 
     Args:
         line: what is printed.
         says: whether this process prints it. SIGTERM, by which a launcher ends the ranks of one
             that failed, says nothing.
+        imports: modules are imported in it, and nothing is to be cleaned up: an exception in the
+            midst of PyTorch's import aborts the process.
     """
     left, asked = Event(), []
 
@@ -72,11 +74,11 @@ def ends_at_once(line: str, *, says: bool) -> Iterator[None]:
         if says and not asked and number != signal.SIGTERM:
             say(line)
         asked.append(number)
-        if not left.wait(_PATIENCE_S):
+        if imports or not left.wait(_PATIENCE_S):
             os._exit(128 + number)
 
     def in_main(number: int) -> None:
-        if len(asked) < 2:
+        if len(asked) < 2 and not imports:
             raise SystemExit(128 + number)
 
     with contextlib.ExitStack() as stack:

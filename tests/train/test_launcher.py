@@ -68,9 +68,12 @@ def config(prepared: Path, tmp_path: Path) -> Path:
     return file
 
 
-def start(command: tuple[str, ...], *arguments: str | Path) -> subprocess.Popen[str]:
+def start(
+    command: tuple[str, ...], *arguments: str | Path, folder: Path | None = None
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [*command, "train", *map(str, arguments)],
+        cwd=folder,
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -92,7 +92,13 @@ def test_a_lock_that_may_be_held_elsewhere_is_refused_with_how_to_remove_it(
     assert file.exists()
 
 
-def test_a_lock_that_cannot_be_read_is_refused(config: Config):
-    left(config).write_text("{")
+@pytest.mark.parametrize(
+    "damaged", ["{", "[]", "3", "{}", {"pid": "7"}, {"pid": 2**70}, {"restarts": None}]
+)
+def test_a_lock_that_cannot_be_read_is_refused(damaged: str | dict[str, Any], config: Config):
+    if isinstance(damaged, str):
+        left(config).write_text(damaged)
+    else:
+        left(config, **damaged)
     with pytest.raises(ConfigError, match="its file cannot be read"), run_lock(config, Ranks()):
         pass

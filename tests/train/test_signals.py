@@ -23,7 +23,7 @@ import ctypes, signal, sys
 from pathlib import Path
 from flap_fast.train.signals import ends_at_once
 {before}
-with ends_at_once("stopped", says={says}):
+with ends_at_once("stopped", says={says}{imports}):
     try:
         print("started", flush=True)
         {wait}
@@ -35,8 +35,10 @@ IN_C = "left = ctypes.CDLL(None).sleep(60)"
 IN_PYTHON = "import time; [time.sleep(0.01) for _ in range(6000)]"
 
 
-def started(wait: str, *, says: bool = True, before: str = "") -> subprocess.Popen[str]:
-    program = START.format(wait=wait, says=says, before=before)
+def started(
+    wait: str, *, says: bool = True, before: str = "", imports: str = ""
+) -> subprocess.Popen[str]:
+    program = START.format(wait=wait, says=says, before=before, imports=imports)
     pipe = subprocess.PIPE
     process = subprocess.Popen(
         [sys.executable, "-c", program], cwd=ROOT, stdout=pipe, stderr=pipe, text=True
@@ -64,6 +66,14 @@ def test_a_start_that_waits_in_c_is_answered_and_ends():
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=20) == ("", "stopped\n")  # the call was not interrupted
     assert process.returncode == 130
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_imports_are_interrupted_by_no_exception(number: signal.Signals):
+    process = started(IN_PYTHON, imports=", imports=True")
+    process.send_signal(number)
+    assert process.communicate(timeout=20) == ("", "" if number == signal.SIGTERM else "stopped\n")
+    assert process.returncode == 128 + number
 
 
 def test_a_terminal_that_closes_does_not_end_what_nohup_started():
