@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 from contextlib import redirect_stderr
 from functools import cache
@@ -55,11 +56,14 @@ def of_index(draw: Random, folder: Path) -> None:
     file = folder / "0.idx"
     text = file.read_text()
     if draw.random() < 0.5:
-        words = text.split(" ")
+        words = re.split(r"([ \n])", text)
         numbers = [n for n, word in enumerate(words) if word.isdigit()]
-        one, other = draw.sample(numbers, 2)
+        at = draw.randrange(len(numbers))
+        # A clip's line has four of them, after that of the first line.
+        steps = draw.choice(((4,), (1, 2, 3, 5), range(1, len(numbers))))
+        one, other = numbers[at], numbers[(at + draw.choice(steps)) % len(numbers)]
         words[one], words[other] = words[other], words[one]
-        data = " ".join(words).encode()
+        data = "".join(words).encode()
     else:
         data = of_bytes(text.encode(), draw)[0]
     file.write_bytes(data)
@@ -89,7 +93,7 @@ def of_members(draw: Random, folder: Path) -> None:
     elif how == "order":
         draw.shuffle(files)
     elif how == "twice":
-        files.insert(draw.randrange(len(files)), files[n])
+        files.insert(draw.randrange(len(files)), (files[n][0], draw.choice(files[n % 2 :: 2])[1]))
     elif how == "name":
         new = ("", ".flac", "003.flac", "x/y.json", "a.b.c.flac", "é.json", "004", "n" * 150)
         files[n] = draw.choice((*new, f"./{files[n][0]}")), files[n][1]
@@ -145,8 +149,11 @@ def check(draw: Random, folder: Path) -> str:
     except ShardError as error:
         assert_sentence(error, str(shard), str(shard.with_suffix(".idx")))
         return f"{name} refused"
-    lost = {n for n in whole - found if f"{n:03d}" not in said.getvalue()}
+    named = {n for n in range(CLIPS) if f"{n:03d}" in said.getvalue()}
+    lost = whole - found - named
     assert not lost, f"clips {lost} are lost; found {found}, said {said.getvalue()!r}"
+    if damage is not of_members:  # no clip is gone without a word
+        assert len(shards) + len(named) >= CLIPS, f"{len(shards)} clips, said {said.getvalue()!r}"
     return f"{name} read" + (", with some left out" if len(found) < CLIPS else "")
 
 
