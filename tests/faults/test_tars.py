@@ -51,6 +51,18 @@ def of_tar(draw: Random, folder: Path) -> None:
     (folder / "0.tar").write_bytes(of_bytes((folder / "0.tar").read_bytes(), draw)[0])
 
 
+def of_blocks(draw: Random, folder: Path) -> None:
+    """A block that was never written or is missing, or all of them from one on."""
+    data = (folder / "0.tar").read_bytes()
+    at = BLOCK * draw.randrange(len(data) // 2 // BLOCK)
+    how, end = draw.choice(("zero", "gone", "lost")), at + BLOCK
+    if how == "lost":
+        new = data[:at].ljust(len(data), b"\0")
+    else:
+        new = data[:at] + bytes(BLOCK if how == "zero" else 0) + data[end:]
+    (folder / "0.tar").write_bytes(new)
+
+
 def of_index(draw: Random, folder: Path) -> None:
     """Bytes of the index, or two of its numbers exchanged."""
     file = folder / "0.idx"
@@ -127,7 +139,7 @@ def check(draw: Random, folder: Path) -> str:
     )
     shard.write_bytes(tar)
     shard.with_suffix(".idx").write_text(index)
-    damage = draw.choice((of_tar, of_tar, of_index, of_header, of_members))
+    damage = draw.choice((of_tar, of_blocks, of_index, of_header, of_members))
     damage(draw, folder)
     if damage is of_members or (damage is not of_index and draw.random() < 0.7):
         shard.with_suffix(".idx").unlink()
