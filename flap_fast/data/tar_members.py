@@ -88,23 +88,22 @@ def _check_end(file: Path, end: int) -> None:
 
 
 def tars_of(folder: Path) -> tuple[list[Path], list[str]]:
-    """The shards of a folder, unsorted, and the names of hidden files that look like some.
+    """The shards of a folder, unsorted; hidden files that look like some, indices without any.
 
     Raises:
-        ShardError: a shard that is compressed, or no regular file; an index without its shard.
+        ShardError: a shard that is compressed, or no regular file.
     """
     packed = (file for file in folder.glob("*.t*") if file.name.lower().endswith(_COMPRESSED))
     if first := min(packed, default=None):
         raise ShardError(f"{first} must be a plain tar, got a compressed one; unpack it")
     found = [file for file in folder.glob("*") if file.suffix.lower() == ".tar"]
     shards = [file for file in found if not file.name.startswith(".")]
-    names = {file.stem for file in shards}
-    alone = (index for index in folder.glob("[!.]*.idx") if index.stem not in names)
-    # Where there is a sizes.json, it says which shards there are.
-    if not (folder / "sizes.json").is_file() and (first := min(alone, default=None)):
-        rule = f"have its {first.stem}.tar beside it"
-        raise ShardError(f"{first} must {rule}, got none; fetch it, or delete the index")
     for file in shards:
         if not file.is_file():  # a FIFO would be waited for
             raise ShardError(f"{file} must be a regular file, got none; take it out of the folder")
-    return shards, [file.name for file in found if file.name.startswith(".")]
+    others = [file.name for file in found if file.name.startswith(".")]
+    if not (folder / "sizes.json").is_file():  # which says what shards there are
+        names = {file.stem for file in shards}
+        indices = sorted(index for index in folder.glob("[!.]*.idx") if index.stem not in names)
+        others += [f"{index.name} without {index.stem}.tar" for index in indices]
+    return shards, others
