@@ -92,7 +92,7 @@ def of_value(draw: Random, file: Path) -> None:
         return None
     if file.suffix != ".safetensors":
         return of_file(draw, file)
-    if draw.random() < 0.5:
+    if draw.random() < 0.25:
         data = file.read_bytes()
         (size,) = struct.unpack("<Q", data[:8])
         header = json.loads(data[8 : 8 + size])
@@ -101,9 +101,10 @@ def of_value(draw: Random, file: Path) -> None:
         return None
     tensors = load_file(file)
     name, other = draw.sample(sorted(tensors), 2)
-    how = draw.choice(("nan", "type", "shape", "gone", "more", "swapped"))
+    how = draw.choice(("nan", "nan", "nan", "type", "shape", "gone", "more", "swapped"))
     if how == "nan":
-        tensors[name] = torch.full_like(tensors[name], float("nan"))
+        tensors[name] = tensors[name].clone()
+        tensors[name].view(-1)[-1] = draw.choice((float("nan"), float("inf")))
     elif how == "type":
         tensors[name] = tensors[name].to(torch.int32)
     elif how == "shape":
