@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flap_fast.checks import ConfigError
+from flap_fast.checks import ConfigError, in_one_line
 
 
 def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -38,7 +38,7 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{file} cannot be read: {error}") from None
+        raise ConfigError(f"{file} cannot be read: {in_one_line(error)}") from None
 
 
 def fault(found: Tensor, wanted: torch.dtype) -> str | None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import struct
+
 import pytest
 import torch
 
-from flap_fast.tensors import fault, is_finite
+from flap_fast.checks import ConfigError
+from flap_fast.tensors import fault, is_finite, load_tensors
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
@@ -37,3 +41,13 @@ def test_the_largest_numbers_and_no_numbers_are_finite():
 )
 def test_numbers_of_another_kind_are_refused(found, wanted):
     assert "which must be" in (fault(torch.zeros(2, dtype=found), wanted) or "")
+
+
+def test_a_header_that_holds_much_else_is_named_in_a_short_line(tmp_path):
+    """What safetensors says of it quotes the value."""
+    header = json.dumps({"a": "x" * 5000}).encode()
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(ConfigError, match=r"a\.safetensors cannot be read: ") as caught:
+        load_tensors(file)
+    assert len(str(caught.value)) < 700

@@ -9,6 +9,8 @@ from pathlib import Path
 Members = dict[str, tuple[int, int]]
 """Offset and size in the tar of each file of a clip, by its ending."""
 
+# The end mark fills the last record, which has another size only where `tar -b` gave it.
+_PADDING = tarfile.RECORDSIZE + 2 * tarfile.BLOCKSIZE
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 
 
@@ -23,7 +25,7 @@ def scan(file: Path, media: Collection[str]) -> tuple[list[tuple[str, Members]],
     `media`, a .json or a .txt: `Track 2.0.flac` is `Track 2.0`.
 
     Raises:
-        ShardError: truncated, compressed or no tar; a member that stands twice.
+        ShardError: truncated, compressed or no tar; a member that is sparse or stands twice.
     """
     with file.open("rb") as opened:
         if opened.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
@@ -36,6 +38,11 @@ def scan(file: Path, media: Collection[str]) -> tuple[list[tuple[str, Members]],
             for member in tar:
                 if not member.isfile():
                     continue
+                if member.issparse():  # its bytes do not stand one after the other
+                    raise ShardError(
+                        f"{file}: {member.name} must be stored whole, got a sparse file; pack it "
+                        "again without tar's --sparse"
+                    )
                 folder, _, name = member.name.rpartition("/")
                 key, _, ending = name.partition(".")
                 if ending.lower() not in known:
@@ -73,10 +80,15 @@ def _check_end(file: Path, end: int) -> None:
                     f"{file} is spoilt: it goes on after its end mark at byte {end}; fetch it "
                     "again, or unpack tars that were joined"
                 )
+    if (zeros := file.stat().st_size - end) > _PADDING:
+        raise ShardError(
+            f"{file} is spoilt: it must end with at most {_PADDING} zeros, got {zeros}, as where a "
+            "disk lost what was written; fetch it again, or pack its files again"
+        )
 
 
 def tars_of(folder: Path) -> tuple[list[Path], list[str]]:
-    """The shards of a folder, unsorted, and the names of hidden files that look like some.
+    """The shards of a folder, unsorted; hidden files that look like some, indices without any.
 
     Raises:
         ShardError: a shard that is compressed, or no regular file.
@@ -84,9 +96,14 @@ def tars_of(folder: Path) -> tuple[list[Path], list[str]]:
     packed = (file for file in folder.glob("*.t*") if file.name.lower().endswith(_COMPRESSED))
     if first := min(packed, default=None):
         raise ShardError(f"{first} must be a plain tar, got a compressed one; unpack it")
-    found = list(folder.glob("*.tar"))
+    found = [file for file in folder.glob("*") if file.suffix.lower() == ".tar"]
     shards = [file for file in found if not file.name.startswith(".")]
     for file in shards:
         if not file.is_file():  # a FIFO would be waited for
             raise ShardError(f"{file} must be a regular file, got none; take it out of the folder")
-    return shards, [file.name for file in found if file.name.startswith(".")]
+    others = [file.name for file in found if file.name.startswith(".")]
+    if not (folder / "sizes.json").is_file():  # which says what shards there are
+        names = {file.stem for file in shards}
+        indices = sorted(index for index in folder.glob("[!.]*.idx") if index.stem not in names)
+        others += [f"{index.name} without {index.stem}.tar" for index in indices]
+    return shards, others

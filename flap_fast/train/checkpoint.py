@@ -25,7 +25,7 @@ from typing import Annotated
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from flap_fast.checks import ConfigError, require
+from flap_fast.checks import ConfigError, in_one_line, require
 from flap_fast.checksums import SUMS, delete_listed, verified, write_sums
 from flap_fast.config import Config
 from flap_fast.data.shards import Shards
@@ -97,7 +97,7 @@ class Checkpoints:
                 with safe_open(file, "pt"):
                     pass  # opening checks that the file is as long as its header says
         except (OSError, ValueError, SafetensorError) as error:
-            why = error
+            why = in_one_line(error)  # safetensors' may quote much of the file
             if isinstance(error, ValidationError):
                 first = error.errors()[0]
                 why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -126,3 +127,34 @@ def test_a_tar_that_goes_on_after_its_end_is_named(tmp_path, more):
     (tmp_path / "0.tar").write_bytes(tar_of(PAIR) + more)
     with pytest.raises(ShardError, match=r"0\.tar is spoilt: it goes on after its end mark at"):
         open_shards([tmp_path])
+
+
+def test_a_tar_whose_end_a_disk_lost_is_named(tmp_path):
+    """The bytes that were not written are zeros, and zeros are a tar's end mark."""
+    data = tar_of({f"{n}.{ending}": FLAC for n in range(9) for ending in ("flac", "json")})
+    cut = data.index(b"4.flac") + 700
+    (tmp_path / "0.tar").write_bytes(data[:cut].ljust(len(data), b"\0"))
+    with pytest.raises(ShardError, match=r"0\.tar is spoilt: it must end with at most 11264 zeros"):
+        open_shards([tmp_path])
+
+
+@pytest.mark.parametrize("version", ["0.0", "0.1", "1.0"])
+def test_a_sparse_member_is_named(tmp_path, version):
+    """What is no hole stands together in the tar: as one range it would be another sound."""
+    holes = tmp_path / "1.wav"
+    with holes.open("wb") as file:
+        file.write(encode(noise(0, 0.1, 16_000), 16_000, "WAV"))
+        file.truncate(2**20)
+    (tmp_path / "1.json").write_text('{"text": "a cat"}')
+    tar = ["tar", "--format=posix", f"--sparse-version={version}", "-S", "-cf", "0.tar"]
+    subprocess.run([*tar, "1.wav", "1.json"], cwd=tmp_path, check=True)
+    with pytest.raises(ShardError, match=r"0\.tar: 1\.wav must be stored whole, got a sparse file"):
+        open_shards([tmp_path])
+
+
+def test_a_shard_in_capitals_is_read_and_an_index_without_its_shard_is_named(tmp_path, capsys):
+    (tmp_path / "0.TAR").write_bytes(tar_of(PAIR))
+    (tmp_path / "1.idx").write_text("v1.2 0")
+    assert texts(tmp_path) == [["a dog"]]
+    said = f"{tmp_path}: left out 1 files that are no clips: 1.idx without 1.tar\n"
+    assert capsys.readouterr().err == said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Iterator
@@ -22,9 +23,11 @@ from flap_fast.checksums import SUMS
 from flap_fast.config import Config
 from flap_fast.data.shards import Shards, open_shards
 from flap_fast.model.model_folder import load_model
+from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks
 from flap_fast.train.checkpoint import Checkpoints
 from flap_fast.train.loop import train
+from flap_fast.train.optimizer_state import OptimizerState, whole_fragments
 from tests.faults.cases import assert_sentence, run_cases, sampled
 from tests.faults.damage import edited, leaves, of_bytes, value
 from tests.tiny import tiny
@@ -37,6 +40,7 @@ class Saved(NamedTuple):
     folder: Path
     data: Shards
     weights: dict[str, Tensor]
+    model: TwoTowers
 
     @property
     def last(self) -> Path:
@@ -55,8 +59,8 @@ def saved(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         )
         train(config)
         weights = load_file(config.run_folder / "checkpoints/step-000004/model.safetensors")
-        load_model(config.run_folder)  # what it imports is no case's memory
-        yield Saved(config, config.run_folder, open_shards(config.data.train), weights)
+        model, _ = load_model(config.run_folder)  # what it imports is no case's memory
+        yield Saved(config, config.run_folder, open_shards(config.data.train), weights, model)
 
 
 def of_file(draw: Random, file: Path) -> None:
@@ -88,7 +92,7 @@ def of_value(draw: Random, file: Path) -> None:
         return None
     if file.suffix != ".safetensors":
         return of_file(draw, file)
-    if draw.random() < 0.5:
+    if draw.random() < 0.25:
         data = file.read_bytes()
         (size,) = struct.unpack("<Q", data[:8])
         header = json.loads(data[8 : 8 + size])
@@ -97,9 +101,10 @@ def of_value(draw: Random, file: Path) -> None:
         return None
     tensors = load_file(file)
     name, other = draw.sample(sorted(tensors), 2)
-    how = draw.choice(("nan", "type", "shape", "gone", "more", "swapped"))
+    how = draw.choice(("nan", "nan", "nan", "type", "shape", "gone", "more", "swapped"))
     if how == "nan":
-        tensors[name] = torch.full_like(tensors[name], float("nan"))
+        tensors[name] = tensors[name].clone()
+        tensors[name].view(-1)[-1] = draw.choice((float("nan"), float("inf")))
     elif how == "type":
         tensors[name] = tensors[name].to(torch.int32)
     elif how == "shape":
@@ -114,6 +119,15 @@ def of_value(draw: Random, file: Path) -> None:
     return None
 
 
+def of_code(draw: Random, file: Path) -> None:
+    """A class of the folder's own in one of transformers' files, or what `of_value` does."""
+    if not re.fullmatch(r".*config.*\.json", file.name):
+        return of_value(draw, file)
+    code = {"AutoTokenizer": ["own.Tokenizer", None], "AutoModel": "own.Model"}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "auto_map": code}))
+    return None
+
+
 def resumed(saved: Saved, folder: Path) -> None:
     """Read what a run would go on from; raises as a run does."""
     config = saved.config.model_copy(
@@ -124,6 +138,13 @@ def resumed(saved: Saved, folder: Path) -> None:
     checkpoints.state(last)
     with checkpoints.verified(last):
         load_file(last / "model.safetensors")
+        optimizer = torch.optim.AdamW(saved.model.parameters())
+        fragments = whole_fragments(optimizer, saved.model)
+        state = OptimizerState(optimizer, fragments, Ranks(), sharded=False)
+        state.load(last / "optimizer.safetensors")
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    assert values
+    assert all(value.isfinite().all() for value in values), "a state of Adam that is not finite"
 
 
 def damage_and_read(saved: Saved, draw: Random, place: Path, *, sums: bool) -> str:
@@ -132,9 +153,10 @@ def damage_and_read(saved: Saved, draw: Random, place: Path, *, sums: bool) -> s
     if not sums:
         (last / SUMS).unlink()
     files = sorted(file for file in last.rglob("*") if file.is_file())
-    file = draw.choice(files)
+    tensors = [file for file in files if file.suffix == ".safetensors"]
+    file = draw.choice(draw.choice((files, files, tensors)))
     whole = file.read_bytes()
-    damage = draw.choice((of_file, of_file, of_place, of_value))
+    damage = draw.choice((of_file, of_file, of_place, of_value, of_value, of_code))
     damage(draw, file)
     same = file.is_file() and file.read_bytes() == whole
     named = (file.name, file.parent.name, "text", "step-")
@@ -157,6 +179,8 @@ def damage_and_read(saved: Saved, draw: Random, place: Path, *, sums: bool) -> s
     if sums and not same and not as_it_was and file.name != SUMS:
         assert outcomes[1], f"{kind}: gone on from as if nothing had changed"
     assert not same or not any(outcomes), f"{kind}: refused though nothing changed"
+    own = file.is_file() and b'"auto_map": {"AutoTokenizer"' in file.read_bytes()
+    assert not own or outcomes[0], f"{kind}: code of its own is not refused"
     return ("load refused" if outcomes[0] else "loaded") + (", resume refused" * outcomes[1])
 
 

@@ -134,6 +134,7 @@ def check(draw: Random, folder: Path) -> str:
         return f"{damage.__name__[3:]} refused"
     rejected = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
     assert len(rejected) == done.rejected
+    assert all(row["reason"] for row in rejected), rejected
     found: dict[int, set[str]] = {}
     for split in sorted(path.parent for path in out.glob("*/0.tar")):
         shards = open_shards([split])
@@ -145,6 +146,12 @@ def check(draw: Random, folder: Path) -> str:
     # Of the rows that are as they were, all captions; and a caption only where a row has it.
     for n in whole_rows(file):
         assert f"Sound {n}, a tone" in found.get(n, ()), f"row {n} is lost; found {found}"
+    text = file.read_bytes().decode("utf-8-sig")
+    for n in range(CLIPS):  # a sound that is named is not lost without a word
+        refused = any(f"{n}.wav" in row["audio"] for row in rejected)
+        assert n in found or refused or f"{n}.wav" not in text, f"sound {n} is lost"
+    listed = {text for texts in found.values() for text in texts if text.startswith("['")}
+    assert not listed, f"lists in one caption: {listed}"
     if damage is not of_order:
         for n, texts in found.items():
             others = {f"Sound {m}, a tone" for m in range(CLIPS) if m != n}

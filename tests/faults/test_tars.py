@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 from contextlib import redirect_stderr
 from functools import cache
@@ -50,16 +51,31 @@ def of_tar(draw: Random, folder: Path) -> None:
     (folder / "0.tar").write_bytes(of_bytes((folder / "0.tar").read_bytes(), draw)[0])
 
 
+def of_blocks(draw: Random, folder: Path) -> None:
+    """A block that was never written or is missing, or all of them from one on."""
+    data = (folder / "0.tar").read_bytes()
+    at = BLOCK * draw.randrange(len(data) // 2 // BLOCK)
+    how, end = draw.choice(("zero", "gone", "lost")), at + BLOCK
+    if how == "lost":
+        new = data[:at].ljust(len(data), b"\0")
+    else:
+        new = data[:at] + bytes(BLOCK if how == "zero" else 0) + data[end:]
+    (folder / "0.tar").write_bytes(new)
+
+
 def of_index(draw: Random, folder: Path) -> None:
     """Bytes of the index, or two of its numbers exchanged."""
     file = folder / "0.idx"
     text = file.read_text()
     if draw.random() < 0.5:
-        words = text.split(" ")
+        words = re.split(r"([ \n])", text)
         numbers = [n for n, word in enumerate(words) if word.isdigit()]
-        one, other = draw.sample(numbers, 2)
+        at = draw.randrange(len(numbers))
+        # A clip's line has four of them, after that of the first line.
+        steps = draw.choice(((4,), (1, 2, 3, 5), range(1, len(numbers))))
+        one, other = numbers[at], numbers[(at + draw.choice(steps)) % len(numbers)]
         words[one], words[other] = words[other], words[one]
-        data = " ".join(words).encode()
+        data = "".join(words).encode()
     else:
         data = of_bytes(text.encode(), draw)[0]
     file.write_bytes(data)
@@ -89,7 +105,7 @@ def of_members(draw: Random, folder: Path) -> None:
     elif how == "order":
         draw.shuffle(files)
     elif how == "twice":
-        files.insert(draw.randrange(len(files)), files[n])
+        files.insert(draw.randrange(len(files)), (files[n][0], draw.choice(files[n % 2 :: 2])[1]))
     elif how == "name":
         new = ("", ".flac", "003.flac", "x/y.json", "a.b.c.flac", "é.json", "004", "n" * 150)
         files[n] = draw.choice((*new, f"./{files[n][0]}")), files[n][1]
@@ -123,7 +139,7 @@ def check(draw: Random, folder: Path) -> str:
     )
     shard.write_bytes(tar)
     shard.with_suffix(".idx").write_text(index)
-    damage = draw.choice((of_tar, of_tar, of_index, of_header, of_members))
+    damage = draw.choice((of_tar, of_blocks, of_index, of_header, of_members))
     damage(draw, folder)
     if damage is of_members or (damage is not of_index and draw.random() < 0.7):
         shard.with_suffix(".idx").unlink()
@@ -145,8 +161,11 @@ def check(draw: Random, folder: Path) -> str:
     except ShardError as error:
         assert_sentence(error, str(shard), str(shard.with_suffix(".idx")))
         return f"{name} refused"
-    lost = {n for n in whole - found if f"{n:03d}" not in said.getvalue()}
+    named = {n for n in range(CLIPS) if f"{n:03d}" in said.getvalue()}
+    lost = whole - found - named
     assert not lost, f"clips {lost} are lost; found {found}, said {said.getvalue()!r}"
+    if damage is not of_members:  # no clip is gone without a word
+        assert len(shards) + len(named) >= CLIPS, f"{len(shards)} clips, said {said.getvalue()!r}"
     return f"{name} read" + (", with some left out" if len(found) < CLIPS else "")
 
 

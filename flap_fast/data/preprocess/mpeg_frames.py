@@ -96,3 +96,10 @@ def frame_bytes(head: bytes) -> int:
     if layer == 1:
         return (12 * bits // hz + pad) * 4
     return (144 if first or layer == 2 else 72) * bits // hz + pad
+
+
+def frame_samples(file: BinaryIO) -> int:
+    """The samples of the first frame."""
+    file.seek(first_frame(file))
+    version, layer = (code := file.read(2)[1]) >> 3 & 3, 4 - (code >> 1 & 3)
+    return 384 if layer == 1 else 1152 if layer == 2 or version == 3 else 576

@@ -6,7 +6,6 @@ forward, a block at a time: memory does not grow with a sound, nor with what its
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 from collections.abc import Iterator
@@ -17,9 +16,16 @@ from typing import BinaryIO
 import numpy as np
 import soundfile
 
-from flap_fast.data.preprocess.mpeg_frames import count_frames, counted_frames, first_frame, is_mpeg
+from flap_fast.data.preprocess.mpeg_frames import (
+    count_frames,
+    counted_frames,
+    first_frame,
+    frame_samples,
+    is_mpeg,
+)
+from flap_fast.data.preprocess.patched import Patched, SoundBytes
 from flap_fast.data.preprocess.sound_formats import as_wav, ffmpeg_format
-from flap_fast.data.preprocess.sound_header import Patches, check_flac_end, mended
+from flap_fast.data.preprocess.sound_header import check_flac_end, mended
 from flap_fast.data.preprocess.unusable import BadSound as BadSound
 from flap_fast.data.preprocess.unusable import Unread as Unread
 from flap_fast.data.preprocess.unusable import Unusable as Unusable
@@ -73,6 +79,8 @@ class SoundFile(soundfile.SoundFile):
     """It says that it is longer than it is."""
     stream: BinaryIO | None = None
     """A FLAC's file, at the byte to which libsndfile has read."""
+    counted = 0
+    """The samples of an MP3 by the headers of its frames."""
 
     def seekable(self) -> bool:
         return False
@@ -106,9 +114,11 @@ class SoundFile(soundfile.SoundFile):
     def _check_end(self, wanted: int, read: int) -> None:
         """Raise `BadSound` where all was wanted, and fewer frames came than the header says."""
         slack = _MP3_SLACK if self.format == "MP3" else _SLACK_S * self.samplerate
-        if wanted == self.frames <= _LONGEST and not self.longer and wanted - read > slack:
+        claim = 0 if self.longer or self.frames > _LONGEST else self.frames
+        claim = max(claim, self.counted)
+        if wanted == self.frames and claim - read > slack:
             raise BadSound(
-                f"unreadable: damaged, its header says {wanted} samples, got {read}; fetch it again"
+                f"unreadable: damaged, its header says {claim} samples, got {read}; fetch it again"
             )
         if wanted == self.frames and self.stream is not None:
             check_flac_end(self.stream)
@@ -204,7 +214,7 @@ def open_sound(source: Source) -> Iterator[SoundFile]:
 @contextmanager
 def _open(source: Source) -> Iterator[SoundFile]:
     with (
-        io.BytesIO(source) if isinstance(source, bytes) else source.open("rb", buffering=0)
+        SoundBytes(source) if isinstance(source, bytes) else source.open("rb", buffering=0)
     ) as opened:
         if opened.seek(0, os.SEEK_END) == 0:
             raise BadSound("empty: the file has no bytes; fetch it again")
@@ -215,7 +225,8 @@ def _open(source: Source) -> Iterator[SoundFile]:
                 yield file
             return
         flac = start == 0 and head.startswith(b"fLaC")
-        if (data := _mended(opened)) is None:
+        data, counted = _mended(opened)
+        if data is None:
             opened.seek(0)
             data = opened
             if isinstance(source, Path):
@@ -226,28 +237,30 @@ def _open(source: Source) -> Iterator[SoundFile]:
             file = SoundFile(data, closefd=False)  # type: ignore[arg-type]
         except TypeError as error:  # x.raw, which has no header
             raise BadSound(f"unreadable: {error}") from None
-        file.longer = isinstance(data, _Mended) and data.longer
-        file.stream = opened if flac and not isinstance(data, _Mended) else None
+        file.longer = isinstance(data, Patched) and data.longer
+        file.stream = opened if flac and not isinstance(data, Patched) else None
+        file.counted = counted
         with file:
             yield file
 
 
-def _mended(file: BinaryIO) -> _Mended | None:
-    """The file as libsndfile reads all of it; None where it does as it is."""
+def _mended(file: BinaryIO) -> tuple[Patched | None, int]:
+    """The file as libsndfile reads all of it, None where it does as it is; `SoundFile.counted`."""
     if not is_mpeg(file):
         patches = mended(file)
-        return _Mended(file, patches) if patches else None
-    counted = counted_frames(file)
-    if counted is None:
-        return _Mended(file, {}, longer=True)
-    offset, frames = counted
+        return Patched(file, patches) if patches else None, 0
+    tag = counted_frames(file)
+    if tag is None:
+        return Patched(file, {}, longer=True), 0
+    offset, frames = tag
     there = count_frames(file)
     if there < frames:
         raise BadSound(
             f"unreadable: truncated, its header says {frames} frames, got {there}; fetch it again"
         )
     # A frame with the tag, and one that some writers do not count.
-    return _Mended(file, {offset: bytes(4)}, longer=True) if there > frames + 2 else None
+    longer, samples = there > frames + 2, frames * frame_samples(file)
+    return Patched(file, {offset: bytes(4)}, longer=True) if longer else None, samples
 
 
 def sound_seconds(source: Source) -> float:
@@ -276,42 +289,3 @@ def seeks_exactly(source: Source) -> bool:
     with open_sound(source) as file:
         addressed = file.subtype in _ADDRESSED and file.format != "OGG"
     return addressed and seeks(source)
-
-
-class _Mended(io.BufferedIOBase):
-    """A file with other bytes at some offsets, and, if `longer`, an MP3 that says it is longer.
-
-    Without a count of frames libsndfile estimates a length from the file's size and the first
-    frame's, and reads no further; of a variable bit rate this may be a small part.
-    """
-
-    def __init__(self, file: BinaryIO, patches: Patches, *, longer: bool = False):
-        self._file, self._patches, self._extra = file, patches, 0
-        self.longer = longer
-        # 320 kbit/s against 8, and more.
-        self._claim = 256 * file.seek(0, os.SEEK_END) if longer else 0
-        file.seek(0)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        # Tags at the true end are still found there.
-        self._extra = self._claim if whence == os.SEEK_END else 0
-        return self._file.seek(offset, whence) + self._extra
-
-    def tell(self) -> int:
-        return self._file.tell() + self._extra
-
-    def readinto(self, buffer, /) -> int:
-        self._extra, begin, out = 0, self._file.tell(), memoryview(buffer).cast("B")
-        data = bytearray(self._file.read(len(out)))
-        for offset, patch in self._patches.items():
-            for at, byte in enumerate(patch, offset - begin):
-                if 0 <= at < len(data):
-                    data[at] = byte
-        out[: len(data)] = data
-        return len(data)

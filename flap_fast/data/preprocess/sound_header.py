@@ -9,11 +9,9 @@ header is mended in what libsndfile is given, or the file is refused by name:
     of NIST and VOC          more than there is: refused, as truncated
     FLAC's samples           the last frame's header says: more are read, fewer refused
     MP3's frames             counted: without a count or with too small a one, read to the end
-    Ogg                      a page that ends early, or a second stream after the first: refused
+    Ogg                      a page that ends early or is damaged, a second stream: refused
 
-Damage in the middle, of which libsndfile says nothing for Ogg, shows as samples that are missing at
-the end (`SoundFile.mono_blocks`). Only headers are read, of MP3 those of all frames, of Ogg those
-of all pages.
+Only headers are read, of MP3 those of all frames; of Ogg all pages.
 """
 
 from __future__ import annotations
@@ -22,6 +20,7 @@ import math
 import os
 import re
 import struct
+import zlib
 from collections.abc import Callable
 from typing import BinaryIO, NamedTuple
 
@@ -250,15 +249,34 @@ def _ogg(file: BinaryIO, size: int) -> Patches:
     while at < size:
         head = _at(file, at, 27 + 255)
         if not head.startswith(b"OggS") or len(head) < 27:
-            return {}  # libsndfile looks for the next page
+            if b"OggS" in _at(file, at, _PADDING + 4):  # libogg goes on with the next page
+                raise _damaged_page(at)
+            return {}
         begins = bool(head[5] & 2)
         if begins and begun:
             raise _longer("one stream", "another Ogg stream")
         begun = begun or not begins
-        at += 27 + head[26] + sum(head[27 : 27 + head[26]])
-    if at > size:
-        raise _truncated(f"a page up to byte {at}", f"{size} bytes")
+        begin, at = at, at + 27 + head[26] + sum(head[27 : 27 + head[26]])
+        if at > size:
+            raise _truncated(f"a page up to byte {at}", f"{size} bytes")
+        page = _at(file, begin, at - begin)
+        if _ogg_crc(page[:22] + bytes(4) + page[26:]) != page[22:26]:  # libogg leaves it out
+            raise _damaged_page(begin)
     return {}
+
+
+# zlib's CRC-32 takes the bits of a byte from the other end.
+_REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+
+
+def _ogg_crc(page: bytes) -> bytes:
+    """The checksum of a page as its header has it: CRC-32 that begins with 0."""
+    crc = zlib.crc32(page.translate(_REVERSED), 2**32 - 1) ^ 2**32 - 1
+    return crc.to_bytes(4, "big").translate(_REVERSED)
+
+
+def _damaged_page(at: int) -> BadSound:
+    return BadSound(f"unreadable: damaged, no whole page at byte {at}; fetch it again")
 
 
 def _truncated(claim: str, there: str) -> BadSound:
