@@ -15,6 +15,7 @@ import secrets
 import sys
 import tokenize
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -40,21 +41,21 @@ def read_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         start = data.read(4)
     for signature, what in _BINARY.items():
         if start.startswith(signature):
-            raise ManifestError(f"{file} {rule}, got {what.format(file, file.stem)}")
+            raise ManifestError(
+                f"{file} {rule}, got {what.format(file, file.with_suffix('.jsonl'))}"
+            )
     if b"\0" in start:
         raise ManifestError(f"{file} {rule}, got NUL characters; convert it: {other}")
     try:
         yield from _rows(file)
     except UnicodeDecodeError as error:
         raise ManifestError(f"{file} {rule}: {error}; convert it: {other}") from None
-    except csv.Error as error:
-        raise ManifestError(f"{file} {rule}: {error}") from None
 
 
 # How files of other formats begin, and what to do about them.
 _BINARY = {
     b"PAR1": 'a parquet file; convert it: python -c "import pandas; '
-    "pandas.read_parquet('{0}').to_json('{1}.jsonl', orient='records', lines=True)\"",
+    "pandas.read_parquet('{0}').to_json('{1}', orient='records', lines=True)\"",
     b"PK\x03\x04": "a spreadsheet or a zip archive; save the table as CSV",
     b"\x1f\x8b": "a compressed file; gunzip {0}",
 }
@@ -62,21 +63,8 @@ _BINARY = {
 
 def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with file.open(newline="", encoding="utf-8-sig") as lines:
-        kind = file.suffix.lower()
-        if kind in _CELLS:
-            reader = csv.DictReader(lines, **_CELLS[kind])
-            columns = [column for column in reader.fieldnames or () if column]
-            twice = {column for column in columns if columns.count(column) > 1}
-            if twice:
-                raise ManifestError(f"{file}:1 must name each column once, got {sorted(twice)}")
-            for row in reader:
-                if None in row:
-                    remedy = "; put quotes around a text with commas" if kind == ".csv" else ""
-                    raise ManifestError(
-                        f"{file}:{reader.line_num} must have {len(reader.fieldnames or ())} cells, "
-                        f"got {row[None]} beyond them{remedy}"
-                    )
-                yield reader.line_num, row
+        if file.suffix.lower() in _CELLS:
+            yield from _table(file, lines)
             return
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -89,6 +77,46 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if not isinstance(row, dict):
                 raise ManifestError(f"{file}:{number} must be an object, got {line.strip()[:60]}")
             yield number, row
+
+
+def _table(file: Path, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    kind, start, lines = file.suffix.lower(), 1, iter(lines)
+    head = next(lines, "")
+    reader = csv.DictReader(chain([head], lines), **_CELLS[kind])
+    try:
+        columns = [column for column in reader.fieldnames or () if column]
+        twice = {column for column in columns if columns.count(column) > 1}
+        if twice:
+            raise ManifestError(f"{file}:1 must name each column once, got {sorted(twice)}")
+        start = reader.line_num + 1
+        for row in reader:
+            if None in row:
+                remedy = "; put quotes around a text with commas" if kind == ".csv" else ""
+                remedy = remedy if columns[1:] else "; the first line must name the columns"
+                raise ManifestError(
+                    f"{file}:{reader.line_num} must have {len(reader.fieldnames or ())} cells, "
+                    f"got {row[None]} beyond them; its columns are "
+                    f"{', '.join(map(repr, columns)) or 'none'}"
+                    f"{separator_remedy(file, head) or remedy}"
+                )
+            yield reader.line_num, row
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise ManifestError(
+            f"{file}:{start} must be a row of CSV: {error}{separator_remedy(file, head)}"
+        ) from None
+
+
+_SEPARATORS = {";": "';'", "\t": "tabs", "|": "'|'", ",": "commas"}
+
+
+def separator_remedy(file: Path, head: str) -> str:
+    """What to do about a table whose first line is separated otherwise: "; ..." or nothing."""
+    right = {".csv": ",", ".tsv": "\t"}.get(file.suffix.lower())
+    found = next((sign for sign in head.strip() if sign in _SEPARATORS), right)
+    if right is None or found in (right, None):
+        return ""
+    return f"; separate the columns by {_SEPARATORS[right]}, not by {_SEPARATORS[found]}"
 
 
 def parsed_json(text: str | bytes) -> Any:
