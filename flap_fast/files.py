@@ -136,14 +136,15 @@ def parsed_json(text: str | bytes) -> Any:
 
 
 def listed_texts(cell: str) -> list[str] | None:
-    """The texts of a cell that holds a list as JSON or Python write it; None if it holds none.
+    """The texts of a cell that holds a list, or Python's tuple or set; None if it holds none.
 
     Raises:
         ValueError: a list of another writing, as NumPy's without commas.
     """
     cell = cell.strip()
-    if not re.fullmatch(r"\[\s*(['\"].*)?\]", cell, re.DOTALL):
+    if not re.fullmatch(r"\[\s*(['\"].*)?\]|\(\s*['\"].*\)|\{\s*['\"].*\}", cell, re.DOTALL):
         return None
+    is_list = cell.startswith("[")
     try:
         found = ast.literal_eval(cell)
         strings = [
@@ -152,11 +153,15 @@ def listed_texts(cell: str) -> list[str] | None:
             if t.type == tokenize.STRING
         ]
     except (ValueError, SyntaxError, MemoryError, RecursionError, tokenize.TokenError) as error:
+        if not is_list:
+            return None
         raise ValueError(f"a list that cannot be read: {error}") from None
+    if not is_list and not isinstance(found, (tuple, set)):
+        return None  # a text in brackets
     # Python joins texts without a comma between them.
     if len(strings) != len(found) or not all(isinstance(text, str) for text in found):
-        raise ValueError("a list whose texts are not separated by commas")
-    return found
+        raise ValueError("a list that is not of texts separated by commas")
+    return [ast.literal_eval(text.string) for text in strings]  # a set has no order
 
 
 def whole_characters(text: str) -> str:

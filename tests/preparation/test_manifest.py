@@ -275,6 +275,12 @@ def test_a_file_of_another_format_is_named(tmp_path, data, what):
         ("['one|two']", ["one|two"]),
         ("[]", []),
         ("[music] a dog [end]", ["[music] a dog [end]"]),
+        ("('a dog', 'a cat')", ["a dog", "a cat"]),
+        ("('a dog',)", ["a dog"]),
+        ("{'b dog', 'a cat', 'c'}", ["b dog", "a cat", "c"]),
+        ("('a dog')", ["('a dog')"]),
+        ("('hello' she says)", ["('hello' she says)"]),
+        ('{"en": "a dog"}', ['{"en": "a dog"}']),
     ],
 )
 def test_a_list_in_a_cell_is_read_as_python_and_json_write_it(manifest, cell, captions):
