@@ -56,8 +56,14 @@ def read_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 _BINARY = {
     b"PAR1": 'a parquet file; convert it: python -c "import pandas; '
     "pandas.read_parquet('{0}').to_json('{1}', orient='records', lines=True)\"",
+    b"ARRO": 'a Feather file; convert it: python -c "import pandas; '
+    "pandas.read_feather('{0}').to_json('{1}', orient='records', lines=True)\"",
     b"PK\x03\x04": "a spreadsheet or a zip archive; save the table as CSV",
+    b"\xd0\xcf\x11\xe0": "a spreadsheet; save the table as CSV",
     b"\x1f\x8b": "a compressed file; gunzip {0}",
+    b"BZh": "a compressed file; bunzip2 {0}",
+    b"\xfd7zX": "a compressed file; unxz {0}",
+    b"\x28\xb5\x2f\xfd": "a compressed file; unzstd {0}",
 }
 
 
@@ -75,7 +81,10 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 remedy = "write one object a line, or call a table .csv or .tsv"
                 raise ManifestError(f"{file}:{number} is not JSON: {error}; {remedy}") from None
             if not isinstance(row, dict):
-                raise ManifestError(f"{file}:{number} must be an object, got {line.strip()[:60]}")
+                raise ManifestError(
+                    f"{file}:{number} must be an object, got {line.strip()[:60]}; "
+                    "write one object a line"
+                )
             yield number, row
 
 

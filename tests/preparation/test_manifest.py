@@ -130,7 +130,7 @@ def test_zero_is_a_name(manifest):
     ("row", "message"),
     [
         ("{", ":2 is not JSON: "),
-        ("[1]", r":2 must be an object, got \[1\]"),
+        ("[1]", r":2 must be an object, got \[1\]; write one object a line$"),
         ({"caption": "x"}, ":2: audio must name a sound file, got None"),
         ({"audio": 3}, ":2: audio must name a sound file, got 3"),
         ({"audio": "b", "start_s": "soon"}, ":2: start_s and duration_s must be seconds: .*'soon'"),
@@ -256,6 +256,11 @@ def test_a_folder_of_that_layout_is_read_by_the_source_it_names(manifest, tmp_pa
         (b"PAR1\x15\x04", r"a parquet .*read_parquet\('.*m.jsonl'\).to_json\('/.*m.jsonl'"),
         (b"PK\x03\x04", "a spreadsheet or a zip archive"),
         (b"\x1f\x8b\x08", "a compressed file; gunzip"),
+        (b"BZh91AY", "a compressed file; bunzip2"),
+        (b"\xfd7zXZ\0", "a compressed file; unxz"),
+        (b"\x28\xb5\x2f\xfd", "a compressed file; unzstd"),
+        (b"\xd0\xcf\x11\xe0\xa1", "a spreadsheet; save the table as CSV"),
+        (b"ARROW1\0\0", r"a Feather file; .*read_feather\('.*m.jsonl'\).to_json\('/.*m.jsonl'"),
         ('{"audio"'.encode("utf-16-le"), "NUL characters; convert it: iconv"),
     ],
 )
