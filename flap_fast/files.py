@@ -15,6 +15,7 @@ import secrets
 import sys
 import tokenize
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -40,43 +41,36 @@ def read_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         start = data.read(4)
     for signature, what in _BINARY.items():
         if start.startswith(signature):
-            raise ManifestError(f"{file} {rule}, got {what.format(file, file.stem)}")
+            raise ManifestError(
+                f"{file} {rule}, got {what.format(file, file.with_suffix('.jsonl'))}"
+            )
     if b"\0" in start:
         raise ManifestError(f"{file} {rule}, got NUL characters; convert it: {other}")
     try:
         yield from _rows(file)
     except UnicodeDecodeError as error:
         raise ManifestError(f"{file} {rule}: {error}; convert it: {other}") from None
-    except csv.Error as error:
-        raise ManifestError(f"{file} {rule}: {error}") from None
 
 
 # How files of other formats begin, and what to do about them.
 _BINARY = {
     b"PAR1": 'a parquet file; convert it: python -c "import pandas; '
-    "pandas.read_parquet('{0}').to_json('{1}.jsonl', orient='records', lines=True)\"",
+    "pandas.read_parquet('{0}').to_json('{1}', orient='records', lines=True)\"",
+    b"ARRO": 'a Feather file; convert it: python -c "import pandas; '
+    "pandas.read_feather('{0}').to_json('{1}', orient='records', lines=True)\"",
     b"PK\x03\x04": "a spreadsheet or a zip archive; save the table as CSV",
+    b"\xd0\xcf\x11\xe0": "a spreadsheet; save the table as CSV",
     b"\x1f\x8b": "a compressed file; gunzip {0}",
+    b"BZh": "a compressed file; bunzip2 {0}",
+    b"\xfd7zX": "a compressed file; unxz {0}",
+    b"\x28\xb5\x2f\xfd": "a compressed file; unzstd {0}",
 }
 
 
 def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with file.open(newline="", encoding="utf-8-sig") as lines:
-        kind = file.suffix.lower()
-        if kind in _CELLS:
-            reader = csv.DictReader(lines, **_CELLS[kind])
-            columns = [column for column in reader.fieldnames or () if column]
-            twice = {column for column in columns if columns.count(column) > 1}
-            if twice:
-                raise ManifestError(f"{file}:1 must name each column once, got {sorted(twice)}")
-            for row in reader:
-                if None in row:
-                    remedy = "; put quotes around a text with commas" if kind == ".csv" else ""
-                    raise ManifestError(
-                        f"{file}:{reader.line_num} must have {len(reader.fieldnames or ())} cells, "
-                        f"got {row[None]} beyond them{remedy}"
-                    )
-                yield reader.line_num, row
+        if file.suffix.lower() in _CELLS:
+            yield from _table(file, lines)
             return
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -87,8 +81,51 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 remedy = "write one object a line, or call a table .csv or .tsv"
                 raise ManifestError(f"{file}:{number} is not JSON: {error}; {remedy}") from None
             if not isinstance(row, dict):
-                raise ManifestError(f"{file}:{number} must be an object, got {line.strip()[:60]}")
+                raise ManifestError(
+                    f"{file}:{number} must be an object, got {line.strip()[:60]}; "
+                    "write one object a line"
+                )
             yield number, row
+
+
+def _table(file: Path, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    kind, start, lines = file.suffix.lower(), 1, iter(lines)
+    head = next(lines, "")
+    reader = csv.DictReader(chain([head], lines), **_CELLS[kind])
+    try:
+        columns = [column for column in reader.fieldnames or () if column]
+        twice = {column for column in columns if columns.count(column) > 1}
+        if twice:
+            raise ManifestError(f"{file}:1 must name each column once, got {sorted(twice)}")
+        start = reader.line_num + 1
+        for row in reader:
+            if None in row:
+                remedy = "; put quotes around a text with commas" if kind == ".csv" else ""
+                remedy = remedy if columns[1:] else "; the first line must name the columns"
+                raise ManifestError(
+                    f"{file}:{reader.line_num} must have {len(reader.fieldnames or ())} cells, "
+                    f"got {row[None]} beyond them; its columns are "
+                    f"{', '.join(map(repr, columns)) or 'none'}"
+                    f"{separator_remedy(file, head) or remedy}"
+                )
+            yield reader.line_num, row
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise ManifestError(
+            f"{file}:{start} must be a row of CSV: {error}{separator_remedy(file, head)}"
+        ) from None
+
+
+_SEPARATORS = {";": "';'", "\t": "tabs", "|": "'|'", ",": "commas"}
+
+
+def separator_remedy(file: Path, head: str) -> str:
+    """What to do about a table whose first line is separated otherwise: "; ..." or nothing."""
+    right = {".csv": ",", ".tsv": "\t"}.get(file.suffix.lower())
+    found = next((sign for sign in head.strip() if sign in _SEPARATORS), right)
+    if right is None or found in (right, None):
+        return ""
+    return f"; separate the columns by {_SEPARATORS[right]}, not by {_SEPARATORS[found]}"
 
 
 def parsed_json(text: str | bytes) -> Any:
@@ -108,14 +145,15 @@ def parsed_json(text: str | bytes) -> Any:
 
 
 def listed_texts(cell: str) -> list[str] | None:
-    """The texts of a cell that holds a list as JSON or Python write it; None if it holds none.
+    """The texts of a cell that holds a list, or Python's tuple or set; None if it holds none.
 
     Raises:
         ValueError: a list of another writing, as NumPy's without commas.
     """
     cell = cell.strip()
-    if not re.fullmatch(r"\[\s*(['\"].*)?\]", cell, re.DOTALL):
+    if not re.fullmatch(r"\[\s*(['\"].*)?\]|\(\s*['\"].*\)|\{\s*['\"].*\}", cell, re.DOTALL):
         return None
+    is_list = cell.startswith("[")
     try:
         found = ast.literal_eval(cell)
         strings = [
@@ -124,11 +162,15 @@ def listed_texts(cell: str) -> list[str] | None:
             if t.type == tokenize.STRING
         ]
     except (ValueError, SyntaxError, MemoryError, RecursionError, tokenize.TokenError) as error:
+        if not is_list:
+            return None
         raise ValueError(f"a list that cannot be read: {error}") from None
+    if not is_list and not isinstance(found, (tuple, set)):
+        return None  # a text in brackets
     # Python joins texts without a comma between them.
     if len(strings) != len(found) or not all(isinstance(text, str) for text in found):
-        raise ValueError("a list whose texts are not separated by commas")
-    return found
+        raise ValueError("a list that is not of texts separated by commas")
+    return [ast.literal_eval(text.string) for text in strings]  # a set has no order
 
 
 def whole_characters(text: str) -> str:

@@ -203,7 +203,7 @@ def test_classes_are_read_from_text_and_from_laions_json(tmp_path: Path):
     assert read_classes(None) == ()
     text.write_bytes(b"\xef\xbb\xbfdog\r\nsea_waves\r\n")
     assert read_classes(text) == ("dog", "sea waves")
-    for tree in ('"dog"', "[1, 2]", '[["dog"]]', "null"):
+    for tree in ('"dog"', "[1, 2]", '[["dog"]]', "null", '["\\ud800"]', "[" * 100_000):
         laion.write_text(tree)
         with pytest.raises(ConfigError, match=r"classes.json must hold class names"):
             read_classes(laion)

@@ -431,6 +431,37 @@ def test_a_batch_that_ranks_do_not_divide_is_refused_with_one_that_they_do(tmp_p
     )
 
 
+@pytest.mark.parametrize(
+    ("override", "names"),
+    [
+        ("audio.width=8388608", "audio.width"),
+        ("audio.depth=1000000000000", "audio.depth"),
+        ("text.depth=1000000000", "text.width and text.depth"),
+        ("joint.width=10000000000", "joint.width"),
+        ("audio={encoder: htsat, depths: [2, 10000000000]}", "audio.depths"),
+        ("image={layers: [1, 1, 1, 10000000000]}", "image.width and image.layers"),
+    ],
+)
+def test_weights_that_no_memory_holds_are_refused_before_they_are_built(override, names, tmp_path):
+    small = ["audio.heads=1", "text.heads=1"] if "{" not in override else []
+    config = load_config(None, [f"data.train={tmp_path}", *small, override])
+    with pytest.raises(ConfigError, match=rf"^{names} must give weights that fit in this machine"):
+        check_before_loading(config, world=1)
+
+
+def test_sizes_that_a_text_folder_replaces_are_not_counted(tmp_path):
+    given = [f"data.train={tmp_path}", f"text.folder={tmp_path}", "text.depth=1000000000"]
+    check_before_loading(load_config(None, given), world=1)
+
+
+@pytest.mark.parametrize(
+    "name", ["audio.mel_bins", "audio.frames", "text.max_tokens", "frontend.threads"]
+)
+def test_counts_that_no_memory_holds_are_refused(name):
+    with pytest.raises(ConfigError, match=f"^{name} must be less than or equal to"):
+        load_config(None, [f"{name}=1000000000000"])
+
+
 def test_a_run_without_data_is_refused():
     with pytest.raises(ConfigError, match=r"data.train must name at least one folder of shards"):
         check_before_loading(Config(), world=1)

@@ -24,6 +24,7 @@ from flap_fast.config.file import load_config
         ("{[a]: b}", "while constructing a mapping, found unhashable key"),
         ("!!python/name:os.system x", "could not determine a constructor"),
         ("[", "while parsing a flow node"),
+        ("0100", "a number must not begin with 0, which YAML takes for octal, got 0100"),
     ],
 )
 def test_whatever_yaml_cannot_read_is_a_sentence_with_line_and_setting(
@@ -107,6 +108,8 @@ def test_a_duration_is_at_most_a_day(name: str, value: str):
         ("name", "run.name or optim.name"),
         ("contrastive", "loss.contrastive"),
         ("n_mels", "audio.mel_bins"),
+        ("optim.LR", "optim.lr"),
+        ("Batch-Size", "train.global_batch"),
     ],
 )
 def test_an_unknown_name_suggests_the_setting_that_it_means(wrong: str, meant: str):
@@ -114,6 +117,11 @@ def test_an_unknown_name_suggests_the_setting_that_it_means(wrong: str, meant: s
         ConfigError, match=f"^{wrong} is not a setting: did you mean {meant}. Known"
     ):
         load_config(None, [f"{wrong}=1"])
+
+
+def test_a_section_in_capitals_is_told_its_name():
+    with pytest.raises(ConfigError, match=r"^Train is not a setting: did you mean train. Known"):
+        load_config(None, ["Train.steps=1"])
 
 
 def test_every_suggestion_is_a_setting():
@@ -135,6 +143,12 @@ def test_every_suggestion_is_a_setting():
             "run:\n  name: x\n  train:\n    steps: 3",
             "run.train is not a setting: did you mean train.",
         ),
+        ("data:\ntrain: x", "train must be a section of settings, got 'x'; indent it below data:"),
+        ("text:\nencoder: clip", r"encoder is not .* text.encoder\? Indent it below text:"),
+        (
+            "optim: {lr:1.0}",
+            r"optim.lr:1.0 is not a setting: in a file write lr: 1.0, with a space",
+        ),
         ("run.name: x", r"run.name is not a setting: in a file write run: {name: ...}"),
     ],
 )
@@ -150,8 +164,23 @@ def test_a_key_that_is_not_indented_is_named(text: str, message: str, tmp_path: 
         ("loss.contrastive.prefixes=8,16", r"must be a list, got '8,16'; write \[8,16\]$"),
         ("optim.betas=0.9, 0.98", r"must be a list, got '0.9, 0.98'; write \[0.9,0.98\]$"),
         ("train.checkpoint_activations=audio,text", r"got 'audio,text'; write \[audio,text\]$"),
+        ("optim.betas=(0.9, 0.98)", r"must be a list, .*; write \[0.9,0.98\]$"),
+        ("optim.betas=0.9 0.98", r"must be a list, .*; write \[0.9,0.98\]$"),
+        ('optim.betas="[0.9, 0.98]"', r"must be a list, .*; write \[0.9,0.98\]$"),
+        (
+            "optim.betas=[1, 2, 3]",
+            r"optim.betas must have at most 2 items, not 3, got \[1, 2, 3\]$",
+        ),
     ],
 )
-def test_commas_without_brackets_are_told_the_list(override: str, message: str):
+def test_a_list_that_is_written_otherwise_is_told_how(override: str, message: str):
     with pytest.raises(ConfigError, match=message):
         load_config(None, [override])
+
+
+@pytest.mark.parametrize("value", ["2001-01-01", "12", "1.5", "yes"])
+def test_a_name_that_yaml_takes_for_something_else_is_told_the_quotes(value: str):
+    remedy = """; in quotes it is a text: 'run.name="..."'$"""
+    with pytest.raises(ConfigError, match=f"^run.name must be a valid string, got .*{remedy}"):
+        load_config(None, [f"run.name={value}"])
+    assert load_config(None, [f'run.name="{value}"']).run.name == value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +11,7 @@ import typer
 from flap_fast.checks import ConfigError, read_text, require
 from flap_fast.commands.length import LengthOption
 from flap_fast.evaluate import TASKS
-from flap_fast.files import say
+from flap_fast.files import parsed_json, say
 
 if TYPE_CHECKING:
     from flap_fast.evaluate.evaluated_model import EvaluatedModel
@@ -131,13 +130,14 @@ def read_classes(file: Path | None) -> tuple[str, ...]:
     """Class names from a text file, one a line, or from LAION's {"dog": 0, ...}."""
     if file is None:
         return ()
+    from flap_fast.tools.inputs import texts
+
     text = read_text("--classes", file)
     if file.suffix == ".json":
         try:
-            found = json.loads(text)
+            found = parsed_json(text)
             names = sorted(found, key=found.__getitem__) if isinstance(found, dict) else found
-            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-                raise TypeError("neither a list of texts nor an object with them as names")
+            names = texts(names, "a JSON file of classes")
         except (ValueError, TypeError) as error:
             raise ConfigError(f"{file} must hold class names: {error}") from None
     else:

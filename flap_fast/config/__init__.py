@@ -87,7 +87,7 @@ class Frontend(Section):
     """The decoder: DALI, and the exact log-mel on the device (`auto` where DALI is installed), only
     DALI (an approximation of Kaldi's mel), or the PyTorch reference implementation, which also
     decodes the windows of eval.crop = whole, unless this is `dali_mel`."""
-    threads: Annotated[CountOrZero, FREE_ON_RESUME] = 0
+    threads: Annotated[CountOrZero, Field(le=4096), FREE_ON_RESUME] = 0
     """Decoding threads per rank; 0 divides the machine's cores among its ranks."""
     prefetch: Annotated[Count, FREE_ON_RESUME] = 2
     """Batches decoded ahead."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
 from typing import Any
 
 from flap_fast.checks import ConfigError
@@ -80,14 +82,14 @@ def sentence(fault: Mapping[str, Any], tree: Mapping[str, Any]) -> str:
                 f"{' or '.join(others)} ({name}=null leaves it out)"
             )
         known = list(_section(sections, arm or first).model_fields)
-        section = bool(sections) and isinstance(fault["input"], dict)
-        meant = [last] if section and last in Config.model_fields else None
-        meant = meant or _meant(sections, last, known)
+        section = isinstance(fault["input"], dict) and last.lower() in Config.model_fields
+        meant = [last.lower()] if section else _meant(sections, last, known)
         hint = f": did you mean {' or '.join(meant)}" if meant else ""
-        if "." in last:
+        if ":" in last:
+            hint = f": in a file write {last.replace(':', ': ')}, with a space"
+        elif "." in last:
             hint = f": in a file write {last.replace('.', ': {')}: ...{'}' * last.count('.')}"
-        empty = meant[0].split(".")[0] if meant and not sections else ""
-        if empty in tree and tree[empty] is None:
+        if empty := _empty_among(meant or (), tree) if not sections else "":
             hint += f"? Indent it below {empty}:"
         return f"{name or repr(name)} is not a setting{hint}. Known here: {', '.join(known)}"
     cause = fault.get("ctx", {}).get("error")
@@ -96,12 +98,16 @@ def sentence(fault: Mapping[str, Any], tree: Mapping[str, Any]) -> str:
     rule = fault["msg"] if fault["type"] != "model_type" else "must be a section of settings"
     for theirs, ours in _WORDS.items():
         rule = rule.replace(theirs, ours)
-    value = fault["input"]
+    value, remedy = fault["input"], ""
+    if fault["type"] == "model_type" and (empty := _empty_among(_meant([], name, ()), tree)):
+        remedy = f"; indent it below {empty}:"
+    if fault["type"] == "string_type" and isinstance(value, (int, float, date)):
+        remedy = f"; in quotes it is a text: '{name}=\"...\"'"
     # Commas where a list belongs: `8,16`, or the only item of a list of names.
     several = fault["type"] == "tuple_type" or path[-1].isdigit()
-    remedy = ""
-    if several and isinstance(value, str) and "," in value:
-        remedy = f"; write [{','.join(item.strip() for item in value.split(','))}]"
+    if several and isinstance(value, str):
+        items = re.split(r"\s*,\s*|\s+", value.strip(" ()[]"))
+        remedy = f"; write [{','.join(items)}]" if items[1:] else ""
     got = value if isinstance(value, float) else _SHORT.repr(value)
     return f"{name} {rule}, got {got}{remedy}"
 
@@ -110,6 +116,8 @@ def sentence(fault: Mapping[str, Any], tree: Mapping[str, Any]) -> str:
 _WORDS = {
     "Input should be": "must be",
     "String should": "must",
+    "Tuple should": "must",
+    " after validation": "",
     "Keys should": "must",
     "Field required": "must be given",
     "a valid tuple": "a list",
@@ -120,6 +128,7 @@ _WORDS = {
 def _meant(sections: Sequence[str], last: str, known: Sequence[str]) -> list[str]:
     """The settings that an unknown name may mean, at most three."""
     everywhere = list(dict.fromkeys(_settings(Config)))
+    last = last.lower().replace("-", "_")
     same = [name for name in everywhere if name.split(".")[-1] == last]
     if same:
         return same[:3]
@@ -130,6 +139,12 @@ def _meant(sections: Sequence[str], last: str, known: Sequence[str]) -> list[str
         return [".".join([*sections, close[0]])]
     ends = {name.split(".")[-1]: name for name in reversed(everywhere)}
     return [ends[end] for end in difflib.get_close_matches(last, ends, n=1, cutoff=0.8)]
+
+
+def _empty_among(meant: Sequence[str], tree: Mapping[str, Any]) -> str:
+    """The first section that has one of these settings and nothing below it in the file."""
+    sections = (name.split(".")[0] for name in meant)
+    return next((name for name in sections if tree.get(name, name) is None), "")
 
 
 def _settings(section: type[Section], above: str = "") -> Iterator[str]:

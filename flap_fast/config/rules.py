@@ -160,6 +160,7 @@ def check_before_loading(config: Config, world: int) -> None:
         f"for example {max(world, batch // world * world)}",
     )
     check_micro_batch(config, world)
+    _check_sizes(config)
     for name in ("init_from", "init_audio_from"):
         folder, rule = getattr(config.train, name), "be an existing folder of weights"
         found = folder is None or os.path.isdir(folder)  # a name may be too long to ask
@@ -185,6 +186,33 @@ def check_before_loading(config: Config, world: int) -> None:
         config.data.captions,
         f"write it with: flap enrich {first} {first} --model MODEL",
     )
+
+
+def _check_sizes(config: Config) -> None:
+    """Raise `ConfigError` for sizes whose weights are larger than this machine's memory.
+
+    Counted are 8 width^2 numbers a layer, fewer than those of its attention or convolutions and its
+    MLP; of `joint`, one matrix.
+    """
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    sections = {config.encoder.modality: config.encoder, "joint": config.joint}
+    if getattr(config.text, "folder", None) is None:  # whose sizes count otherwise
+        sections["text"] = config.text
+    if config.loss.recon.weight > 0:
+        sections["decoder"] = config.decoder
+    for section, settings in sections.items():
+        sizes = {n: getattr(settings, n, None) for n in ("width", "depth", "depths", "layers")}
+        sizes = {name: size for name, size in sizes.items() if size is not None}
+        width = sizes.get("width", 64)  # no preset is smaller
+        layers = sum(
+            sum(size) if isinstance(size, tuple) else size
+            for name, size in sizes.items()
+            if name != "width"
+        )
+        rule = f"give weights that fit in this machine's {memory / 2**30:.0f} GiB of memory"
+        got = ", ".join(map(str, sizes.values()))
+        names = " and ".join(f"{section}.{name}" for name in sizes)
+        require(4 * width**2 * max(1, 8 * layers) <= memory, names, rule, got, "take smaller ones")
 
 
 def check_micro_batch(config: Config, world: int) -> None:

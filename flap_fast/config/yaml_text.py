@@ -96,6 +96,9 @@ class _Loader(yaml.SafeLoader):
         return self.construct_object(node, deep=True)  # finds a value that contains itself
 
     def construct_object(self, node, deep=False):
+        if node.tag.endswith(":int") and re.match(r"[-+]?0[\d_]", node.value):
+            reason = f"a number must not begin with 0, which YAML takes for octal, got {node.value}"
+            raise yaml.constructor.ConstructorError(None, None, reason, node.start_mark)
         try:
             value = super().construct_object(node, deep)
         except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:

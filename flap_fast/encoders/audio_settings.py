@@ -54,9 +54,9 @@ class Audio(Section):
     """Round samples to 16 bits, towards zero, as LAION-CLAP does (on with audio.mel = clap)."""
     sample_rate_hz: Annotated[int, Field(ge=1000), MEANS_WEIGHTS] = 16_000
     """Sample rate of the front end; 48 kHz with audio.mel = clap."""
-    mel_bins: Count = 128
+    mel_bins: Annotated[Count, Field(le=4096)] = 128
     """Mel bins F; 64 with audio.mel = clap."""
-    frames: Annotated[Count, AFTER_FRONT_END] = 1024
+    frames: Annotated[Count, Field(le=8_640_000), AFTER_FRONT_END] = 1024
     """audio.length = fixed: frames T of the log-mel: 998 frames of 10 s, then rows of zeros; 1001
     with audio.mel = clap, none of them of zeros."""
     mean: Annotated[float, MEANS_WEIGHTS, AFTER_FRONT_END] = -4.2677393

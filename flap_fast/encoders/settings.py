@@ -149,7 +149,7 @@ class TextEncoder(Encoder):
     """Random weights: layers."""
     heads: Count = 12
     """Random weights: heads."""
-    max_tokens: Count = 77
+    max_tokens: Annotated[Count, Field(le=65_536)] = 77
     """Longer captions are cut; batches are padded to their own longest, to a multiple of 8."""
     dropout: Ratio = 0.1
     """Dropout everywhere in the encoder."""

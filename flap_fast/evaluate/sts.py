@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from torch.nn import functional
 
-from flap_fast.checks import ConfigError, require
+from flap_fast.checks import ConfigError, read_text, require
 from flap_fast.evaluate import papers
 from flap_fast.evaluate.embed import EmbedTexts
 from flap_fast.evaluate.evaluated_model import EvaluatedModel
@@ -166,12 +166,15 @@ def _add(
 ) -> None:
     """Append the pair of one line; `judged` is the judgement's column, or the judgement itself."""
     cells = line.split("\t")
+    wanted = 1 + max(*at, judged if isinstance(judged, int) else 0)
+    rule = f"be a scored pair of at least {wanted} columns, separated by tabs"
+    require(len(cells) >= wanted, f"{file}:{number}", rule, f"{len(cells)} columns")
     try:
         score = float(cells[judged] if isinstance(judged, int) else judged)
         first, second = (" ".join(cells[n].split()) for n in at)
         if not math.isfinite(score):
             raise ValueError(f"its score is {score}")
-    except (IndexError, ValueError) as error:
+    except ValueError as error:
         raise ConfigError(
             f"{file}:{number} must be a scored pair, tab-separated: {error}"
         ) from None
@@ -182,10 +185,7 @@ def _add(
 
 def _lines(file: Path) -> list[str]:
     """The lines of a SentEval file: quotes are not special, and only a newline ends a line."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} must be a UTF-8 text file: {error}") from None
+    text = read_text("an STS file", file)
     return text.removesuffix("\n").split("\n") if text else []
 
 

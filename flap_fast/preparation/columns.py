@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from flap_fast.files import separator_remedy
+
 # Columns that tell which source reads a table; the first of them that a table has counts.
 _SOURCES = {
     "youtube_id": "audiocaps",
@@ -22,7 +24,6 @@ _SOURCES = {
     **dict.fromkeys(("path", "file_name", "filename", "file"), "folder"),
     **dict.fromkeys(("text", "caption_0", "caption_1"), "folder"),
 }
-_SEPARATORS = {";": "';'", "\t": "tabs", "|": "'|'", ",": "commas"}
 _MEDIA = re.compile(r"\.(wav|flac|mp3|ogg|oga|opus|m4a|aac|aiff?|webm|jpe?g|png|webp)$", re.I)
 _TEXTS = re.compile(r"(captions?|texts?|descriptions?|sentences?|labels?|category|class)[ _]?\d*")
 
@@ -40,11 +41,8 @@ def like_texts(columns: Iterable[str]) -> bool:
 def remedy(file: Path, columns: Sequence[str], known: Iterable[str]) -> str:
     """What to do about a table without the columns of `known`: "; ..." or nothing."""
     wanted = set(known)
-    if len(columns) == 1:
-        separator = next((s for s in _SEPARATORS if s in columns[0].strip("\ufeff")), None)
-        right = "tabs" if file.suffix.lower() == ".tsv" else "commas"
-        if separator is not None and file.suffix.lower() in (".csv", ".tsv"):
-            return f"; separate the columns by {right}, not by {_SEPARATORS[separator]}"
+    if columns and (other := separator_remedy(file, columns[0])):
+        return other
     if any(_MEDIA.search(column) for column in columns):
         return "; the first line must name the columns"
     renamed = {c: c.strip().lower() for c in columns if c not in wanted}

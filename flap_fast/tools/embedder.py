@@ -46,6 +46,7 @@ from flap_fast.tools.sounds import (
     crops_from,
     crops_of,
     decode_part,
+    refuse_one_waveform,
     sound_name,
 )
 
@@ -117,6 +118,7 @@ class Embedder:
                 as in training, or taken as they are.
         """
         sounds = listed(sounds, "sounds")
+        refuse_one_waveform(sounds)
         _require_batch(batch)
         modality = self.config.encoder.modality
         rule, remedy = "have an audio encoder to embed sounds", f"call embed_{modality}"
@@ -213,7 +215,7 @@ class Embedder:
                 by default "This is a sound of {label}.", or `imagenet80` for images.
         """
         labels = _class_names(labels)
-        templates = templates or _TEMPLATES[self.config.encoder.modality]
+        templates = _TEMPLATES[self.config.encoder.modality] if templates is None else templates
         if not isinstance(templates, (str, Path)):
             rule = "be a prompt with {label}, a set's name or a text file"
             raise TypeError(f"templates must {rule}, got {type(templates).__name__}")

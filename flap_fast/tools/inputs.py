@@ -24,7 +24,8 @@ def listed(values: Any, name: str) -> Iterable[Any]:
     kind = type(values).__name__
     single = isinstance(values, (str, bytes, bytearray, memoryview, os.PathLike, Mapping))
     with_rate = isinstance(values, tuple) and len(values) == 2 and isinstance(values[1], Real)
-    if single or with_rate or readable(values) or hasattr(values, "get_all_samples"):
+    whole = getattr(values, "ndim", 1) == 0 or hasattr(values, "get_all_samples")
+    if single or with_rate or whole or readable(values):
         if isinstance(values, (str, os.PathLike)):
             raise TypeError(f"{name} must be a list, got one: ['{str(values)[:60]}']")
         raise TypeError(f"{name} must be a list, got one {kind}: put it in []")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flap_fast.checks import require
 from flap_fast.config import Config
-from flap_fast.data.preprocess.sound_file import LOWEST_HZ, QUIETEST
+from flap_fast.data.preprocess.sound_file import LOWEST_HZ, MOST_CHANNELS, QUIETEST
 from flap_fast.data.preprocess.waveform import (
     BadSound,
     Unusable,
@@ -49,6 +49,17 @@ _ARRAYS = (np.ndarray, Tensor)
 
 # Crops of one sound that are decoded ahead: an hour has hundreds.
 PART = 16
+
+
+def refuse_one_waveform(sounds: Any) -> None:
+    """Raise `TypeError` for an array that is a waveform, not a list of them.
+
+    Its samples, or the few channels of each, would be embedded as sounds.
+    """
+    shape = tuple(getattr(sounds, "shape", ()))
+    numbers = getattr(getattr(sounds, "dtype", None), "kind", "f") in "biufc"  # PyTorch has none
+    if numbers and (len(shape) == 1 or (len(shape) == 2 and shape[1] <= MOST_CHANNELS)):
+        raise TypeError(f"sounds must be a list, got one waveform of shape {shape}: put it in []")
 
 
 def default_crop(config: Config) -> str:

@@ -135,11 +135,17 @@ def test_what_is_not_as_published_is_named(tmp_path: Path):
     file.write_text("g\tf\ty\t1\tgood\t0 x\t9 x\n")
     with pytest.raises(ConfigError, match=r"sts-test.csv:1 must be a scored pair"):
         similarity(at_angle, tmp_path)
+    file.write_text("sentence1,sentence2,score\na,b,5\n")
+    with pytest.raises(ConfigError, match=r":1 must be a .* at least 7 columns, .*got '1 columns'"):
+        similarity(at_angle, tmp_path)
+    file.write_bytes("g\tf\ty\t1\t5\tcaf\u00e9\tb\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"an STS file must be a UTF-8 .*iconv -f CHARSET"):
+        similarity(at_angle, tmp_path)
     (tmp_path / "STS/STS12-en-test/STS.gs.MSRvid.txt").write_text("1\n")
     with pytest.raises(
         ConfigError, match=r"STS.gs.MSRvid.txt must have 3 lines, one a pair, got 1"
     ):
         similarity(at_angle, tmp_path)
     (tmp_path / "STS/STS12-en-test/STS.gs.MSRpar.txt").unlink()
-    with pytest.raises(ConfigError, match=r"STS.gs.MSRpar.txt must be a UTF-8 text file"):
+    with pytest.raises(ConfigError, match=r"^an STS file must name an .*STS.gs.MSRpar.txt'"):
         similarity(at_angle, tmp_path)

@@ -130,7 +130,7 @@ def test_zero_is_a_name(manifest):
     ("row", "message"),
     [
         ("{", ":2 is not JSON: "),
-        ("[1]", r":2 must be an object, got \[1\]"),
+        ("[1]", r":2 must be an object, got \[1\]; write one object a line$"),
         ({"caption": "x"}, ":2: audio must name a sound file, got None"),
         ({"audio": 3}, ":2: audio must name a sound file, got 3"),
         ({"audio": "b", "start_s": "soon"}, ":2: start_s and duration_s must be seconds: .*'soon'"),
@@ -162,9 +162,29 @@ def test_a_wrong_row_is_refused_with_its_line(manifest, row, message):
     [
         (
             "audio,caption\na.wav,A dog barks, loudly, twice\n",
-            r":2 must have 2 cells, got \[' loudly', ' twice'\] beyond them; put quotes around",
+            r":2 must have 2 cells, got \[' loudly', ' twice'\] beyond them; .*; put quotes around",
         ),
-        ('audio,caption\na.wav,"A dog\nb.wav,A cat\n', " must be UTF-8 text, .*unexpected end"),
+        ('audio,caption\na.wav,"A dog\nb.wav,A cat\n', ":2 must be a row of CSV: unexpected end"),
+        (
+            'audio,caption\na.wav,dog\n\nb.wav,"A cat\nc.wav,"A cow"\n',
+            ":3 must be a row of CSV: ',' expected after '\"'$",
+        ),
+        (
+            "audio;caption\na.wav;A dog barks, loudly\n",
+            r":2 must have 1 cells, .*; its columns are 'audio;caption'; separate .* not by ';'$",
+        ),
+        (
+            '"audio";"caption"\n"a.wav";"A dog barks, loudly"\n',
+            ":1 must be a row of CSV: .*; separate the columns by commas, not by ';'$",
+        ),
+        (
+            "# my sounds\naudio,caption\na.wav,A dog\n",
+            ":2 must have 1 cells, .*'# my sounds'; the first line must name the columns$",
+        ),
+        (
+            "\naudio,caption\na.wav,A dog\n",
+            ":2 must have 0 cells, .*are none; the first line must name the columns$",
+        ),
         ("sound,caption\na.wav,A dog\n", ":2: audio must name a sound file, got None"),
         ("audio,duration_s\na.wav,0\n", ":2: start_s must be .* got 0 and 0.0"),
     ],
@@ -183,6 +203,7 @@ ACCEPTED = r", accepted are audio \(or image\), caption \(or captions\), labels,
     ("name", "table", "columns", "remedy"),
     [
         ("m.csv", "audio;caption\na.wav;dog\n", "'audio;caption'", "by commas, not by ';'"),
+        ("m.csv", "audio;caption, short\na.wav;a, b\n", "'audio;caption', .*", "not by ';'"),
         ("m.csv", "audio\tcaption\na.wav\tdog\n", r"'audio\\tcaption'", "commas, not by tabs"),
         ("m.tsv", "audio,caption\na.wav,dog\n", "'audio,caption'", "by tabs, not by commas"),
         ("m.csv", "a.wav,dog\nb.wav,cat\n", "'a.wav', 'dog'", "the first line must name the col"),
@@ -215,6 +236,12 @@ def test_a_folder_of_that_layout_is_read_by_the_source_it_names(manifest, tmp_pa
         ["a dog", "a cat"],
         ["rain"],
     ]
+    (tmp_path / "m.csv").unlink()
+    table = manifest("filename\ttext\na.wav\twind\n", "m.tsv")
+    with pytest.raises(ManifestError, match=f"flap prepare --source folder {tmp_path} OUT"):
+        read_manifest(table)
+    assert [clip.captions for clip in SOURCES["folder"].read(tmp_path)] == [["wind"]]
+    table.unlink()
     manifest("filename;text\na.wav;rain\n", "m.csv")
     with pytest.raises(ManifestError, match="separate the columns by commas, not by ';'"):
         SOURCES["folder"].read(tmp_path)
@@ -226,9 +253,14 @@ def test_a_folder_of_that_layout_is_read_by_the_source_it_names(manifest, tmp_pa
 @pytest.mark.parametrize(
     ("data", "what"),
     [
-        (b"PAR1\x15\x04", r"a parquet file; convert it: .*read_parquet\('.*m.jsonl'\).to_json"),
+        (b"PAR1\x15\x04", r"a parquet .*read_parquet\('.*m.jsonl'\).to_json\('/.*m.jsonl'"),
         (b"PK\x03\x04", "a spreadsheet or a zip archive"),
         (b"\x1f\x8b\x08", "a compressed file; gunzip"),
+        (b"BZh91AY", "a compressed file; bunzip2"),
+        (b"\xfd7zXZ\0", "a compressed file; unxz"),
+        (b"\x28\xb5\x2f\xfd", "a compressed file; unzstd"),
+        (b"\xd0\xcf\x11\xe0\xa1", "a spreadsheet; save the table as CSV"),
+        (b"ARROW1\0\0", r"a Feather file; .*read_feather\('.*m.jsonl'\).to_json\('/.*m.jsonl'"),
         ('{"audio"'.encode("utf-16-le"), "NUL characters; convert it: iconv"),
     ],
 )
@@ -248,6 +280,12 @@ def test_a_file_of_another_format_is_named(tmp_path, data, what):
         ("['one|two']", ["one|two"]),
         ("[]", []),
         ("[music] a dog [end]", ["[music] a dog [end]"]),
+        ("('a dog', 'a cat')", ["a dog", "a cat"]),
+        ("('a dog',)", ["a dog"]),
+        ("{'b dog', 'a cat', 'c'}", ["b dog", "a cat", "c"]),
+        ("('a dog')", ["('a dog')"]),
+        ("('hello' she says)", ["('hello' she says)"]),
+        ('{"en": "a dog"}', ['{"en": "a dog"}']),
     ],
 )
 def test_a_list_in_a_cell_is_read_as_python_and_json_write_it(manifest, cell, captions):

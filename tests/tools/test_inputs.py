@@ -130,6 +130,8 @@ def test_a_class_has_a_name_and_templates_are_a_text(embedder: Embedder, tmp_pat
             embedder.classify(WAVE, ["dog", "cat"], templates)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"^eval.templates must contain {label}"):
         embedder.classify(WAVE, ["dog", "cat"], "x" * 5000)
+    with pytest.raises(ConfigError, match=r"^eval.templates must contain {label}.* got ''"):
+        embedder.classify(WAVE, ["dog", "cat"], "")
     (tmp_path / "mine.txt").write_bytes(b"\xef\xbb\xbfA sound of {label}\n")
     wanted = embedder.classify(WAVE, ["dog", "cat"], "A sound of {label}")
     assert embedder.classify(WAVE, ["dog", "cat"], tmp_path / "mine.txt") == wanted
@@ -189,6 +191,24 @@ def test_one_sound_is_no_list(embedder: Embedder, one: Any):
     for call in (embedder.embed_audio, embedder.embed_each):
         with pytest.raises(TypeError, match=r"^sounds must be a list, got one"):
             call(one)
+
+
+@pytest.mark.parametrize("channels", [0, 1, 2, 64])
+@pytest.mark.parametrize("array", [np.zeros, torch.zeros])
+def test_one_waveform_is_no_list_of_its_samples(embedder: Embedder, array, channels: int):
+    shape = (RATE, channels) if channels else (RATE,)
+    for call in (embedder.embed_audio, embedder.embed_each):
+        with pytest.raises(TypeError, match=r"^sounds must be a list, got one waveform of shape"):
+            call(array(shape))
+
+
+def test_a_file_in_an_array_of_no_axis_is_no_list(embedder: Embedder):
+    with pytest.raises(TypeError, match=r"^sounds must be a list, got one ndarray"):
+        embedder.embed_audio(np.array("a.wav"))
+
+
+def test_an_array_of_waveforms_is_a_list(embedder: Embedder):
+    assert embedder.embed_audio(np.stack([WAVE, WAVE])).shape == (2, 16)
 
 
 def test_a_batch_is_an_integer_of_any_kind(embedder: Embedder):

@@ -50,7 +50,7 @@ SILENT = 1e-4
 LOWEST_HZ = 1000
 RATES_HZ = range(LOWEST_HZ, 1_000_001)
 # As many as ambisonics of the seventh order has.
-_CHANNELS = 64
+MOST_CHANNELS = 64
 # The longest sound, and the latest start and longest duration of a piece of one: a day.
 LONGEST_S = 24 * 3600
 
@@ -199,8 +199,8 @@ def open_sound(source: Source) -> Iterator[SoundFile]:
                 raise BadSound(
                     f"unreadable: its sample rate must be {limit}, got {file.samplerate} Hz"
                 )
-            if file.channels > _CHANNELS:
-                rule = f"it must have {_CHANNELS} channels or fewer"
+            if file.channels > MOST_CHANNELS:
+                rule = f"it must have {MOST_CHANNELS} channels or fewer"
                 raise BadSound(f"unreadable: {rule}, got {file.channels}")
             yield file
     except soundfile.LibsndfileError as error:

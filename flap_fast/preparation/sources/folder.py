@@ -1,6 +1,6 @@
 """A folder of files and a table of captions, as Hugging Face's audiofolder and imagefolder.
 
-    FOLDER/metadata.csv (or .jsonl)          file_name,caption; or any other single table
+    FOLDER/metadata.csv (.tsv, .jsonl)         file_name,caption; or any other single table
     FOLDER/SPLIT/metadata.csv, ...           one in each split's folder
 
 The path's column is one of `audio`, `image`, `path`, `file_name`, `filename`, `file`, relative to
@@ -20,7 +20,7 @@ from flap_fast.preparation.manifest import Entry, Row, collect
 from flap_fast.preparation.sources.layout import Source
 
 _PATHS = ("audio", "image", "path", "file_name", "filename", "file")
-_ENDINGS = (".csv", ".jsonl")
+_ENDINGS = (".csv", ".tsv", ".jsonl")
 
 
 def read(folder: Path) -> list[Entry]:
@@ -35,8 +35,8 @@ def read(folder: Path) -> list[Entry]:
         parquet = next(folder.rglob("*.parquet"), None)
         what = "; read_parquet(...).to_json of pandas converts a parquet file to JSON lines"
         raise ManifestError(
-            f"a folder must have a table of captions (.csv or .jsonl), or one in each of its "
-            f"splits' folders, got '{folder}' without"
+            f"a folder must have a table of captions ({', '.join(_ENDINGS)}), or one in each of "
+            f"its splits' folders, got '{folder}' without"
             + (f", but with {parquet.relative_to(folder)}{what}" if parquet else "")
         )
     rows = (row for split, file in tables.items() for row in _rows(file, split))
@@ -84,7 +84,7 @@ def _rows(file: Path, split: str | None) -> Iterator[Row]:
 FOLDER = Source(
     name="folder",
     kind="sounds or images",
-    folder="metadata.csv or .jsonl (file_name, caption), one or one a split's folder",
+    folder="metadata.csv, .tsv or .jsonl (file_name, caption), one or one a split's folder",
     splits="its split, or the folders' names",
     read=read,
 )
