@@ -37,3 +37,10 @@ def test_the_largest_numbers_and_no_numbers_are_finite():
 )
 def test_numbers_of_another_kind_are_refused(found, wanted):
     assert "which must be" in (fault(torch.zeros(2, dtype=found), wanted) or "")
+
+
+def test_a_number_that_is_infinite_only_in_the_model_is_found():
+    x = torch.zeros(2, 3, dtype=torch.float64)
+    x[1, 2] = 1e300
+    assert fault(x, torch.float64) is None
+    assert fault(x, torch.float32) == "with values that are not finite"
