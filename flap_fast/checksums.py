@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from flap_fast.checks import ConfigError
+from flap_fast.checks import ConfigError, require
 from flap_fast.files import write_atomically
 
 SUMS = "SHA256SUMS"
@@ -84,6 +84,9 @@ def verified(
             large one that changed.
     """
     sums = read_sums(folder) if on else {}
+    cut = on and not sums and (folder / SUMS).is_file()
+    again = "copy it again, or delete it to check nothing"
+    require(not cut, str(folder / SUMS), "list files", "none", again)
     names = [name for name in sums if name not in set(skip)]
     missing = next((name for name in names if not (folder / name).is_file()), None)
     if missing is not None:

@@ -49,7 +49,8 @@ def fault(found: Tensor, wanted: torch.dtype) -> str | None:
     floats = wanted.is_floating_point and found.is_floating_point()
     if found.dtype != wanted and not floats:
         return f"as {_name(found.dtype)}, which must be {_name(wanted)}"
-    return "with values that are not finite" if floats and not is_finite(found) else None
+    # Finite in float64 may be infinite in the model.
+    return "with values that are not finite" if floats and not is_finite(found.to(wanted)) else None
 
 
 def is_finite(values: Tensor) -> bool:

@@ -109,3 +109,9 @@ def test_a_small_file_that_changed_is_named_before_anything_is_done(folder, monk
     with pytest.raises(ConfigError, match="another SHA-256"), verified(folder):
         ran.append(1)
     assert ran
+
+
+def test_a_list_of_nothing_is_named(folder):
+    (folder / SUMS).write_text("\n")
+    with pytest.raises(ConfigError, match=f"{SUMS} must list files, got 'none'; copy it again, or"):
+        check(folder)

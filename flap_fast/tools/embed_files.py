@@ -27,10 +27,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
-from flap_fast.checks import ConfigError, require
+from flap_fast.checks import ConfigError, in_one_line, require
 from flap_fast.data.preprocess.waveform import BadSound, Unread
 from flap_fast.files import as_utf8, write_atomically
 from flap_fast.preparation.prepare import Distributor
@@ -65,23 +65,47 @@ class Chunk:
 
     def about(self) -> dict[str, Any]:
         """Return a finished chunk's metadata: `rejected` (reasons by number) and `again`."""
-        with safe_open(self.file, "np") as file:
-            return json.loads(file.metadata()["about"])
+        return self._read()[0]
 
     def embeddings(self) -> np.ndarray:
-        """Return a finished chunk's rows, (n, d) float32.
+        """Return a finished chunk's rows, (n, d) float32."""
+        return self._read()[1]
+
+    def save(self, about: dict[str, Any], rows: np.ndarray) -> None:
+        """Write a finished chunk, with the SHA-256 of what it holds and of whose it is."""
+        about = about | {"sha256": hashlib.sha256(rows.tobytes()).hexdigest()}
+        about |= {"whole": self._digest(about)}
+        write_atomically(self.file, save({"embeddings": rows}, {"about": json.dumps(about)}))
+
+    def _digest(self, about: dict[str, Any]) -> str:
+        """SHA-256 of the metadata, which hold that of the rows, and of the file's name."""
+        return hashlib.sha256(json.dumps([self.file.name, about]).encode()).hexdigest()
+
+    def _read(self) -> tuple[dict[str, Any], np.ndarray]:
+        """Return the metadata and the rows.
 
         Raises:
-            ConfigError: they changed since they were written, or are not finite.
+            ConfigError: they cannot be read, changed since they were written, or are not finite.
         """
-        with safe_open(self.file, "np") as file:
-            rows = file.get_tensor("embeddings").astype("<f4", copy=False)
-        digest = self.about().get("sha256")
-        same = digest in (None, hashlib.sha256(rows.tobytes()).hexdigest())
-        rule = "hold finite embeddings as they were written"
-        remedy = "delete it and run the same command again"
-        require(same and bool(np.isfinite(rows).all()), str(self.file), rule, "others", remedy)
-        return rows
+        try:
+            with safe_open(self.file, "np") as file:
+                rows = file.get_tensor("embeddings").astype("<f4", copy=False)
+                about = json.loads(file.metadata()["about"])
+            whole = about.pop("whole", None)  # neither is in files of before
+            if whole not in (None, self._digest(about)):
+                raise ValueError("it changed since it was written")
+            if about.get("sha256") not in (None, hashlib.sha256(rows.tobytes()).hexdigest()):
+                raise ValueError("its rows changed since they were written")
+            if len(rows) + len(about["rejected"]) != len(self.sounds) or about["again"] is None:
+                raise ValueError(f"it has {len(rows)} rows for {len(self.sounds)} sounds")
+            if not np.isfinite(rows).all():
+                raise ValueError("a row is not finite")
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as why:
+            raise ConfigError(
+                f"{self.file} must hold embeddings as they were written, got {in_one_line(why)}; "
+                "delete it and run the same command again"
+            ) from None
+        return about, rows
 
 
 @dataclass(frozen=True)
@@ -182,14 +206,12 @@ def _embed(embedder: Embedder, chunk: Chunk, crop: str, batch: int, advance: Adv
         for number, row in enumerate(found):
             again |= isinstance(row, Unread)
             if isinstance(row, BadSound):
-                rejected[number] = str(row)
+                rejected[str(number)] = str(row)
             else:
                 rows.append(row)
             advance(1)
     embeddings = torch.stack(rows) if rows else torch.empty(0, embedder.config.joint.width)
-    digest = hashlib.sha256(embeddings.numpy().tobytes()).hexdigest()
-    about = {"about": json.dumps({"rejected": rejected, "again": again, "sha256": digest})}
-    write_atomically(chunk.file, save({"embeddings": embeddings}, about))
+    chunk.save({"rejected": rejected, "again": again}, embeddings.numpy())
 
 
 def _embed_on_worker(
@@ -208,9 +230,8 @@ def _finish(out: Path, chunks: Sequence[Chunk], width: int) -> Embedded:
     names, rejected = [], []
     finished = [chunk for chunk in chunks if chunk.finished]
     for chunk in finished:
-        with safe_open(chunk.file, "np") as file:
-            rows += file.get_slice("embeddings").get_shape()[0]
         reasons = chunk.about()["rejected"]
+        rows += len(chunk.sounds) - len(reasons)
         for number, path in enumerate(chunk.sounds):
             why = reasons.get(str(number))
             row = {"audio": str(path)} | ({"reason": why} if why else {})

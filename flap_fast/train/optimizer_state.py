@@ -113,7 +113,7 @@ class OptimizerState:
                 if moment not in state:  # padding stays zero
                     state[moment] = torch.zeros_like(key, requires_grad=False)
                 values = saved[f"{name}/{moment}"].flatten()[start : start + numel]
-                if not is_finite(values):
+                if not is_finite(values.to(state[moment].dtype)):
                     raise _unusable(file, f"{name}/{moment} with values that are not finite")
                 if moment == "exp_avg_sq" and values.numel() and values.min() < 0:
                     raise _unusable(file, f"{name}/{moment} with a value below 0")
@@ -134,6 +134,8 @@ class OptimizerState:
                 raise _unusable(file, f"{name} as {value.dtype}")
             if name.endswith("/step") and fault(value, value.dtype):
                 raise _unusable(file, f"{name} that is not finite")
+            if name.endswith("/step") and value < 1:
+                raise _unusable(file, f"{name} below 1")
         for name in {name.rpartition("/")[0] for name in saved}:
             absent = [key for key in (*_MOMENTS, "step") if f"{name}/{key}" not in saved]
             if absent:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -269,7 +270,56 @@ def test_a_chunk_that_changed_is_named(checkpoint, sounds, tmp_path, value):
         rows, about = chunk.get_tensor("embeddings"), chunk.metadata()
     rows[0, 0] = value
     file.write_bytes(save({"embeddings": rows}, about))
-    with pytest.raises(ConfigError, match=r"safetensors must hold finite .*; delete it and run"):
+    with pytest.raises(
+        ConfigError, match=r"safetensors must hold embeddings .*; delete it and run"
+    ):
         embed_files(checkpoint, find_sounds([sounds]), tmp_path)
     file.unlink()
     embed_files(checkpoint, find_sounds([sounds]), tmp_path)
+
+
+def other_rejected(file: Path) -> None:
+    """Another sound is the one that cannot be read: all names after it move by one row."""
+    with safe_open(file, "pt") as opened:
+        rows, about = opened.get_tensor("embeddings"), json.loads(opened.metadata()["about"])
+    rejected = about["rejected"]
+    first = min(rejected, key=int)
+    rejected[str(int(first) + 1)] = rejected.pop(first)
+    file.write_bytes(save({"embeddings": rows}, {"about": json.dumps(about)}))
+
+
+def of_another_chunk(file: Path) -> None:
+    """Equally many rows, of other sounds."""
+    other = next(path for path in file.parent.glob("*.safetensors") if path != file)
+    shutil.copy(other, file)
+
+
+DAMAGE = {
+    "rejected": other_rejected,
+    "another": of_another_chunk,
+    "cut": lambda file: file.write_bytes(file.read_bytes()[:200]),
+    "empty": lambda file: file.write_bytes(b""),
+    "no metadata": lambda file: file.write_bytes(save({"embeddings": torch.zeros(1, 16)})),
+    "no object": lambda file: file.write_bytes(
+        save({"embeddings": torch.zeros(1, 16)}, {"about": "[]"})
+    ),
+    "fewer rows": lambda file: file.write_bytes(
+        save({"embeddings": torch.zeros(1, 16)}, {"about": '{"rejected": {}, "again": false}'})
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_chunk_whose_rows_would_be_other_sounds_is_named_and_its_remedy_works(
+    checkpoint, sounds, tmp_path, kind
+):
+    found, out = find_sounds([sounds])[:4], tmp_path / "out"
+    embed_files(checkpoint, found, out, chunk_sounds=1 if kind == "another" else 512)
+    before = contents(out)
+    file = min((out / ".embed").glob("*.safetensors"), key=lambda file: -file.stat().st_size)
+    DAMAGE[kind](file)
+    with pytest.raises(ConfigError, match=f"{file} must hold .*; delete it and run"):
+        embed_files(checkpoint, found, out, chunk_sounds=1 if kind == "another" else 512)
+    file.unlink()
+    embed_files(checkpoint, found, out, chunk_sounds=1 if kind == "another" else 512)
+    assert contents(out) == before

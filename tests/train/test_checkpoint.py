@@ -270,7 +270,9 @@ def test_weights_no_model_has_are_refused_without_sums_too(damage: str, prepared
         ("exp_avg_sq", -1.0, "exp_avg_sq with a value below 0"),
         ("exp_avg", "int", "exp_avg as torch.int32"),
         ("exp_avg", "absent", "without exp_avg"),
+        ("exp_avg", 1e300, "exp_avg with values that are not finite"),
         ("step", float("inf"), "step that is not finite"),
+        ("step", -1.0, "step below 1"),
     ],
 )
 def test_a_state_that_adam_never_has_is_refused_without_sums_too(
@@ -286,7 +288,9 @@ def test_a_state_that_adam_never_has_is_refused_without_sums_too(
     elif value == "absent":
         del tensors[name]
     else:
-        tensors[name].view(-1)[-1] = float(value)
+        wide = tensors[name].double()
+        wide.view(-1)[-1] = float(value)
+        tensors[name] = wide
     save_tensors(file, tensors)
     with pytest.raises(ConfigError, match=f"must hold Adam's state, .*{message}; copy it again"):
         train(settings(prepared, runs), resume=True)
