@@ -53,15 +53,20 @@ def read_text(name: str, file: str | Path) -> str:
 
 
 def refuse_code(name: str, folder: Path) -> None:
-    """Raise `ConfigError` where a folder of transformers' names Python files to run (auto_map).
+    """Raise `ConfigError` where a folder of transformers' names code to run: Python files of its
+    own (auto_map), or a kernel of a hub (attn_implementation: OWNER/NAME).
 
     What its files hold else is for transformers to judge, which is told not to run any.
     """
     for file in sorted(folder.glob("*config*.json")):
-        found: list[object] = []
+        found: list[str] = []
 
-        def note(tree: dict, found: list[object] = found) -> dict:
-            found.extend([tree["auto_map"]] if tree.get("auto_map") else [])
+        def note(tree: dict, found: list[str] = found) -> dict:
+            found.extend(["auto_map"] if tree.get("auto_map") else [])
+            for key, value in tree.items():
+                names = value.values() if isinstance(value, dict) else [value]
+                if key.endswith("_implementation") and any("/" in str(name) for name in names):
+                    found.append(key)
             return tree
 
         try:
@@ -69,5 +74,7 @@ def refuse_code(name: str, folder: Path) -> None:
         except (ValueError, RecursionError, OSError):
             continue  # transformers says so
         rule = "name no code of its own to run"
-        remedy = "if transformers has the class itself, delete auto_map there"
-        require(not found, name, rule, f"auto_map in {file}", remedy)
+        for key in found:
+            has = "the class" if key == "auto_map" else "what is needed"
+            remedy = f"if transformers has {has} itself, delete {key} there"
+            require(False, name, rule, f"{key} in {file}", remedy)

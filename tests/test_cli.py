@@ -185,3 +185,20 @@ def test_version_is_the_one_that_is_installed(monkeypatch, capsys):
 def test_the_packages_names_are_the_public_ones():
     assert dir(flap_fast) == sorted([*flap_fast.__all__, "__version__"])
     assert all(hasattr(flap_fast, name) for name in dir(flap_fast))
+
+
+def test_a_command_that_could_use_nothing_fails(run: Path, tmp_path: Path, monkeypatch, capsys):
+    sounds = tmp_path / "sounds"
+    sounds.mkdir()
+    (sounds / "a.wav").write_bytes(b"RIFF, but not more")
+    (tmp_path / "m.csv").write_text("audio,title\nsounds/a.wav,a dog\n")
+    assert flap("prepare", tmp_path / "m.csv", tmp_path / "out", monkeypatch=monkeypatch) == 1
+    said = capsys.readouterr()
+    assert "0 clips in 0 shards, 1 of 1 rejected: 1 captionless" in said.out
+    assert "error: no clip can be used; captions are read from caption or captions" in said.err
+    given = ("embed", sounds, "--out", tmp_path / "rows", "--model", run)
+    assert flap(*given, monkeypatch=monkeypatch) == 1
+    assert "1 of 1 sounds cannot be read, see" in capsys.readouterr().err
+    given = ("search", "a dog", "--audio", sounds, "--model", run)
+    assert flap(*given, monkeypatch=monkeypatch) == 1
+    assert "1 of 1 sounds cannot be read" in capsys.readouterr().err

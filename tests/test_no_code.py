@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flap_fast.checks import ConfigError
+from flap_fast.checks import ConfigError, refuse_code
 from flap_fast.data.tokenize import tokenizer
 from flap_fast.encoders.roberta.model import TransformersText
 from flap_fast.encoders.roberta.settings import RobertaSettings
@@ -80,6 +80,23 @@ LOADERS = {
     "rewriter": lambda folder: _load("a", folder, None, None),  # type: ignore[arg-type]
     "tagger": lambda folder: Classifier("a", folder),
 }
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("key", ["attn_implementation", "_experts_implementation"])
+@pytest.mark.parametrize("value", ["owner/kernel", {"": "eager", "text": "owner/kernel@v1:layer"}])
+def test_a_folder_that_names_a_kernel_of_a_hub_is_refused(
+    loader, key, value, roberta_folder, tmp_path
+):
+    folder = shutil.copytree(roberta_folder, tmp_path / "model")
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(ConfigError, match=f"name no code of its own to run, got '{key} in .*json'"):
+        LOADERS[loader](folder)
+    file.write_text(file.read_text().replace("owner/kernel@v1:layer", "sdpa"))
+    file.write_text(file.read_text().replace("owner/kernel", "sdpa"))
+    if key == "attn_implementation" and value == "owner/kernel":
+        refuse_code("text.folder", folder)
 
 
 @pytest.mark.parametrize("loader", LOADERS)

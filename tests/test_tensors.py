@@ -43,7 +43,6 @@ def test_numbers_of_another_kind_are_refused(found, wanted):
     assert "which must be" in (fault(torch.zeros(2, dtype=found), wanted) or "")
 
 
-<<<<<<< HEAD
 def test_a_header_that_holds_much_else_is_named_in_a_short_line(tmp_path):
     """What safetensors says of it quotes the value."""
     header = json.dumps({"a": "x" * 5000}).encode()
@@ -52,10 +51,10 @@ def test_a_header_that_holds_much_else_is_named_in_a_short_line(tmp_path):
     with pytest.raises(ConfigError, match=r"a\.safetensors cannot be read: ") as caught:
         load_tensors(file)
     assert len(str(caught.value)) < 700
-=======
+
+
 def test_a_number_that_is_infinite_only_in_the_model_is_found():
     x = torch.zeros(2, 3, dtype=torch.float64)
     x[1, 2] = 1e300
     assert fault(x, torch.float64) is None
     assert fault(x, torch.float32) == "with values that are not finite"
->>>>>>> s15files

@@ -81,6 +81,9 @@ def prepare(
         distributor=distribution,
     )
     say(_summary(out, done, wanted))
+    if not (done.kept or done.unfinished):
+        say("error: no clip can be used; captions are read from caption or captions", error=True)
+        raise typer.Exit(1)
 
 
 def _front_end(config: Path | None, sample_rate_hz: int | None) -> Audio:

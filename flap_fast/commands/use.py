@@ -76,6 +76,8 @@ def embed(
     if done.rejected:
         count = f"{done.rejected} of {done.rows + done.rejected} sounds"
         say(f"{count} cannot be read, see {out / 'rejected.jsonl'}", error=True)
+        if not done.rows:
+            raise typer.Exit(1)
 
 
 def search(
@@ -199,6 +201,8 @@ def _updated(file: Path, sounds: list[Path], embedder: Embedder, crop: str, batc
         say(rejected.error, error=True)
     if index.rejected:
         say(f"{len(index.rejected)} of {len(sounds)} sounds cannot be read", error=True)
+        if len(index.rejected) == len(sounds):
+            raise typer.Exit(1)
     return index
 
 

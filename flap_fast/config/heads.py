@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from flap_fast.checks import require
-from flap_fast.section import MEANS_WEIGHTS, Count, Positive, Section
+from flap_fast.section import MEANS_WEIGHTS, Count, Depth, Positive, Section
 
 
 class Decoder(Section):
@@ -15,7 +15,7 @@ class Decoder(Section):
 
     width: Count = 512
     """Width of its blocks."""
-    depth: Count = 4
+    depth: Depth = 4
     """Blocks."""
     heads: Annotated[Count, MEANS_WEIGHTS] = 4
     """Attention heads of a block."""

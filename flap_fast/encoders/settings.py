@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from flap_fast.section import (
     MEANS_WEIGHTS,
     Count,
+    Depth,
     Positive,
     Ratio,
     Section,
@@ -145,7 +146,7 @@ class TextEncoder(Encoder):
     bytes, needs no file)."""
     width: Count = 768
     """Random weights: width."""
-    depth: Count = 12
+    depth: Depth = 12
     """Random weights: layers."""
     heads: Count = 12
     """Random weights: heads."""

@@ -133,7 +133,7 @@ def _entry(file: Path, line: int, row: dict[str, Any], folder: Path) -> Entry:
     audio = row.get("image" if image else "audio")
     if image and _given(row, "audio"):
         raise ManifestError(f"{file}:{line}: a row must have audio or image, got both")
-    if not isinstance(audio, str) or not audio:
+    if not isinstance(audio, str) or audio.lower() in ("", "nan"):
         what = "image must name an image file" if image else "audio must name a sound file"
         found = "" if "audio" in row or "image" in row else _columns(file, row)
         raise ManifestError(f"{file}:{line}: {what}, got {audio!r}{found}")
@@ -218,8 +218,8 @@ def _is_json(value: Any, depth: int = _DEPTH) -> bool:
 
 
 def _texts(row: dict[str, Any], name: str, *, several: bool = True) -> list[str]:
-    """The non-blank texts of a cell: a list, also as JSON or Python write it, or one string (of
-    several, by `|`)."""
+    """The texts of a cell, without blank ones and `nan`, a missing value's: a list, also as JSON or
+    Python write it, or one string (of several, by `|`)."""
     value = row.get(name)
     if value is None:
         return []
@@ -232,4 +232,5 @@ def _texts(row: dict[str, Any], name: str, *, several: bool = True) -> list[str]
         value = (value.split("|") if several else [value]) if texts is None else texts
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         raise TypeError(f"{name} must be a text or a list of texts, got {value!r}")
-    return [whole_characters(text.strip()) for text in value if text.strip()]
+    texts = (text.strip() for text in value)
+    return [whole_characters(text) for text in texts if text and text.lower() != "nan"]

@@ -122,6 +122,8 @@ class OptimizerState:
 
     def _read(self, file: Path) -> dict[str, Tensor]:
         saved = load_tensors(file)  # mapped: what no fragment of this rank covers is not read
+        if not saved and self._fragments:
+            raise _unusable(file, "nothing")
         shapes = {f"{f.name}/{moment}": f.shape for f in self._fragments for moment in _MOMENTS}
         shapes |= {f"{f.name}/step": torch.Size() for f in self._fragments}
         for name, value in saved.items():

@@ -356,3 +356,14 @@ def test_the_demo_has_a_sound_and_a_caption_on_each_of_its_lines():
     assert len(clips) == len((demo / "manifest.jsonl").read_text().splitlines())
     assert all(clip.captions and clip.audio.is_file() for clip in clips)
     assert {clip.split for clip in clips} == {"train", "val"}
+
+
+def test_nan_is_a_missing_value_of_a_table(manifest):
+    rows = "audio,caption,captions,labels\na.wav,nan,a dog|NaN,nan\nb.wav,Nan tells,,\n"
+    clips = read_manifest(manifest(rows, "m.csv"))
+    assert [(clip.captions, clip.labels) for clip in clips] == [
+        (["a dog"], []),
+        (["Nan tells"], []),
+    ]
+    with pytest.raises(ManifestError, match=r"^\S+:2: audio must name a sound file, got 'nan'"):
+        read_manifest(manifest("audio,caption\nnan,a dog\n", "m.csv"))

@@ -171,7 +171,7 @@ def test_every_way_to_hand_over_an_encoded_sound_gives_the_same_row(
         ({"bytes": None, "path": None}, r"must have 'array' .*, or 'bytes' or 'path'"),
         ({"audio": {"path": "a.wav"}, "text": "a"}, "; pass the cell of its column 'audio'"),
         (Decoder("no stream"), "unreadable: no stream"),
-        (b"", "unreadable"),
+        (b"", "empty: the file has no bytes"),
         ((WAVE, 1), "a waveform's rate must be 1000 Hz or more, got 1 Hz"),
     ],
 )

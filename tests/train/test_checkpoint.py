@@ -270,6 +270,7 @@ def test_weights_no_model_has_are_refused_without_sums_too(damage: str, prepared
         ("exp_avg_sq", -1.0, "exp_avg_sq with a value below 0"),
         ("exp_avg", "int", "exp_avg as torch.int32"),
         ("exp_avg", "absent", "without exp_avg"),
+        ("exp_avg", "nothing", "got nothing"),
         ("exp_avg", 1e300, "exp_avg with values that are not finite"),
         ("step", float("inf"), "step that is not finite"),
         ("step", -1.0, "step below 1"),
@@ -287,6 +288,8 @@ def test_a_state_that_adam_never_has_is_refused_without_sums_too(
         tensors[name] = tensors[name].view(torch.int32)
     elif value == "absent":
         del tensors[name]
+    elif value == "nothing":
+        tensors.clear()
     else:
         wide = tensors[name].double()
         wide.view(-1)[-1] = float(value)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from flap_fast.encoders.settings import ImageEncoder
-from flap_fast.section import MEANS_WEIGHTS, Count
+from flap_fast.section import MEANS_WEIGHTS, Depth
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,7 +25,7 @@ class ClipResNetSettings(ImageEncoder):
     """CLIP's ResNet: a stem of three convolutions, blurred strides, pooling by attention."""
     width: Annotated[int, Field(ge=2, multiple_of=2)] = 64
     """Channels after the stem; the pooled vector has 32 times as many, in heads of 64."""
-    layers: tuple[Count, Count, Count, Count] = (3, 4, 6, 3)
+    layers: tuple[Depth, Depth, Depth, Depth] = (3, 4, 6, 3)
     """Bottlenecks of each stage: ResNet-50's."""
 
     @property

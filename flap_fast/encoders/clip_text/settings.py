@@ -8,7 +8,7 @@ from pydantic import model_validator
 
 from flap_fast.checks import require
 from flap_fast.encoders.settings import TextEncoder
-from flap_fast.section import MEANS_WEIGHTS, Count
+from flap_fast.section import MEANS_WEIGHTS, Count, Depth
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,7 +26,7 @@ class ClipTextSettings(TextEncoder):
     """CLIP's causal transformer, of random weights of the sizes here."""
     width: Count = 512
     """Width."""
-    depth: Count = 12
+    depth: Depth = 12
     """Layers."""
     heads: Annotated[Count, MEANS_WEIGHTS] = 8
     """Heads."""

@@ -9,7 +9,7 @@ from pydantic import model_validator
 
 from flap_fast.checks import require
 from flap_fast.encoders.audio_settings import AudioEncoder
-from flap_fast.section import MEANS_WEIGHTS, Count, Ratio
+from flap_fast.section import MEANS_WEIGHTS, Count, Depth, Ratio
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,7 +55,7 @@ class HTSATSettings(AudioEncoder):
     """Width of the first stage (96, 128 or 256, doubled at each), blocks and heads."""
     width: Count | None = None
     """Overrides the size's first width."""
-    depths: tuple[Count, ...] | None = None
+    depths: tuple[Depth, ...] | None = None
     """Overrides the size's blocks of each stage."""
     heads: Count | None = None
     """Overrides the size's first number of heads, doubled at each stage."""

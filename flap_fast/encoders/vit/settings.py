@@ -8,7 +8,7 @@ from pydantic import model_validator
 
 from flap_fast.checks import require
 from flap_fast.encoders.audio_settings import PatchEncoder
-from flap_fast.section import MEANS_WEIGHTS, Count, Positive, Ratio
+from flap_fast.section import MEANS_WEIGHTS, Count, Depth, Positive, Ratio
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -34,7 +34,7 @@ class ViTSettings(PatchEncoder):
     """Width, depth and heads: 192/4/3, 384/12/6, 768/12/12, 1024/24/16."""
     width: Count | None = None
     """Overrides the size's width D."""
-    depth: Count | None = None
+    depth: Depth | None = None
     """Overrides the size's number of blocks."""
     heads: Count | None = None
     """Overrides the size's number of heads."""
