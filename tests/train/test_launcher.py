@@ -129,7 +129,8 @@ def test_ctrl_c_saves_says_how_to_go_on_and_the_run_goes_on(config: Path):
 @pytest.mark.parametrize(
     "on_two_nodes",
     [
-        pytest.param(((torchrun, 2),), id="torchrun"),
+        pytest.param((), id="deepspeed"),
+        pytest.param(((torchrun, 2),), id="torchrun", marks=pytest.mark.slow),
         pytest.param(((hosts, 1), (torchrun, 2)), id="hostfile-torchrun", marks=pytest.mark.slow),
     ],
 )

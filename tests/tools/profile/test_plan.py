@@ -319,7 +319,14 @@ OTHER_ENCODERS = [
 ]
 
 
-@pytest.mark.parametrize("overrides", STEPS)
+@pytest.mark.parametrize(
+    "overrides",
+    # The simplest, and of the others each second one at once.
+    [
+        s if n % 2 else pytest.param(s, marks=pytest.mark.slow) if n else s
+        for n, s in enumerate(STEPS)
+    ],
+)
 def test_the_predicted_peak_is_that_of_the_trainers_step_within_a_tenth(overrides: tuple):
     """Of all tensors through both passes, with media kept and decoded again."""
     wide = ("audio.width=64", "audio.depth=4", "text.width=64", "text.depth=4")
