@@ -147,7 +147,7 @@ _LITERAL = ("optim.betas=[0.9,0.999]",)
 _SLOW = (
     *("flap", "flap_nomask", "flap_1d", "flap_1d_recon", "flap_literal"),
     *("flap_fusion", "flap_fusion_recon"),
-    *("lsclap", "clap", "claps", "cyclap"),
+    *("lsclap", "clap", "claps", "cyclap", "cyclaps"),
     *("clip", "clips", "clipn", "clipe"),
 )
 

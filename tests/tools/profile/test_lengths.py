@@ -222,6 +222,7 @@ def test_a_profile_of_synthetic_clips_has_their_lengths(tmp_path: Path, monkeypa
     assert "longest 3.0 s" in result.output
 
 
+@pytest.mark.slow
 def test_a_profile_on_shards_deals_clips_as_training_does(prepared: Path, tmp_path: Path):
     data = (f"data.train={prepared}/train", "frontend.backend=torch", "train.global_batch=12")
     config = tiny(*VARIABLE, *data, "train.micro_tokens=200")

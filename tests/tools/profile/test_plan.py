@@ -117,7 +117,7 @@ def counted_in_the_loss(clips: int, folder: Path):
     return found
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_fake_ranks_send_for_the_losses_what_real_ones_do(world: int, teacher_folder: Path):
     cases = [*LOSSES, *of_a_teacher(teacher_folder)]
     expected = [loss_traffic(tiny(*overrides), 3, world) for overrides in cases]
