@@ -33,6 +33,14 @@ class Optim(Section):
     """On matrices only: never on biases, norms, tokens or the logit scale."""
     clip_norm: Annotated[float, Field(ge=0)] = 0.0
     """Largest gradient norm; 0 does not clip."""
+    media_lr_factor: Positive = 1.0
+    """Learning rate of the audio (or image) encoder, times optim.lr; heads and all else have
+    optim.lr itself. To freeze it: audio.freeze."""
+    text_lr_factor: Positive = 1.0
+    """The same for the text encoder."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Learning rate of each block of the encoders, times that of the next one towards the output;
+    the input layers count as one before the first. 0.75 is usual when fine-tuning; 1 is off."""
 
     @model_validator(mode="after")
     def _decays(self):
@@ -43,8 +51,27 @@ class Optim(Section):
 
 
 class Sched(Section):
+    name: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """The learning rate after warm-up: half a cosine or a line to the last step, constant, or
+    constant and then a line over the last sched.decay_steps (warm-up, stable, decay)."""
     warmup_steps: CountOrZero = 3200
-    """Steps of linear warm-up; then a cosine to zero."""
+    """Steps of linear warm-up."""
+    decay_steps: Count | None = None
+    """sched.name = wsd: steps of the decay at the end."""
+    final_factor: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The learning rate to which it falls at the end, times optim.lr."""
+
+    @model_validator(mode="after")
+    def _decays(self):
+        given, wsd = self.decay_steps, self.name == "wsd"
+        rule = (
+            "be set with sched.name = wsd" if wsd else f"be left out with sched.name = {self.name}"
+        )
+        remedy = "a tenth of the steps is usual" if wsd else "set sched.name=wsd"
+        require((given is not None) == wsd, "sched.decay_steps", rule, given or "nothing", remedy)
+        factor, rule = self.final_factor, "be 0 with sched.name = constant, which does not fall"
+        require(self.name != "constant" or factor == 0, "sched.final_factor", rule, factor)
+        return self
 
 
 class Train(Section):

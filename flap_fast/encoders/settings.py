@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from flap_fast.section import (
     MEANS_WEIGHTS,
     Count,
+    CountOrZero,
     Depth,
     Positive,
     Ratio,
@@ -81,6 +82,11 @@ class MediaEncoder(Encoder):
     """Where SpecAug erases: in the encoder's input, inside it (`erase`), or nowhere."""
     joint_space: ClassVar[bool] = False
     """Whether its pooled vector lies in the joint space already and needs no head."""
+    freeze: bool = False
+    """Keep the encoder frozen, without dropout and as evaluation runs it; its head is trained."""
+    freeze_blocks: CountOrZero = 0
+    """The same for the encoder's input layers and this many first blocks."""
+
     defaults: ClassVar[dict[str, dict[str, object]]] = {}
     """What other sections are by themselves with this encoder: {"mask": {"kind": "none"}}."""
 
@@ -157,6 +163,8 @@ class TextEncoder(Encoder):
     freeze: bool = False
     """Keep the encoder frozen, without dropout, and train only the projection. Each caption is
     embedded once, into `text_vectors/` of the run's folder."""
+    freeze_blocks: CountOrZero = 0
+    """Keep the embeddings and this many first blocks frozen, without dropout."""
 
     @property
     def tokenizer_files(self) -> tuple[str, str]:

@@ -21,6 +21,7 @@ from flap_fast.config import Config
 from flap_fast.data.batch import Media
 from flap_fast.encoders.audio_settings import PatchEncoder
 from flap_fast.encoders.base import AnyMask
+from flap_fast.encoders.block_depths import freeze
 from flap_fast.losses.base import Outputs
 from flap_fast.model.decoder import Decoder
 
@@ -64,6 +65,12 @@ class TwoTowers(nn.Module):
         media = encoder.build(config, recompute="audio" in recompute)
         self.add_module(self.modality, media)
         self.text = config.text.build(recompute="text" in recompute, weights=weights)
+        towers = (self.modality, media, encoder), ("text", self.text, config.text)
+        self._frozen = [
+            module
+            for name, tower, given in towers
+            for module in freeze(tower, name, whole=given.freeze, blocks=given.freeze_blocks)
+        ]
         width: int = media.width  # type: ignore[assignment]
         if not encoder.joint_space:
             self.add_module(f"{self.modality}_head", mlp_head(width, joint))
@@ -79,6 +86,7 @@ class TwoTowers(nn.Module):
         if config.loss.recon.weight > 0:
             assert isinstance(encoder, PatchEncoder)  # the config has checked it
             self.decoder = Decoder(config, encoder, width)
+        self.train()
 
     @property
     def encoder(self) -> nn.Module:
@@ -89,6 +97,13 @@ class TwoTowers(nn.Module):
     def head(self) -> nn.Module | None:
         """The media encoder's projection to the joint space; None if its output lies there."""
         return getattr(self, f"{self.modality}_head", None)
+
+    def train(self, mode: bool = True) -> TwoTowers:
+        """What is frozen never trains."""
+        super().train(mode)
+        for module in self._frozen if mode else ():
+            module.eval()
+        return self
 
     def forward(
         self,

@@ -27,7 +27,7 @@ from flap_fast.encoders.blocks import Blocks
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks
 from flap_fast.train.optimizer_state import Fragment, OptimizerState, whole_fragments
-from flap_fast.train.optimizers import optimizer
+from flap_fast.train.optimizers import optimizer, set_lr
 
 # Gradients are reduced during the backward, a bucket of so many numbers at a time, from two buffers
 # of a bucket each. DeepSpeed's default of 500 million takes 4 GB and holds all gradients of models
@@ -100,8 +100,7 @@ class PlainEngine:
         norm = nn.utils.get_total_norm(grads)
         if self._clip:
             nn.utils.clip_grads_with_norm_(self._trained, self._clip, norm)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self._optimizer, lr)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return norm
@@ -151,8 +150,7 @@ class DeepSpeedEngine:
 
     def step(self, lr: float) -> Tensor:
         assert self._engine.optimizer is not None
-        for group in self._engine.optimizer.param_groups:  # type: ignore[attr-defined,union-attr]
-            group["lr"] = lr
+        set_lr(self._engine.optimizer, lr)  # type: ignore[arg-type]
         # Without ZeRO, DeepSpeed keeps no norm.
         grads = [p.grad for p in self.module.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(grads) if self._stage == 0 else None

@@ -20,7 +20,7 @@ from flap_fast.ranks.agreement import Facts, agree
 from flap_fast.ranks.failure import Ended, joined
 from flap_fast.train.facts import checkpoint_facts, settings_facts
 from flap_fast.train.observers import report_bad_clips
-from flap_fast.train.optimizers import warmup_cosine
+from flap_fast.train.optimizers import learning_rate
 from flap_fast.train.run_folder import begin
 from flap_fast.train.run_lock import run_lock
 from flap_fast.train.setup import Run, check_run, set_up
@@ -80,9 +80,7 @@ def train_from(
     for step in range(run.first + 1, steps + 1):
         outputs, terms = gradients(step, batches)
         report_bad_clips(config.run_folder, ranks, loader.bad)
-        lr = warmup_cosine(
-            step - 1, base=config.optim.lr, warmup=config.sched.warmup_steps, steps=steps
-        )
+        lr = learning_rate(step - 1, config.sched, base=config.optim.lr, steps=steps)
         terms["grad_norm"] = engine.step(lr)
         # Still on the device: an observer that wants a number pays for its own sync.
         epoch, work = loader.sampler.epoch(step - 1), loader.work(step - 1)

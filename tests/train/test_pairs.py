@@ -123,7 +123,7 @@ def test_the_sigmoid_loss_trains_alone_and_resumes_bit_for_bit(
 
 def test_the_bias_is_not_decayed_and_is_there_only_with_the_loss():
     model = TwoTowers(tiny("loss.sigmoid.weight=0.1", "loss.sigmoid.bias=-3"))
-    decayed, others = parameter_groups(model)
+    decayed, others = (group.parameters for group in parameter_groups(model))
     assert any(p is model.logit_bias for p in others)
     assert not any(p is model.logit_bias for p in decayed)
     assert model.state_dict()["logit_bias"].tolist() == [-3]

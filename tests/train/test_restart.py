@@ -64,6 +64,8 @@ def settings(data: Path, runs: Path, *overrides: str) -> Config:
         *("train.steps=6", "optim.lr=0.001", "sched.warmup_steps=2", "optim.clip_norm=1"),
         # A larger eps, or Adam makes a step of what is only rounding (a key bias has no gradient).
         *("optim.name=adamw", "optim.weight_decay=0.1", "optim.eps=0.00001"),
+        # Groups of the optimizer beside the two of before, and weights that are in none.
+        *("optim.layer_decay=0.8", "optim.media_lr_factor=0.5", "text.freeze_blocks=1"),
         *("log.every_steps=1", "log.tensorboard=false", "ckpt.every_steps=2", "ckpt.keep_last=9"),
         *overrides,
     )
@@ -155,7 +157,8 @@ def assert_goes_on_as(alone: Path, run: Path, after: int) -> None:
     """The losses that followed, and what the last checkpoint holds."""
     expected, found = rows(alone), rows(run)
     for step in range(after, 6):
-        assert found[step]["loss"] == pytest.approx(expected[step]["loss"], abs=1e-6, rel=0)
+        # Some units in the last place of a float32.
+        assert found[step]["loss"] == pytest.approx(expected[step]["loss"], rel=5e-7)
         assert found[step]["grad_norm"] == pytest.approx(expected[step]["grad_norm"], rel=1e-5)
     weights = load_weights(last(run))
     assert weights["steps_seen"] == 6

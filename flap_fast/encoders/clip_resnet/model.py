@@ -32,6 +32,8 @@ class ClipResNet(nn.Module):
     The tokens are the last grid's cells, (B, N, 32 D).
     """
 
+    block_names = r"layer\d\.\d+\."
+
     def __init__(self, settings: ClipResNetSettings, joint_width: int):
         super().__init__()
         width, self.resolution, self.width = settings.width, settings.resolution, joint_width

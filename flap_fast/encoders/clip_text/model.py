@@ -29,12 +29,13 @@ from flap_fast.encoders.clip_text.settings import ClipTextSettings
 class ClipText(nn.Module):
     """(B, L) token ids and mask -> (B, D) float32; initialised at random."""
 
+    block_names = r"transformer\.resblocks\.\d+\."
     # No transformers model, whose sizes the formulas of FLOP and memory ask: they refuse it.
     inner: Any = None
 
     def __init__(self, text: ClipTextSettings, *, recompute: bool = False):
         super().__init__()
-        self.width, self.frozen, self.recompute = text.width, text.freeze, recompute
+        self.width, self.recompute = text.width, recompute
         self.dropout = text.dropout
         words = tokenizer(text).inner
         self.vocabulary, self.pad_token_id = len(words), words.pad_token_id or 0
@@ -44,15 +45,9 @@ class ClipText(nn.Module):
         self.ln_final = nn.LayerNorm(text.width)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
-        if text.freeze:
-            self.requires_grad_(False)
 
     def save_config(self, folder: Path) -> None:
         """Write nothing: all sizes are in the model's config.yaml."""
-
-    def train(self, mode: bool = True) -> ClipText:
-        """A frozen tower never trains: its dropout stays off."""
-        return super().train(mode and not self.frozen)
 
     def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Embed captions.
@@ -63,12 +58,6 @@ class ClipText(nn.Module):
         Raises:
             ValueError: a caption without a token, or with more than text.max_tokens.
         """
-        if self.frozen:
-            with torch.no_grad():
-                return self._embed(ids, attention_mask)
-        return self._embed(ids, attention_mask)
-
-    def _embed(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
         last = _last_tokens(attention_mask, len(self.positional_embedding))
         ids = ids[:, : len(self.positional_embedding)]  # batches are padded to a multiple of 8
         x = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]

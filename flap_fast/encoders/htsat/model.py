@@ -41,6 +41,7 @@ class HTSAT(nn.Module):
     With fusion, (B, 4, T, F) and which of the clips are longer.
     """
 
+    block_names = r"layers\.\d+\.blocks\.\d+\."
     # Set only with 1-D fusion.
     mel_conv1d: nn.Module
     fusion_model: nn.Module

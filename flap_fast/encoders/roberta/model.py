@@ -44,9 +44,12 @@ class TransformersText(nn.Module):
             text.attention does not suit the encoder.
     """
 
+    # BERT's and RoBERTa's `encoder.layer.N`, DistilBERT's `transformer.layer.N`, `layers.N`.
+    block_names = r"inner\.(?:[a-z]+\.)?layers?\.\d+\."
+
     def __init__(self, text: RobertaSettings, *, recompute: bool = False, weights: bool = True):
         super().__init__()
-        self.pool, self.frozen, self.recompute = text.pool, text.freeze, recompute
+        self.pool, self.recompute = text.pool, recompute
         self.packing, self.attention = text.packing, text.attention
         self.inner = _from_folder(text, weights) if text.folder else _random(text)
         self.width: int = self.inner.config.hidden_size
@@ -77,8 +80,6 @@ class TransformersText(nn.Module):
             xformers_ops("text.attention")
         if recompute:
             self.inner.gradient_checkpointing_enable({"use_reentrant": False})
-        if text.freeze:
-            self.requires_grad_(False)
         self.train()  # from_pretrained leaves evaluation on: no dropout, nothing recomputed
 
     @property
@@ -95,10 +96,6 @@ class TransformersText(nn.Module):
         """Write its config.json, so that a checkpoint opens without the first folder."""
         self.inner.config.save_pretrained(folder)
 
-    def train(self, mode: bool = True) -> TransformersText:
-        """A frozen tower never trains: its dropout stays off."""
-        return super().train(mode and not self.frozen)
-
     def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Embed captions.
 
@@ -106,9 +103,6 @@ class TransformersText(nn.Module):
             attention_mask: best on the CPU, wherever the ids are: see `packing.pack`.
         """
         embed = self._packed if self.packs(ids.device) else self._padded
-        if self.frozen:
-            with torch.no_grad():
-                return embed(ids, attention_mask)
         return embed(ids, attention_mask)
 
     def packs(self, device: torch.device) -> bool:

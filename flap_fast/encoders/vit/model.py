@@ -56,6 +56,7 @@ class ViT(nn.Module):
     With fusion, (B, 4, T, F) and which of the clips are longer.
     """
 
+    block_names = r"blocks\.\d+\."
     pos_embed: Tensor
     # Set only with 1-D or 2-D fusion.
     mel_conv2d: nn.Conv2d

@@ -122,7 +122,8 @@ class StepCounts:
     @cached_property
     def groups(self) -> tuple[tuple[int, ...], ...]:
         """Size of each trained parameter, by group of the optimizer."""
-        return tuple(tuple(p.numel() for p in group) for group in parameter_groups(self.model))
+        groups = parameter_groups(self.model, self.config.optim)
+        return tuple(tuple(p.numel() for p in group.parameters) for group in groups)
 
     @property
     def frozen(self) -> int:
