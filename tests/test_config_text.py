@@ -105,7 +105,7 @@ def test_a_duration_is_at_most_a_day(name: str, value: str):
         ("optim.wd", "optim.weight_decay"),
         ("optim.weight_decy", "optim.weight_decay"),
         ("weight_decy", "optim.weight_decay"),
-        ("name", "run.name or optim.name"),
+        ("name", "run.name or optim.name or sched.name"),
         ("contrastive", "loss.contrastive"),
         ("n_mels", "audio.mel_bins"),
         ("optim.LR", "optim.lr"),

@@ -79,12 +79,12 @@ COPIES = {
     "sigmoid": SOUNDS | CAPTIONS,
     "every loss": SOUNDS | CAPTIONS | {"_pair_ids": 1},
     "padded text": SOUNDS | {"_padded": 1},
-    "CLIP's text encoder": SOUNDS | {"_embed": 1},
+    "CLIP's text encoder": SOUNDS | {"forward": 1},
     "HTSAT": SOUNDS | CAPTIONS,
     "variable": {"mels": 1, "_batch": 2, "in_order": 2, "_clips": 1, "spec_augment_packed": 1}
     | {"segments": 4}
     | CAPTIONS,
-    "images": {"finish": 1, "_batch": 2, "_embed": 1},
+    "images": {"finish": 1, "_batch": 2, "forward": 1},
     "micro-batches": {"__call__": 2, "_batch": 4, "pack": 12},
 }
 # Waits that are meant: the row of numbers that is logged, and new captions of a frozen encoder,
