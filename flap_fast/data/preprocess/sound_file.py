@@ -7,6 +7,7 @@ forward, a block at a time: memory does not grow with a sound, nor with what its
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,6 +64,10 @@ _LONGEST = 2**35
 # Missing samples that are no damage: fewer than a window has, or than a few frames of MP3.
 _SLACK_S = 0.025
 _MP3_SLACK = 4 * 1152
+
+# Formats that libsndfile cuts to what there is, but for what it logs of their headers.
+_LOGGED = {"AVR", "MAT4", "MAT5", "MPC2K", "WVE"}
+_CLAIM = re.compile(r"(?:Frames|Cols)\s*: (\d+)|Data length (\d+) should be")
 
 # libsndfile's code for an error of the system.
 _SYSTEM = 2
@@ -202,6 +207,13 @@ def open_sound(source: Source) -> Iterator[SoundFile]:
             if file.channels > MOST_CHANNELS:
                 rule = f"it must have {MOST_CHANNELS} channels or fewer"
                 raise BadSound(f"unreadable: {rule}, got {file.channels}")
+            if file.format in _LOGGED:
+                numbers = (int(n) for found in _CLAIM.findall(file.extra_info) for n in found if n)
+                if (claim := max(numbers, default=0)) > file.frames:
+                    raise BadSound(
+                        f"unreadable: truncated, its header says {claim} samples, got "
+                        f"{file.frames}; fetch it again"
+                    )
             yield file
     except soundfile.LibsndfileError as error:
         kind = Unread if error.code == _SYSTEM else BadSound

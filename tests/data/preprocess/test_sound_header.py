@@ -263,3 +263,16 @@ def test_a_file_of_zeros_or_noise_is_not_searched_for_long(data):
     start = time.monotonic()
     _mended(io.BytesIO(data))
     assert time.monotonic() - start < 1
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("kind", ["AVR", "MAT4", "MAT5", "MPC2K", "WVE"])
+def test_a_sound_of_a_rare_format_that_is_cut_is_named(kind: str, channels: int):
+    rate = 8000 if kind == "WVE" else RATE
+    try:
+        data = encode(np.tile(WAVE[:rate, None], channels), rate, kind)
+    except soundfile.LibsndfileError:
+        pytest.skip(f"{kind} has no {channels} channels")
+    assert sound_seconds(data) == 1
+    with pytest.raises(BadSound, match=f"truncated, its header says {rate} samples, got"):
+        sound_seconds(data[: len(data) * 6 // 10])
