@@ -64,3 +64,15 @@ def test_a_config_of_another_size_is_refused_before_the_memory_is_taken(name: st
     file.write_text(before + found + after)
     with pytest.raises(ConfigError, match=r"must hold the weights of this config's model"):
         load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("max_tokens: banana", "text.max_tokens must be"), ("no_such: 1", "no_such is not a setting")],
+)
+def test_a_wrong_value_in_a_models_config_names_the_file(line: str, message: str, tmp_path: Path):
+    folder = shutil.copytree(OLDER / "vit", tmp_path / "vit")
+    file = folder / "config.yaml"
+    file.write_text(re.sub(r"max_tokens: \d+", line, file.read_text()))
+    with pytest.raises(ConfigError, match=f"^{file}: .*{message}"):
+        load_model(folder)

@@ -109,7 +109,14 @@ def read_config(folder: Path) -> Config:
     # Without it, transformers takes another tokenizer's settings.
     file = folder / "text" / "tokenizer_config.json"
     require(file.is_file(), str(file.parent), f"hold {file.name}", "none", _COPY)
-    return with_text(load_config(folder / "config.yaml"), folder / "text")
+    file = folder / "config.yaml"
+    try:
+        return with_text(load_config(file), folder / "text")
+    except ConfigError as error:
+        named = (
+            line if str(file) in line else f"{file}: {line}" for line in str(error).split("\n")
+        )
+        raise ConfigError("\n".join(named)) from None
 
 
 def with_text(config: Config, folder: Path) -> Config:

@@ -7,11 +7,10 @@ import json
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import cached_property
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,16 @@ from flap_fast.model.model_folder import load_model
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.preparation.prepare import ahead
 from flap_fast.ranks import Ranks
-from flap_fast.tools.inputs import distinct, file_or_bytes, listed, shown, texts
+from flap_fast.tools.inputs import (
+    class_names,
+    counted,
+    distinct,
+    file_or_bytes,
+    listed,
+    require_batch,
+    shown,
+    texts,
+)
 from flap_fast.tools.pooling import Embedded, pooled
 from flap_fast.tools.sounds import (
     PART,
@@ -88,7 +96,7 @@ class Embedder:
         Raises:
             BadSound: a sound cannot be used, or its embedding is not finite; names the first one.
         """
-        sounds = _counted(sounds, "sounds")
+        sounds = counted(sounds, "sounds")
         rows = torch.empty(len(sounds), self.config.joint.width)
         found = self.embed_each(sounds, batch, sample_rate_hz=sample_rate_hz, crop=crop)
         with closing(found):
@@ -119,7 +127,7 @@ class Embedder:
         """
         sounds = listed(sounds, "sounds")
         refuse_one_waveform(sounds)
-        _require_batch(batch)
+        require_batch(batch)
         modality = self.config.encoder.modality
         rule, remedy = "have an audio encoder to embed sounds", f"call embed_{modality}"
         require(modality == "audio", "the model", rule, f"an {modality} encoder", remedy)
@@ -170,8 +178,8 @@ class Embedder:
             BadImage: an image cannot be used; names the first one.
             ArithmeticError: an embedding is not finite; names the first one.
         """
-        images = _counted(images, "images")
-        _require_batch(batch)
+        images = counted(images, "images")
+        require_batch(batch)
         encoder = self.config.encoder
         rule, remedy = "have an image encoder to embed images", f"call embed_{encoder.modality}"
         if not isinstance(encoder, ImageEncoder):
@@ -203,7 +211,7 @@ class Embedder:
             TypeError, ConfigError: see `flap_fast.tools.inputs.texts`.
         """
         captions = texts(captions, "captions")
-        _require_batch(batch)
+        require_batch(batch)
         ranks = Ranks(device=self.device)
         return text_embedder(self.model.embed_text, self._tokenizer, ranks, batch)(captions).cpu()
 
@@ -214,7 +222,7 @@ class Embedder:
             templates: a prompt with {label}, the set `audio29` or `imagenet80`, or a text file;
                 by default "This is a sound of {label}.", or `imagenet80` for images.
         """
-        labels = _class_names(labels)
+        labels = class_names(labels)
         templates = _TEMPLATES[self.config.encoder.modality] if templates is None else templates
         if not isinstance(templates, (str, Path)):
             rule = "be a prompt with {label}, a set's name or a text file"
@@ -237,7 +245,7 @@ class Embedder:
 
         A label that is given twice is one class.
         """
-        labels = distinct(_class_names(labels))
+        labels = distinct(class_names(labels))
         vectors = self.embed_labels(labels, templates)
         probabilities = self.probabilities(self._embed_one(sound), vectors)[0].tolist()
         return sorted(zip(labels, probabilities, strict=True), key=lambda pair: -pair[1])
@@ -291,26 +299,12 @@ def load(
         ConfigError: the folder holds no checkpoint, or its encoder cannot take clips so; or a file
             changed since it was written.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model, config = load_model(Path(path), device, length=length, verify=verify)
-    return Embedder(model, config, tokenizer(config.text), device)
-
-
-def _counted(values: Any, name: str) -> Sequence[Any]:
-    """A list whose length is known: of a generator, what it gives."""
-    values = listed(values, name)
-    return values if hasattr(values, "__len__") else list(values)  # type: ignore[return-value]
-
-
-def _class_names(labels: Any) -> list[str]:
-    names = texts(labels, "labels")
-    require(bool(names), "labels", "name at least one class", "none")
-    for number, name in enumerate(names):
-        require(bool(name.strip()), f"labels[{number}]", "name a class", name)
-    return names
-
-
-def _require_batch(batch: int) -> None:
-    if not isinstance(batch, Integral):
-        raise TypeError(f"batch must be an integer, got {shown(batch)}")
-    require(batch >= 1, "batch", "be at least 1", batch)
+    rule = "be the folder of a run or of a checkpoint"
+    require(isinstance(path, str | os.PathLike), "path", rule, path)
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except (RuntimeError, TypeError):
+        rule = "be a device of PyTorch, such as cuda, cuda:1 or cpu"
+        raise ConfigError(f"device must {rule}, got {shown(device)}") from None
+    model, config = load_model(Path(path), chosen, length=length, verify=verify)
+    return Embedder(model, config, tokenizer(config.text), chosen)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Iterable, Mapping
-from numbers import Real
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from flap_fast.checks import ConfigError
+from flap_fast.checks import ConfigError, require
 from flap_fast.data.preprocess.waveform import Unusable
 
 BOM = "\ufeff"
@@ -115,3 +115,25 @@ def _read(file: Any) -> bytes:
             f"a file object must give bytes, got {type(data).__name__}; open it with mode 'rb'"
         )
     return data
+
+
+def counted(values: Any, name: str) -> Sequence[Any]:
+    """A list whose length is known: of a generator, what it gives."""
+    values = listed(values, name)
+    return values if hasattr(values, "__len__") else list(values)  # type: ignore[return-value]
+
+
+def class_names(labels: Any) -> list[str]:
+    """Labels, of which none is empty; raises `ConfigError`."""
+    names = texts(labels, "labels")
+    require(bool(names), "labels", "name at least one class", "none")
+    for number, name in enumerate(names):
+        require(bool(name.strip()), f"labels[{number}]", "name a class", name)
+    return names
+
+
+def require_batch(batch: int) -> None:
+    """Raise unless a batch is a whole number above 0."""
+    if not isinstance(batch, Integral):
+        raise TypeError(f"batch must be an integer, got {shown(batch)}")
+    require(batch >= 1, "batch", "be at least 1", batch)

@@ -18,7 +18,7 @@ from flap_fast.data.preprocess.waveform import BadSound
 from flap_fast.data.tokenize import tokenizer
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks
-from flap_fast.tools.embedder import _SECONDS_AT_A_TIME, Embedder
+from flap_fast.tools.embedder import _SECONDS_AT_A_TIME, Embedder, load
 from flap_fast.tools.sounds import crops_of
 from tests.sounds import chirp, encode, noise, tone
 from tests.tiny import tiny
@@ -336,3 +336,10 @@ def test_the_identity_is_the_weights_and_the_front_end():
 
     assert identity(0) == identity(0, "train.steps=9")
     assert len({identity(0), identity(1), identity(0, "audio.mean=-4")}) == 3
+
+
+def test_what_is_no_folder_and_no_device_is_refused_by_name(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"path must be the folder of a run .* got None"):
+        load(None)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"device must be a device of PyTorch, .* got 'gpu'"):
+        load(tmp_path, device="gpu")
