@@ -110,6 +110,10 @@ class Train(Section):
     offload: Annotated[Literal["none", "optimizer", "all"], FREE_ON_RESUME] = "none"
     """What DeepSpeed keeps in the CPU's memory: Adam's states and gradients (ZeRO 1 to 3), or the
     parameters too (ZeRO 3). PyTorch's fused Adam then updates them on the CPU."""
+    ema_decay: Ratio = 0.0
+    """Decay of a moving average of the weights, which evaluation and checkpoints then take in their
+    place; 0 takes the weights themselves, 0.999 averages over about 1,000 steps. Its first steps
+    count for less. 4 bytes a weight on every rank (ZeRO 3: of its part)."""
     checkpoint_activations: Annotated[
         tuple[Recomputed, ...], BeforeValidator(_named), FREE_ON_RESUME
     ] = ()

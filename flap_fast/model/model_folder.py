@@ -28,8 +28,11 @@ from flap_fast.tensors import fault, load_tensors, save_tensors
 
 # The weights of only an audio tower, and of AudioMAE's decoder if requested.
 TOWER = "audio.safetensors"
-# What only training reads, in a checkpoint.
+# What only training reads, in a checkpoint: Adam's state, and the weights themselves where
+# model.safetensors is their average.
 OPTIMIZER = "optimizer.safetensors"
+TRAINED = "trained.safetensors"
+ONLY_TRAINING = (OPTIMIZER, TRAINED)
 # Parts that a run may add to the weights it begins with: they begin at random.
 _DECODER = "decoder."
 _BIAS = "logit_bias"
@@ -144,8 +147,8 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     return load_tensors(folder / "model.safetensors")
 
 
-def put_weights(model: TwoTowers, folder: Path, *, any_length: bool = False) -> None:
-    """Put the weights of a model folder into a model.
+def put_weights(model: TwoTowers, file: Path, *, any_length: bool = False) -> None:
+    """Put a file's weights into a model.
 
     Args:
         any_length: the model takes clips of any length, so its positions must be computed.
@@ -153,8 +156,7 @@ def put_weights(model: TwoTowers, folder: Path, *, any_length: bool = False) -> 
     Raises:
         ConfigError: they are another model's.
     """
-    file, own = folder / "model.safetensors", model.state_dict()
-    _put(model, file, load_weights(folder), own, any_length=any_length)
+    _put(model, file, load_tensors(file), model.state_dict(), any_length=any_length)
 
 
 def _check_size(config: Config, folder: Path) -> None:
@@ -182,7 +184,7 @@ def put_first_weights(model: TwoTowers, config: Config) -> None:
     media, any_length, on = f"{model.modality}.", _any_length(config), config.ckpt.verify
     if config.train.init_from:
         folder = model_folder(config.train.init_from)
-        with verified(folder, skip=(OPTIMIZER,), on=on):
+        with verified(folder, skip=ONLY_TRAINING, on=on):
             _same_meaning(config, folder, (media, "text.", _DECODER))
             _put_parts(model, folder / "model.safetensors", ("",), (_DECODER, _BIAS), any_length)
     if config.train.init_audio_from:
@@ -190,7 +192,7 @@ def put_first_weights(model: TwoTowers, config: Config) -> None:
         audio_only = (path / TOWER).is_file()
         folder = path if audio_only else model_folder(path)
         file = folder / (TOWER if audio_only else "model.safetensors")
-        with verified(folder, skip=(OPTIMIZER,), on=on):
+        with verified(folder, skip=ONLY_TRAINING, on=on):
             _same_meaning(config, folder, (media, _DECODER))
             _put_parts(model, file, (media, _DECODER), (_DECODER, *_FUSION), any_length)
 
@@ -301,12 +303,12 @@ def load_model(
             written.
     """
     folder = model_folder(path)
-    with verified(folder, skip=(OPTIMIZER,), on=verify):
+    with verified(folder, skip=ONLY_TRAINING, on=verify):
         config = read_config(folder)
         if length is not None and length != config.audio.length:
             config = _with_length(config, length)
         if not (folder / SUMS).is_file():  # so nothing else says yet that the config is its own
             _check_size(config, folder)
         model = TwoTowers(config, weights=False)
-        put_weights(model, folder, any_length=_any_length(config))
+        put_weights(model, folder / "model.safetensors", any_length=_any_length(config))
     return model.to(device).eval(), config

@@ -2,6 +2,7 @@
 
 runs/NAME/checkpoints/step-000600/model.safetensors config.yaml text/  for flap_fast.load
                                   state.json optimizer.safetensors     to resume training
+                                  trained.safetensors                  with train.ema_decay
                                   SHA256SUMS                           of the others, but state.json
 runs/NAME/checkpoints/best -> step-000400           or a copy, where there are no symlinks
 
@@ -16,7 +17,7 @@ import json
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -30,8 +31,16 @@ from flap_fast.checksums import SUMS, delete_listed, verified, write_sums
 from flap_fast.config import Config
 from flap_fast.data.shards import Shards
 from flap_fast.files import is_full, write_atomically
-from flap_fast.model.model_folder import OPTIMIZER, save_model, step_folders, step_of
+from flap_fast.model.model_folder import (
+    ONLY_TRAINING,
+    OPTIMIZER,
+    TRAINED,
+    save_model,
+    step_folders,
+    step_of,
+)
 from flap_fast.ranks import Ranks
+from flap_fast.tensors import save_tensors
 from flap_fast.train.engine import Engine
 
 
@@ -177,9 +186,14 @@ class Checkpoints:
             _put_aside(partial)
             partial.mkdir(parents=True)
         self._ranks.broadcast(engine.module.buffers())  # as a resumed run finds them on every rank
-        weights = engine.weights()
-        if self._ranks.first:
-            save_model(partial, self._config, engine.module, weights, sums=False)
+        with engine.average.in_use() if engine.average else nullcontext():
+            weights = engine.weights()
+            if self._ranks.first:
+                save_model(partial, self._config, engine.module, weights, sums=False)
+        if engine.average:
+            weights = engine.weights()
+            if self._ranks.first:
+                save_tensors(partial / TRAINED, weights)
         del weights
         engine.optimizer_state.save(partial / OPTIMIZER)
         if self._ranks.first:
@@ -202,7 +216,7 @@ class Checkpoints:
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
-            shutil.copytree(best, link, ignore=shutil.ignore_patterns("state.json", OPTIMIZER))
+            shutil.copytree(best, link, ignore=shutil.ignore_patterns("state.json", *ONLY_TRAINING))
             write_sums(link)
         if not (link.is_symlink() and target.is_symlink()):
             _clear(target)  # a folder and a link do not replace each other

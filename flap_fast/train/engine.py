@@ -26,6 +26,7 @@ from flap_fast.config import Config
 from flap_fast.encoders.blocks import Blocks
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks
+from flap_fast.train.average import Average, average_of
 from flap_fast.train.optimizer_state import Fragment, OptimizerState, whole_fragments
 from flap_fast.train.optimizers import optimizer, set_lr
 
@@ -53,6 +54,9 @@ class Engine(Protocol):
     def model(self) -> nn.Module:
         """The model to call in training, wrapped as the engine needs it."""
         ...
+
+    average: Average | None
+    """Of the weights, with train.ema_decay."""
 
     def backward(self, loss: Tensor, micro_batches: int = 1, *, last: bool = True) -> None:
         """Add a micro-batch's gradients to the step's mean over ranks and micro-batches.
@@ -91,6 +95,7 @@ class PlainEngine:
         self._clip = config.optim.clip_norm
         self._trained = [p for p in model.parameters() if p.requires_grad]
         self._optimizer = optimizer(config, model, ranks.device)
+        self.average = average_of(config, model, ranks)
 
     def backward(self, loss: Tensor, micro_batches: int = 1, *, last: bool = True) -> None:
         (loss / micro_batches).backward()
@@ -103,6 +108,8 @@ class PlainEngine:
         set_lr(self._optimizer, lr)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        if self.average:
+            self.average.update()
         return norm
 
     def weights(self) -> dict[str, Tensor]:
@@ -142,6 +149,7 @@ class DeepSpeedEngine:
         )
         self.model: nn.Module = self._engine
         self.module = model
+        self.average = average_of(config, model, ranks)
 
     def backward(self, loss: Tensor, micro_batches: int = 1, *, last: bool = True) -> None:
         # Steps differ in their number of micro-batches; DeepSpeed's own count is the config's.
@@ -155,6 +163,8 @@ class DeepSpeedEngine:
         grads = [p.grad for p in self.module.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(grads) if self._stage == 0 else None
         self._engine.step()
+        if self.average:
+            self.average.update()
         return torch.as_tensor(self._engine.get_global_grad_norm() if norm is None else norm)
 
     def weights(self) -> dict[str, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from flap_fast.config import Config
 from flap_fast.data.tokenize import Tokenizer
 from flap_fast.evaluate.run import evaluate, flat_scores, selection_score
@@ -12,7 +14,7 @@ from flap_fast.train.observers import Metrics
 
 
 class Scorer:
-    """Scores the engine's weights on data.val. Collective: call on every rank.
+    """Scores the engine's weights, or their average, on data.val. Collective: call on every rank.
 
     Args:
         best: the best score before, of a run that is resumed.
@@ -55,4 +57,6 @@ class Scorer:
     def _evaluate(self) -> Scores:
         module, val = self._engine.module, self._config.data.val
         self._ranks.broadcast(module.buffers())  # running statistics differ between ranks
-        return evaluate(module, self._config, self._tokens, val, self._ranks)
+        average = self._engine.average
+        with average.in_use() if average else nullcontext():
+            return evaluate(module, self._config, self._tokens, val, self._ranks)

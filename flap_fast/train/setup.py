@@ -18,7 +18,13 @@ from flap_fast.data.shards import Shards, open_shards, shard_kinds
 from flap_fast.data.tokenize import Tokenizer, tokenizer
 from flap_fast.evaluate.embed import read_texts
 from flap_fast.model.masking import check_micro_tokens, tokens_of_seconds
-from flap_fast.model.model_folder import OPTIMIZER, put_first_weights, put_weights
+from flap_fast.model.model_folder import (
+    OPTIMIZER,
+    TRAINED,
+    load_weights,
+    put_first_weights,
+    put_weights,
+)
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks, world_size
 from flap_fast.ranks.agreement import Facts, agree
@@ -102,6 +108,8 @@ def set_up(config: Config, ranks: Ranks, start: Path | None, open_files: ExitSta
     engine = make_engine(config, model, ranks)
     if start:
         engine.optimizer_state.load(start / OPTIMIZER)
+        if engine.average:
+            engine.average.load(load_weights(start), first)
     # Every rank needs the run's folder.
     agree(ranks, lambda: (write_config(config, ranks) if ranks.first else None, {}))
     stop = open_files.enter_context(Stop(ranks, checkpoints.folder))
@@ -159,7 +167,8 @@ def _model(config: Config, start: Path | None) -> TwoTowers:
     torch.manual_seed(config.run.seed)
     model = TwoTowers(config, weights=start is None and config.train.init_from is None)
     if start:
-        put_weights(model, start)
+        trained = start / TRAINED
+        put_weights(model, trained if trained.is_file() else start / "model.safetensors")
     else:
         put_first_weights(model, config)
     return model

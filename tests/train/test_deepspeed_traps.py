@@ -288,7 +288,7 @@ def test_4_buffers_come_back(found, tmp_path: Path):
     engine.module.get_submodule("norm")(torch.arange(8.0).view(2, 4))
     saved = Checkpoints(config, Ranks(), NO_DATA).save(engine, 1, None)
     again = with_batch_norm(config)
-    put_weights(again, saved)
+    put_weights(again, saved / "model.safetensors")
     (running_mean,) = (b for name, b in again.named_buffers() if name == "norm.running_mean")
     assert running_mean.tolist() == pytest.approx([0.2, 0.3, 0.4, 0.5])
     weights, statistics = found["theirs"]["universal"]

@@ -66,6 +66,7 @@ def settings(data: Path, runs: Path, *overrides: str) -> Config:
         *("optim.name=adamw", "optim.weight_decay=0.1", "optim.eps=0.00001"),
         # Groups of the optimizer beside the two of before, and weights that are in none.
         *("optim.layer_decay=0.8", "optim.media_lr_factor=0.5", "text.freeze_blocks=1"),
+        "train.ema_decay=0.5",
         *("log.every_steps=1", "log.tensorboard=false", "ckpt.every_steps=2", "ckpt.keep_last=9"),
         *overrides,
     )
@@ -115,7 +116,7 @@ def reopened(config: Config, source: Path, out: Path) -> None:
     """Open the last checkpoint of a run and write its state again, without a step."""
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), launched=True)
     model = Remembering(config)
-    put_weights(model, source / "checkpoints/step-000006")
+    put_weights(model, source / "checkpoints/step-000006/trained.safetensors")
     engine = make_engine(config, model, ranks)
     engine.optimizer_state.load(source / "checkpoints/step-000006/optimizer.safetensors")
     out.mkdir(exist_ok=True)
@@ -206,7 +207,7 @@ def test_one_process_goes_on_where_two_ranks_stopped(
 def test_what_other_ranks_opened_they_write_with_the_same_bits(number: int, runs: Path):
     source, again = last(runs / f"two-{number}/flap"), runs / f"bits-{number}"
     for before, after in (
-        (load_weights(source), torch.load(again / "weights.pt")),
+        (load_file(source / "trained.safetensors"), torch.load(again / "weights.pt")),
         (load_file(source / "optimizer.safetensors"), load_file(again / "optimizer.safetensors")),
     ):
         assert before.keys() == after.keys()
@@ -224,11 +225,11 @@ def test_a_checkpoint_of_another_model_is_refused(alone: Path, prepared: Path, t
     other = settings(prepared, tmp_path, "joint.width=24")
     message = r"must hold the weights of this config's model, got \(16,\) for audio_head\.0\.bias"
     with pytest.raises(ConfigError, match=message):
-        put_weights(Remembering(other), last(alone))
+        put_weights(Remembering(other), last(alone) / "model.safetensors")
     model = Remembering(settings(prepared, tmp_path))
     model.register_buffer("extra", torch.zeros(1))
     with pytest.raises(ConfigError, match=r"got nothing for extra, which is \(1,\) here"):
-        put_weights(model, last(alone))
+        put_weights(model, last(alone) / "model.safetensors")
     state = PlainEngine(other, TwoTowers(other), Ranks()).optimizer_state
     with pytest.raises(ConfigError, match=r"must hold the state of this model's parameters, got"):
         state.load(last(alone) / "optimizer.safetensors")

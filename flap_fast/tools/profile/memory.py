@@ -71,6 +71,7 @@ def footprint(
         overlap=on_gpu,
         offload=config.train.offload,
         micro_batches=math.ceil(clips / at_once),
+        average=config.train.ema_decay > 0,
     )
     counted = config.train.global_batch // world
     loss = counts.loss_bytes(

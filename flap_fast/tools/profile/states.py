@@ -55,6 +55,7 @@ def state_bytes(
     overlap: bool = True,
     offload: str = "none",
     micro_batches: int = 1,
+    average: bool = False,
 ) -> States:
     """Bytes that a rank holds between steps.
 
@@ -62,13 +63,15 @@ def state_bytes(
         engine: `plain` or `deepspeed`.
         overlap: gradients are reduced while the backward goes on (DeepSpeed's on a GPU).
         offload: train.offload.
+        average: whether train.ema_decay is set.
     """
     trained, everything = parameters.trained, parameters.trained + parameters.frozen
+    averaged = {"average": trained if stage < 3 else -(-trained // world)} if average else {}
     several = micro_batches > 1
     gradients = "add up" if several else "come"
     if engine == "plain" or stage == 0:
         flat = trained if engine == "deepspeed" and world > 1 else 0  # gradients to be reduced
-        whole = {"gradients": trained, "optimizer": 2 * trained, "engine": flat}
+        whole = {"gradients": trained, "optimizer": 2 * trained, "engine": flat} | averaged
         return States(_in_bytes({"weights": everything} | whole), {}, gradients)
     rank_slice, shard = -(-trained // world), -(-everything // world)
     # The optimizer works on a copy of its slice of the weights.
@@ -78,7 +81,7 @@ def state_bytes(
         "gradients": trained if stage == 1 and several else rank_slice,
         "optimizer": 3 * rank_slice,
         "engine": (2 if overlap else 1) * BUCKET_NUMBERS,
-    }
+    } | averaged
     if stage == 3:
         device["weights"] = shard + min(everything, _LIVE_NUMBERS)
     cpu = {}
@@ -97,6 +100,8 @@ def state_bytes(
         if offload == "all":
             device["weights"] -= shard
             cpu["weights"] = shard
+            if average:
+                cpu["average"] = device.pop("average")
     return States(_in_bytes(device), _in_bytes(cpu), "stay" if stage == 3 else gradients)
 
 

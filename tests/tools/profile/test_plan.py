@@ -305,6 +305,7 @@ STEPS = [
     ("loss.contrastive.weight=0", "loss.sigmoid.weight=1", "train.micro_batch=8"),
     ("loss.sigmoid.weight=1", "loss.sigmoid.duplicates=positive", "joint.width=512"),
     ("loss.contrastive.duplicates=mask", "train.micro_batch=8"),
+    ("train.ema_decay=0.9",),
     ("text.freeze=true", "train.micro_batch=8"),
     VARIABLE,
     (*VARIABLE, *RECON),
