@@ -80,9 +80,11 @@ def prepare(
         retry=retry,
         distributor=distribution,
     )
-    say(_summary(out, done, wanted))
+    summary = _summary(out, done, wanted)
+    say(summary)
     if not (done.kept or done.unfinished):
-        say("error: no clip can be used; captions are read from caption or captions", error=True)
+        hint = "; captions are read from caption or captions" if "captionless" in summary else ""
+        say(f"error: no clip can be used{hint}", error=True)
         raise typer.Exit(1)
 
 

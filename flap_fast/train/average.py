@@ -10,15 +10,18 @@ Source: Polyak and Juditsky, 1992; the decay of the first steps is TensorFlow's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flap_fast.checks import require
 from flap_fast.config import Config
 from flap_fast.ranks import Ranks
+from flap_fast.tensors import fault, load_tensors
 
 
 def average_of(config: Config, model: nn.Module, ranks: Ranks) -> Average | None:
@@ -39,10 +42,17 @@ class Average:
         self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._averages = [part.clone() for part in self._parts()]
 
-    def load(self, saved: Mapping[str, Tensor], steps: int) -> None:
-        """Set the average after so many steps, from whole weights by name."""
-        self._steps = steps
+    def load(self, file: Path, steps: int) -> None:
+        """Set the average after so many steps, from a file of whole weights.
+
+        Raises:
+            ConfigError: it holds other weights, or values that are not finite.
+        """
+        self._steps, saved = steps, load_tensors(file)
         for (name, p), average in zip(self._parameters.items(), self._averages, strict=True):
+            alike = name in saved and saved[name].shape == getattr(p, "ds_shape", p.shape)
+            why = fault(saved[name], average.dtype) if alike else "missing or of another shape"
+            require(why is None, str(file), "hold this model's weights", f"{name} {why}")
             start = self._ranks.rank * average.numel() if hasattr(p, "ds_tensor") else 0
             values = saved[name].flatten()[start : start + average.numel()]
             average.view(-1)[: len(values)] = values

@@ -21,7 +21,6 @@ from flap_fast.model.masking import check_micro_tokens, tokens_of_seconds
 from flap_fast.model.model_folder import (
     OPTIMIZER,
     TRAINED,
-    load_weights,
     put_first_weights,
     put_weights,
 )
@@ -109,7 +108,7 @@ def set_up(config: Config, ranks: Ranks, start: Path | None, open_files: ExitSta
     if start:
         engine.optimizer_state.load(start / OPTIMIZER)
         if engine.average:
-            engine.average.load(load_weights(start), first)
+            engine.average.load(start / "model.safetensors", first)
     # Every rank needs the run's folder.
     agree(ranks, lambda: (write_config(config, ranks) if ranks.first else None, {}))
     stop = open_files.enter_context(Stop(ranks, checkpoints.folder))

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from flap_fast.checks import ConfigError
 from flap_fast.data.tokenize import tokenizer
 from flap_fast.evaluate.run import evaluate
 from flap_fast.model.model_folder import load_model, load_weights
@@ -73,3 +74,20 @@ def test_a_resumed_run_has_the_same_bits(run: Path, prepared: Path, tmp_path: Pa
     for name in ("model.safetensors", "trained.safetensors", "optimizer.safetensors"):
         ours, theirs = (checkpoint(r, 5) / name for r in (config.run_folder, run))
         assert ours.read_bytes() == theirs.read_bytes(), name
+
+
+@pytest.mark.parametrize("damage", ["nan", "shape", "gone"])
+def test_a_damaged_average_is_named_without_sums_too(damage: str, prepared: Path, tmp_path: Path):
+    config = small(prepared, tmp_path)
+    train_stopped_after(2, config)
+    folder = checkpoint(config.run_folder, 2)
+    (folder / "SHA256SUMS").unlink()
+    weights, name = load_file(folder / "model.safetensors"), "audio.norm.weight"
+    if damage == "gone":
+        del weights[name]
+    else:
+        weights[name] = weights[name] * float("nan") if damage == "nan" else weights[name][:-1]
+    save_file(weights, folder / "model.safetensors")
+    message = rf"step-000002/model.safetensors must hold this model's weights, got '{name} "
+    with pytest.raises(ConfigError, match=message):
+        train(config, resume=True)
