@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -11,6 +11,21 @@ from flap_fast.checks import require
 from flap_fast.section import FREE_ON_RESUME, Count, CountOrZero, Positive, Ratio, Section
 
 Recomputed = Literal["audio", "text", "decoder"]
+OptimizerName = Literal[
+    "adam",
+    "adamw",
+    "muon",
+    "adafactor",
+    "adadelta",
+    "adagrad",
+    "adamax",
+    "asgd",
+    "nadam",
+    "radam",
+    "rmsprop",
+    "rprop",
+    "sgd",
+]
 
 
 def _named(value: object) -> object:
@@ -21,8 +36,10 @@ def _named(value: object) -> object:
 
 
 class Optim(Section):
-    name: Literal["adam", "adamw"] = "adam"
-    """Adam, or AdamW with decoupled weight decay."""
+    name: OptimizerName = "adam"
+    """Adam, AdamW with decoupled weight decay, another of PyTorch's by its name, or Muon for the
+    matrices of the encoders' and the decoder's blocks with AdamW for all else, at one learning
+    rate. ZeRO 1 to 3 divide no adafactor, adagrad or muon: these take train.zero_stage=0."""
     lr: Positive = 1e-4
     """Learning rate after warm-up."""
     betas: tuple[Ratio, Ratio] = (0.9, 0.999)
@@ -31,6 +48,9 @@ class Optim(Section):
     """Added to the root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """On matrices only: never on biases, norms, tokens or the logit scale."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the optimizer, as PyTorch names them: `{momentum: 0.9}` for sgd,
+    `{ns_steps: 5}` for muon."""
     clip_norm: Annotated[float, Field(ge=0)] = 0.0
     """Largest gradient norm; 0 does not clip."""
     media_lr_factor: Positive = 1.0
@@ -45,7 +65,7 @@ class Optim(Section):
     @model_validator(mode="after")
     def _decays(self):
         rule = "be 0 with optim.name = adam, which would add it to the gradient"
-        supported = self.name == "adamw" or self.weight_decay == 0
+        supported = self.name != "adam" or self.weight_decay == 0
         require(supported, "optim.weight_decay", rule, self.weight_decay, "set optim.name=adamw")
         return self
 

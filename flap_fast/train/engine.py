@@ -29,6 +29,7 @@ from flap_fast.ranks import Ranks
 from flap_fast.train.average import Average, average_of
 from flap_fast.train.optimizer_state import Fragment, OptimizerState, whole_fragments
 from flap_fast.train.optimizers import optimizer, set_lr
+from flap_fast.train.torch_optimizers import elementwise
 
 # Gradients are reduced during the backward, a bucket of so many numbers at a time, from two buffers
 # of a bucket each. DeepSpeed's default of 500 million takes 4 GB and holds all gradients of models
@@ -79,7 +80,7 @@ class Engine(Protocol):
 
     @property
     def optimizer_state(self) -> OptimizerState:
-        """Saves and loads Adam's state; load it before the first step, after the weights."""
+        """Saves and loads the optimizer's state; load it before the first step."""
         ...
 
 
@@ -193,25 +194,28 @@ class DeepSpeedEngine:
 # load a checkpoint before the first step (bench/LOG.md; tests/train/test_deepspeed_traps.py).
 def _fragments_of_stages_1_and_2(zero: Any, names: dict[int, str]) -> Iterator[Fragment]:
     """A group's parameters lie one after the other, cut into one flat partition per rank."""
-    for flat, group in zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True):
+    flats = zero.single_partition_of_fp32_groups
+    for n, (flat, group) in enumerate(zip(flats, zero.bit16_groups, strict=True)):
         for p in group:
             name, mapping = names[id(p)], p._hp_mapping
             if mapping is None:
-                yield Fragment(name, p.shape, 0, 0, flat, 0)
+                yield Fragment(name, p.shape, 0, 0, n, flat, 0)
             else:
                 of_parameter, of_flat = mapping.lp_fragment_address, mapping.hp_fragment_address
                 start, numel = of_parameter.start, of_parameter.numel
-                yield Fragment(name, p.shape, start, numel, flat, of_flat.start)
+                yield Fragment(name, p.shape, start, numel, n, flat, of_flat.start)
 
 
 def _fragments_of_stage_3(zero: Any, names: dict[int, str]) -> Iterator[Fragment]:
     """Each parameter is cut into as many fragments as there are ranks; the last ones are padded."""
-    for flat, group in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
+    flats = zero.fp32_partitioned_groups_flat
+    for n, (flat, group) in enumerate(zip(flats, zero.fp16_groups, strict=True)):
+        of = zero.sub_group_to_group_id[n]
         for p in group:
             _, offset, padded = zero.grad_position[zero.get_param_id(p)]
             start = min(p.ds_numel, dist.get_rank() * padded)
             numel = min(padded, p.ds_numel - start)
-            yield Fragment(names[id(p)], p.ds_shape, start, numel, flat, offset)
+            yield Fragment(names[id(p)], p.ds_shape, start, numel, of, flat, offset)
 
 
 def check_engine(config: Config, world: int) -> str:
@@ -232,7 +236,16 @@ def check_engine(config: Config, world: int) -> str:
     offload = config.train.offload
     rule = "be 'none' in plain PyTorch"
     require(name == "deepspeed" or offload == "none", "train.offload", rule, offload, remedy)
+    check_divides(config, name)
     return name
+
+
+def check_divides(config: Config, engine: str) -> None:
+    """Raise `ConfigError` if ZeRO is to divide the work of an optimizer where it cannot."""
+    stage, name = config.train.zero_stage, config.optim.name
+    rule = f"be 0 with optim.name = {name}, whose work ZeRO cannot divide"
+    divided = engine == "plain" or stage == 0 or elementwise(name)
+    require(divided, "train.zero_stage", rule, stage, "set train.zero_stage=0")
 
 
 def make_engine(config: Config, model: TwoTowers, ranks: Ranks) -> Engine:

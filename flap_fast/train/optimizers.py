@@ -13,6 +13,7 @@ from flap_fast.config import Config
 from flap_fast.config.train import Optim, Sched
 from flap_fast.encoders.block_depths import block_depths
 from flap_fast.model.two_towers import TwoTowers
+from flap_fast.train.torch_optimizers import torch_optimizer
 
 
 class Group(NamedTuple):
@@ -23,27 +24,28 @@ class Group(NamedTuple):
     """Whether weight decay applies."""
     lr_factor: float
     """Their learning rate, as a factor of the step's."""
+    muon: bool = False
+    """Whether Muon updates them, with optim.name = muon."""
 
 
 def optimizer(config: Config, model: TwoTowers, device: torch.device) -> torch.optim.Optimizer:
-    """Adam or AdamW over the `parameter_groups`."""
+    """The config's optimizer over the `parameter_groups`.
+
+    Raises:
+        ConfigError: it does not take a setting, or has nothing to train.
+    """
     settings = config.optim
     groups = [
         {
             "params": group.parameters,
             "weight_decay": settings.weight_decay if group.decayed else 0.0,
             "lr_factor": group.lr_factor,
+            "muon": group.muon,
         }
         for group in parameter_groups(model, settings)
     ]
-    algorithm = torch.optim.AdamW if settings.name == "adamw" else torch.optim.Adam
-    return algorithm(
-        groups,
-        lr=settings.lr,
-        betas=settings.betas,
-        eps=settings.eps,
-        fused=device.type == "cuda" or config.train.offload != "none",
-    )
+    fused = device.type == "cuda" or config.train.offload != "none"
+    return torch_optimizer(settings, groups, fused=fused)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -56,18 +58,37 @@ def parameter_groups(model: TwoTowers, optim: Optim | None = None) -> list[Group
     """The trained parameters: matrices, which weight decay applies to, before the others.
 
     Tokens, positions and tables of biases are of the others. Each of the two is divided by the
-    learning rate's factor.
+    learning rate's factor, and by whether Muon updates it.
     """
-    factors = lr_factors(model, optim or Optim())
+    optim = optim or Optim()
+    factors = lr_factors(model, optim)
+    in_blocks = _names_in_blocks(model) if optim.name == "muon" else frozenset()
     not_decayed = ("_token", "_bias_table", "positional_embedding")
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
             decayed = p.ndim >= 2 and not name.endswith(not_decayed)
-            groups.setdefault((decayed, factors.get(name, 1.0)), []).append(p)
+            muon = decayed and p.ndim == 2 and name in in_blocks
+            groups.setdefault((decayed, factors.get(name, 1.0), muon), []).append(p)
     # Matrices first; sorting leaves the order of factors as it is.
     by_kind = sorted(groups.items(), key=lambda item: not item[0][0])
     return [Group(parameters, *kind) for kind, parameters in by_kind]
+
+
+def _names_in_blocks(model: TwoTowers) -> frozenset[str]:
+    """Names of the parameters in the blocks of the encoders and of the decoder.
+
+    Raises:
+        ConfigError: one of them does not say which names are of a block.
+    """
+    parts = [model.modality, "text", *(["decoder"] if model.decoder is not None else [])]
+    found = set()
+    for part in parts:
+        depths, blocks = block_depths(model.get_submodule(part))
+        rule = f"not be muon with this {part} encoder, whose blocks have unknown names"
+        require(blocks > 0, "optim.name", rule, "muon")
+        found |= {f"{part}.{name}" for name, depth in depths.items() if 1 <= depth <= blocks}
+    return frozenset(found)
 
 
 def lr_factors(model: TwoTowers, optim: Optim) -> dict[str, float]:

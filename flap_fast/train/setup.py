@@ -36,6 +36,7 @@ from flap_fast.train.run_folder import begin, write_config
 from flap_fast.train.scorer import Scorer
 from flap_fast.train.stop import Stop
 from flap_fast.train.teacher import Teacher, check_teacher, teacher
+from flap_fast.train.torch_optimizers import check_optimizer
 from flap_fast.train.weights_and_biases import check_wandb
 
 
@@ -82,6 +83,7 @@ def check_run(config: Config, *, resume: bool) -> Path | None:
     """
     check_before_loading(config, world_size())
     check_engine(config, world_size())
+    check_optimizer(config.optim)
     check_micro_tokens(config)
     check_wandb(config)
     check_teacher(config)

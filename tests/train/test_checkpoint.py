@@ -295,7 +295,9 @@ def test_a_state_that_adam_never_has_is_refused_without_sums_too(
         wide.view(-1)[-1] = float(value)
         tensors[name] = wide
     save_tensors(file, tensors)
-    with pytest.raises(ConfigError, match=f"must hold Adam's state, .*{message}; copy it again"):
+    with pytest.raises(
+        ConfigError, match=f"must hold the optimizer's state, .*{message}; copy it again"
+    ):
         train(settings(prepared, runs), resume=True)
 
 
