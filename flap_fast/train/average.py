@@ -42,6 +42,11 @@ class Average:
         self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._averages = [part.clone() for part in self._parts()]
 
+    @property
+    def names(self) -> list[str]:
+        """Of the weights that are averaged."""
+        return list(self._parameters)
+
     def load(self, file: Path, steps: int) -> None:
         """Set the average after so many steps, from a file of whole weights.
 

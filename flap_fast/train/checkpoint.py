@@ -2,7 +2,8 @@
 
 runs/NAME/checkpoints/step-000600/model.safetensors config.yaml text/  for flap_fast.load
                                   state.json optimizer.safetensors     to resume training
-                                  trained.safetensors                  with train.ema_decay
+                                  trained.safetensors                  with train.ema_decay, LoRA
+                                  average.safetensors                  with both
                                   SHA256SUMS                           of the others, but state.json
 runs/NAME/checkpoints/best -> step-000400           or a copy, where there are no symlinks
 
@@ -30,8 +31,10 @@ from flap_fast.checks import ConfigError, in_one_line, require
 from flap_fast.checksums import SUMS, delete_listed, verified, write_sums
 from flap_fast.config import Config
 from flap_fast.data.shards import Shards
+from flap_fast.encoders.lora import has_lora, merged
 from flap_fast.files import is_full, write_atomically
 from flap_fast.model.model_folder import (
+    AVERAGE,
     ONLY_TRAINING,
     OPTIMIZER,
     TRAINED,
@@ -186,14 +189,19 @@ class Checkpoints:
             _put_aside(partial)
             partial.mkdir(parents=True)
         self._ranks.broadcast(engine.module.buffers())  # as a resumed run finds them on every rank
-        with engine.average.in_use() if engine.average else nullcontext():
+        average, adapted, first = engine.average, has_lora(engine.module), self._ranks.first
+        with average.in_use() if average else nullcontext():
             weights = engine.weights()
-            if self._ranks.first:
-                save_model(partial, self._config, engine.module, weights, sums=False)
-        if engine.average:
+            if first:
+                whole = merged(engine.module, weights)
+                save_model(partial, self._config, engine.module, whole, sums=False)
+                del whole
+            if first and average and adapted:
+                save_tensors(partial / AVERAGE, {name: weights[name] for name in average.names})
+        if average:
             weights = engine.weights()
-            if self._ranks.first:
-                save_tensors(partial / TRAINED, weights)
+        if first and (average or adapted):
+            save_tensors(partial / TRAINED, weights)
         del weights
         engine.optimizer_state.save(partial / OPTIMIZER)
         if self._ranks.first:

@@ -109,7 +109,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}."""
     out: dict[str, Any] = {}
     for name, value in tree.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             out.update(flat(value, f"{prefix}{name}."))
         else:
             out[prefix + name] = value

@@ -17,11 +17,12 @@ from flap_fast.data.loader import TrainingLoader
 from flap_fast.data.shards import Shards, open_shards, shard_kinds
 from flap_fast.data.tokenize import Tokenizer, tokenizer
 from flap_fast.evaluate.embed import read_texts
+from flap_fast.model.first_weights import put_first_weights
 from flap_fast.model.masking import check_micro_tokens, tokens_of_seconds
 from flap_fast.model.model_folder import (
+    AVERAGE,
     OPTIMIZER,
     TRAINED,
-    put_first_weights,
     put_weights,
 )
 from flap_fast.model.two_towers import TwoTowers
@@ -110,7 +111,9 @@ def set_up(config: Config, ranks: Ranks, start: Path | None, open_files: ExitSta
     if start:
         engine.optimizer_state.load(start / OPTIMIZER)
         if engine.average:
-            engine.average.load(start / "model.safetensors", first)
+            before_merge = start / AVERAGE
+            file = before_merge if before_merge.is_file() else start / "model.safetensors"
+            engine.average.load(file, first)
     # Every rank needs the run's folder.
     agree(ranks, lambda: (write_config(config, ranks) if ranks.first else None, {}))
     stop = open_files.enter_context(Stop(ranks, checkpoints.folder))

@@ -18,7 +18,8 @@ from flap_fast.data.evaluation import crops_of, evaluation_batches
 from flap_fast.data.shards import Shards, open_shards
 from flap_fast.data.tokenize import tokenizer
 from flap_fast.evaluate.embed import embed
-from flap_fast.model.model_folder import load_weights, put_first_weights, save_model
+from flap_fast.model.first_weights import put_first_weights
+from flap_fast.model.model_folder import load_weights, save_model
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.preparation.prepare import prepare
 from flap_fast.ranks import Ranks

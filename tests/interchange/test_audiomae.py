@@ -16,7 +16,8 @@ from flap_fast.encoders.vit.model import ViT
 from flap_fast.encoders.vit.patches import sine_positions
 from flap_fast.interchange.convert import import_checkpoint
 from flap_fast.interchange.tensors import read_tensors
-from flap_fast.model.model_folder import TOWER, load_weights, model_folder, put_first_weights
+from flap_fast.model.first_weights import put_first_weights
+from flap_fast.model.model_folder import TOWER, load_weights, model_folder
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.tools.embedder import load
 from flap_fast.train.loop import train

@@ -21,11 +21,11 @@ from flap_fast.interchange.clap_hf import CLAP
 from flap_fast.interchange.convert import export_checkpoint, import_checkpoint
 from flap_fast.interchange.layout import Export
 from flap_fast.interchange.tensors import read_tensors
+from flap_fast.model.first_weights import put_first_weights
 from flap_fast.model.model_folder import (
     load_model,
     load_weights,
     model_folder,
-    put_first_weights,
     save_model,
 )
 from flap_fast.model.two_towers import TwoTowers

@@ -66,7 +66,7 @@ def settings(data: Path, runs: Path, *overrides: str) -> Config:
         *("optim.name=adamw", "optim.weight_decay=0.1", "optim.eps=0.00001"),
         # Groups of the optimizer beside the two of before, and weights that are in none.
         *("optim.layer_decay=0.8", "optim.media_lr_factor=0.5", "text.freeze_blocks=1"),
-        "train.ema_decay=0.5",
+        *("train.ema_decay=0.5", "audio.lora_rank=2"),
         *("log.every_steps=1", "log.tensorboard=false", "ckpt.every_steps=2", "ckpt.keep_last=9"),
         *overrides,
     )
@@ -225,11 +225,11 @@ def test_a_checkpoint_of_another_model_is_refused(alone: Path, prepared: Path, t
     other = settings(prepared, tmp_path, "joint.width=24")
     message = r"must hold the weights of this config's model, got \(16,\) for audio_head\.0\.bias"
     with pytest.raises(ConfigError, match=message):
-        put_weights(Remembering(other), last(alone) / "model.safetensors")
+        put_weights(Remembering(other), last(alone) / "trained.safetensors")
     model = Remembering(settings(prepared, tmp_path))
     model.register_buffer("extra", torch.zeros(1))
     with pytest.raises(ConfigError, match=r"got nothing for extra, which is \(1,\) here"):
-        put_weights(model, last(alone) / "model.safetensors")
+        put_weights(model, last(alone) / "trained.safetensors")
     state = PlainEngine(other, TwoTowers(other), Ranks()).optimizer_state
     with pytest.raises(ConfigError, match=r"must hold the state of this model's parameters, got"):
         state.load(last(alone) / "optimizer.safetensors")
