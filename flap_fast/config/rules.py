@@ -142,6 +142,8 @@ def check_sections(config: Config) -> None:
     weights = config.loss.contrastive.prefix_weights
     rule, got = "end above 0, as what evaluation takes is trained", list(weights or ())
     require(not weights or weights[-1] > 0, "loss.contrastive.prefix_weights", rule, got)
+    rule = "name data to evaluate on with eval.patience"
+    require(bool(config.data.val) or not config.eval.patience, "data.val", rule, "nothing")
     if config.loss.simcse.weight:
         rule = "be {} with loss.simcse, whose two views of a sentence differ by dropout alone"
         require(not config.text.freeze, "text.freeze", rule.format("off"), config.text.freeze)

@@ -35,6 +35,10 @@ def _named(value: object) -> object:
     return (value,) if isinstance(value, str) else value
 
 
+def _one_or_more(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
 class Optim(Section):
     name: OptimizerName = "adam"
     """Adam, AdamW with decoupled weight decay, another of PyTorch's by its name, or Muon for the
@@ -197,7 +201,7 @@ class Ckpt(Section):
     keep_last: Count = 2
     """Checkpoints to keep; older ones are deleted, except the best."""
     keep_best: bool = True
-    """Keep the checkpoint with the best mean of both directions' mAP@10 on data.val."""
+    """Keep the checkpoint with the best score on data.val, as eval.tasks says."""
     verify: bool = True
     """Compare a checkpoint's files with its SHA256SUMS, if it has one, when training resumes or
     begins from it."""
@@ -206,6 +210,15 @@ class Ckpt(Section):
 class Eval(Section):
     every_steps: CountOrZero = 0
     """Steps between evaluations on data.val. 0: at the end only."""
+    tasks: Annotated[tuple[str, ...], BeforeValidator(_one_or_more), Field(min_length=1)] = (
+        "retrieval",
+    )
+    """Evaluations of data.val in training, some of `retrieval`, `relevance`, `zero_shot` (of the
+    clips' labels) and `geometry`. The first chooses the best checkpoint: retrieval by the mean of
+    both directions' mAP@10, relevance by mAP@10, zero_shot by top-1; geometry cannot."""
+    patience: CountOrZero = 0
+    """Early stopping: end the run when so many evaluations in a row were no better than the best
+    before them; 0 never."""
     batch: Count = 64
     """Clips a rank embeds at a time."""
     crop: str = Field(default="random", pattern=r"^(random|center|whole|multi:[1-9]\d*)$")
@@ -221,6 +234,13 @@ class Eval(Section):
     """Relevance: a table of queries and the files that are right, as of DCASE 2025 Task 6."""
     sentences: Literal["joint", "tower"] = "joint"
     """Sentence embeddings for STS and SentEval: in the joint space, or the text encoder's own."""
+
+    @model_validator(mode="after")
+    def _stops(self):
+        rule = "be above 0 with eval.patience, which counts evaluations"
+        counted = self.every_steps > 0 or self.patience == 0
+        require(counted, "eval.every_steps", rule, self.every_steps)
+        return self
 
     @property
     def crops(self) -> int:

@@ -36,7 +36,9 @@ class Evaluation:
     With `data="settings"` the name and the path are empty.
     """
     metrics: Callable[[Any], dict[str, float]] | None
-    """Scores -> columns of metrics.jsonl; with it, training scores each folder of data.val."""
+    """Scores -> columns of metrics.jsonl; with it, eval.tasks may name it, to score data.val."""
+    selects: Callable[[Any], float] | None = None
+    """Scores -> what the best checkpoint has most of, if eval.tasks names this first."""
     terminal: Callable[[dict[str, Any]], Table] | None = None
     """{name of the data set: scores} -> the table on the terminal; the sheets without it."""
 
@@ -44,7 +46,7 @@ class Evaluation:
         for name in ("check", "score", "sheet"):
             if not callable(getattr(self, name)):
                 self._refuse(name, "be a function")
-        for name in ("metrics", "terminal"):
+        for name in ("metrics", "selects", "terminal"):
             if getattr(self, name) is not None and not callable(getattr(self, name)):
                 self._refuse(name, "be a function or None")
         if self.data not in get_args(Data):

@@ -92,6 +92,10 @@ def _sheet(name: str, found: dict[str, Any], path: str) -> Sheet:
     return Sheet(f"Geometry, {name}", head, [ours], note=note)
 
 
+def _metrics(found: dict[str, float | None]) -> dict[str, float]:
+    return {f"geometry/{name}": value for name, value in found.items() if value is not None}
+
+
 EVALUATION = Evaluation(
-    name="geometry", data="clips", check=_check, score=_score, sheet=_sheet, metrics=None
+    name="geometry", data="clips", check=_check, score=_score, sheet=_sheet, metrics=_metrics
 )

@@ -90,6 +90,16 @@ def _sheet(name: str, found: dict[str, Any], path: str) -> Sheet:
     return Sheet(title, ("system", *columns), [ours, chance], note=note)
 
 
+def _metrics(found: dict[str, Any]) -> dict[str, float]:
+    return {f"relevance/{n}": found[n] for n in ("R@1", "R@5", "R@10", "mAP@10", "mAP@16")}
+
+
 EVALUATION = Evaluation(
-    name="relevance", data="clips", check=_read, score=_score, sheet=_sheet, metrics=None
+    name="relevance",
+    data="clips",
+    check=_read,
+    score=_score,
+    sheet=_sheet,
+    metrics=_metrics,
+    selects=lambda found: found["mAP@10"],
 )

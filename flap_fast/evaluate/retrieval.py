@@ -259,6 +259,11 @@ def _metrics(found: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def _selects(found: dict[str, Any]) -> float:
+    both = [found[direction]["mAP@10"] for direction in directions_of(found)]
+    return sum(both) / len(both)
+
+
 EVALUATION = Evaluation(
     name="retrieval",
     data="clips",
@@ -266,5 +271,6 @@ EVALUATION = Evaluation(
     score=_score,
     sheet=sheet,
     metrics=_metrics,
+    selects=_selects,
     terminal=terminal,
 )

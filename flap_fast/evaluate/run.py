@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from flap_fast.checks import ConfigError, require
 from flap_fast.config import Config
@@ -20,7 +21,6 @@ from flap_fast.evaluate import TASKS, load_evaluation
 from flap_fast.evaluate.embed import Texts, evaluating, read_texts
 from flap_fast.evaluate.evaluated_model import TEXT_ONLY, EvaluatedModel, whole_model
 from flap_fast.evaluate.evaluation import Data, Evaluation
-from flap_fast.evaluate.retrieval import directions_of
 from flap_fast.evaluate.scores_file import Scores
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks
@@ -35,10 +35,38 @@ def evaluate(
     folders: Sequence[Path],
     ranks: Ranks | None = None,
 ) -> Scores:
-    """Scores for metrics.jsonl of each folder of shards. Collective: call on every rank."""
+    """Scores of each folder of shards, by eval.tasks. Collective: call on every rank."""
     evaluated = whole_model(model, config, tokenizer, ranks or Ranks())
     with evaluating(model):
-        return score(evaluated, folders, [task for task in TASKS if load_evaluation(task).metrics])
+        return score(evaluated, folders, config.eval.tasks)
+
+
+def check_training(config: Config) -> None:
+    """Check that training can score data.val, before a model is loaded.
+
+    Raises:
+        ConfigError: eval.tasks names what it cannot, or data.val is not fit for it.
+        ShardError: a folder of data.val is not one of shards.
+    """
+    tasks, evaluations = config.eval.tasks, {task: load_evaluation(task) for task in TASKS}
+    able = [name for name, own in evaluations.items() if own.metrics]
+    for task in tasks:
+        require(task in able, "eval.tasks", f"name some of {', '.join(able)}", task)
+    selecting = [name for name in able if evaluations[name].selects]
+    rule = f"begin with one that chooses a checkpoint: {', '.join(selecting)}"
+    require(tasks[0] in selecting, "eval.tasks", rule, tasks[0])
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("a check embeds nothing")
+
+    unloaded = EvaluatedModel(config, Ranks(), never, never, never)
+    for folder in config.data.val:
+        texts = read_texts(open_shards([folder], shard_kinds(config)))
+        without = len(texts.labels) - len(set(texts.clip_of_caption))
+        rule, remedy = "hold no clip without a caption", "prepare it without them"
+        require(not without, f"data.val, {folder},", rule, without, remedy)
+        for task in tasks:
+            evaluations[task].check(unloaded, texts)
 
 
 def score(model: EvaluatedModel, data: Sequence[Path], tasks: Sequence[str] = ()) -> Scores:
@@ -127,11 +155,12 @@ def names(folders: Sequence[Path]) -> dict[str, Path]:
     return out
 
 
-def selection_score(scores: Scores) -> float:
-    """The number that the best checkpoint is chosen by: mAP@10, the mean of sets and directions."""
-    sets = scores["retrieval"].values()
-    both = [found[direction]["mAP@10"] for found in sets for direction in directions_of(found)]
-    return sum(both) / len(both)
+def selection_score(scores: Scores, task: str = "retrieval") -> float:
+    """The number that the best checkpoint is chosen by, the mean over data sets."""
+    selects = load_evaluation(task).selects
+    assert selects is not None  # `check_training` has asked
+    each = [selects(found) for found in scores[task].values()]
+    return sum(each) / len(each)
 
 
 def flat_scores(scores: Scores) -> dict[str, float]:

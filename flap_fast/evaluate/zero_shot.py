@@ -148,6 +148,16 @@ def _sheet(name: str, found: dict[str, Any], path: str) -> Sheet:
     return Sheet(title, ("system", "top-1", "top-5", *columns[2:]), [ours, chance], rows, note)
 
 
+def _metrics(found: dict[str, Any]) -> dict[str, float]:
+    return {f"zero_shot/{name}": found[name] for name in ("top_1", "top_5", "mAP@10", "mAP")}
+
+
 EVALUATION = Evaluation(
-    name="zero_shot", data="clips", check=_check, score=_score, sheet=_sheet, metrics=None
+    name="zero_shot",
+    data="clips",
+    check=_check,
+    score=_score,
+    sheet=_sheet,
+    metrics=_metrics,
+    selects=lambda found: found["top_1"],
 )

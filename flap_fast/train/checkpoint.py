@@ -22,7 +22,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
@@ -47,6 +47,16 @@ from flap_fast.tensors import save_tensors
 from flap_fast.train.engine import Engine
 
 
+class Best(NamedTuple):
+    """The best evaluation so far."""
+
+    score: float
+    since: int
+    """Evaluations after it, none of them better."""
+    task: str
+    """What the score is of: the first of eval.tasks."""
+
+
 @dataclass(frozen=True)
 class State:
     """A run's progress. The position in the data, masks and dropout follow from the step."""
@@ -56,7 +66,11 @@ class State:
     step: Annotated[int, Field(ge=0)]
     """Steps done."""
     best: float | None
-    """The best score on data.val so far."""
+    """The best score on data.val so far, and ..."""
+    since_best: int | None = None
+    """... evaluations after it, and ..."""
+    best_task: str | None = None
+    """... what it is of."""
     scored: bool = True
     """False until the evaluation that is due at this step, if any, is done."""
     clips: int | None = None
@@ -67,6 +81,13 @@ class State:
     """Checksum of the weights of loss.distill's teacher."""
     sha256: str | None = None
     """Of the others, as JSON: this file is written anew, once its step is scored."""
+
+    @property
+    def best_so_far(self) -> Best | None:
+        """The best evaluation; of a run of before, by retrieval."""
+        if self.best is None:
+            return None
+        return Best(self.best, self.since_best or 0, self.best_task or "retrieval")
 
     def digest(self) -> str:
         """What `sha256` must be."""
@@ -131,7 +152,7 @@ class Checkpoints:
         self,
         engine: Engine,
         step: int,
-        best: float | None,
+        best: Best | None,
         *,
         is_best: bool = False,
         scored: bool = True,
@@ -157,7 +178,7 @@ class Checkpoints:
         self._ranks.barrier()
         return final
 
-    def mark_scored(self, step: int, best: float | None, *, is_best: bool) -> None:
+    def mark_scored(self, step: int, best: Best | None, *, is_best: bool) -> None:
         """Record that the checkpoint of `step` has been scored. Collective."""
         if self._ranks.first:
             folder = self._folder(step)
@@ -172,8 +193,17 @@ class Checkpoints:
     def _folder(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}"
 
-    def _state(self, step: int, best: float | None, scored: bool) -> bytes:
-        state = State(step, best, scored, self._clips, self._shards, self._teacher)
+    def _state(self, step: int, best: Best | None, scored: bool) -> bytes:
+        state = State(
+            step=step,
+            best=best.score if best else None,
+            since_best=best.since if best else None,
+            best_task=best.task if best else None,
+            scored=scored,
+            clips=self._clips,
+            shards=self._shards,
+            teacher=self._teacher,
+        )
         state = replace(state, sha256=state.digest())
         return (json.dumps(asdict(state), indent=1) + "\n").encode()
 

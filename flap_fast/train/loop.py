@@ -15,6 +15,7 @@ from flap_fast.checks import ConfigError
 from flap_fast.config import Config
 from flap_fast.data.shards import ShardError
 from flap_fast.evaluate.scores_file import Scores
+from flap_fast.files import say
 from flap_fast.ranks import Ranks
 from flap_fast.ranks.agreement import Facts, agree
 from flap_fast.ranks.failure import Ended, joined
@@ -78,6 +79,9 @@ def train_from(
     gradients = Gradients(config, ranks, engine, steps, per_epoch, run.frozen_text, run.teacher)
     batches = run.metrics.timed(loader.batches(run.first, steps, times=gradients.reads))
     for step in range(run.first + 1, steps + 1):
+        if run.scorer.out_of_patience:
+            say_early(run, step - 1)
+            break
         outputs, terms = gradients(step, batches)
         report_bad_clips(config.run_folder, ranks, loader.bad)
         lr = learning_rate(step - 1, config.sched, base=config.optim.lr, steps=steps)
@@ -111,8 +115,20 @@ def save_and_score(run: Run, step: int, *, stopped: bool) -> None:
         raise
     if saved:
         checkpoints.mark_scored(step, scorer.best, is_best=improved)
-    elif improved:
-        checkpoints.save(run.engine, step, scorer.best, is_best=True)
+    elif improved or scorer.out_of_patience:
+        checkpoints.save(run.engine, step, scorer.best, is_best=improved)
+
+
+def say_early(run: Run, step: int) -> None:
+    """Say on stderr that the run ends before its last step."""
+    best, folder = run.scorer.best, run.checkpoints.folder
+    if best and run.ranks.first:
+        kept = f"; the best is {folder / 'best'}" if run.config.ckpt.keep_best else ""
+        say(
+            f"ended early, after step {step} of {run.steps}: {best.since} evaluations in a row "
+            f"were no better than {best.score:.4f} ({best.task}){kept}",
+            error=True,
+        )
 
 
 def due(step: int, steps: int, every: int) -> bool:

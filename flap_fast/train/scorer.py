@@ -9,6 +9,7 @@ from flap_fast.data.tokenize import Tokenizer
 from flap_fast.evaluate.run import evaluate, flat_scores, selection_score
 from flap_fast.evaluate.scores_file import Scores, write_scores
 from flap_fast.ranks import Ranks
+from flap_fast.train.checkpoint import Best, State
 from flap_fast.train.engine import Engine
 from flap_fast.train.observers import Metrics
 
@@ -17,7 +18,7 @@ class Scorer:
     """Scores the engine's weights, or their average, on data.val. Collective: call on every rank.
 
     Args:
-        best: the best score before, of a run that is resumed.
+        state: of a run that is resumed, with its best score.
     """
 
     def __init__(
@@ -27,23 +28,32 @@ class Scorer:
         engine: Engine,
         tokens: Tokenizer,
         metrics: Metrics,
-        best: float | None,
+        state: State | None,
     ):
         self._config, self._ranks, self._engine = config, ranks, engine
         self._tokens, self._metrics = tokens, metrics
         self._last: Scores | None = None
-        self.best = best
+        self._task = config.eval.tasks[0]
+        best = state.best_so_far if state else None
+        self.best = best if best and best.task == self._task else None
 
     def score(self, step: int) -> bool:
         """Score a step's weights; returns whether ckpt.keep_best keeps them as the best so far."""
         self._metrics.check_finite()
         self._last = self._evaluate()
         self._metrics.scores(step, flat_scores(self._last))
-        score = selection_score(self._last)
-        if self.best is not None and score <= self.best:
+        score = selection_score(self._last, self._task)
+        if self.best is not None and score <= self.best.score:
+            self.best = self.best._replace(since=self.best.since + 1)
             return False
-        self.best = score
+        self.best = Best(score, 0, self._task)
         return self._config.ckpt.keep_best
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether eval.patience ends the run now."""
+        patience = self._config.eval.patience
+        return self.best is not None and 0 < patience <= self.best.since
 
     def final_scores(self) -> Scores | None:
         """The last scores, written to eval.json; computed now if the run was finished before."""

@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from flap_fast.checks import require
 from flap_fast.config import Config, check_before_loading
 from flap_fast.data.dealing import ClipTokens
 from flap_fast.data.lengths import clip_seconds
 from flap_fast.data.loader import TrainingLoader
 from flap_fast.data.shards import Shards, open_shards, shard_kinds
 from flap_fast.data.tokenize import Tokenizer, tokenizer
-from flap_fast.evaluate.embed import read_texts
+from flap_fast.evaluate.run import check_training
 from flap_fast.model.first_weights import put_first_weights
 from flap_fast.model.masking import check_micro_tokens, tokens_of_seconds
 from flap_fast.model.model_folder import (
@@ -46,6 +45,7 @@ class Run:
     """A run that is ready for its next step."""
 
     config: Config
+    ranks: Ranks
     engine: Engine
     loader: TrainingLoader
     checkpoints: Checkpoints
@@ -89,11 +89,7 @@ def check_run(config: Config, *, resume: bool) -> Path | None:
     check_wandb(config)
     check_teacher(config)
     start = begin(config, resume=resume)
-    for folder in config.data.val:
-        texts = read_texts(open_shards([folder], shard_kinds(config)))
-        without = len(texts.labels) - len(set(texts.clip_of_caption))
-        rule, remedy = "hold no clip without a caption", "prepare it without them"
-        require(not without, f"data.val, {folder},", rule, without, remedy)
+    check_training(config)
     return start
 
 
@@ -124,11 +120,12 @@ def set_up(config: Config, ranks: Ranks, start: Path | None, open_files: ExitSta
     )
     return Run(
         config=config,
+        ranks=ranks,
         engine=engine,
         loader=loader,
         checkpoints=checkpoints,
         metrics=metrics,
-        scorer=Scorer(config, ranks, engine, tokens, metrics, state.best if state else None),
+        scorer=Scorer(config, ranks, engine, tokens, metrics, state),
         stop=stop,
         frozen_text=text,
         teacher=taught_by,

@@ -47,7 +47,7 @@ def test_the_registry_loads_no_pytorch():
 def test_no_part_may_be_left_out(missing: str):
     with pytest.raises(TypeError, match=missing):
         Evaluation(**{name: part for name, part in PARTS.items() if name != missing})
-    assert {field.name for field in fields(Evaluation)} == {*PARTS, "terminal"}
+    assert {field.name for field in fields(Evaluation)} == {*PARTS, "terminal", "selects"}
 
 
 @pytest.mark.parametrize(
@@ -56,6 +56,7 @@ def test_no_part_may_be_left_out(missing: str):
         ({"sheet": None}, "sheet of the evaluation hubness must be a function, got None"),
         ({"data": "sounds"}, "data of .* must be one of clips, sentences, settings, got 'sounds'"),
         ({"metrics": ("skew",)}, "metrics of .* must be a function or None"),
+        ({"selects": "skew"}, "selects of .* must be a function or None"),
         ({"data": "settings", "metrics": dict}, "metrics of .* must be None unless data"),
         ({"name": "data"}, "name of .* must be an identifier other than 'data'"),
     ],
@@ -133,12 +134,13 @@ def test_a_new_evaluation_is_a_file_and_a_line(prepared: Path, tmp_path: Path):
     train(config)
 
     again = tmp_path / "again"
+    of_both = "eval.tasks=[retrieval,hubness]"
     of_markup = ("--markdown", f"{out}.md", "--latex", f"{out}.tex")
     explained, printed, *_ = flap(
         tree,
         ("eval", "--help"),
         ("eval", run, prepared / "val", "--tasks", "hubness,retrieval", *of_markup),
-        ("train", run / "config.yaml", f"run.folder={tmp_path}", "run.name=again"),
+        ("train", run / "config.yaml", f"run.folder={tmp_path}", "run.name=again", of_both),
         ("report", again),
     )
     assert "hubness" in explained
