@@ -59,6 +59,7 @@ def test_every_path_exists(page: str):
         "config.yaml",
         "state.json",
         "metrics.jsonl",
+        "environment.json",
         "eval.json",
         "masking.png",
         "report.html",

@@ -41,6 +41,7 @@ def terminal(sets: dict[str, Any]) -> Table:
     return out
 
 
+_NOUNS = {"audio": "sound"}
 _NOTES = {
     "audio": "In percent. T-A: a caption finds its sound (the language-encoder paper's audio "
     "retrieval); A-T: a sound finds its captions (its text retrieval).",
@@ -79,7 +80,10 @@ def sheet(name: str, found: dict[str, Any], path: str) -> Sheet:
     notes += [f"Captions: {equal[2:]}."] if (equal := _equal(found)) else []
     title = f"Retrieval, {name}: {_sizes(found)}"
     both = [("this model", *ours), ("chance", *by_chance)]
-    return Sheet(title, head, both, rows, " ".join(notes))
+    noun = _NOUNS.get(modality, modality)
+    ways = (f"a caption finds its {noun}", f"a {noun} finds its captions")
+    groups = (("", 1), *((f"{way}, %", len(_COLUMNS)) for way in ways))
+    return Sheet(title, head, both, rows, " ".join(notes), groups)
 
 
 def _values(scores: dict[str, float]) -> list[float | None]:

@@ -29,10 +29,25 @@ class Sheet:
     ours: list[Row]
     papers: list[Row] = field(default_factory=list)
     note: str = ""
+    groups: tuple[tuple[str, int], ...] = ()
+    """Headings over the columns for pages, and how many each is over; "" is over a column that is
+    in none. The columns of a group begin with its abbreviation."""
+
+    @property
+    def plain_head(self) -> Row:
+        """The headings for a place that shows the groups over them."""
+        if not self.groups:
+            return self.head
+        grouped = [bool(name) for name, columns in self.groups for _ in range(columns)]
+        both = zip(self.head, grouped, strict=True)
+        return tuple(cell.partition(" ")[2] if inside else cell for cell, inside in both)
 
     def __post_init__(self):
         if not self.ours:
             raise ValueError(f"the table '{self.title}' must have a row, got none")
+        over = sum(columns for _, columns in self.groups)
+        if over not in (0, len(self.head)):
+            raise ValueError(f"groups of '{self.title}' must be over all columns, got {over}")
         for row in (*self.ours, *self.papers):
             if len(row) != len(self.head):
                 raise ValueError(

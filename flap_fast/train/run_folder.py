@@ -9,6 +9,8 @@ One in which no step was done is none yet: it is begun anew.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os.path import lexists
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,9 @@ from flap_fast.checks import ConfigError, require
 from flap_fast.config import Config
 from flap_fast.config.file import dump_config, load_config
 from flap_fast.files import write_atomically
-from flap_fast.ranks import Ranks
 from flap_fast.section import FREE_ON_RESUME
 from flap_fast.train.checkpoint import latest
-from flap_fast.train.environment import environment
+from flap_fast.train.environment import session
 
 
 def begin(config: Config, *, resume: bool) -> Path | None:
@@ -87,12 +88,15 @@ def _longer(changed: list[tuple[str, Any, Any]], folder: Path) -> str:
     return f" with train.init_from={folder}, which goes on from its weights in a new schedule"
 
 
-def write_config(config: Config, ranks: Ranks) -> None:
-    """Write config.yaml and environment.json into the run's folder."""
-    config.run_folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(config.run_folder / "config.yaml", dump_config(config).encode())
-    versions = json.dumps(environment(ranks), indent=1) + "\n"
-    write_atomically(config.run_folder / "environment.json", versions.encode())
+@contextmanager
+def in_session(config: Config, facts: dict[str, Any]) -> Iterator[None]:
+    """A context in which a run trains: config.yaml and environment.json say what, and its end."""
+    folder = config.run_folder
+    folder.mkdir(parents=True, exist_ok=True)
+    anew = _without_step(folder)
+    write_atomically(folder / "config.yaml", dump_config(config).encode())
+    with session(folder / "environment.json", facts, resumed=not anew):
+        yield
 
 
 def differences(then: Config, now: Config) -> list[tuple[str, Any, Any]]:

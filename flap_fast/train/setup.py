@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from flap_fast.config import Config, check_before_loading
@@ -16,6 +17,7 @@ from flap_fast.data.loader import TrainingLoader
 from flap_fast.data.shards import Shards, open_shards, shard_kinds
 from flap_fast.data.tokenize import Tokenizer, tokenizer
 from flap_fast.evaluate.run import check_training
+from flap_fast.files import say
 from flap_fast.model.first_weights import put_first_weights
 from flap_fast.model.masking import check_micro_tokens, tokens_of_seconds
 from flap_fast.model.model_folder import (
@@ -29,10 +31,12 @@ from flap_fast.ranks import Ranks, world_size
 from flap_fast.ranks.agreement import Facts, agree
 from flap_fast.train.checkpoint import Checkpoints, State
 from flap_fast.train.engine import Engine, check_engine, make_engine
+from flap_fast.train.environment import environment
 from flap_fast.train.facts import checksum, data_facts, weights_facts
 from flap_fast.train.frozen_text import FrozenText, frozen_text
 from flap_fast.train.observers import Metrics, observers
-from flap_fast.train.run_folder import begin, write_config
+from flap_fast.train.overview import Known, overview, parameter_facts, parameters_of
+from flap_fast.train.run_folder import begin, in_session
 from flap_fast.train.scorer import Scorer
 from flap_fast.train.stop import Stop
 from flap_fast.train.teacher import Teacher, check_teacher, teacher
@@ -101,8 +105,12 @@ def set_up(config: Config, ranks: Ranks, start: Path | None, open_files: ExitSta
     read = agree(ranks, lambda: _read(config, ranks, start))
     tokens, shards, model, taught_by, checkpoints, state = read
     first = state.step if state else 0
-    loader = TrainingLoader(config, shards, tokens, ranks, clip_tokens(config, shards, ranks))
-    steps = config.train.run_steps(loader.sampler.steps_per_epoch)
+    seconds = own_seconds(config, shards, ranks)
+    lengths = None if seconds is None else tokens_of_seconds(config, seconds)
+    loader = TrainingLoader(config, shards, tokens, ranks, lengths)
+    per_epoch = loader.sampler.steps_per_epoch
+    steps = config.train.run_steps(per_epoch)
+    parts = parameters_of(model)  # before ZeRO 3 shards them
     engine = make_engine(config, model, ranks)
     if start:
         engine.optimizer_state.load(start / OPTIMIZER)
@@ -110,11 +118,16 @@ def set_up(config: Config, ranks: Ranks, start: Path | None, open_files: ExitSta
             before_merge = start / AVERAGE
             file = before_merge if before_merge.is_file() else start / "model.safetensors"
             engine.average.load(file, first)
+    resumed = {"resumed_from_step": first} if first else {}
+    opened = in_session(config, environment(ranks) | parameter_facts(parts) | resumed)
     # Every rank needs the run's folder.
-    agree(ranks, lambda: (write_config(config, ranks) if ranks.first else None, {}))
+    agree(ranks, lambda: (open_files.enter_context(opened) if ranks.first else None, {}))
     stop = open_files.enter_context(Stop(ranks, checkpoints.folder))
     folder, keep = config.run_folder / "text_vectors", start is not None
     text = open_files.enter_context(frozen_text(config, engine.module, ranks, folder, keep=keep))
+    if ranks.first:
+        known = Known(engine.name, parts, len(shards), seconds, steps, per_epoch)
+        say(overview(config, ranks, known, start, first), error=True)
     metrics = Metrics(
         config, ranks, steps, observers(config, ranks, open_files, first=first, steps=steps)
     )
@@ -158,9 +171,15 @@ def data_read(config: Config) -> tuple[tuple[Shards, Tokenizer], dict[str, Any]]
 
 def clip_tokens(config: Config, shards: Shards, ranks: Ranks) -> ClipTokens | None:
     """Tokens of each clip, where clips keep their own lengths. Collective: call on every rank."""
+    seconds = own_seconds(config, shards, ranks)
+    return None if seconds is None else tokens_of_seconds(config, seconds)
+
+
+def own_seconds(config: Config, shards: Shards, ranks: Ranks) -> np.ndarray | None:
+    """Seconds of each clip, where clips keep their own lengths. Collective: call on every rank."""
     if config.encoder is not config.audio or not config.audio.variable:
         return None
-    return tokens_of_seconds(config, clip_seconds(shards, ranks))
+    return clip_seconds(shards, ranks)
 
 
 def _model(config: Config, start: Path | None) -> TwoTowers:

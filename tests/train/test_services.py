@@ -23,7 +23,7 @@ from flap_fast.ranks import Ranks
 from flap_fast.train.guarded import Guarded
 from flap_fast.train.loop import train
 from flap_fast.train.observers import Metrics, metrics_file, observers
-from flap_fast.train.run_folder import begin, write_config
+from flap_fast.train.run_folder import begin, in_session
 from flap_fast.train.run_lock import run_lock
 from flap_fast.train.weights_and_biases import wandb_id, weights_and_biases
 from tests.tiny import tiny
@@ -213,7 +213,8 @@ def test_a_damaged_file_of_the_run_is_still_refused(tmp_path: Path):
 def stepless(tmp_path: Path) -> Config:
     """Of a run that ended after its folder was made."""
     config = ours(tmp_path)
-    write_config(config, Ranks())
+    with in_session(config, {"started": "now"}):
+        pass
     for name in ("checkpoints", "wandb/run-1", "tensorboard", "text_vectors"):
         (config.run_folder / name).mkdir(parents=True)
     for name in ("metrics.jsonl", "bad_clips.jsonl", "bad_clips.rank1.jsonl"):
