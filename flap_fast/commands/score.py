@@ -10,11 +10,11 @@ import typer
 
 from flap_fast.checks import ConfigError, read_text, require
 from flap_fast.commands.length import LengthOption
-from flap_fast.evaluate import TASKS
+from flap_fast.evaluation import TASKS
 from flap_fast.files import parsed_json, say
 
 if TYPE_CHECKING:
-    from flap_fast.evaluate.evaluated_model import EvaluatedModel
+    from flap_fast.evaluation.evaluated_model import EvaluatedModel
     from flap_fast.ranks import Ranks
 
 _MODEL = (
@@ -51,8 +51,8 @@ def evaluate(
     ] = "mean",
 ) -> None:
     """Score a model: retrieval, zero-shot, geometry, sentences, FLOPs. Also under torchrun."""
-    from flap_fast.evaluate.run import score
-    from flap_fast.evaluate.scores_file import merged, read_scores, write_scores
+    from flap_fast.evaluation.run import score
+    from flap_fast.evaluation.scores_file import merged, read_scores, write_scores
     from flap_fast.ranks.agreement import Facts, agree
     from flap_fast.ranks.failure import joined
 
@@ -108,7 +108,7 @@ def open_model(
     """
     from flap_fast.config.file import load_config, parse_config
     from flap_fast.data.tokenize import tokenizer
-    from flap_fast.evaluate.evaluated_model import text_only_model, whole_model
+    from flap_fast.evaluation.evaluated_model import text_only_model, whole_model
     from flap_fast.model.model_folder import load_model
 
     given = {name: value for name, value in settings.items() if value is not None}
@@ -167,7 +167,7 @@ def print_scores(scores: dict[str, Any]) -> None:
     """Print the tables, in whole lines also into a log."""
     from rich.console import Console
 
-    from flap_fast.evaluate.tables import terminal
+    from flap_fast.evaluation.tables import terminal
 
     console = Console()
     if not console.is_terminal:
@@ -177,7 +177,7 @@ def print_scores(scores: dict[str, Any]) -> None:
 
 
 def _write_tables(scores: dict[str, Any], markdown: Path | None, latex: Path | None) -> None:
-    from flap_fast.evaluate import tables
+    from flap_fast.evaluation import tables
     from flap_fast.files import write_atomically
 
     for file, write in ((markdown, tables.markdown), (latex, tables.latex)):

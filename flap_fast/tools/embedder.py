@@ -27,9 +27,9 @@ from flap_fast.data.preprocess.preprocessor import make_preprocessor
 from flap_fast.data.preprocess.waveform import BadSound, Unusable
 from flap_fast.data.tokenize import Tokenizer, tokenizer
 from flap_fast.encoders.settings import ImageEncoder
-from flap_fast.evaluate.embed import finite, text_embedder
-from flap_fast.evaluate.prompts import SOUND, prompts
-from flap_fast.evaluate.zero_shot import class_vectors
+from flap_fast.evaluation.embed import finite, text_embedder
+from flap_fast.evaluation.prompts import SOUND, prompts
+from flap_fast.evaluation.zero_shot import class_vectors
 from flap_fast.model.model_folder import load_model
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.preparation.prepare import ahead

@@ -30,7 +30,7 @@ from flap_fast.model.model_folder import (
 )
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.tools.embedder import load
-from flap_fast.train.loop import train
+from flap_fast.training.loop import train
 from tests.encoders.test_htsat import decibels
 from tests.tiny import HTSAT, htsat_of, tiny
 

@@ -12,11 +12,11 @@ import flap_fast
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
 from flap_fast.encoders.lora import merged
-from flap_fast.evaluate.embed import evaluating
+from flap_fast.evaluation.embed import evaluating
 from flap_fast.model.first_weights import put_first_weights
 from flap_fast.model.model_folder import load_model, load_weights, save_model
 from flap_fast.model.two_towers import TwoTowers
-from flap_fast.train.loop import train
+from flap_fast.training.loop import train
 from tests.tiny import HTSAT, tiny, tiny_clip
 
 LORA = ("audio.lora_rank=2", "text.lora_rank=3", "text.lora_alpha=6")

@@ -36,9 +36,9 @@ from flap_fast.tools.profile.parts import DECODER, LOSS, TEACHER, marked
 from flap_fast.tools.profile.teacher_counts import TeacherCounts
 from flap_fast.tools.profile.trace import Array, Flop, Trace, scaled
 from flap_fast.tools.profile.work import loss_times, rank_work, two_passes
-from flap_fast.train.optimizers import parameter_groups
-from flap_fast.train.step import model_inputs, patch_mask_of
-from flap_fast.train.torch_optimizers import kept_numbers, muon_flop
+from flap_fast.training.optimizers import parameter_groups
+from flap_fast.training.step import model_inputs, patch_mask_of
+from flap_fast.training.torch_optimizers import kept_numbers, muon_flop
 
 _FLOAT = 4
 

@@ -30,9 +30,9 @@ from flap_fast.tools.profile.synthetic import LONGEST
 from flap_fast.tools.profile.trace import Flop
 from flap_fast.tools.profile.traffic import engine_traffic, sent_bytes
 from flap_fast.tools.profile.work import Work, loss_times, rank_work, two_passes, work_summary
-from flap_fast.train.engine import BUCKET_NUMBERS, check_divides
-from flap_fast.train.teacher import check_teacher
-from flap_fast.train.torch_optimizers import check_optimizer
+from flap_fast.training.engine import BUCKET_NUMBERS, check_divides
+from flap_fast.training.teacher import check_teacher
+from flap_fast.training.torch_optimizers import check_optimizer
 from flap_kernels.infonce.rank_sizes import scheme_in_force
 
 # An optimizer reads weight, gradient and what it keeps, and writes all but the gradient: float32.

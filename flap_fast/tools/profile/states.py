@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from flap_fast.train.engine import BUCKET_NUMBERS
+from flap_fast.training.engine import BUCKET_NUMBERS
 
 _FLOAT = 4
 # Below this many elements, ZeRO-3 keeps gathered parameters from the forward to the backward.
