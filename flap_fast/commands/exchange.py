@@ -45,7 +45,9 @@ def import_(
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="The folder of a run or of a checkpoint.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="The folder of a run or of a checkpoint, or hf://OWNER/NAME.")
+    ],
     out: Annotated[
         Path,
         typer.Argument(help="A folder for transformers, or a .pt for LAION-CLAP or OpenAI's CLIP."),

@@ -93,6 +93,15 @@ def import_checkpoint(
         return use
 
 
+def importable(folder: Path) -> bool:
+    """Whether a folder must be imported to be opened, and can be."""
+    config = folder / "config.json"
+    if (folder / "config.yaml").is_file() or not config.is_file():
+        return False
+    model_type = read_json(config).get("model_type")
+    return model_type in [layout.names for layout in LAYOUTS if layout.form == "folder"]
+
+
 def _opened(
     path: Path,
     work: Path,
@@ -104,7 +113,8 @@ def _opened(
     tensors, saved, model_type = {}, None, None
     if path.is_dir():
         rule = "be another project's folder: this one's opens as it is, or with train.init_from"
-        require(not (path / "config.yaml").is_file(), "the checkpoint", rule, path)
+        ours = (path / "config.yaml").is_file() and not (path / "config.json").is_file()
+        require(not ours, "the checkpoint", rule, path)
         model_type = read_json(path / "config.json").get("model_type")
     else:
         saved = read_saved(path)
@@ -160,7 +170,7 @@ def _write_config(folder: Path, config: Config, begin: str, out: Path) -> None:
     (folder / "config.yaml").write_text(dump_config(config))
 
 
-def export_checkpoint(path: Path, out: Path) -> str:
+def export_checkpoint(path: str | Path, out: Path) -> str:
     """Write a model folder, or a run's last checkpoint, for other projects.
 
     Args:
