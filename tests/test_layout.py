@@ -37,7 +37,7 @@ DOORS = {
         "flap_fast/tools/enrich/classifier.py",
         "flap_fast/interchange/clap_hf.py",
     },
-    "huggingface_hub": {"flap_fast/hub.py"},
+    "huggingface_hub": {"flap_fast/hub.py", "flap_fast/interchange/card.py"},
     "onnxruntime": {"flap_fast/tools/enrich/yamnet.py"},
     "onnx": {"flap_fast/tools/enrich/yamnet.py"},
     "matplotlib": {

@@ -20,12 +20,13 @@ from flap_fast.checksums import write_sums
 from flap_fast.config import Config
 from flap_fast.config.file import dump_config
 from flap_fast.encoders.audio_settings import PatchEncoder
+from flap_fast.hub import local_folder
 from flap_fast.interchange.audiomae import AUDIOMAE
 from flap_fast.interchange.clap_hf import CLAP
 from flap_fast.interchange.clip_openai import OPENAI, ORIGIN
 from flap_fast.interchange.flap_hf import FLAP
 from flap_fast.interchange.laion import HTSAT, LAION
-from flap_fast.interchange.layout import Export, Imported, Layout, Source
+from flap_fast.interchange.layout import CardFields, Export, Imported, Layout, Source
 from flap_fast.interchange.tensors import (
     MODULE,
     Tensors,
@@ -170,11 +171,12 @@ def _write_config(folder: Path, config: Config, begin: str, out: Path) -> None:
     (folder / "config.yaml").write_text(dump_config(config))
 
 
-def export_checkpoint(path: str | Path, out: Path) -> str:
+def export_checkpoint(path: str | Path, out: Path, fields: CardFields | None = None) -> str:
     """Write a model folder, or a run's last checkpoint, for other projects.
 
     Args:
-        out: a `.pt` or `.pth` file, or a folder.
+        out: a `.pt` or `.pth` file, or a folder, which has a model card too.
+        fields: what the card says that the run does not know.
 
     Returns:
         What was written.
@@ -182,6 +184,9 @@ def export_checkpoint(path: str | Path, out: Path) -> str:
     Raises:
         ConfigError: no layout can hold the model, or OUT exists.
     """
+    from flap_fast.interchange.card import write_card  # with huggingface_hub
+
+    path = local_folder(path)
     folder = model_folder(path)
     model, config = load_model(folder)
     prefix, unused = _unused(folder)
@@ -196,7 +201,9 @@ def export_checkpoint(path: str | Path, out: Path) -> str:
         require(not out.exists(), "OUT", "be new", out)
         return layout.write(export, out) + left_out
     with _appearing(out) as inside:
-        return layout.write(export, inside) + left_out
+        written = layout.write(export, inside)
+        write_card(inside, export, path, fields or CardFields())
+        return written + left_out
 
 
 def _writer(export: Export, form: str) -> Layout:

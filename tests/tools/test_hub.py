@@ -61,6 +61,19 @@ def test_a_pushed_folder_is_opened_with_the_same_bits(hub, logged_in, model):
     assert "optimizer.safetensors" not in hub.sent
 
 
+def test_an_export_is_pushed_with_its_card(hub, logged_in, model, tmp_path, monkeypatch, capsys):
+    options = ("--push", "me/clap", "--private", "--license", "mit")
+    assert flap("export", model, tmp_path / "out", *options, monkeypatch=monkeypatch) == 0
+    assert f"{hub.url}/me/clap: open it with flap_fast.load('hf://me/clap')" in (
+        capsys.readouterr().out
+    )
+    repo = hub.repos["me/clap"]
+    assert repo.private
+    assert b"license: mit\n" in repo.commits[repo.refs["main"]]["README.md"]
+    assert same_answers("hf://me/clap", model)
+    assert "README.md" not in hub.sent
+
+
 def test_a_revision_is_a_branch_a_tag_or_a_commit(hub, model, tmp_path):
     repo = hub.put("me/clap", model)
     repo.refs["v1"] = first = repo.refs["main"]
