@@ -14,7 +14,7 @@ SOURCES = sorted([*ROOT.glob("flap_fast/**/*.py"), *ROOT.glob("kernels/**/*.py")
 # Left to right; a room imports from itself and from what stands to its left. Losses and encoders'
 # settings are sections of the config: PyTorch, kernels and modules they import inside functions.
 ORDER = (
-    *("files", "checks", "checksums", "tensors", "launcher", "ranks", "section", "losses"),
+    *("files", "checks", "checksums", "hub", "tensors", "launcher", "ranks", "section", "losses"),
     *("encoder settings", "config", "data", "encoders", "model", "preparation", "evaluation"),
     *("interchange", "training", "tools", "report", "commands"),
 )
@@ -37,6 +37,7 @@ DOORS = {
         "flap_fast/tools/enrich/classifier.py",
         "flap_fast/interchange/clap_hf.py",
     },
+    "huggingface_hub": {"flap_fast/hub.py", "flap_fast/interchange/card.py"},
     "onnxruntime": {"flap_fast/tools/enrich/yamnet.py"},
     "onnx": {"flap_fast/tools/enrich/yamnet.py"},
     "matplotlib": {

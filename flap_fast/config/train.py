@@ -8,7 +8,16 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field, model_validator
 
 from flap_fast.checks import require
-from flap_fast.section import FREE_ON_RESUME, Count, CountOrZero, Positive, Ratio, Section
+from flap_fast.section import (
+    FREE_ON_RESUME,
+    NAMES_ACCOUNT,
+    NAMES_FILES,
+    Count,
+    CountOrZero,
+    Positive,
+    Ratio,
+    Section,
+)
 
 Recomputed = Literal["audio", "text", "decoder"]
 OptimizerName = Literal[
@@ -118,12 +127,12 @@ class Train(Section):
     """Passes over the data; the last incomplete batch of each is dropped."""
     steps: Count | None = None
     """Optimizer steps, instead of epochs; one of the two is given, the other left out or null."""
-    init_from: Path | None = None
-    """A model folder or a run whose weights initialise a new run (`flap import` writes folders);
-    a decoder that it lacks is initialised at random."""
-    init_audio_from: Path | None = None
-    """The same for only the audio encoder: an imported AudioMAE, a model folder or a run; feature
-    fusion that it lacks is initialised at random."""
+    init_from: Annotated[Path | None, NAMES_FILES] = None
+    """A model folder, a run or `hf://OWNER/NAME`, whose weights initialise a new run (`flap import`
+    writes folders); a decoder that it lacks is initialised at random."""
+    init_audio_from: Annotated[Path | None, NAMES_FILES] = None
+    """The same for only the audio encoder: an imported AudioMAE, or any of these; feature fusion
+    that it lacks is initialised at random."""
     engine: Annotated[Literal["auto", "plain", "deepspeed"], FREE_ON_RESUME] = "auto"
     """`auto`: DeepSpeed under a launcher, plain PyTorch in a single process."""
     zero_stage: Annotated[Literal[0, 1, 2, 3], FREE_ON_RESUME] = 1
@@ -225,12 +234,12 @@ class Eval(Section):
     """Crop of clips longer than audio.duration_s: `random` (fixed by the clip, not by the run),
     `center`, or the mean embedding of several at equal steps from start to end: of K (`multi:K`),
     or of as many as cover the clip (`whole`, the default with audio.length = variable)."""
-    templates: str = "This is a sound of {label}."
+    templates: Annotated[str, NAMES_FILES] = "This is a sound of {label}."
     """Prompt of zero-shot classes; or `audio29` or `imagenet80`, or a text file with one a line."""
     equal_captions: bool = False
     """Retrieval: a caption finds each clip that has it or an equal caption, a clip each caption
     equal to one of its own. Equal whatever their case, punctuation and white space."""
-    relevance: str = ""
+    relevance: Annotated[str, NAMES_FILES] = ""
     """Relevance: a table of queries and the files that are right, as of DCASE 2025 Task 6."""
     sentences: Literal["joint", "tower"] = "joint"
     """Sentence embeddings for STS and SentEval: in the joint space, or the text encoder's own."""
@@ -257,7 +266,7 @@ class Log(Section):
     """Report to Weights & Biases too (`pip install wandb`). Where that fails, training goes on."""
     wandb_project: str = Field(default="flap_fast", min_length=1)
     """Weights & Biases: the project."""
-    wandb_entity: str | None = None
+    wandb_entity: Annotated[str | None, NAMES_ACCOUNT] = None
     """Weights & Biases: the user or team; null: what wandb takes (`WANDB_ENTITY`, your default)."""
     wandb_group: str | None = None
     """Weights & Biases: the group of runs; null: what wandb takes (`WANDB_RUN_GROUP`, none)."""

@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from flap_fast.checks import require
 from flap_fast.section import (
     MEANS_WEIGHTS,
+    NAMES_FILES,
     Count,
     CountOrZero,
     Depth,
@@ -164,7 +165,7 @@ class TextEncoder(Encoder):
     head: ClassVar[Literal["mlp", "linear"]] = "mlp"
     """The map into the joint space: LAION-CLAP's two layers, or CLIP's matrix without bias."""
 
-    tokenizer: str = "bytes"
+    tokenizer: Annotated[str, NAMES_FILES] = "bytes"
     """For random weights: a tokenizer's folder (CLIP's: `package:open_clip`), or `bytes` (UTF-8
     bytes, needs no file)."""
     width: Count = 768

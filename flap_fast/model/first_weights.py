@@ -8,6 +8,7 @@ from flap_fast.checks import require
 from flap_fast.checksums import verified
 from flap_fast.config import Config
 from flap_fast.config.file import load_config
+from flap_fast.hub import local_folder
 from flap_fast.model.model_folder import ONLY_TRAINING, TOWER, any_length_of, model_folder, put
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.section import MEANS_WEIGHTS
@@ -39,7 +40,7 @@ def put_first_weights(model: TwoTowers, config: Config) -> None:
                 model, folder / "model.safetensors", ("",), (_DECODER, _BIAS, _LORA), any_length
             )
     if config.train.init_audio_from:
-        path = config.train.init_audio_from
+        path = local_folder(config.train.init_audio_from)
         audio_only = (path / TOWER).is_file()
         folder = path if audio_only else model_folder(path)
         file = folder / (TOWER if audio_only else "model.safetensors")

@@ -22,6 +22,7 @@ from flap_fast.checksums import SUMS, verified, write_sums
 from flap_fast.config import Config
 from flap_fast.config.file import dump_config, load_config, parse_config
 from flap_fast.data.tokenize import tokenizer
+from flap_fast.hub import local_folder
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.tensors import fault, load_tensors, save_tensors
 
@@ -65,13 +66,17 @@ def save_text_files(config: Config, model: TwoTowers, folder: Path) -> None:
     tokenizer(config.text).inner.save_pretrained(folder)
 
 
-def model_folder(path: Path) -> Path:
-    """The model folder that a path means: itself, or the last checkpoint of a run.
+def model_folder(path: str | Path) -> Path:
+    """The model folder that a path means: itself, the last checkpoint of a run, the Hub's.
 
     Raises:
-        ConfigError: neither.
+        ConfigError: none of them.
     """
+    path = local_folder(path)
     if (path / "model.safetensors").is_file():
+        theirs = (path / "config.json").is_file() and not (path / "config.yaml").is_file()
+        rule, remedy = "be this project's model", f"flap import {path} OUT makes it one"
+        require(not theirs, "the checkpoint", rule, path, remedy)
         return path
     if (path / TOWER).is_file():
         raise ConfigError(
@@ -229,7 +234,7 @@ def _same_rows(table: Tensor, other: Tensor) -> bool:
 
 
 def load_model(
-    path: Path,
+    path: str | Path,
     device: torch.device | str = "cpu",
     *,
     length: str | None = None,

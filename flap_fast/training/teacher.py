@@ -20,6 +20,7 @@ from flap_fast.checks import ConfigError, require
 from flap_fast.config import Config
 from flap_fast.data.batch import Batch, to_device
 from flap_fast.data.tokenize import tokenizer, tokenizer_digest
+from flap_fast.hub import on_hub
 from flap_fast.model.model_folder import load_model, model_folder, read_config
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks
@@ -84,7 +85,7 @@ def teacher_config(config: Config) -> Config | None:
     if path is None or not config.loss.distill.active:
         return None
     rule, remedy = "be an existing folder of a model or a run", "name one that `flap train` wrote"
-    require(os.path.isdir(path), "loss.distill.teacher", rule, path, remedy)
+    require(on_hub(path) or os.path.isdir(path), "loss.distill.teacher", rule, path, remedy)
     return read_config(model_folder(path))
 
 

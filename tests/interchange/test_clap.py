@@ -129,6 +129,17 @@ def test_out_to_transformers_and_in_again_is_the_same_to_the_bit(trained, tmp_pa
     )
 
 
+def test_a_clap_models_folder_opens_as_it_is(trained, tmp_path):
+    folder, _, _ = trained
+    export_checkpoint(folder, tmp_path / "hf")
+    sound, caption = torch.linspace(-1, 1, 16_000), ["a dog barks"]
+    theirs, ours = load(tmp_path / "hf", "cpu"), load(folder, "cpu")
+    assert torch.equal(theirs.embed_audio([sound]), ours.embed_audio([sound]))
+    assert torch.equal(theirs.embed_text(caption), ours.embed_text(caption))
+    with pytest.raises(ConfigError, match=r"must be this project's model, .*; flap import .* OUT"):
+        model_folder(tmp_path / "hf")
+
+
 def laion_file(folder: Path, config: Config, file: Path, prefix: str = "module.") -> dict:
     """A state dict in LAION's names, with the tensors that its files hold besides."""
     state = {}
