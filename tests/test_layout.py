@@ -14,8 +14,17 @@ SOURCES = sorted([*ROOT.glob("flap_fast/**/*.py"), *ROOT.glob("kernels/**/*.py")
 # Left to right; a room imports from itself and from what stands to its left. Losses and encoders'
 # settings are sections of the config: PyTorch, kernels and modules they import inside functions.
 ORDER = (
-    *("files", "checks", "checksums", "tensors", "launcher", "ranks", "section", "losses"),
-    *("encoder settings", "config", "data", "encoders", "model", "preparation", "evaluate"),
+    *("files", "checks", "checksums", "tensors", "launcher", "ranks", "places", "section"),
+    *(
+        "losses",
+        "encoder settings",
+        "config",
+        "data",
+        "encoders",
+        "model",
+        "preparation",
+        "evaluate",
+    ),
     *("interchange", "train", "tools", "report", "commands"),
 )
 LATE = {"losses", "encoder settings"}
@@ -46,6 +55,7 @@ DOORS = {
     },
     "jinja2": {"flap_fast/report/page.py"},
     "faiss": {"flap_fast/tools/search.py"},
+    "fsspec": {"flap_fast/data/store.py"},
     "ray": {"flap_fast/preparation/ray_cluster.py"},
 }
 LONGEST = 320

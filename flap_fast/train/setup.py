@@ -25,6 +25,7 @@ from flap_fast.model.model_folder import (
     put_weights,
 )
 from flap_fast.model.two_towers import TwoTowers
+from flap_fast.places import shown
 from flap_fast.ranks import Ranks, world_size
 from flap_fast.ranks.agreement import Facts, agree
 from flap_fast.train.checkpoint import Checkpoints, State
@@ -87,10 +88,10 @@ def check_run(config: Config, *, resume: bool) -> Path | None:
     check_teacher(config)
     start = begin(config, resume=resume)
     for folder in config.data.val:
-        texts = read_texts(open_shards([folder], shard_kinds(config)))
+        texts = read_texts(open_shards([folder], shard_kinds(config), config.data))
         without = len(texts.labels) - len(set(texts.clip_of_caption))
         rule, remedy = "hold no clip without a caption", "prepare it without them"
-        require(not without, f"data.val, {folder},", rule, without, remedy)
+        require(not without, f"data.val, {shown(folder)},", rule, without, remedy)
     return start
 
 
@@ -150,7 +151,7 @@ def _read(config: Config, ranks: Ranks, start: Path | None) -> tuple[_Read, Fact
 def data_read(config: Config) -> tuple[tuple[Shards, Tokenizer], dict[str, Any]]:
     """The shards of data.train and the tokenizer, and the facts of both."""
     tokens = tokenizer(config.text)
-    shards = open_shards(config.data.train, shard_kinds(config))
+    shards = open_shards(config.data.train, shard_kinds(config), config.data)
     return (shards, tokens), data_facts(config, shards, tokens) if world_size() > 1 else {}
 
 
