@@ -164,7 +164,7 @@ def check_room(config: Config, shards: Shards) -> None:
     require(
         needed <= most,
         "data.cache_gib",
-        f"be at least {np.ceil(needed / 2**30 * 1000) / 1000:g} with data.shuffle_shards = "
+        f"be at least {needed / 2**30 * 1.0005:.3g} with data.shuffle_shards = "
         f"{window}, whose batches read from {what}",
         config.data.cache_gib,
         remedy or "set it higher",

@@ -121,7 +121,7 @@ class ShardCache:
         path = self.shards / file.cached_name
         started = time.monotonic()
         while True:
-            with suppress(FileNotFoundError):
+            with suppress(FileNotFoundError, NotADirectoryError):
                 descriptor = os.open(path, os.O_RDONLY)
                 if os.fstat(descriptor).st_size == file.stamp.size:
                     self._note_use(path)
