@@ -68,6 +68,7 @@ class ShardCache:
         self.wanted_soon: dict[int, frozenset[str]] = {}
         """Names of shards that each reader of this process comes to: they are deleted last."""
         self.shards, self.small_files = folder / "shards", folder / "index"
+        self._prefix = f"{self.shards}/"
         self._used: dict[str, float] = {}
 
     def read(self, file: RemoteFile, offset: int, size: int) -> bytes:
@@ -118,16 +119,19 @@ class ShardCache:
 
     def _open(self, file: RemoteFile) -> int:
         """A descriptor of a shard, which is waited for."""
-        path = self.shards / file.cached_name
+        path = f"{self._prefix}{file.cached_name}"  # a Path would cost as much as the rest
         started = time.monotonic()
         while True:
-            with suppress(FileNotFoundError, NotADirectoryError):
+            try:
                 descriptor = os.open(path, os.O_RDONLY)
+            except (FileNotFoundError, NotADirectoryError):
+                pass
+            else:
                 if os.fstat(descriptor).st_size == file.stamp.size:
                     self._note_use(path)
                     return descriptor
                 os.close(descriptor)  # cut by a disk or by somebody
-                path.unlink(missing_ok=True)
+                Path(path).unlink(missing_ok=True)
             part = self._reserved(file, ahead=False)
             if part is not None:
                 with _said_if_slow(file):
@@ -144,10 +148,10 @@ class ShardCache:
                     "data.cache_gib higher, or data.cache to a folder of this run's own"
                 )
 
-    def _note_use(self, path: Path) -> None:
+    def _note_use(self, path: str) -> None:
         now = time.monotonic()
-        if now - self._used.get(path.name, -_USED_S) >= _USED_S:
-            self._used[path.name] = now
+        if now - self._used.get(path, -_USED_S) >= _USED_S:
+            self._used[path] = now
             with suppress(FileNotFoundError):  # deleted since it was opened
                 os.utime(path)
 
