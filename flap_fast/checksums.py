@@ -48,10 +48,19 @@ def read_sums(folder: Path) -> dict[str, str]:
     """
     file = folder / SUMS
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        data = file.read_bytes()
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error}; delete it to check nothing") from None
+    return parsed_sums(data, str(file))
+
+
+def parsed_sums(data: bytes, file: str) -> dict[str, str]:
+    """SHA-256 by name, of the bytes of a SHA256SUMS; raises `ConfigError` as `read_sums`."""
+    try:
+        lines = data.decode().splitlines()
+    except ValueError as error:
         raise ConfigError(f"{file} cannot be read: {error}; delete it to check nothing") from None
     sums = {}
     for line in filter(str.strip, lines):

@@ -26,6 +26,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from flap_fast.places import Url
+
 Ratio = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -104,11 +106,14 @@ class Section(BaseModel):
 
 
 def _last_part(value: Any) -> Any:
-    """A path's last part; a prompt, a name of the Hub or of a package is no path."""
+    """The last part of a path or URL; a prompt, a name of the Hub or of a package is none."""
     if isinstance(value, tuple):
         return tuple(map(_last_part, value))
     text = "" if value is None else str(value)
-    if not text or "{" in text or text.startswith(("package:", "hf:/")):
+    prompt = type(value) is str and "{" in text
+    if not text or prompt or text.startswith(("package:", "hf:/")):
         return value
+    if isinstance(value, Url):
+        return Path(value.name)
     last = PurePath(text).name or "."
     return Path(last) if isinstance(value, Path) else last

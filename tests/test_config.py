@@ -58,7 +58,7 @@ def yaml_file(tmp_path: Path):
         ("optim: {betas: [0.9]}", r"optim.betas.1 must be given, got \[0.9\]"),
         ("joint: {max_scale: 0.5}", "joint.max_scale must be greater than or equal to 1, got 0.5"),
         ("run: {name: a/b}", "run.name must match pattern .*, got 'a/b'"),
-        ("data: {train: [a, 3]}", "data.train.1 must be a path, got 3"),
+        ("data: {train: [a, 3]}", "data.train.1 must be a path or a URL, got 3"),
         ("mask: {1: 2}", "mask.1 must be strings, got 1"),
         ("audio: {width: 190}", "audio.width must be a multiple of audio.heads = 12, got 190"),
         ("audio: {frames: 1000}", "audio.frames must be a multiple of 16, got 1000"),

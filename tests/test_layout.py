@@ -14,9 +14,9 @@ SOURCES = sorted([*ROOT.glob("flap_fast/**/*.py"), *ROOT.glob("kernels/**/*.py")
 # Left to right; a room imports from itself and from what stands to its left. Losses and encoders'
 # settings are sections of the config: PyTorch, kernels and modules they import inside functions.
 ORDER = (
-    *("files", "checks", "checksums", "hub", "tensors", "launcher", "ranks", "section", "losses"),
-    *("encoder settings", "config", "data", "encoders", "model", "preparation", "evaluation"),
-    *("interchange", "training", "tools", "report", "commands"),
+    *("files", "checks", "checksums", "hub", "tensors", "launcher", "ranks", "places", "section"),
+    *("losses", "encoder settings", "config", "data", "encoders", "model", "preparation"),
+    *("evaluation", "interchange", "training", "tools", "report", "commands"),
 )
 LATE = {"losses", "encoder settings"}
 ROOMS = {room: set(ORDER[:n]) for n, room in enumerate(ORDER)}
@@ -47,6 +47,7 @@ DOORS = {
     },
     "jinja2": {"flap_fast/report/page.py"},
     "faiss": {"flap_fast/tools/search.py"},
+    "fsspec": {"flap_fast/data/store.py"},
     "ray": {"flap_fast/preparation/ray_cluster.py"},
 }
 LONGEST = 320

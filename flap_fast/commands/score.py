@@ -13,6 +13,7 @@ from flap_fast.commands.length import LengthOption
 from flap_fast.evaluation import TASKS
 from flap_fast.files import parsed_json, say
 from flap_fast.hub import on_hub
+from flap_fast.places import place_of
 
 if TYPE_CHECKING:
     from flap_fast.evaluation.evaluated_model import EvaluatedModel
@@ -22,7 +23,7 @@ _MODEL = (
     "The folder of a run, a checkpoint or a ClapModel, or hf://OWNER/NAME; for sentences also a "
     "text encoder's, or package:NAME/FOLDER."
 )
-_DATA = "Folders of shards; for sentences STS files or SentEval's folder."
+_DATA = "Shards, as in data.train; for sentences STS files or SentEval's folder."
 _TASKS = f"Some of {','.join(TASKS)}; by the data when not given."
 _OUT = "JSON of this call's scores; without it they are added to MODEL/eval.json."
 _CROP = "Of long clips: random, center, multi:K or whole; eval.crop of the model when not given."
@@ -36,7 +37,7 @@ _CLASSES = "Zero-shot classes, one a line or LAION's JSON; the labels of the dat
 
 def evaluate(
     model: Annotated[str, typer.Argument(help=_MODEL)],
-    data: Annotated[list[Path] | None, typer.Argument(help=_DATA)] = None,
+    data: Annotated[list[str] | None, typer.Argument(help=_DATA)] = None,
     tasks: Annotated[str, typer.Option(help=_TASKS)] = "",
     out: Annotated[Path | None, typer.Option(help=_OUT)] = None,
     markdown: Annotated[Path | None, typer.Option(help="Tables with the papers' rows.")] = None,
@@ -71,7 +72,8 @@ def evaluate(
         ours = Path(model) / "eval.json"
         _require_writable("eval.json", ours)
         read_scores(ours)
-    options = {"--tasks": asked, "data": [str(folder) for folder in data or []], **settings}
+    places = [place_of("DATA", text) for text in data or []]
+    options = {"--tasks": asked, "data": [*(data or [])], **settings}
     with joined() as ranks:
 
         def evaluated_model() -> tuple[EvaluatedModel, Facts]:
@@ -82,7 +84,7 @@ def evaluate(
             return found, {"": options, "the classes": named, "bytes in the model of": weights}
 
         evaluated = agree(ranks, evaluated_model)
-        scores = score(evaluated, data or [], asked)
+        scores = score(evaluated, places, asked)
         if not ranks.first:
             return
         if out is not None:

@@ -26,7 +26,16 @@ from flap_fast.encoders import AUDIO_ENCODERS, IMAGE_ENCODERS, TEXT_ENCODERS
 from flap_fast.encoders.audio_settings import Audio
 from flap_fast.encoders.settings import Encoder, MediaEncoder
 from flap_fast.losses import Losses
-from flap_fast.section import FREE_ON_RESUME, NAMES_FILES, Count, CountOrZero, Folders, Section
+from flap_fast.places import Places
+from flap_fast.section import (
+    FREE_ON_RESUME,
+    NAMES_FILES,
+    Count,
+    CountOrZero,
+    Folders,
+    Positive,
+    Section,
+)
 
 __all__ = [
     "Audio",
@@ -62,10 +71,19 @@ class Run(Section):
 
 
 class Data(Section):
-    train: Annotated[Folders, NAMES_FILES] = ()
-    """Folders of WebDataset shards to train on, concatenated (`flap prepare` writes them)."""
-    val: Annotated[Folders, FREE_ON_RESUME, NAMES_FILES] = ()
-    """Folders of shards to evaluate on; each is scored under its folder's name."""
+    train: Annotated[Places, NAMES_FILES] = ()
+    """WebDataset shards to train on, concatenated (`flap prepare` writes them): folders, .tar files
+    and patterns such as `shards/{0000..0127}.tar`, on disk or by URL (s3://, gs://, https://,
+    hf://datasets/)."""
+    val: Annotated[Places, FREE_ON_RESUME, NAMES_FILES] = ()
+    """Shards to evaluate on, as in data.train; each entry is scored under its folder's name."""
+    cache: Annotated[Path | None, FREE_ON_RESUME, NAMES_FILES] = None
+    """Folder for shards read by URL, on a local disk; may be shared by the runs of a machine. null:
+    flap_fast/ in the user's cache folder ($XDG_CACHE_HOME, ~/.cache)."""
+    cache_gib: Annotated[Positive, FREE_ON_RESUME] = 100.0
+    """Most GiB of shards in data.cache; those read longest ago are deleted first."""
+    retry_s: Annotated[Positive, FREE_ON_RESUME] = 300.0
+    """Seconds that a failing read by URL (a timeout, a 503) is tried again before the run ends."""
     nli: Annotated[Folders, NAMES_FILES] = ()
     """Triples of sentences for loss.nli, and loss.simcse.on = nli: JSON-lines, TSV or CSV files, or
     folders of them, with `premise`, `entailment` and `contradiction` (or SimCSE's names)."""

@@ -28,9 +28,15 @@ def load_config(file: str | Path | None = None, overrides: Sequence[str] = ()) -
         raise TypeError(f"overrides must be a list such as ['mask.kind=1d'], got {overrides!r}")
     tree = _read_yaml(Path(file)) if file is not None else {}
     given: dict[str, Any] = {}
+    texts: dict[str, str] = {}
     for override in overrides:
         name, equals, value = override.partition("=")
         require(bool(equals and name), "an override", "have the form section.name=value", override)
+        both = (value, texts.get(name, "")) if name in ("data.train", "data.val") else ()
+        expanded = bool(both) and all(text.endswith(".tar") for text in both)
+        remedy = f"put it in quotes, that the shell leaves its braces: '{name}=.../{{0..7}}.tar'"
+        require(not expanded, name, "be given once", value, remedy)
+        texts[name] = value
         given[name] = parse_yaml(value, f"the value of {name}")
     _drop_other_length(tree, {"train": {n.removeprefix("train."): v for n, v in given.items()}})
     for name, value in given.items():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import glob
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flap_fast.checks import require
 from flap_fast.encoders import ENCODERS
 from flap_fast.encoders.settings import Ability, Encoder, MediaEncoder
 from flap_fast.hub import on_hub
+from flap_fast.places import Place, Url, expanded, is_glob, is_pattern
 
 if TYPE_CHECKING:
     from flap_fast.config import Config
@@ -175,20 +178,43 @@ def check_before_loading(config: Config, world: int) -> None:
     for file in config.data.nli:
         require(os.path.exists(file), "data.nli", "be existing files or folders of them", file)
     for name in ("train", "val"):
-        for folder in getattr(config.data, name):
-            made = "write them with: flap prepare MANIFEST OUT (the demo's: make data)"
-            several = f"write several as [{folder}]" if "," in str(folder) else made
-            rule = "be existing folders of shards"
-            require(os.path.isdir(folder), f"data.{name}", rule, folder, several)
+        for place in getattr(config.data, name):
+            _check_place(f"data.{name}", place)
     first = config.data.train[0]
     require(
-        config.data.captions == "original"
-        or any((folder / "captions.jsonl").is_file() for folder in config.data.train),
+        config.data.captions == "original" or any(map(_may_have_captions, config.data.train)),
         "data.captions",
         "be 'original' where no folder of data.train has a captions.jsonl",
         config.data.captions,
         f"write it with: flap enrich {first} {first} --model MODEL",
     )
+
+
+def _check_place(name: str, place: Place) -> None:
+    """Raise `ConfigError` where a path leads to no shards; a URL is asked for when it is read."""
+    if isinstance(place, Url):
+        return
+    made = "write them with: flap prepare MANIFEST OUT (the demo's: make data)"
+    text = str(place)
+    if is_pattern(place) and not os.path.lexists(text):
+        rule = "match existing .tar files"
+        for one in expanded(text):
+            exists = bool(glob.glob(one)) if is_glob(Path(one)) else os.path.isfile(one)
+            got = text if one == text else f"{text}' without '{one}"
+            require(exists, name, rule, got, made)
+        return
+    tar = text.lower().endswith(".tar")
+    rule = "be existing .tar files" if tar else "be existing folders of shards"
+    remedy = f"write several as [{place}]" if "," in text else made
+    found = os.path.isdir(text) or (tar and os.path.isfile(text))  # a name may be too long to ask
+    require(found, name, rule, place, remedy)
+
+
+def _may_have_captions(place: Place) -> bool:
+    """Whether enriched captions lie beside shards, or may: a URL is not asked yet."""
+    if isinstance(place, Url) or is_pattern(place):
+        return True
+    return ((place if place.is_dir() else place.parent) / "captions.jsonl").is_file()
 
 
 def _check_sizes(config: Config) -> None:

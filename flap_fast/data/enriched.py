@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from flap_fast.checks import ConfigError
+from flap_fast.checks import ConfigError, require
 from flap_fast.config import Data
 from flap_fast.data.shards import ShardError, Shards
 from flap_fast.files import read_rows, whole_characters
+from flap_fast.places import Place, shown
 
 FILE = "captions.jsonl"
 
@@ -44,15 +45,16 @@ class CaptionChoice:
     """Chooses between a clip's own captions and its enriched ones.
 
     Under `concat` a clip of a folder with enriched captions is two samples of an epoch. Clips of a
-    folder without captions.jsonl keep their own; `check_before_loading` refuses a run without any.
+    folder without captions.jsonl keep their own.
 
     Raises:
-        ConfigError: a line of captions.jsonl that is no caption.
+        ConfigError: no captions.jsonl where enriched captions are asked for, or a line of one that
+            is no caption.
     """
 
     def __init__(self, settings: Data, shards: Shards):
         self._settings, self._shards = settings, shards
-        self._captions: dict[Path, dict[int, str]] = {}
+        self._captions: dict[Place, dict[int, str]] = {}
         files = shards.locations[:, 0]
         self._clips = np.arange(len(shards))
         self.files = files
@@ -60,7 +62,11 @@ class CaptionChoice:
         if settings.captions == "original":
             return
         folders = {file.parent for file in shards.files}
-        self._captions = {f: _read(f / FILE) for f in folders if (f / FILE).is_file()}
+        found = {folder: shards.beside(folder, FILE) for folder in folders}
+        self._captions = {folder: _read(file) for folder, file in found.items() if file}
+        rule = f"be 'original' where no folder of data.train has a {FILE}"
+        remedy = "write it with: flap enrich FOLDER FOLDER --model MODEL"
+        require(bool(self._captions), "data.captions", rule, settings.captions, remedy)
         if settings.captions == "concat":
             enriched = np.array([file.parent in self._captions for file in shards.files])
             copies = np.flatnonzero(enriched[files])
@@ -96,8 +102,8 @@ class CaptionChoice:
             return [captions[caption_key(name, text)] for text in record["text"]]
         except KeyError:
             raise ShardError(
-                f"{folder / FILE} has no line for each caption of '{name}': was it written for "
-                f"other shards? Write it with: flap enrich {folder} {folder}"
+                f"{shown(folder / FILE)} has no line for each caption of '{name}': was it written "
+                f"for other shards? Write it with: flap enrich {shown(folder)} {shown(folder)}"
             ) from None
 
 

@@ -17,7 +17,9 @@ from flap_fast.data.preprocess.fusion import PIECES
 from flap_fast.data.preprocess.preprocessor import Preprocessor, make_preprocessor
 from flap_fast.data.preprocess.waveform import Unusable, crop_positions, window_counts
 from flap_fast.data.random_streams import Stream, uniforms
+from flap_fast.data.read_ahead import reading_in_order
 from flap_fast.data.shards import ShardError, Shards
+from flap_fast.places import Place
 from flap_fast.ranks import Ranks
 
 
@@ -58,6 +60,7 @@ def evaluation_batches(
 
     def encoded(start: int) -> EncodedBatch:
         some = clips[start : start + size]
+        reached(int(some.min()))
         positions = np.full((len(some), 1 + PIECES), 0.5)
         positions[:, 0] = crops.positions[start : start + size]
         if config.eval.crop == "random":
@@ -67,23 +70,24 @@ def evaluation_batches(
         return EncodedBatch([read[clip] for clip in some.tolist()], positions)
 
     preprocessor = make_preprocessor(_decoded_in_windows(config), ranks, shards)
-    inputs = preprocessor.stream(map(encoded, starts), size)
-    for start in starts:
-        try:
-            media = next(inputs)
-        except Unusable:
-            some = np.unique(clips[start : start + size])
-            if names := ", ".join(_undecodable(shards, some, preprocessor)):
-                remedy = remedy_of(shards.folder(int(some[0])))
-                raise ShardError(f"cannot be decoded: {names}; {remedy}") from None
-            # Of what DALI cannot decode, and the reference can.
-            media = preprocessor.decode(*encoded(start)[:2])
-        yield media
+    with reading_in_order(shards, np.unique(clips)) as reached:
+        inputs = preprocessor.stream(map(encoded, starts), size)
+        for start in starts:
+            try:
+                media = next(inputs)
+            except Unusable:
+                some = np.unique(clips[start : start + size])
+                if names := ", ".join(_undecodable(shards, some, preprocessor)):
+                    remedy = remedy_of(shards.folder(int(some[0])))
+                    raise ShardError(f"cannot be decoded: {names}; {remedy}") from None
+                # Of what DALI cannot decode, and the reference can.
+                media = preprocessor.decode(*encoded(start)[:2])
+            yield media
 
 
-def remedy_of(folder: Path) -> str:
+def remedy_of(folder: Place) -> str:
     """What to do about clips of a folder's shards that cannot be decoded."""
-    if (folder.parent / ".prepare").is_dir():
+    if isinstance(folder, Path) and (folder.parent / ".prepare").is_dir():
         return "delete the tar and run the same flap prepare again"
     return "leave out what cannot be used: flap prepare --source shards FOLDER OUT"
 

@@ -6,15 +6,18 @@
     length unknown   of a FLAC from a pipe, of an MP3 that does not count its frames: decoded, its
                      samples counted
 
-Ranks read a slice each. Nothing is stored beside the shards: a FLAC's header is read faster than a
-clip's JSON (bench/LOG.md).
+Ranks read a slice each. Nothing is stored beside shards on disk: a FLAC's header is read faster
+than a clip's JSON (bench/LOG.md). Shards by URL must be fetched for it: the lengths of their clips
+are kept in the cache.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import soundfile
@@ -41,6 +44,31 @@ def clip_seconds(shards: Shards, ranks: Ranks) -> np.ndarray:
 
     Such a clip is reported when it is decoded. Collective: call on every rank.
     """
+    kept = _kept_in(shards)
+    if kept is not None and not ranks.any(not kept.is_file()):
+        return np.load(kept, allow_pickle=False)
+    seconds = _read_seconds(shards, ranks)
+    if kept is not None and shards.remote is not None:
+        file = io.BytesIO()
+        np.save(file, seconds)
+        shards.remote.cache.keep(kept, file.getvalue())
+    return seconds
+
+
+def _kept_in(shards: Shards) -> Path | None:
+    """The file for the lengths of shards by URL, of which a clip's header may be far away.
+
+    None where there are shards on disk too: only of a URL's it is known that they did not change.
+    """
+    files = [shards.remote_file(number) for number in range(len(shards.files))]
+    names = [file.cached_name for file in files if file is not None]
+    if shards.remote is None or len(names) < len(files):
+        return None
+    of = hashlib.sha256("\n".join(names).encode() + shards.locations.tobytes()).hexdigest()
+    return shards.remote.cache.small_files / f"{of[:24]}.seconds.npy"
+
+
+def _read_seconds(shards: Shards, ranks: Ranks) -> np.ndarray:
     each = -(-len(shards) // ranks.world)
     first = min(ranks.rank * each, len(shards))
     clips = range(first, min(first + each, len(shards)))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -22,6 +24,7 @@ from flap_fast.data.preprocess.fusion import PIECES
 from flap_fast.data.preprocess.preprocessor import make_preprocessor
 from flap_fast.data.preprocess.waveform import Unusable
 from flap_fast.data.random_streams import Stream, uniforms
+from flap_fast.data.read_ahead import ReadAhead, check_room, in_order_of_steps
 from flap_fast.data.sampler import Sampler
 from flap_fast.data.sentences import Sentences
 from flap_fast.data.shards import ShardError, Shards
@@ -78,6 +81,7 @@ class TrainingLoader:
         self.sampler = Sampler(
             self._choice.files, train.global_batch, seed, config.data.shuffle_shards
         )
+        check_room(config, shards)
         self.bad: list[BadClip] = []
         self._sentences = Sentences(config)
         self._negatives = Negatives(config, shards)
@@ -97,10 +101,15 @@ class TrainingLoader:
         Raises:
             ShardError: a clip that cannot be used, and none that may replace it.
         """
+        with self._reading_ahead(first, last) as reached:
+            yield from self._batches(range(first, last), times, reached)
+
+    def _batches(self, steps: range, times: int, reached: Callable[[int], None]) -> Iterator[Batch]:
         pending: deque[_PendingBatch] = deque()
 
         def encoded() -> Iterator[EncodedBatch]:
-            for step in range(first, last):
+            for step in steps:
+                reached(step)
                 several = len(self._dealt(step).micro_batches) > 1
                 for time in range(times if several else 1):
                     for batch in self._read_step(step, repeated=time > 0):
@@ -117,6 +126,22 @@ class TrainingLoader:
             except Unusable as error:
                 media = self._replace_undecodable(pending[0], error)
             yield self._batch(pending.popleft(), media)
+
+    @contextmanager
+    def _reading_ahead(self, first: int, last: int) -> Iterator[Callable[[int], None]]:
+        """A context that fetches shards by URL ahead; gives a function that is told each step."""
+        if self._shards.remote is None:
+            yield lambda step: None
+            return
+        sampler = copy(self.sampler)  # it keeps an epoch of its own
+
+        def clips(step: int) -> np.ndarray:
+            samples = sampler.samples(step)
+            return self._choice.clips(samples, [0.0] * len(samples))[0]
+
+        plan = in_order_of_steps(self._shards, clips, range(first, last))
+        with ReadAhead(self._shards.remote.cache, plan) as ahead:
+            yield ahead.reached
 
     def work(self, step: int) -> dict[str, float]:
         """Metrics of a step's work; {} where all clips cost the same."""

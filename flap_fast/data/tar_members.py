@@ -11,7 +11,7 @@ Members = dict[str, tuple[int, int]]
 
 # The end mark fills the last record, which has another size only where `tar -b` gave it.
 _PADDING = tarfile.RECORDSIZE + 2 * tarfile.BLOCKSIZE
-_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 
 
 class ShardError(ValueError):
@@ -93,7 +93,7 @@ def tars_of(folder: Path) -> tuple[list[Path], list[str]]:
     Raises:
         ShardError: a shard that is compressed, or no regular file.
     """
-    packed = (file for file in folder.glob("*.t*") if file.name.lower().endswith(_COMPRESSED))
+    packed = (file for file in folder.glob("*.t*") if file.name.lower().endswith(COMPRESSED))
     if first := min(packed, default=None):
         raise ShardError(f"{first} must be a plain tar, got a compressed one; unpack it")
     found = [file for file in folder.glob("*") if file.suffix.lower() == ".tar"]

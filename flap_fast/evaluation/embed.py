@@ -16,6 +16,7 @@ from flap_fast.config import Config
 from flap_fast.data.batch import MediaInput
 from flap_fast.data.evaluation import crops_of, evaluation_batches, remedy_of
 from flap_fast.data.preprocess.waveform import Unusable
+from flap_fast.data.read_ahead import reading_in_order
 from flap_fast.data.shards import ShardError, Shards
 from flap_fast.data.tokenize import Tokenizer
 from flap_fast.model.two_towers import TwoTowers
@@ -175,17 +176,19 @@ def read_texts(shards: Shards) -> Texts:
     clip_of_caption: list[int] = []
     labels: list[tuple[str, ...]] = []
     names: list[tuple[str, ...]] = []
-    for clip in range(len(shards)):
-        try:
-            record = shards.record(clip, captionless=True)
-        except Unusable as why:
-            raise ShardError(
-                f"{shards.name(clip)}: {why}; {remedy_of(shards.folder(clip))}"
-            ) from None
-        captions += record["text"]
-        clip_of_caption += [clip] * len(record["text"])
-        labels.append(_labels(record.get("tag")))
-        names.append(_names(record))
+    with reading_in_order(shards, np.arange(len(shards))) as reached:
+        for clip in range(len(shards)):
+            reached(clip)
+            try:
+                record = shards.record(clip, captionless=True)
+            except Unusable as why:
+                raise ShardError(
+                    f"{shards.name(clip)}: {why}; {remedy_of(shards.folder(clip))}"
+                ) from None
+            captions += record["text"]
+            clip_of_caption += [clip] * len(record["text"])
+            labels.append(_labels(record.get("tag")))
+            names.append(_names(record))
     return Texts(captions, clip_of_caption, tuple(labels), tuple(names))
 
 

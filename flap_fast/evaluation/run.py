@@ -23,6 +23,7 @@ from flap_fast.evaluation.evaluated_model import TEXT_ONLY, EvaluatedModel, whol
 from flap_fast.evaluation.record import Data, Evaluation
 from flap_fast.evaluation.scores_file import Scores
 from flap_fast.model.two_towers import TwoTowers
+from flap_fast.places import Place, Url, is_pattern, shown
 from flap_fast.ranks import Ranks
 
 _SENTEVAL = ("STS", "SICK", "MR", "CR", "SUBJ", "MPQA", "SST", "TREC", "MRPC")
@@ -32,7 +33,7 @@ def evaluate(
     model: TwoTowers,
     config: Config,
     tokenizer: Tokenizer,
-    folders: Sequence[Path],
+    folders: Sequence[Place],
     ranks: Ranks | None = None,
 ) -> Scores:
     """Scores of each folder of shards, by eval.tasks. Collective: call on every rank."""
@@ -61,26 +62,26 @@ def check_training(config: Config) -> None:
 
     unloaded = EvaluatedModel(config, Ranks(), never, never, never)
     for folder in config.data.val:
-        texts = read_texts(open_shards([folder], shard_kinds(config)))
+        texts = read_texts(open_shards([folder], shard_kinds(config), config.data))
         without = len(texts.labels) - len(set(texts.clip_of_caption))
         rule, remedy = "hold no clip without a caption", "prepare it without them"
-        require(not without, f"data.val, {folder},", rule, without, remedy)
+        require(not without, f"data.val, {shown(folder)},", rule, without, remedy)
         for task in tasks:
             evaluations[task].check(unloaded, texts)
 
 
-def score(model: EvaluatedModel, data: Sequence[Path], tasks: Sequence[str] = ()) -> Scores:
+def score(model: EvaluatedModel, data: Sequence[Place], tasks: Sequence[str] = ()) -> Scores:
     """Scores of all tasks on their data, the same on all ranks. Collective.
 
     Args:
-        data: folders of shards, files or folders of sentences.
+        data: shards, as in data.train; files or folders of sentences.
         tasks: names in `TASKS`; without any, retrieval of clips, relevance where eval.relevance
             names a table, and STS of sentences.
 
     Raises:
         ConfigError: an unknown task, data that no task is for, a task without data.
     """
-    kinds: dict[Path, Data] = {p: "sentences" if holds_sentences(p) else "clips" for p in data}
+    kinds: dict[Place, Data] = {p: "sentences" if holds_sentences(p) else "clips" for p in data}
     defaults = {"retrieval": "clips", "relevance": "clips", "sts": "sentences"}
     if not model.config.eval.relevance:
         del defaults["relevance"]
@@ -97,13 +98,13 @@ def score(model: EvaluatedModel, data: Sequence[Path], tasks: Sequence[str] = ()
     opened: dict[str, tuple[Shards, Texts]] = {}
     for name, path in names(data).items():
         if kinds[path] == "clips":
-            shards = open_shards([path], shard_kinds(model.config))
+            shards = open_shards([path], shard_kinds(model.config), model.config.data)
             opened[name] = shards, read_texts(shards)
         for own in _of(kinds[path], tasks):
             own.check(model, opened[name][1] if kinds[path] == "clips" else path)
 
     found: Scores = {task: {} for task in tasks}
-    found["data"] = {name: str(path.resolve()) for name, path in names(data).items()}
+    found["data"] = {name: str(_resolved(path)) for name, path in names(data).items()}
     for own in _of("settings", tasks):
         found[own.name] = own.score(model, None)
     for name, path in names(data).items():
@@ -124,7 +125,7 @@ _CALLED: dict[Data, str] = {
 }
 
 
-def _check(tasks: Sequence[str], kinds: dict[Path, Data]) -> None:
+def _check(tasks: Sequence[str], kinds: dict[Place, Data]) -> None:
     """Raise `ConfigError` unless each task has data and all data has a task."""
     require(bool(tasks), "DATA or --tasks", "say what to score", "neither")
     for task in tasks:
@@ -135,24 +136,37 @@ def _check(tasks: Sequence[str], kinds: dict[Path, Data]) -> None:
         require(given or not asked, f"the data of {', '.join(asked)}", f"name {called}", "none")
     for path, kind in kinds.items():
         rule = f"be wanted by a task, one of {', '.join(own.name for own in _of(kind, TASKS))}"
-        require(bool(_of(kind, tasks)), str(path), rule, ", ".join(tasks))
+        require(bool(_of(kind, tasks)), shown(path), rule, ", ".join(tasks))
 
 
-def holds_sentences(path: Path) -> bool:
+def holds_sentences(path: Place) -> bool:
     """Whether a path holds sentences: a file, or a folder with one of SentEval's files."""
+    if isinstance(path, Url) or path.suffix.lower() == ".tar":
+        return False
     return path.is_file() or any((path / name).is_dir() for name in _SENTEVAL)
 
 
-def names(folders: Sequence[Path]) -> dict[str, Path]:
-    """Folders by name, with their parents' names if two names are equal."""
-    resolved = [folder.resolve() for folder in folders]
-    out: dict[str, Path] = {}
-    for folder, whole in zip(folders, resolved, strict=True):
+def names(places: Sequence[Place]) -> dict[str, Place]:
+    """Places by their folders' names, with the names above where two are equal."""
+    parts_of = [_parts(place) for place in places]
+    out: dict[str, Place] = {}
+    for place, whole in zip(places, parts_of, strict=True):
         parts = 1
-        while sum(o.parts[-parts:] == whole.parts[-parts:] for o in set(resolved)) > 1:
+        while sum(o[-parts:] == whole[-parts:] for o in set(parts_of)) > 1 and parts < len(whole):
             parts += 1
-        out["/".join(whole.parts[-parts:])] = folder
+        out["/".join(whole[-parts:])] = place
     return out
+
+
+def _parts(place: Place) -> tuple[str, ...]:
+    """The names on the way to a place; of a pattern's shards, those of their folder."""
+    whole = _resolved(place)
+    parts = whole.parts if isinstance(whole, Path) else tuple(whole.shown.rstrip("/").split("/"))
+    return parts[:-1] if is_pattern(Path(parts[-1])) and len(parts) > 1 else parts
+
+
+def _resolved(place: Place) -> Place:
+    return place if isinstance(place, Url) else place.resolve()
 
 
 def selection_score(scores: Scores, task: str = "retrieval") -> float:

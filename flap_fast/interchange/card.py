@@ -27,6 +27,7 @@ from flap_fast.evaluation.scores_file import Scores, read_scores
 from flap_fast.files import visible
 from flap_fast.interchange.layout import CardFields, Export
 from flap_fast.interchange.tensors import read_json
+from flap_fast.places import Place, shown
 from flap_fast.ranks import Ranks
 
 CARD = "README.md"
@@ -146,9 +147,9 @@ def _data(config: Config, state: Path, fields: CardFields) -> str:
     return _table(rows)
 
 
-def _named(path: Path) -> str:
-    """The last part of a path, with the data set that the whole one names."""
-    known = data_set(str(path), "audio") or data_set(str(path), "image")
+def _named(path: Place) -> str:
+    """The last part of a path or URL, with the data set that the whole one names."""
+    known = data_set(shown(path), "audio") or data_set(shown(path), "image")
     return (
         f"{path.name} ({known})" if known and known.lower() not in path.name.lower() else path.name
     )
@@ -156,10 +157,11 @@ def _named(path: Path) -> str:
 
 def _hours(config: Config, clips: object) -> float | None:
     """The hours of data.train, if its shards are here and are those that were trained on."""
-    if not config.data.train:
+    local = [place for place in config.data.train if isinstance(place, Path)]
+    if not local or len(local) != len(config.data.train):
         return None
     try:
-        shards = open_shards(config.data.train, shard_kinds(config))
+        shards = open_shards(local, shard_kinds(config))
         if len(shards) != clips:
             return None
         return clip_seconds(shards, Ranks()).sum().item() / 3600

@@ -78,7 +78,7 @@ def retrieval_examples(run: RunFacts) -> tuple[list[RetrievalExamples], list[str
     found, missing = [], []
     for name, folder in names(run.config.data.val).items():
         try:
-            shards = open_shards([folder], shard_kinds(run.config))
+            shards = open_shards([folder], shard_kinds(run.config), run.config.data)
             found.append(_examples(run, name, shards))
         except (ShardError, ConfigError) as why:
             missing.append(f"{name} is left out: {why}.")

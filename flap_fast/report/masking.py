@@ -73,7 +73,7 @@ def masking_figure(config: Config, out: Path, *, sound: Path | None = None, clip
 def _source(config: Config, sound: Path | None, clip: int) -> tuple[str, str, bytes | Path]:
     if sound is not None:
         return sound.name, "", sound
-    shards = open_shards(config.data.train)
+    shards = open_shards(config.data.train, ("sounds", "mels"), config.data)
     if shards.kind != "sounds":
         raise ConfigError(
             f"data.train must hold sounds for a figure, got {shards.kind}; name a --sound"

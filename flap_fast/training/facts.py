@@ -13,9 +13,12 @@ from torch import Tensor, nn
 
 from flap_fast.config import Config
 from flap_fast.data.enriched import FILE as ENRICHED
+from flap_fast.data.listing import Remote, shard_sets
 from flap_fast.data.sentences import triple_files
+from flap_fast.data.shard_cache import shard_cache
 from flap_fast.data.shards import Shards
 from flap_fast.data.tokenize import Tokenizer, tokenizer_digest
+from flap_fast.places import Place, Url
 from flap_fast.ranks import Ranks
 from flap_fast.training.environment import versions
 
@@ -35,10 +38,15 @@ def data_facts(config: Config, shards: Shards, tokens: Tokenizer) -> dict[str, A
     texts = [file for path in config.data.nli for file in triple_files(path)]
     texts += [Path(name) for name in (config.eval.templates, config.eval.relevance) if name]
     if config.data.captions != "original":
-        texts += sorted({file.parent / ENRICHED for file in shards.files})
+        beside = (shards.beside(folder, ENRICHED) for folder in {f.parent for f in shards.files})
+        texts += sorted(file for file in beside if file)
+    remote = shards.remote or Remote(shard_cache(config.data))
+    val = [
+        f for place in config.data.val for found in shard_sets(place, remote) for f in found.files
+    ]
     return {
-        "bytes in data.train of": sizes(shards.files),
-        "bytes in data.val of": sizes([f for val in config.data.val for f in val.glob("*.tar")]),
+        "bytes in data.train of": _shard_facts(shards.files, remote),
+        "bytes in data.val of": _shard_facts(val, remote),
         "the index of data.train": zlib.crc32(shards.locations.tobytes()),
         "the text of": {str(f): zlib.crc32(f.read_bytes()) for f in texts if f.is_file()},
         "the tokenizer": tokenizer_digest(tokens),
@@ -59,6 +67,13 @@ def checkpoint_facts(start: Path | None) -> dict[str, Any]:
     """The checkpoint to resume from, and the sizes of its files."""
     files = [start / name for name in ("state.json", "optimizer.safetensors")] if start else []
     return {"the checkpoint to resume from": start and start.name, "bytes in it of": sizes(files)}
+
+
+def _shard_facts(files: Sequence[Place], remote: Remote) -> dict[str, Any]:
+    """The sizes of shards by name, with the ETags of those by URL."""
+    local = [file for file in files if isinstance(file, Path)]
+    stamps = {url.name: remote.shard(url).stamp for url in files if isinstance(url, Url)}
+    return sizes(local) | {name: f"{size}, version {mark}" for name, (size, mark) in stamps.items()}
 
 
 def sizes(files: Sequence[Path]) -> dict[str, int]:

@@ -165,7 +165,7 @@ def _read(config: Config, ranks: Ranks, start: Path | None) -> tuple[_Read, Fact
 def data_read(config: Config) -> tuple[tuple[Shards, Tokenizer], dict[str, Any]]:
     """The shards of data.train and the tokenizer, and the facts of both."""
     tokens = tokenizer(config.text)
-    shards = open_shards(config.data.train, shard_kinds(config))
+    shards = open_shards(config.data.train, shard_kinds(config), config.data)
     return (shards, tokens), data_facts(config, shards, tokens) if world_size() > 1 else {}
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import io
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ import soundfile
 
 from flap_fast.config import Config
 from flap_fast.data.batch import DecodedBatch, EncodedBatch, MediaInput, PackedMels, lay_end_to_end
-from flap_fast.data.preprocess.cached_mel import check_front_end, crop_cached
+from flap_fast.data.preprocess.cached_mel import SETTINGS_FILE, check_front_end, crop_cached
 from flap_fast.data.preprocess.dali_input import dali_input
 from flap_fast.data.preprocess.decoders import make_decoder
 from flap_fast.data.preprocess.front_end import MelFrontEnd
@@ -27,6 +26,7 @@ from flap_fast.data.preprocess.log_mel import normalise
 from flap_fast.data.preprocess.waveform import BadSound, decode_clip
 from flap_fast.data.shards import Shards
 from flap_fast.files import say
+from flap_fast.places import shown
 from flap_fast.ranks import Ranks
 
 
@@ -46,7 +46,9 @@ class AudioPreprocessor:
         if shards is None:
             return
         if self._cached:
-            check_front_end([file.parent for file in shards.files], config)
+            folders = dict.fromkeys(file.parent for file in shards.files)
+            found = {shown(folder): shards.beside(folder, SETTINGS_FILE) for folder in folders}
+            check_front_end(found, config)
         elif ranks.first and len(shards):
             _warn_of_rate(shards, config.audio.sample_rate_hz)
 
@@ -108,11 +110,11 @@ def _warn_of_rate(shards: Shards, wanted_hz: int) -> None:
     except soundfile.LibsndfileError:
         return  # reported at its turn
     if rate < wanted_hz:
-        _warn_once(shards.folder(0), rate, wanted_hz)
+        _warn_once(shown(shards.folder(0)), rate, wanted_hz)
 
 
 @functools.cache  # once a process: each evaluation makes a new preprocessor
-def _warn_once(folder: Path, rate_hz: int, wanted_hz: int) -> None:
+def _warn_once(folder: str, rate_hz: int, wanted_hz: int) -> None:
     say(
         f"{folder} holds sounds at {rate_hz} Hz and audio.sample_rate_hz is {wanted_hz}: above "
         f"{rate_hz // 2} Hz the model hears silence; prepare them for it: flap prepare --config",

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,19 +70,25 @@ def crop_cached(data: bytes, position: float, audio: Audio) -> np.ndarray:
     return mel[start : start + most]
 
 
-def check_front_end(folders: Sequence[Path], config: Config) -> None:
-    """Raise `ConfigError` where the log-mels of a folder were cached with other settings."""
+def check_front_end(files: Mapping[str, Path | None], config: Config) -> None:
+    """Raise `ConfigError` where log-mels were cached with other settings.
+
+    Args:
+        files: the frontend.json of each folder of shards, by the folder's name.
+    """
     audio, fusion = config.audio, config.fusion
     rule = "be none with cached log-mels, which hold no whole clips"
     require(not fusion.on, "fusion.type", rule, fusion.type, "train on the sounds' shards")
     wanted = _FIXED | front_end_settings(audio)
     remedy = "cache them again with this config (flap prepare --cache mel --config), or train on"
-    for folder in dict.fromkeys(folders):
+    for folder, file in files.items():
         try:
-            found = {**_FIXED, **parsed_json((folder / SETTINGS_FILE).read_text())}
+            if file is None:
+                raise FileNotFoundError("there is no such file")
+            found = {**_FIXED, **parsed_json(file.read_bytes())}
         except (OSError, ValueError, TypeError) as error:
             raise ConfigError(
-                f"{folder / SETTINGS_FILE} must say how the log-mels were cached: {error}"
+                f"{folder}/{SETTINGS_FILE} must say how the log-mels were cached: {error}"
             ) from None
         # The length comes first: which other settings there are follows from it.
         for name in sorted(found.keys() | wanted.keys(), key=lambda name: (name != "length", name)):

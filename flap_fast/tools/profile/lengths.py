@@ -27,6 +27,7 @@ from flap_fast.config import Config
 from flap_fast.data.lengths import clip_seconds
 from flap_fast.data.shards import open_shards, shard_kinds
 from flap_fast.encoders.audio_settings import PatchEncoder
+from flap_fast.places import Place, Url, is_pattern
 from flap_fast.ranks import Ranks
 
 # Clips and mean seconds of WavCaps' sources whose clips differ.
@@ -85,13 +86,19 @@ def length_mix(config: Config, file: Path | None = None) -> LengthMix | None:
         return None
     if file is not None:
         return LengthMix(str(file), np.sort(read_lengths(file)))
-    if config.data.train and all(folder.is_dir() for folder in config.data.train):
-        seconds = clip_seconds(open_shards(config.data.train, shard_kinds(config)), Ranks())
+    if config.data.train and all(map(_is_there, config.data.train)):
+        shards = open_shards(config.data.train, shard_kinds(config), config.data)
+        seconds = clip_seconds(shards, Ranks())
         seconds = seconds[seconds > 0]  # training replaces a clip that cannot be read
         rule = "hold a clip whose header says how long it is"
         require(len(seconds) > 0, "data.train", rule, "none", "give --lengths")
         return LengthMix("data.train", np.sort(seconds))
     return wavcaps_like()
+
+
+def _is_there(place: Place) -> bool:
+    """Whether a plan can read shards: a config may name a folder of another machine."""
+    return isinstance(place, Url) or place.exists() or is_pattern(place)
 
 
 def read_lengths(file: Path) -> np.ndarray:

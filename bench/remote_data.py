@@ -1,0 +1,172 @@
+"""10,000 small clips from disk and from an S3 server on loopback: the same batches, clips a second.
+
+    python -m bench.remote_data [--clips N] [--pairs N]     needs s3fs, moto and flask
+
+Clips are 1 s of noise as FLAC. One pass over all of them in batches of 50, by the training loader
+alone: from disk; from S3 with an empty cache; then disk and S3 with a full cache in turns. `read`
+is the clips' bytes and JSON without decoding, in random order. Every pass must give the same bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import soundfile
+
+from bench.machine import machine
+from bench.report import facts
+from flap_fast.config import Config
+from flap_fast.config.file import load_config
+from flap_fast.data.loader import TrainingLoader
+from flap_fast.data.shards import Shards, open_shards, pack
+from flap_fast.data.tokenize import tokenizer
+from flap_fast.files import write_atomically
+from flap_fast.ranks import Ranks
+
+RATE_HZ, BATCH, SHARD_CLIPS = 16_000, 50, 500
+_TINY = (
+    *("audio.size=tiny", "audio.width=32", "audio.depth=2", "audio.heads=2", "frontend.threads=1"),
+    *("audio.duration_s=1.0", "audio.frames=112", "joint.width=16", "frontend.backend=torch"),
+    *("text.width=32", "text.depth=2", "text.heads=2", f"train.global_batch={BATCH}"),
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.remote_data")
+    parser.add_argument("--clips", type=int, default=10_000)
+    parser.add_argument("--pairs", type=int, default=3, help="of disk and S3, in turns")
+    asked = parser.parse_args(arguments)
+    print(facts(machine("cpu")))
+    with tempfile.TemporaryDirectory() as place:
+        folder, cache = Path(place, "shards"), Path(place, "cache")
+        write_shards(folder, asked.clips)
+        with s3_server():
+            bucket = fsspec.filesystem("s3")
+            bucket.mkdir("bench")
+            bucket.put(f"{folder}/", "bench/shards/", recursive=True)
+            disk = settings(str(folder), cache)
+            s3 = settings("s3://bench/shards", cache)
+            measure(disk, s3, cache, asked.clips, asked.pairs)
+    return 0
+
+
+def measure(disk: Config, s3: Config, cache: Path, clips: int, pairs: int) -> None:
+    """Print clips a second of each pass, and the medians' ratio."""
+    first = timed("disk, first pass", clips, lambda: passed(disk))
+    cold = timed("S3, empty cache", clips, lambda: passed(s3))
+    assert cold[1] == first[1], "other batches from S3"
+    for what, run in (("loader", passed), ("read", read)):
+        rates: dict[str, list[float]] = {"disk": [], "S3": []}
+        seen = {run(disk)} if run is read else {first[1]}
+        for _ in range(pairs):
+            for name, config in (("disk", disk), ("S3", s3)):
+                label = f"{what}: {name}" + (", full cache" if name == "S3" else "")
+                rate, digest = timed(label, clips, lambda run=run, config=config: run(config))
+                rates[name].append(rate)
+                seen.add(digest)
+        assert len(seen) == 1, "other bits from S3"
+        ratios = [b / a for a, b in zip(rates["disk"], rates["S3"], strict=True)]
+        shown = ", ".join(f"{ratio:.3f}" for ratio in ratios)
+        print(f"{what}: S3 / disk, median {statistics.median(ratios):.3f} of pairs {shown}")
+    held = sum(file.stat().st_size for file in (cache / "shards").iterdir())
+    print(f"the cache holds {held / 2**20:.0f} MiB; all batches were the same bits")
+
+
+def timed(what: str, clips: int, run: Callable[[], str]) -> tuple[float, str]:
+    """Clips a second of a pass, and its digest."""
+    started = time.perf_counter()
+    digest = run()
+    rate = clips / (time.perf_counter() - started)
+    print(f"{what:28} {rate:8.0f} clips/s", flush=True)
+    return rate, digest
+
+
+def opened(config: Config) -> Shards:
+    """The shards of data.train."""
+    return open_shards(config.data.train, ("sounds",), config.data)
+
+
+def passed(config: Config) -> str:
+    """A digest of all batches of an epoch; opening the shards counts."""
+    loader = TrainingLoader(config, opened(config), tokenizer(config.text), Ranks())
+    digest = hashlib.sha256()
+    for batch in loader.batches(0, loader.sampler.steps_per_epoch):
+        for tensor in (batch.stacked, batch.ids, batch.attention_mask, batch.sample_index):
+            digest.update(tensor.numpy().data)
+    return digest.hexdigest()
+
+
+def read(config: Config) -> str:
+    """A digest of all clips' bytes and captions, in random order."""
+    shards, digest = opened(config), hashlib.sha256()
+    for clip in np.random.default_rng(0).permutation(len(shards)).tolist():
+        digest.update(shards.encoded(clip))
+        digest.update(shards.record(clip)["text"][0].encode())
+    return digest.hexdigest()
+
+
+def settings(train: str, cache: Path) -> Config:
+    """Small front end and batches, so that reading is as much of the work as it can be."""
+    return load_config(None, [*_TINY, f"data.train={train}", f"data.cache={cache}"])
+
+
+def write_shards(folder: Path, clips: int) -> None:
+    """Clips of 1 s of noise, each with a caption of its number."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+
+    def sample(number: int) -> tuple[str, bytes, dict[str, Any]]:
+        wave = np.cumsum(rng.normal(0, 0.02, RATE_HZ)) * np.hanning(RATE_HZ) / 4
+        buffer = io.BytesIO()
+        soundfile.write(buffer, wave.clip(-1, 1), RATE_HZ, format="FLAC", subtype="PCM_16")
+        return f"{number:09d}", buffer.getvalue(), {"text": [f"noise number {number}"]}
+
+    for shard, start in enumerate(range(0, clips, SHARD_CLIPS)):
+        some = range(start, min(start + SHARD_CLIPS, clips))
+        tar, index, _ = pack(sample(number) for number in some)
+        write_atomically(folder / f"{shard}.tar", tar)
+        write_atomically(folder / f"{shard}.idx", index.encode())
+
+
+@contextmanager
+def s3_server() -> Iterator[None]:
+    """A server in a process of its own, which the environment names."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    os.environ |= {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
+    os.environ |= {"AWS_DEFAULT_REGION": "us-east-1"}
+    os.environ |= {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
+    try:
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port)).close()
+                break
+            except ConnectionRefusedError:
+                time.sleep(0.1)
+        yield
+    finally:
+        server.kill()
+        server.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

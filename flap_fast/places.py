@@ -1,0 +1,170 @@
+"""Where data lies: a path, or a URL that stays as it was written; and patterns of either.
+
+data/mine/train    s3://bucket/mine/train    a folder of shards
+data/mine/0.tar    https://host/mine/0.tar   one shard
+{0000..0127}.tar   {a,b}/0.tar               each of these, as bash writes it
+data/*/*.tar       gs://bucket/mine/1*.tar   those that there are; not over https
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import unquote
+
+from pydantic import BeforeValidator, PlainSerializer, PlainValidator
+from pydantic_core import PydanticCustomError
+
+from flap_fast.checks import ConfigError, require
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
+_BRACES = re.compile(r"\{([^{}]*,[^{}]*|-?\d+\.\.-?\d+)\}")
+_MOST_NAMES = 1_000_000
+
+
+class Url(str):
+    """A URL, with the parts of a path. It is no `Path`, which takes a slash out of `s3://`."""
+
+    __slots__ = ()
+
+    @property
+    def scheme(self) -> str:
+        """What stands before `://`, in small letters."""
+        return self.partition("://")[0].lower()
+
+    @property
+    def on_web(self) -> bool:
+        """Whether it is served by HTTP, which lists no folders; there a `?` begins a query."""
+        return self.scheme in ("http", "https")
+
+    @property
+    def shown(self) -> str:
+        """The URL for messages and names: without its query, which may hold a password."""
+        return self._split()[0]
+
+    @property
+    def name(self) -> str:
+        """Its last part."""
+        return self.shown.rstrip("/").rpartition("/")[2]
+
+    @property
+    def stem(self) -> str:
+        """Its last part without the ending."""
+        return Path(self.name).stem
+
+    @property
+    def suffix(self) -> str:
+        """The ending of its last part: `.tar`."""
+        return Path(self.name).suffix
+
+    @property
+    def parent(self) -> Url:
+        """The folder that it is in."""
+        before, query = self._split()
+        return Url(before.rstrip("/").rpartition("/")[0] + query)
+
+    def with_suffix(self, suffix: str) -> Url:
+        """The URL with another ending of its last part."""
+        before, query = self._split()
+        return Url(before.removesuffix(self.suffix) + suffix + query)
+
+    def __truediv__(self, name: str) -> Url:
+        before, query = self._split()
+        return Url(f"{before.rstrip('/')}/{name}{query}")
+
+    def _split(self) -> tuple[str, str]:
+        before, mark, query = self.partition("?") if self.on_web else (str(self), "", "")
+        return before, mark + query
+
+
+Place = Path | Url
+
+
+def shown(place: Place) -> str:
+    """A place for a message."""
+    return place.shown if isinstance(place, Url) else str(place)
+
+
+def place(value: Any) -> Place:
+    """A path or a URL from what a config or a command line says.
+
+    Raises:
+        PydanticCustomError: neither, or a URL that lost a slash.
+    """
+    if isinstance(value, Url):
+        return value
+    if not isinstance(value, (str, Path)):
+        raise PydanticCustomError("path_type", "must be a path or a URL")
+    scheme = _SCHEME.match(str(value))
+    if scheme is None:
+        return Path(value)
+    text = str(value)
+    if scheme[0] != f"{scheme[1]}://" and not (scheme[1] == "file" and scheme[0][-3:] == "///"):
+        right = f"{scheme[1]}://{text[scheme.end() :]}"
+        raise PydanticCustomError(
+            "path_type",
+            "must have two slashes after {scheme}:, as {right}",
+            {"scheme": scheme[1], "right": right},
+        )
+    return Path(unquote(text[len("file://") :])) if scheme[1] == "file" else Url(text)
+
+
+def place_of(name: str, text: str) -> Place:
+    """The place that an option of a command names; raises `ConfigError`."""
+    try:
+        return place(text)
+    except PydanticCustomError as error:
+        raise ConfigError(f"{name} {error.message()}, got '{text}'") from None
+
+
+Places = Annotated[
+    tuple[Annotated[Place, PlainValidator(place), PlainSerializer(str, when_used="json")], ...],
+    BeforeValidator(lambda v: (v,) if isinstance(v, (str, Path)) else v),
+]
+"""A setting of places; one alone is a list of one."""
+
+
+def is_pattern(place: Place) -> bool:
+    """Whether a place stands for several: `{0..7}`, `{a,b}`, `*`, `?`, `[0-9]`."""
+    return bool(_BRACES.search(str(place))) or is_glob(place)
+
+
+def is_glob(place: Place) -> bool:
+    """Whether what a place stands for must be looked up: `*`, `?`, `[0-9]`."""
+    text = place.shown if isinstance(place, Url) else str(place)
+    return bool(re.search(r"[*?]|\[[^]/]+\]", text))
+
+
+def expanded(text: str) -> list[str]:
+    """The texts that braces stand for, as in bash: `{08..10}` is 08, 09, 10; `{a,b}` is a, b.
+
+    Raises:
+        ConfigError: a range of more names than a folder holds.
+    """
+    return list(dict.fromkeys(_expanded(text)))  # braces in braces give some twice
+
+
+def _expanded(text: str) -> Iterator[str]:
+    found = _BRACES.search(text)
+    if found is None:
+        yield text
+        return
+    before, after = text[: found.start()], text[found.end() :]
+    for item in _items(found[1]):
+        yield from _expanded(before + item + after)
+
+
+def _items(inside: str) -> Iterator[str]:
+    if "," in inside:
+        yield from inside.split(",")
+        return
+    first, last = inside.split("..")
+    padded = any(re.match(r"-?0\d", end) for end in (first, last))
+    width = max(len(first), len(last)) if padded else 0
+    step = 1 if int(first) <= int(last) else -1
+    rule, count = f"stand for at most {_MOST_NAMES} names", abs(int(last) - int(first)) + 1
+    require(count <= _MOST_NAMES, f"{{{inside}}}", rule, count)
+    for number in range(int(first), int(last) + step, step):
+        yield f"{number:0{width}d}"

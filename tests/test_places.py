@@ -1,0 +1,79 @@
+"""Places: URLs keep their slashes, braces mean what they mean in bash."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flap_fast.checks import ConfigError
+from flap_fast.config import Config
+from flap_fast.config.file import dump_config, load_config, parse_config
+from flap_fast.places import Url, expanded, is_glob, is_pattern
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("a/{0..3}.tar", "{08..11}.tar", "x{3..1}", "{a,b}/{0..1}.tar", "{-1..1}", "{a,b{1..2}}"),
+        *("no/braces.tar", "{0..0}", "{a}", "{}", "a{,b}c", "{01..3}", "{0..x}"),
+    ],
+)
+def test_braces_are_those_of_bash(text: str):
+    bash = subprocess.run(["bash", "-c", f"echo {text}"], capture_output=True, text=True)
+    assert [*expanded(text)] == bash.stdout.split()
+
+
+def test_a_range_of_endless_names_is_refused():
+    with pytest.raises(ConfigError, match="at most 1000000 names, got 100000000000"):
+        expanded("{0..99999999999}.tar")
+
+
+def test_a_url_has_the_parts_of_a_path():
+    url = Url("https://host/a/0.tar?key=1")
+    assert (url.name, url.stem, url.suffix, url.scheme) == ("0.tar", "0", ".tar", "https")
+    assert url.parent == "https://host/a?key=1"
+    assert url.parent / "sizes.json" == "https://host/a/sizes.json?key=1"
+    assert url.with_suffix(".idx") == "https://host/a/0.idx?key=1"
+    assert url.shown == "https://host/a/0.tar"
+    assert Url("s3://bucket/a/").name == "a"
+    assert Url("s3://bucket/what?.tar").name == "what?.tar"
+
+
+def test_patterns_are_told_from_names():
+    assert is_glob(Url("s3://b/?.tar"))
+    assert not is_glob(Url("https://h/0.tar?a=[1]"))
+    assert is_pattern(Path("a/{0..3}.tar"))
+    assert is_pattern(Path("a/[0-3].tar"))
+    assert not is_pattern(Path("a/{x}/0.tar"))
+
+
+def test_a_config_keeps_urls_as_they_were_written():
+    urls = ("s3://bucket/a/{0000..0127}.tar", "https://h/0.tar?k=v&w=//", "data/a")
+    config = load_config(None, [f"data.train=['{urls[0]}', '{urls[1]}', {urls[2]}]"])
+    assert config.data.train == (*urls[:2], Path("data/a"))
+    assert parse_config(yaml.safe_load(dump_config(config))) == config
+    assert parse_config(config.model_dump()) == config
+    assert load_config(None, ["data.val=file:///a/b%20c"]).data.val == (Path("/a/b c"),)
+
+
+@pytest.mark.parametrize("value", ["s3:/bucket/x", Path("s3://bucket/x")])
+def test_a_url_that_lost_a_slash_is_refused_with_the_whole_one(value: str | Path):
+    with pytest.raises(ConfigError, match=r"data\.train\.0 must have .* as s3://bucket/x, got"):
+        parse_config({"data": {"train": [value]}})
+
+
+def test_braces_that_the_shell_expanded_are_refused():
+    words = ["data.train=a/0.tar", "data.train=a/1.tar"]
+    with pytest.raises(ConfigError, match=r"data\.train must be given once, .*quotes"):
+        load_config(None, words)
+    assert load_config(None, ["data.train=a", "data.train=b"]).data.train == (Path("b"),)
+
+
+def test_a_shared_config_has_only_the_last_part_of_places():
+    places = "s3://private-bucket/sets/train?key=abc", "/home/ann/{0..7}.tar", "https://h/x/y?sig=z"
+    data = Config(data={"train": places, "val": "hf://datasets/a/b"}).shareable().data  # type: ignore[arg-type]
+    assert list(map(str, data.train)) == ["train?key=abc", "{0..7}.tar", "y"]
+    assert str(data.val[0]) == "hf://datasets/a/b"
