@@ -1,9 +1,11 @@
 """Contrastive language-audio pre-training, fast.
 
-    flap_fast.load("runs/demo").rank("dog.ogg", ["a dog barks", "rain on a roof"])
     flap_fast.prepare("manifest.jsonl", "data/mine")
+    flap_fast.train(flap_fast.load_config("configs/demo.yaml", ["run.name=mine"]))
+    flap_fast.evaluate("runs/mine", "data/mine/val")
+    flap_fast.load("runs/mine").rank("dog.ogg", ["a dog barks", "rain on a roof"])
 
-Training is the command `flap train CONFIG`.
+Each is a command too, of the same name but for `flap eval`.
 """
 
 from __future__ import annotations
@@ -15,16 +17,20 @@ if TYPE_CHECKING:
     from flap_fast.config.file import load_config
     from flap_fast.preparation.prepare import prepare
     from flap_fast.tools.embedder import Embedder, load
+    from flap_fast.tools.scoring import evaluate
+    from flap_fast.training.loop import train
 
-__all__ = ["Config", "Embedder", "load", "load_config", "prepare"]
+__all__ = ["Config", "Embedder", "evaluate", "load", "load_config", "prepare", "train"]
 __version__ = "0.1.0"
 
 _MODULES = {
     "Config": "config",
     "Embedder": "tools.embedder",
+    "evaluate": "tools.scoring",
     "load": "tools.embedder",
     "load_config": "config.file",
     "prepare": "preparation.prepare",
+    "train": "training.loop",
 }
 
 

@@ -17,7 +17,6 @@ from flap_fast.places import place_of
 
 if TYPE_CHECKING:
     from flap_fast.evaluation.evaluated_model import EvaluatedModel
-    from flap_fast.ranks import Ranks
 
 _MODEL = (
     "The folder of a run, a checkpoint or a ClapModel, or hf://OWNER/NAME; for sentences also a "
@@ -59,6 +58,7 @@ def evaluate(
     from flap_fast.interchange.opened import opened
     from flap_fast.ranks.agreement import Facts, agree
     from flap_fast.ranks.failure import joined
+    from flap_fast.tools.scoring import is_text_encoder, open_model
 
     asked = tuple(task for task in tasks.replace(",", " ").split() if task)
     settings = {"batch": batch, "crop": crop, "templates": templates}
@@ -68,7 +68,7 @@ def evaluate(
             file.parent.mkdir(parents=True, exist_ok=True)
             _require_writable(name, file)
     ours = None
-    if out is None and not on_hub(model) and not _is_text_encoder(model) and Path(model).is_dir():
+    if out is None and not on_hub(model) and not is_text_encoder(model) and Path(model).is_dir():
         ours = Path(model) / "eval.json"
         _require_writable("eval.json", ours)
         read_scores(ours)
@@ -97,41 +97,6 @@ def evaluate(
         _write_tables(scores, markdown, latex)
 
 
-def open_model(
-    model: str,
-    settings: dict[str, Any],
-    pool: str,
-    ranks: Ranks,
-    classes: tuple[str, ...] = (),
-    *,
-    length: str | None = None,
-) -> EvaluatedModel:
-    """A checkpoint or only a text encoder, ready for evaluation.
-
-    Args:
-        settings: of the section `eval`; None leaves what the run had.
-        length: audio.length; None leaves what the run had.
-    """
-    from flap_fast.config.file import load_config, parse_config
-    from flap_fast.data.tokenize import tokenizer
-    from flap_fast.evaluation.evaluated_model import text_only_model, whole_model
-    from flap_fast.model.model_folder import load_model
-
-    given = {name: value for name, value in settings.items() if value is not None}
-
-    def with_settings(tree: dict[str, Any]) -> dict[str, Any]:
-        return {**tree, "eval": {**tree["eval"], **given}}
-
-    if _is_text_encoder(model):
-        base = load_config(None, [f"text.folder={model}", f"text.pool={pool}", "text.dropout=0"])
-        config = parse_config(with_settings(base.model_dump()))
-        encoder = config.text.build().to(ranks.device).eval()
-        return text_only_model(encoder, config, tokenizer(config.text), ranks)
-    towers, trained = load_model(Path(model), ranks.device, length=length)
-    config = parse_config(with_settings(trained.model_dump()))
-    return whole_model(towers, config, tokenizer(config.text), ranks, classes)
-
-
 def read_classes(file: Path | None) -> tuple[str, ...]:
     """Class names from a text file, one a line, or from LAION's {"dog": 0, ...}."""
     if file is None:
@@ -154,17 +119,6 @@ def read_classes(file: Path | None) -> tuple[str, ...]:
     twice = sorted({name for name in classes if classes.count(name) > 1})
     require(not twice, str(file), "name each class once", ", ".join(twice[:3]))
     return classes
-
-
-def _is_text_encoder(model: str) -> bool:
-    """Whether transformers saved it: a config.json without a config.yaml of ours, no ClapModel."""
-    folder = Path(model)
-    bare = (folder / "config.json").is_file() and not (folder / "config.yaml").is_file()
-    if not bare:
-        return model.startswith("package:")
-    from flap_fast.interchange.convert import importable
-
-    return not importable(folder)
 
 
 def _require_writable(name: str, file: Path) -> None:

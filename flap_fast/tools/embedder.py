@@ -74,7 +74,7 @@ class Embedder:
     ):
         self.model, self.config, self.device = model.to(device).eval(), config, device
         self._preprocessor = make_preprocessor(config, Ranks(device=device))
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
 
     def embed_audio(
         self,
@@ -214,7 +214,7 @@ class Embedder:
         captions = texts(captions, "captions")
         require_batch(batch)
         ranks = Ranks(device=self.device)
-        return text_embedder(self.model.embed_text, self._tokenizer, ranks, batch)(captions).cpu()
+        return text_embedder(self.model.embed_text, self.tokenizer, ranks, batch)(captions).cpu()
 
     def embed_labels(self, labels: Iterable[str], templates: str | Path | None = None) -> Tensor:
         """Embed class names as the means of their prompts: (C, d) unit rows.

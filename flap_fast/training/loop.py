@@ -8,10 +8,11 @@ setup.py builds what a run has before its first step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from flap_fast.checks import ConfigError
+from flap_fast.checks import ConfigError, require
 from flap_fast.config import Config
 from flap_fast.data.shards import ShardError
 from flap_fast.evaluation.scores_file import Scores
@@ -20,12 +21,15 @@ from flap_fast.ranks import Ranks
 from flap_fast.ranks.agreement import Facts, agree
 from flap_fast.ranks.failure import Ended, joined
 from flap_fast.training.facts import checkpoint_facts, settings_facts
+from flap_fast.training.guarded import Observer
 from flap_fast.training.observers import report_bad_clips
 from flap_fast.training.optimizers import learning_rate
 from flap_fast.training.run_folder import begin
 from flap_fast.training.run_lock import run_lock
 from flap_fast.training.setup import Run, check_run, set_up
 from flap_fast.training.step import Gradients
+
+_A_CONFIG, _LOAD = "be a Config", "read one with flap_fast.load_config(FILE)"
 
 
 class Stopped(Ended):
@@ -36,11 +40,16 @@ class Stopped(Ended):
         self.step, self.checkpoint = step, checkpoint
 
 
-def train(config: Config, *, resume: bool = False) -> Scores | None:
+def train(
+    config: Config, *, resume: bool = False, observers: Sequence[Observer] = ()
+) -> Scores | None:
     """Train a run to its end; returns its last scores on data.val, if there are any.
 
     Args:
+        config: as of `flap_fast.load_config("configs/demo.yaml", ["run.name=mine"])`.
         resume: continue from the run's last checkpoint; without one, start at step 0.
+        observers: functions of a row of metrics.jsonl, `{"step": 20, "loss": 3.1, ...}`, called on
+            the first rank after the run's own. One that raises is named on stderr and left out.
 
     Raises:
         ConfigError: before anything is loaded, where it can be seen then.
@@ -50,6 +59,9 @@ def train(config: Config, *, resume: bool = False) -> Scores | None:
         RanksError: over ranks, an error of any of them before the first step, or a difference.
         SaidElsewhere: over ranks, an error that another one raises.
     """
+    require(isinstance(config, Config), "config", _A_CONFIG, type(config).__name__, _LOAD)
+    for observer in observers:
+        require(callable(observer), "observers", "be functions of a row", repr(observer))
     with joined() as ranks, ExitStack() as open_files:
 
         def checked() -> tuple[None, Facts]:
@@ -62,14 +74,18 @@ def train(config: Config, *, resume: bool = False) -> Scores | None:
             return start, checkpoint_facts(start)
 
         agree(ranks, checked)
-        return train_from(config, ranks, agree(ranks, locked), open_files)
+        return train_from(config, ranks, agree(ranks, locked), open_files, observers)
 
 
 def train_from(
-    config: Config, ranks: Ranks, start: Path | None, open_files: ExitStack
+    config: Config,
+    ranks: Ranks,
+    start: Path | None,
+    open_files: ExitStack,
+    observers: Sequence[Observer] = (),
 ) -> Scores | None:
     """Train from a checkpoint, or from step 0. Collective: call on every rank."""
-    run = set_up(config, ranks, start, open_files)
+    run = set_up(config, ranks, start, open_files, observers)
     engine, loader, steps = run.engine, run.loader, run.steps
     if run.unscored:
         improved = run.scorer.score(run.first)

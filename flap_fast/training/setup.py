@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from flap_fast.training.engine import Engine, check_engine, make_engine
 from flap_fast.training.environment import environment
 from flap_fast.training.facts import checksum, data_facts, weights_facts
 from flap_fast.training.frozen_text import FrozenText, frozen_text
+from flap_fast.training.guarded import Observer
 from flap_fast.training.observers import Metrics, observers
 from flap_fast.training.overview import Known, overview, parameter_facts, parameters_of
 from flap_fast.training.run_folder import begin, in_session
@@ -97,10 +99,19 @@ def check_run(config: Config, *, resume: bool) -> Path | None:
     return start
 
 
-def set_up(config: Config, ranks: Ranks, start: Path | None, open_files: ExitStack) -> Run:
+def set_up(
+    config: Config,
+    ranks: Ranks,
+    start: Path | None,
+    open_files: ExitStack,
+    more: Sequence[Observer] = (),
+) -> Run:
     """Build a run, with the weights of checkpoint `start` if there is one.
 
     Collective: call on every rank. What must be closed is closed with `open_files`.
+
+    Args:
+        more: observers besides the config's.
     """
     read = agree(ranks, lambda: _read(config, ranks, start))
     tokens, shards, model, taught_by, checkpoints, state = read
@@ -128,9 +139,8 @@ def set_up(config: Config, ranks: Ranks, start: Path | None, open_files: ExitSta
     if ranks.first:
         known = Known(engine.name, parts, len(shards), seconds, steps, per_epoch)
         say(overview(config, ranks, known, start, first), error=True)
-    metrics = Metrics(
-        config, ranks, steps, observers(config, ranks, open_files, first=first, steps=steps)
-    )
+    own = observers(config, ranks, open_files, first=first, steps=steps)
+    metrics = Metrics(config, ranks, steps, [*own, *(more if ranks.first else ())])
     return Run(
         config=config,
         ranks=ranks,

@@ -24,7 +24,7 @@ _SAME_S = 1.0
 
 class Stop:
     """While entered, a first signal only sets a flag; a second Ctrl-C interrupts at once, a third
-    ends the process.
+    ends the process. On another thread than the main one signals are left alone.
 
     Args:
         checkpoints: their folder, to say what a second Ctrl-C loses.
@@ -40,7 +40,8 @@ class Stop:
         self._entered = ExitStack()
 
     def __enter__(self) -> Stop:
-        self._entered.enter_context(answered(self._answer, self._in_main))
+        if threading.current_thread() is threading.main_thread():  # Python's rule for handlers
+            self._entered.enter_context(answered(self._answer, self._in_main))
         return self
 
     def __exit__(self, *_: object) -> None:

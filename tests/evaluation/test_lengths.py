@@ -11,7 +11,6 @@ import torch
 
 from flap_fast import load
 from flap_fast.checks import ConfigError
-from flap_fast.commands.score import open_model
 from flap_fast.config import Config
 from flap_fast.data.batch import EncodedBatch, MediaInput
 from flap_fast.data.evaluation import crops_of, evaluation_batches
@@ -23,6 +22,7 @@ from flap_fast.model.model_folder import load_weights, save_model
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.preparation.prepare import prepare
 from flap_fast.ranks import Ranks
+from flap_fast.tools.scoring import open_model
 from tests.ranks import on_ranks
 from tests.sounds import encode, noise, write_manifest
 from tests.tiny import HTSAT, tiny

@@ -1,0 +1,110 @@
+"""The public functions, and the tutorial that shows them."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import flap_fast
+from flap_fast.checks import ConfigError
+from flap_fast.config import Config
+from tests.tiny import tiny
+
+ROOT = Path(__file__).parents[1]
+
+
+def settings(prepared: Path, runs: Path, *overrides: str) -> Config:
+    return tiny(
+        *(f"run.folder={runs}", f"data.train={prepared}/train", f"data.val={prepared}/val"),
+        *("frontend.backend=torch", "log.every_steps=1", "log.tensorboard=false", *overrides),
+    )
+
+
+@pytest.fixture(scope="module")
+def run(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runs = tmp_path_factory.mktemp("runs")
+    flap_fast.train(settings(prepared, runs))
+    return runs / "flap"
+
+
+def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    for name in ("demo", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs/tutorial.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 5
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, "docs/tutorial.md", "exec"), names)
+    assert len(names["losses"]) == 12 // names["config"].log.every_steps + (12 % 5 > 0)
+    assert names["scores"]["retrieval"] == names["found"]["retrieval"]
+    assert names["audio"].shape == names["text"].shape == (4, names["config"].joint.width)
+    assert "text_to_audio {'R@1'" in capsys.readouterr().out
+
+
+def test_observers_get_the_rows_of_metrics_jsonl(prepared: Path, tmp_path: Path):
+    rows: list[dict[str, Any]] = []
+    flap_fast.train(settings(prepared, tmp_path), observers=[rows.append])
+    assert rows == list(map(json.loads, (tmp_path / "flap/metrics.jsonl").open()))
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
+
+
+def test_an_observer_that_fails_is_named_and_left_out(prepared: Path, tmp_path: Path, capsys):
+    calls = []
+
+    def mine(row: dict[str, Any]) -> None:
+        calls.append(row["step"])
+        raise KeyError("loss of another project")
+
+    assert flap_fast.train(settings(prepared, tmp_path), observers=[mine]) is not None
+    assert calls == [1]
+    assert "KeyError" in capsys.readouterr().err
+
+
+def test_a_run_trains_on_another_thread(prepared: Path, tmp_path: Path):
+    """Where Python lets nobody answer signals: as in a server or some notebooks."""
+    found: list[Any] = []
+    config = settings(prepared, tmp_path)
+    thread = threading.Thread(target=lambda: found.append(flap_fast.train(config)))
+    thread.start()
+    thread.join()
+    assert found[0]["retrieval"]
+
+
+def test_evaluate_gives_what_training_found(run: Path, prepared: Path):
+    ours = json.loads((run / "eval.json").read_text())["retrieval"]["val"]
+    for model in (run, str(run), flap_fast.load(run, "cpu")):
+        found = flap_fast.evaluate(model, prepared / "val")
+        assert found["retrieval"]["val"] == ours
+    both = flap_fast.evaluate(run, [prepared / "val", prepared / "train"], ["geometry"])
+    assert both["geometry"].keys() == {"val", "train"}
+    assert "retrieval" not in both
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"model": "nowhere"}, "must be a run's folder or a folder with"),
+        ({"tasks": "zero"}, "a task must be one of retrieval"),
+        ({"crops": "whole"}, "eval.crops is not a setting"),
+        ({"crop": "all"}, "eval.crop must"),
+    ],
+)
+def test_what_cannot_be_scored_is_named(given: dict, message: str, run: Path, prepared: Path):
+    with pytest.raises(ConfigError, match=message):
+        flap_fast.evaluate(**({"model": run, "data": prepared / "val"} | given))
+
+
+def test_what_cannot_be_trained_is_named():
+    wrong: Any = "configs/demo.yaml"
+    with pytest.raises(ConfigError, match="config must be a Config, got 'str'; read one with"):
+        flap_fast.train(wrong)
+    wrong = 3
+    with pytest.raises(ConfigError, match="observers must be functions of a row, got '3'"):
+        flap_fast.train(tiny(), observers=[wrong])
