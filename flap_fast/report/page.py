@@ -18,6 +18,7 @@ from flap_fast.evaluate.sheet import Sheet
 from flap_fast.evaluate.tables import sheets
 from flap_fast.files import visible, write_atomically
 from flap_fast.report import figures
+from flap_fast.report.doctor import doctor_section
 from flap_fast.report.examples import retrieval_examples
 from flap_fast.report.run import RunFacts, read_run
 
@@ -61,6 +62,7 @@ def _contents(run: RunFacts, others: list[RunFacts]) -> dict[str, Any]:
         "missing": [*missing, *undrawn],
         "gflops": gflops,
         "config": dump_config(run.config),
+        "doctor": doctor_section(run.folder),
     }
 
 
