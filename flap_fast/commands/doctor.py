@@ -56,7 +56,8 @@ def doctor(
     if missing := tables.not_looked_at(examined):
         say(f"not looked at: {missing}")
     answer = tables.as_json(examined, found)
-    file = json_file or (examined.run.folder / "doctor.json" if examined.run else None)
+    trained = examined.run is not None and bool(examined.run.rows)  # nothing into a model's folder
+    file = json_file or (paths[0] / "doctor.json" if trained else None)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(answer, indent=1, ensure_ascii=False) + "\n"

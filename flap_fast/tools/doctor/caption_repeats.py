@@ -11,11 +11,11 @@ from collections.abc import Iterator
 
 from flap_fast.data.pair_ids import caption_words
 from flap_fast.tools.doctor.minhash import near_texts
-from flap_fast.tools.doctor.records import Check, Examined, Found, Severity, Split
+from flap_fast.tools.doctor.records import Check, Examined, Found, Severity, Split, is_many
 
 # Fractions of a split's captions: one text, one beginning; those that are in another split too.
 _ONE_TEXT, _TEMPLATE, _SHARED = 0.1, 0.6, 0.3
-_BEGINNING, _FEW = 4, 20
+_BEGINNING, _FEW, _LEAST_CLIPS = 4, 20, 10
 # Texts that share so many of their pieces of five characters are nearly equal.
 _NEAR = 0.8
 _SHOWN = 3
@@ -26,7 +26,7 @@ def _one_text(e: Examined) -> Iterator[Found]:
         clips = len(set(split.captions.clip_of_caption.tolist()))
         pairs = set(zip(words, split.captions.clip_of_caption.tolist(), strict=True))
         (text, count), *_ = Counter(text for text, _ in pairs).most_common(1) or [("", 0)]
-        if clips >= _FEW and count >= _ONE_TEXT * clips:
+        if count >= max(_LEAST_CLIPS, _ONE_TEXT * clips):
             got = f"{count / clips:.0%} of the clips have one caption"
             yield Found("warning", split.name, got, count, clips, (f'"{text}"',))
 
@@ -50,7 +50,7 @@ def _in_two_splits(e: Examined) -> Iterator[Found]:
             continue
         equal = sum(others[text] == text for text in texts)
         got = f"of {len(few)} in {split.name}, {equal} are equal, {len(texts) - equal} nearly equal"
-        level: Severity = "warning" if len(texts) >= _SHARED * len(few) else "note"
+        level: Severity = "warning" if is_many(len(texts), len(few), _SHARED) else "note"
         shown = tuple(dict.fromkeys(f'"{text}" = "{others[text]}"' for text in texts))[:_SHOWN]
         yield Found(level, f"{first.name}, {second.name}", got, len(texts), len(few), shown)
 
@@ -83,15 +83,15 @@ ONE_TEXT = Check(
 TEMPLATE = Check(
     name="templated captions",
     needs="captions",
-    rule=f"begin with other {_BEGINNING} words than {_TEMPLATE:.0%} of the others",
+    rule=f"begin alike, in {_BEGINNING} words, for less than {_TEMPLATE:.0%}",
     remedy="vary the template, or rewrite them: flap enrich; a model learns the label alone",
     find=_template,
 )
 SHARED = Check(
     name="captions in two splits",
     needs="splits",
-    rule=f"be those of another split for less than {_SHARED:.0%}",
-    remedy="divide the clips so that captions of one text are in one split: retrieval of the "
-    "others is learnt by heart",
+    rule=f"occur in one split, but for less than {_SHARED:.0%}",
+    remedy="divide clips so that equal captions are in one split: else retrieval counts what was "
+    "learnt by heart",
     find=_in_two_splits,
 )

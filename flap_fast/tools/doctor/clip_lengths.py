@@ -9,7 +9,7 @@ import numpy as np
 from flap_fast.tools.doctor.records import Check, Examined, Found, over_share
 
 # Seconds; fractions of a split; clips from which on equal lengths say anything.
-_SHORTEST_S, _SHORT = 0.1, 0.1
+_SHORTEST_S, _SHORT = 0.1, 0.2
 _EQUAL, _FEW = 0.9, 20
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from flap_fast.config import Config
 from flap_fast.tools.doctor.records import Check, Examined, Found, Severity
 from flap_fast.tools.doctor.run_files import RunFiles
 
@@ -40,11 +41,23 @@ def _not_finite(e: Examined) -> Iterator[Found]:
 
 
 def _at_chance(e: Examined) -> Iterator[Found]:
-    run, batch = _run(e), _run(e).config.train.global_batch
-    loss = _last(run, "contrastive")
-    if len(loss) and loss.mean() > _LOSS * math.log(batch):
-        got = f"contrastive = {loss.mean():.3f} at the end, and ln({batch}) = {math.log(batch):.3f}"
+    run = _run(e)
+    loss, chance = _last(run, "contrastive"), chance_loss(run.config, run.ranks)
+    if len(loss) and loss.mean() > _LOSS * chance:
+        got = f"contrastive = {loss.mean():.3f} at the end, {chance:.3f} is chance"
         yield Found("error", "metrics.jsonl", got)
+
+
+def chance_loss(config: Config, ranks: int) -> float:
+    """InfoNCE of embeddings that say nothing: the logarithm of the captions, or clips, compared."""
+    loss, train = config.loss.contrastive, config.train
+    clips = train.global_batch
+    if train.accumulation == "local":
+        clips = ranks * train.micro_clips(ranks)
+    of_clip, of_caption = math.log(clips * (1 + loss.negatives)), math.log(clips)
+    both = {"symmetric": (of_clip + of_caption) / 2, "a2t": of_clip, "t2a": of_caption}
+    weights = loss.prefix_weights or [1.0] * max(1, len(loss.prefixes))
+    return both[loss.direction] * sum(weights)
 
 
 def _recall(e: Examined) -> Iterator[Found]:
@@ -97,7 +110,7 @@ NOT_FINITE = Check(
 AT_CHANCE = Check(
     name="loss at chance",
     needs="metrics",
-    rule="have a contrastive loss below ln(batch) after the warm-up",
+    rule="have a contrastive loss below chance, ln(batch), after the warm-up",
     remedy="see whether captions belong to their sounds, whether both towers get gradients, and "
     "try optim.lr / 10",
     find=_at_chance,

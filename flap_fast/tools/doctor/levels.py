@@ -7,7 +7,15 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from flap_fast.data.preprocess.sound_file import SILENT
-from flap_fast.tools.doctor.records import Check, Examined, Found, Severity, Split, over_share
+from flap_fast.tools.doctor.records import (
+    Check,
+    Examined,
+    Found,
+    Severity,
+    Split,
+    is_many,
+    over_share,
+)
 from flap_fast.tools.doctor.scan import Sounds
 
 # Ordinary data have some of each; these fractions of a split are more (bench/LOG.md).
@@ -24,7 +32,7 @@ def _unreadable(e: Examined) -> Iterator[Found]:
         faults = split.sounds.faults
         first = next(iter(faults.values()), "")
         rows, total = np.array(sorted(faults), np.int64), len(split.picked)
-        level: Severity = "error" if len(rows) >= _UNREADABLE * total else "warning"
+        level: Severity = "error" if is_many(len(rows), total, _UNREADABLE) else "warning"
         got = f"of the first: {first}"
         yield from over_share(split, rows, got, most=0, total=total, severity=level)
 

@@ -14,7 +14,7 @@ import numpy as np
 from flap_fast.data.preprocess.sound_file import SILENT
 from flap_fast.data.preprocess.unusable import Unusable
 from flap_fast.tools.doctor.neighbours import Groups, near_pairs
-from flap_fast.tools.doctor.records import Check, Examined, Found, Severity, Split
+from flap_fast.tools.doctor.records import Check, Examined, Found, Severity, Split, is_many
 from flap_fast.tools.doctor.scan import in_order, waveform
 from flap_fast.tools.doctor.sketch import same_recording
 
@@ -23,7 +23,7 @@ RADIUS, NEAREST = 3.0, 8
 # The correlation of one recording with itself, encoded twice.
 SAME = 0.9
 # Of the smaller split; of a split's clips.
-_LEAKED, _REPEATED = 0.02, 0.02
+_LEAKED, _REPEATED = 0.02, 0.05
 _SHOWN = 3
 
 Clip = tuple[int, int]
@@ -76,7 +76,7 @@ def _leaks(e: Examined) -> Iterator[Found]:
             smaller = one if len(first.picked) < len(second.picked) else other
             count = sum(number == smaller for group in groups for number, _ in group)
             total = len(e.splits[smaller].picked)
-            level: Severity = "error" if count >= _LEAKED * total else "warning"
+            level: Severity = "error" if is_many(count, total, _LEAKED) else "warning"
             got = f"{count} of the {total} clips of {e.splits[smaller].name} are in both"
             shown = tuple(_pair(e, group, one, other) for group in groups[:_SHOWN])
             yield Found(level, f"{first.name}, {second.name}", got, count, total, shown)
@@ -94,9 +94,9 @@ def _repeats(e: Examined) -> Iterator[Found]:
         own = [rows for rows in own if len(rows) > 1]
         count, total = sum(len(rows) - 1 for rows in own), len(split.picked)
         if count:
-            level: Severity = "warning" if count >= _REPEATED * total else "note"
+            level: Severity = "warning" if is_many(count, total, _REPEATED) else "note"
             shown = tuple(" = ".join(split.names(rows[:2])) for rows in own[:_SHOWN])
-            yield Found(level, split.name, f"{count} are there again", count, total, shown)
+            yield Found(level, split.name, "copies of another clip", count, total, shown)
 
 
 LEAKS = Check(

@@ -22,6 +22,8 @@ Need = Literal["sounds", "captions", "tokens", "splits", "metrics", "weights", "
 
 # Examples of one finding.
 _SHOWN = 3
+# Fewer faulty clips are chance in a small split, whatever their share.
+FEWEST = 3
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,11 @@ class Finding:
         }
 
 
+def is_many(count: int, total: int, most: float) -> bool:
+    """Whether faulty rows are a share of `most` or more, and not just a few."""
+    return count >= max(most * total, FEWEST)
+
+
 def over_share(
     split: Split,
     rows: np.ndarray,
@@ -128,6 +135,8 @@ def over_share(
 ) -> Iterator[Found]:
     """A finding where any row is faulty: `severity` from a share of `most` on, below it a note.
 
+    Less than `FEWEST` are a note too, unless `most` is 0.
+
     Args:
         rows: the faulty ones' numbers.
         total: the rows that were looked at.
@@ -135,6 +144,6 @@ def over_share(
     """
     if len(rows) == 0:
         return
-    level: Severity = severity if len(rows) >= max(most * total, 1) else "note"
+    level: Severity = severity if not most or is_many(len(rows), total, most) else "note"
     examples = (names or split.names)(rows[:_SHOWN].tolist())
     yield Found(level, split.name, got, len(rows), total, examples)

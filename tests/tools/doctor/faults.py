@@ -48,10 +48,10 @@ def _leak() -> list[Row]:
 
 def _again() -> list[Row]:
     rows = sound()
-    stereo = [np.stack([rows[n].wave, 0.7 * rows[n].wave], 1) for n in (0, 1)]
+    stereo = [np.stack([rows[n].wave, 0.7 * rows[n].wave], 1) for n in (0, 1, 2)]
     return [
         *rows,
-        *(replace(r, wave=w, format="OGG") for r, w in zip(rows[8:10], stereo, strict=True)),
+        *(replace(r, wave=w, format="OGG") for r, w in zip(rows[8:11], stereo, strict=True)),
     ]
 
 

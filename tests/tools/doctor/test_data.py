@@ -10,7 +10,10 @@ import pytest
 
 from flap_fast import __main__ as cli
 from flap_fast.preparation.prepare import prepare
+from flap_fast.tools.doctor import CHECKS
 from flap_fast.tools.doctor.examine import examine, findings
+from flap_fast.tools.doctor.records import Check, Examined, Found
+from tests.sounds import write_manifest
 from tests.tools.doctor.faults import FAULTS
 from tests.tools.doctor.sets import SOUND_SETS, write
 
@@ -39,6 +42,24 @@ def test_a_planted_fault_is_named_and_no_other(name: str, tmp_path: Path, config
     check, planted = FAULTS[name]
     found = accused(write(tmp_path / "data", planted()), config=config)
     assert list(found) == [check], found
+
+
+@pytest.mark.parametrize("project", ["fluid", "sonicpi"])
+def test_sounds_of_the_demo_are_not_accused(project: str, tmp_path: Path):
+    rows = map(json.loads, Path("demo/manifest.jsonl").read_text().splitlines())
+    some = [row for row in rows if row["id"].startswith(project)][:60:2]
+    rows = ({**row, "audio": str(Path("demo", row["audio"]).resolve())} for row in some)
+    assert accused(write_manifest(tmp_path / "manifest.jsonl", rows)) == {}
+
+
+def test_a_check_is_one_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def find(e: Examined) -> list[Found]:
+        return [Found("error", split.name, f"{split.clips.count} clips") for split in e.splits]
+
+    check = Check("few clips", "sounds", "be many", "record more", find)
+    monkeypatch.setattr("flap_fast.tools.doctor.examine.CHECKS", (*CHECKS, check))
+    manifest = write(tmp_path / "data", SOUND_SETS["noises"]())
+    assert accused(manifest) == {"few clips": "train: 24 clips"}
 
 
 def test_shards_are_examined_as_the_manifest_they_are_of(tmp_path: Path):

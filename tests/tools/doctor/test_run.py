@@ -11,14 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from flap_fast.checks import ConfigError
 from flap_fast.config import Config
 from flap_fast.config.file import dump_config
 from flap_fast.model.model_folder import save_model
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.tensors import save_tensors
 from flap_fast.tools.doctor import towers
+from flap_fast.tools.doctor.curves import chance_loss
 from flap_fast.tools.doctor.examine import examine, findings
 from flap_fast.tools.doctor.records import Embedded, Examined
+from tests.test_cli import flap
 from tests.tiny import tiny
 
 Weights = dict[str, Tensor]
@@ -77,6 +80,16 @@ CURVES: dict[str, tuple[str, list[dict[str, float]]]] = {
 def test_a_curve_with_a_fault_is_named(name: str, tmp_path: Path):
     check, metrics = CURVES[name]
     assert accused(write_run(tmp_path / "run", still(), metrics)) == [check]
+
+
+def test_the_loss_of_chance_counts_what_is_compared():
+    local = ("train.accumulation=local", "train.micro_batch=2")
+    prefixes = ("loss.contrastive.prefixes=[4,16]", "loss.contrastive.prefix_weights=[1,0.5]")
+    assert chance_loss(tiny(), 2) == pytest.approx(math.log(8))
+    assert chance_loss(tiny(*local), 2) == pytest.approx(math.log(4))
+    assert chance_loss(tiny(*prefixes), 1) == pytest.approx(1.5 * math.log(8))
+    negatives = tiny("loss.contrastive.negatives=1")
+    assert chance_loss(negatives, 1) == pytest.approx((math.log(16) + math.log(8)) / 2)
 
 
 @pytest.fixture(scope="module")
@@ -166,13 +179,37 @@ def test_the_mean_cosine_is_that_of_all_pairs():
     assert towers.mean_cosine(rows) == pytest.approx(pairs.item(), abs=1e-6)
 
 
-def test_a_run_is_examined_with_its_data_and_its_model(prepared: Path, tmp_path: Path, first):
+@pytest.fixture
+def run(prepared: Path, tmp_path: Path, first: Weights) -> Path:
+    """A run with its data, whose text tower collapsed."""
     config = still(f"data.train={prepared}/train", f"data.val=[{prepared}/val]")
     head = max(n for n in first if n.startswith("text_head.") and n.endswith("weight"))
-    run = write_run(tmp_path / "run", config, rows())
-    checkpoint(run, 40, config, {**first, head: torch.zeros_like(first[head])})
+    folder = write_run(tmp_path / "run", config, rows())
+    checkpoint(folder, 40, config, {**first, head: torch.zeros_like(first[head])})
+    return folder
+
+
+def test_a_run_is_examined_with_its_data_and_its_model(run: Path):
     e = examine([run], threads=1, show=False)
     assert [(split.name, len(split.picked)) for split in e.splits] == [("train", 24), ("val", 6)]
     collapsed = next(f for f in findings(e) if f.check.name == "a collapsed tower")
     assert (collapsed.found.severity, collapsed.found.where) == ("error", "the text tower")
     assert e.lacking == {}
+
+
+def test_what_was_found_is_written_into_a_run_and_not_into_a_model(run: Path, monkeypatch):
+    model = run / "checkpoints/step-000040"
+    before = sorted(file.name for file in model.iterdir())
+    assert flap("doctor", model, "--embed", "0", monkeypatch=monkeypatch) == 0
+    assert sorted(file.name for file in model.iterdir()) == before
+    assert flap("doctor", run, monkeypatch=monkeypatch) == 1
+    answer = json.loads((run / "doctor.json").read_text())
+    assert answer["counts"]["error"] == 1
+    assert answer["not looked at"] == {}
+
+
+def test_a_run_beside_another_or_with_another_config_is_refused(run: Path):
+    with pytest.raises(ConfigError, match="a run's folder must be named once, before all DATA"):
+        examine([run, run], show=False)
+    with pytest.raises(ConfigError, match="--config must be left out with a run"):
+        examine([run], config=run / "config.yaml", show=False)
