@@ -70,6 +70,20 @@ def launched() -> Launched:
     return Launched(rank, world, local_rank, local_world, True)
 
 
+def launcher_facts() -> dict[str, str]:
+    """What started this process, on how many nodes, in which job of Slurm; {} if nothing did."""
+    env = os.environ
+    job = {"slurm_job": env["SLURM_JOB_ID"]} if "SLURM_JOB_ID" in env else {}
+    if "RANK" not in env:
+        return job
+    tasks = (program for program, names in _TASKS.items() if env.get(names[0]) == env["RANK"])
+    name = next(tasks, "by hand")
+    name = "deepspeed" if "CROSS_SIZE" in env else name
+    name = "torchrun" if "TORCHELASTIC_RUN_ID" in env else name
+    now = launched()
+    return {"launcher": name, "nodes": str(now.world // now.local_world)} | job
+
+
 def require_address() -> None:
     """Raise `ConfigError` where the environment does not say where ranks meet."""
     for name in ("MASTER_ADDR", "MASTER_PORT"):

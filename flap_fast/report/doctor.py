@@ -9,15 +9,15 @@ from typing import Any
 from flap_fast.checks import ConfigError, in_one_line
 
 
-def doctor_section(run: Path) -> dict[str, Any]:
-    """RUN/doctor.json, errors and warnings with their sentences; empty where there is none.
+def doctor_section(run: Path) -> dict[str, Any] | None:
+    """RUN/doctor.json, errors and warnings with their sentences; None where there is none.
 
     Raises:
         ConfigError: it is no answer of `flap doctor`.
     """
     file = run / "doctor.json"
     if not file.is_file():
-        return {}
+        return None
     try:
         answer = json.loads(file.read_bytes())
         bad = [row for row in answer["findings"] if row["severity"] != "note"]

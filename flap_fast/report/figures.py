@@ -8,13 +8,12 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
-
-import numpy as np
+from html import escape
+from typing import Any, NamedTuple
 
 from flap_fast.checks import ConfigError
-from flap_fast.evaluate.flops import CLIPS, encoder_flops
-from flap_fast.evaluate.retrieval import directions
+from flap_fast.evaluation.flops import CLIPS, encoder_flops
+from flap_fast.evaluation.retrieval import directions
 from flap_fast.files import visible
 from flap_fast.report.examples import RetrievalExamples
 from flap_fast.report.run import RunFacts
@@ -28,7 +27,7 @@ _STYLE = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # names may have a $
     "font.family": "sans-serif",
-    "font.size": 9,
+    "font.size": 10,
     "axes.edgecolor": _FAINT,
     "axes.labelcolor": _INK,
     "axes.titlesize": 10,
@@ -42,38 +41,59 @@ _STYLE = {
     "xtick.color": _INK,
     "ytick.color": _INK,
     "legend.frameon": False,
-    "legend.fontsize": 8,
+    "legend.fontsize": 9,
     "lines.linewidth": 1.6,
 }
 
 _NOUNS = {"audio": "sound"}
 
 
-def _label(name: str) -> str:
-    return visible(name.replace("_", " "), document=True)
+class Figure(NamedTuple):
+    """A figure under its title, or the numbers where there is no curve to draw."""
+
+    title: str
+    svg: str = ""
+    numbers: Sequence[tuple[str, str]] = ()
+    note: str = ""
 
 
-def curves(run: RunFacts) -> dict[str, str]:
-    """Curves over the steps, {title: SVG}."""
+class Curve(NamedTuple):
+    """What one figure draws over the steps."""
+
+    title: str
+    unit: str
+    names: Sequence[str]
+    """Columns of metrics.jsonl."""
+    within: tuple[float | None, float | None] = (None, None)
+    """Limits of the axis of values."""
+
+    @property
+    def factor(self) -> float:
+        """Fractions are shown in percent, on the whole page."""
+        return 100 if self.unit == "%" else 1
+
+
+def curves(run: RunFacts) -> list[Figure]:
+    """Curves over the steps."""
     terms = _terms(run)
-    both = {"Loss and its terms": ["loss", *terms]} if len(terms) > 1 else {"Loss": ["loss"]}
-    found = {title: _lines(run, names) for title, names in both.items()}
+    both = Curve("Loss and its terms", "", ["loss", *terms])
+    wanted = [both if len(terms) > 1 else Curve("Loss", "", ["loss"])]
     scores = sorted({name for row in run.scored for name in row if name != "step"})
     for metric in ("R@10", "mAP@10"):
         names = [name for name in scores if name.endswith(f"/{metric}")]
         if names:
-            found[f"Validation {metric}"] = _lines(run, names, within=(0, 1))
-    found |= {
-        "R@1 within the batch": _lines(run, ["in_batch_R@1"], within=(0, 1)),
-        "Gradient norm": _lines(run, ["grad_norm"]),
-        "Logit scale": _lines(run, ["scale"]),
-        **({"Logit bias": _lines(run, ["bias"])} if "bias" in run.steps[-1] else {}),
-        "Learning rate": _lines(run, ["lr"], within=(0, None)),
-        "Throughput": _lines(run, ["clips_per_s"], "clips/s", within=(0, None)),
-        "Fraction of a step that waits for data": _lines(run, ["data_wait"], within=(0, 1)),
-        "Peak memory": _lines(run, ["peak_mib"], "MiB", within=(0, None)),
-    }
-    return found
+            wanted.append(Curve(f"{metric} on data.val", "%", names, (0, 100)))
+    wanted += [
+        Curve("R@1 within a batch", "%", ["in_batch_R@1"], (0, 100)),
+        Curve("Gradient norm", "", ["grad_norm"]),
+        Curve("Logit scale", "", ["scale"]),
+        *([Curve("Logit bias", "", ["bias"])] if "bias" in run.steps[-1] else []),
+        Curve("Learning rate", "", ["lr"], (0, None)),
+        Curve("Throughput", "clips/s", ["clips_per_s"], (0, None)),
+        Curve("Time that waits for data", "%", ["data_wait"], (0, 100)),
+        Curve("Peak memory of a rank", "MiB", ["peak_mib"], (0, None)),
+    ]
+    return [_figure(run, curve) for curve in wanted]
 
 
 def _terms(run: RunFacts) -> list[str]:
@@ -82,42 +102,84 @@ def _terms(run: RunFacts) -> list[str]:
     return names[names.index("loss") + 1 : names.index("grad_norm")]
 
 
-def _lines(
-    run: RunFacts,
-    names: Sequence[str],
-    unit: str = "",
-    within: tuple[float | None, float | None] = (None, None),
-) -> str:
+def _figure(run: RunFacts, curve: Curve) -> Figure:
+    series = {_series(name): run.column(name) for name in curve.names}
+    series = {name: (steps, curve.factor * y) for name, (steps, y) in series.items() if len(steps)}
+    title = curve.title + (f", {curve.unit}" if curve.unit else "")
+    if all(len(steps) == 1 for steps, _ in series.values()):
+        numbers = [(name, _number(y[0], curve.unit)) for name, (_, y) in series.items()]
+        at = sorted({int(steps[0]) for steps, _ in series.values()})
+        return Figure(curve.title, "", numbers, f"At step {', '.join(map(str, at))}.")
+    last = ", ".join(
+        f"{name} from {_number(y[0], curve.unit)} to {_number(y[-1], curve.unit)}"
+        for name, (_, y) in series.items()
+    )
+
     def draw(axis: Any) -> None:
-        for number, name in enumerate(names):
-            steps, values = run.column(name)
+        for number, (name, (steps, values)) in enumerate(series.items()):
             few = {"marker": "o", "markersize": 3} if len(steps) < 30 else {}
-            color = _LINES[number % len(_LINES)]
-            axis.plot(steps, values, color=color, label=_label(name), **few)
+            axis.plot(steps, values, color=_LINES[number % len(_LINES)], label=name, **few)
         axis.set_xlabel("step")
-        axis.set_ylabel(unit)
         axis.set_xlim(0, 1.03 * run.steps[-1]["step"])
-        axis.set_ylim(*within)
-        if len(names) > 1:
+        axis.set_ylim(*curve.within)
+        if len(series) > 1:
             axis.legend()
 
-    return _svg("-".join(names), draw)
+    return Figure(title, _svg("-".join(curve.names), f"{title} by step: {last}", draw))
 
 
-def similarity(examples: RetrievalExamples) -> str:
+def _series(name: str) -> str:
+    """A column as a legend says it; of scores, without the metric, which the title has."""
+    *data, direction, _ = name.split("/") if name.count("/") > 1 else (name, "")
+    data_set = f"{'/'.join(data)}: " if data else ""
+    return visible(data_set + direction.replace("_", " "), document=True)
+
+
+def _number(value: float, unit: str) -> str:
+    digits = {"%": ".2f", "MiB": ",.0f", "clips/s": ",.0f"}.get(unit, ".4g")
+    return f"{value:{digits}}" + (f" {unit}" if unit else "")
+
+
+def of_examples(examples: RetrievalExamples) -> list[Figure]:
+    """Similarities of a validation set, and alignment and uniformity of the kept checkpoints."""
+    found = [similarity(examples)]
+    if len(examples.geometry) > 1:
+        found.append(alignment_over_uniformity(examples))
+    elif examples.geometry:
+        (one,) = examples.geometry.values()
+        numbers = [(n.replace("_", " "), f"{v:.3f}") for n, v in one.items() if v is not None]
+        found.append(Figure("Alignment and uniformity", "", numbers, _GEOMETRY))
+    return found
+
+
+def similarity(examples: RetrievalExamples) -> Figure:
     """Cosines of clips (rows) with captions (columns), each clip's own on the diagonal."""
+    noun = _NOUNS.get(examples.modality, examples.modality)
+    title = f"Similarity of {len(examples.similarity)} {noun}s and captions"
+    note = (
+        f"Each {noun}'s own caption lies on the diagonal, which is bright where the model is right."
+    )
 
     def draw(axis: Any) -> None:
         image = axis.imshow(examples.similarity, cmap="viridis", interpolation="nearest")
         axis.grid(visible=False)
         axis.set_xlabel("caption of clip")
-        axis.set_ylabel(f"{_NOUNS.get(examples.modality, examples.modality)} of clip")
+        axis.set_ylabel(f"{noun} of clip")
         axis.figure.colorbar(image, ax=axis, label="cosine").outline.set_edgecolor(_FAINT)
 
-    return _svg(f"similarity-{examples.name}", draw, size=(5.2, 4.4))
+    diagonal = examples.similarity.diagonal().mean()
+    alt = f"{title}: mean cosine {examples.similarity.mean():.3f}, on the diagonal {diagonal:.3f}"
+    svg = _svg(f"similarity-{examples.name}", alt, draw, size=(4.4, 3.7))
+    return Figure(title, svg, note=note)
 
 
-def alignment_over_uniformity(examples: RetrievalExamples) -> str:
+_GEOMETRY = (
+    "Of embeddings on the unit sphere. Lower alignment: pairs lie closer. Lower uniformity: all of "
+    "them are spread more evenly."
+)
+
+
+def alignment_over_uniformity(examples: RetrievalExamples) -> Figure:
     """A point for each side of each kept checkpoint; the last is filled."""
 
     def draw(axis: Any) -> None:
@@ -130,17 +192,20 @@ def alignment_over_uniformity(examples: RetrievalExamples) -> str:
             axis.plot(x, y, color=_LINES[number], linewidth=0.8)
             axis.scatter(x, y, edgecolors=_LINES[number], facecolors=faces, label=side, zorder=3)
             for step, at, high in zip(steps, x, y, strict=True):
-                offset = {"xytext": (5, 4), "textcoords": "offset points", "fontsize": 7}
+                offset = {"xytext": (5, 4), "textcoords": "offset points", "fontsize": 9}
                 axis.annotate(f"step {step}", (at, high), **offset)
         axis.margins(0.2)
-        axis.set_xlabel("uniformity (lower: more even)")
-        axis.set_ylabel("alignment (lower: pairs closer)")
+        axis.set_xlabel("uniformity")
+        axis.set_ylabel("alignment")
         axis.legend()
 
-    return _svg(f"geometry-{examples.name}", draw)
+    title = "Alignment and uniformity of the kept checkpoints"
+    steps = ", ".join(str(step) for step in sorted(examples.geometry))
+    svg = _svg(f"geometry-{examples.name}", f"{title}, of steps {steps}", draw, size=(4.4, 3.7))
+    return Figure(title, svg, note=_GEOMETRY)
 
 
-def recall_over_gflops(runs: Sequence[RunFacts], name: str) -> str:
+def recall_over_gflops(runs: Sequence[RunFacts], name: str) -> Figure:
     """R@1 on one validation set over the encoder's GFLOPs in training, as in FLAP's Figure 3.
 
     Args:
@@ -157,14 +222,16 @@ def recall_over_gflops(runs: Sequence[RunFacts], name: str) -> str:
                 face = _LINES[number] if run is runs[0] else "none"
                 at = (costs[run.name, run.folder], 100 * recall)
                 axis.scatter(*at, edgecolors=_LINES[number], facecolors=face, zorder=3, **label)
-                offset = {"xytext": (6, 3), "textcoords": "offset points", "fontsize": 7}
+                offset = {"xytext": (6, 3), "textcoords": "offset points", "fontsize": 9}
                 axis.annotate(run.name, at, **offset)
         axis.margins(0.25)
         axis.set_xlabel(f"GFLOPs of the {modality} encoder, {CLIPS} clips, as trained")
         axis.set_ylabel("R@1, %")
         axis.legend()
 
-    return _svg(f"gflops-{name}", draw)
+    title = f"R@1 on {name} over the {modality} encoder's GFLOPs"
+    alt = f"{title}: {', '.join(run.name for run in runs)}"
+    return Figure(title, _svg(f"gflops-{name}", alt, draw))
 
 
 def gflops(run: RunFacts) -> float:
@@ -172,7 +239,9 @@ def gflops(run: RunFacts) -> float:
     return encoder_flops(run.config, clips=CLIPS) / 1e9
 
 
-def _svg(name: str, draw: Callable[[Any], None], size: tuple[float, float] = (4.4, 2.9)) -> str:
+def _svg(
+    name: str, alt: str, draw: Callable[[Any], None], size: tuple[float, float] = (4.4, 2.8)
+) -> str:
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
@@ -192,9 +261,7 @@ def _svg(name: str, draw: Callable[[Any], None], size: tuple[float, float] = (4.
     prefix = re.sub(r"\W", lambda sign: f"-{ord(sign[0]):x}-", name)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", svg)
     # The page gives the width; the view box keeps the shape.
-    return re.sub(r'<svg[^>]*(viewBox="[^"]*")[^>]*>', r'<svg \1 role="img">', svg, count=1)
-
-
-def spread(values: np.ndarray) -> str:
-    """Median and range as a text."""
-    return f"{np.median(values):,.1f} ({values.min():,.1f} to {values.max():,.1f})"
+    label = escape(visible(alt, document=True))
+    start = re.search(r"<svg[^>]*(viewBox=\"[^\"]*\")[^>]*>", svg)
+    assert start
+    return f'<svg {start[1]} role="img" aria-label="{label}">{svg[start.end() :]}'

@@ -1,26 +1,39 @@
 """`flap report`: one self-contained HTML page of a run.
 
-run folder -> RunFacts -> figures and tables -> page.html.jinja -> one file, nothing fetched
+run folder -> RunFacts -> a function a section -> templates/SECTION.html.jinja -> one file
+
+Nothing is fetched by the page. A new section is a function here, a line in `SECTIONS` and a
+template named by its id.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flap_fast.checks import ConfigError
 from flap_fast.config.file import dump_config
-from flap_fast.evaluate.flops import CLIPS
-from flap_fast.evaluate.sheet import Sheet
-from flap_fast.evaluate.tables import sheets
+from flap_fast.evaluation.tables import sheets
 from flap_fast.files import visible, write_atomically
-from flap_fast.report import figures
+from flap_fast.report import facts, figures
 from flap_fast.report.doctor import doctor_section
 from flap_fast.report.examples import retrieval_examples
 from flap_fast.report.run import RunFacts, read_run
+
+Contents = dict[str, Any]
+
+
+class Section(NamedTuple):
+    """A part of the page under its heading."""
+
+    id: str
+    """The name of its template, and of the link to it."""
+    heading: str
+    contents: Callable[[RunFacts, Sequence[RunFacts]], Contents | None]
+    """Of the run, and of the others beside it: the template's `found`; None leaves it out."""
 
 
 def report(folder: Path, out: Path | None = None, *, others: Sequence[Path] = ()) -> Path:
@@ -32,63 +45,35 @@ def report(folder: Path, out: Path | None = None, *, others: Sequence[Path] = ()
     Raises:
         ConfigError: no run, or matplotlib or Jinja2 is not installed.
     """
-    run = read_run(folder)
+    run, beside = read_run(folder), [read_run(other) for other in others]
     file = out or folder / "report.html"
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(
-        file, _rendered(**_contents(run, [read_run(other) for other in others])).encode()
-    )
+    sections = []
+    for section in SECTIONS:
+        found = section.contents(run, beside)
+        if found is not None:
+            sections.append({"id": section.id, "heading": section.heading, "found": found})
+    write_atomically(file, _rendered(run=run, sections=sections).encode())
     return file
 
 
-def _contents(run: RunFacts, others: list[RunFacts]) -> dict[str, Any]:
-    examples, missing = retrieval_examples(run)
-    gflops, undrawn = _over_gflops(run, others)
-    return {
-        "run": run,
-        "written": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-        "version": version("flap_fast"),
-        "summary": _summary(run),
-        "curves": figures.curves(run),
-        "tables": _tables(run),
-        "examples": [
-            {
-                "of": one,
-                "similarity": figures.similarity(one),
-                "geometry": figures.alignment_over_uniformity(one) if one.geometry else "",
-            }
-            for one in examples
-        ],
-        "missing": [*missing, *undrawn],
-        "gflops": gflops,
-        "config": dump_config(run.config),
-        "doctor": doctor_section(run.folder),
-    }
+def _run(run: RunFacts, others: Sequence[RunFacts]) -> Contents:
+    return {"command": run.environment.get("command", ""), "facts": facts.facts(run)}
 
 
-def _summary(run: RunFacts) -> dict[str, str]:
-    """The numbers at the top of the page."""
-    last, config = run.steps[-1], run.config
-    planned = config.train.steps
-    _, speed = run.column("clips_per_s")
-    _, memory = run.column("peak_mib")
-    return {
-        "steps": f"{last['step']:,}" + (f" of {planned:,}" if planned else ""),
-        "global batch": f"{config.train.global_batch:,}",
-        "last loss": f"{last['loss']:.4f}",
-        "clips/s, median and range": figures.spread(speed),
-        "peak memory of a rank": f"{memory.max():,.0f} MiB",
-        f"{run.modality} encoder": f"{figures.gflops(run):.1f} GFLOPs for {CLIPS} clips",
-    }
+def _scores(run: RunFacts, others: Sequence[RunFacts]) -> Contents:
+    return {"tables": sheets(run.scores) if run.scores else []}
 
 
-def _tables(run: RunFacts) -> list[Sheet]:
-    return sheets(run.scores) if run.scores else []
+def _training(run: RunFacts, others: Sequence[RunFacts]) -> Contents:
+    return {"curves": figures.curves(run)}
 
 
-def _over_gflops(run: RunFacts, others: list[RunFacts]) -> tuple[dict[str, str], list[str]]:
-    """A figure (SVG) for each validation set, and why another run is not in it."""
-    found, missing = {}, []
+def _compute(run: RunFacts, others: Sequence[RunFacts]) -> Contents | None:
+    """A figure for each validation set, and why another run is not in it."""
+    if not others:
+        return None
+    found, missing = [], []
     for name in run.scores.get("retrieval", {}):
         drawn = [run]
         for other in others:
@@ -97,8 +82,39 @@ def _over_gflops(run: RunFacts, others: list[RunFacts]) -> tuple[dict[str, str],
                 missing.append(f"{other.name} is not drawn over GFLOPs on {name}: {why}.")
             else:
                 drawn.append(other)
-        found[name] = figures.recall_over_gflops(drawn, name)
-    return found, missing
+        if len(drawn) > 1:
+            found.append(figures.recall_over_gflops(drawn, name))
+    return {"figures": found, "missing": missing}
+
+
+def _examples(run: RunFacts, others: Sequence[RunFacts]) -> Contents:
+    examples, missing = retrieval_examples(run)
+    drawn = [{"of": one, "figures": figures.of_examples(one)} for one in examples]
+    return {"sets": drawn, "missing": missing}
+
+
+def _doctor(run: RunFacts, others: Sequence[RunFacts]) -> Contents | None:
+    return doctor_section(run.folder)
+
+
+def _settings(run: RunFacts, others: Sequence[RunFacts]) -> Contents:
+    return {
+        "sessions": facts.session_rows(run),
+        "session_head": facts.SESSION_HEAD,
+        "versions": facts.versions(run),
+        "config": dump_config(run.config),
+    }
+
+
+SECTIONS = (
+    Section("run", "The run", _run),
+    Section("scores", "Scores", _scores),
+    Section("training", "During training", _training),
+    Section("compute", "Recall against compute", _compute),
+    Section("examples", "Examples", _examples),
+    Section("doctor", "What flap doctor found", _doctor),
+    Section("settings", "Settings and versions", _settings),
+)
 
 
 def _why_not(run: RunFacts, other: RunFacts, name: str) -> str:
@@ -129,11 +145,15 @@ def _rendered(**contents: Any) -> str:
     except ImportError:
         raise ConfigError("reports must have Jinja2; pip install 'flap_fast[report]'") from None
     environment = Environment(
-        loader=PackageLoader("flap_fast.report", "."),
+        loader=PackageLoader("flap_fast.report", "templates"),
         autoescape=True,
         finalize=_shown,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html.jinja").render(**contents)
+    return environment.get_template("page.html.jinja").render(
+        written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        version=version("flap_fast"),
+        **contents,
+    )

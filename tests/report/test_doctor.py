@@ -12,7 +12,7 @@ from flap_fast.report.doctor import doctor_section
 from flap_fast.report.page import report
 from flap_fast.tools.doctor.records import Check, Examined, Finding, Found
 from flap_fast.tools.doctor.tables import as_json
-from flap_fast.train.loop import train
+from flap_fast.training.loop import train
 from tests.tiny import tiny
 
 CHECK = Check("a <b>fault</b>", "sounds", "be right", "mend it", lambda e: [])
@@ -27,7 +27,7 @@ def test_the_page_has_errors_with_their_remedies_and_no_section_without(
 ):
     train(tiny(f"run.folder={tmp_path}", f"data.train={prepared}/train", "train.steps=1"))
     run = tmp_path / "flap"
-    assert "by flap doctor" not in report(run).read_text()
+    assert "What flap doctor found" not in report(run).read_text()
     error, note = (
         Found("error", "val", "2 of 3", examples=("x < y",)),
         Found("note", "train", "one"),
@@ -36,7 +36,7 @@ def test_the_page_has_errors_with_their_remedies_and_no_section_without(
     page = report(run).read_text()
     assert "a &lt;b&gt;fault&lt;/b&gt;, val: 2 of 3" in page
     assert "must be right; mend it. For example x &lt; y" in page
-    assert "1 errors, 0 warnings, 1 notes, by flap doctor." in page
+    assert "1 errors, 0 warnings, 1 notes" in page
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"findings": 3}', '{"findings": [{}], "counts": {}}'])

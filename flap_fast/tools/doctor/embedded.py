@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from flap_fast.data.tokenize import tokenizer
-from flap_fast.evaluate.embed import embed, read_texts
+from flap_fast.evaluation.embed import embed, read_texts
 from flap_fast.model.model_folder import load_model
 from flap_fast.ranks import Ranks
 from flap_fast.tools.doctor.records import Embedded, Examined, Split

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from flap_fast.checks import require
 from flap_fast.config.file import load_config
 from flap_fast.data.tokenize import Tokenizer, tokenizer
-from flap_fast.evaluate.run import names
+from flap_fast.evaluation.run import names
 from flap_fast.files import visible
 from flap_fast.model.model_folder import read_config
 from flap_fast.tools.doctor import CHECKS, weights
