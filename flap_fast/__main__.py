@@ -17,7 +17,7 @@ from rich.console import Console
 
 from flap_fast import __version__
 from flap_fast.checks import ConfigError, require
-from flap_fast.commands import enrich, exchange, prepare, report, score, train, use
+from flap_fast.commands import doctor, enrich, exchange, prepare, report, score, train, use
 from flap_fast.commands.errors import print_and_status, print_error
 from flap_fast.commands.length import LengthOption
 from flap_fast.commands.usage import Commands
@@ -72,6 +72,7 @@ def main_options(
 
 
 app.command()(prepare.prepare)
+app.command()(doctor.doctor)
 
 
 app.command()(train.train)

@@ -19,6 +19,7 @@ from flap_fast.config.file import dump_config
 from flap_fast.evaluation.tables import sheets
 from flap_fast.files import visible, write_atomically
 from flap_fast.report import facts, figures
+from flap_fast.report.doctor import doctor_section
 from flap_fast.report.examples import retrieval_examples
 from flap_fast.report.run import RunFacts, read_run
 
@@ -92,6 +93,10 @@ def _examples(run: RunFacts, others: Sequence[RunFacts]) -> Contents:
     return {"sets": drawn, "missing": missing}
 
 
+def _doctor(run: RunFacts, others: Sequence[RunFacts]) -> Contents | None:
+    return doctor_section(run.folder)
+
+
 def _settings(run: RunFacts, others: Sequence[RunFacts]) -> Contents:
     return {
         "sessions": facts.session_rows(run),
@@ -107,6 +112,7 @@ SECTIONS = (
     Section("training", "During training", _training),
     Section("compute", "Recall against compute", _compute),
     Section("examples", "Examples", _examples),
+    Section("doctor", "What flap doctor found", _doctor),
     Section("settings", "Settings and versions", _settings),
 )
 

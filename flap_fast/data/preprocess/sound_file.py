@@ -93,6 +93,13 @@ class SoundFile(soundfile.SoundFile):
     def mono_blocks(self, frames: int) -> Iterator[np.ndarray]:
         """Yield the next `frames`, or those up to the end: (n,) float32, channels averaged.
 
+        Raises what `checked_blocks` raises.
+        """
+        return (wave for _, wave in self.checked_blocks(frames))
+
+    def checked_blocks(self, frames: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield them as (n, channels) float32 and averaged to (n,).
+
         Raises:
             BadSound: a sample is not finite, or beyond `LOUDEST`; more than `LONGEST_S`; after the
                 last block, channels that cancel out, or 16-bit values stored as 32-bit ones.
@@ -107,7 +114,7 @@ class SoundFile(soundfile.SoundFile):
             peak = max(peak, its_peak)
             if peak < SILENT:
                 loudest = max(loudest, float(np.abs(block).max(initial=0)))
-            yield wave
+            yield block, wave
         self._check_end(frames, LONGEST_S * self.samplerate - left)
         check_peaks(peak, loudest)
         if self.subtype == "PCM_32" and 0 < peak <= QUIETEST:

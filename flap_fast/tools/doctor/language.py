@@ -1,0 +1,111 @@
+"""Captions in another language of the Latin script, told by their function words.
+
+A caption is taken for another language's if it has two of that language's words and more of them
+than English ones. What it cannot see: captions without function words ("dog, loud"), very short
+ones, and languages that are not listed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+from flap_fast.tools.doctor.caption_text import quoted
+from flap_fast.tools.doctor.records import Check, Examined, Found, over_share
+
+_OTHER = 0.05
+_LEAST = 2
+
+# Frequent words of each language that are no words of English.
+_ENGLISH = frozenset(
+    [
+        "the",
+        "a",
+        "an",
+        "and",
+        "of",
+        "in",
+        "is",
+        "are",
+        "with",
+        "to",
+        "on",
+        "at",
+        "by",
+        "while",
+        "then",
+        "as",
+        "from",
+        "for",
+        "it",
+        "its",
+        "into",
+        "over",
+        "through",
+        "some",
+        "someone",
+        "something",
+        "being",
+        "was",
+        "were",
+        "this",
+        "that",
+        "there",
+        "be",
+        "has",
+        "have",
+        "followed",
+        "several",
+    ]
+)
+_WORDS = {
+    "German": "der die das und ein eine einer einem einen ist mit im in auf von zu den dem nicht "
+    "während wird sich aus bei für über",
+    "French": "le la les et un une des du dans avec est sur pour que qui au aux sont pendant par",
+    "Spanish": "el la los las un una de en con que es por para del al mientras se su está",
+    "Italian": "il lo la gli un una di che con per del della nel nella è sono mentre si al",
+    "Portuguese": "os um uma de do da em com que no na por para são está enquanto se ao",
+    "Dutch": "de het een en van in is met op te dat zijn niet voor aan door terwijl wordt er",
+    "Polish": "na się jest nie do przez że po jak oraz podczas",
+    "Swedish": "en ett och är som på med av för till den det medan",
+    "Turkish": "bir ve bu ile için çok olan gibi daha sonra ses",
+}
+_TABLES = {name: frozenset(words.split()) - _ENGLISH for name, words in _WORDS.items()}
+_WORD = re.compile(r"[^\W\d_]+")
+
+
+def other_language(text: str) -> str | None:
+    """The language of a caption, if it is one of those known here and not English."""
+    words = _WORD.findall(text.lower())
+    name, count = max(
+        ((name, len(table.intersection(words))) for name, table in _TABLES.items()),
+        key=lambda found: found[1],
+    )
+    english = len(_ENGLISH.intersection(words))
+    return name if count >= _LEAST and count > english else None
+
+
+def _find(e: Examined) -> Iterator[Found]:
+    for split in e.splits:
+        languages = [other_language(text) for text in split.captions.texts]
+        rows = np.array([n for n, language in enumerate(languages) if language], np.int64)
+        named = ", ".join(sorted({str(languages[n]) for n in rows.tolist()}))
+        yield from over_share(
+            split,
+            rows,
+            f"{named} by its function words",
+            most=_OTHER,
+            total=len(languages),
+            names=lambda r, s=split: quoted(s, r),
+        )
+
+
+OTHER_LANGUAGE = Check(
+    name="another language",
+    needs="captions",
+    rule="be in English, as most text encoders are",
+    remedy="translate them, or take a text encoder of many languages",
+    find=_find,
+)

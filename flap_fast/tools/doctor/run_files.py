@@ -1,0 +1,66 @@
+"""The files of a run or of a model that `flap doctor` looks at."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flap_fast.checks import require
+from flap_fast.config import Config
+from flap_fast.config.file import load_config
+from flap_fast.files import parsed_json
+from flap_fast.model.model_folder import step_folders
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """A run's folder, or a model's: then there is no row and one checkpoint."""
+
+    folder: Path
+    config: Config
+    rows: list[Row]
+    """Rows of training steps, in their order."""
+    checkpoints: list[Path]
+    """In the order of their steps."""
+    ranks: int
+    bad_clips: int
+    """Rows of bad_clips*.jsonl."""
+
+
+def is_run(path: Path) -> bool:
+    """Whether a path is a run's or a model's folder."""
+    return (path / "config.yaml").is_file() and not any(path.glob("*.tar"))
+
+
+def read_run(folder: Path) -> RunFiles:
+    """Read a run's folder, also of one that goes on or was killed."""
+    checkpoints = step_folders(folder / "checkpoints")
+    if (folder / "model.safetensors").is_file():
+        checkpoints = [folder]
+    environment = folder / "environment.json"
+    ranks = json.loads(environment.read_text())["ranks"] if environment.is_file() else 1
+    bad = [file.read_text().splitlines() for file in folder.glob("bad_clips*.jsonl")]
+    return RunFiles(
+        folder=folder,
+        config=load_config(folder / "config.yaml"),
+        rows=[row for row in _rows(folder / "metrics.jsonl") if "loss" in row],
+        checkpoints=checkpoints,
+        ranks=int(str(ranks).split()[0]),
+        bad_clips=sum(map(len, bad)),
+    )
+
+
+def _rows(file: Path) -> list[Row]:
+    """The rows of a file; the last may be half written."""
+    lines = file.read_text().splitlines() if file.is_file() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(parsed_json(line))
+        except json.JSONDecodeError:
+            require(number == len(lines), f"{file}, line {number},", "be JSON", line[:60])
+    return rows

@@ -1,0 +1,121 @@
+"""What `flap doctor` is pointed at -> splits of clips: shards, manifests, or a run's data.
+
+FOLDER/*.tar              one split
+FOLDER/SPLIT/*.tar        a split for each folder, as `flap prepare` writes them
+manifest.jsonl, .csv      its column `split`
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flap_fast.checks import require
+from flap_fast.data.preprocess.sound_file import Source
+from flap_fast.data.preprocess.unusable import Unread, Unusable
+from flap_fast.data.shards import KINDS, Shards, open_shards
+from flap_fast.preparation.manifest import Entry, read_manifest
+
+_REMEDY = "write shards with: flap prepare MANIFEST OUT"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A clip's sound: a file or its bytes, and which part of it."""
+
+    source: Source
+    start_s: float = 0.0
+    duration_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Clips:
+    """N clips, read one at a time."""
+
+    count: int
+    kind: str
+    """`sounds`, `images` or `mels`."""
+    name: Callable[[int], str]
+    piece: Callable[[int], Piece]
+    """Raises `Unusable`."""
+    captions: Callable[[int], list[str]]
+    """Raises `Unusable`."""
+    shards: Shards | None = None
+    """Where they lie in shards."""
+
+
+def open_data(paths: Sequence[Path]) -> dict[str, Clips]:
+    """The splits of folders of shards and of manifests, by name.
+
+    Raises:
+        ConfigError: a path that is neither.
+        ShardError, ManifestError: one that cannot be read.
+    """
+    every = [(path, name, clips) for path in paths for name, clips in _splits(path)]
+    count = Counter(name for _, name, _ in every)
+    found: dict[str, Clips] = {}
+    for path, name, clips in every:
+        if count[name] > 1:  # splits of one name are told apart by where they lie
+            name = f"{(path.parent if path.is_file() else path).resolve().name}/{name}"
+        found[f"{path}: {name}" if name in found else name] = clips
+    return found
+
+
+def _splits(path: Path) -> Iterator[tuple[str, Clips]]:
+    if path.is_file() and path.suffix.lower() != ".tar":
+        entries = read_manifest(path)
+        for name in dict.fromkeys(entry.split for entry in entries):
+            yield name, of_entries([entry for entry in entries if entry.split == name])
+        return
+    rule = "be a folder of shards, one of such folders, a manifest or a run's folder"
+    require(path.is_dir(), "DATA", rule, path, _REMEDY)
+    if any(path.glob("*.tar")):
+        yield path.resolve().name, of_shards([path])
+        return
+    inside = sorted({tar.parent for tar in path.glob("*/*.tar")})
+    require(bool(inside), "DATA", rule, path, _REMEDY)
+    for folder in inside:
+        yield folder.name, of_shards([folder])
+
+
+def of_shards(folders: Sequence[Path]) -> Clips:
+    """The clips of folders of shards, together one split."""
+    shards = open_shards(folders, tuple(KINDS))
+    return Clips(
+        count=len(shards),
+        kind=shards.kind,
+        name=lambda clip: _name(shards, clip),
+        piece=lambda clip: Piece(shards.encoded(clip)),
+        captions=lambda clip: shards.record(clip, captionless=True)["text"],
+        shards=shards,
+    )
+
+
+def of_entries(entries: list[Entry]) -> Clips:
+    """The clips of a manifest's rows."""
+
+    def piece(clip: int) -> Piece:
+        entry = entries[clip]
+        if not entry.audio.is_file():
+            raise Unread("missing: no such file")
+        return Piece(entry.audio, entry.start_s, entry.duration_s)
+
+    return Clips(
+        count=len(entries),
+        kind="images" if entries[0].image else "sounds",
+        name=lambda clip: entries[clip].id,
+        piece=piece,
+        captions=lambda clip: entries[clip].captions,
+    )
+
+
+def _name(shards: Shards, clip: int) -> str:
+    """A clip's id, where its JSON has one, else its shard and offset."""
+    try:
+        name = shards.record(clip, captionless=True).get("id")
+    except Unusable:
+        name = None
+    file, offset, *_ = shards.locations[clip].tolist()
+    return str(name) if name else f"{shards.files[file].name} at byte {offset}"

@@ -1,0 +1,1 @@
+"""Data and runs with faults that `flap doctor` must name, and without."""
