@@ -50,8 +50,15 @@ def export(
         Path,
         typer.Argument(help="A folder for transformers, or a .pt for LAION-CLAP or OpenAI's CLIP."),
     ],
+    onnx: Annotated[
+        bool,
+        typer.Option("--onnx", help="A folder that onnxruntime runs, without PyTorch; also int8."),
+    ] = False,
 ) -> None:
     """Convert a model for other projects: a `ClapModel` if possible, a CLIP in OpenAI's names."""
-    from flap_fast.interchange.convert import export_checkpoint
+    if onnx:
+        from flap_fast.interchange.to_onnx.folder import export_onnx as write
+    else:
+        from flap_fast.interchange.convert import export_checkpoint as write
 
-    say(f"{out}: {export_checkpoint(checkpoint, out)}")
+    say(f"{out}: {write(checkpoint, out)}")

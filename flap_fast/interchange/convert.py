@@ -81,7 +81,7 @@ def import_checkpoint(
         ConfigError: an unknown layout, or tensors that do not fit, each of them named.
     """
     require(path.exists(), "the checkpoint", "exist", path)
-    with _appearing(out) as folder, TemporaryDirectory() as work:
+    with appearing(out) as folder, TemporaryDirectory() as work:
         source = _opened(path, Path(work), overrides, strip, partial, decoder)
         imported = _layout_of(source).read(source)
         torch.manual_seed(imported.config.run.seed)
@@ -185,7 +185,7 @@ def export_checkpoint(path: Path, out: Path) -> str:
     if form == "file":
         require(not out.exists(), "OUT", "be new", out)
         return layout.write(export, out) + left_out
-    with _appearing(out) as inside:
+    with appearing(out) as inside:
         return layout.write(export, inside) + left_out
 
 
@@ -210,7 +210,7 @@ def _unused(folder: Path) -> tuple[str, Tensors]:
 
 
 @contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
+def appearing(out: Path) -> Iterator[Path]:
     """Yield a folder to write into, which becomes `out` unless an exception is raised."""
     require(not out.exists() or (out.is_dir() and not any(out.iterdir())), "OUT", "be new", out)
     out.parent.mkdir(parents=True, exist_ok=True)
