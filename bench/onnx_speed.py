@@ -6,7 +6,7 @@
 
 A sound's time is that from its samples to its embedding, front end included, one sound at a time; a
 caption's that from its tokens, alone and as one of 32. A round is PyTorch, float32, int8, PyTorch;
-a ratio is to the mean of both PyTorchs of its round: the median over rounds. The real-time factor
+a ratio is to the mean of both PyTorchs of its round: median, least and most. The real-time factor
 is the median time by the sound's. `--clock cpu` counts the time that this process was given, for a
 CPU that others use too.
 """

@@ -34,7 +34,7 @@ from flap_fast.encoders.settings import ImageEncoder
 from flap_fast.encoders.vit.patches import patchify
 from flap_fast.model.two_towers import TwoTowers
 
-# The lowest that has DFT with its axis as an input, and Gelu: onnxruntime 1.18 and newer.
+# The lowest that has DFT with its axis as an input, and Gelu.
 OPSET = 20
 
 Dims = dict[int, Any]
