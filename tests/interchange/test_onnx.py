@@ -16,6 +16,7 @@ import pytest
 import soundfile
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
@@ -130,6 +131,7 @@ def test_the_python_of_the_page_runs_without_pytorch_and_this_package(exported: 
 def test_a_sound_of_any_length_embeds_as_with_pytorch(exported: Path, ours: Path, monkeypatch):
     """One shorter than a patch, odd ones, and one that is cropped; int8 not far from it."""
     monkeypatch.syspath_prepend(exported)
+    monkeypatch.delitem(sys.modules, "embed", raising=False)
     embed: Any = importlib.import_module("embed")
     models = embed.Model(exported), embed.Model(exported, int8=True)
     pytorch = load(ours, "cpu")
@@ -153,7 +155,6 @@ def test_a_clip_has_the_same_int8_vector_whichever_it_comes_with(exported: Path)
 
 TOWERS = {
     "htsat": tiny(*HTSAT, "audio.depths=[1, 2]", "text.depth=1"),
-    "clip_resnet": tiny_clip("text.depth=1"),
 }
 
 
@@ -210,6 +211,22 @@ def test_a_front_end_crops_fills_and_transforms_as_this_package(overrides, tmp_p
         (found,) = session.run(None, {"wave": wave[None]})
         assert found.shape == tuple(wanted.shape)
         assert np.abs(found - wanted.numpy()).max() < 2e-3
+
+
+def test_a_clip_embeds_images_of_any_size_as_with_pytorch(tmp_path: Path, monkeypatch):
+    """Exported whole; a caption of the comparison is longer than its positions."""
+    ours = saved(tiny_clip("text.depth=1"), tmp_path / "ours")
+    export_onnx(ours, tmp_path / "out")
+    monkeypatch.syspath_prepend(tmp_path / "out")
+    monkeypatch.delitem(sys.modules, "embed", raising=False)
+    embed: Any = importlib.import_module("embed")
+    model, pytorch = embed.Model(tmp_path / "out"), load(ours, "cpu")
+    for n, (width, height) in enumerate(((32, 32), (75, 41), (50, 91))):
+        pixels = np.random.default_rng(n).integers(0, 256, (height, width, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "image.png")
+        found = model.embed(tmp_path / "image.png")
+        wanted = pytorch.embed_image([tmp_path / "image.png"]).numpy()
+        assert np.abs(found - wanted).max() < 1e-5
 
 
 def test_int8_is_its_formula(tmp_path: Path):
