@@ -38,8 +38,12 @@ DOORS = {
         "flap_fast/interchange/clap_hf.py",
     },
     "huggingface_hub": {"flap_fast/hub.py", "flap_fast/interchange/card.py"},
-    "onnxruntime": {"flap_fast/tools/enrich/yamnet.py"},
-    "onnx": {"flap_fast/tools/enrich/yamnet.py"},
+    "onnxruntime": {
+        "flap_fast/tools/enrich/yamnet.py",
+        "flap_fast/interchange/to_onnx/comparison.py",
+        "flap_fast/interchange/to_onnx/embed.py",
+    },
+    "onnx": {"flap_fast/tools/enrich/yamnet.py", "flap_fast/interchange/to_onnx/int8.py"},
     "matplotlib": {
         "flap_fast/report/figures.py",
         "flap_fast/report/masking.py",

@@ -160,7 +160,7 @@ def test_settings_on_command_lines_are_settings(page: str):
 def test_settings_in_the_text_are_settings(page: str):
     from flap_fast.config.file import load_config
 
-    setting = rf"`((?:{'|'.join(Config.model_fields)})\.(?!json|yaml|py)[a-z_]+)(?:=([^`]+))?`"
+    setting = rf"`((?:{'|'.join(Config.model_fields)})\.(?!json|yaml|py|onnx)[a-z_]+)(?:=([^`]+))?`"
     for name, value in re.findall(setting, text_of(page)):
         load_config(None, [f"{name}={value}", "train.zero_stage=3"] if value else [])
         arms = ENCODERS.get(name.partition(".")[0], {}).values()

@@ -78,6 +78,10 @@ def export(
     private: Annotated[
         bool, typer.Option("--private", help="With --push: make a new repository private.")
     ] = False,
+    onnx: Annotated[
+        bool,
+        typer.Option("--onnx", help="A folder that onnxruntime runs, without PyTorch; also int8."),
+    ] = False,
 ) -> None:
     """Convert a model for other projects: a `ClapModel` if possible, a CLIP in OpenAI's names."""
     if push is not None:
@@ -87,7 +91,10 @@ def export(
     require(push is not None or not private, "--private", "come with --push", private)
     other = license == "other" or (license_name or license_link) is None
     require(other, "--license", "be other with --license-name and --license-link", license)
-    from flap_fast.interchange.convert import export_checkpoint
+    if onnx:
+        from flap_fast.interchange.to_onnx.folder import export_onnx as write
+    else:
+        from flap_fast.interchange.convert import export_checkpoint as write
     from flap_fast.interchange.layout import CardFields
 
     fields = CardFields(
@@ -98,7 +105,7 @@ def export(
         languages=tuple(language or ()),
         datasets=tuple(dataset or ()),
     )
-    say(f"{out}: {export_checkpoint(checkpoint, out, fields)}")
+    say(f"{out}: {write(checkpoint, out, fields)}")
     if push is not None:
         say(
             f"{push_folder(out, push, private=private)}: open it with flap_fast.load('hf://{push}')"

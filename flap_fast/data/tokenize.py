@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer as PortableTokenizer
+from tokenizers import models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import AutoTokenizer, ByT5Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -24,6 +26,7 @@ from flap_fast.encoders.settings import TextEncoder
 
 # Cases, digits, punctuation, other scripts, white space: what tokenizers treat differently.
 _PROBE = "A dog's bark, 3.5 s  LONG; e\u0301tude №7 \N{SNOWMAN} 雨\tend"
+_PROBES = (_PROBE, "", " a  b ", "A dog barks at the moon. " * 50, "<s> </s> <pad> <extra_id_1>")
 _MULTIPLE = 8  # tensor cores' tiles, and fewer shapes to compile for
 _REMEDY = "for example: hf download FacebookAI/roberta-base --local-dir models/roberta-base"
 
@@ -56,6 +59,45 @@ def tokenizer_digest(tokens: Tokenizer) -> int:
     inner = tokens.inner
     vocabulary = sorted(inner.get_vocab().items())
     return zlib.crc32(repr((inner.padding_side, inner(_PROBE)["input_ids"], vocabulary)).encode())
+
+
+def portable_tokenizer(tokenizer: Tokenizer) -> PortableTokenizer:
+    """The same tokenizer as one of the package `tokenizers`, which needs neither PyTorch nor
+    transformers; it cuts captions and pads a batch to its longest.
+
+    Raises:
+        ConfigError: it has none, or one that gives other ids.
+    """
+    inner, name = tokenizer.inner, type(tokenizer.inner).__name__
+    if isinstance(inner, ByT5Tokenizer):
+        portable = _portable_bytes(inner)
+    else:
+        rule = "have a tokenizer.json"
+        require(hasattr(inner, "backend_tokenizer"), "the tokenizer", rule, f"a {name}")
+        portable = PortableTokenizer.from_str(inner.backend_tokenizer.to_str())
+    portable.enable_truncation(tokenizer.max_tokens, direction=inner.truncation_side)
+    padding = {"pad_id": inner.pad_token_id, "pad_token": inner.pad_token}
+    portable.enable_padding(direction=inner.padding_side, **padding)
+    ids, mask = tokenizer(_PROBES)
+    for text, row, is_token in zip(_PROBES, ids, mask.bool(), strict=True):
+        same = portable.encode(text).ids == row[is_token].tolist()
+        require(same, "the tokenizer", f"give the ids of its tokenizer.json, a {name}", text)
+    return portable
+
+
+def _portable_bytes(inner: ByT5Tokenizer) -> PortableTokenizer:
+    """ByT5's: of each byte its value + 3, and an end."""
+    added, pieces = inner.added_tokens_decoder, bytes_to_unicode()
+    numbers = inner.convert_tokens_to_ids([chr(n) for n in range(256)])
+    assert isinstance(numbers, list)
+    ids = {pieces[n]: number for n, number in enumerate(numbers)}
+    ids |= {token.content: n for n, token in added.items()}
+    portable = PortableTokenizer(models.BPE(vocab=ids, merges=[]))
+    portable.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    portable.add_special_tokens([added[n] for n in sorted(added)])
+    end = str(inner.eos_token), int(inner.eos_token_id)  # type: ignore[arg-type]
+    portable.post_processor = processors.TemplateProcessing(f"$A {end[0]}", special_tokens=[end])
+    return portable
 
 
 def tokenizer(text: TextEncoder) -> Tokenizer:

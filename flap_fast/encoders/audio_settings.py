@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -208,7 +208,8 @@ class PatchEncoder(AudioEncoder):
 
     def padded_frames(self, frames: int) -> int:
         """The next multiple of a patch."""
-        return -(-frames // self.patch) * self.patch
+        # Of no negative number, whose quotient ONNX rounds the other way.
+        return (frames + self.patch - 1) // self.patch * self.patch
 
     def front_end(self) -> dict[str, Any]:
         # A clip shorter than a patch is filled to one.
@@ -226,6 +227,9 @@ class PatchEncoder(AudioEncoder):
             density: tokens per patch, 1 where nothing is masked.
         """
         return None
+
+    def portable(self) -> Self:
+        return self.model_copy(update={"attention": "sdpa"})
 
     def positions(self, width: int) -> Tensor:
         """(N, width) float32: positions that are added to the patches' embeddings."""

@@ -11,7 +11,7 @@ name: it asks what stands here. So the config, FLOP counts, checkpoints, `flap p
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -85,6 +85,13 @@ class Encoder(Section):
     def meaning(self) -> dict[str, Any]:
         """The settings that its weights depend on and no tensor's shape determines, by name."""
         return self.marked(MEANS_WEIGHTS)
+
+    def portable(self) -> Self:
+        """The same encoder by PyTorch's plain operations on rows of one length, as ONNX has them.
+
+        The same numbers within rounding.
+        """
+        return self
 
 
 class MediaEncoder(Encoder):

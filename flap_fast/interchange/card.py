@@ -39,23 +39,26 @@ _PIPELINES = {
 _SOUNDS = {"audio": "sounds", "image": "images"}
 
 
-def write_card(folder: Path, export: Export, run: Path, fields: CardFields) -> None:
+def write_card(
+    folder: Path, export: Export, run: Path, fields: CardFields, *, use: str | None = None
+) -> None:
     """Write the card of an exported folder into it.
 
     Args:
         run: the folder that was exported, with the eval.json and environment.json of the run.
+        use: how to use it, where it is a folder for onnxruntime.
     """
     # As it was trained: its text encoder is not yet a folder of the model's.
     config = load_config(export.folder / "config.yaml")
     scores, modality = read_scores(run / "eval.json"), config.encoder.modality
     name = fields.name or config.run.name
-    clap = read_json(folder / "config.json").get("model_type") == "clap"
+    clap = not use and read_json(folder / "config.json").get("model_type") == "clap"
     data = ModelCardData(
         license=fields.license,
         license_name=fields.license_name,
         license_link=fields.license_link,
         language=list(fields.languages) or None,
-        library_name="transformers" if clap else "flap_fast",
+        library_name="onnx" if use else "transformers" if clap else "flap_fast",
         pipeline_tag=_PIPELINES[modality],
         tags=["flap_fast", "clap" if modality == "audio" else "clip", "contrastive", modality],
         datasets=list(fields.datasets) or None,
@@ -65,7 +68,7 @@ def write_card(folder: Path, export: Export, run: Path, fields: CardFields) -> N
     sections = (
         f"# {visible(name, document=True)}",
         _about(export, config),
-        "## How to load it\n\n" + _loading(fields.name or "OWNER/NAME", config, clap),
+        "## How to use it\n\n" + (use or _loading(fields.name or "OWNER/NAME", config, clap)),
         "## Data\n\n" + _data(config, export.folder / "state.json", fields),
         "## Scores\n\n" + _scores(scores),
         "## Settings\n\nWhat differs from flap_fast's defaults:\n\n" + _settings(config),

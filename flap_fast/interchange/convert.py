@@ -82,7 +82,7 @@ def import_checkpoint(
         ConfigError: an unknown layout, or tensors that do not fit, each of them named.
     """
     require(path.exists(), "the checkpoint", "exist", path)
-    with _appearing(out) as folder, TemporaryDirectory() as work:
+    with appearing(out) as folder, TemporaryDirectory() as work:
         source = _opened(path, Path(work), overrides, strip, partial, decoder)
         imported = _layout_of(source).read(source)
         torch.manual_seed(imported.config.run.seed)
@@ -200,7 +200,7 @@ def export_checkpoint(path: str | Path, out: Path, fields: CardFields | None = N
     if form == "file":
         require(not out.exists(), "OUT", "be new", out)
         return layout.write(export, out) + left_out
-    with _appearing(out) as inside:
+    with appearing(out) as inside:
         written = layout.write(export, inside)
         write_card(inside, export, path, fields or CardFields())
         return written + left_out
@@ -227,7 +227,7 @@ def _unused(folder: Path) -> tuple[str, Tensors]:
 
 
 @contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
+def appearing(out: Path) -> Iterator[Path]:
     """Yield a folder to write into, which becomes `out` unless an exception is raised."""
     require(not out.exists() or (out.is_dir() and not any(out.iterdir())), "OUT", "be new", out)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -244,7 +244,7 @@ def patch_embed(
     D, pixels = weight.shape
     N = mel.shape[1] * mel.shape[2] // pixels if mel.ndim == 3 and pixels else 0
     if ids_keep is None:
-        ids_keep = torch.arange(N, device=mel.device).expand(len(mel), -1)
+        ids_keep = torch.arange(N, device=mel.device).expand(mel.shape[0], -1)
     patch = check_patches(mel, "ids_keep", ids_keep, pixels)
     check_shape("bias", bias, (D,), "(D,)")
     check_positions(position, position_index, "ids_keep", tuple(ids_keep.shape), D)

@@ -96,7 +96,7 @@ def check_patches(mel: Tensor, name: str, index: Tensor, pixels: int) -> int:
         raise ValueError(
             f"mel must be (B, T, F) with T and F multiples of P = {patch}, got {tuple(mel.shape)}"
         )
-    check_shape(name, index, (len(mel), None), "(B, K)" if name == "ids_keep" else "(B, M)")
+    check_shape(name, index, (mel.shape[0], None), "(B, K)" if name == "ids_keep" else "(B, M)")
     check_integers(**{name: index})
     check_together(mel=mel, **{name: index})
     return patch

@@ -10,7 +10,7 @@ import torch
 
 from flap_fast.checks import ConfigError
 from flap_fast.config.file import load_config
-from flap_fast.data.tokenize import local_folder, tokenizer
+from flap_fast.data.tokenize import Tokenizer, local_folder, portable_tokenizer, tokenizer
 from flap_fast.encoders.roberta.settings import RobertaSettings
 
 
@@ -146,3 +146,30 @@ def test_a_cut_caption_still_ends_with_clips_mark(tmp_path):
     ids, mask = tokenizer(load_config(None, settings).text)(["dog dog dog dog"])
     assert ids[0, :4].tolist() == [515, 513, 513, 516]
     assert mask.sum() == 4
+
+
+@pytest.mark.parametrize("kind", ["bytes", "roberta"])
+def test_a_portable_tokenizer_gives_the_same_ids_padded_to_the_longest(kind, roberta_folder):
+    text = RobertaSettings(max_tokens=12, folder=None if kind == "bytes" else str(roberta_folder))
+    ours = tokenizer(text)
+    captions = ["a dog barks", "\u00e9\u96e8 </s>  <pad>x", "", "rain falls on a tin roof " * 5]
+    ids, mask = ours(captions)
+    found = portable_tokenizer(ours).encode_batch(captions)
+    assert [row.ids for row in found] == ids[:, :12].tolist()
+    assert [row.attention_mask for row in found] == mask[:, :12].tolist()
+
+
+def test_a_tokenizer_that_nothing_portable_equals_is_refused(roberta_folder):
+    ours = tokenizer(RobertaSettings(folder=str(roberta_folder)))
+    with pytest.raises(ConfigError, match=r"must have a tokenizer\.json, got 'a object'"):
+        portable_tokenizer(Tokenizer(object(), 8))
+
+    class Lower(type(ours.inner)):
+        def __call__(self, text, **options):
+            return super().__call__([t.lower() for t in text], **options)
+
+    ours.inner.__class__ = Lower
+    with pytest.raises(
+        ConfigError, match=r"give the ids of its tokenizer\.json, a Lower, got 'A d"
+    ):
+        portable_tokenizer(ours)

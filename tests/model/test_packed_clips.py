@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flap_fast.config import Config
-from flap_fast.data.batch import Batch, lay_end_to_end
+from flap_fast.data.batch import Batch, PackedMels, lay_end_to_end
 from flap_fast.data.preprocess.audio import AudioPreprocessor
 from flap_fast.losses.base import Outputs
 from flap_fast.model.two_towers import TwoTowers
@@ -111,3 +111,25 @@ def test_a_clip_of_the_fixed_length_gives_what_it_gives_on_the_fixed_grid(time_p
         found.append(m(**model_inputs(b, patch_mask_of(b, c, 10, 1), c)))
     assert (found[0]["media"] - found[1]["media"]).abs().max() < 1e-6
     assert abs(found[0]["recon"] - found[1]["recon"]) < 1e-6
+
+
+@pytest.mark.parametrize("time_positions", ["sines", "rotary"])
+def test_rows_of_one_length_give_what_they_give_packed(time_positions: str):
+    """Of any length up to the longest: so a runtime that packs nothing can take them."""
+    config = variable(f"audio.time_positions={time_positions}", "audio.pool=cls")
+    torch.manual_seed(0)
+    model = TwoTowers(config).eval()
+    for frames in (16, 112):
+        rows = torch.randn(3, 1, frames, 128)
+        packed = PackedMels(rows.flatten(0, 2), (frames,) * 3, (0, 1, 2))
+        with torch.no_grad():
+            found, wanted = model.embed_media(rows), model.embed_media(packed)
+        assert (found - wanted).abs().max() < 1e-6
+        assert (wanted[0] - wanted[1]).abs().max() > 1e-3  # 1e-6 means something
+    with pytest.raises(
+        ValueError, match=r"media must be \(B, 1, 304, 128\), got \(1, 1, 320, 128\)"
+    ):
+        model.embed_media(torch.zeros(1, 1, 320, 128))
+    windowed = TwoTowers(variable("audio.attention_window_s=0.1")).eval()
+    with pytest.raises(ValueError, match=r"must be PackedMels with audio\.attention_window_s"):
+        windowed.embed_media(rows)

@@ -92,7 +92,7 @@ def _parts(clips: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     count = 0
     for frames in clips:
         some.append(frames)
-        count += len(frames)
+        count += frames.shape[0]
         if not frames.is_cuda or count >= _FRAMES_AT_A_TIME:
             yield some
             some, count = [], 0

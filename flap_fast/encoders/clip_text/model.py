@@ -68,7 +68,7 @@ class ClipText(nn.Module):
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x)
-        rows = torch.arange(len(ids), device=ids.device)
+        rows = torch.arange(ids.shape[0], device=ids.device)
         if ids.is_cuda:
             last = last.pin_memory()
         return self.ln_final(x[rows, last.to(ids.device, non_blocking=True)]).float()
@@ -147,6 +147,8 @@ class QuickGELU(nn.Module):
 def _last_tokens(attention_mask: Tensor, most: int) -> Tensor:
     """(B, L) -> (B,) int64 on the CPU: where each caption ends."""
     last = attention_mask.cpu().sum(1) - 1
+    if torch.compiler.is_exporting():  # a graph has no values to check
+        return last
     if int(last.min()) < 0 or int(last.max()) >= most:
         shortest, longest = int(last.min()) + 1, int(last.max()) + 1
         raise ValueError(

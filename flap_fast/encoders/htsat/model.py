@@ -90,7 +90,7 @@ class HTSAT(nn.Module):
         if mask is not None:
             raise ValueError("mask must be None: HTSAT's windows need every patch")
         if longer is None:
-            longer = torch.zeros(len(media), dtype=torch.bool)
+            longer = torch.zeros(media.shape[0], dtype=torch.bool)
         x = self.bn0(media.float().transpose(1, 3)).transpose(1, 3)
         if self.fusion.type.endswith("_1d"):
             x = fuse_mels(self.mel_conv1d, self.fusion_model, x, longer)

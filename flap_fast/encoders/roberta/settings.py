@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import model_validator
 
@@ -37,6 +37,9 @@ class RobertaSettings(TextEncoder):
 
     def with_files(self, folder: str) -> RobertaSettings:
         return self.model_copy(update={"folder": folder, "tokenizer": "bytes"})
+
+    def portable(self) -> Self:
+        return self.model_copy(update={"packing": "padded", "attention": "sdpa"})
 
     def meaning(self) -> dict[str, Any]:
         sizes = {"heads": self.heads} if self.folder is None else {}

@@ -107,7 +107,8 @@ class ViT(nn.Module):
         """Encode B clips.
 
         Args:
-            media: (B, 1, T, F) log-mels; (B, 4, T, F) with fusion; or packed.
+            media: (B, 1, T, F) log-mels; (B, 4, T, F) with fusion; or packed. With audio.length =
+                variable, T is any multiple of a patch up to that of the longest clip.
             mask: the patches that masking keeps; None keeps all.
             erase: (B, T, F) bool, cells to set to 0.
             longer: (B,) bool on the CPU, with fusion: the clips to fuse; none without.
@@ -116,19 +117,34 @@ class ViT(nn.Module):
             assert mask is None or isinstance(mask, PackedMask)
             x, clips, turn = self._packed(media, mask)
         else:
-            check_media(media, self.settings.input_shape(self.fusion))
+            self._check(media)
             mel = media if erase is None else media.masked_fill(erase[:, None], 0.0)
             assert not isinstance(mask, PackedMask)
             ids_keep = None if mask is None else mask.ids_keep
             x, clips = self._embedded(mel, ids_keep, longer), None
             if self.cls_token is not None:
-                x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], 1)
-            turn = self._rotation(ids_keep, x.device)
+                x = torch.cat([self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x], 1)
+            turn = self._rotation(self._numbers(media) if ids_keep is None else ids_keep)
         x = self.blocks(x, clips, turn)
         if self.settings.norm_position == "tokens":
             x = self.norm(x)
             return Encoded(self._pool(x, clips).float(), x)
         return Encoded(self.norm(self._pool(x, clips)).float(), x)
+
+    def _check(self, media: Tensor) -> None:
+        """Refuse rows of another shape, and what only packed clips can be."""
+        settings = self.settings
+        channels, frames, bins = settings.input_shape(self.fusion)
+        if settings.variable and media.ndim == 4:
+            frames = min(frames, media.shape[2])
+        check_media(media, (channels, frames, bins))
+        if settings.attention_window_s is not None:
+            raise ValueError("media must be PackedMels with audio.attention_window_s, got rows")
+
+    def _numbers(self, media: Tensor) -> Tensor:
+        """(N,): the numbers of a clip's patches."""
+        N = media.shape[2] // self.settings.patch * self.settings.grid[1]
+        return torch.arange(N, device=media.device)
 
     def _packed(
         self, media: PackedMels, mask: PackedMask | None
@@ -152,44 +168,41 @@ class ViT(nn.Module):
         window = self.settings.window_tokens(1.0 if mask is None else mask.density)
         lengths = [count + prefix for count in kept]
         clips = segments(lengths, media.order, media.device, window=window)
-        turn = self._rotation(position, x.device, clips)
+        turn = self._rotation(position, clips)
         if self.cls_token is None:
             return x, clips, turn
         cls_tokens = self.cls_token[0].to(x.dtype).expand(len(kept), -1)
         return clips.behind(cls_tokens, x), clips, turn
 
-    def _rotation(
-        self, n: Tensor | None, device: torch.device, clips: Segments | None = None
-    ) -> Tensor | None:
-        """The rotation by the time column of patches number `n` (..., K), None for all of them.
+    def _rotation(self, n: Tensor, clips: Segments | None = None) -> Tensor | None:
+        """The rotation by the time column of patches number `n` (..., K).
 
         [CLS] is not turned, like the patches of the first column. None with sines.
         """
         settings = self.settings
         if not settings.rotary:
             return None
-        times, freqs = settings.grid
-        column = torch.arange(times * freqs, device=device) if n is None else n
-        column = (column // freqs).float()
+        column = (n // settings.grid[1]).float()
         if settings.prefix_tokens and clips is None:
             column = functional.pad(column, (1, 0))
         elif clips is not None and settings.prefix_tokens:
             column = clips.behind(column.new_zeros(len(clips.index), 1), column[:, None])[:, 0]
         return rotation(column, self.width // settings.shape[2])
 
-    def _positions(self) -> Tensor:
-        """(N, D): what is added to the patches of a clip of the fixed length."""
-        if not self.settings.rotary:
-            return self.pos_embed
-        return self.pos_embed.repeat(self.settings.grid[0], 1)
+    def _positions(self, media: Tensor) -> Tensor:
+        """(N, D): what is added to the patches of clips in rows."""
+        columns, freqs = media.shape[2] // self.settings.patch, self.settings.grid[1]
+        if self.settings.rotary:
+            return self.pos_embed.repeat(columns, 1)
+        return self.pos_embed[: columns * freqs]
 
     def _embedded(self, mel: Tensor, ids_keep: Tensor | None, longer: Tensor | None) -> Tensor:
         """(B, K, D): patches fused and embedded, their positions added."""
         if longer is None:
-            longer = torch.zeros(len(mel), dtype=torch.bool)
+            longer = torch.zeros(mel.shape[0], dtype=torch.bool)
         if self.fusion.type.endswith("_1d"):
             mel = fuse_mels(self.mel_conv1d, self.fusion_model, mel, longer)
-        positions = self._positions()
+        positions = self._positions(mel)
         if isinstance(self.patch_embed, nn.Conv2d):
             x = self.patch_embed(mel)
         elif self.fusion.type.endswith("_2d"):
