@@ -14,7 +14,17 @@ SOURCES = sorted([*ROOT.glob("flap_fast/**/*.py"), *ROOT.glob("kernels/**/*.py")
 # Left to right; a room imports from itself and from what stands to its left. Losses and encoders'
 # settings are sections of the config: PyTorch, kernels and modules they import inside functions.
 ORDER = (
-    *("files", "checks", "checksums", "tensors", "launcher", "ranks", "section", "losses"),
+    *(
+        "files",
+        "checks",
+        "checksums",
+        "tensors",
+        "launcher",
+        "progress",
+        "ranks",
+        "section",
+        "losses",
+    ),
     *("encoder settings", "config", "data", "encoders", "model", "preparation", "evaluate"),
     *("interchange", "train", "tools", "report", "commands"),
 )

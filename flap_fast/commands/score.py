@@ -12,6 +12,7 @@ from flap_fast.checks import ConfigError, read_text, require
 from flap_fast.commands.length import LengthOption
 from flap_fast.evaluate import TASKS
 from flap_fast.files import parsed_json, say
+from flap_fast.progress import progress
 
 if TYPE_CHECKING:
     from flap_fast.evaluate.evaluated_model import EvaluatedModel
@@ -51,10 +52,11 @@ def evaluate(
     ] = "mean",
 ) -> None:
     """Score a model: retrieval, zero-shot, geometry, sentences, FLOPs. Also under torchrun."""
-    from flap_fast.evaluate.run import score
-    from flap_fast.evaluate.scores_file import merged, read_scores, write_scores
-    from flap_fast.ranks.agreement import Facts, agree
-    from flap_fast.ranks.failure import joined
+    with progress("start"):
+        from flap_fast.evaluate.run import score
+        from flap_fast.evaluate.scores_file import merged, read_scores, write_scores
+        from flap_fast.ranks.agreement import Facts, agree
+        from flap_fast.ranks.failure import joined
 
     asked = tuple(task for task in tasks.replace(",", " ").split() if task)
     settings = {"batch": batch, "crop": crop, "templates": templates}
@@ -77,7 +79,8 @@ def evaluate(
             weights = {f.name: f.stat().st_size for f in Path(model).rglob("*.safetensors")}
             return found, {"": options, "the classes": named, "bytes in the model of": weights}
 
-        evaluated = agree(ranks, opened)
+        with progress("open the model"):
+            evaluated = agree(ranks, opened)
         scores = score(evaluated, data or [], asked)
         if not ranks.first:
             return

@@ -15,6 +15,7 @@ from flap_fast.checks import ConfigError
 from flap_fast.config import Config
 from flap_fast.data.shards import ShardError
 from flap_fast.evaluate.scores_file import Scores
+from flap_fast.progress import progress
 from flap_fast.ranks import Ranks
 from flap_fast.ranks.agreement import Facts, agree
 from flap_fast.ranks.failure import Ended, joined
@@ -60,7 +61,8 @@ def train(config: Config, *, resume: bool = False) -> Scores | None:
             start = begin(config, resume=resume)
             return start, checkpoint_facts(start)
 
-        agree(ranks, checked)
+        with progress("check the run"):
+            agree(ranks, checked)
         return train_from(config, ranks, agree(ranks, locked), open_files)
 
 
@@ -85,6 +87,7 @@ def train_from(
         # Still on the device: an observer that wants a number pays for its own sync.
         epoch, work = loader.sampler.epoch(step - 1), loader.work(step - 1)
         run.metrics.step(step, epoch, lr, outputs, terms, work)
+        run.trace({"step": step})
         save_and_score(run, step, stopped=run.stop.agreed() and step < steps)
     if run.frozen_text:
         run.frozen_text.delete()

@@ -27,6 +27,7 @@ from flap_fast.model.model_folder import (
     put_weights,
 )
 from flap_fast.model.two_towers import TwoTowers
+from flap_fast.progress import progress
 from flap_fast.ranks import Ranks, world_size
 from flap_fast.ranks.agreement import Facts, agree
 from flap_fast.train.checkpoint import Checkpoints, State
@@ -34,12 +35,14 @@ from flap_fast.train.engine import Engine, check_engine, make_engine
 from flap_fast.train.environment import environment
 from flap_fast.train.facts import checksum, data_facts, weights_facts
 from flap_fast.train.frozen_text import FrozenText, frozen_text
+from flap_fast.train.guarded import Observer
 from flap_fast.train.observers import Metrics, observers
 from flap_fast.train.overview import Known, overview, parameter_facts, parameters_of
 from flap_fast.train.run_folder import begin, in_session
 from flap_fast.train.scorer import Scorer
 from flap_fast.train.stop import Stop
 from flap_fast.train.teacher import Teacher, check_teacher, teacher
+from flap_fast.train.trace import tracing
 from flap_fast.train.weights_and_biases import check_wandb
 
 
@@ -58,6 +61,8 @@ class Run:
     """Outputs of the text encoder, with text.freeze."""
     teacher: Teacher | None
     """Of loss.distill, if it has a weight."""
+    trace: Observer
+    """Called after each step: traces those that RUN/trace asks for."""
     first: int
     """Steps done before."""
     steps: int
@@ -103,24 +108,25 @@ def set_up(config: Config, ranks: Ranks, start: Path | None, open_files: ExitSta
 
     Collective: call on every rank. What must be closed is closed with `open_files`.
     """
-    read = agree(ranks, lambda: _read(config, ranks, start))
-    tokens, shards, model, taught_by, checkpoints, state = read
-    first = state.step if state else 0
-    seconds = own_seconds(config, shards, ranks)
-    lengths = None if seconds is None else tokens_of_seconds(config, seconds)
-    loader = TrainingLoader(config, shards, tokens, ranks, lengths)
-    per_epoch = loader.sampler.steps_per_epoch
-    steps = config.train.run_steps(per_epoch)
-    parts = parameters_of(model)  # before ZeRO 3 shards them
-    engine = make_engine(config, model, ranks)
-    if start:
-        engine.optimizer_state.load(start / OPTIMIZER)
-        if engine.average:
-            engine.average.load(start / "model.safetensors", first)
-    resumed = {"resumed_from_step": first} if first else {}
-    opened = in_session(config, environment(ranks) | parameter_facts(parts) | resumed)
-    # Every rank needs the run's folder.
-    agree(ranks, lambda: (open_files.enter_context(opened) if ranks.first else None, {}))
+    with progress("set up the run"):
+        read = agree(ranks, lambda: _read(config, ranks, start))
+        tokens, shards, model, taught_by, checkpoints, state = read
+        first = state.step if state else 0
+        seconds = own_seconds(config, shards, ranks)
+        lengths = None if seconds is None else tokens_of_seconds(config, seconds)
+        loader = TrainingLoader(config, shards, tokens, ranks, lengths)
+        per_epoch = loader.sampler.steps_per_epoch
+        steps = config.train.run_steps(per_epoch)
+        parts = parameters_of(model)  # before ZeRO 3 shards them
+        engine = make_engine(config, model, ranks)
+        if start:
+            engine.optimizer_state.load(start / OPTIMIZER)
+            if engine.average:
+                engine.average.load(start / "model.safetensors", first)
+        resumed = {"resumed_from_step": first} if first else {}
+        opened = in_session(config, environment(ranks) | parameter_facts(parts) | resumed)
+        # Every rank needs the run's folder.
+        agree(ranks, lambda: (open_files.enter_context(opened) if ranks.first else None, {}))
     stop = open_files.enter_context(Stop(ranks, checkpoints.folder))
     folder, keep = config.run_folder / "text_vectors", start is not None
     text = open_files.enter_context(frozen_text(config, engine.module, ranks, folder, keep=keep))
@@ -140,6 +146,7 @@ def set_up(config: Config, ranks: Ranks, start: Path | None, open_files: ExitSta
         stop=stop,
         frozen_text=text,
         teacher=taught_by,
+        trace=tracing(config, ranks, open_files),
         first=first,
         steps=steps,
         unscored=bool(state and not state.scored and config.data.val),
