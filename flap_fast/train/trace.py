@@ -27,21 +27,28 @@ def tracing(config: Config, ranks: Ranks, open_files: ExitStack) -> Observer:
     """A function to call with {"step": ..} after each step; only the first rank traces."""
     if not ranks.first:
         return lambda row: None
-    guarded = Guarded("the trace of steps", lambda files: _observer(config, ranks, files))
+    every, running = config.log.every_steps, list[_Trace]()
+    guarded = Guarded("the trace of steps", lambda files: _observer(config, ranks, running, files))
     open_files.callback(guarded.close)
-    return guarded
+
+    def after(row: Row) -> None:
+        if running or row["step"] % every == 0:
+            guarded(row)
+
+    return after
 
 
-def _observer(config: Config, ranks: Ranks, open_files: ExitStack) -> Observer:
+def _observer(
+    config: Config, ranks: Ranks, running: list[_Trace], open_files: ExitStack
+) -> Observer:
     asked, folder = config.run_folder / "trace", config.run_folder / "traces"
-    running: list[_Trace] = []
 
     def observe(row: Row) -> None:
         step = row["step"]
         if running:
             if step >= running[0].last:
                 running.pop().write()
-        elif step % config.log.every_steps == 0 and asked.is_file():
+        elif asked.is_file():
             steps = _steps_asked(asked)
             if steps:
                 running.append(_Trace(folder, step + 1, steps, ranks))
