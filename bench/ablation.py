@@ -24,8 +24,8 @@ from bench import report
 from bench.machine import ROOT, machine, save
 from bench.report_training import ablation_table
 from flap_fast.config.file import load_config
-from flap_fast.evaluate.flops import encoder_flops
-from flap_fast.evaluate.run import selection_score
+from flap_fast.evaluation.flops import encoder_flops
+from flap_fast.evaluation.run import selection_score
 
 # Half of the demo's duration, which most of its sounds fit in, and a ninth of its parameters.
 # On a fixed grid, as the papers train.

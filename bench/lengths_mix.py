@@ -37,7 +37,7 @@ from flap_fast.losses import total_loss
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.tools.profile.counts import StepCounts
 from flap_fast.tools.profile.lengths import LengthMix, frames_of, wavcaps_like
-from flap_fast.train.step import model_inputs, patch_mask_of
+from flap_fast.training.step import model_inputs, patch_mask_of
 
 LAYOUTS = ("packed", "longest", "10 s, 77")
 _VARIABLE = ("audio.length=variable", "audio.max_duration_s=30", "mask.kind=2d")

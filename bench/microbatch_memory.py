@@ -137,8 +137,8 @@ def take_steps(folder: Path, clips: int, replay: str) -> float:
     from flap_fast.data.tokenize import tokenizer
     from flap_fast.model.two_towers import TwoTowers
     from flap_fast.ranks import join_ranks, leave_ranks
-    from flap_fast.train.engine import make_engine
-    from flap_fast.train.step import Gradients
+    from flap_fast.training.engine import make_engine
+    from flap_fast.training.step import Gradients
 
     batch = (f"train.global_batch={clips}", f"train.micro_batch={MICRO_BATCH}")
     where = (f"data.train={folder}/data/train", f"train.replay={replay}")

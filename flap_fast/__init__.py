@@ -3,7 +3,7 @@
     flap_fast.load("runs/demo").rank("dog.ogg", ["a dog barks", "rain on a roof"])
     flap_fast.prepare("manifest.jsonl", "data/mine")
 
-Training is the command `flap train CONFIG`, or `flap_fast.train.loop.train(load_config(CONFIG))`.
+Training is the command `flap train CONFIG`.
 """
 
 from __future__ import annotations

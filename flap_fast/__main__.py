@@ -88,7 +88,12 @@ app.command()(exchange.export)
 
 @app.command()
 def rank(
-    checkpoint: Annotated[Path, typer.Argument(help="The folder of a run or of a checkpoint.")],
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            help="The folder of a run, a checkpoint or a ClapModel, or hf://OWNER/NAME."
+        ),
+    ],
     sound: Annotated[Path, typer.Argument(help="A sound file.")],
     captions: Annotated[list[str], typer.Argument(help="Captions to rank.")],
     length: LengthOption = None,

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import re
 from enum import Enum
-from pathlib import Path
-from typing import Annotated, Any
+from pathlib import Path, PurePath
+from typing import Annotated, Any, Self
 
 from pydantic import (
     BaseModel,
@@ -43,9 +43,11 @@ class Mark(Enum):
     MEANS_WEIGHTS = "part of what weights mean, and no tensor's shape tells it"
     FREE_ON_RESUME = "may change when a run is resumed: it moves no weight"
     AFTER_FRONT_END = "does not change a cached log-mel"
+    NAMES_FILES = "names files of this machine: a model that is shared has only their last part"
+    NAMES_ACCOUNT = "names an account: a model that is shared has the default"
 
 
-MEANS_WEIGHTS, FREE_ON_RESUME, AFTER_FRONT_END = Mark
+MEANS_WEIGHTS, FREE_ON_RESUME, AFTER_FRONT_END, NAMES_FILES, NAMES_ACCOUNT = Mark
 
 
 class Section(BaseModel):
@@ -74,6 +76,19 @@ class Section(BaseModel):
         """The settings that carry a mark, by their names inside this section: {"a.b": value}."""
         return {name: value for name, (value, marks) in self._settings().items() if mark in marks}
 
+    def shareable(self) -> Self:
+        """The same settings without folders and accounts of whoever trained."""
+        update: dict[str, Any] = {}
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if isinstance(value, Section):
+                update[name] = value.shareable()
+            elif NAMES_FILES in field.metadata:
+                update[name] = _last_part(value)
+            elif NAMES_ACCOUNT in field.metadata:
+                update[name] = field.get_default()
+        return self.model_copy(update=update)
+
     def _settings(self, above: frozenset[Mark] = frozenset()) -> dict[str, Any]:
         """Each setting's value and marks, by its dotted name."""
         found: dict[str, Any] = {}
@@ -86,3 +101,14 @@ class Section(BaseModel):
             else:
                 found[name] = value, marks
         return found
+
+
+def _last_part(value: Any) -> Any:
+    """A path's last part; a prompt, a name of the Hub or of a package is no path."""
+    if isinstance(value, tuple):
+        return tuple(map(_last_part, value))
+    text = "" if value is None else str(value)
+    if not text or "{" in text or text.startswith(("package:", "hf:/")):
+        return value
+    last = PurePath(text).name or "."
+    return Path(last) if isinstance(value, Path) else last

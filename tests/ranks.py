@@ -55,7 +55,7 @@ def start_server() -> Any:
     context = mp.get_context("forkserver")
     # What cannot be imported (on a machine for the kernels alone) is left out. `tests` comes first:
     # it decorates the kernels for the interpreter.
-    ours = ["flap_kernels", "flap_fast.train.loop"]
+    ours = ["flap_kernels", "flap_fast.training.loop"]
     slow = ["pytest", "torch.distributed.tensor", "deepspeed"]
     # What the first model and the first ZeRO optimizer would import, two seconds on each rank.
     slow += ["transformers.models.roberta.modeling_roberta", "deepspeed.runtime.zero.stage3"]

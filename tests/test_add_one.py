@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from flap_fast.evaluate.evaluation import Evaluation
+from flap_fast.evaluation.record import Evaluation
 from flap_fast.losses.base import Loss
 from flap_fast.preparation.sources.layout import Source
 from tests.copies import ROOT, flap

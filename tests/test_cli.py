@@ -12,7 +12,7 @@ import yaml
 
 import flap_fast
 from flap_fast import __main__ as cli
-from flap_fast.train.loop import train
+from flap_fast.training.loop import train
 from tests.sounds import encode, tone, write_manifest
 from tests.tiny import tiny
 

@@ -130,7 +130,7 @@ def test_eval_makes_the_folders_that_it_writes_into(
 def test_what_eval_could_not_write_is_told_before_anything_is_embedded(
     option: str, own_checkpoint: Path, prepared: Path, tmp_path: Path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("flap_fast.evaluate.embed.evaluation_batches", None)
+    monkeypatch.setattr("flap_fast.evaluation.embed.evaluation_batches", None)
     call = ("eval", own_checkpoint, prepared / "val")
     if option == "eval.json":
         (own_checkpoint / "eval.json").write_text('{"geometry": NaN}')

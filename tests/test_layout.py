@@ -14,19 +14,9 @@ SOURCES = sorted([*ROOT.glob("flap_fast/**/*.py"), *ROOT.glob("kernels/**/*.py")
 # Left to right; a room imports from itself and from what stands to its left. Losses and encoders'
 # settings are sections of the config: PyTorch, kernels and modules they import inside functions.
 ORDER = (
-    *(
-        "files",
-        "checks",
-        "checksums",
-        "tensors",
-        "launcher",
-        "progress",
-        "ranks",
-        "section",
-        "losses",
-    ),
-    *("encoder settings", "config", "data", "encoders", "model", "preparation", "evaluate"),
-    *("interchange", "train", "tools", "report", "commands"),
+    *("files", "checks", "checksums", "hub", "tensors", "launcher", "progress", "ranks", "section"),
+    *("losses", "encoder settings", "config", "data", "encoders", "model", "preparation"),
+    *("evaluation", "interchange", "training", "tools", "report", "commands"),
 )
 LATE = {"losses", "encoder settings"}
 ROOMS = {room: set(ORDER[:n]) for n, room in enumerate(ORDER)}
@@ -36,7 +26,7 @@ LAST = {"__main__", "__init__"}
 # A heavy dependency has one door: the only places that import it.
 DOORS = {
     "triton": {"kernels/flap_kernels/launch.py"},
-    "deepspeed": {"flap_fast/train/engine.py"},
+    "deepspeed": {"flap_fast/training/engine.py"},
     "nvidia": {"flap_fast/data/preprocess/dali.py"},
     "xformers": {"flap_fast/encoders/attention.py"},
     "transformers": {
@@ -47,6 +37,7 @@ DOORS = {
         "flap_fast/tools/enrich/classifier.py",
         "flap_fast/interchange/clap_hf.py",
     },
+    "huggingface_hub": {"flap_fast/hub.py", "flap_fast/interchange/card.py"},
     "onnxruntime": {"flap_fast/tools/enrich/yamnet.py"},
     "onnx": {"flap_fast/tools/enrich/yamnet.py"},
     "matplotlib": {

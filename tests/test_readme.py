@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from flap_fast.__main__ import app
 from flap_fast.config import Config
 from flap_fast.encoders import ENCODERS
-from flap_fast.train.loop import train
-from flap_fast.train.run_folder import flat
+from flap_fast.training.loop import train
+from flap_fast.training.run_folder import flat
 from tests.tiny import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -68,7 +68,7 @@ def test_every_path_exists(page: str):
         "captions.jsonl",
     }
     for path in paths(page) - made_by_a_run:
-        examples = {"losses/": "contrastive", "evaluate/": "retrieval", "kernels/": "cyclic"}
+        examples = {"losses/": "contrastive", "evaluation/": "retrieval", "kernels/": "cyclic"}
         examples |= {
             "interchange/": "laion",
             "encoders/": "vit",

@@ -12,7 +12,7 @@ from flap_fast.commands.prepare import _write_sentences
 from flap_fast.files import ManifestError, write_atomically
 from flap_fast.preparation.prepare import prepare
 from flap_fast.tools.embed_files import embed_files
-from flap_fast.train.run_folder import begin
+from flap_fast.training.run_folder import begin
 from tests.tiny import tiny
 
 

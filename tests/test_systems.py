@@ -18,9 +18,9 @@ from flap_fast.data.loader import TrainingLoader
 from flap_fast.data.shards import open_shards, shard_kinds
 from flap_fast.data.tokenize import tokenizer
 from flap_fast.encoders.vit.settings import ViTSettings
-from flap_fast.evaluate.embed import evaluating
-from flap_fast.evaluate.flops import encoder_flops
-from flap_fast.evaluate.retrieval import (
+from flap_fast.evaluation.embed import evaluating
+from flap_fast.evaluation.flops import encoder_flops
+from flap_fast.evaluation.retrieval import (
     caption_positions,
     media_positions,
     media_to_text_scores,
@@ -30,8 +30,8 @@ from flap_fast.model.masking import check_micro_tokens
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.preparation.prepare import prepare
 from flap_fast.ranks import Ranks
-from flap_fast.train.engine import PlainEngine
-from flap_fast.train.step import Gradients
+from flap_fast.training.engine import PlainEngine
+from flap_fast.training.step import Gradients
 from tests.sounds import encode, tone, write_manifest
 from tests.tiny import HTSAT, vit_of
 from tests.triples import write_triples

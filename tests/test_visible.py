@@ -10,10 +10,10 @@ import pytest
 from rich.console import Console
 
 import flap_fast
-from flap_fast.evaluate import sheet
-from flap_fast.evaluate.retrieval_tables import directions
-from flap_fast.evaluate.retrieval_tables import terminal as retrieval_terminal
-from flap_fast.evaluate.sheet import Sheet
+from flap_fast.evaluation import sheet
+from flap_fast.evaluation.retrieval_tables import directions
+from flap_fast.evaluation.retrieval_tables import terminal as retrieval_terminal
+from flap_fast.evaluation.sheet import Sheet
 from flap_fast.files import say, visible
 from tests.test_cli import flap
 

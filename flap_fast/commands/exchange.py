@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from flap_fast.checks import require
 from flap_fast.files import say
+from flap_fast.hub import check_repo_name, push_folder
 
 
 def import_(
@@ -45,13 +47,59 @@ def import_(
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="The folder of a run or of a checkpoint.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="The folder of a run or of a checkpoint, or hf://OWNER/NAME.")
+    ],
     out: Annotated[
         Path,
         typer.Argument(help="A folder for transformers, or a .pt for LAION-CLAP or OpenAI's CLIP."),
     ],
+    license: Annotated[
+        str | None, typer.Option(help="Of the card: the Hub's name of the licence, as apache-2.0.")
+    ] = None,
+    license_name: Annotated[
+        str | None, typer.Option(help="Of the card, with --license other: the licence's name.")
+    ] = None,
+    license_link: Annotated[
+        str | None, typer.Option(help="Of the card, with --license other: where it stands.")
+    ] = None,
+    language: Annotated[
+        list[str] | None,
+        typer.Option(help="Of the card: the captions' language, as en; may be repeated."),
+    ] = None,
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(help="Of the card: a data set of training, by its name; may be repeated."),
+    ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(help="Upload OUT to this OWNER/NAME on the Hugging Face Hub (hf auth login)."),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="With --push: make a new repository private.")
+    ] = False,
 ) -> None:
     """Convert a model for other projects: a `ClapModel` if possible, a CLIP in OpenAI's names."""
+    if push is not None:
+        check_repo_name(push)
+        file = out.suffix in (".pt", ".pth")
+        require(not file, "OUT", "be a folder with --push", out, "name one without .pt")
+    require(push is not None or not private, "--private", "come with --push", private)
+    other = license == "other" or (license_name or license_link) is None
+    require(other, "--license", "be other with --license-name and --license-link", license)
     from flap_fast.interchange.convert import export_checkpoint
+    from flap_fast.interchange.layout import CardFields
 
-    say(f"{out}: {export_checkpoint(checkpoint, out)}")
+    fields = CardFields(
+        name=push,
+        license=license,
+        license_name=license_name,
+        license_link=license_link,
+        languages=tuple(language or ()),
+        datasets=tuple(dataset or ()),
+    )
+    say(f"{out}: {export_checkpoint(checkpoint, out, fields)}")
+    if push is not None:
+        say(
+            f"{push_folder(out, push, private=private)}: open it with flap_fast.load('hf://{push}')"
+        )

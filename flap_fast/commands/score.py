@@ -10,16 +10,18 @@ import typer
 
 from flap_fast.checks import ConfigError, read_text, require
 from flap_fast.commands.length import LengthOption
-from flap_fast.evaluate import TASKS
+from flap_fast.evaluation import TASKS
 from flap_fast.files import parsed_json, say
+from flap_fast.hub import on_hub
 from flap_fast.progress import progress
 
 if TYPE_CHECKING:
-    from flap_fast.evaluate.evaluated_model import EvaluatedModel
+    from flap_fast.evaluation.evaluated_model import EvaluatedModel
     from flap_fast.ranks import Ranks
 
 _MODEL = (
-    "A run's folder, a checkpoint's; for sentences also a text encoder's, or package:NAME/FOLDER."
+    "The folder of a run, a checkpoint or a ClapModel, or hf://OWNER/NAME; for sentences also a "
+    "text encoder's, or package:NAME/FOLDER."
 )
 _DATA = "Folders of shards; for sentences STS files or SentEval's folder."
 _TASKS = f"Some of {','.join(TASKS)}; by the data when not given."
@@ -53,8 +55,9 @@ def evaluate(
 ) -> None:
     """Score a model: retrieval, zero-shot, geometry, sentences, FLOPs. Also under torchrun."""
     with progress("start"):
-        from flap_fast.evaluate.run import score
-        from flap_fast.evaluate.scores_file import merged, read_scores, write_scores
+        from flap_fast.evaluation.run import score
+        from flap_fast.evaluation.scores_file import merged, read_scores, write_scores
+        from flap_fast.interchange.opened import opened
         from flap_fast.ranks.agreement import Facts, agree
         from flap_fast.ranks.failure import joined
 
@@ -66,21 +69,22 @@ def evaluate(
             file.parent.mkdir(parents=True, exist_ok=True)
             _require_writable(name, file)
     ours = None
-    if out is None and not _is_text_encoder(model) and Path(model).is_dir():
+    if out is None and not on_hub(model) and not _is_text_encoder(model) and Path(model).is_dir():
         ours = Path(model) / "eval.json"
         _require_writable("eval.json", ours)
         read_scores(ours)
     options = {"--tasks": asked, "data": [str(folder) for folder in data or []], **settings}
     with joined() as ranks:
 
-        def opened() -> tuple[EvaluatedModel, Facts]:
+        def evaluated_model() -> tuple[EvaluatedModel, Facts]:
             named = read_classes(classes)
-            found = open_model(model, settings, pool, ranks, named, length=length)
-            weights = {f.name: f.stat().st_size for f in Path(model).rglob("*.safetensors")}
+            with opened(model) as folder:
+                found = open_model(str(folder), settings, pool, ranks, named, length=length)
+                weights = {f.name: f.stat().st_size for f in folder.rglob("*.safetensors")}
             return found, {"": options, "the classes": named, "bytes in the model of": weights}
 
         with progress("open the model"):
-            evaluated = agree(ranks, opened)
+            evaluated = agree(ranks, evaluated_model)
         scores = score(evaluated, data or [], asked)
         if not ranks.first:
             return
@@ -111,7 +115,7 @@ def open_model(
     """
     from flap_fast.config.file import load_config, parse_config
     from flap_fast.data.tokenize import tokenizer
-    from flap_fast.evaluate.evaluated_model import text_only_model, whole_model
+    from flap_fast.evaluation.evaluated_model import text_only_model, whole_model
     from flap_fast.model.model_folder import load_model
 
     given = {name: value for name, value in settings.items() if value is not None}
@@ -154,10 +158,14 @@ def read_classes(file: Path | None) -> tuple[str, ...]:
 
 
 def _is_text_encoder(model: str) -> bool:
-    """Whether transformers saved it: a config.json without a config.yaml of ours."""
+    """Whether transformers saved it: a config.json without a config.yaml of ours, no ClapModel."""
     folder = Path(model)
     bare = (folder / "config.json").is_file() and not (folder / "config.yaml").is_file()
-    return model.startswith("package:") or bare
+    if not bare:
+        return model.startswith("package:")
+    from flap_fast.interchange.convert import importable
+
+    return not importable(folder)
 
 
 def _require_writable(name: str, file: Path) -> None:
@@ -170,7 +178,7 @@ def print_scores(scores: dict[str, Any]) -> None:
     """Print the tables, in whole lines also into a log."""
     from rich.console import Console
 
-    from flap_fast.evaluate.tables import terminal
+    from flap_fast.evaluation.tables import terminal
 
     console = Console()
     if not console.is_terminal:
@@ -180,7 +188,7 @@ def print_scores(scores: dict[str, Any]) -> None:
 
 
 def _write_tables(scores: dict[str, Any], markdown: Path | None, latex: Path | None) -> None:
-    from flap_fast.evaluate import tables
+    from flap_fast.evaluation import tables
     from flap_fast.files import write_atomically
 
     for file, write in ((markdown, tables.markdown), (latex, tables.latex)):

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from flap_fast.tools.search import Index
 
 Model = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         envvar="FLAP_MODEL",
-        help="The folder of a run or of a checkpoint; by default the newest in runs/.",
+        help="The folder of a run, of a checkpoint or of a ClapModel, or hf://OWNER/NAME; by "
+        "default the newest run in runs/.",
     ),
 ]
 Sounds = Annotated[list[Path], typer.Argument(help="Sound files, and folders of sound files.")]
@@ -168,7 +169,7 @@ def classify(
         raise typer.Exit(1)
 
 
-def _named(model: Path | None) -> Path:
+def _named(model: str | None) -> str | Path:
     """Return the given model, or the last trained run."""
     if model is not None:
         return model
@@ -180,7 +181,7 @@ def _named(model: Path | None) -> Path:
     return newest
 
 
-def _open(model: Path | None, length: str | None) -> Embedder:
+def _open(model: str | None, length: str | None) -> Embedder:
     folder = _named(model)
     with progress("open the model"):
         from flap_fast.tools.embedder import load

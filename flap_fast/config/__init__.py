@@ -26,7 +26,7 @@ from flap_fast.encoders import AUDIO_ENCODERS, IMAGE_ENCODERS, TEXT_ENCODERS
 from flap_fast.encoders.audio_settings import Audio
 from flap_fast.encoders.settings import Encoder, MediaEncoder
 from flap_fast.losses import Losses
-from flap_fast.section import FREE_ON_RESUME, Count, CountOrZero, Folders, Section
+from flap_fast.section import FREE_ON_RESUME, NAMES_FILES, Count, CountOrZero, Folders, Section
 
 __all__ = [
     "Audio",
@@ -55,18 +55,18 @@ __all__ = [
 class Run(Section):
     name: str = Field(default="flap", max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """The run is written to `folder/name/`."""
-    folder: Annotated[Path, FREE_ON_RESUME] = Path("runs")
+    folder: Annotated[Path, FREE_ON_RESUME, NAMES_FILES] = Path("runs")
     """The folder of all runs."""
     seed: int = Field(default=3407, ge=0, lt=2**32)
     """Keys every random draw: weights, order, crops, masks, augmentation, dropout."""
 
 
 class Data(Section):
-    train: Folders = ()
+    train: Annotated[Folders, NAMES_FILES] = ()
     """Folders of WebDataset shards to train on, concatenated (`flap prepare` writes them)."""
-    val: Annotated[Folders, FREE_ON_RESUME] = ()
+    val: Annotated[Folders, FREE_ON_RESUME, NAMES_FILES] = ()
     """Folders of shards to evaluate on; each is scored under its folder's name."""
-    nli: Folders = ()
+    nli: Annotated[Folders, NAMES_FILES] = ()
     """Triples of sentences for loss.nli, and loss.simcse.on = nli: JSON-lines, TSV or CSV files, or
     folders of them, with `premise`, `entailment` and `contradiction` (or SimCSE's names)."""
     shuffle_shards: CountOrZero = 0

@@ -117,6 +117,8 @@ _WORDS = {
     "Input should be": "must be",
     "String should": "must",
     "Tuple should": "must",
+    "Value should": "must",
+    ", not 0": "",
     " after validation": "",
     "Keys should": "must",
     "Field required": "must be given",

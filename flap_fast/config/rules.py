@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from flap_fast.checks import require
 from flap_fast.encoders import ENCODERS
 from flap_fast.encoders.settings import Ability, Encoder, MediaEncoder
+from flap_fast.hub import on_hub
 
 if TYPE_CHECKING:
     from flap_fast.config import Config
@@ -142,6 +143,8 @@ def check_sections(config: Config) -> None:
     weights = config.loss.contrastive.prefix_weights
     rule, got = "end above 0, as what evaluation takes is trained", list(weights or ())
     require(not weights or weights[-1] > 0, "loss.contrastive.prefix_weights", rule, got)
+    rule = "name data to evaluate on with eval.patience"
+    require(bool(config.data.val) or not config.eval.patience, "data.val", rule, "nothing")
     if config.loss.simcse.weight:
         rule = "be {} with loss.simcse, whose two views of a sentence differ by dropout alone"
         require(not config.text.freeze, "text.freeze", rule.format("off"), config.text.freeze)
@@ -163,7 +166,7 @@ def check_before_loading(config: Config, world: int) -> None:
     _check_sizes(config)
     for name in ("init_from", "init_audio_from"):
         folder, rule = getattr(config.train, name), "be an existing folder of weights"
-        found = folder is None or os.path.isdir(folder)  # a name may be too long to ask
+        found = folder is None or on_hub(folder) or os.path.isdir(folder)  # may be too long
         require(found, f"train.{name}", rule, folder, "see flap import")
     require(bool(config.data.train), "data.train", "name at least one folder of shards", "nothing")
     rule = "name files of sentences for loss.nli, and for loss.simcse.on = nli"

@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from flap_fast.checks import require
-from flap_fast.section import FREE_ON_RESUME, Count, CountOrZero, Positive, Ratio, Section
+from flap_fast.section import (
+    FREE_ON_RESUME,
+    NAMES_ACCOUNT,
+    NAMES_FILES,
+    Count,
+    CountOrZero,
+    Positive,
+    Ratio,
+    Section,
+)
 
 Recomputed = Literal["audio", "text", "decoder"]
+OptimizerName = Literal[
+    "adam",
+    "adamw",
+    "muon",
+    "adafactor",
+    "adadelta",
+    "adagrad",
+    "adamax",
+    "asgd",
+    "nadam",
+    "radam",
+    "rmsprop",
+    "rprop",
+    "sgd",
+]
 
 
 def _named(value: object) -> object:
@@ -20,9 +44,15 @@ def _named(value: object) -> object:
     return (value,) if isinstance(value, str) else value
 
 
+def _one_or_more(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
 class Optim(Section):
-    name: Literal["adam", "adamw"] = "adam"
-    """Adam, or AdamW with decoupled weight decay."""
+    name: OptimizerName = "adam"
+    """Adam, AdamW with decoupled weight decay, another of PyTorch's by its name, or Muon for the
+    matrices of the encoders' and the decoder's blocks with AdamW for all else, at one learning
+    rate. ZeRO 1 to 3 divide no adafactor, adagrad or muon: these take train.zero_stage=0."""
     lr: Positive = 1e-4
     """Learning rate after warm-up."""
     betas: tuple[Ratio, Ratio] = (0.9, 0.999)
@@ -31,6 +61,9 @@ class Optim(Section):
     """Added to the root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """On matrices only: never on biases, norms, tokens or the logit scale."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the optimizer, as PyTorch names them: `{momentum: 0.9}` for sgd,
+    `{ns_steps: 5}` for muon."""
     clip_norm: Annotated[float, Field(ge=0)] = 0.0
     """Largest gradient norm; 0 does not clip."""
     media_lr_factor: Positive = 1.0
@@ -45,7 +78,7 @@ class Optim(Section):
     @model_validator(mode="after")
     def _decays(self):
         rule = "be 0 with optim.name = adam, which would add it to the gradient"
-        supported = self.name == "adamw" or self.weight_decay == 0
+        supported = self.name != "adam" or self.weight_decay == 0
         require(supported, "optim.weight_decay", rule, self.weight_decay, "set optim.name=adamw")
         return self
 
@@ -94,12 +127,12 @@ class Train(Section):
     """Passes over the data; the last incomplete batch of each is dropped."""
     steps: Count | None = None
     """Optimizer steps, instead of epochs; one of the two is given, the other left out or null."""
-    init_from: Path | None = None
-    """A model folder or a run whose weights initialise a new run (`flap import` writes folders);
-    a decoder that it lacks is initialised at random."""
-    init_audio_from: Path | None = None
-    """The same for only the audio encoder: an imported AudioMAE, a model folder or a run; feature
-    fusion that it lacks is initialised at random."""
+    init_from: Annotated[Path | None, NAMES_FILES] = None
+    """A model folder, a run or `hf://OWNER/NAME`, whose weights initialise a new run (`flap import`
+    writes folders); a decoder that it lacks is initialised at random."""
+    init_audio_from: Annotated[Path | None, NAMES_FILES] = None
+    """The same for only the audio encoder: an imported AudioMAE, or any of these; feature fusion
+    that it lacks is initialised at random."""
     engine: Annotated[Literal["auto", "plain", "deepspeed"], FREE_ON_RESUME] = "auto"
     """`auto`: DeepSpeed under a launcher, plain PyTorch in a single process."""
     zero_stage: Annotated[Literal[0, 1, 2, 3], FREE_ON_RESUME] = 1
@@ -177,7 +210,7 @@ class Ckpt(Section):
     keep_last: Count = 2
     """Checkpoints to keep; older ones are deleted, except the best."""
     keep_best: bool = True
-    """Keep the checkpoint with the best mean of both directions' mAP@10 on data.val."""
+    """Keep the checkpoint with the best score on data.val, as eval.tasks says."""
     verify: bool = True
     """Compare a checkpoint's files with its SHA256SUMS, if it has one, when training resumes or
     begins from it."""
@@ -186,21 +219,37 @@ class Ckpt(Section):
 class Eval(Section):
     every_steps: CountOrZero = 0
     """Steps between evaluations on data.val. 0: at the end only."""
+    tasks: Annotated[tuple[str, ...], BeforeValidator(_one_or_more), Field(min_length=1)] = (
+        "retrieval",
+    )
+    """Evaluations of data.val in training, some of `retrieval`, `relevance`, `zero_shot` (of the
+    clips' labels) and `geometry`. The first chooses the best checkpoint: retrieval by the mean of
+    both directions' mAP@10, relevance by mAP@10, zero_shot by top-1; geometry cannot."""
+    patience: CountOrZero = 0
+    """Early stopping: end the run when so many evaluations in a row were no better than the best
+    before them; 0 never."""
     batch: Count = 64
     """Clips a rank embeds at a time."""
     crop: str = Field(default="random", pattern=r"^(random|center|whole|multi:[1-9]\d*)$")
     """Crop of clips longer than audio.duration_s: `random` (fixed by the clip, not by the run),
     `center`, or the mean embedding of several at equal steps from start to end: of K (`multi:K`),
     or of as many as cover the clip (`whole`, the default with audio.length = variable)."""
-    templates: str = "This is a sound of {label}."
+    templates: Annotated[str, NAMES_FILES] = "This is a sound of {label}."
     """Prompt of zero-shot classes; or `audio29` or `imagenet80`, or a text file with one a line."""
     equal_captions: bool = False
     """Retrieval: a caption finds each clip that has it or an equal caption, a clip each caption
     equal to one of its own. Equal whatever their case, punctuation and white space."""
-    relevance: str = ""
+    relevance: Annotated[str, NAMES_FILES] = ""
     """Relevance: a table of queries and the files that are right, as of DCASE 2025 Task 6."""
     sentences: Literal["joint", "tower"] = "joint"
     """Sentence embeddings for STS and SentEval: in the joint space, or the text encoder's own."""
+
+    @model_validator(mode="after")
+    def _stops(self):
+        rule = "be above 0 with eval.patience, which counts evaluations"
+        counted = self.every_steps > 0 or self.patience == 0
+        require(counted, "eval.every_steps", rule, self.every_steps)
+        return self
 
     @property
     def crops(self) -> int:
@@ -217,7 +266,7 @@ class Log(Section):
     """Report to Weights & Biases too (`pip install wandb`). Where that fails, training goes on."""
     wandb_project: str = Field(default="flap_fast", min_length=1)
     """Weights & Biases: the project."""
-    wandb_entity: str | None = None
+    wandb_entity: Annotated[str | None, NAMES_ACCOUNT] = None
     """Weights & Biases: the user or team; null: what wandb takes (`WANDB_ENTITY`, your default)."""
     wandb_group: str | None = None
     """Weights & Biases: the group of runs; null: what wandb takes (`WANDB_RUN_GROUP`, none)."""

@@ -55,5 +55,10 @@ def freeze(encoder: nn.Module, section: str, *, whole: bool, blocks: int) -> lis
     for name, parameter in encoder.named_parameters():
         if depths[name] <= blocks:
             parameter.requires_grad_(False)
+    return untrained(encoder)
+
+
+def untrained(encoder: nn.Module) -> list[nn.Module]:
+    """The modules whose weights are all frozen."""
     modules = [module for module in encoder.modules() if any(True for _ in module.parameters())]
     return [m for m in modules if not any(p.requires_grad for p in m.parameters())]

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from flap_fast.checks import require
 from flap_fast.section import (
     MEANS_WEIGHTS,
+    NAMES_FILES,
     Count,
     CountOrZero,
     Depth,
@@ -43,6 +45,13 @@ class Encoder(Section):
     encoder: Annotated[Any, MEANS_WEIGHTS] = None
     """The encoder's name: a `Literal` of each arm."""
 
+    lora_rank: CountOrZero = 0
+    """LoRA: keep the encoder frozen and train low-rank adapters of this rank beside the linear
+    layers of its blocks (8 or 16 is usual), and its head; 0 is off. Checkpoints hold them merged
+    into the weights, and apart to resume from."""
+    lora_alpha: Positive = 16.0
+    """The adapters' scale, times the rank."""
+
     moved: ClassVar[dict[str, tuple[object, ...]]] = {}
     """Settings that now belong to another encoder but were in this section in older files, with
     the values that meant nothing here: they are dropped."""
@@ -58,6 +67,15 @@ class Encoder(Section):
             return name not in own and name in cls.moved and value in cls.moved[name]
 
         return {name: value for name, value in tree.items() if not idle(name, value)}
+
+    @model_validator(mode="after")
+    def _adapters(self):
+        settings: Any = self
+        section = getattr(self, "modality", "text")
+        rule = f"be 0 with {section}.freeze or {section}.freeze_blocks, which it includes"
+        supported = self.lora_rank == 0 or not (settings.freeze or settings.freeze_blocks)
+        require(supported, f"{section}.lora_rank", rule, self.lora_rank)
+        return self
 
     @classmethod
     def name(cls) -> str:
@@ -147,7 +165,7 @@ class TextEncoder(Encoder):
     head: ClassVar[Literal["mlp", "linear"]] = "mlp"
     """The map into the joint space: LAION-CLAP's two layers, or CLIP's matrix without bias."""
 
-    tokenizer: str = "bytes"
+    tokenizer: Annotated[str, NAMES_FILES] = "bytes"
     """For random weights: a tokenizer's folder (CLIP's: `package:open_clip`), or `bytes` (UTF-8
     bytes, needs no file)."""
     width: Count = 768

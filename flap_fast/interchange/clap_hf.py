@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flap_fast.checks import require
+from flap_fast.checksums import write_sums
 from flap_fast.config import Config
 from flap_fast.config.file import load_config
 from flap_fast.data.tokenize import tokenizer
@@ -72,6 +73,7 @@ def _write(export: Export, folder: Path) -> str:
     theirs = to_clap(export.weights | indices, export.unused)
     save_tensors(folder / "model.safetensors", theirs)
     tokenizer(export.config.text).inner.save_pretrained(folder)
+    write_sums(folder)
     return "a folder for transformers.ClapModel"
 
 

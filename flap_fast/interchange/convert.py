@@ -20,12 +20,13 @@ from flap_fast.checksums import write_sums
 from flap_fast.config import Config
 from flap_fast.config.file import dump_config
 from flap_fast.encoders.audio_settings import PatchEncoder
+from flap_fast.hub import local_folder
 from flap_fast.interchange.audiomae import AUDIOMAE
 from flap_fast.interchange.clap_hf import CLAP
 from flap_fast.interchange.clip_openai import OPENAI, ORIGIN
 from flap_fast.interchange.flap_hf import FLAP
 from flap_fast.interchange.laion import HTSAT, LAION
-from flap_fast.interchange.layout import Export, Imported, Layout, Source
+from flap_fast.interchange.layout import CardFields, Export, Imported, Layout, Source
 from flap_fast.interchange.tensors import (
     MODULE,
     Tensors,
@@ -93,6 +94,15 @@ def import_checkpoint(
         return use
 
 
+def importable(folder: Path) -> bool:
+    """Whether a folder must be imported to be opened, and can be."""
+    config = folder / "config.json"
+    if (folder / "config.yaml").is_file() or not config.is_file():
+        return False
+    model_type = read_json(config).get("model_type")
+    return model_type in [layout.names for layout in LAYOUTS if layout.form == "folder"]
+
+
 def _opened(
     path: Path,
     work: Path,
@@ -104,7 +114,8 @@ def _opened(
     tensors, saved, model_type = {}, None, None
     if path.is_dir():
         rule = "be another project's folder: this one's opens as it is, or with train.init_from"
-        require(not (path / "config.yaml").is_file(), "the checkpoint", rule, path)
+        ours = (path / "config.yaml").is_file() and not (path / "config.json").is_file()
+        require(not ours, "the checkpoint", rule, path)
         model_type = read_json(path / "config.json").get("model_type")
     else:
         saved = read_saved(path)
@@ -160,11 +171,12 @@ def _write_config(folder: Path, config: Config, begin: str, out: Path) -> None:
     (folder / "config.yaml").write_text(dump_config(config))
 
 
-def export_checkpoint(path: Path, out: Path) -> str:
+def export_checkpoint(path: str | Path, out: Path, fields: CardFields | None = None) -> str:
     """Write a model folder, or a run's last checkpoint, for other projects.
 
     Args:
-        out: a `.pt` or `.pth` file, or a folder.
+        out: a `.pt` or `.pth` file, or a folder, which has a model card too.
+        fields: what the card says that the run does not know.
 
     Returns:
         What was written.
@@ -172,6 +184,9 @@ def export_checkpoint(path: Path, out: Path) -> str:
     Raises:
         ConfigError: no layout can hold the model, or OUT exists.
     """
+    from flap_fast.interchange.card import write_card  # with huggingface_hub
+
+    path = local_folder(path)
     folder = model_folder(path)
     model, config = load_model(folder)
     prefix, unused = _unused(folder)
@@ -186,7 +201,9 @@ def export_checkpoint(path: Path, out: Path) -> str:
         require(not out.exists(), "OUT", "be new", out)
         return layout.write(export, out) + left_out
     with _appearing(out) as inside:
-        return layout.write(export, inside) + left_out
+        written = layout.write(export, inside)
+        write_card(inside, export, path, fields or CardFields())
+        return written + left_out
 
 
 def _writer(export: Export, form: str) -> Layout:

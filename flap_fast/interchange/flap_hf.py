@@ -1,8 +1,7 @@
 """Layout of this project's models as a transformers folder.
 
 OUT/config.json          "model_type": "flap", and the whole config
-OUT/model.safetensors    this project's names
-OUT/text/                the text encoder's config and tokenizer
+OUT/config.yaml ...      a model folder, which opens as it is
 OUT/clap_text/           a RoBERTa and its head as a `ClapTextModelWithProjection`
 """
 
@@ -12,7 +11,8 @@ import json
 from pathlib import Path
 
 from flap_fast.checks import ConfigError, require
-from flap_fast.config.file import parse_config
+from flap_fast.checksums import write_sums
+from flap_fast.config.file import dump_config, parse_config
 from flap_fast.interchange.clap_hf import CLAP, clap_text_config, why_no_clap_text
 from flap_fast.interchange.clap_names import text_to_clap
 from flap_fast.interchange.layout import Export, Imported, Layout, Source
@@ -24,17 +24,19 @@ _MODEL_TYPE = "flap"
 
 
 def _write(export: Export, folder: Path) -> str:
-    config = export.config
+    config = export.config.shareable()
+    save_tensors(folder / "model.safetensors", export.weights)
+    save_text_files(export.config, export.model, folder / "text")
+    (folder / "config.yaml").write_text(dump_config(config))
+    write_sums(folder)  # of the model; what comes now is for others
     tree = {"model_type": _MODEL_TYPE, "architectures": ["Flap"]}
     tree["config"] = config.model_dump(mode="json")
     (folder / "config.json").write_text(json.dumps(tree, indent=2) + "\n")
-    save_tensors(folder / "model.safetensors", export.weights)
-    save_text_files(config, export.model, folder / "text")
     written = f"a FLAP's folder ({CLAP.refusal(export)})"
     if why_not := why_no_clap_text(export):
         return f"{written}; no clap_text/: {why_not}"
     text = folder / "clap_text"
-    save_text_files(config, export.model, text)
+    save_text_files(export.config, export.model, text)
     theirs = clap_text_config(config, export.text_config)
     theirs.architectures = ["ClapTextModelWithProjection"]
     theirs.to_json_file(text / "config.json", use_diff=False)

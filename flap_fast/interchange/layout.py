@@ -71,6 +71,22 @@ class Export:
         return getattr(getattr(self.model.text, "inner", None), "config", None)
 
 
+@dataclass(frozen=True)
+class CardFields:
+    """What only whoever shares a model knows; what is left out is said to be not stated."""
+
+    name: str | None = None
+    """The model's name: OWNER/NAME on the Hub; run.name without it."""
+    license: str | None = None
+    """The Hub's name of a licence, such as `apache-2.0`; `other` with name and link."""
+    license_name: str | None = None
+    license_link: str | None = None
+    languages: tuple[str, ...] = ()
+    """Codes of the captions' languages, such as `en`."""
+    datasets: tuple[str, ...] = ()
+    """The Hub's names of the data sets it was trained on."""
+
+
 def _nothing(export: Export) -> str:
     return ""
 

@@ -11,14 +11,14 @@ Source: TinyCLIP, arXiv 2309.12314, section 3.1.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 from pydantic import model_validator
 
 from flap_fast.checks import require
 from flap_fast.losses.base import Loss, Outputs
 from flap_fast.losses.pairs import ProductPrecision, product_precision
-from flap_fast.section import Positive, Weight
+from flap_fast.section import NAMES_FILES, Positive, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 class Distill(Loss):
     weight: Weight = 0.0
     """Weight in the total. The teacher embeds each batch once, unmasked."""
-    teacher: Path | None = None
-    """A model folder or a run with this config's front end and tokenizer, whose last weights are
-    the frozen teacher, whole in the memory of each rank."""
+    teacher: Annotated[Path | None, NAMES_FILES] = None
+    """A model folder, a run or `hf://OWNER/NAME` with this config's front end and tokenizer, whose
+    last weights are the frozen teacher, whole in the memory of each rank."""
     scale: Positive | None = None
     """What the teacher's cosines are multiplied by; null: its own scale."""
     direction: Literal["symmetric", "a2t", "t2a"] = "symmetric"

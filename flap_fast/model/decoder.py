@@ -57,6 +57,7 @@ class Decoder(nn.Module):
     is that of all clips. Of several channels the first is reconstructed.
     """
 
+    block_names = r"blocks\.\d+\."
     pos_embed: Tensor
 
     def __init__(self, config: Config, encoder: PatchEncoder, encoder_width: int):

@@ -22,21 +22,18 @@ from flap_fast.checksums import SUMS, verified, write_sums
 from flap_fast.config import Config
 from flap_fast.config.file import dump_config, load_config, parse_config
 from flap_fast.data.tokenize import tokenizer
+from flap_fast.hub import local_folder
 from flap_fast.model.two_towers import TwoTowers
-from flap_fast.section import MEANS_WEIGHTS
 from flap_fast.tensors import fault, load_tensors, save_tensors
 
 # The weights of only an audio tower, and of AudioMAE's decoder if requested.
 TOWER = "audio.safetensors"
-# What only training reads, in a checkpoint: Adam's state, and the weights themselves where
-# model.safetensors is their average.
+# What only training reads, in a checkpoint: the optimizer's state; the weights themselves where
+# model.safetensors is their average, or has adapters merged; their average before the merge.
 OPTIMIZER = "optimizer.safetensors"
 TRAINED = "trained.safetensors"
-ONLY_TRAINING = (OPTIMIZER, TRAINED)
-# Parts that a run may add to the weights it begins with: they begin at random.
-_DECODER = "decoder."
-_BIAS = "logit_bias"
-_FUSION = ("mel_conv1d.", "mel_conv2d.", "fusion_model.")
+AVERAGE = "average.safetensors"
+ONLY_TRAINING = (OPTIMIZER, TRAINED, AVERAGE)
 _POSITIONS = ".pos_embed"
 _COPY = "copy it again"
 
@@ -69,13 +66,17 @@ def save_text_files(config: Config, model: TwoTowers, folder: Path) -> None:
     tokenizer(config.text).inner.save_pretrained(folder)
 
 
-def model_folder(path: Path) -> Path:
-    """The model folder that a path means: itself, or the last checkpoint of a run.
+def model_folder(path: str | Path) -> Path:
+    """The model folder that a path means: itself, the last checkpoint of a run, the Hub's.
 
     Raises:
-        ConfigError: neither.
+        ConfigError: none of them.
     """
+    path = local_folder(path)
     if (path / "model.safetensors").is_file():
+        theirs = (path / "config.json").is_file() and not (path / "config.yaml").is_file()
+        rule, remedy = "be this project's model", f"flap import {path} OUT makes it one"
+        require(not theirs, "the checkpoint", rule, path, remedy)
         return path
     if (path / TOWER).is_file():
         raise ConfigError(
@@ -104,7 +105,7 @@ def step_of(folder: Path) -> int:
 
 
 def read_config(folder: Path) -> Config:
-    """The config of a model folder, its text tower taken from the folder itself.
+    """The config of a model folder: its text tower is the folder's, adapters are merged.
 
     Raises:
         ConfigError: a file is missing or no config.
@@ -114,7 +115,7 @@ def read_config(folder: Path) -> Config:
     require(file.is_file(), str(file.parent), f"hold {file.name}", "none", _COPY)
     file = folder / "config.yaml"
     try:
-        return with_text(load_config(file), folder / "text")
+        return _merged(with_text(load_config(file), folder / "text"))
     except ConfigError as error:
         named = (
             line if str(file) in line else f"{file}: {line}" for line in str(error).split("\n")
@@ -125,6 +126,14 @@ def read_config(folder: Path) -> Config:
 def with_text(config: Config, folder: Path) -> Config:
     """A config whose text encoder's files are those of a model's text/."""
     return config.model_copy(update={"text": config.text.with_files(str(folder))})
+
+
+def _merged(config: Config) -> Config:
+    """A config without adapters: a model folder's weights have them merged."""
+    without, media = {"lora_rank": 0}, config.encoder.modality
+    encoders = {media: config.encoder, "text": config.text}
+    update = {name: encoder.model_copy(update=without) for name, encoder in encoders.items()}
+    return config.model_copy(update=update)
 
 
 def _with_length(config: Config, length: str) -> Config:
@@ -156,7 +165,7 @@ def put_weights(model: TwoTowers, file: Path, *, any_length: bool = False) -> No
     Raises:
         ConfigError: they are another model's.
     """
-    _put(model, file, load_tensors(file), model.state_dict(), any_length=any_length)
+    put(model, file, load_tensors(file), model.state_dict(), any_length=any_length)
 
 
 def _check_size(config: Config, folder: Path) -> None:
@@ -164,85 +173,19 @@ def _check_size(config: Config, folder: Path) -> None:
     with torch.device("meta"):
         own = TwoTowers(config, weights=False).state_dict()
     saved = load_weights(folder)
-    if _any_length(config):  # as many rows as a clip may have
+    if any_length_of(config):  # as many rows as a clip may have
         saved, own = (
             {n: w for n, w in s.items() if not n.endswith(_POSITIONS)} for s in (saved, own)
         )
     _same_shapes(folder / "model.safetensors", saved, own)
 
 
-def put_first_weights(model: TwoTowers, config: Config) -> None:
-    """Put the weights that train.init_from or train.init_audio_from name into a new model.
-
-    A decoder, and for an audio encoder what fuses, begin at random where the folder has none; the
-    bias of loss.sigmoid begins there as the setting says.
-
-    Raises:
-        ConfigError: they are another model's, or would compute something else in this one; or a
-            file changed since it was written.
-    """
-    media, any_length, on = f"{model.modality}.", _any_length(config), config.ckpt.verify
-    if config.train.init_from:
-        folder = model_folder(config.train.init_from)
-        with verified(folder, skip=ONLY_TRAINING, on=on):
-            _same_meaning(config, folder, (media, "text.", _DECODER))
-            _put_parts(model, folder / "model.safetensors", ("",), (_DECODER, _BIAS), any_length)
-    if config.train.init_audio_from:
-        path = config.train.init_audio_from
-        audio_only = (path / TOWER).is_file()
-        folder = path if audio_only else model_folder(path)
-        file = folder / (TOWER if audio_only else "model.safetensors")
-        with verified(folder, skip=ONLY_TRAINING, on=on):
-            _same_meaning(config, folder, (media, _DECODER))
-            _put_parts(model, file, (media, _DECODER), (_DECODER, *_FUSION), any_length)
-
-
-def _any_length(config: Config) -> bool:
+def any_length_of(config: Config) -> bool:
+    """Whether the config's model takes clips of any length."""
     return config.encoder is config.audio and config.audio.variable
 
 
-def _same_meaning(config: Config, folder: Path, parts: tuple[str, ...]) -> None:
-    """Refuse settings of these parts that differ from the folder's, where no shape does."""
-    file = folder / "config.yaml"
-    there = load_config(file)
-    mine, other = config.encoder.modality, there.encoder.modality
-    rule = f"hold an {mine} encoder, as this config's, not an {other} encoder"
-    require(mine == other, "the weights to begin with", rule, folder)
-    theirs, ours = _meaning(there), _meaning(config)
-    for name, value in theirs.items():
-        if name.startswith(parts) and name in ours:
-            shown, got = (list(v) if isinstance(v, tuple) else v for v in (value, ours[name]))
-            setting = "null" if shown is None else shown
-            remedy = f"set {name}={setting}, or change it in {file} if another is meant"
-            require(got == shown, name, f"be {shown}, as in {folder}", got, remedy)
-
-
-def _meaning(config: Config) -> dict[str, object]:
-    """The settings that a config's weights depend on and that shapes do not determine, by name."""
-    sections = {config.encoder.modality: config.encoder.meaning(), "text": config.text.meaning()}
-    if config.loss.recon.weight:
-        sections["decoder"] = config.decoder.marked(MEANS_WEIGHTS)
-    named = {f"{name}.{n}": v for name, found in sections.items() for n, v in found.items()}
-    # An encoder comes before what follows from it, whose remedy would lead astray.
-    return dict(sorted(named.items(), key=lambda item: not item[0].endswith(".encoder")))
-
-
-def _put_parts(
-    model: TwoTowers, file: Path, parts: tuple[str, ...], new: tuple[str, ...], any_length: bool
-) -> None:
-    """Names that begin with one of `parts`; whole groups with one of `new` in them may be new."""
-    saved = {name: value for name, value in load_tensors(file).items() if name.startswith(parts)}
-    if model.decoder is None:
-        saved = {name: value for name, value in saved.items() if not name.startswith(_DECODER)}
-    if model.logit_bias is None:
-        saved.pop(_BIAS, None)
-    absent = tuple(group for group in new if not any(group in name for name in saved))
-    own = {name: value for name, value in model.state_dict().items() if name.startswith(parts)}
-    own = {n: v for n, v in own.items() if not any(g in n for g in absent)}
-    _put(model, file, saved, own, any_length=any_length)
-
-
-def _put(
+def put(
     model: TwoTowers,
     file: Path,
     saved: dict[str, Tensor],
@@ -250,6 +193,11 @@ def _put(
     *,
     any_length: bool,
 ) -> None:
+    """Put the weights that a file has, `saved`, in the place of some of the model's, `own`.
+
+    Raises:
+        ConfigError: they are others.
+    """
     for name in sorted(saved.keys() & own.keys()):
         table, other = saved[name], own[name]
         if not name.endswith(_POSITIONS) or table.shape[1:] != other.shape[1:]:
@@ -286,7 +234,7 @@ def _same_rows(table: Tensor, other: Tensor) -> bool:
 
 
 def load_model(
-    path: Path,
+    path: str | Path,
     device: torch.device | str = "cpu",
     *,
     length: str | None = None,
@@ -310,5 +258,5 @@ def load_model(
         if not (folder / SUMS).is_file():  # so nothing else says yet that the config is its own
             _check_size(config, folder)
         model = TwoTowers(config, weights=False)
-        put_weights(model, folder / "model.safetensors", any_length=_any_length(config))
+        put_weights(model, folder / "model.safetensors", any_length=any_length_of(config))
     return model.to(device).eval(), config

@@ -22,6 +22,7 @@ from flap_fast.data.batch import Media
 from flap_fast.encoders.audio_settings import PatchEncoder
 from flap_fast.encoders.base import AnyMask
 from flap_fast.encoders.block_depths import freeze
+from flap_fast.encoders.lora import add_lora
 from flap_fast.losses.base import Outputs
 from flap_fast.model.decoder import Decoder
 
@@ -81,11 +82,14 @@ class TwoTowers(nn.Module):
         self.logit_bias = None
         if config.loss.sigmoid.weight > 0:
             self.logit_bias = nn.Parameter(torch.tensor([config.loss.sigmoid.bias]))
-        # Last, so that the towers start from the same weights with and without it.
+        # Last, so that the towers start from the same weights with and without what follows.
         self.decoder = None
         if config.loss.recon.weight > 0:
             assert isinstance(encoder, PatchEncoder)  # the config has checked it
             self.decoder = Decoder(config, encoder, width)
+        for name, tower, given in towers:
+            if given.lora_rank:
+                self._frozen += add_lora(tower, name, given.lora_rank, given.lora_alpha)
         self.train()
 
     @property

@@ -21,10 +21,10 @@ from flap_fast.data.preprocess.image import decoded, rgb
 from flap_fast.data.preprocess.waveform import BadSound, read_crop
 from flap_fast.data.shards import ShardError, Shards, open_shards, shard_kinds
 from flap_fast.data.tokenize import tokenizer
-from flap_fast.evaluate.embed import Embeddings, embed
-from flap_fast.evaluate.geometry import geometry
-from flap_fast.evaluate.retrieval import caption_positions
-from flap_fast.evaluate.run import names
+from flap_fast.evaluation.embed import Embeddings, embed
+from flap_fast.evaluation.geometry import geometry
+from flap_fast.evaluation.retrieval import caption_positions
+from flap_fast.evaluation.run import names
 from flap_fast.model.model_folder import load_model
 from flap_fast.ranks import Ranks
 from flap_fast.report.run import RunFacts

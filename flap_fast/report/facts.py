@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from flap_fast.evaluate.flops import CLIPS
+from flap_fast.evaluation.flops import CLIPS
 from flap_fast.report.figures import gflops
 from flap_fast.report.run import RunFacts
-from flap_fast.train.environment import sessions_of
-from flap_fast.train.overview import short
+from flap_fast.training.environment import sessions_of
+from flap_fast.training.overview import short
 
 SESSION_HEAD = ("started", "duration", "outcome", "commit", "host", "command")
 # Facts of environment.json that are shown elsewhere, or are no line of a table.

@@ -12,8 +12,8 @@ from html import escape
 from typing import Any, NamedTuple
 
 from flap_fast.checks import ConfigError
-from flap_fast.evaluate.flops import CLIPS, encoder_flops
-from flap_fast.evaluate.retrieval import directions
+from flap_fast.evaluation.flops import CLIPS, encoder_flops
+from flap_fast.evaluation.retrieval import directions
 from flap_fast.files import visible
 from flap_fast.report.examples import RetrievalExamples
 from flap_fast.report.run import RunFacts

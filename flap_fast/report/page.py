@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from flap_fast.checks import ConfigError
 from flap_fast.config.file import dump_config
-from flap_fast.evaluate.tables import sheets
+from flap_fast.evaluation.tables import sheets
 from flap_fast.files import visible, write_atomically
 from flap_fast.progress import progress
 from flap_fast.report import facts, figures

@@ -15,7 +15,7 @@ import numpy as np
 from flap_fast.checks import require
 from flap_fast.config import Config
 from flap_fast.config.file import load_config
-from flap_fast.evaluate.scores_file import read_scores
+from flap_fast.evaluation.scores_file import read_scores
 from flap_fast.model.model_folder import step_folders, step_of
 
 Row = dict[str, Any]

@@ -120,7 +120,7 @@ class Embedded:
 
 
 def embed_files(
-    model: Path,
+    model: str | Path,
     sounds: Iterable[Path],
     out: Path,
     *,
@@ -135,7 +135,7 @@ def embed_files(
     """Embed sound files; resumes an earlier call.
 
     Args:
-        model: the folder of a run or of a checkpoint.
+        model: what `load` opens.
         crop: of long sounds, as in `Embedder.embed_each`; `default_crop` by default.
         length: audio.length, if not the one that the model was trained with.
         shard_range: embed only these chunks; the last call to finish writes the array.
@@ -216,7 +216,7 @@ def _embed(embedder: Embedder, chunk: Chunk, crop: str, batch: int, advance: Adv
 
 
 def _embed_on_worker(
-    model: Path, length: str | None, identity: str, crop: str, batch: int, chunk: Chunk
+    model: str | Path, length: str | None, identity: str, crop: str, batch: int, chunk: Chunk
 ) -> None:
     """Embed a chunk on a cluster's worker, which opens the model once."""
     embedder = _opened(model, length, identity)
@@ -265,12 +265,12 @@ def _lines(rows: Iterable[dict[str, str]]) -> bytes:
 
 
 @lru_cache(maxsize=1)
-def _opened(model: Path, length: str | None, identity: str) -> Embedder:
+def _opened(model: str | Path, length: str | None, identity: str) -> Embedder:
     """Open the model, again if its weights changed."""
     return _open(model, length)
 
 
-def _open(model: Path, length: str | None) -> Embedder:
+def _open(model: str | Path, length: str | None) -> Embedder:
     """Open the model, on the GPU that a launcher assigned to this process, if any."""
     local = os.environ.get("LOCAL_RANK")
     device = f"cuda:{local}" if local and torch.cuda.is_available() else None

@@ -27,9 +27,10 @@ from flap_fast.data.preprocess.preprocessor import make_preprocessor
 from flap_fast.data.preprocess.waveform import BadSound, Unusable
 from flap_fast.data.tokenize import Tokenizer, tokenizer
 from flap_fast.encoders.settings import ImageEncoder
-from flap_fast.evaluate.embed import finite, text_embedder
-from flap_fast.evaluate.prompts import SOUND, prompts
-from flap_fast.evaluate.zero_shot import class_vectors
+from flap_fast.evaluation.embed import finite, text_embedder
+from flap_fast.evaluation.prompts import SOUND, prompts
+from flap_fast.evaluation.zero_shot import class_vectors
+from flap_fast.interchange.opened import opened
 from flap_fast.model.model_folder import load_model
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.preparation.prepare import ahead
@@ -288,7 +289,8 @@ def load(
     length: str | None = None,
     verify: bool = True,
 ) -> Embedder:
-    """Open the folder of a run (its last checkpoint) or of a checkpoint.
+    """Open a model: the folder of a run (its last checkpoint), of a checkpoint or of transformers'
+    `ClapModel`, or one on the Hugging Face Hub, `hf://OWNER/NAME` or `hf://OWNER/NAME@REVISION`.
 
     Args:
         device: where to compute; by default the GPU, or the CPU without one.
@@ -296,15 +298,16 @@ def load(
         verify: compare the folder's files with its SHA256SUMS, if it has one.
 
     Raises:
-        ConfigError: the folder holds no checkpoint, or its encoder cannot take clips so; or a file
-            changed since it was written.
+        ConfigError: the folder holds no checkpoint, or its encoder cannot take clips so; a file
+            changed since it was written; or the Hub has no such model for you.
     """
-    rule = "be the folder of a run or of a checkpoint"
+    rule = "be the folder of a run or of a checkpoint, or hf://OWNER/NAME"
     require(isinstance(path, str | os.PathLike), "path", rule, path)
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except (RuntimeError, TypeError):
         rule = "be a device of PyTorch, such as cuda, cuda:1 or cpu"
         raise ConfigError(f"device must {rule}, got {shown(device)}") from None
-    model, config = load_model(Path(path), chosen, length=length, verify=verify)
-    return Embedder(model, config, tokenizer(config.text), chosen)
+    with opened(path, verify=verify) as folder:
+        model, config = load_model(folder, chosen, length=length, verify=verify)
+        return Embedder(model, config, tokenizer(config.text), chosen)

@@ -16,8 +16,8 @@ from bench.patches import arguments
 from flap_fast.model import decoder
 from flap_fast.model.two_towers import TwoTowers
 from tests.tiny import tiny
-from tests.train.fake_cuda import DEVICE, fake_cuda
-from tests.train.test_fake_cuda import RECON, forward, loader
+from tests.training.fake_cuda import DEVICE, fake_cuda
+from tests.training.test_fake_cuda import RECON, forward, loader
 
 OPS = {
     "patch_embed": vit,

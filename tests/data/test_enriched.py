@@ -17,7 +17,7 @@ from flap_fast.data.loader import TrainingLoader
 from flap_fast.data.random_streams import Stream, uniforms
 from flap_fast.data.shards import ShardError, Shards, open_shards
 from flap_fast.data.tokenize import Tokenizer, tokenizer
-from flap_fast.evaluate.embed import read_texts
+from flap_fast.evaluation.embed import read_texts
 from flap_fast.ranks import Ranks
 from tests.tiny import tiny
 

@@ -17,9 +17,9 @@ from flap_fast.data.loader import TrainingLoader
 from flap_fast.data.pair_ids import caption_id, pair_ids
 from flap_fast.data.shards import open_shards
 from flap_fast.data.tokenize import tokenizer
-from flap_fast.evaluate.equal_captions import text_numbers
+from flap_fast.evaluation.equal_captions import text_numbers
 from flap_fast.ranks import Ranks
-from flap_fast.train.setup import clip_tokens
+from flap_fast.training.setup import clip_tokens
 from tests.data.test_enriched import Seen, write_captions
 from tests.tiny import tiny
 

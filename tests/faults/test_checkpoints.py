@@ -25,9 +25,9 @@ from flap_fast.data.shards import Shards, open_shards
 from flap_fast.model.model_folder import load_model
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks
-from flap_fast.train.checkpoint import Checkpoints
-from flap_fast.train.loop import train
-from flap_fast.train.optimizer_state import OptimizerState, whole_fragments
+from flap_fast.training.checkpoint import Checkpoints
+from flap_fast.training.loop import train
+from flap_fast.training.optimizer_state import OptimizerState, whole_fragments
 from tests.faults.cases import assert_sentence, run_cases, sampled
 from tests.faults.damage import edited, leaves, of_bytes, value
 from tests.tiny import tiny

@@ -14,7 +14,7 @@ import yaml
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config, check_before_loading
 from flap_fast.config.file import dump_config, load_config
-from flap_fast.train.run_folder import flat
+from flap_fast.training.run_folder import flat
 from tests.faults.cases import assert_sentence, run_cases, sampled
 from tests.faults.damage import edited, leaves, of_bytes, value
 

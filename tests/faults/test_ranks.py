@@ -14,11 +14,11 @@ import psutil
 import pytest
 
 from flap_fast.config.file import dump_config
-from flap_fast.train.loop import train
+from flap_fast.training.loop import train
 from tests.faults.cases import assert_sentence
 from tests.faults.works import Inputs, ended, run_config, start
-from tests.train.test_launcher import MODULE, PORT, finish, program
-from tests.train.test_launcher import start as launch
+from tests.training.test_launcher import MODULE, PORT, finish, program
+from tests.training.test_launcher import start as launch
 
 STEPS = 30
 OVERRIDES = (f"train.steps={STEPS}", "ckpt.every_steps=5", "data.val=[]")

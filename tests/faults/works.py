@@ -14,7 +14,7 @@ from flap_fast.config import Config
 from flap_fast.preparation.prepare import prepare
 from flap_fast.tools.embed_files import embed_files
 from flap_fast.tools.enrich.run import enrich
-from flap_fast.train.loop import train
+from flap_fast.training.loop import train
 from tests.ranks import start_server
 from tests.tiny import tiny
 from tests.tools.enrich.test_run import clips, recipe

@@ -21,16 +21,16 @@ from flap_fast.interchange.clap_hf import CLAP
 from flap_fast.interchange.convert import export_checkpoint, import_checkpoint
 from flap_fast.interchange.layout import Export
 from flap_fast.interchange.tensors import read_tensors
+from flap_fast.model.first_weights import put_first_weights
 from flap_fast.model.model_folder import (
     load_model,
     load_weights,
     model_folder,
-    put_first_weights,
     save_model,
 )
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.tools.embedder import load
-from flap_fast.train.loop import train
+from flap_fast.training.loop import train
 from tests.encoders.test_htsat import decibels
 from tests.tiny import HTSAT, htsat_of, tiny
 
@@ -127,6 +127,17 @@ def test_out_to_transformers_and_in_again_is_the_same_to_the_bit(trained, tmp_pa
     assert torch.allclose(
         opened.embed_text(["a dog barks"]), load(folder, "cpu").embed_text(["a dog barks"])
     )
+
+
+def test_a_clap_models_folder_opens_as_it_is(trained, tmp_path):
+    folder, _, _ = trained
+    export_checkpoint(folder, tmp_path / "hf")
+    sound, caption = torch.linspace(-1, 1, 16_000), ["a dog barks"]
+    theirs, ours = load(tmp_path / "hf", "cpu"), load(folder, "cpu")
+    assert torch.equal(theirs.embed_audio([sound]), ours.embed_audio([sound]))
+    assert torch.equal(theirs.embed_text(caption), ours.embed_text(caption))
+    with pytest.raises(ConfigError, match=r"must be this project's model, .*; flap import .* OUT"):
+        model_folder(tmp_path / "hf")
 
 
 def laion_file(folder: Path, config: Config, file: Path, prefix: str = "module.") -> dict:

@@ -17,7 +17,7 @@ from flap_fast.model.model_folder import load_model, load_weights, model_folder,
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.preparation.prepare import prepare
 from flap_fast.tools.embedder import load
-from flap_fast.train.loop import train
+from flap_fast.training.loop import train
 from tests.pictures import draw, write_pictures
 from tests.test_cli import flap
 from tests.tiny import tiny, tiny_clip

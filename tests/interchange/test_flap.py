@@ -13,10 +13,11 @@ from transformers import AutoTokenizer, ClapTextModelWithProjection
 
 from flap_fast.checks import ConfigError
 from flap_fast.interchange.convert import export_checkpoint, import_checkpoint
-from flap_fast.model.model_folder import load_weights, model_folder, put_first_weights, save_model
+from flap_fast.model.first_weights import put_first_weights
+from flap_fast.model.model_folder import load_weights, model_folder, save_model
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.tools.embedder import load
-from flap_fast.train.loop import train
+from flap_fast.training.loop import train
 from tests.test_cli import flap
 from tests.tiny import HTSAT, tiny, tiny_clip
 

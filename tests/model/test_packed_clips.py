@@ -12,7 +12,7 @@ from flap_fast.data.preprocess.audio import AudioPreprocessor
 from flap_fast.losses.base import Outputs
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks
-from flap_fast.train.step import model_inputs, patch_mask_of
+from flap_fast.training.step import model_inputs, patch_mask_of
 from tests.sounds import noise
 from tests.tiny import tiny
 

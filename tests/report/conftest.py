@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flap_fast.train.loop import train
+from flap_fast.training.loop import train
 from tests.tiny import tiny
 
 

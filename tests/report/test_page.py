@@ -23,7 +23,7 @@ from flap_fast.report.facts import duration
 from flap_fast.report.figures import alignment_over_uniformity
 from flap_fast.report.page import report
 from flap_fast.report.run import read_run
-from flap_fast.train.loop import train
+from flap_fast.training.loop import train
 from tests.sounds import write_manifest
 from tests.test_cli import flap
 from tests.tiny import tiny_clip

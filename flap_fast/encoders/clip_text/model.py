@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flap_fast.data.tokenize import tokenizer
 from flap_fast.encoders.clip_text.settings import ClipTextSettings
+from flap_fast.encoders.lora import Lora
 
 
 class ClipText(nn.Module):
@@ -119,10 +120,17 @@ class CausalAttention(nn.Module):
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
+        self.in_proj_lora: Lora | None = None
         nn.init.zeros_(self.out_proj.bias)
+
+    def add_lora(self, rank: int, alpha: float) -> None:
+        """Add an adapter to the packed weight."""
+        self.in_proj_lora = Lora(self.in_proj_weight, rank, alpha)
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = functional.linear(x, self.in_proj_weight, self.in_proj_bias)
+        if self.in_proj_lora is not None:
+            qkv = qkv + self.in_proj_lora(x)
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.0
         y = functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)

@@ -8,7 +8,7 @@ from pydantic import model_validator
 
 from flap_fast.checks import require
 from flap_fast.encoders.settings import TextEncoder
-from flap_fast.section import MEANS_WEIGHTS
+from flap_fast.section import MEANS_WEIGHTS, NAMES_FILES
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class RobertaSettings(TextEncoder):
     encoder: Annotated[Literal["roberta"], MEANS_WEIGHTS] = "roberta"
     """RoBERTa, or what `folder` holds."""
-    folder: str | None = None
+    folder: Annotated[str | None, NAMES_FILES] = None
     """A transformers encoder and its tokenizer: a folder, or `package:NAME/sub/folder` inside an
     installed Python package. Without one: a RoBERTa of random weights, of the sizes here."""
     packing: Literal["auto", "packed", "padded"] = "auto"

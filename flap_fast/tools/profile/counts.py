@@ -36,8 +36,9 @@ from flap_fast.tools.profile.parts import DECODER, LOSS, TEACHER, marked
 from flap_fast.tools.profile.teacher_counts import TeacherCounts
 from flap_fast.tools.profile.trace import Array, Flop, Trace, scaled
 from flap_fast.tools.profile.work import loss_times, rank_work, two_passes
-from flap_fast.train.optimizers import parameter_groups
-from flap_fast.train.step import model_inputs, patch_mask_of
+from flap_fast.training.optimizers import parameter_groups
+from flap_fast.training.step import model_inputs, patch_mask_of
+from flap_fast.training.torch_optimizers import kept_numbers, muon_flop
 
 _FLOAT = 4
 
@@ -124,6 +125,22 @@ class StepCounts:
         """Size of each trained parameter, by group of the optimizer."""
         groups = parameter_groups(self.model, self.config.optim)
         return tuple(tuple(p.numel() for p in group.parameters) for group in groups)
+
+    @cached_property
+    def state_numbers(self) -> int:
+        """Numbers that the optimizer keeps for all trained parameters."""
+        return sum(
+            kept_numbers(self.config.optim, p.shape, muon=group.muon)
+            for group in parameter_groups(self.model, self.config.optim)
+            for p in group.parameters
+        )
+
+    @cached_property
+    def optimizer_flop(self) -> int:
+        """FLOP of the optimizer's matrix products: Muon's, over all its matrices."""
+        groups = parameter_groups(self.model, self.config.optim)
+        shapes = [p.shape for group in groups if group.muon for p in group.parameters]
+        return sum(muon_flop(self.config.optim, shape) for shape in shapes)
 
     @property
     def frozen(self) -> int:

@@ -18,8 +18,8 @@ from flap_fast.tools.profile.lengths import LengthMix, has_lengths
 from flap_fast.tools.profile.memory import divisors, footprint
 from flap_fast.tools.profile.synthetic import caption_lengths
 from flap_fast.tools.profile.work import rank_work
-from flap_fast.train.engine import check_engine
-from flap_fast.train.teacher import check_teacher
+from flap_fast.training.engine import check_engine
+from flap_fast.training.teacher import check_teacher
 
 # Fraction of the free memory: counts leave out heaps, libraries and an optimizer's temporaries.
 _SAFE = 0.7

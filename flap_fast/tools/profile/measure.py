@@ -48,13 +48,13 @@ from flap_fast.tools.profile.timeline import (
 from flap_fast.tools.profile.trace import Flop, mean
 from flap_fast.tools.profile.traffic import CountTraffic, sent_bytes
 from flap_fast.tools.profile.work import two_passes, work_summary
-from flap_fast.train.engine import Engine, make_engine
-from flap_fast.train.environment import device_name
-from flap_fast.train.facts import settings_facts
-from flap_fast.train.frozen_text import frozen_text
-from flap_fast.train.setup import clip_tokens, data_read
-from flap_fast.train.step import Gradients
-from flap_fast.train.teacher import teacher
+from flap_fast.training.engine import Engine, make_engine
+from flap_fast.training.environment import device_name
+from flap_fast.training.facts import settings_facts
+from flap_fast.training.frozen_text import frozen_text
+from flap_fast.training.setup import clip_tokens, data_read
+from flap_fast.training.step import Gradients
+from flap_fast.training.teacher import teacher
 
 WARM_UP, TRACED = 3, 2
 _SEARCH_S = 30.0

@@ -111,7 +111,7 @@ def footprint(
 def parameters(counts: StepCounts) -> Parameters:
     """Parameter counts of a counted model."""
     sizes = [n for group in counts.groups for n in group]
-    return Parameters(sum(sizes), counts.frozen, max(sizes))
+    return Parameters(sum(sizes), counts.frozen, max(sizes), counts.state_numbers / sum(sizes))
 
 
 def held_bytes(

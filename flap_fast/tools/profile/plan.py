@@ -30,12 +30,13 @@ from flap_fast.tools.profile.synthetic import LONGEST
 from flap_fast.tools.profile.trace import Flop
 from flap_fast.tools.profile.traffic import engine_traffic, sent_bytes
 from flap_fast.tools.profile.work import Work, loss_times, rank_work, two_passes, work_summary
-from flap_fast.train.engine import BUCKET_NUMBERS
-from flap_fast.train.teacher import check_teacher
+from flap_fast.training.engine import BUCKET_NUMBERS, check_divides
+from flap_fast.training.teacher import check_teacher
+from flap_fast.training.torch_optimizers import check_optimizer
 from flap_kernels.infonce.rank_sizes import scheme_in_force
 
-# Fused Adam reads weight, gradient and both moments, and writes all but the gradient, in float32.
-_ADAM_BYTES = 7 * 4
+# An optimizer reads weight, gradient and what it keeps, and writes all but the gradient: float32.
+_UPDATE_BYTES, _KEPT_BYTES = 3 * 4, 2 * 4
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,8 @@ def plan(config: Config, machine: Machine, mix: LengthMix | None = None) -> Plan
     rule = "be 'none' in plain PyTorch"
     remedy = "set train.engine=deepspeed"
     require(engine == "deepspeed" or offload == "none", "train.offload", rule, offload, remedy)
+    check_divides(config, engine)
+    check_optimizer(config.optim)
     check_teacher(config)
     return _plan(config, machine, engine, mix or length_mix(config))
 
@@ -207,7 +210,8 @@ def _plan(config: Config, machine: Machine, engine: str, mix: LengthMix | None) 
         lengths=work_summary(config, world, mix),
         flop=flop,
         compute_s=sum(f.total for f in flop.values()) / rate,
-        optimizer_s=_optimizer_s(config, machine, parameters(counts), stage),
+        optimizer_s=_optimizer_s(config, machine, parameters(counts), stage)
+        + counts.optimizer_flop / rate,
         exchanges=_exchanges(config, machine, counts, work, stage, flop, rate),
     )
 
@@ -221,12 +225,13 @@ def _scheme(config: Config, clips: int, world: int) -> str:
 
 
 def _optimizer_s(config: Config, machine: Machine, parameters: Parameters, stage: int) -> float:
-    """Seconds of Adam over a rank's slice; with offload, with transfers to the CPU and back."""
+    """Seconds of updating a rank's slice; with offload, with transfers to the CPU and back."""
     numbers = parameters.trained / (machine.gpus if stage else 1)
+    update_bytes = (_UPDATE_BYTES + _KEPT_BYTES * parameters.kept) * numbers
     if config.train.offload == "none":
-        return _ADAM_BYTES * numbers / machine.memory_bytes_per_s
+        return update_bytes / machine.memory_bytes_per_s
     moved = 4 * numbers / machine.host_link_bytes_per_s
-    return _ADAM_BYTES * numbers / machine.host_bytes_per_s + 2 * moved
+    return update_bytes / machine.host_bytes_per_s + 2 * moved
 
 
 def _exchanges(

@@ -44,10 +44,10 @@ from flap_fast.tools.profile.memory import held_bytes
 from flap_fast.tools.profile.synthetic import SyntheticLoader, without_files
 from flap_fast.tools.profile.trials import Trial, largest, trials
 from flap_fast.tools.profile.work import rank_work
-from flap_fast.train.engine import PlainEngine
-from flap_fast.train.frozen_text import frozen_text
-from flap_fast.train.step import Gradients
-from flap_fast.train.teacher import teacher, teacher_config
+from flap_fast.training.engine import PlainEngine
+from flap_fast.training.frozen_text import frozen_text
+from flap_fast.training.step import Gradients
+from flap_fast.training.teacher import teacher, teacher_config
 
 # Fraction of a CPU's free memory that the search may use.
 _SAFE = 0.8

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from flap_fast.train.engine import BUCKET_NUMBERS
+from flap_fast.training.engine import BUCKET_NUMBERS
 
 _FLOAT = 4
 # Below this many elements, ZeRO-3 keeps gathered parameters from the forward to the backward.
@@ -23,6 +23,8 @@ class Parameters:
     frozen: int = 0
     largest: int = 0
     """Size of the largest trained parameter."""
+    kept: float = 2.0
+    """Numbers that the optimizer keeps for each that is trained: Adam two."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ def state_bytes(
     gradients = "add up" if several else "come"
     if engine == "plain" or stage == 0:
         flat = trained if engine == "deepspeed" and world > 1 else 0  # gradients to be reduced
-        whole = {"gradients": trained, "optimizer": 2 * trained, "engine": flat} | averaged
+        kept = round(parameters.kept * trained)
+        whole = {"gradients": trained, "optimizer": kept, "engine": flat} | averaged
         return States(_in_bytes({"weights": everything} | whole), {}, gradients)
     rank_slice, shard = -(-trained // world), -(-everything // world)
     # The optimizer works on a copy of its slice of the weights.
@@ -79,7 +82,7 @@ def state_bytes(
         "weights": everything,
         # ZeRO 1 reduces none before the last micro-batch.
         "gradients": trained if stage == 1 and several else rank_slice,
-        "optimizer": 3 * rank_slice,
+        "optimizer": round((1 + parameters.kept) * rank_slice),
         "engine": (2 if overlap else 1) * BUCKET_NUMBERS,
     } | averaged
     if stage == 3:

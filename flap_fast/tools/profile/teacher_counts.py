@@ -27,7 +27,7 @@ from flap_fast.tools.profile.fake import (
 from flap_fast.tools.profile.lengths import LengthMix, frames_of
 from flap_fast.tools.profile.parts import marked
 from flap_fast.tools.profile.trace import Array, Flop, Trace, summed
-from flap_fast.train.teacher import embeddings, frozen, teacher_config
+from flap_fast.training.teacher import embeddings, frozen, teacher_config
 
 _FLOAT = 4
 

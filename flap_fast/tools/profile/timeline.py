@@ -28,8 +28,8 @@ from flap_fast.tools.profile.parts import (
     TEACHER,
     marked,
 )
-from flap_fast.train.engine import Engine
-from flap_fast.train.teacher import Teacher
+from flap_fast.training.engine import Engine
+from flap_fast.training.teacher import Teacher
 
 
 class Timeline:

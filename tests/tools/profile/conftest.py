@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.test_distill import write_teacher
+from tests.training.test_distill import write_teacher
 
 
 @pytest.fixture(scope="session")

@@ -18,10 +18,10 @@ from flap_fast.tools.profile.noted import Noted, noting, sentence_lengths
 from flap_fast.tools.profile.synthetic import SyntheticLoader
 from flap_fast.tools.profile.trace import Trace, formulas
 from flap_fast.tools.profile.work import rank_work
-from flap_fast.train.engine import PlainEngine
-from flap_fast.train.frozen_text import frozen_text
-from flap_fast.train.step import Gradients
-from flap_fast.train.teacher import teacher
+from flap_fast.training.engine import PlainEngine
+from flap_fast.training.frozen_text import frozen_text
+from flap_fast.training.step import Gradients
+from flap_fast.training.teacher import teacher
 from flap_kernels.masked_mse import _masked_mse, _masked_mse_backward
 from tests.tiny import HTSAT, tiny, tiny_clip
 

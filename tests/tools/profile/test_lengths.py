@@ -26,7 +26,7 @@ from flap_fast.tools.profile.measure import profile
 from flap_fast.tools.profile.plan import Machine, plan
 from flap_fast.tools.profile.synthetic import SyntheticLoader
 from flap_fast.tools.profile.work import rank_work
-from flap_fast.train.setup import clip_tokens
+from flap_fast.training.setup import clip_tokens
 from tests.tiny import tiny
 
 VARIABLE = ("audio.length=variable", "audio.max_duration_s=2")

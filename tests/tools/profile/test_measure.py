@@ -45,8 +45,8 @@ from flap_fast.tools.profile.timeline import (
     timed_engine,
 )
 from flap_fast.tools.profile.trials import Trial, largest, trials
-from flap_fast.train.engine import PlainEngine
-from flap_fast.train.step import Gradients
+from flap_fast.training.engine import PlainEngine
+from flap_fast.training.step import Gradients
 from tests.ranks import on_ranks
 from tests.tiny import HTSAT, tiny, tiny_clip
 from tests.tools.profile.live import Live

@@ -36,10 +36,10 @@ from flap_fast.tools.profile.traffic import (
     sent_bytes,
 )
 from flap_fast.tools.profile.work import loss_times, rank_work, two_passes
-from flap_fast.train.engine import BUCKET_NUMBERS, DeepSpeedEngine, Engine, PlainEngine
-from flap_fast.train.frozen_text import frozen_text
-from flap_fast.train.step import Gradients
-from flap_fast.train.teacher import teacher
+from flap_fast.training.engine import BUCKET_NUMBERS, DeepSpeedEngine, Engine, PlainEngine
+from flap_fast.training.frozen_text import frozen_text
+from flap_fast.training.step import Gradients
+from flap_fast.training.teacher import teacher
 from tests.ranks import on_ranks
 from tests.tiny import HTSAT, tiny, tiny_clip
 from tests.tools.profile.live import Live, tensors_of

@@ -26,12 +26,12 @@ from flap_fast.tools.profile.plan import Machine, plan
 from flap_fast.tools.profile.search import Attempts
 from flap_fast.tools.profile.synthetic import SyntheticLoader
 from flap_fast.tools.profile.tables import plan_table, profile_table
-from flap_fast.train.teacher import Teacher
+from flap_fast.training.teacher import Teacher
 from tests.tiny import tiny, tiny_clip
 from tests.tools.profile.live import Live, tensors_of
 from tests.tools.profile.test_flop import RECON, counter, products_of_a_step
 from tests.tools.profile.test_plan import compare_peaks
-from tests.train.test_distill import write_teacher
+from tests.training.test_distill import write_teacher
 
 VARIABLE = ("audio.length=variable", "audio.max_duration_s=2")
 MIX = LengthMix("a test", np.array([0.05, 0.3, 0.7, 0.7, 1.1, 1.9, 3.0]))

@@ -1,0 +1,90 @@
+"""The weights that a new run begins with: another model's, whole or its audio encoder alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flap_fast.checks import require
+from flap_fast.checksums import verified
+from flap_fast.config import Config
+from flap_fast.config.file import load_config
+from flap_fast.hub import local_folder
+from flap_fast.model.model_folder import ONLY_TRAINING, TOWER, any_length_of, model_folder, put
+from flap_fast.model.two_towers import TwoTowers
+from flap_fast.section import MEANS_WEIGHTS
+from flap_fast.tensors import load_tensors
+
+# Parts that a run may add to the weights it begins with: they begin at random.
+_DECODER = "decoder."
+_BIAS = "logit_bias"
+_LORA = "lora."
+_FUSION = ("mel_conv1d.", "mel_conv2d.", "fusion_model.")
+
+
+def put_first_weights(model: TwoTowers, config: Config) -> None:
+    """Put the weights that train.init_from or train.init_audio_from name into a new model.
+
+    A decoder, and for an audio encoder what fuses, begin at random where the folder has none; the
+    bias of loss.sigmoid begins there as the setting says.
+
+    Raises:
+        ConfigError: they are another model's, or would compute something else in this one; or a
+            file changed since it was written.
+    """
+    media, any_length, on = f"{model.modality}.", any_length_of(config), config.ckpt.verify
+    if config.train.init_from:
+        folder = model_folder(config.train.init_from)
+        with verified(folder, skip=ONLY_TRAINING, on=on):
+            _same_meaning(config, folder, (media, "text.", _DECODER))
+            _put_parts(
+                model, folder / "model.safetensors", ("",), (_DECODER, _BIAS, _LORA), any_length
+            )
+    if config.train.init_audio_from:
+        path = local_folder(config.train.init_audio_from)
+        audio_only = (path / TOWER).is_file()
+        folder = path if audio_only else model_folder(path)
+        file = folder / (TOWER if audio_only else "model.safetensors")
+        with verified(folder, skip=ONLY_TRAINING, on=on):
+            _same_meaning(config, folder, (media, _DECODER))
+            _put_parts(model, file, (media, _DECODER), (_DECODER, _LORA, *_FUSION), any_length)
+
+
+def _same_meaning(config: Config, folder: Path, parts: tuple[str, ...]) -> None:
+    """Refuse settings of these parts that differ from the folder's, where no shape does."""
+    file = folder / "config.yaml"
+    there = load_config(file)
+    mine, other = config.encoder.modality, there.encoder.modality
+    rule = f"hold an {mine} encoder, as this config's, not an {other} encoder"
+    require(mine == other, "the weights to begin with", rule, folder)
+    theirs, ours = _meaning(there), _meaning(config)
+    for name, value in theirs.items():
+        if name.startswith(parts) and name in ours:
+            shown, got = (list(v) if isinstance(v, tuple) else v for v in (value, ours[name]))
+            setting = "null" if shown is None else shown
+            remedy = f"set {name}={setting}, or change it in {file} if another is meant"
+            require(got == shown, name, f"be {shown}, as in {folder}", got, remedy)
+
+
+def _meaning(config: Config) -> dict[str, object]:
+    """The settings that a config's weights depend on and that shapes do not determine, by name."""
+    sections = {config.encoder.modality: config.encoder.meaning(), "text": config.text.meaning()}
+    if config.loss.recon.weight:
+        sections["decoder"] = config.decoder.marked(MEANS_WEIGHTS)
+    named = {f"{name}.{n}": v for name, found in sections.items() for n, v in found.items()}
+    # An encoder comes before what follows from it, whose remedy would lead astray.
+    return dict(sorted(named.items(), key=lambda item: not item[0].endswith(".encoder")))
+
+
+def _put_parts(
+    model: TwoTowers, file: Path, parts: tuple[str, ...], new: tuple[str, ...], any_length: bool
+) -> None:
+    """Names that begin with one of `parts`; whole groups with one of `new` in them may be new."""
+    saved = {name: value for name, value in load_tensors(file).items() if name.startswith(parts)}
+    if model.decoder is None:
+        saved = {name: value for name, value in saved.items() if not name.startswith(_DECODER)}
+    if model.logit_bias is None:
+        saved.pop(_BIAS, None)
+    absent = tuple(group for group in new if not any(group in name for name in saved))
+    own = {name: value for name, value in model.state_dict().items() if name.startswith(parts)}
+    own = {n: v for n, v in own.items() if not any(g in n for g in absent)}
+    put(model, file, saved, own, any_length=any_length)
