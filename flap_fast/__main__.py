@@ -22,6 +22,7 @@ from flap_fast.commands.errors import print_and_status, print_error
 from flap_fast.commands.length import LengthOption
 from flap_fast.commands.usage import Commands
 from flap_fast.files import say, visible
+from flap_fast.progress import progress
 
 app = typer.Typer(
     name="flap",
@@ -99,9 +100,11 @@ def rank(
     length: LengthOption = None,
 ) -> None:
     """Rank captions by their cosine similarity to a sound, best first."""
-    from flap_fast.tools.embedder import load
+    with progress("open the model"):
+        from flap_fast.tools.embedder import load
 
-    for caption, cosine in load(checkpoint, length=length).rank(sound, captions):
+        embedder = load(checkpoint, length=length)
+    for caption, cosine in embedder.rank(sound, captions):
         say(f"{cosine:6.3f}  {visible(caption)}")
 
 

@@ -96,9 +96,12 @@ def test_evaluate_gives_what_training_found(run: Path, prepared: Path):
         ({"crop": "all"}, "eval.crop must"),
     ],
 )
-def test_what_cannot_be_scored_is_named(given: dict, message: str, run: Path, prepared: Path):
+def test_what_cannot_be_scored_is_named(
+    given: dict[str, Any], message: str, run: Path, prepared: Path
+):
     with pytest.raises(ConfigError, match=message):
-        flap_fast.evaluate(**({"model": run, "data": prepared / "val"} | given))
+        arguments: dict[str, Any] = {"model": run, "data": prepared / "val"} | given
+        flap_fast.evaluate(**arguments)
 
 
 def test_what_cannot_be_trained_is_named():

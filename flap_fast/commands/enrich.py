@@ -9,6 +9,7 @@ import typer
 
 from flap_fast.checks import require
 from flap_fast.files import say
+from flap_fast.progress import progress
 
 _SOURCE = "A folder of shards, or a manifest."
 _OUT = "Output folder of captions.jsonl; for training, the folder of the shards."
@@ -43,7 +44,6 @@ def enrich(
     require(0 <= threshold <= 1, "--threshold", "be in [0, 1]", threshold)
     require(0 <= seed < 2**32, "--seed", "be in [0, 2^32)", seed)
     require(limit is None or limit >= 1, "--limit", "be at least 1", limit)
-    from flap_fast.commands.use import progress
     from flap_fast.tools.enrich.events import open_tagger
     from flap_fast.tools.enrich.prompts import prompt as named
     from flap_fast.tools.enrich.run import Recipe

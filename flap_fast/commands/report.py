@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from flap_fast.files import say
+from flap_fast.progress import progress
 
 
 def report(
@@ -20,7 +21,8 @@ def report(
     ] = None,
 ) -> None:
     """Write one HTML page of a run: curves, scores, similarities, retrieval examples."""
-    from flap_fast.report.page import report as write
+    with progress("start"):
+        from flap_fast.report.page import report as write
 
     file = write(run, out, others=others or [])
     say(f"{file}: {file.stat().st_size / 1e6:.2f} MB, one file that fetches nothing")

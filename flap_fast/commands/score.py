@@ -14,6 +14,7 @@ from flap_fast.evaluation import TASKS
 from flap_fast.files import parsed_json, say
 from flap_fast.hub import on_hub
 from flap_fast.places import place_of
+from flap_fast.progress import progress
 
 if TYPE_CHECKING:
     from flap_fast.evaluation.evaluated_model import EvaluatedModel
@@ -53,12 +54,13 @@ def evaluate(
     ] = "mean",
 ) -> None:
     """Score a model: retrieval, zero-shot, geometry, sentences, FLOPs. Also under torchrun."""
-    from flap_fast.evaluation.run import score
-    from flap_fast.evaluation.scores_file import merged, read_scores, write_scores
-    from flap_fast.interchange.opened import opened
-    from flap_fast.ranks.agreement import Facts, agree
-    from flap_fast.ranks.failure import joined
-    from flap_fast.tools.scoring import is_text_encoder, open_model
+    with progress("start"):
+        from flap_fast.evaluation.run import score
+        from flap_fast.evaluation.scores_file import merged, read_scores, write_scores
+        from flap_fast.interchange.opened import opened
+        from flap_fast.ranks.agreement import Facts, agree
+        from flap_fast.ranks.failure import joined
+        from flap_fast.tools.scoring import is_text_encoder, open_model
 
     asked = tuple(task for task in tasks.replace(",", " ").split() if task)
     settings = {"batch": batch, "crop": crop, "templates": templates}
@@ -83,7 +85,8 @@ def evaluate(
                 weights = {f.name: f.stat().st_size for f in folder.rglob("*.safetensors")}
             return found, {"": options, "the classes": named, "bytes in the model of": weights}
 
-        evaluated = agree(ranks, evaluated_model)
+        with progress("open the model"):
+            evaluated = agree(ranks, evaluated_model)
         scores = score(evaluated, places, asked)
         if not ranks.first:
             return

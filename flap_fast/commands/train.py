@@ -11,6 +11,7 @@ import typer
 from flap_fast.commands.errors import print_error
 from flap_fast.files import say
 from flap_fast.launcher import first_of_its_node, launched
+from flap_fast.progress import progress
 from flap_fast.training.signals import ends_at_once
 
 
@@ -37,11 +38,12 @@ def _train(config: Path, overrides: list[str], *, resume: bool) -> None:
 
     if launched().world == 1:
         load_config(config, overrides)  # its errors before PyTorch is imported
-    from flap_fast.commands.score import print_scores
-    from flap_fast.ranks.agreement import agree
-    from flap_fast.ranks.failure import joined
-    from flap_fast.training.loop import Stopped
-    from flap_fast.training.loop import train as run
+    with progress("start"):
+        from flap_fast.commands.score import print_scores
+        from flap_fast.ranks.agreement import agree
+        from flap_fast.ranks.failure import joined
+        from flap_fast.training.loop import Stopped
+        from flap_fast.training.loop import train as run
 
     with _ends_at_once(), joined() as ranks:
         settings = agree(ranks, lambda: (load_config(config, overrides), {}))

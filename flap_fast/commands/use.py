@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +13,7 @@ from flap_fast.checks import read_text, require
 from flap_fast.commands.length import LengthOption
 from flap_fast.commands.shard_range import DistributorOption, ShardRangeOption, work_division
 from flap_fast.files import say, visible
+from flap_fast.progress import progress
 
 if TYPE_CHECKING:
     from flap_fast.tools.embedder import Embedder
@@ -51,8 +49,9 @@ def embed(
     distributor: DistributorOption = "threads",
 ) -> None:
     """Embed sound files into a NumPy array; a second call resumes."""
-    from flap_fast.tools.embed_files import embed_files
-    from flap_fast.tools.search import find_sounds
+    with progress("start"):
+        from flap_fast.tools.embed_files import embed_files
+        from flap_fast.tools.search import find_sounds
 
     require(batch >= 1, "--batch", "be at least 1", batch)
     chosen, distribution = work_division(shard_range, distributor)
@@ -65,7 +64,7 @@ def embed(
         batch=batch,
         shard_range=chosen,
         distributor=distribution,
-        progress=partial(progress, "embed"),
+        progress=progress,
     )
     if done.unfinished:
         say(
@@ -154,14 +153,17 @@ def classify(
     vectors = embedder.embed_labels(names, template)
     bad = 0
     rows = embedder.embed_each(files, batch, crop=crop or default_crop(embedder.config))
-    for file, row in zip(files, rows, strict=True):
-        if isinstance(row, BadSound):
-            bad += 1
-            say(row, error=True)
-            continue
-        best = embedder.probabilities(row[None], vectors)[0].topk(min(top, len(names)))
-        for probability, n in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            say(f"{visible(file)}\t{visible(names[n])}\t{probability:.3f}")
+    # On a terminal the lines themselves show how far it is.
+    with progress("classify", len(files), shown=not sys.stdout.isatty()) as advance:
+        for file, row in zip(files, rows, strict=True):
+            advance()
+            if isinstance(row, BadSound):
+                bad += 1
+                say(row, error=True)
+                continue
+            best = embedder.probabilities(row[None], vectors)[0].topk(min(top, len(names)))
+            for probability, n in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+                say(f"{visible(file)}\t{visible(names[n])}\t{probability:.3f}")
     if bad:
         say(f"{bad} of {len(files)} sounds cannot be read", error=True)
         raise typer.Exit(1)
@@ -180,9 +182,11 @@ def _named(model: str | None) -> str | Path:
 
 
 def _open(model: str | None, length: str | None) -> Embedder:
-    from flap_fast.tools.embedder import load
+    folder = _named(model)
+    with progress("open the model"):
+        from flap_fast.tools.embedder import load
 
-    return load(_named(model), length=length)
+        return load(folder, length=length)
 
 
 def _updated(file: Path, sounds: list[Path], embedder: Embedder, crop: str, batch: int) -> Index:
@@ -205,17 +209,3 @@ def _updated(file: Path, sounds: list[Path], embedder: Embedder, crop: str, batc
         if len(index.rejected) == len(sounds):
             raise typer.Exit(1)
     return index
-
-
-@contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[..., None]]:
-    """Show a progress bar on a terminal; yields a function that advances it, by 1 by default."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn as Remaining
-
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), Remaining())
-    watched = os.environ.get("RANK", "0") == "0" and sys.stderr.isatty() and total > 0
-    with Progress(*columns, console=Console(stderr=True), disable=not watched) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda by=1: bar.advance(task, by)

@@ -20,6 +20,7 @@ from flap_fast.data.read_ahead import reading_in_order
 from flap_fast.data.shards import ShardError, Shards
 from flap_fast.data.tokenize import Tokenizer
 from flap_fast.model.two_towers import TwoTowers
+from flap_fast.progress import progress
 from flap_fast.ranks import Ranks
 
 Encode = Callable[[Tensor, Tensor], Tensor]
@@ -81,7 +82,11 @@ def embed(
         crops = crops_of(config, shards, ranks)
         mine = crops.take(rank_slice(len(crops.clips), ranks))
         batches = _in_step(evaluation_batches(config, shards, mine, ranks), ranks)
-        rows = [model.embed_media(batch, longer=longer) for batch, longer in batches]
+        rows = []
+        with progress(f"embed {config.encoder.modality}", len(mine.clips)) as advance:
+            for batch, longer in batches:
+                rows.append(model.embed_media(batch, longer=longer))
+                advance(len(rows[-1]))
         media = ranks.gather(torch.cat(rows))[: len(crops.clips)]
         media = finite(_pooled(media, np.bincount(crops.clips).tolist()), shards.name)
         text = text_embedder(model.embed_text, tokenizer, ranks, config.eval.batch)(texts.captions)
@@ -110,8 +115,13 @@ def text_embedder(encode: Encode, tokenizer: Tokenizer, ranks: Ranks, batch: int
         order = sorted(range(len(mine)), key=lambda i: len(mine[i]))
         own = [mine[i] for i in order]
         parts = [own[i : i + batch] for i in range(0, len(own), batch)]
-        tokens = (tokenizer(part) for part in parts)
-        rows = torch.cat([encode(ids.to(ranks.device), mask) for ids, mask in tokens])
+        rows = []
+        with progress("embed texts", len(own)) as advance:
+            for part in parts:
+                ids, mask = tokenizer(part)
+                rows.append(encode(ids.to(ranks.device), mask))
+                advance(len(part))
+        rows = torch.cat(rows)
         unsorted = torch.empty_like(rows)
         unsorted[torch.tensor(order, device=rows.device)] = rows
         return finite(ranks.gather(unsorted)[: len(texts)], lambda n: repr(texts[n]))

@@ -21,8 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from flap_fast.checks import require
 from flap_fast.config import Audio
 from flap_fast.data.preprocess.waveform import Unusable
@@ -36,6 +34,7 @@ from flap_fast.preparation.shard_tasks import (
     ShardWriter,
     shard_tasks,
 )
+from flap_fast.progress import progress
 
 Distributor = Literal["threads", "ray"]
 
@@ -93,13 +92,7 @@ def prepare(
         for task in mine:
             writer.retry(task)
     todo = [task for task in mine if writer.finished(task) is None]
-    columns = (TextColumn("prepare"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not show) as bar:
-        row = bar.add_task("", total=sum(len(task.entries) for task in todo))
-
-        def advance(clips: int) -> None:
-            bar.advance(row, clips)
-
+    with progress("prepare", sum(len(task.entries) for task in todo), shown=show) as advance:
         if distributor == "ray":
             calls = [(partial(_write_one, writer, task), len(task.entries)) for task in todo]
             run_on_cluster(calls, advance)

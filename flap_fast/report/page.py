@@ -18,6 +18,7 @@ from flap_fast.checks import ConfigError
 from flap_fast.config.file import dump_config
 from flap_fast.evaluation.tables import sheets
 from flap_fast.files import visible, write_atomically
+from flap_fast.progress import progress
 from flap_fast.report import facts, figures
 from flap_fast.report.doctor import doctor_section
 from flap_fast.report.examples import retrieval_examples
@@ -48,11 +49,13 @@ def report(folder: Path, out: Path | None = None, *, others: Sequence[Path] = ()
     run, beside = read_run(folder), [read_run(other) for other in others]
     file = out or folder / "report.html"
     file.parent.mkdir(parents=True, exist_ok=True)
-    sections = []
-    for section in SECTIONS:
-        found = section.contents(run, beside)
-        if found is not None:
-            sections.append({"id": section.id, "heading": section.heading, "found": found})
+    with progress("report"):
+        found = [(section, section.contents(run, beside)) for section in SECTIONS]
+    sections = [
+        {"id": section.id, "heading": section.heading, "found": contents}
+        for section, contents in found
+        if contents is not None
+    ]
     write_atomically(file, _rendered(run=run, sections=sections).encode())
     return file
 

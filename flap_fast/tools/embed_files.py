@@ -36,14 +36,15 @@ from flap_fast.files import as_utf8, write_atomically
 from flap_fast.preparation.prepare import Distributor
 from flap_fast.preparation.ray_cluster import run_on_cluster
 from flap_fast.preparation.shard_tasks import ShardRange
+from flap_fast.progress import Advance
 from flap_fast.tools.embedder import Embedder, load
 from flap_fast.tools.search import stat_sound
 from flap_fast.tools.sounds import default_crop
 
 _ARRAY, _SOUNDS, _REJECTED = "embeddings.npy", "sounds.jsonl", "rejected.jsonl"
 
-Advance = Callable[[int], object]
-"""Takes the number of sounds embedded since the last call."""
+Progress = Callable[[str, int | None], AbstractContextManager[Advance]]
+"""As `flap_fast.progress.progress`: takes what is done and how much of it there is."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def embed_files(
     shard_range: ShardRange | None = None,
     distributor: Distributor = "threads",
     chunk_sounds: int = 512,
-    progress: Callable[[int], AbstractContextManager[Advance]] = lambda _: nullcontext(_ignore),
+    progress: Progress = lambda what, total: nullcontext(_ignore),
 ) -> Embedded:
     """Embed sound files; resumes an earlier call.
 
@@ -141,20 +142,20 @@ def embed_files(
         distributor: this process, or the running Ray cluster, where each task gets as many cores
             as this process computes on, or a GPU.
         chunk_sounds: sounds of a chunk on average.
-        progress: takes the number of sounds to embed and returns a context manager, which yields
-            a function to call with the number of sounds embedded.
+        progress: shows it; called for opening the model and for embedding.
 
     Raises:
         ConfigError: no model, an unknown crop, no cluster, or an OUT with another's files.
     """
     _refuse_others(out)
-    embedder = _open(model, length)
+    with progress("open the model", None):
+        embedder = _open(model, length)
     crop = crop or default_crop(embedder.config)
     (out / ".embed").mkdir(parents=True, exist_ok=True)
     chunks = list(_chunks(sounds, out, (embedder.identity, crop, batch), chunk_sounds))
     mine = chunks[shard_range.number - 1 :: shard_range.of] if shard_range else chunks
     pending = [chunk for chunk in mine if chunk.pending]
-    with progress(sum(len(chunk.sounds) for chunk in pending)) as advance:
+    with progress("embed", sum(len(chunk.sounds) for chunk in pending)) as advance:
         if distributor == "ray":
             task = partial(_embed_on_worker, model, length, embedder.identity, crop, batch)
             tasks = [(partial(task, chunk), len(chunk.sounds)) for chunk in pending]
@@ -173,7 +174,7 @@ def _refuse_others(out: Path) -> None:
     require(begun or not found, "OUT", rule, f"{out} with {', '.join(found)}", remedy)
 
 
-def _ignore(sounds: int) -> None:
+def _ignore(sounds: int = 1, /) -> None:
     """Show no progress."""
 
 

@@ -63,7 +63,7 @@ class Guarded:
             why = " ".join(f"{type(error).__name__}: {error}".split())
             with suppress(OSError, ValueError):  # stderr itself may be what failed
                 say(
-                    f"warning: {self._name} gets no more rows of this run, got {why}; training "
-                    "goes on without it, --resume tries it again",
+                    f"warning: {self._name} is left out of the rest of this run, got {why}; "
+                    "training goes on without it, --resume tries it again",
                     error=True,
                 )

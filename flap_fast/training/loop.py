@@ -17,6 +17,7 @@ from flap_fast.config import Config
 from flap_fast.data.shards import ShardError
 from flap_fast.evaluation.scores_file import Scores
 from flap_fast.files import say
+from flap_fast.progress import progress
 from flap_fast.ranks import Ranks
 from flap_fast.ranks.agreement import Facts, agree
 from flap_fast.ranks.failure import Ended, joined
@@ -73,7 +74,8 @@ def train(
             start = begin(config, resume=resume)
             return start, checkpoint_facts(start)
 
-        agree(ranks, checked)
+        with progress("check the run"):
+            agree(ranks, checked)
         return train_from(config, ranks, agree(ranks, locked), open_files, observers)
 
 
@@ -105,6 +107,7 @@ def train_from(
         # Still on the device: an observer that wants a number pays for its own sync.
         epoch, work = loader.sampler.epoch(step - 1), loader.work(step - 1)
         run.metrics.step(step, epoch, lr, outputs, terms, work)
+        run.trace({"step": step})
         save_and_score(run, step, stopped=run.stop.agreed() and step < steps)
     if run.frozen_text:
         run.frozen_text.delete()

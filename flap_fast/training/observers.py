@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
 from torch import Tensor
 
 from flap_fast.config import Config
@@ -26,6 +26,7 @@ from flap_fast.data.batch import BadClip
 from flap_fast.files import visible
 from flap_fast.model.model_folder import step_folders
 from flap_fast.model.two_towers import Outputs
+from flap_fast.progress import clock, console
 from flap_fast.ranks import Ranks
 from flap_fast.training.guarded import Guarded, Observer, Row, guarded
 from flap_fast.training.run_folder import cut_after
@@ -171,31 +172,82 @@ def metrics_file(file: Path, open_files: ExitStack, first: int) -> Observer:
 
 def terminal(config: Config, open_files: ExitStack, first: int, steps: int) -> Observer:
     """A progress bar on a terminal, or a line per row where stderr is a file."""
-    console = Console(stderr=True)
-    text = "{task.fields[numbers]}"
-    columns = (TextColumn(config.run.name), BarColumn(), TextColumn(text), TimeRemainingColumn())
-    bar = Progress(*columns, console=console, disable=not console.is_terminal)
+    pace = RunPace(first, steps)
+    columns = (TextColumn(config.run.name), BarColumn(), TextColumn("{task.fields[numbers]}"))
+    on_terminal = console().is_terminal
+    # Between rows it counts down: they may be minutes apart.
+    bar = Progress(
+        *(*columns, TimeLeft(pace)),
+        console=console(),
+        disable=not on_terminal,
+        redirect_stdout=False,
+    )
     task = open_files.enter_context(bar).add_task("", total=steps, completed=first, numbers="")
 
     def observe(row: Row) -> None:
+        pace.add(row)
         if "loss" not in row:
             scores = "  ".join(f"{name} {row[name]:.3f}" for name in row if name != "step")
-            (bar.console if console.is_terminal else console).print(
-                f"step {row['step']}  {visible(scores)}",
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
-            )
+            _print(f"step {row['step']}  {scores}")
             return
         numbers = (
             f"step {row['step']}/{steps}  loss {row['loss']:.3f}  R@1 {row['in_batch_R@1']:.2f}  "
             f"{row['clips_per_s']:.0f} clips/s  data wait {row['data_wait']:.0%}"
         )
         bar.update(task, completed=row["step"], numbers=numbers)
-        if not console.is_terminal:
-            console.print(numbers, highlight=False, soft_wrap=True)
+        if not on_terminal:
+            _print(f"{numbers}  {pace}")
 
     return observe
+
+
+def _print(line: str) -> None:
+    console().print(visible(line), highlight=False, markup=False, soft_wrap=True)
+
+
+class RunPace:
+    """How long a run still takes: its steps at a smoothed pace, and evaluations by their mean.
+
+    Args:
+        first: steps done before.
+    """
+
+    def __init__(self, first: int, steps: int):
+        self._first, self._steps, self._done, self._rows = first, steps, first, 0
+        self._step_s, self._scored_s, self._at = 0.0, 0.0, time.monotonic()
+
+    def add(self, row: Row) -> None:
+        """Count a row of steps or of scores."""
+        self._done, self._at = row["step"], time.monotonic()
+        self._scored_s += row.get("eval_s", 0.0)
+        if "step_ms" in row:
+            self._rows += 1
+            # The mean of the first ten rows, then an average over about as many.
+            weight = max(1 / self._rows, 0.1)
+            self._step_s += weight * (row["step_ms"] / 1000 - self._step_s)
+
+    def left_s(self) -> float | None:
+        """Seconds; None before the first row."""
+        if not self._rows:
+            return None
+        scored_s = self._scored_s / max(self._done - self._first, 1)  # of each step
+        left = (self._steps - self._done) * (self._step_s + scored_s)
+        return max(0.0, left - (time.monotonic() - self._at))
+
+    def __str__(self):
+        left = self.left_s()
+        return "" if left is None else f"{clock(left)} left"
+
+
+class TimeLeft(ProgressColumn):
+    """A bar's column with the pace's time left."""
+
+    def __init__(self, pace: RunPace):
+        super().__init__()
+        self._pace = pace
+
+    def render(self, task: Task) -> Text:
+        return Text(str(self._pace))
 
 
 def tensorboard(folder: Path, open_files: ExitStack, first: int) -> Observer:
@@ -224,14 +276,9 @@ def report_bad_clips(folder: Path, ranks: Ranks, bad: list[BadClip]) -> None:
         )  # counted from 1, as in metrics.jsonl
         lines.writelines(json.dumps(row) + "\n" for row in rows)
     for clip in bad:
-        Console(stderr=True).print(
-            visible(
-                f"step {clip.step + 1}: {clip.clip} cannot be used ({clip.reason}); "
-                f"replaced by {clip.replaced_by} (recorded in {folder / name})"
-            ),
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
+        _print(
+            f"step {clip.step + 1}: {clip.clip} cannot be used ({clip.reason}); "
+            f"replaced by {clip.replaced_by} (recorded in {folder / name})"
         )
     bad.clear()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import nullcontext
 
 from flap_fast.config import Config
@@ -40,8 +41,10 @@ class Scorer:
     def score(self, step: int) -> bool:
         """Score a step's weights; returns whether ckpt.keep_best keeps them as the best so far."""
         self._metrics.check_finite()
+        began = time.perf_counter()
         self._last = self._evaluate()
-        self._metrics.scores(step, flat_scores(self._last))
+        seconds = {"eval_s": time.perf_counter() - began}
+        self._metrics.scores(step, flat_scores(self._last) | seconds)
         score = selection_score(self._last, self._task)
         if self.best is not None and score <= self.best.score:
             self.best = self.best._replace(since=self.best.since + 1)

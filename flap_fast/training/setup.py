@@ -28,6 +28,7 @@ from flap_fast.model.model_folder import (
     put_weights,
 )
 from flap_fast.model.two_towers import TwoTowers
+from flap_fast.progress import progress
 from flap_fast.ranks import Ranks, world_size
 from flap_fast.ranks.agreement import Facts, agree
 from flap_fast.training.checkpoint import Checkpoints, State
@@ -43,6 +44,7 @@ from flap_fast.training.scorer import Scorer
 from flap_fast.training.stop import Stop
 from flap_fast.training.teacher import Teacher, check_teacher, teacher
 from flap_fast.training.torch_optimizers import check_optimizer
+from flap_fast.training.trace import tracing
 from flap_fast.training.weights_and_biases import check_wandb
 
 
@@ -62,6 +64,8 @@ class Run:
     """Outputs of the text encoder, with text.freeze."""
     teacher: Teacher | None
     """Of loss.distill, if it has a weight."""
+    trace: Observer
+    """Called after each step: traces those that RUN/trace asks for."""
     first: int
     """Steps done before."""
     steps: int
@@ -113,26 +117,27 @@ def set_up(
     Args:
         more: observers besides the config's.
     """
-    read = agree(ranks, lambda: _read(config, ranks, start))
-    tokens, shards, model, taught_by, checkpoints, state = read
-    first = state.step if state else 0
-    seconds = own_seconds(config, shards, ranks)
-    lengths = None if seconds is None else tokens_of_seconds(config, seconds)
-    loader = TrainingLoader(config, shards, tokens, ranks, lengths)
-    per_epoch = loader.sampler.steps_per_epoch
-    steps = config.train.run_steps(per_epoch)
-    parts = parameters_of(model)  # before ZeRO 3 shards them
-    engine = make_engine(config, model, ranks)
-    if start:
-        engine.optimizer_state.load(start / OPTIMIZER)
-        if engine.average:
-            before_merge = start / AVERAGE
-            file = before_merge if before_merge.is_file() else start / "model.safetensors"
-            engine.average.load(file, first)
-    resumed = {"resumed_from_step": first} if first else {}
-    opened = in_session(config, environment(ranks) | parameter_facts(parts) | resumed)
-    # Every rank needs the run's folder.
-    agree(ranks, lambda: (open_files.enter_context(opened) if ranks.first else None, {}))
+    with progress("set up the run"):
+        read = agree(ranks, lambda: _read(config, ranks, start))
+        tokens, shards, model, taught_by, checkpoints, state = read
+        first = state.step if state else 0
+        seconds = own_seconds(config, shards, ranks)
+        lengths = None if seconds is None else tokens_of_seconds(config, seconds)
+        loader = TrainingLoader(config, shards, tokens, ranks, lengths)
+        per_epoch = loader.sampler.steps_per_epoch
+        steps = config.train.run_steps(per_epoch)
+        parts = parameters_of(model)  # before ZeRO 3 shards them
+        engine = make_engine(config, model, ranks)
+        if start:
+            engine.optimizer_state.load(start / OPTIMIZER)
+            if engine.average:
+                before_merge = start / AVERAGE
+                file = before_merge if before_merge.is_file() else start / "model.safetensors"
+                engine.average.load(file, first)
+        resumed = {"resumed_from_step": first} if first else {}
+        opened = in_session(config, environment(ranks) | parameter_facts(parts) | resumed)
+        # Every rank needs the run's folder.
+        agree(ranks, lambda: (open_files.enter_context(opened) if ranks.first else None, {}))
     stop = open_files.enter_context(Stop(ranks, checkpoints.folder))
     folder, keep = config.run_folder / "text_vectors", start is not None
     text = open_files.enter_context(frozen_text(config, engine.module, ranks, folder, keep=keep))
@@ -152,6 +157,7 @@ def set_up(
         stop=stop,
         frozen_text=text,
         teacher=taught_by,
+        trace=tracing(config, ranks, open_files),
         first=first,
         steps=steps,
         unscored=bool(state and not state.scored and config.data.val),

@@ -65,7 +65,7 @@ class Progress:
         self.total, self.seen, self.stop = 0, 0, stop
 
     @contextmanager
-    def __call__(self, total: int) -> Iterator:
+    def __call__(self, what, total: int) -> Iterator:
         self.total = total
         yield self.advance
 

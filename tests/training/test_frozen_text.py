@@ -283,7 +283,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit_and_leaves_no_vector
 
     def rows(name: str) -> list[dict[str, float]]:
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        times = ("clips_per_s", "step_ms", "data_wait", "peak_mib")
+        times = ("clips_per_s", "step_ms", "data_wait", "peak_mib", "eval_s")
         return [{k: v for k, v in json.loads(n).items() if k not in times} for n in lines]
 
     train(config("whole"))

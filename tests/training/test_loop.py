@@ -32,7 +32,7 @@ from flap_kernels import PatchMask
 from tests.sounds import encode, tone, write_manifest
 from tests.tiny import tiny
 
-TIMES = {"clips_per_s", "step_ms", "data_wait", "peak_mib"}
+TIMES = {"clips_per_s", "step_ms", "data_wait", "peak_mib", "eval_s"}
 
 
 def settings(prepared: Path, runs: Path, *overrides: str) -> Config:
@@ -70,7 +70,9 @@ def test_a_run_leaves_what_its_user_needs(whole: Path, prepared: Path):
     assert {f.name for f in whole.iterdir()} == {
         *("config.yaml", "environment.json", "metrics.jsonl", "eval.json", "checkpoints")
     }
-    assert json.loads((whole / "environment.json").read_text())["ranks"] == "1"
+    found = json.loads((whole / "environment.json").read_text())
+    assert (found["ranks"], found["outcome"]) == ("1", "complete")
+    assert 0 < found["parameters_trained"] == found["parameters"]
     steps = [row for row in rows(whole) if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
     assert [row["epoch"] for row in steps] == [0, 0, 0, 1, 1, 1]  # 24 clips, batches of 8
@@ -78,6 +80,9 @@ def test_a_run_leaves_what_its_user_needs(whole: Path, prepared: Path):
     scores = json.loads((whole / "eval.json").read_text())["retrieval"]["val"]
     last = rows(whole)[-1]
     assert last["val/text_to_audio/R@5"] == scores["text_to_audio"]["R@5"]
+    timed = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert all(("eval_s" in row) == ("loss" not in row) for row in timed)
+    assert all(0 < row.get("eval_s", 1) < 60 for row in timed)
 
 
 def test_the_last_checkpoints_and_the_best_are_kept(whole: Path):
@@ -115,6 +120,10 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     assert latest(tmp_path / "flap/checkpoints") == stopped.value.checkpoint
     train(config, resume=True)
     assert rows(tmp_path / "flap") == rows(whole)
+    found = json.loads((tmp_path / "flap/environment.json").read_text())
+    assert (found["resumed_from_step"], found["outcome"]) == (step, "complete")
+    (before,) = found["earlier_sessions"]
+    assert before["outcome"].startswith(f"stopped after step {step}, saved in ")
     ours, theirs = (
         load(folder / "checkpoints/step-000006").model.state_dict()
         for folder in (tmp_path / "flap", whole)

@@ -32,7 +32,7 @@ EVERY = (
     *("loss.simcse.weight=0.1", "loss.nli.weight=0.2", "text.dropout=0.1"),
     *("loss.recon.weight=0.5", "decoder.width=16", "decoder.depth=1", "decoder.heads=2"),
 )
-TIMES = ("clips_per_s", "step_ms", "data_wait", "peak_mib")
+TIMES = ("clips_per_s", "step_ms", "data_wait", "peak_mib", "eval_s")
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from rich.progress import Task
 
 from flap_fast.data.batch import BadClip
 from flap_fast.ranks import Ranks
@@ -17,6 +19,8 @@ from flap_fast.training.observers import (
     Metrics,
     NotFinite,
     Row,
+    RunPace,
+    TimeLeft,
     in_batch_recall,
     metrics_file,
     observers,
@@ -99,6 +103,46 @@ def test_a_validation_set_of_any_name_is_shown_as_it_is(capsys):
         observe = terminal(tiny(), open_files, 0, 4)
         observe({"step": 2, "a[/b]\x1b[2J/audio_to_text/R@1": 0.5})
     assert r"step 2  a[/b]\x1b[2J/audio_to_text/R@1 0.500" in capsys.readouterr().err
+
+
+def a_row(step: int, step_ms: float) -> Row:
+    numbers = dict.fromkeys(("loss", "in_batch_R@1", "clips_per_s", "data_wait"), 0.25)
+    return {"step": step, "step_ms": step_ms, **numbers}
+
+
+def test_the_time_left_stays_between_rows_however_far_apart_they_are(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    pace = RunPace(first=0, steps=100)
+    column, task = TimeLeft(pace), cast("Task", None)
+    assert column.render(task).plain == ""
+    for step in (10, 20):
+        now[0] += 40
+        pace.add(a_row(step, 4000))
+    assert pace.left_s() == pytest.approx(80 * 4)
+    now[0] += 300  # rich forgets a bar's steps after 30 s
+    assert column.render(task).plain == "0:00:20 left"
+    now[0] += 300
+    assert column.render(task).plain == "0:00:00 left"
+
+
+def test_the_time_left_is_smoothed_and_counts_evaluations():
+    pace = RunPace(first=100, steps=200)
+    for step in range(101, 111):
+        pace.add(a_row(step, 1000))
+    pace.add(a_row(111, 11_000))  # one slow row
+    assert pace.left_s() == pytest.approx(89 * 2.0, abs=0.1)
+    pace.add({"step": 111, "val/audio_to_text/R@1": 0.5, "eval_s": 22.0})  # 2 s a step so far
+    assert pace.left_s() == pytest.approx(89 * 4.0, abs=0.1)
+
+
+def test_a_log_has_the_time_left_in_each_row(capsys):
+    with ExitStack() as open_files:
+        observe = terminal(tiny(), open_files, 0, 4)
+        observe(a_row(2, 30_000))
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert re.search(r"^step 2/4  loss .*  0:01:00 left$", said.err, re.MULTILINE)
 
 
 def test_tensorboard_shows_every_number(tmp_path: Path):

@@ -91,7 +91,7 @@ def small(prepared: Path, runs: Path, name: str, *overrides: str) -> Config:
 
 
 def rows(config: Config) -> list[dict[str, Any]]:
-    times = ("clips_per_s", "step_ms", "data_wait", "peak_mib")
+    times = ("clips_per_s", "step_ms", "data_wait", "peak_mib", "eval_s")
     lines = (config.run_folder / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(n).items() if k not in times} for n in lines]
 

@@ -331,7 +331,7 @@ def test_a_run_in_micro_batches_resumes_bit_for_bit_and_logs_what_one_pass_logs(
 
     def rows(name: str) -> list[dict[str, float]]:
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        times = ("clips_per_s", "step_ms", "data_wait", "peak_mib")
+        times = ("clips_per_s", "step_ms", "data_wait", "peak_mib", "eval_s")
         return [{k: v for k, v in json.loads(n).items() if k not in times} for n in lines]
 
     micro = ("train.micro_batch=2", "text.dropout=0.1")

@@ -229,7 +229,7 @@ def test_a_run_in_micro_batches_by_tokens_resumes_bit_for_bit_and_logs_its_work(
 
     def rows(name: str) -> list[dict[str, float]]:
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        times = ("clips_per_s", "step_ms", "data_wait", "peak_mib")
+        times = ("clips_per_s", "step_ms", "data_wait", "peak_mib", "eval_s")
         return [{k: v for k, v in json.loads(n).items() if k not in times} for n in lines]
 
     train(config("whole"))
