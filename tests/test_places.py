@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from flap_fast.__main__ import app
 from flap_fast.checks import ConfigError
 from flap_fast.config.file import dump_config, load_config, parse_config
 from flap_fast.places import Url, expanded, is_glob, is_pattern
@@ -69,3 +71,26 @@ def test_braces_that_the_shell_expanded_are_refused():
     with pytest.raises(ConfigError, match=r"data\.train must be given once, .*quotes"):
         load_config(None, words)
     assert load_config(None, ["data.train=a", "data.train=b"]).data.train == (Path("b"),)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["prepare", "s3://b/x", "out"],
+            "DATA must be a path on this machine, got 's3:/b/x'; copy",
+        ),
+        (
+            ["enrich", "in", "https://h/x", "--model", "m"],
+            "OUT must be a path on this machine, got",
+        ),
+        (
+            ["eval", "M", "s3:/b/x"],
+            "DATA must have two slashes after s3:, as s3://b/x, got 's3:/b/x'",
+        ),
+    ],
+)
+def test_commands_that_read_no_urls_say_so(words: list[str], message: str):
+    done = CliRunner().invoke(app, words)
+    assert isinstance(done.exception, ConfigError)
+    assert str(done.exception).startswith(message)

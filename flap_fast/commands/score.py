@@ -12,7 +12,6 @@ from flap_fast.checks import ConfigError, read_text, require
 from flap_fast.commands.length import LengthOption
 from flap_fast.evaluate import TASKS
 from flap_fast.files import parsed_json, say
-from flap_fast.places import place_of
 
 if TYPE_CHECKING:
     from flap_fast.evaluate.evaluated_model import EvaluatedModel
@@ -54,6 +53,7 @@ def evaluate(
     """Score a model: retrieval, zero-shot, geometry, sentences, FLOPs. Also under torchrun."""
     from flap_fast.evaluate.run import score
     from flap_fast.evaluate.scores_file import merged, read_scores, write_scores
+    from flap_fast.places import place_of
     from flap_fast.ranks.agreement import Facts, agree
     from flap_fast.ranks.failure import joined
 

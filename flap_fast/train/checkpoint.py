@@ -60,6 +60,8 @@ class State:
     """Clips of data.train."""
     shards: str | None = None
     """Hash of the shards' names, and of where each clip lies in them."""
+    versions: str | None = None
+    """Hash of the sizes and ETags of shards by URL, if there are any."""
     teacher: int | None = None
     """Checksum of the weights of loss.distill's teacher."""
     sha256: str | None = None
@@ -86,7 +88,7 @@ class Checkpoints:
 
     def __init__(self, config: Config, ranks: Ranks, data: Shards, teacher: int | None = None):
         self._config, self._ranks, self._teacher = config, ranks, teacher
-        self._clips, self._shards = len(data), _hash(data)
+        self._clips, self._shards, self._versions = len(data), _hash(data), _versions(data)
         self.folder = config.run_folder / "checkpoints"
 
     def state(self, folder: Path) -> State:
@@ -116,6 +118,9 @@ class Checkpoints:
             rule = f"hold the {state.clips} clips that the run started with"
             got = f"{self._clips} others" if state.clips == self._clips else self._clips
             require(False, "data.train", rule, got, _PUT_BACK)
+        same, rule = state.versions in (None, self._versions), "be what the run started with"
+        got = "shards of which one has another size or ETag"
+        require(same, "data.train", rule, got, _PUT_BACK)
         same, rule = state.teacher in (None, self._teacher), "be the one that the run started with"
         require(same, "loss.distill.teacher", rule, "other weights", _PUT_BACK)
         return state
@@ -170,7 +175,8 @@ class Checkpoints:
         return self.folder / f"step-{step:06d}"
 
     def _state(self, step: int, best: float | None, scored: bool) -> bytes:
-        state = State(step, best, scored, self._clips, self._shards, self._teacher)
+        data = self._clips, self._shards, self._versions
+        state = State(step, best, scored, *data, self._teacher)
         state = replace(state, sha256=state.digest())
         return (json.dumps(asdict(state), indent=1) + "\n").encode()
 
@@ -264,6 +270,12 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _versions(data: Shards) -> str | None:
+    files = [data.remote_file(number) for number in range(len(data.files))]
+    stamps = [file and file.stamp for file in files]
+    return hashlib.sha256(repr(stamps).encode()).hexdigest() if any(stamps) else None
 
 
 def _hash(data: Shards) -> str:
