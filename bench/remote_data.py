@@ -79,8 +79,10 @@ def measure(disk: Config, s3: Config, cache: Path, clips: int, pairs: int) -> No
             assert on_s3.digest == on_disk.digest, "other bits from S3"
             found.append((on_disk, on_s3))
         assert run is read or found[0][0].digest == first
-        for name, column in (("clips/s", 0), ("clips per CPU second", 1)):
-            ratios = [b[column] / a[column] for a, b in found]
+        rates = {"clips/s": [(a.rate, b.rate) for a, b in found]}
+        rates["clips per CPU second"] = [(a.cpu_rate, b.cpu_rate) for a, b in found]
+        for name, both in rates.items():
+            ratios = [b / a for a, b in both]
             shown = ", ".join(f"{ratio:.3f}" for ratio in ratios)
             middle = statistics.median(ratios)
             print(f"{what}: {name}, S3 / disk: median {middle:.3f} of pairs {shown}")
