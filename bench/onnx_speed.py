@@ -129,7 +129,7 @@ def measured(
         "sound": compared(by_pytorch, ways, waves, rounds, clock, per=seconds),
     }
     for count in (1, 32):
-        ids, mask = ours._tokenizer([CAPTIONS[n % 2] for n in range(count)])
+        ids, mask = ours.tokenizer([CAPTIONS[n % 2] for n in range(count)])
         feed = {"ids": ids.numpy(), "attention_mask": mask.numpy()}
 
         @torch.no_grad()

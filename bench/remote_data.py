@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import fsspec
 import numpy as np
@@ -68,33 +68,47 @@ def main(arguments: list[str] | None = None) -> int:
 
 def measure(disk: Config, s3: Config, cache: Path, clips: int, pairs: int) -> None:
     """Print clips a second of each pass, and the medians' ratio."""
-    first = timed("disk, first pass", clips, lambda: passed(disk))
-    cold = timed("S3, empty cache", clips, lambda: passed(s3))
-    assert cold[1] == first[1], "other batches from S3"
+    first = timed("disk, first pass", clips, lambda: passed(disk)).digest
+    cold = timed("S3, empty cache", clips, lambda: passed(s3)).digest
+    assert cold == first, "other batches from S3"
     for what, run in (("loader", passed), ("read", read)):
-        rates: dict[str, list[float]] = {"disk": [], "S3": []}
-        seen = {run(disk)} if run is read else {first[1]}
+        found: list[tuple[Pass, Pass]] = []
         for _ in range(pairs):
-            for name, config in (("disk", disk), ("S3", s3)):
-                label = f"{what}: {name}" + (", full cache" if name == "S3" else "")
-                rate, digest = timed(label, clips, lambda run=run, config=config: run(config))
-                rates[name].append(rate)
-                seen.add(digest)
-        assert len(seen) == 1, "other bits from S3"
-        ratios = [b / a for a, b in zip(rates["disk"], rates["S3"], strict=True)]
-        shown = ", ".join(f"{ratio:.3f}" for ratio in ratios)
-        print(f"{what}: S3 / disk, median {statistics.median(ratios):.3f} of pairs {shown}")
+            on_disk = timed(f"{what}: disk", clips, lambda run=run: run(disk))
+            on_s3 = timed(f"{what}: S3, full cache", clips, lambda run=run: run(s3))
+            assert on_s3.digest == on_disk.digest, "other bits from S3"
+            found.append((on_disk, on_s3))
+        assert run is read or found[0][0].digest == first
+        rates = {"clips/s": [(a.rate, b.rate) for a, b in found]}
+        rates["clips per CPU second"] = [(a.cpu_rate, b.cpu_rate) for a, b in found]
+        for name, both in rates.items():
+            ratios = [b / a for a, b in both]
+            shown = ", ".join(f"{ratio:.3f}" for ratio in ratios)
+            middle = statistics.median(ratios)
+            print(f"{what}: {name}, S3 / disk: median {middle:.3f} of pairs {shown}")
     held = sum(file.stat().st_size for file in (cache / "shards").iterdir())
     print(f"the cache holds {held / 2**20:.0f} MiB; all batches were the same bits")
 
 
-def timed(what: str, clips: int, run: Callable[[], str]) -> tuple[float, str]:
-    """Clips a second of a pass, and its digest."""
-    started = time.perf_counter()
+class Pass(NamedTuple):
+    """A pass over all clips."""
+
+    rate: float
+    """Clips a second."""
+    cpu_rate: float
+    """Clips a second of this process's CPU time, which other processes disturb less."""
+    digest: str
+
+
+def timed(what: str, clips: int, run: Callable[[], str]) -> Pass:
+    """Run a pass, and print its rates."""
+    started, cpu_started = time.perf_counter(), time.process_time()
     digest = run()
-    rate = clips / (time.perf_counter() - started)
-    print(f"{what:28} {rate:8.0f} clips/s", flush=True)
-    return rate, digest
+    cpu_s, wall_s = time.process_time() - cpu_started, time.perf_counter() - started
+    print(
+        f"{what:28} {clips / wall_s:6.0f} clips/s, {clips / cpu_s:6.0f} per CPU second", flush=True
+    )
+    return Pass(clips / wall_s, clips / cpu_s, digest)
 
 
 def opened(config: Config) -> Shards:

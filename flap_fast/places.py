@@ -119,6 +119,12 @@ def place_of(name: str, text: str) -> Place:
         raise ConfigError(f"{name} {error.message()}, got '{text}'") from None
 
 
+def require_on_disk(name: str, path: Path) -> None:
+    """Raise `ConfigError` for a URL where a command reads or writes files."""
+    remedy = "copy the files here; flap train and flap eval read URLs"
+    require(not _SCHEME.match(str(path)), name, "be a path on this machine", path, remedy)
+
+
 Places = Annotated[
     tuple[Annotated[Place, PlainValidator(place), PlainSerializer(str, when_used="json")], ...],
     BeforeValidator(lambda v: (v,) if isinstance(v, (str, Path)) else v),

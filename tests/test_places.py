@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from flap_fast.__main__ import app
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
 from flap_fast.config.file import dump_config, load_config, parse_config
@@ -77,3 +79,26 @@ def test_a_shared_config_has_only_the_last_part_of_places():
     data = Config(data={"train": places, "val": "hf://datasets/a/b"}).shareable().data  # type: ignore[arg-type]
     assert list(map(str, data.train)) == ["train?key=abc", "{0..7}.tar", "y"]
     assert str(data.val[0]) == "hf://datasets/a/b"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["prepare", "s3://b/x", "out"],
+            "DATA must be a path on this machine, got 's3:/b/x'; copy",
+        ),
+        (
+            ["enrich", "in", "https://h/x", "--model", "m"],
+            "OUT must be a path on this machine, got",
+        ),
+        (
+            ["eval", "M", "s3:/b/x"],
+            "DATA must have two slashes after s3:, as s3://b/x, got 's3:/b/x'",
+        ),
+    ],
+)
+def test_commands_that_read_no_urls_say_so(words: list[str], message: str):
+    done = CliRunner().invoke(app, words)
+    assert isinstance(done.exception, ConfigError)
+    assert str(done.exception).startswith(message)

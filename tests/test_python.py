@@ -99,8 +99,8 @@ def test_evaluate_gives_what_training_found(run: Path, prepared: Path):
 def test_what_cannot_be_scored_is_named(
     given: dict[str, Any], message: str, run: Path, prepared: Path
 ):
+    arguments: dict[str, Any] = {"model": run, "data": prepared / "val"} | given
     with pytest.raises(ConfigError, match=message):
-        arguments: dict[str, Any] = {"model": run, "data": prepared / "val"} | given
         flap_fast.evaluate(**arguments)
 
 

@@ -13,7 +13,6 @@ from flap_fast.commands.length import LengthOption
 from flap_fast.evaluation import TASKS
 from flap_fast.files import parsed_json, say
 from flap_fast.hub import on_hub
-from flap_fast.places import place_of
 from flap_fast.progress import progress
 
 if TYPE_CHECKING:
@@ -58,6 +57,7 @@ def evaluate(
         from flap_fast.evaluation.run import score
         from flap_fast.evaluation.scores_file import merged, read_scores, write_scores
         from flap_fast.interchange.opened import opened
+        from flap_fast.places import place_of
         from flap_fast.ranks.agreement import Facts, agree
         from flap_fast.ranks.failure import joined
         from flap_fast.tools.scoring import is_text_encoder, open_model

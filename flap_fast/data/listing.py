@@ -141,8 +141,10 @@ def shard_sets(place: Place, remote: Remote) -> list[ShardSet]:
 def require_shards(place: Place, found: list) -> None:
     """Raise `ShardError` where a place holds no shards."""
     if not found:
-        what = f"{shown(place)} must hold .tar shards, got none"
-        raise ShardError(f"{what}; write them with: flap prepare MANIFEST OUT")
+        remedy = "write them with: flap prepare MANIFEST OUT"
+        if isinstance(place, Url):
+            remedy = "name the folder that the .tar files are in, or a pattern of their names"
+        raise ShardError(f"{shown(place)} must hold .tar shards, got none; {remedy}")
 
 
 def _remote_sets(place: Url, remote: Remote) -> list[ShardSet]:

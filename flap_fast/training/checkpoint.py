@@ -19,12 +19,11 @@ import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
-from typing import Annotated, NamedTuple
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from flap_fast.checks import ConfigError, in_one_line, require
@@ -45,56 +44,7 @@ from flap_fast.model.model_folder import (
 from flap_fast.ranks import Ranks
 from flap_fast.tensors import save_tensors
 from flap_fast.training.engine import Engine
-
-
-class Best(NamedTuple):
-    """The best evaluation so far."""
-
-    score: float
-    since: int
-    """Evaluations after it, none of them better."""
-    task: str
-    """What the score is of: the first of eval.tasks."""
-
-
-@dataclass(frozen=True)
-class State:
-    """A run's progress. The position in the data, masks and dropout follow from the step."""
-
-    __pydantic_config__ = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-    step: Annotated[int, Field(ge=0)]
-    """Steps done."""
-    best: float | None
-    """The best score on data.val so far, and ..."""
-    since_best: int | None = None
-    """... evaluations after it, and ..."""
-    best_task: str | None = None
-    """... what it is of."""
-    scored: bool = True
-    """False until the evaluation that is due at this step, if any, is done."""
-    clips: int | None = None
-    """Clips of data.train."""
-    shards: str | None = None
-    """Hash of the shards' names, and of where each clip lies in them."""
-    teacher: int | None = None
-    """Checksum of the weights of loss.distill's teacher."""
-    sha256: str | None = None
-    """Of the others, as JSON: this file is written anew, once its step is scored."""
-
-    @property
-    def best_so_far(self) -> Best | None:
-        """The best evaluation; of a run of before, by retrieval."""
-        if self.best is None:
-            return None
-        return Best(self.best, self.since_best or 0, self.best_task or "retrieval")
-
-    def digest(self) -> str:
-        """What `sha256` must be."""
-        others = {n: value for n, value in asdict(self).items() if n != "sha256"}
-        others = {n: value for n, value in others.items() if value is not None}
-        return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
-
+from flap_fast.training.state import Best, State
 
 _PUT_BACK = "put them back, or set run.name=ANOTHER"
 # What file systems without symbolic links say.
@@ -110,7 +60,7 @@ class Checkpoints:
 
     def __init__(self, config: Config, ranks: Ranks, data: Shards, teacher: int | None = None):
         self._config, self._ranks, self._teacher = config, ranks, teacher
-        self._clips, self._shards = len(data), _hash(data)
+        self._clips, self._shards, self._versions = len(data), _hash(data), _versions(data)
         self.folder = config.run_folder / "checkpoints"
 
     def state(self, folder: Path) -> State:
@@ -140,6 +90,9 @@ class Checkpoints:
             rule = f"hold the {state.clips} clips that the run started with"
             got = f"{self._clips} others" if state.clips == self._clips else self._clips
             require(False, "data.train", rule, got, _PUT_BACK)
+        same, rule = state.versions in (None, self._versions), "be what the run started with"
+        got = "shards of which one has another size or ETag"
+        require(same, "data.train", rule, got, _PUT_BACK)
         same, rule = state.teacher in (None, self._teacher), "be the one that the run started with"
         require(same, "loss.distill.teacher", rule, "other weights", _PUT_BACK)
         return state
@@ -202,6 +155,7 @@ class Checkpoints:
             scored=scored,
             clips=self._clips,
             shards=self._shards,
+            versions=self._versions,
             teacher=self._teacher,
         )
         state = replace(state, sha256=state.digest())
@@ -302,6 +256,12 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _versions(data: Shards) -> str | None:
+    files = [data.remote_file(number) for number in range(len(data.files))]
+    stamps = [file and file.stamp for file in files]
+    return hashlib.sha256(repr(stamps).encode()).hexdigest() if any(stamps) else None
 
 
 def _hash(data: Shards) -> str:

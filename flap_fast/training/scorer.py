@@ -10,9 +10,9 @@ from flap_fast.data.tokenize import Tokenizer
 from flap_fast.evaluation.run import evaluate, flat_scores, selection_score
 from flap_fast.evaluation.scores_file import Scores, write_scores
 from flap_fast.ranks import Ranks
-from flap_fast.training.checkpoint import Best, State
 from flap_fast.training.engine import Engine
 from flap_fast.training.observers import Metrics
+from flap_fast.training.state import Best, State
 
 
 class Scorer:

@@ -31,7 +31,7 @@ from flap_fast.model.two_towers import TwoTowers
 from flap_fast.progress import progress
 from flap_fast.ranks import Ranks, world_size
 from flap_fast.ranks.agreement import Facts, agree
-from flap_fast.training.checkpoint import Checkpoints, State
+from flap_fast.training.checkpoint import Checkpoints
 from flap_fast.training.engine import Engine, check_engine, make_engine
 from flap_fast.training.environment import environment
 from flap_fast.training.facts import checksum, data_facts, weights_facts
@@ -41,6 +41,7 @@ from flap_fast.training.observers import Metrics, observers
 from flap_fast.training.overview import Known, overview, parameter_facts, parameters_of
 from flap_fast.training.run_folder import begin, in_session
 from flap_fast.training.scorer import Scorer
+from flap_fast.training.state import State
 from flap_fast.training.stop import Stop
 from flap_fast.training.teacher import Teacher, check_teacher, teacher
 from flap_fast.training.torch_optimizers import check_optimizer

@@ -192,6 +192,20 @@ def test_a_full_cache_is_waited_for_and_then_named(served):
         shard_cache._SAID_S = shard_cache_said
 
 
+def test_what_is_wanted_soon_goes_only_for_a_shard_that_is_needed_now(served):
+    cache, files = cache_of(served, 2), files_of(served)
+    for number in (0, 1):
+        cache.read(files[number], 0, 1)
+    cache.wanted_soon = {1: frozenset({files[0].cached_name, files[1].cached_name})}
+    assert not cache.fetch(files[2], threading.Event())
+    assert held(cache) == [0, 1]
+    cache.wanted_soon = {1: frozenset({files[0].cached_name})}
+    assert cache.fetch(files[2], threading.Event())
+    assert held(cache) == [0, 2]
+    cache.wanted_soon = {1: frozenset(file.cached_name for file in files)}
+    assert cache.read(files[3], 0, 1) == b"\3"
+
+
 def ahead_of(cache: ShardCache, files: list[RemoteFile], order: list[int]) -> ReadAhead:
     return ReadAhead(cache, [(step, files[number]) for step, number in enumerate(order)])
 

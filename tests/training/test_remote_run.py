@@ -22,6 +22,7 @@ from flap_fast.training.loop import train
 from tests.ranks import on_ranks, start_server
 from tests.serving import Served, refused, serving, slow
 from tests.tiny import tiny
+from tests.training.stopping import train_stopped_after
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +94,18 @@ def test_a_run_killed_while_it_fetches_resumes_to_the_weights_of_the_disk(shards
     held = [file.stat().st_size for file in (url / "cache/shards").iterdir()]
     assert sum(held) <= sum(largest)
     assert not [*(url / "cache/shards").glob("*.part")]
+
+
+def test_a_shard_that_changed_before_a_run_is_resumed_is_refused(served, tmp_path):
+    config = settings(served.url, tmp_path, "data.val=[]")
+    train_stopped_after(4, config)
+    tar = served.folder / "train/5.tar"
+    tar.write_bytes(tar.read_bytes()[:-1] + b"x")
+    message = r"data\.train must be what the run started with, got 'shards of which one has another"
+    with pytest.raises(ConfigError, match=message):
+        train(config, resume=True)
+    tar.write_bytes(tar.read_bytes()[:-1] + b"\0")
+    train(config, resume=True)
 
 
 def trained_on_rank(config: Config) -> None:

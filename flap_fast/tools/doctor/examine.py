@@ -16,6 +16,7 @@ from flap_fast.data.tokenize import Tokenizer, tokenizer
 from flap_fast.evaluation.run import names
 from flap_fast.files import visible
 from flap_fast.model.model_folder import read_config
+from flap_fast.places import is_pattern
 from flap_fast.tools.doctor import CHECKS, weights
 from flap_fast.tools.doctor.embedded import embedded_sample, evaluation_split
 from flap_fast.tools.doctor.recordings import same_recordings
@@ -90,14 +91,15 @@ def _data_of(run: RunFiles, lacking: dict[Need, str]) -> dict[str, Clips]:
     """The splits of a run's data: all of data.train is one; what is gone is noted."""
     found: dict[str, Clips] = {}
     data = run.config.data
-    gone = [str(folder) for folder in (*data.train, *data.val) if not folder.is_dir()]
+    places = [place for place in (*data.train, *data.val) if isinstance(place, Path)]
+    gone = [str(place) for place in places if not is_pattern(place) and not place.exists()]
     if gone or not data.train:
         why = f"{', '.join(gone)} is not there" if gone else "its config names no data"
         lacking |= dict.fromkeys(("sounds", "captions", "tokens", "splits", "embeddings"), why)
         return found
-    found["train"] = of_shards(data.train)
+    found["train"] = of_shards(data.train, data)
     for name, folder in names(data.val).items():
-        found[f"{name} of data.val" if name in found else name] = of_shards([folder])
+        found[f"{name} of data.val" if name in found else name] = of_shards([folder], data)
     return found
 
 

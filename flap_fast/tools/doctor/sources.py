@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flap_fast.checks import require
+from flap_fast.config import Data
 from flap_fast.data.preprocess.sound_file import Source
 from flap_fast.data.preprocess.unusable import Unread, Unusable
 from flap_fast.data.shards import KINDS, Shards, open_shards
+from flap_fast.places import Place
 from flap_fast.preparation.manifest import Entry, read_manifest
 
 _REMEDY = "write shards with: flap prepare MANIFEST OUT"
@@ -80,9 +82,16 @@ def _splits(path: Path) -> Iterator[tuple[str, Clips]]:
         yield folder.name, of_shards([folder])
 
 
-def of_shards(folders: Sequence[Path]) -> Clips:
-    """The clips of folders of shards, together one split."""
-    shards = open_shards(folders, tuple(KINDS))
+def of_shards(
+    places: Sequence[Place],
+    reading: Data = Data(),  # noqa: B008 - frozen
+) -> Clips:
+    """The clips of shards, together one split.
+
+    Args:
+        reading: the settings of the cache, for shards by URL.
+    """
+    shards = open_shards(places, tuple(KINDS), reading)
     return Clips(
         count=len(shards),
         kind=shards.kind,
