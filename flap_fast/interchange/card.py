@@ -36,6 +36,8 @@ _PIPELINES = {
     "audio": "zero-shot-audio-classification",
     "image": "zero-shot-image-classification",
 }
+# Of environment.json: they name folders, accounts and machines of whoever trained.
+_PRIVATE = {"command", "host", "outcome", "earlier_sessions"}
 _SOUNDS = {"audio": "sounds", "image": "images"}
 
 
@@ -210,7 +212,8 @@ def _environment(run: Path) -> str:
     file = next((f for f in (b / "environment.json" for b in beside) if f.is_file()), None)
     if file is None:
         return f"{_UNKNOWN[0].upper()}{_UNKNOWN[1:]}."
-    return _table([(name, str(value)) for name, value in read_json(file).items()])
+    facts = read_json(file).items()
+    return _table([(name, str(value)) for name, value in facts if name not in _PRIVATE])
 
 
 def _limits(config: Config) -> str:

@@ -112,11 +112,19 @@ def test_no_file_of_an_export_names_a_place_or_an_account(kind, roberta_folder, 
     save_model(last, config, model, model.state_dict())
     (last / "state.json").write_text('{"step": 1, "clips": 3}')
     (config.run_folder / "eval.json").write_text(json.dumps({"data": {"val": f"{home}/val"}}))
+    earlier = {"command": f"flap train {home}/mine.yaml", "host": "alice-laptop"}
+    facts = earlier | {
+        "outcome": f"OSError: {home}/runs",
+        "torch": "2",
+        "earlier_sessions": [earlier],
+    }
+    (config.run_folder / "environment.json").write_text(json.dumps(facts))
     export_checkpoint(config.run_folder, tmp_path / "out")
     for file in (tmp_path / "out").rglob("*"):
         assert file.is_dir() or b"alice" not in file.read_bytes(), file
     text = (tmp_path / "out/README.md").read_text()
     assert "roberta (roberta)" in text
+    assert row(text, "torch") == "2"
     assert "- train" in text
     assert ("ClapModel.from_pretrained" in text) == (kind == "clap")
     load(tmp_path / "out", "cpu").embed_text(["a dog barks"])
