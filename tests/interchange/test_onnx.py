@@ -300,3 +300,10 @@ def test_the_page_names_every_file_that_is_there(exported: Path):
     files = {file.name for file in exported.iterdir()} - made
     page = (exported / "README.md").read_text()
     assert files == set(re.findall(r"`([\w.]+\.(?:onnx|json))`", page)) | {"embed.py"}
+
+
+def test_no_file_names_a_folder_of_the_machine_that_wrote_it(exported: Path):
+    for file in exported.iterdir():
+        found = file.read_bytes() if file.is_file() else b""
+        assert str(Path(__file__).parents[2]).encode() not in found, file
+        assert sys.prefix.encode() not in found, file

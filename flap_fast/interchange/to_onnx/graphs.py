@@ -207,6 +207,9 @@ def write_graph(graph: Graph, file: Path) -> None:
             cause = cause.__cause__
         raise ConfigError(f"{graph.setting} must {rule}, got {in_one_line(cause)}") from error
     assert program is not None
+    # What the exporter notes of itself names the files of this machine.
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()
     program.save(file)
 
 
