@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from flap_fast import progress as module
+from flap_fast.interchange import convert
 from flap_fast.progress import Pace, clock, progress
+from tests.test_cli import flap
 
 
 @pytest.fixture(autouse=True)
@@ -124,3 +126,11 @@ def test_a_terminal_has_bars_of_both_and_stdout_only_results():
     assert re.search(r"0:00:0\d left", text)
     # The cursor is never left hidden, so that a process may be killed.
     assert all(b"\x1b[?25h" in part for part in shown.split(b"\x1b[?25l")[1:])
+
+
+@pytest.mark.parametrize("command", ["import", "export"])
+def test_a_conversion_shows_that_it_goes_on(command: str, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "stderr", log := io.StringIO())
+    monkeypatch.setattr(convert, f"{command}_checkpoint", lambda *_, **__: str(lines_of(log, 1)))
+    assert flap(command, "model", tmp_path / "out", monkeypatch=monkeypatch) == 0
+    assert log.getvalue().startswith(f"{command}: 0:00:0")

@@ -10,6 +10,7 @@ import typer
 from flap_fast.checks import require
 from flap_fast.files import say
 from flap_fast.hub import check_repo_name, push_folder
+from flap_fast.progress import progress
 
 
 def import_(
@@ -38,11 +39,12 @@ def import_(
     ] = False,
 ) -> None:
     """Convert another project's checkpoint to a folder that `flap` opens and trains from."""
-    from flap_fast.interchange.convert import import_checkpoint
+    with progress("import"):
+        from flap_fast.interchange.convert import import_checkpoint
 
-    use = import_checkpoint(
-        checkpoint, out, overrides or [], strip=strip or [], partial=partial, decoder=decoder
-    )
+        use = import_checkpoint(
+            checkpoint, out, overrides or [], strip=strip or [], partial=partial, decoder=decoder
+        )
     say(f"{out}: {use}")
 
 
@@ -91,21 +93,23 @@ def export(
     require(push is not None or not private, "--private", "come with --push", private)
     other = license == "other" or (license_name or license_link) is None
     require(other, "--license", "be other with --license-name and --license-link", license)
-    if onnx:
-        from flap_fast.interchange.to_onnx.folder import export_onnx as write
-    else:
-        from flap_fast.interchange.convert import export_checkpoint as write
-    from flap_fast.interchange.layout import CardFields
+    with progress("export"):
+        if onnx:
+            from flap_fast.interchange.to_onnx.folder import export_onnx as write
+        else:
+            from flap_fast.interchange.convert import export_checkpoint as write
+        from flap_fast.interchange.layout import CardFields
 
-    fields = CardFields(
-        name=push,
-        license=license,
-        license_name=license_name,
-        license_link=license_link,
-        languages=tuple(language or ()),
-        datasets=tuple(dataset or ()),
-    )
-    say(f"{out}: {write(checkpoint, out, fields)}")
+        fields = CardFields(
+            name=push,
+            license=license,
+            license_name=license_name,
+            license_link=license_link,
+            languages=tuple(language or ()),
+            datasets=tuple(dataset or ()),
+        )
+        written = write(checkpoint, out, fields)
+    say(f"{out}: {written}")
     if push is not None:
         say(
             f"{push_folder(out, push, private=private)}: open it with flap_fast.load('hf://{push}')"
