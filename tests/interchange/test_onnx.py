@@ -23,6 +23,7 @@ from flap_fast.config import Config
 from flap_fast.data.batch import PackedMels, lay_end_to_end
 from flap_fast.data.preprocess.preprocessor import make_preprocessor
 from flap_fast.data.preprocess.waveform import crop_and_fill
+from flap_fast.interchange.to_onnx import embed
 from flap_fast.interchange.to_onnx.comparison import compare
 from flap_fast.interchange.to_onnx.folder import export_onnx
 from flap_fast.interchange.to_onnx.graphs import graphs, portable_model, write_graph
@@ -307,3 +308,12 @@ def test_no_file_names_a_folder_of_the_machine_that_wrote_it(exported: Path):
         found = file.read_bytes() if file.is_file() else b""
         assert str(Path(__file__).parents[2]).encode() not in found, file
         assert sys.prefix.encode() not in found, file
+
+
+def test_the_program_without_a_caption_says_what_it_takes():
+    program = Path(embed.__file__)
+    done = subprocess.run(
+        [sys.executable, program, "dog.wav"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("Embeds sounds, images and captions")

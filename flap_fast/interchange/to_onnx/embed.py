@@ -63,6 +63,8 @@ def _read_image(file, settings):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
     model = Model(Path(__file__).parent)
     cosines = model.embed(sys.argv[1]) @ model.embed_text(sys.argv[2:]).T
     for caption, cosine in zip(sys.argv[2:], cosines[0], strict=True):
