@@ -137,3 +137,16 @@ def test_a_script_under_torchrun_trains_several_runs(prepared: Path, tmp_path: P
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for first, second in on_ranks(2, train_as_under_torchrun, store.port, configs, timeout_s=40):
         assert first == second
+
+
+def test_a_loaded_model_is_not_scored_at_another_length_in_silence(run: Path, prepared: Path):
+    with pytest.raises(ConfigError, match=r"length must be left out .*got 'variable'"):
+        flap_fast.evaluate(flap_fast.load(run), prepared / "val", length="variable")
+
+
+@pytest.mark.parametrize("wrong", [{"shard_clips": -5}, {"shard_clips": 0}, {"threads": -1}])
+def test_prepare_names_a_number_that_would_leave_clips_out(wrong: dict[str, Any], tmp_path: Path):
+    (tmp_path / "m.jsonl").write_text('{"audio": "a.wav", "caption": "x"}\n')
+    with pytest.raises(ConfigError, match=f"{next(iter(wrong))} must be at least"):
+        flap_fast.prepare(tmp_path / "m.jsonl", tmp_path / "out", **wrong)
+    assert not (tmp_path / "out").exists()
