@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 import flap_fast
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
+from flap_fast.ranks import join_ranks
+from tests.ranks import on_ranks
 from tests.tiny import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -111,3 +116,37 @@ def test_what_cannot_be_trained_is_named():
     wrong = 3
     with pytest.raises(ConfigError, match="observers must be functions of a row, got '3'"):
         flap_fast.train(tiny(), observers=[wrong])
+
+
+def train_as_under_torchrun(port: int, configs: list[Config]) -> list[float]:
+    rank = dist.get_rank()
+    dist.destroy_process_group()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
+    found = [flap_fast.train(config) for config in configs]
+    join_ranks()  # `on_ranks` leaves them
+    return [scores["retrieval"]["val"]["audio_to_text"]["mAP@10"] for scores in found if scores]
+
+
+def test_a_script_under_torchrun_trains_several_runs(prepared: Path, tmp_path: Path):
+    pytest.importorskip("deepspeed")
+    same = "train.steps=1", "train.zero_stage=2"
+    configs = [settings(prepared, tmp_path, f"run.name={name}", *same) for name in "ab"]
+    # torchrun's store is its own, and outlives the ranks' process groups.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for first, second in on_ranks(2, train_as_under_torchrun, store.port, configs, timeout_s=40):
+        assert first == second
+
+
+def test_a_loaded_model_is_not_scored_at_another_length_in_silence(run: Path, prepared: Path):
+    with pytest.raises(ConfigError, match=r"length must be left out .*got 'variable'"):
+        flap_fast.evaluate(flap_fast.load(run), prepared / "val", length="variable")
+
+
+@pytest.mark.parametrize("wrong", [{"shard_clips": -5}, {"shard_clips": 0}, {"threads": -1}])
+def test_prepare_names_a_number_that_would_leave_clips_out(wrong: dict[str, Any], tmp_path: Path):
+    (tmp_path / "m.jsonl").write_text('{"audio": "a.wav", "caption": "x"}\n')
+    with pytest.raises(ConfigError, match=f"{next(iter(wrong))} must be at least"):
+        flap_fast.prepare(tmp_path / "m.jsonl", tmp_path / "out", **wrong)
+    assert not (tmp_path / "out").exists()

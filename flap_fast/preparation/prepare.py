@@ -68,6 +68,7 @@ def prepare(
         part: the former name of shard_range.
 
     Raises:
+        ConfigError: no clips a shard, or threads below 0.
         ManifestError: see `read_manifest`; also when OUT holds shards of another manifest or rate,
             or by another hand.
     """
@@ -77,6 +78,8 @@ def prepare(
             shard_range is None, "part", "be left out with shard_range", part, "give one of them"
         )
         shard_range = part
+    require(shard_clips >= 1, "shard_clips", "be at least 1", shard_clips)
+    require(threads >= 0, "threads", "be at least 0", threads)
     if isinstance(manifest, (str, os.PathLike)):
         entries = read_manifest(Path(manifest))
     elif isinstance(manifest, Sequence) and all(isinstance(clip, Entry) for clip in manifest):

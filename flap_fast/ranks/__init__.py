@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from flap_fast.checks import ConfigError, require
 from flap_fast.launcher import launched, require_address
@@ -115,7 +118,14 @@ def join_ranks() -> Ranks:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
         require_address()
         try:
-            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
+            store, rank, world = next(rendezvous("env://", timeout=TIMEOUT))
+            # torchrun's store outlives a process group: the next one must not read its addresses.
+            joins = (store.add("flap_fast/joins", 1) - 1) // world
+            store = PrefixStore(f"flap_fast/{joins}", store)
+            backend = "nccl" if on_gpu else "gloo"
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT
+            )
         except dist.DistNetworkError as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             remedy = "set another port: --master_port, or MASTER_PORT"
@@ -130,6 +140,11 @@ def leave_ranks() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         on_cpu = dist.get_backend() == "gloo"
-        dist.destroy_process_group()
+        # DeepSpeed keeps references to groups, which would fail its next engine in this process.
+        deepspeed = sys.modules.get("deepspeed.comm")
+        if deepspeed and deepspeed.is_initialized():
+            deepspeed.destroy_process_group()
+        else:
+            dist.destroy_process_group()
         if on_cpu:
             time.sleep(_LAST_COLLECTIVE_S)

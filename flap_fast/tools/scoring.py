@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flap_fast.checks import require
 from flap_fast.config import Config
 from flap_fast.config.file import load_config, parse_config
 from flap_fast.data.tokenize import tokenizer
@@ -56,6 +57,8 @@ def evaluate(
     places = [place_of("data", str(text)) for text in given]
     with joined() as ranks:
         if isinstance(model, Embedder):
+            rule = "be left out with a model that is loaded, which has its own"
+            require(length is None, "length", rule, length, "give its folder instead of it")
             config = with_eval(model.config, settings)
             here = Ranks(device=model.device) if ranks.world == 1 else ranks
             towers = whole_model(model.model, config, model.tokenizer, here, tuple(classes))

@@ -10,9 +10,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from flap_fast.checks import ConfigError, require
@@ -103,11 +104,23 @@ def torch_optimizer(
         given["fused"] = fused
     arguments = inspect.signature(_CLASSES[optim.name]).parameters
     known = [n for n in arguments if n not in _RESERVED or (n == "eps" and n not in takes)]
-    for name in optim.options:
+    types, options = get_type_hints(_CLASSES[optim.name].__init__), {}
+    for name, value in optim.options.items():
         rule = f"name arguments of {_CLASSES[optim.name].__name__}: {', '.join(known)}"
         require(name in known, "optim.options", rule, name)
+        options[name] = _typed(f"optim.options.{name}", value, types.get(name, Any))
     with _refused(named):
-        return cls([_own(group, takes_decay) for group in groups], **given, **optim.options)
+        return cls([_own(group, takes_decay) for group in groups], **given, **options)
+
+
+def _typed(name: str, value: Any, takes: Any) -> Any:
+    """An option in the type that the optimizer's signature has: YAML's `1e-3` is a text."""
+    require(takes is bool or not isinstance(value, bool), name, "not be true or false", value)
+    try:
+        return TypeAdapter(takes, config=ConfigDict(allow_inf_nan=False)).validate_python(value)
+    except ValidationError as error:
+        why = error.errors()[0]["msg"].replace("Input should", "must", 1)
+        raise ConfigError(f"{name} {why}, got {value!r}") from None
 
 
 def check_optimizer(optim: Optim) -> None:

@@ -24,6 +24,7 @@ from flap_fast.training.torch_optimizers import (
     elementwise,
     kept_numbers,
     muon_flop,
+    torch_optimizer,
 )
 from tests.ranks import on_ranks
 from tests.tiny import tiny
@@ -180,8 +181,11 @@ def test_muon_updates_the_matrices_of_blocks_and_adamw_all_else():
         ("optim.name=rprop optim.weight_decay=1", "optim.weight_decay must be 0 with .* = rprop"),
         ("optim.name=sgd optim.options={momentun: 1}", "must name arguments of SGD: momentum, dam"),
         ("optim.name=sgd optim.options={momentum: -1}", "must suit optim.name = sgd: Invalid mom"),
-        ("optim.name=sgd optim.options={momentum: high}", "optim.options must suit optim.name"),
-        ("optim.name=muon optim.options={ns_steps: x}", "optim.options must suit optim.name = mu"),
+        ("optim.name=sgd optim.options={momentum: high}", "options.momentum must be .*'high'"),
+        ("optim.name=sgd optim.options={momentum: true}", "options.momentum must not be true or"),
+        ("optim.name=muon optim.options={ns_steps: x}", "optim.options.ns_steps must be .*'x'"),
+        ("optim.name=asgd optim.options={lambd: .nan}", "optim.options.lambd must be .*, got nan"),
+        ("optim.options={amsgrad: ja}", "optim.options.amsgrad must be a valid boolean.*got 'ja'"),
         ("optim.name=adafactor optim.eps=1", "optim.eps must be left out with .* = adafactor"),
         ("optim.options={lr: 1}", "optim.options must name arguments of Adam: amsgrad, got 'lr'"),
     ],
@@ -191,6 +195,21 @@ def test_what_an_optimizer_does_not_take_is_named_before_a_model_is_loaded(
 ):
     with pytest.raises(ConfigError, match=message):
         check_optimizer(tiny(*given.replace(" optim", "\noptim").split("\n")).optim)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "group"),
+    [
+        ("sgd", "{momentum: 9e-1, nesterov: 'false'}", {"momentum": 0.9, "nesterov": False}),
+        ("adamw", "{amsgrad: 'no'}", {"amsgrad": False}),
+        ("adafactor", "{eps: [null, 1e-3]}", {"eps": (None, 1e-3)}),
+    ],
+)
+def test_a_number_or_a_truth_value_that_is_a_text_is_what_it_says(name, options, group):
+    optim = tiny(f"optim.name={name}", f"optim.options={options}").optim
+    matrix = torch.nn.Parameter(torch.zeros(2, 2))
+    made = torch_optimizer(optim, [{"params": [matrix], "muon": False}], fused=False)
+    assert {n: made.param_groups[0][n] for n in group} == group
 
 
 @pytest.mark.parametrize("name", NAMES)
