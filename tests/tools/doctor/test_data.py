@@ -9,16 +9,18 @@ from pathlib import Path
 import pytest
 
 from flap_fast import __main__ as cli
+from flap_fast.places import Place
 from flap_fast.preparation.prepare import prepare
 from flap_fast.tools.doctor import CHECKS
 from flap_fast.tools.doctor.examine import examine, findings
 from flap_fast.tools.doctor.records import Check, Examined, Found
+from tests.serving import serving
 from tests.sounds import write_manifest
 from tests.tools.doctor.faults import FAULTS
 from tests.tools.doctor.sets import SOUND_SETS, write
 
 
-def accused(*paths: Path, config: Path | None = None) -> dict[str, str]:
+def accused(*paths: Place, config: Path | None = None) -> dict[str, str]:
     """The checks that found errors or warnings, and the first value of each."""
     found = findings(examine(paths, config=config, threads=1, show=False))
     bad = [f for f in reversed(found) if f.found.severity != "note"]
@@ -62,12 +64,19 @@ def test_a_check_is_one_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert accused(manifest) == {"few clips": "train: 24 clips"}
 
 
-def test_shards_are_examined_as_the_manifest_they_are_of(tmp_path: Path):
+def test_shards_are_examined_as_the_manifest_they_are_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     manifest = write(tmp_path / "data", FAULTS["a recording in two splits"][1]())
     prepare(manifest, tmp_path / "shards", threads=1, show=False)
     both = [accused(manifest), accused(tmp_path / "shards")]
     folders = accused(tmp_path / "shards/train", tmp_path / "shards/val")
     assert both[0] == both[1] == folders
+    tars = accused(tmp_path / "shards/train/0.tar", tmp_path / "shards/val/{0..0}.tar")
+    assert list(tars) == list(folders)
+    with serving(tmp_path / "shards") as served:
+        assert accused(served.url / "train", served.url / "val") == folders
     assert both[0] == {"sounds in two splits": "train, val: 3 of the 8 clips of val are in both"}
 
 
