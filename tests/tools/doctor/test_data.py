@@ -12,6 +12,7 @@ from flap_fast import __main__ as cli
 from flap_fast.places import Place
 from flap_fast.preparation.prepare import prepare
 from flap_fast.tools.doctor import CHECKS
+from flap_fast.tools.doctor.caption_text import is_markup, is_mojibake
 from flap_fast.tools.doctor.examine import examine, findings
 from flap_fast.tools.doctor.records import Check, Examined, Found
 from tests.serving import serving
@@ -104,3 +105,15 @@ def test_the_command_ends_with_1_where_there_are_errors(
     printed = capsys.readouterr().out
     assert f"{check}: must {found['rule']}; {found['remedy']}" in printed
     assert "not looked at: tokens (no --config was named)" in printed
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "mac_roman", "cp437", "cp850"])
+def test_utf8_read_as_another_encoding_is_broken(encoding: str):
+    assert is_mojibake("it\u2019s a café".encode().decode(encoding))
+    assert not is_mojibake("“Été” à la Ænima \u2013 √2, “Äpfel”…")
+
+
+@pytest.mark.parametrize("text", ["it&#x27;s a dog", "from youtu.be/abc", "a <b>dog</b>"])
+def test_entities_links_and_tags_are_markup(text: str):
+    assert is_markup(text)
+    assert not is_markup("a dog and/or a cat. Be quiet; it is 1/2 as loud & clear")
