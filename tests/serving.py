@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 from flap_fast.places import Url
 
@@ -52,7 +53,7 @@ def serving(folder: Path) -> Iterator[Served]:
             self._answer("GET")
 
         def _answer(self, method: str) -> None:
-            name = self.path.partition("?")[0].lstrip("/")
+            name = unquote(self.path.partition("?")[0].lstrip("/"))
             served.asked[method, name] += 1
             file = folder / name
             if not file.is_file():

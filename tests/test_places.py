@@ -96,6 +96,10 @@ def test_a_shared_config_has_only_the_last_part_of_places():
             ["eval", "M", "s3:/b/x"],
             "DATA must have two slashes after s3:, as s3://b/x, got 's3:/b/x'",
         ),
+        (
+            ["doctor", "s3:/b/x"],
+            "DATA must have two slashes after s3:, as s3://b/x, got 's3:/b/x'",
+        ),
     ],
 )
 def test_commands_that_read_no_urls_say_so(words: list[str], message: str):

@@ -12,13 +12,14 @@ from flap_fast.checks import require
 from flap_fast.files import as_utf8, say
 
 _PATHS = (
-    "Folders of shards or of splits, manifests; or a run's or a model's folder, then other data."
+    "Folders of shards or of splits, .tar files, patterns, URLs, manifests; or a run's or a "
+    "model's folder, then other data."
 )
 _CONFIG = "For data alone: the config they are for, for its sample rate and its tokenizer."
 
 
 def doctor(
-    paths: Annotated[list[Path], typer.Argument(metavar="DATA|RUN...", help=_PATHS)],
+    paths: Annotated[list[str], typer.Argument(metavar="DATA|RUN...", help=_PATHS)],
     config: Annotated[Path | None, typer.Option(help=_CONFIG)] = None,
     sample: Annotated[
         int | None, typer.Option(help="Clips of each split, drawn by chance; all when not given.")
@@ -36,13 +37,15 @@ def doctor(
     from rich.console import Console
 
     from flap_fast.files import write_atomically
+    from flap_fast.places import place_of
     from flap_fast.tools.doctor import tables
     from flap_fast.tools.doctor.examine import examine, findings
 
     require(sample is None or sample >= 2, "--sample", "be at least 2", sample)
     require(embed >= 0, "--embed", "be at least 0", embed)
     require(threads >= 0, "--threads", "be at least 0", threads)
-    examined = examine(paths, config=config, sample=sample, embedded=embed, threads=threads)
+    places = [place_of("DATA", path) for path in paths]
+    examined = examine(places, config=config, sample=sample, embedded=embed, threads=threads)
     found = findings(examined)
     console = Console()
     if not console.is_terminal:
@@ -56,8 +59,9 @@ def doctor(
     if missing := tables.not_looked_at(examined):
         say(f"not looked at: {missing}")
     answer = tables.as_json(examined, found)
-    trained = examined.run is not None and bool(examined.run.rows)  # nothing into a model's folder
-    file = json_file or (paths[0] / "doctor.json" if trained else None)
+    run = examined.run
+    # Nothing is written into a model's folder.
+    file = json_file or (run.folder / "doctor.json" if run and run.rows else None)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(answer, indent=1, ensure_ascii=False) + "\n"

@@ -126,10 +126,7 @@ def shard_sets(place: Place, remote: Remote) -> list[ShardSet]:
         require_shards(place, files)
         return [ShardSet(place, [*files], True, left_out)]
     names = expanded(str(place)) if is_pattern(place) and not place.exists() else [str(place)]
-    found = [
-        path for name in names for path in (glob.glob(name) if is_glob(Path(name)) else [name])
-    ]
-    require_shards(place, found)
+    found = [path for name in names for path in _on_disk(Path(name))]
     for name in found:
         _require_tar(name)
         if not Path(name).is_file():
@@ -147,6 +144,19 @@ def require_shards(place: Place, found: list) -> None:
         raise ShardError(f"{shown(place)} must hold .tar shards, got none; {remedy}")
 
 
+def _on_disk(path: Path) -> list[str]:
+    """What a pattern stands for; a folder whose name has a pattern's signs is taken by its name."""
+    if not is_glob(path) or path.exists():
+        return [str(path)]
+    found = [str(path)]
+    if not path.parent.is_dir():
+        found = glob.glob(str(path))
+    elif is_glob(Path(path.name)):
+        found = glob.glob(f"{glob.escape(str(path.parent))}/{path.name}")
+    require_shards(path, found)
+    return found
+
+
 def _remote_sets(place: Url, remote: Remote) -> list[ShardSet]:
     if not is_pattern(place) and not place.suffix.lower().endswith(".tar"):
         _require_tar(place.name)
@@ -157,7 +167,6 @@ def _remote_sets(place: Url, remote: Remote) -> list[ShardSet]:
         require_shards(place, files)
         return [ShardSet(place, sorted(files, key=_natural), True, [])]
     found = [url for one in expanded(place) for url in _matching(Url(one), remote)]
-    require_shards(place, found)
     for url in found:
         _require_tar(url.name)
     return list(_by_folder(found))
@@ -169,7 +178,9 @@ def _matching(url: Url, remote: Remote) -> list[Url]:
     rule = "must have its *, ? or [] in the last part, and not over HTTP, which lists no folder"
     if url.on_web or is_glob(url.parent):
         raise ShardError(f"{url.shown} {rule}; write the names in braces, as {{0..127}}.tar")
-    return [url.parent / name for name in fnmatch.filter(remote.names(url.parent), url.name)]
+    found = [url.parent / name for name in fnmatch.filter(remote.names(url.parent), url.name)]
+    require_shards(url, found)
+    return found
 
 
 def _by_folder(files: Iterable[Place]) -> Iterator[ShardSet]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,9 +70,14 @@ def opened(url: Url, start: int) -> Iterator[tuple[dict[str, Any], int, Any]]:
 @contextmanager
 def _opened(url: Url, headers: dict[str, str] | None = None, method: str = "GET") -> Iterator[Any]:
     about = {"User-Agent": "flap_fast", **(headers or {})}
-    request = urllib.request.Request(str(url), headers=about, method=method)
-    with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
-        yield answer
+    # As browsers do: spaces and letters beyond ASCII are encoded, what is encoded stays.
+    text = urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")
+    request = urllib.request.Request(text, headers=about, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
+            yield answer
+    except http.client.InvalidURL as error:
+        raise Refused(f"{error}; correct the URL") from None
 
 
 def _info(url: Url, answer: Any) -> dict[str, Any]:

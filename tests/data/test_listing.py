@@ -60,6 +60,21 @@ def test_a_pattern_may_span_folders(folder):
     assert [f"{file.parent.name}/{file.name}" for file in files] == wanted
 
 
+@pytest.mark.parametrize("given", ["0.tar", "{0..1}.tar", "[0-1].tar", "{0,1}*.tar"])
+def test_a_folder_with_the_signs_of_a_pattern_is_taken_by_its_name(folder, given):
+    named = folder.parent / "mine[12]"
+    shutil.copytree(folder, named)
+    shutil.copytree(folder, folder.parent / "mine1")
+    assert {file.parent for file in open_shards([named / given]).files} == {named}
+
+
+@pytest.mark.parametrize("given", ["mine[12]/{0..12}.tar", "{mine[12],other}/*.tar"])
+def test_a_part_of_a_pattern_that_finds_nothing_is_refused(folder, given):
+    shutil.copytree(folder, folder.parent / "mine[12]")
+    with pytest.raises(ShardError, match=r"12\].*no such file|other.*got none"):
+        open_shards([folder.parent / given])
+
+
 def test_some_shards_of_a_folder_need_not_be_all_that_its_sizes_list(folder):
     (folder / "sizes.json").write_text('{"0.tar": 1, "99.tar": 5}')
     assert opened(folder / "{0..1}.tar") == ["0.tar", "1.tar"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from flap_fast.data.loader import TrainingLoader
 from flap_fast.data.shards import ShardError, Shards, open_shards
 from flap_fast.data.tokenize import tokenizer
 from flap_fast.evaluation.embed import read_texts
+from flap_fast.places import Url
 from flap_fast.ranks import Ranks
 from tests.data.test_enriched import write_captions
 from tests.serving import Served, busy, cut, refused, serving, slow
@@ -204,3 +206,15 @@ def test_captions_and_texts_are_read_by_url(folder, served, cache):
     (folder / "captions.jsonl").unlink()
     with pytest.raises(ValueError, match=r"data\.captions must be 'original' where no folder"):
         batches(config_of(served.url, cache, *overrides))
+
+
+@pytest.mark.parametrize("name", ["my sounds", "données"])
+def test_names_that_urls_must_encode_are_read(folder, served, cache, name):
+    shutil.copytree(folder, folder / name)
+    places = [served.url / name, served.url / quote(name)]
+    assert [len(opened(config_of(place, cache))) for place in places] == [24, 24]
+
+
+def test_a_url_that_is_none_is_refused_at_once(cache):
+    with pytest.raises(ShardError, match=r"cannot be read: .*nonnumeric port.*correct the URL"):
+        opened(config_of(Url("http://127.0.0.1:abc/0.tar"), cache))

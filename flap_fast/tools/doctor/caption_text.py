@@ -17,11 +17,15 @@ _WITHOUT, _BROKEN, _MARKUP, _FILES, _FOREIGN = 0.01, 0.005, 0.005, 0.01, 0.05
 _LONG = 60
 
 _HTML = re.compile(
-    r"</?[a-z][^<>]*>|&(?:[a-z]{2,8}|#\d+);|\b(?:https?|ftp)://|\bwww\.\w", re.IGNORECASE
+    r"</?[a-z][^<>]*>|&(?:[a-z]{2,8}|#\d+|#x[\da-f]+);|\b(?:https?|ftp)://|\bwww\.\w"
+    r"|\b[\w-]+\.(?:com|org|net|be|io)/\S",
+    re.IGNORECASE,
 )
 _MEDIA = re.compile(rf"\S\.(?:{'|'.join(SOUNDS)})\b", re.IGNORECASE)
 # A text without spaces that people do not write: dog_bark-01, 3aXb9_Z, IMG0042.
 _NAME = re.compile(r"(?=\S*[\d_])\S*[A-Za-z]\S*[-_\d]\S*|\S+_\S+")
+# UTF-8 that was read as Mac Roman or as a code page of DOS, and escapes that were not.
+_OTHER_TABLES = re.compile(r"√[^\w\s]|\u201aÄ|[├┬]|ΓÇ|\\u[\da-fA-F]{4}")
 _OUTSIDE = re.compile(r"[^\x00-\x7f]+")
 
 
@@ -53,7 +57,9 @@ def quoted(split: Split, rows: Iterable[int]) -> tuple[str, ...]:
 
 
 def is_mojibake(text: str) -> bool:
-    """Whether a part of a text is UTF-8 that was read as Latin-1 or Windows-1252, or was lost."""
+    """Whether a part of a text is UTF-8 that was read as another encoding, or was lost."""
+    if _OTHER_TABLES.search(text):
+        return True
     if text.isascii():
         return False
     if "\ufffd" in text or any("\x80" <= sign <= "\x9f" for sign in text):
@@ -67,6 +73,11 @@ def _is_utf8(run: str) -> bool:
     except UnicodeError:
         return False
     return True
+
+
+def is_markup(text: str) -> bool:
+    """Whether a text holds a tag, an entity or a link."""
+    return bool(_HTML.search(text))
 
 
 def is_file_name(text: str) -> bool:
@@ -111,7 +122,7 @@ MARKUP = Check(
     needs="captions",
     rule="be plain text, without HTML and addresses",
     remedy="strip tags and links, and decode entities (html.unescape)",
-    find=_over_captions(lambda text: bool(_HTML.search(text)), "HTML or a link", _MARKUP),
+    find=_over_captions(is_markup, "HTML or a link", _MARKUP),
 )
 FILE_NAMES = Check(
     name="file names as captions",

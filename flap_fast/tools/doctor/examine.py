@@ -16,7 +16,7 @@ from flap_fast.data.tokenize import Tokenizer, tokenizer
 from flap_fast.evaluation.run import names
 from flap_fast.files import visible
 from flap_fast.model.model_folder import read_config
-from flap_fast.places import is_pattern
+from flap_fast.places import Place, is_pattern, shown
 from flap_fast.tools.doctor import CHECKS, weights
 from flap_fast.tools.doctor.embedded import embedded_sample, evaluation_split
 from flap_fast.tools.doctor.recordings import same_recordings
@@ -37,7 +37,7 @@ _TOKENIZED = 1024
 
 
 def examine(
-    paths: Sequence[Path],
+    paths: Sequence[Place],
     *,
     config: Path | None = None,
     sample: int | None = None,
@@ -48,17 +48,20 @@ def examine(
     """Look at data, or at a run or model and its data.
 
     Args:
-        paths: folders of shards and manifests; a run's or model's folder first, or alone.
+        paths: shards as in data.train, folders of splits and manifests; a run's or model's folder
+            first, or alone.
         config: for data without a run, the config whose front end and tokenizer it is for.
         sample: of each split only so many clips, drawn by chance; None for all.
         embedded: of an evaluation's split so many clips are embedded by the model.
         threads: 0 takes all cores.
     """
-    run = read_run(paths[0]) if paths and is_run(paths[0]) else None
+    first = next(iter(paths), None)
+    run = read_run(first) if isinstance(first, Path) and is_run(first) else None
     data = paths if run is None else paths[1:]
     for path in data:
         rule = "be named once, before all DATA"
-        require(not is_run(path), "a run's folder", rule, path)
+        again = isinstance(path, Path) and is_run(path)
+        require(not again, "a run's folder", rule, shown(path))
     both = run is None or config is None
     require(both, "--config", "be left out with a run, which has its own", config)
     settings = run.config if run else load_config(config)

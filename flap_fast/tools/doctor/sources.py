@@ -1,6 +1,6 @@
 """What `flap doctor` is pointed at -> splits of clips: shards, manifests, or a run's data.
 
-FOLDER/*.tar              one split
+FOLDER/*.tar              one split; also a .tar, a pattern or a URL, as in data.train
 FOLDER/SPLIT/*.tar        a split for each folder, as `flap prepare` writes them
 manifest.jsonl, .csv      its column `split`
 """
@@ -17,7 +17,8 @@ from flap_fast.config import Data
 from flap_fast.data.preprocess.sound_file import Source
 from flap_fast.data.preprocess.unusable import Unread, Unusable
 from flap_fast.data.shards import KINDS, Shards, open_shards
-from flap_fast.places import Place
+from flap_fast.evaluation.run import names
+from flap_fast.places import Place, Url, is_pattern, shown
 from flap_fast.preparation.manifest import Entry, read_manifest
 
 _REMEDY = "write shards with: flap prepare MANIFEST OUT"
@@ -48,8 +49,8 @@ class Clips:
     """Where they lie in shards."""
 
 
-def open_data(paths: Sequence[Path]) -> dict[str, Clips]:
-    """The splits of folders of shards and of manifests, by name.
+def open_data(paths: Sequence[Place]) -> dict[str, Clips]:
+    """The splits of shards, folders of splits and manifests, by name.
 
     Raises:
         ConfigError: a path that is neither.
@@ -59,19 +60,25 @@ def open_data(paths: Sequence[Path]) -> dict[str, Clips]:
     count = Counter(name for _, name, _ in every)
     found: dict[str, Clips] = {}
     for path, name, clips in every:
-        if count[name] > 1:  # splits of one name are told apart by where they lie
+        if count[name] > 1 and isinstance(
+            path, Path
+        ):  # splits of one name are told apart by where they lie
             name = f"{(path.parent if path.is_file() else path).resolve().name}/{name}"
-        found[f"{path}: {name}" if name in found else name] = clips
+        found[f"{shown(path)}: {name}" if name in found else name] = clips
     return found
 
 
-def _splits(path: Path) -> Iterator[tuple[str, Clips]]:
-    if path.is_file() and path.suffix.lower() != ".tar":
+def _splits(path: Place) -> Iterator[tuple[str, Clips]]:
+    pattern = isinstance(path, Path) and is_pattern(path) and not path.exists()
+    if isinstance(path, Url) or pattern or path.suffix.lower() == ".tar":
+        yield next(iter(names([path]))), of_shards([path])
+        return
+    if path.is_file():
         entries = read_manifest(path)
         for name in dict.fromkeys(entry.split for entry in entries):
             yield name, of_entries([entry for entry in entries if entry.split == name])
         return
-    rule = "be a folder of shards, one of such folders, a manifest or a run's folder"
+    rule = "be shards as in data.train, a folder of such folders, a manifest or a run's folder"
     require(path.is_dir(), "DATA", rule, path, _REMEDY)
     if any(path.glob("*.tar")):
         yield path.resolve().name, of_shards([path])

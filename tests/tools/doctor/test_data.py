@@ -9,16 +9,19 @@ from pathlib import Path
 import pytest
 
 from flap_fast import __main__ as cli
+from flap_fast.places import Place
 from flap_fast.preparation.prepare import prepare
 from flap_fast.tools.doctor import CHECKS
+from flap_fast.tools.doctor.caption_text import is_markup, is_mojibake
 from flap_fast.tools.doctor.examine import examine, findings
 from flap_fast.tools.doctor.records import Check, Examined, Found
+from tests.serving import serving
 from tests.sounds import write_manifest
 from tests.tools.doctor.faults import FAULTS
 from tests.tools.doctor.sets import SOUND_SETS, write
 
 
-def accused(*paths: Path, config: Path | None = None) -> dict[str, str]:
+def accused(*paths: Place, config: Path | None = None) -> dict[str, str]:
     """The checks that found errors or warnings, and the first value of each."""
     found = findings(examine(paths, config=config, threads=1, show=False))
     bad = [f for f in reversed(found) if f.found.severity != "note"]
@@ -62,12 +65,19 @@ def test_a_check_is_one_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert accused(manifest) == {"few clips": "train: 24 clips"}
 
 
-def test_shards_are_examined_as_the_manifest_they_are_of(tmp_path: Path):
+def test_shards_are_examined_as_the_manifest_they_are_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     manifest = write(tmp_path / "data", FAULTS["a recording in two splits"][1]())
     prepare(manifest, tmp_path / "shards", threads=1, show=False)
     both = [accused(manifest), accused(tmp_path / "shards")]
     folders = accused(tmp_path / "shards/train", tmp_path / "shards/val")
     assert both[0] == both[1] == folders
+    tars = accused(tmp_path / "shards/train/0.tar", tmp_path / "shards/val/{0..0}.tar")
+    assert list(tars) == list(folders)
+    with serving(tmp_path / "shards") as served:
+        assert accused(served.url / "train", served.url / "val") == folders
     assert both[0] == {"sounds in two splits": "train, val: 3 of the 8 clips of val are in both"}
 
 
@@ -95,3 +105,15 @@ def test_the_command_ends_with_1_where_there_are_errors(
     printed = capsys.readouterr().out
     assert f"{check}: must {found['rule']}; {found['remedy']}" in printed
     assert "not looked at: tokens (no --config was named)" in printed
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "mac_roman", "cp437", "cp850"])
+def test_utf8_read_as_another_encoding_is_broken(encoding: str):
+    assert is_mojibake("it\u2019s a café".encode().decode(encoding))
+    assert not is_mojibake("“Été” à la Ænima \u2013 √2, “Äpfel”…")
+
+
+@pytest.mark.parametrize("text", ["it&#x27;s a dog", "from youtu.be/abc", "a <b>dog</b>"])
+def test_entities_links_and_tags_are_markup(text: str):
+    assert is_markup(text)
+    assert not is_markup("a dog and/or a cat. Be quiet; it is 1/2 as loud & clear")
