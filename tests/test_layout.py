@@ -46,7 +46,7 @@ DOORS = {
         "flap_fast/report/profile.py",
     },
     "jinja2": {"flap_fast/report/page.py"},
-    "faiss": {"flap_fast/tools/search.py"},
+    "faiss": {"flap_fast/tools/nearest.py"},
     "fsspec": {"flap_fast/data/store.py"},
     "ray": {"flap_fast/preparation/ray_cluster.py"},
 }
