@@ -71,7 +71,7 @@ def embed(
     require(batch >= 1, "--batch", "be at least 1", batch)
     chosen, distribution = work_division(shard_range, distributor)
     done = embed_files(
-        _named(model),
+        named_model(model),
         find_sounds(sounds),
         out,
         crop=crop,
@@ -146,7 +146,7 @@ def search(
     for query, nearest in zip(queries, answers, strict=True):
         if format == "text" and len(queries) > 1:
             say(visible(query))
-        for path, cosine, span_s in nearest:
+        for path, cosine, span_s, _ in nearest:
             when = f"  {time_text(span_s)}" if span_s else ""
             start_s, end_s = span_s or (None, None)
             text = f"{cosine:6.3f}  {visible(path)}{when}"
@@ -208,7 +208,7 @@ def classify(
         raise typer.Exit(1)
 
 
-def _named(model: str | None) -> str | Path:
+def named_model(model: str | None) -> str | Path:
     """Return the given model, or the last trained run."""
     if model is not None:
         return model
@@ -223,7 +223,7 @@ def _named(model: str | None) -> str | Path:
 def _open(model: str | None, length: str | None) -> Embedder:
     from flap_fast.tools.embedder import load
 
-    return load(_named(model), length=length)
+    return load(named_model(model), length=length)
 
 
 def rows_writer(format: str, columns: tuple[str, ...]) -> Callable[[str, tuple], None]:

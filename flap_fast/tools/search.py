@@ -63,6 +63,8 @@ class Match(NamedTuple):
     cosine: float
     span_s: tuple[float, float] | None
     """Where the window begins and ends, if the index has windows."""
+    number: int
+    """Of the sound among `Index.files`."""
 
 
 class Index:
@@ -123,7 +125,7 @@ class Index:
 
     def _match(self, owner: int, row: int, cosine: float) -> Match:
         span_s = None if self.spans_s is None else tuple(self.spans_s[row].tolist())
-        return Match(self.path(self.files[owner]), cosine, span_s)
+        return Match(self.path(self.files[owner]), cosine, span_s, owner)
 
     def save(self) -> None:
         """Write the file atomically."""
