@@ -17,7 +17,7 @@ from rich.console import Console
 
 from flap_fast import __version__
 from flap_fast.checks import ConfigError, require
-from flap_fast.commands import doctor, enrich, exchange, prepare, report, score, train, use
+from flap_fast.commands import doctor, enrich, exchange, prepare, report, score, serve, train, use
 from flap_fast.commands.errors import print_and_status, print_error
 from flap_fast.commands.length import LengthOption
 from flap_fast.commands.usage import Commands
@@ -82,6 +82,7 @@ app.command()(enrich.enrich)
 app.command()(use.embed)
 app.command()(use.search)
 app.command()(use.classify)
+app.command()(serve.serve)
 app.command()(report.report)
 app.command("import")(exchange.import_)
 app.command()(exchange.export)

@@ -22,7 +22,7 @@ UNUSED = {
         "matplotlib",
         "sklearn",
     ),
-    *("torchvision", "xformers", "onnxruntime", "faiss", "ray", "pandas"),
+    *("torchvision", "xformers", "onnxruntime", "faiss", "ray", "pandas", "fastapi", "uvicorn"),
 }
 # These take seconds; the start of the command must not import them.
 HEAVY = UNUSED | {"torch", "transformers", "numpy", "soundfile", "triton", "PIL", "scipy"}

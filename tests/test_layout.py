@@ -50,8 +50,10 @@ DOORS = {
         "flap_fast/report/masking.py",
         "flap_fast/report/profile.py",
     },
+    "fastapi": {"flap_fast/tools/serve/app.py", "flap_fast/tools/serve/gate.py"},
+    "uvicorn": {"flap_fast/tools/serve/run.py"},
     "jinja2": {"flap_fast/report/page.py"},
-    "faiss": {"flap_fast/tools/search.py"},
+    "faiss": {"flap_fast/tools/nearest.py"},
     "fsspec": {"flap_fast/data/store.py"},
     "ray": {"flap_fast/preparation/ray_cluster.py"},
 }

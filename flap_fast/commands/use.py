@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -35,6 +37,17 @@ Crop = Annotated[
         "audio.length = variable, when not given."
     ),
 ]
+Windows = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SECONDS[:HOP]",
+        help="Windows of so many seconds, one every HOP seconds (half of them by default), each "
+        "with its time; `auto` is audio.duration_s.",
+    ),
+]
+Format = Annotated[
+    Literal["text", "json", "csv"], typer.Option(help="Output: text, JSON lines or CSV.")
+]
 Batch = Annotated[int, typer.Option(help="Crops in a batch of the model.")]
 
 
@@ -43,6 +56,7 @@ def embed(
     out: Annotated[Path, typer.Option(help="Output folder of embeddings.npy and sounds.jsonl.")],
     model: Model = None,
     crop: Crop = None,
+    windows: Windows = None,
     length: LengthOption = None,
     batch: Batch = 64,
     shard_range: ShardRangeOption = None,
@@ -56,10 +70,11 @@ def embed(
     require(batch >= 1, "--batch", "be at least 1", batch)
     chosen, distribution = work_division(shard_range, distributor)
     done = embed_files(
-        _named(model),
+        named_model(model),
         find_sounds(sounds),
         out,
         crop=crop,
+        windows=windows,
         length=length,
         batch=batch,
         shard_range=chosen,
@@ -72,9 +87,11 @@ def embed(
             "the last to finish writes embeddings.npy"
         )
         return
-    say(f"{out}: {done.rows} sounds in embeddings.npy, their names in sounds.jsonl")
+    sounds_done = done.windowed or done.rows
+    rows = f"{done.rows} windows of " if done.windowed else ""
+    say(f"{out}: {rows}{sounds_done} sounds in embeddings.npy, their names in sounds.jsonl")
     if done.rejected:
-        count = f"{done.rejected} of {done.rows + done.rejected} sounds"
+        count = f"{done.rejected} of {sounds_done + done.rejected} sounds"
         say(f"{count} cannot be read, see {out / 'rejected.jsonl'}", error=True)
         if not done.rows:
             raise typer.Exit(1)
@@ -86,26 +103,34 @@ def search(
         list[Path] | None, typer.Option(help="A file or folder to search; may be repeated.")
     ] = None,
     index: Annotated[
-        Path | None, typer.Option(help="File of the embeddings; by default AUDIO/.flap-index.")
+        Path | None,
+        typer.Option(
+            help="File of the embeddings; by default AUDIO/.flap-index, .flap-index-windows."
+        ),
     ] = None,
     top: Annotated[int, typer.Option(help="Sounds per query.")] = 10,
     model: Model = None,
     crop: Crop = None,
+    windows: Windows = None,
     length: LengthOption = None,
     batch: Batch = 64,
+    format: Format = "text",
 ) -> None:
     """Print the sounds nearest to a text, best first; embeddings are cached in an index."""
-    from flap_fast.tools.search import find_sounds, open_index
-    from flap_fast.tools.sounds import default_crop
+    from flap_fast.tools.search import open_index
+    from flap_fast.tools.windows import chosen_crop, time_text
 
     require(top >= 1, "--top", "be at least 1", top)
     embedder = _open(model, length)
     if audio:
-        folder = audio[0] if audio[0].is_dir() else audio[0].parent
-        crop = crop or default_crop(embedder.config)
-        found = _updated(index or folder / ".flap-index", find_sounds(audio), embedder, crop, batch)
+        policy = chosen_crop(embedder.config, crop, windows)
+        found = updated_index(
+            index or index_file(audio[0], windows), audio, embedder, policy, batch
+        )
     else:
         require(index is not None, "--audio or --index", "be given", "neither")
+        remedy = "the index has its own"
+        require(windows is None, "--windows", "be left out without --audio", windows, remedy)
         found = open_index(index)  # type: ignore[arg-type] - checked above
         rule = "be made with this model"
         require(
@@ -116,11 +141,15 @@ def search(
             "give --audio too",
         )
     answers = found.nearest(embedder.embed_text(queries), top)
+    write = rows_writer(format, ("query", "file", "start_s", "end_s", "cosine"))
     for query, nearest in zip(queries, answers, strict=True):
-        if len(queries) > 1:
+        if format == "text" and len(queries) > 1:
             say(visible(query))
-        for path, cosine in nearest:
-            say(f"{cosine:6.3f}  {visible(path)}")
+        for path, cosine, span_s, _ in nearest:
+            when = f"  {time_text(span_s)}" if span_s else ""
+            start_s, end_s = span_s or (None, None)
+            text = f"{cosine:6.3f}  {visible(path)}{when}"
+            write(text, (query, str(path), start_s, end_s, cosine))
 
 
 def classify(
@@ -134,14 +163,19 @@ def classify(
     top: Annotated[int, typer.Option(help="Classes per sound.")] = 1,
     model: Model = None,
     crop: Crop = None,
+    windows: Windows = None,
     length: LengthOption = None,
     batch: Batch = 64,
+    format: Format = "text",
 ) -> None:
-    """Print the most likely class of each sound: file, class, probability, separated by tabs."""
+    """Print the most likely class of each sound: file, class, probability, separated by tabs.
+
+    With --windows the class of each window: file, time, class, probability.
+    """
     from flap_fast.data.preprocess.waveform import BadSound
     from flap_fast.tools.inputs import distinct
     from flap_fast.tools.search import find_sounds
-    from flap_fast.tools.sounds import default_crop
+    from flap_fast.tools.windows import WindowRows, chosen_crop, embed_cropped, time_text
 
     require(top >= 1, "--top", "be at least 1", top)
     from_file = "," not in labels and os.path.isfile(labels)
@@ -152,24 +186,33 @@ def classify(
     embedder = _open(model, length)
     vectors = embedder.embed_labels(names, template)
     bad = 0
-    rows = embedder.embed_each(files, batch, crop=crop or default_crop(embedder.config))
+    write = rows_writer(format, ("file", "start_s", "end_s", "class", "probability"))
+    policy = chosen_crop(embedder.config, crop, windows)
+    embedded = embed_cropped(embedder, files, batch, policy)
     # On a terminal the lines themselves show how far it is.
     with progress("classify", len(files), shown=not sys.stdout.isatty()) as advance:
-        for file, row in zip(files, rows, strict=True):
+        for file, found in zip(files, embedded, strict=True):
             advance()
-            if isinstance(row, BadSound):
+            if isinstance(found, BadSound):
                 bad += 1
-                say(row, error=True)
+                say(found, error=True)
                 continue
-            best = embedder.probabilities(row[None], vectors)[0].topk(min(top, len(names)))
-            for probability, n in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-                say(f"{visible(file)}\t{visible(names[n])}\t{probability:.3f}")
+            windowed = isinstance(found, WindowRows)
+            spans_s = found.spans_s.tolist() if windowed else [None]
+            rows = found.rows if windowed else found[None]
+            best = embedder.probabilities(rows, vectors).topk(min(top, len(names)), dim=1)
+            parts = (part.tolist() for part in best)
+            for span_s, values, numbers in zip(spans_s, *parts, strict=True):
+                when = f"{time_text(span_s)}\t" if span_s else ""
+                for probability, n in zip(values, numbers, strict=True):
+                    text = f"{visible(file)}\t{when}{visible(names[n])}\t{probability:.3f}"
+                    write(text, (str(file), *(span_s or (None, None)), names[n], probability))
     if bad:
         say(f"{bad} of {len(files)} sounds cannot be read", error=True)
         raise typer.Exit(1)
 
 
-def _named(model: str | None) -> str | Path:
+def named_model(model: str | None) -> str | Path:
     """Return the given model, or the last trained run."""
     if model is not None:
         return model
@@ -182,17 +225,45 @@ def _named(model: str | None) -> str | Path:
 
 
 def _open(model: str | None, length: str | None) -> Embedder:
-    folder = _named(model)
+    folder = named_model(model)
     with progress("open the model"):
         from flap_fast.tools.embedder import load
 
         return load(folder, length=length)
 
 
-def _updated(file: Path, sounds: list[Path], embedder: Embedder, crop: str, batch: int) -> Index:
-    """Update the index of these sounds; prints progress and rejected sounds to stderr."""
-    from flap_fast.tools.search import plan_update, update_index
+def rows_writer(format: str, columns: tuple[str, ...]) -> Callable[[str, tuple], None]:
+    """Return a function that prints a row, given as text and as values: the one or the others."""
+    if format == "text":
+        return lambda text, _: say(text)
+    if format == "csv":
+        # Lines end as other commands' do; a name that is not UTF-8 is printed as its bytes.
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(columns)
+        return lambda _, values: writer.writerow(values)
 
+    def line(_: str, values: tuple) -> None:
+        row = {name: v for name, v in zip(columns, values, strict=True) if v is not None}
+        say(json.dumps(row, ensure_ascii=True))
+
+    return line
+
+
+def index_file(audio: Path, windows: str | None) -> Path:
+    """Return the default file of the index of a folder, or of a file's folder."""
+    from flap_fast.tools.search import INDEX
+
+    folder = audio if audio.is_dir() else audio.parent
+    return folder / (INDEX if windows is None else f"{INDEX}-windows")
+
+
+def updated_index(
+    file: Path, audio: list[Path], embedder: Embedder, crop: str, batch: int
+) -> Index:
+    """Update the index of these sounds; prints progress and rejected sounds to stderr."""
+    from flap_fast.tools.search import find_sounds, plan_update, update_index
+
+    sounds = find_sounds(audio)
     file.parent.mkdir(parents=True, exist_ok=True)
     writable = os.access(file.parent, os.W_OK)
     rule = "be in a folder that can be written"

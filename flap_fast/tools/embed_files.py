@@ -1,7 +1,7 @@
 """Embed many sound files into one array, in chunks that several machines can share.
 
     OUT/embeddings.npy          (N, d) float32, unit rows
-    OUT/sounds.jsonl            the sound of each row
+    OUT/sounds.jsonl            the sound of each row, and of a window its start_s and end_s
     OUT/rejected.jsonl          sounds that cannot be read, and why
     OUT/.embed/KEY.safetensors  a finished chunk
 
@@ -39,7 +39,7 @@ from flap_fast.preparation.shard_tasks import ShardRange
 from flap_fast.progress import Advance
 from flap_fast.tools.embedder import Embedder, load
 from flap_fast.tools.search import stat_sound
-from flap_fast.tools.sounds import default_crop
+from flap_fast.tools.windows import WindowRows, chosen_crop, embed_cropped
 
 _ARRAY, _SOUNDS, _REJECTED = "embeddings.npy", "sounds.jsonl", "rejected.jsonl"
 
@@ -73,7 +73,11 @@ class Chunk:
         return self._read()[1]
 
     def save(self, about: dict[str, Any], rows: np.ndarray) -> None:
-        """Write a finished chunk, with the SHA-256 of what it holds and of whose it is."""
+        """Write a finished chunk, with the SHA-256 of what it holds and of whose it is.
+
+        Args:
+            about: `rejected` and `again`; with windows `windows`, of each sound [start_s, end_s]s.
+        """
         about = about | {"sha256": hashlib.sha256(rows.tobytes()).hexdigest()}
         about |= {"whole": self._digest(about)}
         write_atomically(self.file, save({"embeddings": rows}, {"about": json.dumps(about)}))
@@ -97,7 +101,10 @@ class Chunk:
                 raise ValueError("it changed since it was written")
             if about.get("sha256") not in (None, hashlib.sha256(rows.tobytes()).hexdigest()):
                 raise ValueError("its rows changed since they were written")
-            if len(rows) + len(about["rejected"]) != len(self.sounds) or about["again"] is None:
+            embedded = len(self.sounds) - len(about["rejected"])
+            windows = about.get("windows", [None] * embedded)
+            wanted = sum(len(spans_s or [0]) for spans_s in windows)
+            if len(windows) != embedded or len(rows) != wanted or about["again"] is None:
                 raise ValueError(f"it has {len(rows)} rows for {len(self.sounds)} sounds")
             if not np.isfinite(rows).all():
                 raise ValueError("a row is not finite")
@@ -117,6 +124,8 @@ class Embedded:
     rejected: int
     unfinished: int = 0
     """Chunks of other calls; the last call to finish writes the array."""
+    windowed: int | None = None
+    """With windows, the number of sounds that the rows are windows of."""
 
 
 def embed_files(
@@ -125,6 +134,7 @@ def embed_files(
     out: Path,
     *,
     crop: str | None = None,
+    windows: str | None = None,
     length: str | None = None,
     batch: int = 64,
     shard_range: ShardRange | None = None,
@@ -137,6 +147,7 @@ def embed_files(
     Args:
         model: what `load` opens.
         crop: of long sounds, as in `Embedder.embed_each`; `default_crop` by default.
+        windows: a row for each window instead, as in `Embedder.embed_windows`.
         length: audio.length, if not the one that the model was trained with.
         shard_range: embed only these chunks; the last call to finish writes the array.
         distributor: this process, or the running Ray cluster, where each task gets as many cores
@@ -150,7 +161,7 @@ def embed_files(
     _refuse_others(out)
     with progress("open the model", None):
         embedder = _open(model, length)
-    crop = crop or default_crop(embedder.config)
+    crop = chosen_crop(embedder.config, crop, windows)
     (out / ".embed").mkdir(parents=True, exist_ok=True)
     chunks = list(_chunks(sounds, out, (embedder.identity, crop, batch), chunk_sounds))
     mine = chunks[shard_range.number - 1 :: shard_range.of] if shard_range else chunks
@@ -202,17 +213,21 @@ def _chunks(
 
 
 def _embed(embedder: Embedder, chunk: Chunk, crop: str, batch: int, advance: Advance) -> None:
-    rows, rejected, again = [], {}, False
-    with closing(embedder.embed_each(chunk.sounds, batch, crop=crop)) as found:
+    rows, rejected, again = [torch.empty(0, embedder.config.joint.width)], {}, False
+    windows: list[list[list[float]]] = []
+    with closing(embed_cropped(embedder, chunk.sounds, batch, crop)) as found:
         for number, row in enumerate(found):
             again |= isinstance(row, Unread)
             if isinstance(row, BadSound):
                 rejected[str(number)] = str(row)
+            elif isinstance(row, WindowRows):
+                rows.append(row.rows)
+                windows.append(row.spans_s.tolist())
             else:
-                rows.append(row)
+                rows.append(row[None])
             advance(1)
-    embeddings = torch.stack(rows) if rows else torch.empty(0, embedder.config.joint.width)
-    chunk.save({"rejected": rejected, "again": again}, embeddings.numpy())
+    about = {"rejected": rejected, "again": again} | ({"windows": windows} if windows else {})
+    chunk.save(about, torch.cat(rows).numpy())
 
 
 def _embed_on_worker(
@@ -227,16 +242,22 @@ def _embed_on_worker(
 
 def _finish(out: Path, chunks: Sequence[Chunk], width: int) -> Embedded:
     """Return the counts; if all chunks are finished, write the array and both lists."""
-    rows = 0
+    windowed = 0
     names, rejected = [], []
     finished = [chunk for chunk in chunks if chunk.finished]
     for chunk in finished:
-        reasons = chunk.about()["rejected"]
-        rows += len(chunk.sounds) - len(reasons)
+        about = chunk.about()
+        windowed += len(about.get("windows", ()))
+        windows = iter(about.get("windows", ()))
         for number, path in enumerate(chunk.sounds):
-            why = reasons.get(str(number))
-            row = {"audio": str(path)} | ({"reason": why} if why else {})
-            (rejected if why else names).append(row)
+            if why := about["rejected"].get(str(number)):
+                rejected.append({"audio": str(path), "reason": why})
+            elif spans_s := next(windows, None):
+                its = ({"start_s": start, "end_s": end} for start, end in spans_s)
+                names += [{"audio": str(path)} | span for span in its]
+            else:
+                names.append({"audio": str(path)})
+    rows = len(names)
     unfinished = len(chunks) - len(finished)
     if not unfinished:
 
@@ -257,10 +278,10 @@ def _finish(out: Path, chunks: Sequence[Chunk], width: int) -> Embedded:
         for file in (out / ".embed").glob(f"{'[0-9a-f]' * 64}.safetensors"):
             if file.name not in keys:
                 file.unlink(missing_ok=True)
-    return Embedded(rows, len(rejected), unfinished)
+    return Embedded(rows, len(rejected), unfinished, windowed or None)
 
 
-def _lines(rows: Iterable[dict[str, str]]) -> bytes:
+def _lines(rows: Iterable[dict[str, Any]]) -> bytes:
     return as_utf8("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 

@@ -6,8 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import cached_property
@@ -40,24 +39,23 @@ from flap_fast.tools.inputs import (
     counted,
     distinct,
     file_or_bytes,
-    listed,
     require_batch,
     shown,
     texts,
 )
-from flap_fast.tools.pooling import Embedded, pooled
+from flap_fast.tools.pooling import Embedded, embedded
 from flap_fast.tools.sounds import (
     PART,
     Part,
     Sound,
+    checked_rate,
     crop_count,
     crop_policy,
-    crops_from,
     crops_of,
     decode_part,
-    refuse_one_waveform,
     sound_name,
 )
+from flap_fast.tools.windows import EmbeddedWindows, window_decoder, with_spans
 
 # Of sound that the model embeds at a time, for memory; more would not be faster.
 _SECONDS_AT_A_TIME = {"cpu": 160.0}
@@ -126,46 +124,55 @@ class Embedder:
                 sound). eval.crop by default, `center` if that is random. Shorter sounds are filled
                 as in training, or taken as they are.
         """
-        sounds = listed(sounds, "sounds")
-        refuse_one_waveform(sounds)
-        require_batch(batch)
-        modality = self.config.encoder.modality
-        rule, remedy = "have an audio encoder to embed sounds", f"call embed_{modality}"
-        require(modality == "audio", "the model", rule, f"an {modality} encoder", remedy)
+        rate_hz = checked_rate(self.config, sounds, batch, sample_rate_hz)
         policy = crop_policy(self.config, crop)
-        rate_hz = self.config.audio.sample_rate_hz if sample_rate_hz is None else sample_rate_hz
 
-        def decode(sound: Sound) -> Part:
-            return decode_part(crops_of(sound, rate_hz, policy, self.config))
+        def decode(numbered: tuple[int, Sound]) -> Part:
+            return decode_part(crops_of(numbered[1], rate_hz, policy, self.config))
 
         # With `whole`, the number of crops is known only after decoding.
-        crops = PART if policy == "whole" else min(PART, crop_count(policy))
-        return self._embed_each(sounds, decode, batch, ahead_sounds=2 * batch // min(crops, batch))
+        crops = PART if policy == "whole" else crop_count(policy)
+        return self._embed_each(sounds, decode, batch, crops)
+
+    def embed_windows(
+        self,
+        sounds: Iterable[Sound],
+        windows: str = "auto",
+        batch: int = 64,
+        *,
+        sample_rate_hz: float | None = None,
+    ) -> EmbeddedWindows:
+        """Yield for each sound in order its `WindowRows`, or the `BadSound` it raised.
+
+        A window's row is that of the same cut given as a sound of its own.
+
+        Args:
+            windows: `SECONDS[:HOP]` or `auto[:HOP]`: see `flap_fast.tools.windows`.
+        """
+        rate_hz = checked_rate(self.config, sounds, batch, sample_rate_hz)
+        decode, spans_s = window_decoder(self.config, windows, rate_hz)
+        return with_spans(self._embed_each(sounds, decode, batch, PART, mean=False), spans_s)
 
     def _embed_each(
         self,
         sounds: Iterable[Sound],
-        decode: Callable[[Sound], Part],
+        decode: Callable[[tuple[int, Sound]], Part],
         batch: int,
-        ahead_sounds: int,
+        crops: int,
+        *,
+        mean: bool = True,
     ) -> Embedded:
-        threads = self.config.frontend.threads or os.cpu_count() or 1
         seconds = _SECONDS_AT_A_TIME.get(self.device.type, math.inf)
-        most_samples = seconds * self.config.audio.sample_rate_hz
-        names: deque[str] = deque()
-
-        def noted() -> Iterator[Sound]:
-            for number, sound in enumerate(sounds):
-                names.append(sound_name(sound, number))
-                yield sound
-
-        with ThreadPoolExecutor(threads) as pool:
-            parts = ahead(pool, decode, noted(), limit=ahead_sounds + threads)
-            sounds_crops = (crops_from(part, pool) for part in parts)
-            with closing(parts):
-                for row in pooled(sounds_crops, self._embed_waves, batch, most_samples):
-                    name = names.popleft()
-                    yield row if isinstance(row, Tensor) else type(row)(f"{name}: {row}")
+        return embedded(
+            sounds,
+            decode,
+            self._embed_waves,
+            batch,
+            threads=self.config.frontend.threads or os.cpu_count() or 1,
+            ahead_sounds=2 * batch // min(crops, PART, batch),
+            most_samples=seconds * self.config.audio.sample_rate_hz,
+            mean=mean,
+        )
 
     def embed_image(self, images: Iterable[ImageSource], batch: int = 64) -> Tensor:
         """Embed images: (N, d) unit rows, float32, on the CPU.

@@ -5,8 +5,7 @@ embedded again, unless the model or the crops changed or the system failed to re
 written atomically every minute and at the end, also after an error: an interrupted update keeps
 its embeddings.
 
-FAISS finds the candidates if it is installed, PyTorch otherwise; both are exact. Results are sorted
-by the cosine in float64, ties by path.
+Of sounds in windows (`flap_fast.tools.windows`) each window has a row, with its start and end.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -32,6 +31,11 @@ from flap_fast.data.preprocess.sound_formats import SOUNDS, sounds_among
 from flap_fast.data.preprocess.waveform import BadSound, Unread
 from flap_fast.files import write_atomically
 from flap_fast.tools.embedder import Embedder
+from flap_fast.tools.nearest import nearest_rows
+from flap_fast.tools.windows import WindowRows, embed_cropped, suppress
+
+INDEX = ".flap-index"
+"""What names of indices in folders of sounds begin with."""
 
 _SAVE_EVERY_S = 60.0
 
@@ -48,8 +52,19 @@ class File:
     """Why it has no embedding, if it has none."""
 
 
-Rows = dict[File, Tensor | None]
-"""The (d,) embedding of each file, or None."""
+Rows = dict[File, Tensor | WindowRows | None]
+"""The (d,) embedding of each file, or its windows, or None."""
+
+
+class Match(NamedTuple):
+    """A sound, or a window of one, and how near it is to a query."""
+
+    path: Path
+    cosine: float
+    span_s: tuple[float, float] | None
+    """Where the window begins and ends, if the index has windows."""
+    number: int
+    """Of the sound among `Index.files`."""
 
 
 class Index:
@@ -57,13 +72,21 @@ class Index:
 
     def __init__(self, file: Path, model: str, crop: str, rows: Rows):
         self.file, self.model, self.crop, self.rows = file, model, crop, rows
-        vectors = [row for row in rows.values() if row is not None]
-        self.embeddings = torch.stack(vectors) if vectors else torch.empty(0, 0)
+        self.files = [sound for sound, row in rows.items() if row is not None]
+        """Of the files those with embeddings."""
+        each = [row for row in rows.values() if row is not None]
+        vectors = [row.rows if isinstance(row, WindowRows) else row[None] for row in each]
+        self.counts = torch.tensor([len(rows) for rows in vectors], dtype=torch.int64)
+        """Rows of each of `files`."""
+        self.embeddings = torch.cat(vectors) if vectors else torch.empty(0, 0)
+        spans_s = [row.spans_s for row in each if isinstance(row, WindowRows)]
+        self.spans_s = torch.cat(spans_s) if spans_s else None
+        """With windows, (N, 2) float64: where each row's begins and ends."""
 
     @property
     def paths(self) -> list[Path]:
-        """Paths of the sounds, in the order of `embeddings`."""
-        return [self.path(file) for file in self.rows if file.error is None]
+        """Paths of the sounds that have embeddings."""
+        return [self.path(file) for file in self.files]
 
     @property
     def rejected(self) -> list[File]:
@@ -75,27 +98,43 @@ class Index:
         path = os.path.normpath(self.file.parent.resolve() / file.path)
         return Path(path if self.file.is_absolute() else os.path.relpath(path))
 
-    def nearest(self, queries: Tensor, most: int = 10) -> list[list[tuple[Path, float]]]:
-        """Return for each query (Q, d) the sounds with the highest cosines, best first."""
-        files = [file for file in self.rows if file.error is None]
-        if not files:
+    def nearest(self, queries: Tensor, most: int = 10) -> list[list[Match]]:
+        """Return for each query (Q, d) the sounds with the highest cosines, best first.
+
+        With windows, those: of windows of one sound that overlap, only the best.
+        """
+        if not self.files:
             return [[] for _ in queries]
-        found = []
-        candidates = _candidates(self.embeddings, queries, most)
-        for query, rows in zip(queries, candidates, strict=True):
-            # Row by row: a product of matrices may give equal rows unequal last bits.
-            cosines = (self.embeddings[rows].double() * query.double()).sum(1)
-            best = np.lexsort((rows.numpy(), -cosines.numpy()))[:most].tolist()
-            found.append([(self.path(files[int(rows[n])]), cosines[n].item()) for n in best])
-        return found
+        owners = torch.arange(len(self.files)).repeat_interleave(self.counts)
+
+        def distinct(rows: Tensor) -> list[int]:
+            if self.spans_s is None:
+                return list(range(len(rows)))
+            return list(islice(suppress(owners[rows], self.spans_s[rows]), most))
+
+        answers = []
+        for query, found in zip(queries, nearest_rows(self.embeddings, queries, most), strict=True):
+            rows, cosines = found
+            kept = distinct(rows)
+            while len(kept) < most and len(rows) < len(self.embeddings):
+                ((rows, cosines),) = nearest_rows(self.embeddings, query[None], 4 * len(rows))
+                kept = distinct(rows)
+            best = zip(rows[kept].tolist(), cosines[kept].tolist(), strict=True)
+            answers.append([self._match(int(owners[row]), row, cosine) for row, cosine in best])
+        return answers
+
+    def _match(self, owner: int, row: int, cosine: float) -> Match:
+        span_s = None if self.spans_s is None else tuple(self.spans_s[row].tolist())
+        return Match(self.path(self.files[owner]), cosine, span_s, owner)
 
     def save(self) -> None:
         """Write the file atomically."""
         about = {"model": self.model, "crop": self.crop, "files": [asdict(f) for f in self.rows]}
-        about |= {"sha256": _digest(about, self.embeddings)}
+        windows = {} if self.spans_s is None else {"spans_s": self.spans_s, "counts": self.counts}
+        about |= {"sha256": _digest(about, self.embeddings, *windows.values())}
         text = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {"embeddings": self.embeddings, "about": text}
+        tensors = {"embeddings": self.embeddings, "about": text, **windows}
         write_atomically(self.file, save(tensors, {"format": "flap-index"}))
 
 
@@ -112,23 +151,30 @@ def open_index(file: Path) -> Index:
         digest = about.pop("sha256", None)  # not in indices of before
         if about.keys() != {"model", "crop", "files"}:
             raise ValueError(f"it holds {', '.join(about)}")
-        if digest not in (None, _digest(about, embeddings)):
+        windows = {name: tensors[name] for name in ("spans_s", "counts") if name in tensors}
+        if digest not in (None, _digest(about, embeddings, *windows.values())):
             raise ValueError("it changed since it was written")
         if not embeddings.isfinite().all():
             raise ValueError("an embedding is not finite")
-        vectors = iter(embeddings)
+        rows = iter(embeddings)
+        if windows:
+            cuts = [
+                part.split(windows["counts"].tolist()) for part in (windows["spans_s"], embeddings)
+            ]
+            rows = map(WindowRows, *cuts)
         files = [File(**row) for row in about["files"]]
-        rows = {file: next(vectors) if file.error is None else None for file in files}
-        return Index(file, about["model"], about["crop"], rows)
+        found: Rows = {file: next(rows) if file.error is None else None for file in files}
+        return Index(file, about["model"], about["crop"], found)
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, StopIteration) as why:
         raise ConfigError(f"{file} must be an index of flap, delete it: {why!r}") from None
 
 
-def _digest(about: dict[str, Any], embeddings: Tensor) -> str:
-    """SHA-256 of what an index holds: its JSON, and the type, shape and bytes of its embeddings."""
-    head = json.dumps([about, str(embeddings.dtype), list(embeddings.shape)])
-    digest = hashlib.sha256(head.encode())
-    digest.update(embeddings.contiguous().view(-1).view(torch.uint8).numpy().data)
+def _digest(about: dict[str, Any], *tensors: Tensor) -> str:
+    """SHA-256 of what an index holds: its JSON, and the type, shape and bytes of its tensors."""
+    heads = [part for tensor in tensors for part in (str(tensor.dtype), list(tensor.shape))]
+    digest = hashlib.sha256(json.dumps([about, *heads]).encode())
+    for tensor in tensors:
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -179,7 +225,8 @@ def update_index(
     """Embed the new sounds of an update and write the index, also after an error.
 
     Args:
-        crop: of long sounds, as in `Embedder.embed_each`; the same as for `plan_update`.
+        crop: of long sounds, as in `Embedder.embed_each`, or `window_policy`'s; the same as for
+            `plan_update`.
         advance: called after each sound is embedded or rejected.
     """
     rows = dict(update.kept)
@@ -192,7 +239,7 @@ def update_index(
 
     due = time.monotonic() + _SAVE_EVERY_S
     try:
-        found = embedder.embed_each(update.new.values(), batch, crop=crop)
+        found = embed_cropped(embedder, update.new.values(), batch, crop)
         with closing(found):
             for sound, row in zip(update.new, found, strict=True):
                 if isinstance(row, Unread):  # no file matches this: the next update tries again
@@ -225,7 +272,8 @@ def find_sounds(paths: Iterable[Path]) -> list[Path]:
     found: dict[Path, None] = {}  # in order, each once
     for path in paths:
         require(path.exists(), "a sound", "be an existing file or folder", path)
-        below = [] if path.is_file() else [file for file in _below(path) if file.is_file()]
+        files = [] if path.is_file() else [file for file in _below(path) if file.is_file()]
+        below = [file for file in files if not file.name.startswith(INDEX)]
         found |= dict.fromkeys([path] if path.is_file() else sounds_among(below))
     rule = f"be files such as {', '.join(f'.{ending}' for ending in SOUNDS[:4])}"
     require(bool(found), "the sounds", rule, "none")
@@ -254,36 +302,3 @@ def stat_sound(path: Path, folder: Path) -> File:
     except OSError:
         size = mtime_ns = 0
     return File(os.path.relpath(path.resolve(), folder.resolve()), size, mtime_ns)
-
-
-# Largest error of a float32 cosine, for queries of length one.
-_SLACK = 1e-5
-
-
-def _candidates(embeddings: Tensor, queries: Tensor, most: int) -> Tensor:
-    """Return (Q, C) int64 rows that include the `most` highest cosines and all ties."""
-    count, search = 2 * most + 16, _by_cosine(embeddings, queries)
-    while True:
-        count = min(count, len(embeddings))
-        cosines, rows = search(count)
-        behind = cosines[:, -1] < cosines[:, min(most, count) - 1] - _SLACK * queries.norm(dim=1)
-        if count == len(embeddings) or behind.all():
-            return rows
-        count *= 4
-
-
-def _by_cosine(embeddings: Tensor, queries: Tensor) -> Callable[[int], tuple[Tensor, Tensor]]:
-    """Return a function of n that gives the n highest cosines (Q, n) float32 and their rows."""
-    try:
-        import faiss
-    except ImportError:
-        cosines = queries @ embeddings.T
-        return lambda count: cosines.topk(count, dim=1)
-    index = faiss.IndexFlatIP(embeddings.shape[1])
-    index.add(embeddings.numpy())
-
-    def search(count: int) -> tuple[Tensor, Tensor]:
-        cosines, rows = index.search(queries.numpy(), count)
-        return torch.from_numpy(cosines), torch.from_numpy(rows)
-
-    return search

@@ -21,6 +21,7 @@ from flap_fast.config import Config
 from flap_fast.data.preprocess.sound_file import LOWEST_HZ, MOST_CHANNELS, QUIETEST
 from flap_fast.data.preprocess.waveform import (
     BadSound,
+    Starts,
     Unusable,
     crop_and_fill,
     crop_positions,
@@ -29,7 +30,7 @@ from flap_fast.data.preprocess.waveform import (
     read_pieces,
     window_counts,
 )
-from flap_fast.tools.inputs import file_or_bytes, shown
+from flap_fast.tools.inputs import file_or_bytes, listed, require_batch, shown
 
 Array = np.ndarray | Tensor
 Waveform = Array | tuple[Array, float] | Mapping[str, Any]
@@ -60,6 +61,16 @@ def refuse_one_waveform(sounds: Any) -> None:
     numbers = getattr(getattr(sounds, "dtype", None), "kind", "f") in "biufc"  # PyTorch has none
     if numbers and (len(shape) == 1 or (len(shape) == 2 and shape[1] <= MOST_CHANNELS)):
         raise TypeError(f"sounds must be a list, got one waveform of shape {shape}: put it in []")
+
+
+def checked_rate(config: Config, sounds: Any, batch: int, sample_rate_hz: float | None) -> float:
+    """Return the rate of waveforms without one; raises unless such sounds can be embedded."""
+    refuse_one_waveform(listed(sounds, "sounds"))
+    require_batch(batch)
+    modality = config.encoder.modality
+    rule, remedy = "have an audio encoder to embed sounds", f"call embed_{modality}"
+    require(modality == "audio", "the model", rule, f"an {modality} encoder", remedy)
+    return config.audio.sample_rate_hz if sample_rate_hz is None else sample_rate_hz
 
 
 def default_crop(config: Config) -> str:
@@ -93,21 +104,31 @@ def crops_of(sound: Sound, rate_hz: float, policy: str, config: Config) -> Crops
     Raises:
         BadSound: the sound cannot be used; the message does not name it.
     """
-    audio, longest = config.audio, config.fusion.longest(config.audio)
+    longest = config.fusion.longest(config.audio)
 
     def starts(length: int) -> list[int]:
         crops = int(window_counts(length / longest)) if policy == "whole" else crop_count(policy)
         positions = crop_positions(crops if length > longest else 1)
         return [crop_start(length, longest, float(at)) for at in positions]
 
+    return pieces_of(sound, rate_hz, longest, starts, config)
+
+
+def pieces_of(sound: Sound, rate_hz: float, samples: int, starts: Starts, config: Config) -> Crops:
+    """Yield pieces of a sound, at most so many samples from each start, as the model takes them.
+
+    Raises:
+        BadSound: the sound cannot be used; the message does not name it.
+    """
+    audio = config.audio
     try:
         source = file_or_bytes(sound)
         if isinstance(source, (Path, bytes)):
-            pieces = read_pieces(source, audio.sample_rate_hz, longest, starts)
+            pieces = read_pieces(source, audio.sample_rate_hz, samples, starts)
         else:
             wave = _waveform(source, rate_hz, audio.sample_rate_hz)
-            # Copies: a view of a crop would keep the whole recording in memory.
-            pieces = (wave[start : start + longest].copy() for start in starts(len(wave)))
+            # Copies: a view of a piece would keep the whole recording in memory.
+            pieces = (wave[start : start + samples].copy() for start in starts(len(wave)))
         for piece in pieces:
             yield crop_and_fill(piece, 0.0, audio, config.fusion)
     except BadSound:

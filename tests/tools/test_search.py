@@ -250,12 +250,14 @@ def test_the_nearest_are_the_same_with_faiss_and_without(faiss: bool, monkeypatc
     rows[100:104] = rows[7]  # equal ones: by their paths
     queries = torch.cat([rows[7:8], torch.randn(2, 16, generator=draws)])
     found = fake_index(rows).nearest(queries, 5)
-    assert [path.name for path, _ in found[0]] == [f"{n:03d}.wav" for n in (7, 100, 101, 102, 103)]
+    assert [path.name for path, *_ in found[0]] == [f"{n:03d}.wav" for n in (7, 100, 101, 102, 103)]
     for query, answers in zip(queries, found, strict=True):
         cosines = rows.double() @ query.double()
         best = cosines.argsort(descending=True, stable=True)[:5].tolist()
-        assert [path.name for path, _ in answers] == [f"{n:03d}.wav" for n in best]
-        assert [cosine for _, cosine in answers] == pytest.approx(cosines[best].tolist(), abs=1e-9)
+        assert [path.name for path, *_ in answers] == [f"{n:03d}.wav" for n in best]
+        assert [match.cosine for match in answers] == pytest.approx(
+            cosines[best].tolist(), abs=1e-9
+        )
 
 
 @pytest.mark.parametrize("faiss", [True, False])
@@ -268,7 +270,7 @@ def test_of_many_equal_sounds_the_first_by_path_are_found(faiss: bool, monkeypat
     rows[250, 1] = 1.0  # nearer to the second query by 2^-30, which float32 does not see
     queries = torch.tensor([[1.0, 0.0], [1.0, 2.0**-30]])
     found = fake_index(rows).nearest(torch.nn.functional.pad(queries, (0, 14)), 4)
-    assert [[path.name for path, _ in some] for some in found] == [
+    assert [[path.name for path, *_ in some] for some in found] == [
         ["000.wav", "001.wav", "002.wav", "003.wav"],
         ["250.wav", "000.wav", "001.wav", "002.wav"],
     ]
