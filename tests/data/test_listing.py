@@ -95,3 +95,16 @@ def test_scores_are_named_by_the_folder_of_a_patterns_shards(tmp_path):
     places += [Url("https://host/d/{0..7}.tar?k=v"), Url("https://host/e/0.tar?k=v")]
     assert [*names(places)] == ["a/val", "b/val", "test", "d", "0.tar"]
     assert [*names([Url("s3://b/x/*.tar"), Url("s3://b/x/1.tar")])] == ["x", "1.tar"]
+
+
+def test_a_folder_of_splits_is_named_as_such(folder):
+    """What `flap prepare mine.jsonl data/mine` writes: its folder is not one of shards."""
+    out = folder.parent / "out"
+    for split in ("val", "train"):
+        shutil.copytree(folder, out / split)
+    with pytest.raises(ShardError) as error:
+        open_shards([out])
+    wanted = (
+        f"{out} must hold .tar shards, got folders of them: train, val; name one, as {out}/train"
+    )
+    assert str(error.value) == wanted
