@@ -126,7 +126,8 @@ def set_up(config: Config, ranks: Ranks, start: Path | None, open_files: ExitSta
     folder, keep = config.run_folder / "text_vectors", start is not None
     text = open_files.enter_context(frozen_text(config, engine.module, ranks, folder, keep=keep))
     if ranks.first:
-        known = Known(engine.name, parts, len(shards), seconds, steps, per_epoch)
+        samples = loader.sampler.epoch_samples
+        known = Known(engine.name, parts, len(shards), seconds, steps, per_epoch, samples)
         say(overview(config, ranks, known, start, first), error=True)
     metrics = Metrics(
         config, ranks, steps, observers(config, ranks, open_files, first=first, steps=steps)
