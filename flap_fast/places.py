@@ -8,8 +8,10 @@ data/*/*.tar       gs://bucket/mine/1*.tar   those that there are; not over http
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import unquote
@@ -130,6 +132,68 @@ Places = Annotated[
     BeforeValidator(lambda v: (v,) if isinstance(v, (str, Path)) else v),
 ]
 """A setting of places; one alone is a list of one."""
+
+# More copies of a clip in an epoch than this are no mixture.
+_MOST_COPIES = 1000
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """A place, and how many times an epoch takes each of its clips; 0.5: half of them."""
+
+    path: Place
+    weight: float
+
+    def __str__(self) -> str:
+        return f"{self.path} (weight {self.weight:g})"
+
+
+def mixed_place(value: Any) -> Place | Weighted:
+    """A place, or one with a weight, `{path: ..., weight: ...}`; of weight 1 it is the place alone.
+
+    Raises:
+        PydanticCustomError: see `place`; for other keys; a weight that is no number above 0.
+    """
+    if isinstance(value, Weighted):
+        return value
+    if not isinstance(value, dict):
+        return place(value)
+    if "path" not in value or not {"path", "weight"} >= set(value):
+        rule = "must be a path, a URL or {form}"
+        raise PydanticCustomError("path_type", rule, {"form": "{path: ..., weight: ...}"})
+    weight = value.get("weight", 1)
+    number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+    if not number or not 0 < weight <= _MOST_COPIES or math.isnan(weight):
+        raise PydanticCustomError(
+            "weight", "must have a weight above 0 and at most {most}", {"most": _MOST_COPIES}
+        )
+    found = place(value["path"])
+    return found if weight == 1 else Weighted(found, float(weight))
+
+
+def place_in(entry: Place | Weighted) -> Place:
+    """The place of an entry, whatever its weight."""
+    return entry.path if isinstance(entry, Weighted) else entry
+
+
+def _as_json(entry: Place | Weighted) -> str | dict[str, str | float]:
+    if isinstance(entry, Weighted):
+        return {"path": str(entry.path), "weight": entry.weight}
+    return str(entry)
+
+
+MixedPlaces = Annotated[
+    tuple[
+        Annotated[
+            Place | Weighted,
+            PlainValidator(mixed_place),
+            PlainSerializer(_as_json, when_used="json"),
+        ],
+        ...,
+    ],
+    BeforeValidator(lambda v: (v,) if isinstance(v, (str, Path, dict, Weighted)) else v),
+]
+"""A setting of places with weights."""
 
 
 def is_pattern(place: Place) -> bool:

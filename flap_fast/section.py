@@ -26,7 +26,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from flap_fast.places import Url
+from flap_fast.places import Url, Weighted
 
 Ratio = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0)]
@@ -109,6 +109,8 @@ def _last_part(value: Any) -> Any:
     """The last part of a path or URL; a prompt, a name of the Hub or of a package is none."""
     if isinstance(value, tuple):
         return tuple(map(_last_part, value))
+    if isinstance(value, Weighted):
+        return Weighted(_last_part(value.path), value.weight)
     text = "" if value is None else str(value)
     prompt = type(value) is str and "{" in text
     if not text or prompt or text.startswith(("package:", "hf:/")):

@@ -71,6 +71,26 @@ def test_prepare_counts_what_it_rejected_in_its_last_line(monkeypatch, capsys, t
     assert "2 clips in 1 shards, 0 of 2 rejected" in capsys.readouterr().out
 
 
+def test_prepare_holds_clips_out_and_names_the_option_where_none_are(monkeypatch, capsys, tmp_path):
+    rows = []
+    for n in range(8):
+        (tmp_path / f"{n}.wav").write_bytes(encode(tone(200 + n, 0.1, 16_000), 16_000, "WAV"))
+        rows.append({"audio": f"{n}.wav", "caption": f"Number {n % 7}."})
+    manifest = write_manifest(tmp_path / "m.jsonl", rows)
+    assert flap("prepare", manifest, tmp_path / "all", monkeypatch=monkeypatch) == 0
+    assert (
+        "to hold some out, prepare into another folder with --val-frac" in capsys.readouterr().err
+    )
+    half = ("--val-fraction", "0.4")
+    assert flap("prepare", manifest, tmp_path / "out", *half, monkeypatch=monkeypatch) == 0
+    said = capsys.readouterr()
+    sizes = [json.loads((tmp_path / f"out/{n}/sizes.json").read_text()) for n in ("train", "val")]
+    counts = [sum(size.values()) for size in sizes]
+    assert f"{counts[0]} in train, {counts[1]} in val; 2 of them have a caption or a" in said.err
+    assert "to hold some out" not in said.err
+    assert sum(counts) == 8
+
+
 def test_eval_prints_a_table_and_writes_the_json(run: Path, prepared: Path, monkeypatch, capsys):
     assert flap("eval", run, prepared / "val", "--batch", "4", monkeypatch=monkeypatch) == 0
     printed = capsys.readouterr().out

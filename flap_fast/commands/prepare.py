@@ -39,6 +39,10 @@ def prepare(
     ] = None,
     shard_clips: Annotated[int, typer.Option(help="Clips a shard.")] = 512,
     threads: Annotated[int, typer.Option(help="Decoding threads; 0 takes all cores.")] = 0,
+    val_fraction: Annotated[
+        float, typer.Option(help="Hold out this fraction as val, where clips have no split.")
+    ] = 0.0,
+    test_fraction: Annotated[float, typer.Option(help="Likewise, as test.")] = 0.0,
     retry: Annotated[
         bool, typer.Option("--retry", help="Prepare shards with rejected clips again.")
     ] = False,
@@ -67,6 +71,10 @@ def prepare(
         require(data.is_dir(), f"the data of --source {source}", "be an existing folder", data)
     if found is not None and found.kind == "sentences":
         options = {"--cache": cache, "--shard-range": shard_range, "--retry": retry or None}
+        options |= {
+            "--val-fraction": val_fraction or None,
+            "--test-fraction": test_fraction or None,
+        }
         for name, value in options.items():
             rule = f"be left out with --source {source}, which is text"
             require(value is None, name, rule, value)
@@ -82,6 +90,8 @@ def prepare(
         shard_range=wanted,
         retry=retry,
         distributor=distribution,
+        val_fraction=val_fraction,
+        test_fraction=test_fraction,
     )
     summary = _summary(out, done, wanted)
     say(summary)
@@ -89,6 +99,12 @@ def prepare(
         hint = "; captions are read from caption or captions" if "captionless" in summary else ""
         say(f"error: no clip can be used{hint}", error=True)
         raise typer.Exit(1)
+    if not done.unfinished and {file.parent.name for file in out.glob("*/sizes.json")} == {"train"}:
+        say(
+            f"all clips are in {out / 'train'}, none for data.val; to hold some out, prepare into "
+            "another folder with --val-fraction 0.05",
+            error=True,
+        )
 
 
 def _front_end(config: Path | None, sample_rate_hz: int | None) -> Audio:

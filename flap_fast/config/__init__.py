@@ -26,7 +26,7 @@ from flap_fast.encoders import AUDIO_ENCODERS, IMAGE_ENCODERS, TEXT_ENCODERS
 from flap_fast.encoders.audio_settings import Audio
 from flap_fast.encoders.settings import Encoder, MediaEncoder
 from flap_fast.losses import Losses
-from flap_fast.places import Places
+from flap_fast.places import MixedPlaces, Place, Places, place_in
 from flap_fast.section import (
     FREE_ON_RESUME,
     NAMES_FILES,
@@ -71,10 +71,11 @@ class Run(Section):
 
 
 class Data(Section):
-    train: Annotated[Places, NAMES_FILES] = ()
+    train: Annotated[MixedPlaces, NAMES_FILES] = ()
     """WebDataset shards to train on, concatenated (`flap prepare` writes them): folders, .tar files
     and patterns such as `shards/{0000..0127}.tar`, on disk or by URL (s3://, gs://, https://,
-    hf://datasets/)."""
+    hf://datasets/). `{path: PLACE, weight: W}`: an epoch takes each clip W times; of 0.5, half of
+    them, the other half in the next epoch."""
     val: Annotated[Places, FREE_ON_RESUME, NAMES_FILES] = ()
     """Shards to evaluate on, as in data.train; each entry is scored under its folder's name."""
     cache: Annotated[Path | None, FREE_ON_RESUME, NAMES_FILES] = None
@@ -98,6 +99,11 @@ class Data(Section):
     original captions."""
     enriched_ratio: float = Field(default=0.5, ge=0, le=1)
     """data.captions = mix: probability of the enriched caption."""
+
+    @property
+    def train_places(self) -> tuple[Place, ...]:
+        """data.train without weights."""
+        return tuple(map(place_in, self.train))
 
 
 class Frontend(Section):

@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from flap_fast.config import Config
 from flap_fast.encoders import ENCODERS
-from flap_fast.places import Url
+from flap_fast.places import Url, Weighted
 from flap_fast.section import FREE_ON_RESUME, Section
 
 _HEAD = """# Settings
@@ -85,7 +85,7 @@ def _type(annotation: Any) -> str:
     if origin is tuple:
         return f"list ({_type(inside[0])})"
     names = {int: "whole number", float: "number", bool: "true, false", str: "text", Path: "path"}
-    names[Url] = "URL"
+    names |= {Url: "URL", Weighted: "{path, weight}"}
     return names.get(annotation, "")
 
 

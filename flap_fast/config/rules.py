@@ -177,12 +177,13 @@ def check_before_loading(config: Config, world: int) -> None:
     require(found, "data.nli", rule, "nothing")
     for file in config.data.nli:
         require(os.path.exists(file), "data.nli", "be existing files or folders of them", file)
-    for name in ("train", "val"):
-        for place in getattr(config.data, name):
+    places = config.data.train_places
+    for name, some in (("train", places), ("val", config.data.val)):
+        for place in some:
             _check_place(f"data.{name}", place)
-    first = config.data.train[0]
+    first = places[0]
     require(
-        config.data.captions == "original" or any(map(_may_have_captions, config.data.train)),
+        config.data.captions == "original" or any(map(_may_have_captions, places)),
         "data.captions",
         "be 'original' where no folder of data.train has a captions.jsonl",
         config.data.captions,

@@ -17,6 +17,7 @@ import numpy as np
 
 from flap_fast.checks import ConfigError, require
 from flap_fast.config import Data
+from flap_fast.data.mixing import Part, mixture
 from flap_fast.data.shards import ShardError, Shards
 from flap_fast.files import read_rows, whole_characters
 from flap_fast.places import Place, shown
@@ -45,11 +46,11 @@ class CaptionChoice:
     """Chooses between a clip's own captions and its enriched ones.
 
     Under `concat` a clip of a folder with enriched captions is two samples of an epoch. Clips of a
-    folder without captions.jsonl keep their own.
+    folder without captions.jsonl keep their own. Sets with weights have more samples, or fewer.
 
     Raises:
         ConfigError: no captions.jsonl where enriched captions are asked for, or a line of one that
-            is no caption.
+            is no caption; a set so small that an epoch takes no clip of it.
     """
 
     def __init__(self, settings: Data, shards: Shards):
@@ -58,9 +59,19 @@ class CaptionChoice:
         files = shards.locations[:, 0]
         self._clips = np.arange(len(shards))
         self.files = files
-        """(V,) int64: shard of each of an epoch's V samples, ascending; copies have their own."""
-        if settings.captions == "original":
-            return
+        """(S,) int64: shard of each of S samples, ascending; copies have their own."""
+        self.parts: tuple[Part, ...] = ()
+        """Samples of which an epoch takes some; it takes all others."""
+        if settings.captions != "original":
+            self._add_enriched()
+        self._enriched = np.arange(len(self.files)) >= len(shards)
+        if shards.sets:
+            clip_files = files[self._clips]
+            base, self.files, self.parts = mixture(shards.sets, clip_files, self.files)
+            self._clips, self._enriched = self._clips[base], self._enriched[base]
+
+    def _add_enriched(self) -> None:
+        settings, shards, files = self._settings, self._shards, self.files
         folders = {file.parent for file in shards.files}
         found = {folder: shards.beside(folder, FILE) for folder in folders}
         self._captions = {folder: _read(file) for folder, file in found.items() if file}
@@ -84,7 +95,7 @@ class CaptionChoice:
             "original": np.zeros(len(samples), bool),
             "replace": np.ones(len(samples), bool),
             "mix": np.asarray(u) < self._settings.enriched_ratio,
-            "concat": samples >= len(self._shards),
+            "concat": self._enriched[samples],
         }[mode]
         return self._clips[samples], enriched
 

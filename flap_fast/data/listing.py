@@ -136,8 +136,15 @@ def shard_sets(place: Place, remote: Remote) -> list[ShardSet]:
 
 
 def require_shards(place: Place, found: list) -> None:
-    """Raise `ShardError` where a place holds no shards."""
+    """Raise `ShardError` where a place holds no shards, but perhaps folders of them."""
     if not found:
+        splits = {t.parent.name for t in place.glob("*/*.tar")} if isinstance(place, Path) else ()
+        if splits:
+            what = (
+                f"{place} must hold .tar shards, got folders of them: {', '.join(sorted(splits))}"
+            )
+            example = "train" if "train" in splits else min(splits)
+            raise ShardError(f"{what}; name one, as {shown(place)}/{example}")
         remedy = "write them with: flap prepare MANIFEST OUT"
         if isinstance(place, Url):
             remedy = "name the folder that the .tar files are in, or a pattern of their names"

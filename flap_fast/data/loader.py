@@ -79,7 +79,11 @@ class TrainingLoader:
         train, seed = config.train, config.run.seed
         self._choice = CaptionChoice(config.data, shards)
         self.sampler = Sampler(
-            self._choice.files, train.global_batch, seed, config.data.shuffle_shards
+            self._choice.files,
+            train.global_batch,
+            seed,
+            config.data.shuffle_shards,
+            parts=self._choice.parts,
         )
         check_room(config, shards)
         self.bad: list[BadClip] = []

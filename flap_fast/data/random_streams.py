@@ -31,6 +31,7 @@ class Stream(IntEnum):
     EVAL_CROP = 6
     NLI = 7
     NEGATIVES = 8
+    MIXTURE = 9
     WRITE = 16
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from flap_fast.checks import require
 from flap_fast.config import Config
+from flap_fast.data.mixing import samples_by_shard
 from flap_fast.data.shard_cache import RemoteFile, ShardCache
 from flap_fast.data.shards import ShardError, Shards
 
@@ -145,7 +146,8 @@ def check_room(config: Config, shards: Shards) -> None:
         return
     files = {shards.remote_file(number) for number in range(len(shards.files))}
     sizes = np.sort([file.stamp.size for file in files if file is not None])[::-1]
-    clips = np.sort(np.bincount(shards.locations[:, 0], minlength=len(shards.files)))
+    clips = np.bincount(shards.locations[:, 0], minlength=len(shards.files))
+    clips = np.sort(samples_by_shard(shards.sets, clips) if shards.sets else clips)
     window, most = config.data.shuffle_shards, shards.remote.cache.most
 
     def bytes_of(window: int) -> int:

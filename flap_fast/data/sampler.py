@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 
 from flap_fast.checks import require
+from flap_fast.data.mixing import Part
 from flap_fast.data.random_streams import Stream, permutation
 
 
 class Sampler:
-    """Samples each clip once an epoch, reshuffled each epoch; drops the incomplete batch.
+    """Takes each sample once an epoch, reshuffled each epoch; drops the incomplete batch.
 
     Args:
         files: (N,) the shard of each sample, ascending.
         shuffle_shards: shards mixed at a time; 0 mixes all samples.
         stream: the random stream; a different one for each sampler of a run.
         what: the name of the samples, for a message.
+        parts: samples of which an epoch takes only some.
     """
 
     def __init__(
@@ -29,10 +32,13 @@ class Sampler:
         *,
         stream: Stream = Stream.ORDER,
         what: str = "clips of data.train",
+        parts: Sequence[Part] = (),
     ):
-        rule = f"be at most the {len(files)} {what}"
-        require(len(files) >= global_batch, "train.global_batch", rule, global_batch)
-        self.steps_per_epoch = len(files) // global_batch
+        self.epoch_samples = len(files) - sum(len(part.samples) - part.takes for part in parts)
+        rule = f"be at most the {self.epoch_samples} {what}"
+        require(self.epoch_samples >= global_batch, "train.global_batch", rule, global_batch)
+        self.steps_per_epoch = self.epoch_samples // global_batch
+        self._parts = parts
         self._files, self._batch, self._seed = files, global_batch, seed
         self._window, self._stream = shuffle_shards, stream
         self._epoch, self._samples = -1, np.empty(0, np.int64)
@@ -50,13 +56,22 @@ class Sampler:
 
     def _shuffled(self, epoch: int) -> np.ndarray:
         shuffled = partial(permutation, self._seed, epoch, stream=self._stream)
+        taken = self.taken(epoch)
         if not self._window:
-            return shuffled(len(self._files))
-        starts = np.searchsorted(self._files, np.arange(self._files[-1] + 2))
+            return taken[shuffled(len(taken))]
+        starts = np.searchsorted(self._files[taken], np.arange(self._files[-1] + 2))
         shards = shuffled(len(starts) - 1)
         mixed = []
         for salt, first in enumerate(range(0, len(shards), self._window), 1):
             window = shards[first : first + self._window]
             clips = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in window])
             mixed.append(clips[shuffled(len(clips), salt)])
-        return np.concatenate(mixed)
+        return taken[np.concatenate(mixed)]
+
+    def taken(self, epoch: int) -> np.ndarray:
+        """The samples of an epoch, ascending."""
+        taken = np.ones(len(self._files), bool)
+        for salt, part in enumerate(self._parts):
+            taken[part.samples] = False
+            taken[part.taken(self._seed, epoch, salt)] = True
+        return np.flatnonzero(taken)

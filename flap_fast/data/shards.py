@@ -29,6 +29,7 @@ import numpy as np
 from flap_fast.checksums import SUMS, check_sums
 from flap_fast.config import Config, Data
 from flap_fast.data.listing import SIZES, Remote, ShardSet, parsed_sizes, shard_sets
+from flap_fast.data.mixing import ShardsOfSet
 from flap_fast.data.open_files import read_range
 from flap_fast.data.preprocess.unusable import Unusable
 from flap_fast.data.shard_cache import RemoteFile, shard_cache
@@ -38,7 +39,7 @@ from flap_fast.data.shard_index import Index, index_of
 from flap_fast.data.tar_header import pair_fault
 from flap_fast.data.tar_members import ShardError as ShardError
 from flap_fast.files import as_utf8, parsed_json, say, whole_characters
-from flap_fast.places import Place, Url, shown
+from flap_fast.places import Place, Url, Weighted, place_in, shown
 
 # Indices, or whole shards without one, fetched at a time.
 _FETCHES = 8
@@ -55,6 +56,7 @@ class Shards:
         plain: (N,) bool, whether there is no JSON, but a text file that is the caption.
         texts: (N, 2) int64: offset and size of a text file beside the JSON, zeros without.
         remote: where the files by URL are read; set if there are any.
+        sets: the files of each entry of data.train, in order; set if one has a weight.
     """
 
     files: tuple[Place, ...]
@@ -63,6 +65,7 @@ class Shards:
     plain: np.ndarray | None = None
     texts: np.ndarray | None = None
     remote: Remote | None = None
+    sets: tuple[ShardsOfSet, ...] = ()
 
     def __len__(self) -> int:
         return len(self.locations)
@@ -159,7 +162,7 @@ def shard_kinds(config: Config) -> tuple[str, ...]:
 
 
 def open_shards(
-    places: Sequence[Place],
+    places: Sequence[Place | Weighted],
     kinds: Sequence[str] = ("sounds", "mels"),
     settings: Data = Data(),  # noqa: B008 - frozen
 ) -> Shards:
@@ -179,12 +182,18 @@ def open_shards(
     files: list[Place] = []
     indices: list[Index] = []
     kind_files: dict[str, Place] = {}
-    for found in (one for place in places for one in shard_sets(place, remote)):
-        added = _opened(found, kinds, remote)
-        for file, index in zip(found.files, added, strict=True):
-            kind_files |= {k: file for k, of in KINDS.items() if not index.endings.isdisjoint(of)}
-        files += found.files
-        indices += added
+    sets: list[ShardsOfSet] = []
+    for entry in places:
+        before = len(files)
+        for found in shard_sets(place_in(entry), remote):
+            added = _opened(found, kinds, remote)
+            for file, index in zip(found.files, added, strict=True):
+                new = (kind for kind, of in KINDS.items() if not index.endings.isdisjoint(of))
+                kind_files |= dict.fromkeys(new, file)
+            files += found.files
+            indices += added
+        weight = entry.weight if isinstance(entry, Weighted) else 1.0
+        sets.append(ShardsOfSet(len(files) - before, weight, shown(place_in(entry))))
     if len(kind_files) > 1:
         listed = ", ".join(f"{kind} in {shown(file)}" for kind, file in kind_files.items())
         raise ShardError(
@@ -200,6 +209,7 @@ def open_shards(
         np.array([at < 0 for at, _ in texts], bool),
         np.array([(max(0, at), size) for at, size in texts], np.int64).reshape(-1, 2),
         remote if any(isinstance(file, Url) for file in files) else None,
+        tuple(sets) if any(one.weight != 1 for one in sets) else (),
     )
 
 

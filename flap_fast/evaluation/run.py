@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -147,8 +148,13 @@ def holds_sentences(path: Place) -> bool:
 
 
 def names(places: Sequence[Place]) -> dict[str, Place]:
-    """Places by their folders' names, with the names above where two are equal."""
-    parts_of = [_parts(place) for place in places]
+    """Places by their folders' names, with the names above where two are equal.
+
+    Of two patterns in one folder, what names their shards is the last part.
+    """
+    folders = {place: _parts(place) for place in places}
+    alike = Counter(folders.values())
+    parts_of = [folders[p] if alike[folders[p]] == 1 else _whole(p) for p in places]
     out: dict[str, Place] = {}
     for place, whole in zip(places, parts_of, strict=True):
         parts = 1
@@ -160,9 +166,13 @@ def names(places: Sequence[Place]) -> dict[str, Place]:
 
 def _parts(place: Place) -> tuple[str, ...]:
     """The names on the way to a place; of a pattern's shards, those of their folder."""
-    whole = _resolved(place)
-    parts = whole.parts if isinstance(whole, Path) else tuple(whole.shown.rstrip("/").split("/"))
+    parts = _whole(place)
     return parts[:-1] if is_pattern(Path(parts[-1])) and len(parts) > 1 else parts
+
+
+def _whole(place: Place) -> tuple[str, ...]:
+    whole = _resolved(place)
+    return whole.parts if isinstance(whole, Path) else tuple(whole.shown.rstrip("/").split("/"))
 
 
 def _resolved(place: Place) -> Place:

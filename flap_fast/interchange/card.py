@@ -27,7 +27,7 @@ from flap_fast.evaluation.scores_file import Scores, read_scores
 from flap_fast.files import visible
 from flap_fast.interchange.layout import CardFields, Export
 from flap_fast.interchange.tensors import read_json
-from flap_fast.places import Place, shown
+from flap_fast.places import Place, Weighted, shown
 from flap_fast.ranks import Ranks
 
 CARD = "README.md"
@@ -142,7 +142,7 @@ def _data(config: Config, state: Path, fields: CardFields) -> str:
     clips = read_json(state).get("clips") if state.is_file() else None
     rows = [
         ("data sets", ", ".join(fields.datasets) or "not stated"),
-        ("trained on", ", ".join(_named(path) for path in config.data.train) or "not stated"),
+        ("trained on", ", ".join(map(_named, config.data.train)) or "not stated"),
         ("clips", f"{clips:,}" if isinstance(clips, int) else _UNKNOWN),
     ]
     if config.encoder is config.audio:
@@ -152,8 +152,11 @@ def _data(config: Config, state: Path, fields: CardFields) -> str:
     return _table(rows)
 
 
-def _named(path: Place) -> str:
+def _named(entry: Place | Weighted) -> str:
     """The last part of a path or URL, with the data set that the whole one names."""
+    if isinstance(entry, Weighted):
+        return f"{_named(entry.path)}, weight {entry.weight:g}"
+    path = entry
     known = data_set(shown(path), "audio") or data_set(shown(path), "image")
     return (
         f"{path.name} ({known})" if known and known.lower() not in path.name.lower() else path.name
@@ -162,7 +165,7 @@ def _named(path: Place) -> str:
 
 def _hours(config: Config, clips: object) -> float | None:
     """The hours of data.train, if its shards are here and are those that were trained on."""
-    local = [place for place in config.data.train if isinstance(place, Path)]
+    local = [place for place in config.data.train_places if isinstance(place, Path)]
     if not local or len(local) != len(config.data.train):
         return None
     try:

@@ -24,6 +24,7 @@ from typing import Literal, TypeVar
 from flap_fast.checks import require
 from flap_fast.config import Audio
 from flap_fast.data.preprocess.waveform import Unusable
+from flap_fast.files import say
 from flap_fast.preparation.encoding import ClipEncoder, FlacEncoder
 from flap_fast.preparation.manifest import Entry, read_manifest
 from flap_fast.preparation.ray_cluster import run_on_cluster
@@ -55,6 +56,8 @@ def prepare(
     distributor: Distributor = "threads",
     show: bool = True,
     part: ShardRange | None = None,
+    val_fraction: float = 0.0,
+    test_fraction: float = 0.0,
 ) -> Prepared:
     """Write the shards of every split; go on where an earlier call stopped.
 
@@ -66,9 +69,12 @@ def prepare(
         retry: prepare shards with rejected clips again.
         distributor: threads of this process, or the running Ray cluster.
         part: the former name of shard_range.
+        val_fraction: hold out this fraction of clips without a split as `val`, see `splitting`.
+        test_fraction: likewise as `test`.
 
     Raises:
-        ConfigError: no clips a shard, or threads below 0.
+        ConfigError: no clips a shard, threads below 0; fractions that cannot be, or of clips that
+            have splits.
         ManifestError: see `read_manifest`; also when OUT holds shards of another manifest or rate,
             or by another hand.
     """
@@ -87,6 +93,13 @@ def prepare(
     else:
         what = type(manifest[0] if isinstance(manifest, Sequence) else manifest).__name__
         raise TypeError(f"manifest must be one file, or the clips of a source, got {what}")
+    if val_fraction or test_fraction:
+        # Imports PyTorch, which takes seconds.
+        from flap_fast.preparation.splitting import Fractions, held_out
+
+        entries, counts = held_out(entries, Fractions(val_fraction, test_fraction))
+        if show:
+            say(counts, error=True)
     tasks = list(shard_tasks(entries, shard_clips))
     writer = ShardWriter(Path(out).absolute(), _clip_encoder(sample_rate_hz, cache))
     writer.begin(tasks)

@@ -228,8 +228,8 @@ class ShardWriter:
     def _other(self, what: str) -> ManifestError:
         return ManifestError(
             f"OUT must be new or hold this manifest's shards, got {what} in '{self.out}': the "
-            f"manifest, the rate, the cache or the clips of a shard changed; delete '{self.out}' "
-            "or name another folder"
+            "manifest, the rate, a fraction held out, the cache or the clips of a shard changed; "
+            f"delete '{self.out}' or name another folder"
         )
 
 

@@ -55,6 +55,8 @@ class Known(NamedTuple):
     """Of the whole run."""
     per_epoch: int
     """Steps of an epoch."""
+    samples: int
+    """Of an epoch: other than the clips with weights, and with data.captions = concat."""
 
 
 def overview(config: Config, ranks: Ranks, run: Known, start: Path | None, first: int) -> str:
@@ -71,13 +73,14 @@ def overview(config: Config, ranks: Ranks, run: Known, start: Path | None, first
     engine = f"DeepSpeed, ZeRO {train.zero_stage}" if run.engine == "deepspeed" else "plain PyTorch"
     each = f" ({train.global_batch // world:,} a rank)" if world > 1 else ""
     hours = "" if run.seconds is None else f", {_time(float(run.seconds.sum()))}"
+    mixed = "" if run.samples == run.clips else f", {run.samples:,} samples an epoch"
     scored = f"scored on {val}" if val else "data.val is not set, nothing is scored"
     epochs = f"{run.steps / run.per_epoch:,.3g} epochs of {run.per_epoch:,} steps"
     lines = {
         "run": f"{config.run_folder}: {begins}",
         "device": f"{many}{device_name(ranks.device)}; {engine}",
         "parameters": _parameters(run.parts),
-        "data": f"{run.clips:,} clips to train on{hours}; {scored}",
+        "data": f"{run.clips:,} clips to train on{hours}{mixed}; {scored}",
         "length": f"{run.steps:,} steps, {epochs}, global batch {train.global_batch:,}{each}",
     }
     return "\n".join(f"{name:<11} {value}" for name, value in lines.items())

@@ -143,7 +143,8 @@ def set_up(
     folder, keep = config.run_folder / "text_vectors", start is not None
     text = open_files.enter_context(frozen_text(config, engine.module, ranks, folder, keep=keep))
     if ranks.first:
-        known = Known(engine.name, parts, len(shards), seconds, steps, per_epoch)
+        samples = loader.sampler.epoch_samples
+        known = Known(engine.name, parts, len(shards), seconds, steps, per_epoch, samples)
         say(overview(config, ranks, known, start, first), error=True)
     own = observers(config, ranks, open_files, first=first, steps=steps)
     metrics = Metrics(config, ranks, steps, [*own, *(more if ranks.first else ())])

@@ -110,3 +110,18 @@ def test_scores_are_named_by_the_folder_of_a_patterns_shards(tmp_path):
     places += [Url("https://host/d/{0..7}.tar?k=v"), Url("https://host/e/0.tar?k=v")]
     assert [*names(places)] == ["a/val", "b/val", "test", "d", "0.tar"]
     assert [*names([Url("s3://b/x/*.tar"), Url("s3://b/x/1.tar")])] == ["x", "1.tar"]
+    two = [tmp_path / "val/{0..3}.tar", tmp_path / "val/{4..7}.tar"]
+    assert names(two) == {"{0..3}.tar": two[0], "{4..7}.tar": two[1]}
+
+
+def test_a_folder_of_splits_is_named_as_such(folder):
+    """What `flap prepare mine.jsonl data/mine` writes: its folder is not one of shards."""
+    out = folder.parent / "out"
+    for split in ("val", "train"):
+        shutil.copytree(folder, out / split)
+    with pytest.raises(ShardError) as error:
+        open_shards([out])
+    wanted = (
+        f"{out} must hold .tar shards, got folders of them: train, val; name one, as {out}/train"
+    )
+    assert str(error.value) == wanted

@@ -37,7 +37,7 @@ def test_it_names_folder_ranks_parameters_data_and_length():
     config = tiny("run.folder=runs", "run.name=a", "train.global_batch=8", "data.val=[]")
     parts = {"audio": Parameters(86_000_000, 1_000_000), "text": Parameters(1500, 0)}
     seconds = np.full(900, 4.0)
-    known = Known("deepspeed", parts, 900, seconds, 30, 12)
+    known = Known("deepspeed", parts, 900, seconds, 30, 12, 1500)
     ranks = Ranks(rank=0, world=4, local_world=2, device=torch.device("cpu"))
     start = Path("runs/a/checkpoints/step-000010")
     found = dict(line.split(maxsplit=1) for line in overview(
@@ -47,9 +47,12 @@ def test_it_names_folder_ranks_parameters_data_and_length():
     assert found["device"].endswith("; DeepSpeed, ZeRO 1")
     whole = "86 M, 1 M of them trained (audio 86 M of which 1 M trained, text 1.5 k frozen)"
     assert found["parameters"] == whole
-    assert found["data"] == "900 clips to train on, 1.0 h; data.val is not set, nothing is scored"
+    data = "900 clips to train on, 1.0 h, 1,500 samples an epoch"
+    assert found["data"] == f"{data}; data.val is not set, nothing is scored"
     assert found["length"] == "30 steps, 2.5 epochs of 12 steps, global batch 8 (2 a rank)"
-    alone = overview(config, Ranks(), known._replace(engine="plain", seconds=None), None, 0)
+    alone = overview(
+        config, Ranks(), known._replace(engine="plain", seconds=None, samples=900), None, 0
+    )
     assert "runs/a: a new run" in alone
     assert "plain PyTorch" in alone
     assert "900 clips to train on; " in alone

@@ -9,6 +9,7 @@ from flap_fast.preparation.sources.layout import Source
 from flap_fast.preparation.sources.audiocaps import AUDIOCAPS
 from flap_fast.preparation.sources.clotho import CLOTHO
 from flap_fast.preparation.sources.musiccaps import MUSICCAPS, MUSICCAPS_BY_NAME
+from flap_fast.preparation.sources.wavcaps import WAVCAPS, WAVCAPS_CLEAN
 from flap_fast.preparation.sources.esc50 import ESC50
 from flap_fast.preparation.sources.urbansound8k import URBANSOUND8K
 from flap_fast.preparation.sources.folder import FOLDER

@@ -94,13 +94,13 @@ def _data_of(run: RunFiles, lacking: dict[Need, str]) -> dict[str, Clips]:
     """The splits of a run's data: all of data.train is one; what is gone is noted."""
     found: dict[str, Clips] = {}
     data = run.config.data
-    places = [place for place in (*data.train, *data.val) if isinstance(place, Path)]
+    places = [place for place in (*data.train_places, *data.val) if isinstance(place, Path)]
     gone = [str(place) for place in places if not is_pattern(place) and not place.exists()]
     if gone or not data.train:
         why = f"{', '.join(gone)} is not there" if gone else "its config names no data"
         lacking |= dict.fromkeys(("sounds", "captions", "tokens", "splits", "embeddings"), why)
         return found
-    found["train"] = of_shards(data.train, data)
+    found["train"] = of_shards(data.train_places, data)
     for name, folder in names(data.val).items():
         found[f"{name} of data.val" if name in found else name] = of_shards([folder], data)
     return found

@@ -24,7 +24,9 @@ import numpy as np
 
 from flap_fast.checks import read_text, require
 from flap_fast.config import Config
+from flap_fast.data.enriched import CaptionChoice
 from flap_fast.data.lengths import clip_seconds
+from flap_fast.data.sampler import Sampler
 from flap_fast.data.shards import open_shards, shard_kinds
 from flap_fast.encoders.audio_settings import PatchEncoder
 from flap_fast.places import Place, Url, is_pattern
@@ -86,9 +88,13 @@ def length_mix(config: Config, file: Path | None = None) -> LengthMix | None:
         return None
     if file is not None:
         return LengthMix(str(file), np.sort(read_lengths(file)))
-    if config.data.train and all(map(_is_there, config.data.train)):
+    if config.data.train and all(map(_is_there, config.data.train_places)):
         shards = open_shards(config.data.train, shard_kinds(config), config.data)
         seconds = clip_seconds(shards, Ranks())
+        if shards.sets:  # each as often as an epoch takes it
+            choice = CaptionChoice(config.data, shards)
+            samples = Sampler(choice.files, 1, config.run.seed, parts=choice.parts).taken(0)
+            seconds = seconds[choice.clips(samples, [0.0] * len(samples))[0]]
         seconds = seconds[seconds > 0]  # training replaces a clip that cannot be read
         rule = "hold a clip whose header says how long it is"
         require(len(seconds) > 0, "data.train", rule, "none", "give --lengths")

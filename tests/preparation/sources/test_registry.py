@@ -46,7 +46,7 @@ def test_each_source_is_registered_under_a_name_of_its_own():
     files = {file.stem for file in (ROOT / "flap_fast/preparation/sources").glob("*.py")}
     readers = files - {"__init__", "layout", "karpathy"}
     assert {source.read.__module__.rpartition(".")[2] for source in SOURCES.values()} == readers
-    assert len(SOURCES) == len(readers) + 1  # MusicCaps is split in two ways
+    assert len(SOURCES) == len(readers) + 2  # MusicCaps is split in two ways, WavCaps read in two
 
 
 def test_one_file_and_one_line_add_a_source(tmp_path):

@@ -78,6 +78,48 @@ def test_missing_clips_are_counted_and_listed_and_the_others_prepared(audiocaps,
     assert len(open_shards([out / "val"]).record(0)["text"]) == 5
 
 
+def test_wavcaps_finds_the_sounds_of_each_origin_and_leaves_out_what_a_blacklist_names(tmp_path):
+    """Two origins have a clip 2219; AudioSet's ids end with .wav, the files with .flac."""
+
+    def data(*clips: dict) -> str:
+        return json.dumps({"num_captions_per_audio": 1, "data": clips})
+
+    airplane = {"id": "2219", "caption": "An airplane lands.", "duration": 14.1, "author": "D. S."}
+    files: dict[str, str | bytes] = {
+        "json_files/SoundBible/sb_final.json": data({**airplane, "audio": "wav_path"}),
+        "json_files/FreeSound/fsd_final.json": data(
+            {"id": "2219", "caption": "Rain.", "duration": 3.2, "tags": ["rain"]},
+            {"id": "17", "caption": "A dog.", "duration": 1.0},
+        ),
+        "json_files/AudioSet_SL/as_final.json": data(
+            {"id": "Yb0RFKhbp.JA.wav", "caption": "Wind.", "duration": 10.0},
+            {"id": "Yin_test.wav", "caption": "A test clip.", "duration": 10.0},
+        ),
+        "json_files/blacklist/a.json": json.dumps({"AudioSet": ["Yin_test.wav"], "FreeSound": []}),
+        "json_files/blacklist/b.json": json.dumps({"AudioSet": [], "FreeSound": ["17", "2219"]}),
+        "Zip_files/SoundBible/2219.flac": sound(200, format="FLAC"),
+        "Zip_files/FreeSound_flac/2219.flac": sound(300, format="FLAC"),
+        "AudioSet_SL/Yb0RFKhbp.JA.flac": sound(400, format="FLAC"),
+    }
+    folder = write(tmp_path / "WavCaps", files)
+    clips = SOURCES["wavcaps"].read(folder)
+    assert brief(clips, folder) == [
+        ("train", "AudioSet_SL/Yb0RFKhbp.JA.flac", ["Wind."], []),
+        ("train", "AudioSet_SL/Yin_test.flac", ["A test clip."], []),
+        ("train", "Zip_files/FreeSound_flac/2219.flac", ["Rain."], []),
+        ("train", "FreeSound/17.flac", ["A dog."], []),
+        ("train", "Zip_files/SoundBible/2219.flac", ["An airplane lands."], []),
+    ]
+    assert clips[4].original == {"author": "D. S."}
+    assert {clip.duration_s for clip in clips} == {None}
+    clean = SOURCES["wavcaps-clean"].read(folder)
+    assert [clip.id for clip in clean] == ["AudioSet_SL_Yb0RFKhbp.JA", "SoundBible_2219"]
+    assert prepare(clips, tmp_path / "out", show=False) == Prepared(5, 1, 3, 2)
+    shutil.rmtree(folder / "json_files/blacklist")
+    with pytest.raises(ManifestError, match=r"wavcaps-clean must have blacklist/\*\.json"):
+        SOURCES["wavcaps-clean"].read(folder)
+
+
 def test_clotho_keeps_its_official_split_names_and_five_captions(tmp_path):
     header = "file_name,caption_1,caption_2,caption_3,caption_4,caption_5"
     said = ["Rain, on tin", "two", "three", "four", "five"]
