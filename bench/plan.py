@@ -94,7 +94,9 @@ def _full() -> list[Step]:
         Step("sigmoid loss and ids at 65,536", Sweep(duplicates), 45, 80),
         Step("training step", Program("bench.training_step", needs=_TRAINER), 110, 150),
         Step("peers", Sweep((large, small[0]), peers=True), 60, 100),
-        Step("trainer's GPU tests", GpuTests(("tests/train", "tests/encoders"), _TESTED), 70, 110),
+        Step(
+            "trainer's GPU tests", GpuTests(("tests/training", "tests/encoders"), _TESTED), 70, 110
+        ),
         Step("InfoNCE at 262,144", Sweep((Task("infonce", 262_144),)), 15, 40),
         Step("all kernel tests", GpuTests(("tests/kernels",)), 70, 150),
         Step("other sizes", Sweep(rest), 90, 200),

@@ -96,4 +96,7 @@ def test_scores_are_those_of_the_order_of_clips(tmp_path: Path):
     text = markdown(json.loads(json.dumps(scores)))
     assert "### Relevance, train: 2 queries, 4 clips" in text
     assert "1.50 right clips a query" in text
-    assert EVALUATION.metrics is None
+    assert EVALUATION.metrics is not None
+    assert EVALUATION.metrics(found)["relevance/mAP@10"] == found["mAP@10"]
+    assert EVALUATION.selects is not None
+    assert EVALUATION.selects(found) == found["mAP@10"]

@@ -35,6 +35,7 @@ def config(tmp_path: Path) -> Config:
 
 def checkpoints(config: Config, monkeypatch: pytest.MonkeyPatch) -> Checkpoints:
     monkeypatch.setattr(checkpoint, "_hash", lambda data: "hash")
+    monkeypatch.setattr(checkpoint, "_versions", lambda data: None)
     return Checkpoints(config, Ranks(), ())  # type: ignore[arg-type]
 
 

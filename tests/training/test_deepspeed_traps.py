@@ -312,7 +312,8 @@ def test_5_a_checkpoint_knows_no_number_of_ranks(folder: Path, found, tmp_path: 
         "SHA256SUMS",
     }
     assert json.loads((saved / "state.json").read_text()).keys() == {
-        *("step", "best", "scored", "clips", "shards", "teacher", "sha256")
+        *("step", "best", "since_best", "best_task", "scored"),
+        *("clips", "shards", "versions", "teacher", "sha256"),
     }
     assert found["theirs"]["saved"]
     (refused,) = on_ranks(1, on_one, folder)
