@@ -97,6 +97,7 @@ def test_evaluate_gives_what_training_found(run: Path, prepared: Path):
     [
         ({"model": "nowhere"}, "must be a run's folder or a folder with"),
         ({"tasks": "zero"}, "a task must be one of retrieval"),
+        ({"classes": "dog"}, "classes must be a list of names, got 'dog'"),
         ({"crops": "whole"}, "eval.crops is not a setting"),
         ({"crop": "all"}, "eval.crop must"),
     ],
@@ -113,9 +114,11 @@ def test_what_cannot_be_trained_is_named():
     wrong: Any = "configs/demo.yaml"
     with pytest.raises(ConfigError, match="config must be a Config, got 'str'; read one with"):
         flap_fast.train(wrong)
-    wrong = 3
-    with pytest.raises(ConfigError, match="observers must be functions of a row, got '3'"):
-        flap_fast.train(tiny(), observers=[wrong])
+    for wrong in (3, print, "wandb", None, [3]):
+        with pytest.raises(
+            ConfigError, match="observers must be a list of functions"
+        ):
+            flap_fast.train(tiny(), observers=wrong)
 
 
 def train_as_under_torchrun(port: int, configs: list[Config]) -> list[float]:

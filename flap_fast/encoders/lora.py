@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -60,14 +61,18 @@ def add_lora(encoder: nn.Module, section: str, rank: int, alpha: float) -> list[
         The modules without a trained weight, as of `block_depths.freeze`.
 
     Raises:
-        ConfigError: its blocks have no linear layer.
+        ConfigError: its blocks have no linear layer, or one narrower than the rank.
     """
     names = getattr(encoder, "block_names", None)
     in_blocks = [name for name in dict(encoder.named_modules()) if names and re.match(names, name)]
+    weights = [module.weight for module in map(encoder.get_submodule, in_blocks) if _linear(module)]
+    most = min((min(weight.shape) for weight in weights), default=rank)  # type: ignore[type-var]
+    rule = f"be at most {most}, the width of this encoder's narrowest layer"
+    require(rank <= most, f"{section}.lora_rank", rule, rank)
     encoder.requires_grad_(False)
     for name in in_blocks:
         module = encoder.get_submodule(name)
-        if type(module) is nn.Linear:
+        if _linear(module):
             above, _, own = name.rpartition(".")
             setattr(encoder.get_submodule(above), own, LoraLinear(module, rank, alpha))
         elif hasattr(module, "add_lora"):
@@ -76,6 +81,10 @@ def add_lora(encoder: nn.Module, section: str, rank: int, alpha: float) -> list[
     has_any = any(isinstance(module, Lora) for module in encoder.modules())
     require(has_any, f"{section}.lora_rank", rule, rank)
     return untrained(encoder)
+
+
+def _linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    return type(module) is nn.Linear
 
 
 def has_lora(model: nn.Module) -> bool:

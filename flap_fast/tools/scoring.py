@@ -52,6 +52,7 @@ def evaluate(
         ConfigError: no model, an unknown task, data that no task is for.
         ShardError: data that are not shards.
     """
+    require(not isinstance(classes, str), "classes", "be a list of names", classes)
     asked = (tasks,) if isinstance(tasks, str) else tuple(tasks)
     given = (data,) if isinstance(data, (str, Path)) else data
     places = [place_of("data", str(text)) for text in given]

@@ -61,8 +61,8 @@ def train(
         SaidElsewhere: over ranks, an error that another one raises.
     """
     require(isinstance(config, Config), "config", _A_CONFIG, type(config).__name__, _LOAD)
-    for observer in observers:
-        require(callable(observer), "observers", "be functions of a row", repr(observer))
+    listed = isinstance(observers, (list, tuple)) and all(map(callable, observers))
+    require(listed, "observers", "be a list of functions of a row", observers)
     with joined() as ranks, ExitStack() as open_files:
 
         def checked() -> tuple[None, Facts]:

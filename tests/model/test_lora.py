@@ -132,6 +132,11 @@ def test_settings_that_exclude_it_are_named(given: tuple[str, ...], message: str
         tiny(*given)
 
 
+def test_a_rank_above_the_narrowest_layer_is_named():
+    with pytest.raises(ConfigError, match=r"text.lora_rank must be at most 32, the width of .* 33"):
+        TwoTowers(tiny("text.lora_rank=33"))
+
+
 def test_an_encoder_without_linear_layers_in_its_blocks_is_named():
     with pytest.raises(ConfigError, match=r"image.lora_rank must be 0 with this encoder, whose bl"):
         TwoTowers(tiny_clip("image.lora_rank=4"))
