@@ -115,9 +115,7 @@ def test_what_cannot_be_trained_is_named():
     with pytest.raises(ConfigError, match="config must be a Config, got 'str'; read one with"):
         flap_fast.train(wrong)
     for wrong in (3, print, "wandb", None, [3]):
-        with pytest.raises(
-            ConfigError, match="observers must be a list of functions"
-        ):
+        with pytest.raises(ConfigError, match="observers must be a list of functions"):
             flap_fast.train(tiny(), observers=wrong)
 
 

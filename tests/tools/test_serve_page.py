@@ -61,6 +61,7 @@ const behind = e => {
     if (color[3] === 1) return color.slice(0, 3);
   }
 };
+await until(() => page.activeElement.id);  // autofocus comes with the first frame that is drawn
 const found = {focus: page.activeElement.id, contrast: {}, clipped: []};
 await until(() => rows().length && !page.getElementById("more").hidden &&
   page.getElementById("count").textContent);

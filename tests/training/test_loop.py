@@ -275,13 +275,15 @@ def test_what_was_trained_outlives_validation_that_cannot_be_read(prepared: Path
     assert (tmp_path / "flap/eval.json").is_file()
 
 
-@pytest.mark.parametrize("folder", ["", "empty"])
+@pytest.mark.parametrize(
+    ("folder", "got"), [("", r"folders of them: train, val; name one"), ("empty", "none; write th")]
+)
 def test_validation_without_shards_is_refused_before_a_model_is_built(
-    folder: str, prepared: Path, tmp_path: Path
+    folder: str, got: str, prepared: Path, tmp_path: Path
 ):
     data = shutil.copytree(prepared, tmp_path / "data")
     (data / "empty").mkdir()
-    with pytest.raises(ShardError, match=r"must hold \.tar shards, got none"):
+    with pytest.raises(ShardError, match=rf"must hold \.tar shards, got {got}"):
         train(settings(data, tmp_path / "runs", f"data.val={data}/{folder}"))
     assert not (tmp_path / "runs").exists()
 
