@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from flap_fast.config import Config
 from flap_fast.config.file import load_config
@@ -10,6 +11,7 @@ from flap_fast.data.evaluation import Crops
 from flap_fast.data.preprocess.waveform import crop_positions
 from flap_fast.encoders.htsat.settings import HTSATSettings
 from flap_fast.encoders.vit.settings import ViTSettings
+from flap_fast.model.two_towers import TwoTowers
 
 _SMALL = (
     *("audio.size=tiny", "audio.width=32", "audio.depth=2", "audio.heads=2"),
@@ -59,3 +61,15 @@ def crops(config: Config, clips: np.ndarray) -> Crops:
     """The crops of these clips under eval.crop, unless that is `whole`."""
     count = config.eval.crops
     return Crops(np.repeat(clips, count), np.tile(crop_positions(count), len(clips)))
+
+
+@torch.no_grad()
+def as_if_trained(model: TwoTowers) -> None:
+    """Give an HTSAT's model weights and statistics that no model begins with."""
+    for name, value in model.state_dict().items():
+        if name.endswith("running_var"):
+            value.uniform_(100, 400)
+        elif value.is_floating_point():
+            value.add_(0.05 * torch.randn_like(value))
+    model.get_buffer("audio.bn0.running_mean").normal_(-30, 10)
+    model.logit_scale.fill_(3.0)

@@ -1,4 +1,4 @@
-"""Windows of sounds: when something is heard, not only where.
+"""Windows of sounds: embeddings with time stamps.
 
 Windows are written `SECONDS[:HOP]`, as in 5:2.5: windows of 5 s, of which one begins every 2.5 s.
 `auto` is audio.duration_s, and half a window the hop that is not given: what is cut by the border

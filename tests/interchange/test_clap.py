@@ -32,7 +32,7 @@ from flap_fast.model.two_towers import TwoTowers
 from flap_fast.tools.embedder import load
 from flap_fast.training.loop import train
 from tests.encoders.test_htsat import decibels
-from tests.tiny import HTSAT, htsat_of, tiny
+from tests.tiny import HTSAT, as_if_trained, htsat_of, tiny
 
 # What a .pt does not tell of a front end that is not LAION-CLAP's own.
 FRONT_END = (
@@ -50,14 +50,7 @@ def trained(request, roberta_folder: Path, tmp_path_factory) -> tuple[Path, Conf
     config = tiny(*HTSAT, f"text.folder={roberta_folder}", *FUSIONS[request.param])
     torch.manual_seed(0)
     model = TwoTowers(config).eval()
-    with torch.no_grad():
-        for name, value in model.state_dict().items():
-            if name.endswith("running_var"):
-                value.uniform_(100, 400)
-            elif value.is_floating_point():
-                value.add_(0.05 * torch.randn_like(value))
-        model.get_buffer("audio.bn0.running_mean").normal_(-30, 10)
-        model.logit_scale.fill_(3.0)
+    as_if_trained(model)
     save_model(folder, config, model, model.state_dict())
     return folder, config, model
 

@@ -11,7 +11,7 @@ import pytest
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
 from flap_fast.preparation.prepare import prepare
-from flap_fast.training import loop
+from flap_fast.training import scorer
 from flap_fast.training.loop import Stopped, train
 from flap_fast.training.setup import check_run
 from flap_fast.training.stop import Stop
@@ -137,20 +137,16 @@ def test_a_stopped_run_has_the_patience_that_it_had(
 
 def test_a_better_score_renews_patience(labelled: Path, tmp_path: Path, monkeypatch):
     """Of 1, 1, 2, 2, 2 the last ends the run."""
-    from flap_fast.training import scorer
-
     scores = iter([1.0, 1.0, 2.0, 2.0, 2.0])
     monkeypatch.setattr(scorer, "selection_score", lambda *_: next(scores))
     train(settings(labelled, tmp_path, *STILL))
     assert rows(tmp_path)[-1]["step"] == 10
     assert state(tmp_path, 10)["best"] == 2.0
-    assert loop.due(10, 12, 5)
 
 
 def test_a_best_score_of_another_task_is_none(labelled: Path, tmp_path: Path):
     train(settings(labelled, tmp_path, "train.steps=2", "ckpt.every_steps=1"))
     assert state(tmp_path, 2)["best_task"] == "retrieval"
-    for folder in (tmp_path / "flap/checkpoints").glob("step-000002"):
-        (folder / "state.json").unlink()
+    (tmp_path / "flap/checkpoints/step-000002/state.json").unlink()  # to go on from step 1
     train(settings(labelled, tmp_path, "train.steps=2", "eval.tasks=zero_shot"), resume=True)
     assert state(tmp_path, 2)["best_task"] == "zero_shot"
