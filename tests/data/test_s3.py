@@ -1,4 +1,4 @@
-"""Shards on S3, against a server on loopback; left out without s3fs, moto and flask."""
+"""Shards on S3, against a server on loopback; left out without the dev extra's s3fs and moto."""
 
 from __future__ import annotations
 
