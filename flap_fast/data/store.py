@@ -62,17 +62,25 @@ def stamp(url: Url, retry_s: float) -> Stamp | None:
     return retried(url, once, retry_s)
 
 
-def listing(folder: Url, retry_s: float) -> dict[str, Stamp]:
-    """The stamps of a folder's files by name; {} where there is none. Not over HTTP."""
+class Listing(NamedTuple):
+    """What a folder holds, by name."""
 
-    def once() -> dict[str, Stamp]:
+    files: dict[str, Stamp]
+    folders: list[str]
+
+
+def listing(folder: Url, retry_s: float) -> Listing:
+    """What a folder holds; nothing where there is none. Not over HTTP."""
+
+    def once() -> Listing:
         files, path = _fsspec(folder)
         try:
             found = files.ls(path, detail=True)
         except FileNotFoundError:
-            return {}
-        every = ((info["name"].rstrip("/").rpartition("/")[2], info) for info in found)
-        return {name: _stamp(folder / name, i) for name, i in every if i["type"] == "file"}
+            return Listing({}, [])
+        every = [(info["name"].rstrip("/").rpartition("/")[2], info) for info in found]
+        stamps = {name: _stamp(folder / name, i) for name, i in every if i["type"] == "file"}
+        return Listing(stamps, [name for name, i in every if i["type"] == "directory"])
 
     return retried(folder, once, retry_s)
 

@@ -77,6 +77,15 @@ def test_places_without_shards_are_named(bucket, tmp_path, given):
         opened(config_of(given, tmp_path / "cache"))
 
 
+def test_a_folder_of_splits_is_named_as_such(bucket, tmp_path):
+    wanted = (
+        r"^s3://bucket/mine must hold .tar shards, got folders of them: train; "
+        r"name one, as s3://bucket/mine/train$"
+    )
+    with pytest.raises(ShardError, match=wanted):
+        opened(config_of("s3://bucket/mine", tmp_path / "cache"))
+
+
 def test_a_bucket_that_is_not_there_is_named(s3, tmp_path):
     with pytest.raises(ShardError, match=r"^s3://nowhere/train"):
         opened(config_of("s3://nowhere/train", tmp_path / "cache"))
