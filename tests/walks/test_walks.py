@@ -1,4 +1,4 @@
-"""Three users' first days, from an empty folder: every command works, every error says what to do."""
+"""Three users' first days, from an empty folder: commands work, errors say what to do."""
 
 from __future__ import annotations
 
