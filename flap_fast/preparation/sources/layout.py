@@ -120,6 +120,13 @@ class Clips:
             row |= {"start_s": start_s, "duration_s": end_s - start_s}
         return row
 
+    def called(self, name: str) -> str:
+        """`audio` of the file of this name, with or without the Y that AudioSet's copies put before
+        YouTube's ids; of a missing one as it should be."""
+        names = (name, f"Y{name}", name.removeprefix("Y"))
+        file = next((self._files[name] for name in names if name in self._files), None)
+        return f"{name}.wav" if file is None else str(file.relative_to(self._folder))
+
 
 def _seconds(file: Path) -> float:
     """A file's duration; 0 for one that cannot be read, which `prepare` rejects."""
