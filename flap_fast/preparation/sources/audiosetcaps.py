@@ -20,7 +20,7 @@ from pathlib import Path
 
 from flap_fast.files import ManifestError
 from flap_fast.preparation.manifest import Entry, Row, collect
-from flap_fast.preparation.sources.layout import Clips, Source, table
+from flap_fast.preparation.sources.layout import Clips, Source
 
 _FILES = tuple(f"{origin}AudioSetCaps_caption.csv" for origin in ("", "VGGSound_", "YouTube-8M_"))
 
@@ -36,12 +36,7 @@ def read(folder: Path) -> list[Entry]:
 def _rows(tables: list[Path], clips: Clips) -> Iterator[Row]:
     numbers = count(1)  # not lines: the files are of one split, and have the same
     for file in tables:
-        for _, row in table(file, ("id", "caption")):
-            clip = {
-                "audio": clips.called(row["id"]),
-                "captions": [row["caption"]],
-                "id": row["id"],
-            }
+        for _, clip in clips.captioned(file, "id"):
             yield file, next(numbers), clip
 
 

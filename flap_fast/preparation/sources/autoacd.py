@@ -17,7 +17,7 @@ from pathlib import Path
 
 from flap_fast.files import ManifestError
 from flap_fast.preparation.manifest import Entry, Row, collect
-from flap_fast.preparation.sources.layout import Clips, Source, table
+from flap_fast.preparation.sources.layout import Clips, Source
 
 _SPLITS = ("train", "test")
 
@@ -33,14 +33,8 @@ def read(folder: Path) -> list[Entry]:
 
 def _rows(tables: dict[str, Path], clips: Clips) -> Iterator[Row]:
     for split, file in tables.items():
-        for line, row in table(file, ("youtube_id", "caption")):
-            clip = {
-                "audio": clips.called(row["youtube_id"]),
-                "captions": [row["caption"]],
-                "id": row["youtube_id"],
-                "split": split,
-            }
-            yield file, line, clip
+        for line, clip in clips.captioned(file, "youtube_id"):
+            yield file, line, {**clip, "split": split}
 
 
 AUTOACD = Source(

@@ -46,7 +46,7 @@ def read(folder: Path) -> list[Entry]:
         ManifestError: no pair of a sound and its JSON or text.
     """
     keys, left_out = _pairs(folder)
-    with ThreadPoolExecutor(_READS) as pool, progress("JSON files", len(keys)) as advance:
+    with ThreadPoolExecutor(_READS) as pool, progress("read pairs", len(keys)) as advance:
         records = []
         for record in pool.map(_record, keys.values()):
             records.append(record)

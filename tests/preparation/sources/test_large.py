@@ -120,6 +120,10 @@ def test_autoacd_is_clips_of_audioset_and_vggsound_in_its_two_splits(tmp_path):
             r"AudioSetCaps_caption\.csv:2 must have the columns id, caption, got none called id",
         ),
         (
+            *("audiosetcaps", "VGGSound_AudioSetCaps_caption.csv", "id,caption\r\na,b\r\n ,d\r\n"),
+            r"VGGSound_AudioSetCaps_caption\.csv:3: id must name a clip, got ' '",
+        ),
+        (
             *("autoacd", "train.csv", "audiocap_id,youtube_id,start_time\r\n1,b,3\r\n"),
             r"train\.csv:2 must have .* got none called caption; .* prepare --source audiocaps ",
         ),
@@ -129,7 +133,9 @@ def test_autoacd_is_clips_of_audioset_and_vggsound_in_its_two_splits(tmp_path):
         ),
     ],
 )
-def test_a_table_without_a_column_names_it_and_what_reads_it(source, file, text, said, tmp_path):
+def test_a_table_without_a_column_or_an_id_names_it_and_what_reads_it(
+    source, file, text, said, tmp_path
+):
     with pytest.raises(ManifestError, match=said):
         SOURCES[source].read(write(tmp_path, {file: text}))
 
