@@ -42,7 +42,8 @@ def held_out(entries: Sequence[Entry], fractions: Fractions) -> tuple[list[Entry
         ConfigError: fractions that cannot be, rows with a split, a split that gets no clip.
     """
     for name, fraction in zip(Fractions._fields, fractions, strict=True):
-        require(0 <= fraction < 1, f"--{name}-fraction", "be in [0, 1)", fraction)
+        valid = isinstance(fraction, (int, float)) and 0 <= fraction < 1
+        require(valid, f"--{name}-fraction", "be in [0, 1)", fraction)
     rule = "be less than 1 together"
     require(sum(fractions) < 1, "--val-fraction and --test-fraction", rule, sum(fractions))
     given = next((entry for entry in entries if entry.split != "train"), None)
