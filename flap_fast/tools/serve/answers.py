@@ -19,7 +19,7 @@ from flap_fast.tools.serve.uploads import Refused, decodable, required
 from flap_fast.tools.windows import WindowRows, chosen_crop, embed_cropped, window_seconds
 
 
-class Texts(BaseModel):
+class Texts(BaseModel, extra="forbid"):
     texts: list[str]
 
 

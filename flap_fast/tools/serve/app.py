@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 from fastapi import (  # pyright: ignore[reportMissingImports] - an extra
+    Depends,
     FastAPI,
     File,
     Form,
     Query,
+    Request,
     UploadFile,
 )
 from fastapi.exceptions import RequestValidationError  # pyright: ignore[reportMissingImports]
@@ -56,6 +58,9 @@ _MEDIA_TYPES = {
     ".mp3": "audio/mpeg",
 }
 
+# The fields that may be given several times.
+_LISTS = ("captions", "labels")
+
 Sound: TypeAlias = Annotated[UploadFile, File(description="A sound: WAV, FLAC, OGG or MP3.")]
 Windows: TypeAlias = Annotated[
     str | None, Form(description="SECONDS[:HOP] or auto: a row for each window, with its time.")
@@ -74,13 +79,39 @@ def make_app(
     hosts: frozenset[str] | None = None,
 ) -> ASGI:
     """Return the ASGI application of a model, and of the sounds of an index below a folder."""
-    app = FastAPI(title="flap_fast", version="1", docs_url=None, redoc_url=None)
+    fields = [Depends(_known_fields)]
+    app = FastAPI(
+        title="flap_fast", version="1", docs_url=None, redoc_url=None, dependencies=fields
+    )
     served = Served(embedder, index, folder, limits)
     _add_model(app, served)
     _add_search(app, served)
     _add_pages(app)
     _add_errors(app)
     return gated(app, limits, hosts)
+
+
+async def _known_fields(request: Request) -> None:
+    """Refuse a field that the endpoint does not have, and several of one that is no list.
+
+    FastAPI ignores the one and takes the last of the others.
+    """
+    known = request.scope["route"].dependant
+    if not known.query_params and not known.body_params:
+        return  # a page, or a file
+    parts = (
+        ("the query", request.query_params, known.query_params),
+        ("the form", await request.form(), known.body_params),
+    )
+    for part, values, fields in parts:
+        if any(f.field_info.is_required() and f.alias not in values for f in fields):
+            continue  # FastAPI says so
+        names = [field.alias for field in fields]
+        rule = f"have no field but {', '.join(names)}" if names else "have no field"
+        for name in values:
+            required(name in names, part, rule, name)
+            several = name in _LISTS or len(values.getlist(name)) == 1
+            required(several, name, "be given once", len(values.getlist(name)))
 
 
 def _add_model(app: FastAPI, served: Served) -> None:
@@ -205,6 +236,8 @@ def _add_errors(app: FastAPI) -> None:
         name = ".".join(map(str, first["loc"][1:])) or "the body"
         if first["type"] == "missing":
             return answer(422, f"{name} must be given, got none")
+        if first["type"] == "extra_forbidden":
+            return answer(422, f"the body must have no field but texts, got {name!r}")
         return answer(422, f"{name} must be as /docs says, got another value: {first['msg']}")
 
     @app.exception_handler(HTTPException)
