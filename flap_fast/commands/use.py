@@ -122,6 +122,8 @@ def search(
     from flap_fast.tools.windows import chosen_crop, time_text
 
     require(top >= 1, "--top", "be at least 1", top)
+    for query in queries:
+        require(bool(query.strip()), "QUERY", "be the words to search for", query)
     embedder = _open(model, length)
     if audio:
         policy = chosen_crop(embedder.config, crop, windows)

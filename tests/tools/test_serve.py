@@ -106,6 +106,9 @@ def test_a_folder_is_searched_by_text_and_by_sound_page_by_page(client, served):
     names = [shown if match.path.name == HOSTILE else match.path.name for match in wanted]
     assert [row["name"] for row in found] == names
     assert len(found) > 30
+    for text, rule in (("", "have a value"), (" \t", "be the words to search for")):
+        answer = client.get("/search", params={"text": text})
+        assert (answer.status_code, f"text must {rule}" in answer.text) == (422, True)
     data = index.path(index.files[7]).read_bytes()
     nearest = client.post("/search?limit=3", **sound(data)).json()["results"]
     assert len(nearest) == 3
@@ -229,10 +232,14 @@ BAD_REQUESTS = {
                                "data": {"captions": ["a"]}},
                      422, "the form must have no field but sound, captions, got 'sound2'"),
     "two sounds": ("/embed/audio", {"files": [("sound", ("a", WAV, "audio/wav"))] * 2},
-                   422, "sound must be given once, got 2"),
+                   422, "sound must be given once, got 'several'"),
     "two templates": ("/classify", {**sound(), "data": {"labels": ["a", "b"],
                                                         "template": ["{label}", "a {label}"]}},
-                      422, "template must be given once, got 2"),
+                      422, "template must be given once, got 'several'"),
+    "one class": ("/classify", {**sound(), "data": {"labels": ["dog,cat", "dog,cat "]}},
+                  422, "labels must name at least two classes, each in a field of its own"),
+    "empty windows": ("/embed/audio", {**sound(), "data": {"windows": ""}},
+                      422, "windows must have a value or be left out"),
     "a field in the query": ("/embed/audio?windows=1", sound(),
                              422, "the query must have no field, got 'windows'"),
     "another parameter": ("/search?limt=1", sound(),

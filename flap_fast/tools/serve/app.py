@@ -92,9 +92,10 @@ def make_app(
 
 
 async def _known_fields(request: Request) -> None:
-    """Refuse a field that the endpoint does not have, and several of one that is no list.
+    """Refuse a field that the endpoint does not have, an empty one, and several of one that is no
+    list.
 
-    FastAPI ignores the one and takes the last of the others.
+    FastAPI ignores the first, takes the default for the second and the last of the others.
     """
     known = request.scope["route"].dependant
     if not known.query_params and not known.body_params:
@@ -110,8 +111,9 @@ async def _known_fields(request: Request) -> None:
         rule = f"have no field but {', '.join(names)}" if names else "have no field"
         for name in values:
             required(name in names, part, rule, name)
-            several = name in _LISTS or len(values.getlist(name)) == 1
-            required(several, name, "be given once", len(values.getlist(name)))
+            if name not in _LISTS:
+                required(values[name] != "", name, "have a value or be left out", "")
+                required(len(values.getlist(name)) == 1, name, "be given once", "several")
 
 
 def _add_model(app: FastAPI, served: Served) -> None:
@@ -152,6 +154,8 @@ def _add_model(app: FastAPI, served: Served) -> None:
         required("{label}" in template, "template", "contain {label}", template)
         texts_within(limits, [template], "template")
         names = distinct(texts_within(limits, labels, "labels"))
+        rule = "name at least two classes, each in a field of its own"
+        required(len(names) > 1, "labels", rule, ", ".join(names))
         with served.lock:
             vectors = embedder.embed_labels(names, template)
             rows = timed_rows(served, _data(sound), windows)
@@ -175,6 +179,7 @@ def _add_search(app: FastAPI, served: Served) -> None:
     @app.get("/search")
     def search(text: str, offset: Offset = 0, limit: Most = 20) -> Results:
         """Search the sounds by a text, best first."""
+        required(bool(text.strip()), "text", "be the words to search for", text)
         with served.lock:
             (query,) = served.embedder.embed_text(texts_within(served.limits, [text], "text"))
             return results(served, query, offset, limit)
