@@ -243,12 +243,18 @@ def _add_errors(app: FastAPI) -> None:
             return answer(422, f"{name} must be given, got none")
         if first["type"] == "extra_forbidden":
             return answer(422, f"the body must have no field but texts, got {name!r}")
+        if first["type"] == "json_invalid":
+            why = f"{first['ctx']['error']} (character {first['loc'][1]})"
+            return answer(422, f"the body must be JSON, got another text: {why}")
+        if "UploadFile" in first["msg"]:
+            return answer(422, f"{name} must be a file, got a text; curl -F {name}=@FILE sends one")
         return answer(422, f"{name} must be as /docs says, got another value: {first['msg']}")
 
     @app.exception_handler(HTTPException)
     def other(request: Any, error: HTTPException) -> JSONResponse:
         if error.status_code == 400:  # FastAPI's, of a body that it cannot parse
-            return answer(422, "the body must be a form, or JSON in UTF-8, got neither")
+            rule = "be readable as a form, or as JSON in UTF-8"
+            return answer(422, f"the body must {rule}, got another: {error.detail}")
         if error.status_code in (404, 405):
             asked = f"{request.method} {request.url.path[:200]}"
             return answer(
