@@ -122,6 +122,9 @@ def test_sounds_are_served_by_number_and_nothing_else_is(client, served, folder:
         answer = client.get(f"/sounds/{number}")
         assert answer.content == index.path(file).read_bytes()
         assert answer.headers["content-type"] == "audio/wav"
+        head = client.head(f"/sounds/{number}")
+        assert (head.status_code, head.headers) == (200, answer.headers)
+    assert [client.head(path).status_code for path in ("/", "/health", "/rank")] == [200, 200, 405]
     part = client.get("/sounds/0", headers={"Range": "bytes=10-19"})
     assert (part.status_code, part.content) == (206, (folder / "00.wav").read_bytes()[10:20])
     for path in (
@@ -271,6 +274,12 @@ def test_pages_of_other_sites_and_names_are_refused(client):
         answer = client.get("/health", headers=headers)
         assert (answer.status_code, "Host must be one of" in answer.text) == (403, True)
     assert client.get("/health", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 403
+    link = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
+    found = [client.get(path, headers=link).status_code for path in ("/?text=a", "/docs")]
+    assert found == [200, 200]
+    for path in ("/health", "/search?text=a", "/sounds/0"):
+        assert client.get(path, headers=link).status_code == 403
+    assert client.post("/", headers=link).status_code == 403
     for host in ("localhost:1", "127.0.0.1", "[::1]:8000", "[::1]"):
         assert client.get("/health", headers={"Host": host}).status_code == 200
     assert allowed_hosts("0.0.0.0") is None
