@@ -137,6 +137,22 @@ def test_sounds_are_served_by_number_and_nothing_else_is(client, served, folder:
         assert str(folder) not in answer.text
 
 
+def test_a_sound_that_changed_or_is_gone_is_not_served(model: Path, tmp_path: Path):
+    folder = write_sounds(tmp_path / "sounds")
+    app = make_app(*opened(model, folder), folder, LIMITS)
+    client = testclient.TestClient(app, base_url=HERE)
+    (folder / "00.wav").write_bytes(WAV)
+    (folder / "01.wav").unlink()
+    (folder / "02.wav").unlink()
+    (folder / "02.wav").symlink_to(folder / "03.wav")
+    for number in range(3):
+        answer = client.get(f"/sounds/{number}")
+        error = answer.json()["error"]
+        assert (answer.status_code, error[:38]) == (404, "the sound must be as it was when the s")
+        assert error.endswith(f"got '0{number}.wav'")
+    assert client.get("/sounds/3").status_code == 200
+
+
 def flac_of(seconds: float, claimed: int) -> bytes:
     """A FLAC that says it has so many samples, of which 0 is an unknown number."""
     data = bytearray(encode(noise(0, seconds, RATE), RATE, "FLAC"))

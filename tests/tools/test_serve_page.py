@@ -84,6 +84,9 @@ const timed = all("audio").find(e => !e.src.includes("#t=0,"));
 found.timed = all("audio").indexOf(timed);
 await new Promise(done => { timed.oncanplay = done; timed.preload = "auto"; timed.load(); });
 found.plays = timed.currentTime;
+timed.src = "/health";
+await until(() => page.getElementById("status").className);
+found.unplayed = page.getElementById("status").textContent;
 page.getElementById("more").click();
 await until(() => rows().length > found.first.length);
 await until(() => page.activeElement.tagName === "AUDIO");
@@ -188,6 +191,7 @@ def test_a_person_finds_hears_and_compares_sounds(look: str, served: Served, tmp
     assert span_s is not None
     assert span_s[0] > 0
     assert found["plays"] == pytest.approx(span_s[0], abs=0.01)
+    assert found["unplayed"] == f"{rows[found['timed']]['name']}: this browser cannot play it"
     assert found["next"] == 20  # "Show more" leads to the first of the new ones
     # Similar ones to a sound that is dropped: its embedding is that of its middle, as commands'.
     data = served.sounds.path(served.sounds.files[0]).read_bytes()
