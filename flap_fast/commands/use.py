@@ -133,7 +133,8 @@ def search(
     else:
         require(index is not None, "--audio or --index", "be given", "neither")
         remedy = "the index has its own"
-        require(windows is None, "--windows", "be left out without --audio", windows, remedy)
+        for name, value in (("--windows", windows), ("--crop", crop)):
+            require(value is None, name, "be left out without --audio", value, remedy)
         found = open_index(index)  # type: ignore[arg-type] - checked above
         rule = "be made with this model"
         require(

@@ -424,6 +424,9 @@ def test_the_command_refuses_what_cannot_be_served_and_warns_of_other_machines(
         assert (warning in capsys.readouterr().err) == warned
     assert flap("serve", model, "--audio", model / "no", monkeypatch=monkeypatch) == 2
     assert "--audio must be a folder" in capsys.readouterr().err
+    for option in ("--windows", "--crop", "--index"):
+        assert flap("serve", model, "--port", "0", option, "1", monkeypatch=monkeypatch) == 2
+        assert f"{option} must be left out without --audio, got '1'" in capsys.readouterr().err
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     assert flap("serve", model, monkeypatch=monkeypatch) == 2
     assert "pip install 'flap_fast[serve]'" in capsys.readouterr().err
