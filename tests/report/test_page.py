@@ -241,15 +241,30 @@ def test_a_run_on_pictures_shows_them(tmp_path: Path):
     [
         (None, "must be a folder with config.yaml"),
         ("", "must have reached its first row in metrics.jsonl"),
-        ("nonsense\n{}\n", "line 1, must be JSON, got 'nonsense'"),
+        ("nonsense\n{}\n", ":1 must be a JSON object with a step, got 'nonsense'"),
+        ("[1]\n{}\n", ":1 must be a JSON object with a step, got '[1]'; take out the line"),
+        (b"\xff\n{}\n", ":1 must be a JSON object with a step, got '\ufffd'"),
     ],
 )
 def test_what_is_no_run_is_refused(rows, message, run: Path, tmp_path: Path, monkeypatch, capsys):
     if rows is not None:
         (tmp_path / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
-        (tmp_path / "metrics.jsonl").write_text(rows)
+        (tmp_path / "metrics.jsonl").write_bytes(rows if isinstance(rows, bytes) else rows.encode())
     assert flap("report", tmp_path, monkeypatch=monkeypatch) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "message"), [('{"a', "be JSON: "), ("[]", "hold an object")])
+def test_a_damaged_environment_is_named(
+    text: str, message: str, run: Path, tmp_path: Path, monkeypatch, capsys
+):
+    for name in ("config.yaml", "metrics.jsonl"):
+        (tmp_path / name).write_bytes((run / name).read_bytes())
+    (tmp_path / "environment.json").write_text(text)
+    for command in ("report", "doctor"):
+        assert flap(command, tmp_path, monkeypatch=monkeypatch) == 2
+        said = capsys.readouterr().err
+        assert f"error: {tmp_path}/environment.json must {message}" in said
 
 
 def without_examples(run: Path, monkeypatch: pytest.MonkeyPatch) -> str:
