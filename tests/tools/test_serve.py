@@ -116,6 +116,20 @@ def test_a_folder_is_searched_by_text_and_by_sound_page_by_page(client, served):
     assert nearest[0]["cosine"] == row.cosine
 
 
+def test_a_sound_is_searched_for_with_the_crops_of_the_index(model: Path, tmp_path: Path):
+    for n in range(3):
+        wave = np.concatenate(
+            [noise(n, 2.0, RATE), noise(9, 2.0, RATE), tone(300 * n + 200, 2, RATE)]
+        )
+        (tmp_path / f"{n}.wav").write_bytes(encode(wave, RATE, "WAV"))
+    app = make_app(*opened(model, tmp_path, "whole"), tmp_path, LIMITS)
+    client = testclient.TestClient(app, base_url=HERE)
+    for n in range(3):
+        data = (tmp_path / f"{n}.wav").read_bytes()
+        found = client.post("/search?limit=1", **sound(data)).json()["results"]
+        assert (found[0]["name"], found[0]["cosine"]) == (f"{n}.wav", pytest.approx(1, abs=1e-5))
+
+
 def test_sounds_are_served_by_number_and_nothing_else_is(client, served, folder: Path):
     _, index = served
     for number, file in enumerate(index.files):

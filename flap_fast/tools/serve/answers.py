@@ -16,7 +16,13 @@ from flap_fast.tools.embedder import Embedder
 from flap_fast.tools.search import Index, stat_sound
 from flap_fast.tools.serve.gate import Limits
 from flap_fast.tools.serve.uploads import Refused, decodable, required
-from flap_fast.tools.windows import WindowRows, chosen_crop, embed_cropped, window_seconds
+from flap_fast.tools.windows import (
+    WindowRows,
+    chosen_crop,
+    embed_cropped,
+    is_windows,
+    window_seconds,
+)
 
 
 class Texts(BaseModel, extra="forbid"):
@@ -98,6 +104,12 @@ class Served:
     lock: threading.Lock = field(default_factory=threading.Lock)
     """Held by whoever computes."""
 
+    @property
+    def query_crop(self) -> str | None:
+        """The crops of a sound to search by: the index's; with windows None, the default."""
+        crop = self.index.crop if self.index else ""
+        return None if not crop or is_windows(crop) else crop
+
     def sound(self, number: int) -> Path:
         """Return the file of a sound's number; no name that a client sends leads to one.
 
@@ -123,10 +135,10 @@ def texts_within(limits: Limits, texts: list[str], name: str) -> list[str]:
     return texts
 
 
-def embedding(served: Served, data: bytes) -> Tensor:
+def embedding(served: Served, data: bytes, crop: str | None = None) -> Tensor:
     """Embed a sound as commands do: (d,); raises `Refused`."""
     data, _ = decodable(data, served.limits.sound_s)
-    found = _embedded(served, data, chosen_crop(served.embedder.config, None, None))
+    found = _embedded(served, data, chosen_crop(served.embedder.config, crop, None))
     assert isinstance(found, Tensor)
     return found
 

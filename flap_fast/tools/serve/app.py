@@ -188,7 +188,8 @@ def _add_search(app: FastAPI, served: Served) -> None:
     def similar(sound: Sound, offset: Offset = 0, limit: Most = 20) -> Results:
         """Search the sounds by a sound, best first."""
         with served.lock:
-            return results(served, embedding(served, _data(sound)), offset, limit)
+            query = embedding(served, _data(sound), served.query_crop)
+            return results(served, query, offset, limit)
 
     @app.get("/sounds/{number}", response_class=FileResponse)
     def sound_file(number: int) -> Any:
