@@ -294,6 +294,24 @@ def test_what_has_one_point_is_said_in_numbers(run: Path, page: str, tmp_path: P
     assert "<dl" not in section(page, "training")
 
 
+def test_the_scores_of_every_task_are_drawn(run: Path, tmp_path: Path, monkeypatch):
+    shutil.copytree(run, tmp_path / "run", symlinks=True)
+    rows = [
+        {"step": s, "val/zero_shot/top_1": s / 9, "val/geometry/uniformity_text": -s, "eval_s": 1}
+        for s in (2, 4)
+    ]
+    with (tmp_path / "run/metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    text = without_examples(tmp_path / "run", monkeypatch)
+    for title, last in (
+        ("top 1 on data.val, %", "val: zero shot from 22.22 % to 44.44 %"),
+        ("uniformity text on data.val", "val: geometry from -2 to -4"),
+    ):
+        assert f"<figcaption>{title}</figcaption>" in text
+        assert f"{title} by step: {last}" in text
+    assert "eval_s" not in section(text, "training")
+
+
 def test_fractions_are_percent_on_the_whole_page(page: str):
     found = section(page, "training")
     for title in ("R@10 on data.val, %", "R@1 within a batch, %", "Time that waits for data, %"):
