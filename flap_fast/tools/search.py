@@ -284,6 +284,7 @@ def find_sounds(paths: Iterable[Path]) -> list[Path]:
     Raises:
         ConfigError: a path does not exist, or there is no sound.
     """
+    paths = list(paths)
     found: dict[Path, None] = {}  # in order, each once
     for path in paths:
         require(path.exists(), "a sound", "be an existing file or folder", path)
@@ -291,7 +292,7 @@ def find_sounds(paths: Iterable[Path]) -> list[Path]:
         below = [file for file in files if not file.name.startswith(INDEX)]
         found |= dict.fromkeys([path] if path.is_file() else sounds_among(below))
     rule = f"be files such as {', '.join(f'.{ending}' for ending in SOUNDS[:4])}"
-    require(bool(found), "the sounds", rule, "none")
+    require(bool(found), "the sounds", rule, f"none in {', '.join(map(str, paths))}")
     return list(found)
 
 

@@ -77,7 +77,7 @@ def test_sounds_are_found_below_a_folder_and_by_name(sounds: Path, tmp_path: Pat
     with pytest.raises(ConfigError, match="a sound must be an existing file or folder"):
         find_sounds([tmp_path / "no"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="the sounds must be files such as"):
+    with pytest.raises(ConfigError, match=f"got 'none in {tmp_path}/empty'"):
         find_sounds([tmp_path / "empty"])
 
 

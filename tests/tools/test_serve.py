@@ -430,6 +430,7 @@ def test_the_command_refuses_what_cannot_be_served_and_warns_of_other_machines(
         assert flap("serve", "no-model", "--port", port, monkeypatch=monkeypatch) == 2
     said = capsys.readouterr().err
     assert "--host and --port must be an address of this machine and a free port, got" in said
+    assert "; --port 0 takes a free one" in said
     monkeypatch.setattr("flap_fast.tools.serve.run.serve", lambda *_: None)
     for host, warned in (("0.0.0.0", True), ("127.0.0.1", False)):
         asked = ("serve", model, "--host", host, "--port", "0")
