@@ -103,6 +103,11 @@ found.similar = rows();
 found.said = page.getElementById("status").textContent;
 await drop("no sound", "bad.wav");
 found.error = [page.getElementById("status").className, page.getElementById("status").textContent];
+const long = {number: 0, name: "long", start_s: 59.96, end_s: 3599.97, cosine: 1};
+view.fetch = async () => new Response(JSON.stringify({results: [long], more: false}));
+page.getElementById("ask").requestSubmit();
+await until(() => rows().length === 1);
+found.rounded = rows()[0].when;
 await tell(found);
 </script></body>"""
 
@@ -200,6 +205,7 @@ def test_a_person_finds_hears_and_compares_sounds(look: str, served: Served, tmp
     assert found["said"] == "Similar to mine.wav: the nearest 20"
     assert found["error"][0] == "error"
     assert found["error"][1].startswith("the sound must be readable, got one that is unreadable")
+    assert found["rounded"] == "1:00.0\u201360:00.0"
     assert found["width"] == width
     assert found["page"] <= width
     assert found["clipped"] == []
