@@ -287,6 +287,12 @@ def test_search_prints_the_nearest_sounds(
     assert printed[:3] == ["a dog", lines[0], "rain"]
     assert flap("search", "a dog", *model, monkeypatch=monkeypatch) == 2
     assert "--audio or --index must be given" in capsys.readouterr().err
+    assert flap("search", "rain", " ", "--index", index, *model, monkeypatch=monkeypatch) == 2
+    assert "QUERY must be the words to search for, got ' '" in capsys.readouterr().err
+    for option in ("--crop", "--windows"):
+        asked = ("search", "rain", "--index", index, *model, option, "1")
+        assert flap(*asked, monkeypatch=monkeypatch) == 2
+        assert f"{option} must be left out without --audio" in capsys.readouterr().err
 
 
 def test_a_name_that_is_no_utf8_is_printed_as_it_is(checkpoint: Path, sounds: Path, monkeypatch):

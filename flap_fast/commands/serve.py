@@ -42,6 +42,9 @@ def serve(
     require(0 < max_seconds <= 86400, "--max-seconds", "be in (0, 86400]", max_seconds)
     folder = audio is None or audio.is_dir()
     require(folder, "--audio", "be a folder", audio)
+    for name, value in (("--windows", windows), ("--crop", crop), ("--index", index)):
+        needless = audio is None and value is not None
+        require(not needless, name, "be left out without --audio", value)
     from flap_fast.tools.serve import run
 
     with run.listening(host, port) as listener:  # its errors before the model is opened

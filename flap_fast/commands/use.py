@@ -122,6 +122,8 @@ def search(
     from flap_fast.tools.windows import chosen_crop, time_text
 
     require(top >= 1, "--top", "be at least 1", top)
+    for query in queries:
+        require(bool(query.strip()), "QUERY", "be the words to search for", query)
     embedder = _open(model, length)
     if audio:
         policy = chosen_crop(embedder.config, crop, windows)
@@ -131,7 +133,8 @@ def search(
     else:
         require(index is not None, "--audio or --index", "be given", "neither")
         remedy = "the index has its own"
-        require(windows is None, "--windows", "be left out without --audio", windows, remedy)
+        for name, value in (("--windows", windows), ("--crop", crop)):
+            require(value is None, name, "be left out without --audio", value, remedy)
         found = open_index(index)  # type: ignore[arg-type] - checked above
         rule = "be made with this model"
         require(

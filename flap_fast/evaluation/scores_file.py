@@ -32,7 +32,7 @@ def read_scores(file: Path) -> Scores:
     try:
         return upgraded({**json.loads(file.read_text(), parse_constant=refuse)})
     except (ValueError, TypeError, AttributeError, KeyError) as error:
-        remedy = "remove it, or name another file with --out"
+        remedy = "remove it: flap eval writes it anew"
         raise ConfigError(f"{file} must be an object in JSON: {error}; {remedy}") from None
 
 

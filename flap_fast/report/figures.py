@@ -45,6 +45,9 @@ _STYLE = {
     "lines.linewidth": 1.6,
 }
 
+# Scores on data.val whose curves resemble others'.
+_LEFT_OUT = ("R@1", "R@5", "mAP@16", "top_5")
+
 _NOUNS = {"audio": "sound"}
 
 
@@ -78,11 +81,14 @@ def curves(run: RunFacts) -> list[Figure]:
     terms = _terms(run)
     both = Curve("Loss and its terms", "", ["loss", *terms])
     wanted = [both if len(terms) > 1 else Curve("Loss", "", ["loss"])]
-    scores = sorted({name for row in run.scored for name in row if name != "step"})
-    for metric in ("R@10", "mAP@10"):
-        names = [name for name in scores if name.endswith(f"/{metric}")]
-        if names:
-            wanted.append(Curve(f"{metric} on data.val", "%", names, (0, 100)))
+    scores = [name for row in run.scored for name in row if "/" in name]
+    for metric in dict.fromkeys(name.rpartition("/")[2] for name in scores):
+        names = sorted({name for name in scores if name.endswith(f"/{metric}")})
+        title = f"{metric.replace('_', ' ')} on data.val"
+        if metric.startswith(("R@", "mAP", "top_")):
+            wanted += [] if metric in _LEFT_OUT else [Curve(title, "%", names, (0, 100))]
+        else:
+            wanted.append(Curve(title, "", names))
     wanted += [
         Curve("R@1 within a batch", "%", ["in_batch_R@1"], (0, 100)),
         Curve("Gradient norm", "", ["grad_norm"]),

@@ -5,7 +5,6 @@ config.yaml  metrics.jsonl  eval.json  environment.json  checkpoints/  ->  RunFa
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,9 @@ from flap_fast.checks import require
 from flap_fast.config import Config
 from flap_fast.config.file import load_config
 from flap_fast.evaluation.scores_file import read_scores
+from flap_fast.interchange.tensors import read_json
 from flap_fast.model.model_folder import step_folders, step_of
+from flap_fast.training.run_folder import written_rows
 
 Row = dict[str, Any]
 
@@ -66,37 +67,22 @@ def read_run(folder: Path) -> RunFacts:
     """Read a run's folder, also of a run that is still going on or was killed.
 
     Raises:
-        ConfigError: it is no run's folder, or the run has no rows yet.
+        ConfigError: it is no run's folder, the run has no rows yet, or one of its files is damaged.
     """
     config = folder / "config.yaml"
     remedy = "name the folder that flap train printed, such as runs/demo"
     require(config.is_file(), "the run", "be a folder with config.yaml", folder, remedy)
-    rows = _rows(folder / "metrics.jsonl")
+    rows = [row for _, row in written_rows(folder / "metrics.jsonl")]
     steps = [row for row in rows if "loss" in row]
     rule = "have reached its first row in metrics.jsonl"
     require(bool(steps), "the run", rule, folder, "wait for log.every_steps steps")
+    environment = folder / "environment.json"
     return RunFacts(
         folder=folder,
         config=load_config(config),
         steps=steps,
         scored=[row for row in rows if "loss" not in row],
         scores=read_scores(folder / "eval.json"),
-        environment=_object(folder / "environment.json"),
+        environment=read_json(environment) if environment.is_file() else {},
         checkpoints={step_of(kept): kept for kept in step_folders(folder / "checkpoints")},
     )
-
-
-def _rows(file: Path) -> list[Row]:
-    """The rows of a file; the last may be half written by a run that goes on or was killed."""
-    lines = file.read_text().splitlines() if file.is_file() else []
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            require(number == len(lines), f"{file}, line {number},", "be JSON", line[:60])
-    return rows
-
-
-def _object(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text()) if file.is_file() else {}

@@ -3,7 +3,7 @@
 The file holds the embeddings, and the path, size and time of each sound. An unchanged sound is not
 embedded again, unless the model or the crops changed or the system failed to read it. The file is
 written atomically every minute and at the end, also after an error: an interrupted update keeps
-its embeddings.
+its embeddings. A search of some sounds keeps those of others, as long as they exist.
 
 Of sounds in windows (`flap_fast.tools.windows`) each window has a row, with its start and end.
 """
@@ -185,8 +185,10 @@ class Update:
     kept: Rows
     new: dict[File, Path]
     """Sounds to embed."""
+    others: Rows
+    """Of the earlier index sounds that are not requested, and exist: they stay in the file."""
     removed: int
-    """Number of sounds of the earlier index that are not requested any more, or changed."""
+    """Number of sounds of the earlier index that changed, or are gone."""
     rebuild_reason: str | None
     """Why nothing of the earlier index can be kept, if so."""
 
@@ -210,7 +212,14 @@ def plan_update(file: Path, embedder: Embedder, sounds: Sequence[Path], crop: st
             new[sound] = path
         else:
             kept[old] = known[old]
-    return Update(kept, new, len(known) - len(kept), rebuild_reason)
+    requested = {sound.path for sound in (*kept, *new)}
+    others = {
+        old: row
+        for old, row in known.items()
+        if old.path not in requested and before and before.path(old).is_file()
+    }
+    removed = len(known) - len(kept) - len(others)
+    return Update(kept, new, others, removed, rebuild_reason)
 
 
 def update_index(
@@ -228,13 +237,19 @@ def update_index(
         crop: of long sounds, as in `Embedder.embed_each`, or `window_policy`'s; the same as for
             `plan_update`.
         advance: called after each sound is embedded or rejected.
+
+    Returns:
+        The index of the requested sounds; the file also holds `update.others`.
     """
     rows = dict(update.kept)
 
+    def index_of(rows: Rows) -> Index:
+        return Index(file, embedder.identity, crop, dict(sorted(rows.items(), key=_by_path)))
+
     def saved() -> Index:
-        index = Index(file, embedder.identity, crop, dict(sorted(rows.items(), key=_by_path)))
+        index = index_of(rows)
         if update.new or update.removed or update.rebuild_reason:
-            index.save()
+            (index_of(rows | update.others) if update.others else index).save()
         return index
 
     due = time.monotonic() + _SAVE_EVERY_S
@@ -269,6 +284,7 @@ def find_sounds(paths: Iterable[Path]) -> list[Path]:
     Raises:
         ConfigError: a path does not exist, or there is no sound.
     """
+    paths = list(paths)
     found: dict[Path, None] = {}  # in order, each once
     for path in paths:
         require(path.exists(), "a sound", "be an existing file or folder", path)
@@ -276,7 +292,7 @@ def find_sounds(paths: Iterable[Path]) -> list[Path]:
         below = [file for file in files if not file.name.startswith(INDEX)]
         found |= dict.fromkeys([path] if path.is_file() else sounds_among(below))
     rule = f"be files such as {', '.join(f'.{ending}' for ending in SOUNDS[:4])}"
-    require(bool(found), "the sounds", rule, "none")
+    require(bool(found), "the sounds", rule, f"none in {', '.join(map(str, paths))}")
     return list(found)
 
 

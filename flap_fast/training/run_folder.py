@@ -8,7 +8,6 @@ One in which no step was done is none yet: it is begun anew.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os.path import lexists
@@ -18,7 +17,7 @@ from typing import Any
 from flap_fast.checks import ConfigError, require
 from flap_fast.config import Config
 from flap_fast.config.file import dump_config, load_config
-from flap_fast.files import write_atomically
+from flap_fast.files import parsed_json, write_atomically
 from flap_fast.section import FREE_ON_RESUME
 from flap_fast.training.checkpoint import latest
 from flap_fast.training.environment import session
@@ -120,26 +119,34 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
+def written_rows(file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Yield the lines of metrics.jsonl or bad_clips*.jsonl, and their rows; none without the file.
+
+    A last line that is half written is left out: the run goes on, or was killed.
+
+    Raises:
+        ConfigError: another line is damaged.
+    """
+    lines = file.read_bytes().split(b"\n") if file.is_file() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = parsed_json(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            yield line, row
+        elif number < len(lines):
+            rule, remedy = "be a JSON object with a step", "take out the line"
+            got = line[:60].decode(errors="replace")
+            require(False, f"{file}:{number}", rule, got, remedy)
+
+
 def cut_after(file: Path, step: int) -> None:
     """Drop rows after `step`, which a resumed run repeats, and a half-written last row.
 
     Raises:
         ConfigError: another row is damaged.
     """
-    if not file.is_file():
-        return
-    kept = []
-    lines = file.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        at = row.get("step") if isinstance(row, dict) else None
-        if type(at) is int:
-            kept += [line + b"\n"] if at <= step else []
-        elif number < len(lines):  # the last: killed while it was written
-            rule, remedy = "be a JSON object with a step", "take out the line"
-            got = line[:60].decode(errors="replace")
-            require(False, f"{file}:{number}", rule, got, remedy)
-    write_atomically(file, b"".join(kept))
+    if file.is_file():
+        kept = [line + b"\n" for line, row in written_rows(file) if row["step"] <= step]
+        write_atomically(file, b"".join(kept))

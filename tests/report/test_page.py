@@ -241,15 +241,30 @@ def test_a_run_on_pictures_shows_them(tmp_path: Path):
     [
         (None, "must be a folder with config.yaml"),
         ("", "must have reached its first row in metrics.jsonl"),
-        ("nonsense\n{}\n", "line 1, must be JSON, got 'nonsense'"),
+        ("nonsense\n{}\n", ":1 must be a JSON object with a step, got 'nonsense'"),
+        ("[1]\n{}\n", ":1 must be a JSON object with a step, got '[1]'; take out the line"),
+        (b"\xff\n{}\n", ":1 must be a JSON object with a step, got '\ufffd'"),
     ],
 )
 def test_what_is_no_run_is_refused(rows, message, run: Path, tmp_path: Path, monkeypatch, capsys):
     if rows is not None:
         (tmp_path / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
-        (tmp_path / "metrics.jsonl").write_text(rows)
+        (tmp_path / "metrics.jsonl").write_bytes(rows if isinstance(rows, bytes) else rows.encode())
     assert flap("report", tmp_path, monkeypatch=monkeypatch) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "message"), [('{"a', "be JSON: "), ("[]", "hold an object")])
+def test_a_damaged_environment_is_named(
+    text: str, message: str, run: Path, tmp_path: Path, monkeypatch, capsys
+):
+    for name in ("config.yaml", "metrics.jsonl"):
+        (tmp_path / name).write_bytes((run / name).read_bytes())
+    (tmp_path / "environment.json").write_text(text)
+    for command in ("report", "doctor"):
+        assert flap(command, tmp_path, monkeypatch=monkeypatch) == 2
+        said = capsys.readouterr().err
+        assert f"error: {tmp_path}/environment.json must {message}" in said
 
 
 def without_examples(run: Path, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -277,6 +292,24 @@ def test_what_has_one_point_is_said_in_numbers(run: Path, page: str, tmp_path: P
         assert f"<dt>val: {name}</dt><dd>{value:.2f} %</dd>" in text
     assert section(page, "training").count("<svg") == 10
     assert "<dl" not in section(page, "training")
+
+
+def test_the_scores_of_every_task_are_drawn(run: Path, tmp_path: Path, monkeypatch):
+    shutil.copytree(run, tmp_path / "run", symlinks=True)
+    rows = [
+        {"step": s, "val/zero_shot/top_1": s / 9, "val/geometry/uniformity_text": -s, "eval_s": 1}
+        for s in (2, 4)
+    ]
+    with (tmp_path / "run/metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    text = without_examples(tmp_path / "run", monkeypatch)
+    for title, last in (
+        ("top 1 on data.val, %", "val: zero shot from 22.22 % to 44.44 %"),
+        ("uniformity text on data.val", "val: geometry from -2 to -4"),
+    ):
+        assert f"<figcaption>{title}</figcaption>" in text
+        assert f"{title} by step: {last}" in text
+    assert "eval_s" not in section(text, "training")
 
 
 def test_fractions_are_percent_on_the_whole_page(page: str):

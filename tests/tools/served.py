@@ -37,10 +37,10 @@ def write_model(folder: Path) -> Path:
     return folder
 
 
-def opened(model: Path, folder: Path) -> tuple[Embedder, Index]:
-    """The model, and the index of the folder's windows of 1 s, one every 0.5 s."""
+def opened(model: Path, folder: Path, crop: str | None = None) -> tuple[Embedder, Index]:
+    """The model, and the index of the folder: without crops, of windows of 1 s every 0.5 s."""
     embedder = load(model)
-    policy = window_policy("1", embedder.config)
+    policy = crop or window_policy("1", embedder.config)
     file = folder / ".flap-index-windows"
     plan = plan_update(file, embedder, find_sounds([folder]), policy)
     return embedder, update_index(file, embedder, plan, crop=policy)

@@ -77,7 +77,7 @@ def test_sounds_are_found_below_a_folder_and_by_name(sounds: Path, tmp_path: Pat
     with pytest.raises(ConfigError, match="a sound must be an existing file or folder"):
         find_sounds([tmp_path / "no"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="the sounds must be files such as"):
+    with pytest.raises(ConfigError, match=f"got 'none in {tmp_path}/empty'"):
         find_sounds([tmp_path / "empty"])
 
 
@@ -132,6 +132,24 @@ def test_only_what_is_new_or_changed_is_embedded(sounds: Path, embedder: Embedde
     assert not changed.rejected
     assert torch.equal(open_index(file).embeddings, changed.embeddings)
     assert open_index(file).paths == changed.paths
+
+
+def test_a_search_of_one_sound_keeps_the_index_of_the_others(
+    sounds: Path, embedder: Embedder, tmp_path: Path
+):
+    file = tmp_path / "index"
+    whole, _ = update(file, embedder, [sounds])
+    one, embedded = update(file, embedder, [sounds / "a.wav"])
+    assert (names(one), embedded, one.rejected) == (["a.wav"], 0, [])
+    # Also where that one is embedded again; of the others one is gone.
+    (sounds / "a.wav").write_bytes(encode(tone(5000, 1.0, RATE), RATE, "WAV"))
+    (sounds / "d.wav").unlink()
+    one, embedded = update(file, embedder, [sounds / "a.wav"])
+    assert (names(one), embedded) == (["a.wav"], 1)
+    assert names(open_index(file)) == ["a.wav", "b.FLAC", "c.ogg"]
+    again, embedded = update(file, embedder, [sounds])
+    assert (names(again), embedded) == (["a.wav", "b.FLAC", "c.ogg"], 0)
+    assert torch.equal(again.embeddings[1:], whole.embeddings[[1, 3]])
 
 
 def test_what_the_system_does_not_let_us_read_is_tried_again(

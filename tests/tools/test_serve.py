@@ -106,11 +106,28 @@ def test_a_folder_is_searched_by_text_and_by_sound_page_by_page(client, served):
     names = [shown if match.path.name == HOSTILE else match.path.name for match in wanted]
     assert [row["name"] for row in found] == names
     assert len(found) > 30
+    for text, rule in (("", "have a value"), (" \t", "be the words to search for")):
+        answer = client.get("/search", params={"text": text})
+        assert (answer.status_code, f"text must {rule}" in answer.text) == (422, True)
     data = index.path(index.files[7]).read_bytes()
     nearest = client.post("/search?limit=3", **sound(data)).json()["results"]
     assert len(nearest) == 3
     (row,) = index.nearest(embedder.embed_audio([data]), 1)[0]
     assert nearest[0]["cosine"] == row.cosine
+
+
+def test_a_sound_is_searched_for_with_the_crops_of_the_index(model: Path, tmp_path: Path):
+    for n in range(3):
+        wave = np.concatenate(
+            [noise(n, 2.0, RATE), noise(9, 2.0, RATE), tone(300 * n + 200, 2, RATE)]
+        )
+        (tmp_path / f"{n}.wav").write_bytes(encode(wave, RATE, "WAV"))
+    app = make_app(*opened(model, tmp_path, "whole"), tmp_path, LIMITS)
+    client = testclient.TestClient(app, base_url=HERE)
+    for n in range(3):
+        data = (tmp_path / f"{n}.wav").read_bytes()
+        found = client.post("/search?limit=1", **sound(data)).json()["results"]
+        assert (found[0]["name"], found[0]["cosine"]) == (f"{n}.wav", pytest.approx(1, abs=1e-5))
 
 
 def test_sounds_are_served_by_number_and_nothing_else_is(client, served, folder: Path):
@@ -119,6 +136,9 @@ def test_sounds_are_served_by_number_and_nothing_else_is(client, served, folder:
         answer = client.get(f"/sounds/{number}")
         assert answer.content == index.path(file).read_bytes()
         assert answer.headers["content-type"] == "audio/wav"
+        head = client.head(f"/sounds/{number}")
+        assert (head.status_code, head.headers) == (200, answer.headers)
+    assert [client.head(path).status_code for path in ("/", "/health", "/rank")] == [200, 200, 405]
     part = client.get("/sounds/0", headers={"Range": "bytes=10-19"})
     assert (part.status_code, part.content) == (206, (folder / "00.wav").read_bytes()[10:20])
     for path in (
@@ -129,6 +149,22 @@ def test_sounds_are_served_by_number_and_nothing_else_is(client, served, folder:
         assert answer.status_code in (404, 422), path
         assert set(answer.json()) == {"error"}
         assert str(folder) not in answer.text
+
+
+def test_a_sound_that_changed_or_is_gone_is_not_served(model: Path, tmp_path: Path):
+    folder = write_sounds(tmp_path / "sounds")
+    app = make_app(*opened(model, folder), folder, LIMITS)
+    client = testclient.TestClient(app, base_url=HERE)
+    (folder / "00.wav").write_bytes(WAV)
+    (folder / "01.wav").unlink()
+    (folder / "02.wav").unlink()
+    (folder / "02.wav").symlink_to(folder / "03.wav")
+    for number in range(3):
+        answer = client.get(f"/sounds/{number}")
+        error = answer.json()["error"]
+        assert (answer.status_code, error[:38]) == (404, "the sound must be as it was when the s")
+        assert error.endswith(f"got '0{number}.wav'")
+    assert client.get("/sounds/3").status_code == 200
 
 
 def flac_of(seconds: float, claimed: int) -> bytes:
@@ -210,6 +246,12 @@ BAD_REQUESTS = {
     "nothing": ("/embed/text", json_body(b""), 422, "the body must be given"),
     "not UTF-8": ("/embed/text", json_body(b'{"texts": ["\xe9"]}'), 422, "JSON in UTF-8"),
     "a surrogate": ("/embed/text", json_body(b'{"texts": ["\\ud800"]}'), 422, "valid Unicode"),
+    "no JSON": ("/embed/text", json_body(b'{"texts": [dog]}'),
+                422, "the body must be JSON, got another text: Expecting value (character 11)"),
+    "1,001 fields": ("/classify", {**sound(), "data": {"labels": [f"{n}" for n in range(1001)]}},
+                     422, "got another: Too many fields. Maximum number of fields is 1000"),
+    "a name for a file": ("/embed/audio", {"files": {"sound": (None, "dog.wav")}},
+                          422, "sound must be a file, got a text; curl -F sound=@FILE sends one"),
     "deep": ("/embed/text", json_body(b'{"texts": ' + b"[" * 10**5), 422, "must be"),
     "another type": ("/embed/text", json_body(b"{}", "text/plain"), 415, "application/json"),
     "JSON for a form": ("/rank", {"json": {}}, 415, "must be multipart/form-data"),
@@ -223,6 +265,26 @@ BAD_REQUESTS = {
                          422, "windows must give at most 20, got 126"),
     "too many results": ("/search?limit=101", sound(), 422, "limit must be at most 100"),
     "a wrong number": ("/search?limit=x", sound(), 422, "limit must be as /docs says"),
+    "another field": ("/embed/audio", {**sound(), "data": {"window": "1"}},
+                      422, "the form must have no field but sound, windows, got 'window'"),
+    "another file": ("/rank", {"files": {"sound": ("a", WAV, "audio/wav"), "sound2": WAV},
+                               "data": {"captions": ["a"]}},
+                     422, "the form must have no field but sound, captions, got 'sound2'"),
+    "two sounds": ("/embed/audio", {"files": [("sound", ("a", WAV, "audio/wav"))] * 2},
+                   422, "sound must be given once, got 'several'"),
+    "two templates": ("/classify", {**sound(), "data": {"labels": ["a", "b"],
+                                                        "template": ["{label}", "a {label}"]}},
+                      422, "template must be given once, got 'several'"),
+    "one class": ("/classify", {**sound(), "data": {"labels": ["dog,cat", "dog,cat "]}},
+                  422, "labels must name at least two classes, each in a field of its own"),
+    "empty windows": ("/embed/audio", {**sound(), "data": {"windows": ""}},
+                      422, "windows must have a value or be left out"),
+    "a field in the query": ("/embed/audio?windows=1", sound(),
+                             422, "the query must have no field, got 'windows'"),
+    "another parameter": ("/search?limt=1", sound(),
+                          422, "the query must have no field but offset, limit, got 'limt'"),
+    "another key": ("/embed/text", {"json": {"texts": ["a"], "model": "b"}},
+                    422, "the body must have no field but texts, got 'model'"),
     "nowhere": ("/nowhere", sound(), 404, "one of those in /docs, got POST /nowhere"),
 }  # fmt: skip
 
@@ -242,6 +304,12 @@ def test_pages_of_other_sites_and_names_are_refused(client):
         answer = client.get("/health", headers=headers)
         assert (answer.status_code, "Host must be one of" in answer.text) == (403, True)
     assert client.get("/health", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 403
+    link = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
+    found = [client.get(path, headers=link).status_code for path in ("/?text=a", "/docs")]
+    assert found == [200, 200]
+    for path in ("/health", "/search?text=a", "/sounds/0"):
+        assert client.get(path, headers=link).status_code == 403
+    assert client.post("/", headers=link).status_code == 403
     for host in ("localhost:1", "127.0.0.1", "[::1]:8000", "[::1]"):
         assert client.get("/health", headers={"Host": host}).status_code == 200
     assert allowed_hosts("0.0.0.0") is None
@@ -362,6 +430,7 @@ def test_the_command_refuses_what_cannot_be_served_and_warns_of_other_machines(
         assert flap("serve", "no-model", "--port", port, monkeypatch=monkeypatch) == 2
     said = capsys.readouterr().err
     assert "--host and --port must be an address of this machine and a free port, got" in said
+    assert "; --port 0 takes a free one" in said
     monkeypatch.setattr("flap_fast.tools.serve.run.serve", lambda *_: None)
     for host, warned in (("0.0.0.0", True), ("127.0.0.1", False)):
         asked = ("serve", model, "--host", host, "--port", "0")
@@ -370,6 +439,9 @@ def test_the_command_refuses_what_cannot_be_served_and_warns_of_other_machines(
         assert (warning in capsys.readouterr().err) == warned
     assert flap("serve", model, "--audio", model / "no", monkeypatch=monkeypatch) == 2
     assert "--audio must be a folder" in capsys.readouterr().err
+    for option in ("--windows", "--crop", "--index"):
+        assert flap("serve", model, "--port", "0", option, "1", monkeypatch=monkeypatch) == 2
+        assert f"{option} must be left out without --audio, got '1'" in capsys.readouterr().err
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     assert flap("serve", model, monkeypatch=monkeypatch) == 2
     assert "pip install 'flap_fast[serve]'" in capsys.readouterr().err

@@ -84,6 +84,9 @@ const timed = all("audio").find(e => !e.src.includes("#t=0,"));
 found.timed = all("audio").indexOf(timed);
 await new Promise(done => { timed.oncanplay = done; timed.preload = "auto"; timed.load(); });
 found.plays = timed.currentTime;
+timed.src = "/health";
+await until(() => page.getElementById("status").className);
+found.unplayed = page.getElementById("status").textContent;
 page.getElementById("more").click();
 await until(() => rows().length > found.first.length);
 await until(() => page.activeElement.tagName === "AUDIO");
@@ -100,6 +103,11 @@ found.similar = rows();
 found.said = page.getElementById("status").textContent;
 await drop("no sound", "bad.wav");
 found.error = [page.getElementById("status").className, page.getElementById("status").textContent];
+const long = {number: 0, name: "long", start_s: 59.96, end_s: 3599.97, cosine: 1};
+view.fetch = async () => new Response(JSON.stringify({results: [long], more: false}));
+page.getElementById("ask").requestSubmit();
+await until(() => rows().length === 1);
+found.rounded = rows()[0].when;
 await tell(found);
 </script></body>"""
 
@@ -188,6 +196,7 @@ def test_a_person_finds_hears_and_compares_sounds(look: str, served: Served, tmp
     assert span_s is not None
     assert span_s[0] > 0
     assert found["plays"] == pytest.approx(span_s[0], abs=0.01)
+    assert found["unplayed"] == f"{rows[found['timed']]['name']}: this browser cannot play it"
     assert found["next"] == 20  # "Show more" leads to the first of the new ones
     # Similar ones to a sound that is dropped: its embedding is that of its middle, as commands'.
     data = served.sounds.path(served.sounds.files[0]).read_bytes()
@@ -196,6 +205,7 @@ def test_a_person_finds_hears_and_compares_sounds(look: str, served: Served, tmp
     assert found["said"] == "Similar to mine.wav: the nearest 20"
     assert found["error"][0] == "error"
     assert found["error"][1].startswith("the sound must be readable, got one that is unreadable")
+    assert found["rounded"] == "1:00.0\u201360:00.0"
     assert found["width"] == width
     assert found["page"] <= width
     assert found["clipped"] == []

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flap_fast.checks import require
 from flap_fast.config import Config
 from flap_fast.config.file import load_config
-from flap_fast.files import parsed_json
+from flap_fast.interchange.tensors import read_json
 from flap_fast.model.model_folder import step_folders
+from flap_fast.training.run_folder import written_rows
 
 Row = dict[str, Any]
 
@@ -42,25 +41,13 @@ def read_run(folder: Path) -> RunFiles:
     if (folder / "model.safetensors").is_file():
         checkpoints = [folder]
     environment = folder / "environment.json"
-    ranks = json.loads(environment.read_text())["ranks"] if environment.is_file() else 1
+    ranks = read_json(environment).get("ranks", 1) if environment.is_file() else 1
     bad = [file.read_text().splitlines() for file in folder.glob("bad_clips*.jsonl")]
     return RunFiles(
         folder=folder,
         config=load_config(folder / "config.yaml"),
-        rows=[row for row in _rows(folder / "metrics.jsonl") if "loss" in row],
+        rows=[row for _, row in written_rows(folder / "metrics.jsonl") if "loss" in row],
         checkpoints=checkpoints,
         ranks=int(str(ranks).split()[0]),
         bad_clips=sum(map(len, bad)),
     )
-
-
-def _rows(file: Path) -> list[Row]:
-    """The rows of a file; the last may be half written."""
-    lines = file.read_text().splitlines() if file.is_file() else []
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(parsed_json(line))
-        except json.JSONDecodeError:
-            require(number == len(lines), f"{file}, line {number},", "be JSON", line[:60])
-    return rows

@@ -13,13 +13,19 @@ from torch import Tensor
 from flap_fast.data.preprocess.waveform import BadSound
 from flap_fast.files import visible
 from flap_fast.tools.embedder import Embedder
-from flap_fast.tools.search import Index
+from flap_fast.tools.search import Index, stat_sound
 from flap_fast.tools.serve.gate import Limits
 from flap_fast.tools.serve.uploads import Refused, decodable, required
-from flap_fast.tools.windows import WindowRows, chosen_crop, embed_cropped, window_seconds
+from flap_fast.tools.windows import (
+    WindowRows,
+    chosen_crop,
+    embed_cropped,
+    is_windows,
+    window_seconds,
+)
 
 
-class Texts(BaseModel):
+class Texts(BaseModel, extra="forbid"):
     texts: list[str]
 
 
@@ -98,11 +104,26 @@ class Served:
     lock: threading.Lock = field(default_factory=threading.Lock)
     """Held by whoever computes."""
 
-    def sound(self, number: int) -> Path | None:
-        """Return the file of a sound's number; no name that a client sends leads to one."""
-        known = self.index is not None and 0 <= number < len(self.index.files)
-        path = self.index.path(self.index.files[number]) if self.index and known else None
-        return path if path is not None and path.is_file() else None
+    @property
+    def query_crop(self) -> str | None:
+        """The crops of a sound to search by: the index's; with windows None, the default."""
+        crop = self.index.crop if self.index else ""
+        return None if not crop or is_windows(crop) else crop
+
+    def sound(self, number: int) -> Path:
+        """Return the file of a sound's number; no name that a client sends leads to one.
+
+        Raises:
+            Refused: no such sound, or another or none is there since the index was made.
+        """
+        files = self.index.files if self.index else []
+        required(0 <= number < len(files), "the number", "be a sound's", number, status=404)
+        assert self.index is not None
+        path = self.index.path(files[number])
+        same = stat_sound(path, self.index.file.parent) == files[number]
+        rule = "be as it was when the server started, which finds changes when it is started again"
+        required(same, "the sound", rule, path.name, status=404)
+        return path
 
 
 def texts_within(limits: Limits, texts: list[str], name: str) -> list[str]:
@@ -114,10 +135,10 @@ def texts_within(limits: Limits, texts: list[str], name: str) -> list[str]:
     return texts
 
 
-def embedding(served: Served, data: bytes) -> Tensor:
+def embedding(served: Served, data: bytes, crop: str | None = None) -> Tensor:
     """Embed a sound as commands do: (d,); raises `Refused`."""
     data, _ = decodable(data, served.limits.sound_s)
-    found = _embedded(served, data, chosen_crop(served.embedder.config, None, None))
+    found = _embedded(served, data, chosen_crop(served.embedder.config, crop, None))
     assert isinstance(found, Tensor)
     return found
 

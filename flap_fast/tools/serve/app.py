@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 from fastapi import (  # pyright: ignore[reportMissingImports] - an extra
+    Depends,
     FastAPI,
     File,
     Form,
     Query,
+    Request,
     UploadFile,
 )
 from fastapi.exceptions import RequestValidationError  # pyright: ignore[reportMissingImports]
@@ -56,6 +58,9 @@ _MEDIA_TYPES = {
     ".mp3": "audio/mpeg",
 }
 
+# The fields that may be given several times.
+_LISTS = ("captions", "labels")
+
 Sound: TypeAlias = Annotated[UploadFile, File(description="A sound: WAV, FLAC, OGG or MP3.")]
 Windows: TypeAlias = Annotated[
     str | None, Form(description="SECONDS[:HOP] or auto: a row for each window, with its time.")
@@ -74,13 +79,41 @@ def make_app(
     hosts: frozenset[str] | None = None,
 ) -> ASGI:
     """Return the ASGI application of a model, and of the sounds of an index below a folder."""
-    app = FastAPI(title="flap_fast", version="1", docs_url=None, redoc_url=None)
+    fields = [Depends(_known_fields)]
+    app = FastAPI(
+        title="flap_fast", version="1", docs_url=None, redoc_url=None, dependencies=fields
+    )
     served = Served(embedder, index, folder, limits)
     _add_model(app, served)
     _add_search(app, served)
     _add_pages(app)
     _add_errors(app)
     return gated(app, limits, hosts)
+
+
+async def _known_fields(request: Request) -> None:
+    """Refuse a field that the endpoint does not have, an empty one, and several of one that is no
+    list.
+
+    FastAPI ignores the first, takes the default for the second and the last of the others.
+    """
+    known = request.scope["route"].dependant
+    if not known.query_params and not known.body_params:
+        return  # a page, or a file
+    parts = (
+        ("the query", request.query_params, known.query_params),
+        ("the form", await request.form(), known.body_params),
+    )
+    for part, values, fields in parts:
+        if any(f.field_info.is_required() and f.alias not in values for f in fields):
+            continue  # FastAPI says so
+        names = [field.alias for field in fields]
+        rule = f"have no field but {', '.join(names)}" if names else "have no field"
+        for name in values:
+            required(name in names, part, rule, name)
+            if name not in _LISTS:
+                required(values[name] != "", name, "have a value or be left out", "")
+                required(len(values.getlist(name)) == 1, name, "be given once", "several")
 
 
 def _add_model(app: FastAPI, served: Served) -> None:
@@ -121,6 +154,8 @@ def _add_model(app: FastAPI, served: Served) -> None:
         required("{label}" in template, "template", "contain {label}", template)
         texts_within(limits, [template], "template")
         names = distinct(texts_within(limits, labels, "labels"))
+        rule = "name at least two classes, each in a field of its own"
+        required(len(names) > 1, "labels", rule, ", ".join(names))
         with served.lock:
             vectors = embedder.embed_labels(names, template)
             rows = timed_rows(served, _data(sound), windows)
@@ -144,6 +179,7 @@ def _add_search(app: FastAPI, served: Served) -> None:
     @app.get("/search")
     def search(text: str, offset: Offset = 0, limit: Most = 20) -> Results:
         """Search the sounds by a text, best first."""
+        required(bool(text.strip()), "text", "be the words to search for", text)
         with served.lock:
             (query,) = served.embedder.embed_text(texts_within(served.limits, [text], "text"))
             return results(served, query, offset, limit)
@@ -152,14 +188,13 @@ def _add_search(app: FastAPI, served: Served) -> None:
     def similar(sound: Sound, offset: Offset = 0, limit: Most = 20) -> Results:
         """Search the sounds by a sound, best first."""
         with served.lock:
-            return results(served, embedding(served, _data(sound)), offset, limit)
+            query = embedding(served, _data(sound), served.query_crop)
+            return results(served, query, offset, limit)
 
     @app.get("/sounds/{number}", response_class=FileResponse)
     def sound_file(number: int) -> Any:
         """Return a sound of a search result."""
         path = served.sound(number)
-        if path is None:
-            raise Refused(404, f"the number must be a sound's, got {number}")
         kind = _MEDIA_TYPES.get(path.suffix.lower(), "application/octet-stream")
         return FileResponse(path, media_type=kind)
 
@@ -205,12 +240,20 @@ def _add_errors(app: FastAPI) -> None:
         name = ".".join(map(str, first["loc"][1:])) or "the body"
         if first["type"] == "missing":
             return answer(422, f"{name} must be given, got none")
+        if first["type"] == "extra_forbidden":
+            return answer(422, f"the body must have no field but texts, got {name!r}")
+        if first["type"] == "json_invalid":
+            why = f"{first['ctx']['error']} (character {first['loc'][1]})"
+            return answer(422, f"the body must be JSON, got another text: {why}")
+        if "UploadFile" in first["msg"]:
+            return answer(422, f"{name} must be a file, got a text; curl -F {name}=@FILE sends one")
         return answer(422, f"{name} must be as /docs says, got another value: {first['msg']}")
 
     @app.exception_handler(HTTPException)
     def other(request: Any, error: HTTPException) -> JSONResponse:
         if error.status_code == 400:  # FastAPI's, of a body that it cannot parse
-            return answer(422, "the body must be a form, or JSON in UTF-8, got neither")
+            rule = "be readable as a form, or as JSON in UTF-8"
+            return answer(422, f"the body must {rule}, got another: {error.detail}")
         if error.status_code in (404, 405):
             asked = f"{request.method} {request.url.path[:200]}"
             return answer(

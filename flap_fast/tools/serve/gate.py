@@ -16,6 +16,8 @@ ASGI = Callable[
 # Of a body that is JSON: texts within their limits are far below it.
 _JSON_BYTES = 2**20
 
+_PAGES = ("/", "/docs")
+
 # The page takes nothing from elsewhere, and none of ours runs where a sound should be.
 _HEADERS = [
     (
@@ -62,6 +64,8 @@ def gated(app: ASGI, limits: Limits, hosts: frozenset[str] | None) -> ASGI:
         refused = _refusal(scope, limits, hosts)
         if refused is not None:
             return await _refuse(send, *refused)
+        if scope["method"] == "HEAD":  # uvicorn leaves out the body
+            scope = scope | {"method": "GET"}
         if scope["method"] != "POST" and scope["path"] != "/search":
             return await app(scope, receive, send)
         if running >= limits.waiting:
@@ -86,7 +90,10 @@ def _refusal(
     name = host if host.endswith("]") else host.rpartition(":")[0] or host
     if hosts is not None and name.lower() not in hosts:
         return 403, f"Host must be one of {', '.join(sorted(hosts))}, got {name[:60]!r}"
-    if headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+    # A link on another site may lead to a page, which asks for the rest itself.
+    link = headers.get("sec-fetch-mode") == "navigate" and scope["path"] in _PAGES
+    linked = link and scope["method"] == "GET"
+    if not linked and headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
         return 403, "requests of a browser must come from this server's page, got another site's"
     if scope["method"] != "POST":
         return None

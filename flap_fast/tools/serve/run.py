@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
 import socket
@@ -32,7 +33,8 @@ def listening(host: str, port: int) -> socket.socket:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family)
     except (OSError, OverflowError, UnicodeError) as error:
-        why = in_one_line(error)
+        taken = getattr(error, "errno", None) == errno.EADDRINUSE
+        why = in_one_line(error) + ("; --port 0 takes a free one" if taken else "")
         rule = "be an address of this machine and a free port"
         raise ConfigError(f"--host and --port must {rule}, got {host}:{port}: {why}") from None
 
