@@ -68,7 +68,7 @@ def listing(folder: Url, retry_s: float) -> dict[str, Stamp]:
     def once() -> dict[str, Stamp]:
         files, path = _fsspec(folder)
         try:
-            found = files.ls(path, detail=True)
+            found = files.ls(path, detail=True, **_now(folder))
         except FileNotFoundError:
             return {}
         every = ((info["name"].rstrip("/").rpartition("/")[2], info) for info in found)
@@ -92,13 +92,13 @@ def pieces(url: Url, wanted: Stamp, start: int) -> Iterator[tuple[int, bytes]]:
                 at += len(data)
         return
     files, path = _fsspec(url)
-    _require_same(url, wanted, _stamp(url, files.info(path)))
+    _require_same(url, wanted, _stamp(url, files.info(path, **_now(url, expand_info=True))))
     with files.open(path, "rb", block_size=_PIECE, cache_type="none") as body:
         body.seek(start)
         while data := body.read(min(_PIECE, wanted.size - start)):
             yield start, data
             start += len(data)
-    _require_same(url, wanted, _stamp(url, files.info(path)))
+    _require_same(url, wanted, _stamp(url, files.info(path, **_now(url, expand_info=True))))
 
 
 def retried(
@@ -198,3 +198,8 @@ def _fsspec(url: Url) -> tuple[Any, str]:
     """The file system of a URL, and its path there."""
     files = _scheme(url.scheme)
     return files, files._strip_protocol(str(url))
+
+
+def _now(url: Url, **more: bool) -> dict[str, bool]:
+    """Arguments for what is there now: huggingface_hub keeps listings whatever it is told."""
+    return {"refresh": True, **more} if url.scheme == "hf" else {}
