@@ -23,7 +23,9 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 # Pauses from this one on are told.
 _SAID_PAUSE_S = 4.0
 _PIECE = 8 << 20
-_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, web.Refused)
+_FINAL = (FileNotFoundError, IsADirectoryError, NotADirectoryError, web.Refused)
+# What stores call the status of an answer, and those of who may not read.
+_STATUS, _FORBIDDEN = ("status_code", "status", "code"), (401, 403)
 # What stores call the version of a file, the surest first.
 _MARKS = (
     *("ETag", "etag", "generation", "blob_id", "md5Hash", "content_md5", "md5"),
@@ -146,17 +148,24 @@ def retried(
 
 def _is_final(error: Exception) -> bool:
     here = isinstance(error, OSError) and is_full(error)  # the disk, not the store
-    return here or isinstance(error, _FINAL) or "Credentials" in type(error).__name__
+    return here or isinstance(error, _FINAL) or forbidden(error)
+
+
+def forbidden(error: BaseException | None) -> bool:
+    """Whether who asks may not read; gcsfs and huggingface_hub say so by the answer's status."""
+    answer = getattr(error, "response", error)
+    denied = any(getattr(answer, name, None) in _FORBIDDEN for name in _STATUS)
+    said = isinstance(error, OSError) and str(error).startswith("Forbidden: ")  # gcsfs's 403
+    known = isinstance(error, PermissionError) or "Credentials" in type(error).__name__
+    return known or denied or said
 
 
 def _why(error: Exception) -> str:
-    said = in_one_line(error)
-    remedies = {
-        PermissionError: "see docs/data.md for credentials",
-        FileNotFoundError: "there is no such file",
-    }
-    remedy = next((remedies[kind] for kind in remedies if isinstance(error, kind)), "")
-    remedy = remedies[PermissionError] if "Credentials" in type(error).__name__ else remedy
+    said, remedy = in_one_line(error), ""
+    if forbidden(error):
+        remedy = "see docs/data.md for credentials"
+    elif isinstance(error, FileNotFoundError):
+        remedy = "there is no such file"
     return f"{said}; {remedy}" if remedy else said
 
 

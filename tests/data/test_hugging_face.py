@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -106,3 +107,12 @@ def test_a_shard_that_changed_since_the_run_began_is_named(folder, tmp_path, cha
         shards.encoded(0)
     assert not shards_in(tmp_path / "cache")
     assert opened(config).encoded(0) == open_shards([folder]).encoded(0)  # another run
+
+
+@pytest.mark.parametrize("where", [API, f"{API}/tree", f"{FILES}train/0.tar"])
+def test_what_may_not_be_read_is_named_at_once(tmp_path, refused, where):
+    refused.append(where)
+    started = time.monotonic()
+    with pytest.raises(ShardError, match=r"^hf://.*cannot be read: .*403.*; see docs/data\.md for"):
+        opened(config_of(TRAIN, tmp_path / "cache")).encoded(0)
+    assert time.monotonic() - started < 2  # no second try, after data.retry_s

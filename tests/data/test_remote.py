@@ -178,6 +178,25 @@ def test_a_shard_that_may_not_be_read_is_named_without_its_key(served, cache):
     assert served.fetched(".tar") == 1
 
 
+class _HttpError(Exception):
+    """As gcsfs raises it."""
+
+    code = 401
+
+
+@pytest.mark.parametrize("error", [_HttpError("who are you?"), OSError("Forbidden: b/bucket/o")])
+def test_an_answer_of_google_that_will_not_change_is_no_reason_to_wait(error):
+    tries = []
+
+    def call() -> None:
+        tries.append(1)
+        raise error
+
+    with pytest.raises(ShardError, match=r"^gs://b cannot be read: .*; see docs/data\.md for"):
+        store.retried(Url("gs://b"), call, 5.0)
+    assert len(tries) == 1
+
+
 def test_a_package_that_is_missing_is_named_with_the_command(cache, monkeypatch):
     store._scheme.cache_clear()
     monkeypatch.setitem(__import__("sys").modules, "s3fs", None)
