@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -162,13 +163,16 @@ def mixed_place(value: Any) -> Place | Weighted:
         rule = "must be a path, a URL or {form}"
         raise PydanticCustomError("path_type", rule, {"form": "{path: ..., weight: ...}"})
     weight = value.get("weight", 1)
-    number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-    if not number or not 0 < weight <= _MOST_COPIES or math.isnan(weight):
+    number = math.nan
+    if isinstance(weight, (int, float, str)) and not isinstance(weight, bool):
+        with suppress(ValueError, OverflowError):
+            number = float(weight)  # also of 1e-1, a text in YAML
+    if not 0 < number <= _MOST_COPIES:
         raise PydanticCustomError(
             "weight", "must have a weight above 0 and at most {most}", {"most": _MOST_COPIES}
         )
     found = place(value["path"])
-    return found if weight == 1 else Weighted(found, float(weight))
+    return found if number == 1 else Weighted(found, number)
 
 
 def place_in(entry: Place | Weighted) -> Place:
