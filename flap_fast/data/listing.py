@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import glob
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import groupby
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flap_fast.data.shard_cache import RemoteFile, ShardCache, remote_file
-from flap_fast.data.store import forbidden, listing, stamp
+from flap_fast.data.store import folders_in, forbidden, listing, stamp
 from flap_fast.data.tar_members import COMPRESSED, ShardError, tars_of
 from flap_fast.files import parsed_json
 from flap_fast.places import Place, Url, expanded, is_glob, is_pattern, shown
@@ -135,16 +135,20 @@ def shard_sets(place: Place, remote: Remote) -> list[ShardSet]:
     return list(_by_folder(Path(name) for name in found))
 
 
-def require_shards(place: Place, found: list) -> None:
-    """Raise `ShardError` where a place holds no shards, but perhaps folders of them."""
+def require_shards(place: Place, found: list, folders: Collection[str] = ()) -> None:
+    """Raise `ShardError` where a place holds no shards, but perhaps folders of them.
+
+    Args:
+        folders: those in the place; on disk they are looked up.
+    """
     if not found:
-        splits = {t.parent.name for t in place.glob("*/*.tar")} if isinstance(place, Path) else ()
+        local = isinstance(place, Path)
+        splits = {t.parent.name for t in place.glob("*/*.tar")} if local else folders
         if splits:
-            what = (
-                f"{place} must hold .tar shards, got folders of them: {', '.join(sorted(splits))}"
-            )
+            got = "got folders of them" if local else "got folders"
+            what = f"{shown(place)} must hold .tar shards, {got}: {', '.join(sorted(splits)[:10])}"
             example = "train" if "train" in splits else min(splits)
-            raise ShardError(f"{what}; name one, as {shown(place)}/{example}")
+            raise ShardError(f"{what}; name one, as {shown(place / example)}")
         remedy = "write them with: flap prepare MANIFEST OUT"
         if isinstance(place, Url):
             remedy = "name the folder that the .tar files are in, or a pattern of their names"
@@ -171,7 +175,8 @@ def _remote_sets(place: Url, remote: Remote) -> list[ShardSet]:
         for name in names:
             _require_tar(name)
         files = [place / name for name in names if name.lower().endswith(".tar")]
-        require_shards(place, files)
+        missing = not files and not place.on_web
+        require_shards(place, files, folders_in(place, remote.cache.retry_s) if missing else ())
         return [ShardSet(place, sorted(files, key=_natural), True, [])]
     found = [url for one in expanded(place) for url in _matching(Url(one), remote)]
     for url in found:

@@ -79,6 +79,21 @@ def listing(folder: Url, retry_s: float) -> dict[str, Stamp]:
     return retried(folder, once, retry_s)
 
 
+def folders_in(folder: Url, retry_s: float) -> list[str]:
+    """The names of a folder's folders. Not over HTTP."""
+
+    def once() -> list[str]:
+        files, path = _fsspec(folder)
+        try:
+            found = files.ls(path, detail=True)
+        except FileNotFoundError:
+            return []
+        names = (info["name"] for info in found if info["type"] == "directory")
+        return sorted(name.rstrip("/").rpartition("/")[2] for name in names)
+
+    return retried(folder, once, retry_s)
+
+
 def pieces(url: Url, wanted: Stamp, start: int) -> Iterator[tuple[int, bytes]]:
     """Offset and bytes of each piece of a file, about from `start` on; not tried again.
 

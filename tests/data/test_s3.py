@@ -77,6 +77,15 @@ def test_places_without_shards_are_named(bucket, tmp_path, given):
         opened(config_of(given, tmp_path / "cache"))
 
 
+@pytest.mark.parametrize("given", ["s3://bucket/mine", "s3://bucket/mine/"])
+def test_a_folder_of_splits_is_named_as_such(bucket, tmp_path, given):
+    named = (
+        r"mine/? must hold \.tar shards, got folders: train; name one, as s3://bucket/mine/train$"
+    )
+    with pytest.raises(ShardError, match=named):
+        opened(config_of(given, tmp_path / "cache"))
+
+
 def test_a_bucket_that_is_not_there_is_named(s3, tmp_path):
     with pytest.raises(ShardError, match=r"^s3://nowhere/train"):
         opened(config_of("s3://nowhere/train", tmp_path / "cache"))
