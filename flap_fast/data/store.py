@@ -31,6 +31,8 @@ _MARKS = (
     *("ETag", "etag", "generation", "blob_id", "md5Hash", "content_md5", "md5"),
     *("LastModified", "last_modified", "updated", "mtime", "created"),
 )
+# Schemes whose packages are in the extra `remote`.
+_EXTRA = ("s3", "s3a", "gs", "gcs")
 
 
 class Stamp(NamedTuple):
@@ -202,16 +204,19 @@ def _stamp(url: Url, info: dict[str, Any]) -> Stamp:
 
 
 @functools.cache
-def _scheme(scheme: str) -> Any:
+def _scheme(scheme: str, server: str = "") -> Any:
+    """The file system of a scheme, and of the server of a URL where the scheme wants one."""
     import fsspec
 
     try:
+        kind = fsspec.get_filesystem_class(scheme)
+        named = kind._get_kwargs_from_urls(f"{scheme}://{server}/")
         # Without its own cache of listings: a stamp must be of now.
-        return fsspec.filesystem(scheme, use_listings_cache=False)
+        return kind(use_listings_cache=False, **named)
     except ImportError as error:
+        remedy = "pip install 'flap_fast[remote]'" if scheme in _EXTRA else "install it with pip"
         raise ConfigError(
-            f"{scheme}:// needs a package that is not installed ({in_one_line(error)}); "
-            "pip install 'flap_fast[remote]'"
+            f"{scheme}:// needs a package that is not installed ({in_one_line(error)}); {remedy}"
         ) from None
     except ValueError as error:
         known = "s3, gs, hf, https or another that fsspec knows"
@@ -220,7 +225,7 @@ def _scheme(scheme: str) -> Any:
 
 def _fsspec(url: Url) -> tuple[Any, str]:
     """The file system of a URL, and its path there."""
-    files = _scheme(url.scheme)
+    files = _scheme(url.scheme, url.partition("://")[2].partition("/")[0])
     return files, files._strip_protocol(str(url))
 
 

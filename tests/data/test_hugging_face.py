@@ -85,7 +85,7 @@ def server(folder: Path, refused: list[str], monkeypatch: pytest.MonkeyPatch) ->
     threading.Thread(target=served.serve_forever, args=(0.01,), daemon=True).start()
     endpoint = "http://{}:{}".format(*served.server_address)
     files = HfFileSystem(endpoint=endpoint, token=False, skip_instance_cache=True)
-    monkeypatch.setattr(store, "_scheme", lambda _: files)
+    monkeypatch.setattr(store, "_scheme", lambda *_: files)
     yield
     served.shutdown()
     served.server_close()

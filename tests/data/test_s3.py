@@ -96,7 +96,7 @@ def test_missing_credentials_are_named_at_once(bucket, tmp_path, monkeypatch):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setattr(
-        store, "_scheme", lambda _: fsspec.filesystem("s3", skip_instance_cache=True)
+        store, "_scheme", lambda *_: fsspec.filesystem("s3", skip_instance_cache=True)
     )
     with pytest.raises(ShardError, match=r"^s3://bucket/.*; see docs/data.md for credentials$"):
         opened(config_of(bucket, tmp_path / "cache"))
