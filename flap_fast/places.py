@@ -100,18 +100,22 @@ def place(value: Any) -> Place:
         return value
     if not isinstance(value, (str, Path)):
         raise PydanticCustomError("path_type", "must be a path or a URL")
-    scheme = _SCHEME.match(str(value))
-    if scheme is None:
+    found = _SCHEME.match(str(value))
+    if found is None:
         return Path(value)
-    text = str(value)
-    if scheme[0] != f"{scheme[1]}://" and not (scheme[1] == "file" and scheme[0][-3:] == "///"):
-        right = f"{scheme[1]}://{text[scheme.end() :]}"
+    start, scheme, rest = found[0].lower(), found[1].lower(), str(value)[found.end() :]
+    if start != f"{scheme}://" and not (scheme == "file" and start[-3:] == "///"):
         raise PydanticCustomError(
             "path_type",
             "must have two slashes after {scheme}:, as {right}",
-            {"scheme": scheme[1], "right": right},
+            {"scheme": scheme, "right": f"{scheme}://{rest}"},
         )
-    return Path(unquote(text[len("file://") :])) if scheme[1] == "file" else Url(text)
+    if scheme == "file":
+        return Path(unquote(start[len("file://") :] + rest))
+    if not rest:
+        rule = "must name a server or a bucket, as s3://bucket/mine"
+        raise PydanticCustomError("path_type", rule)
+    return Url(start + rest)
 
 
 def place_of(name: str, text: str) -> Place:

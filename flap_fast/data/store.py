@@ -90,8 +90,9 @@ def folders_in(folder: Url, retry_s: float) -> list[str]:
             found = files.ls(path, detail=True)
         except FileNotFoundError:
             return []
-        names = (info["name"] for info in found if info["type"] == "directory")
-        return sorted(name.rstrip("/").rpartition("/")[2] for name in names)
+        paths = (info["name"] for info in found if info["type"] == "directory")
+        names = (path.rstrip("/").rpartition("/")[2] for path in paths)
+        return sorted(name for name in names if not name.startswith("."))
 
     return retried(folder, once, retry_s)
 
