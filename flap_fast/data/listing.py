@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flap_fast.data.shard_cache import RemoteFile, ShardCache, remote_file
-from flap_fast.data.store import listing, stamp
+from flap_fast.data.store import forbidden, listing, stamp
 from flap_fast.data.tar_members import COMPRESSED, ShardError, tars_of
 from flap_fast.files import parsed_json
 from flap_fast.places import Place, Url, expanded, is_glob, is_pattern, shown
@@ -101,7 +101,7 @@ class Remote:
             found = self.file(folder / name)
         except ShardError as error:
             # Of what is not there S3 says "forbidden" to who may not list the folder.
-            if isinstance(error.__cause__, PermissionError):
+            if forbidden(error.__cause__):
                 return None
             raise
         return found and self.cache.small(found)
@@ -154,7 +154,7 @@ def require_shards(place: Place, found: list, splits: Collection[str] = ()) -> N
                 f"{', '.join(sorted(splits))}"
             )
             example = "train" if "train" in splits else min(splits)
-            raise ShardError(f"{what}; name one, as {shown(place)}/{example}")
+            raise ShardError(f"{what}; name one, as {shown(place / example)}")
         remedy = "write them with: flap prepare MANIFEST OUT"
         if isinstance(place, Url):
             remedy = "name the folder that the .tar files are in, or a pattern of their names"
