@@ -9,6 +9,7 @@ data/*/*.tar       gs://bucket/mine/1*.tar   those that there are; not over http
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -119,6 +120,19 @@ def place_of(name: str, text: str) -> Place:
         return place(text)
     except PydanticCustomError as error:
         raise ConfigError(f"{name} {error.message()}, got '{text}'") from None
+
+
+# What folders with a home for each account are called.
+_HOMES = ("home", "Users")
+
+
+def shared_name(place: Place) -> str:
+    """The last part of a place, for what others read; "" where that names an account or a host."""
+    if isinstance(place, Url):
+        return place.name if "/" in place.shown.partition("://")[2].rstrip("/") else ""
+    whole, own = Path(os.path.abspath(place)), Path(os.path.expanduser("~"))
+    is_home = whole.parent.name in _HOMES or whole.name == own.name or whole == Path("/root")
+    return "" if is_home or place.name.startswith("~") else place.name
 
 
 def require_on_disk(name: str, path: Path) -> None:

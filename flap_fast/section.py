@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from enum import Enum
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import (
@@ -26,7 +26,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from flap_fast.places import Url, Weighted
+from flap_fast.places import Url, Weighted, shared_name
 
 Ratio = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0)]
@@ -106,7 +106,10 @@ class Section(BaseModel):
 
 
 def _last_part(value: Any) -> Any:
-    """The last part of a path or URL; a prompt, a name of the Hub or of a package is none."""
+    """The last part of a path or URL, "." where that would name an account or a host.
+
+    A prompt, a name of the Hub or of a package is no path.
+    """
     if isinstance(value, tuple):
         return tuple(map(_last_part, value))
     if isinstance(value, Weighted):
@@ -115,7 +118,5 @@ def _last_part(value: Any) -> Any:
     prompt = type(value) is str and "{" in text
     if not text or prompt or text.startswith(("package:", "hf:/")):
         return value
-    if isinstance(value, Url):
-        return Path(value.name)
-    last = PurePath(text).name or "."
-    return Path(last) if isinstance(value, Path) else last
+    last = shared_name(value if isinstance(value, Url) else Path(text)) or "."
+    return last if type(value) is str else Path(last)
