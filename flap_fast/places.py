@@ -21,6 +21,7 @@ from pydantic import BeforeValidator, PlainSerializer, PlainValidator
 from pydantic_core import PydanticCustomError
 
 from flap_fast.checks import ConfigError, require
+from flap_fast.files import visible
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
 _BRACES = re.compile(r"\{([^{}]*,[^{}]*|-?\d+\.\.-?\d+)\}")
@@ -135,10 +136,22 @@ def shared_name(place: Place) -> str:
     return "" if is_home or place.name.startswith("~") else place.name
 
 
-def require_on_disk(name: str, path: Path) -> None:
-    """Raise `ConfigError` for a URL where a command reads or writes files."""
-    remedy = "copy the files here; flap train and flap eval read URLs"
-    require(not _SCHEME.match(str(path)), name, "be a path on this machine", path, remedy)
+def on_disk(path: str | Path) -> None:
+    """Raise `PydanticCustomError` for a URL where only a path can be."""
+    if scheme := _SCHEME.match(str(path)):
+        remedy = "copy it here; shards alone are read by URL: data.train, flap eval, flap doctor"
+        if scheme[1].lower() == "hf":
+            remedy = "hf download OWNER/NAME --local-dir FOLDER copies it here"
+        raise PydanticCustomError("path_type", "must be a path on this machine", {"remedy": remedy})
+
+
+def require_on_disk(name: str, path: str | Path) -> None:
+    """Raise `ConfigError` for a URL where a command or a function reads or writes files."""
+    try:
+        on_disk(path)
+    except PydanticCustomError as error:
+        remedy = (error.context or {})["remedy"]
+        raise ConfigError(f"{name} {error.message()}, got '{visible(path)}'; {remedy}") from None
 
 
 Places = Annotated[

@@ -98,7 +98,8 @@ def sentence(fault: Mapping[str, Any], tree: Mapping[str, Any]) -> str:
     rule = fault["msg"] if fault["type"] != "model_type" else "must be a section of settings"
     for theirs, ours in _WORDS.items():
         rule = rule.replace(theirs, ours)
-    value, remedy = fault["input"], ""
+    value, remedy = fault["input"], fault.get("ctx", {}).get("remedy", "")
+    remedy = remedy and f"; {remedy}"
     if fault["type"] == "model_type" and (empty := _empty_among(_meant([], name, ()), tree)):
         remedy = f"; indent it below {empty}:"
     if fault["type"] == "string_type" and isinstance(value, (int, float, date)):

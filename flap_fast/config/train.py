@@ -12,6 +12,7 @@ from flap_fast.section import (
     FREE_ON_RESUME,
     NAMES_ACCOUNT,
     NAMES_FILES,
+    NAMES_MODEL,
     Count,
     CountOrZero,
     Positive,
@@ -127,10 +128,10 @@ class Train(Section):
     """Passes over the data; the last incomplete batch of each is dropped."""
     steps: Count | None = None
     """Optimizer steps, instead of epochs; one of the two is given, the other left out or null."""
-    init_from: Annotated[Path | None, NAMES_FILES] = None
+    init_from: Annotated[Path | None, NAMES_FILES, NAMES_MODEL] = None
     """A model folder, a run or `hf://OWNER/NAME`, whose weights initialise a new run (`flap import`
     writes folders); a decoder that it lacks is initialised at random."""
-    init_audio_from: Annotated[Path | None, NAMES_FILES] = None
+    init_audio_from: Annotated[Path | None, NAMES_FILES, NAMES_MODEL] = None
     """The same for only the audio encoder: an imported AudioMAE, or any of these; feature fusion
     that it lacks is initialised at random."""
     engine: Annotated[Literal["auto", "plain", "deepspeed"], FREE_ON_RESUME] = "auto"

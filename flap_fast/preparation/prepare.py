@@ -25,6 +25,7 @@ from flap_fast.checks import require
 from flap_fast.config import Audio
 from flap_fast.data.preprocess.waveform import Unusable
 from flap_fast.files import say
+from flap_fast.places import require_on_disk
 from flap_fast.preparation.encoding import ClipEncoder, FlacEncoder
 from flap_fast.preparation.manifest import Entry, read_manifest
 from flap_fast.preparation.ray_cluster import run_on_cluster
@@ -86,7 +87,9 @@ def prepare(
         shard_range = part
     require(shard_clips >= 1, "shard_clips", "be at least 1", shard_clips)
     require(threads >= 0, "threads", "be at least 0", threads)
+    require_on_disk("out", out)
     if isinstance(manifest, (str, os.PathLike)):
+        require_on_disk("manifest", manifest)
         entries = read_manifest(Path(manifest))
     elif isinstance(manifest, Sequence) and all(isinstance(clip, Entry) for clip in manifest):
         entries = manifest
