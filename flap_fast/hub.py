@@ -16,7 +16,7 @@ from flap_fast.checks import ConfigError, in_one_line, require
 from flap_fast.places import require_on_disk
 
 # One slash: `Path` makes it of two.
-_NAME = re.compile(r"hf:/{1,3}(?P<repo>[^@]*?)/*(?:@(?P<revision>.*))?")
+_NAME = re.compile(r"hf:/{1,3}(?P<repo>[^@]*?)/*(?:@(?P<revision>.*))?", re.IGNORECASE)
 # What opens a model, of this project's and of transformers' folders.
 _FILES = (
     *("config.yaml", "SHA256SUMS", "model.safetensors", "audio.safetensors", "text/*"),
@@ -42,7 +42,7 @@ class Repository(NamedTuple):
 
 def on_hub(path: str | Path) -> bool:
     """Whether a model's path names one on the Hub."""
-    return str(path).startswith("hf:/")
+    return str(path)[:4].lower() == "hf:/"
 
 
 def local_folder(path: str | Path) -> Path:

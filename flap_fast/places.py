@@ -23,7 +23,7 @@ from pydantic_core import PydanticCustomError
 from flap_fast.checks import ConfigError, require
 from flap_fast.files import visible
 
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
+_SCHEME = re.compile(r"\A([A-Za-z][A-Za-z0-9+.-]+):/+")
 _BRACES = re.compile(r"\{([^{}]*,[^{}]*|-?\d+\.\.-?\d+)\}")
 _MOST_NAMES = 1_000_000
 
@@ -101,10 +101,10 @@ def place(value: Any) -> Place:
         return value
     if not isinstance(value, (str, Path)):
         raise PydanticCustomError("path_type", "must be a path or a URL")
-    scheme = _SCHEME.match(str(value))
+    text = _SCHEME.sub(lambda found: found[0].lower(), str(value), count=1)
+    scheme = _SCHEME.match(text)
     if scheme is None:
         return Path(value)
-    text = str(value)
     if scheme[0] != f"{scheme[1]}://" and not (scheme[1] == "file" and scheme[0][-3:] == "///"):
         right = f"{scheme[1]}://{text[scheme.end() :]}"
         raise PydanticCustomError(

@@ -131,7 +131,7 @@ def _last_part(value: Any) -> Any:
         return Weighted(_last_part(value.path), value.weight)
     text = "" if value is None else str(value)
     prompt = type(value) is str and "{" in text
-    if not text or prompt or text.startswith(("package:", "hf:/")):
+    if not text or prompt or text.startswith("package:") or on_hub(text):
         return value
     last = shared_name(value if isinstance(value, Url) else Path(text)) or "."
     return last if type(value) is str else Path(last)

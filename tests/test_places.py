@@ -19,6 +19,7 @@ from flap_fast.__main__ import app, config_app
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
 from flap_fast.config.file import dump_config, load_config, parse_config
+from flap_fast.hub import local_folder, on_hub
 from flap_fast.places import Url, expanded, is_glob, is_pattern
 from flap_fast.section import NAMES_FILES
 
@@ -66,6 +67,17 @@ def test_a_config_keeps_urls_as_they_were_written():
     assert parse_config(yaml.safe_load(dump_config(config))) == config
     assert parse_config(config.model_dump()) == config
     assert load_config(None, ["data.val=file:///a/b%20c"]).data.val == (Path("/a/b c"),)
+
+
+def test_a_scheme_may_be_in_capitals():
+    config = load_config(None, ["data.train=[S3://B/x, HTTPS://H/0.tar]", "data.val=FILE:///a"])
+    assert config.data.train == ("s3://B/x", "https://H/0.tar")
+    assert config.data.val == (Path("/a"),)
+    model = load_config(None, ["train.init_from=HF://me/X"]).train.init_from
+    assert model is not None
+    assert on_hub(model)
+    with pytest.raises(ConfigError, match="a model on the Hub must be hf://OWNER/NAME"):
+        local_folder("HF://X")
 
 
 @pytest.mark.parametrize("value", ["s3:/bucket/x", Path("s3://bucket/x")])
