@@ -156,7 +156,7 @@ def require_on_disk(name: str, path: str | Path) -> None:
 
 Places = Annotated[
     tuple[Annotated[Place, PlainValidator(place), PlainSerializer(str, when_used="json")], ...],
-    BeforeValidator(lambda v: (v,) if isinstance(v, (str, Path)) else v),
+    BeforeValidator(lambda v: (v,) if isinstance(v, (str, Path, dict)) else v),
 ]
 """A setting of places; one alone is a list of one."""
 
