@@ -115,7 +115,7 @@ def place(value: Any) -> Place:
     return Path(unquote(text[len("file://") :])) if scheme[1] == "file" else Url(text)
 
 
-def place_of(name: str, text: str) -> Place:
+def place_of(name: str, text: str | Path) -> Place:
     """The place that an option of a command names; raises `ConfigError`."""
     try:
         return place(text)

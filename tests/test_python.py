@@ -100,6 +100,14 @@ def test_evaluate_gives_what_training_found(run: Path, prepared: Path):
         ({"classes": "dog"}, "classes must be a list of names, got 'dog'"),
         ({"crops": "whole"}, "eval.crops is not a setting"),
         ({"crop": "all"}, "eval.crop must"),
+        *(({"model": wrong}, r"model must be .*load gives, got") for wrong in (None, 3, [1], b"x")),
+        *(({"data": wrong}, r"data must be a place or a list") for wrong in (None, 3, b"x", True)),
+        ({"data": [3]}, "data must be a path or a URL, got '3'"),
+        *(
+            ({"tasks": wrong}, "tasks must be a name or a list of names, got")
+            for wrong in (None, 3)
+        ),
+        *(({"classes": wrong}, "classes must be a list of names, got") for wrong in (None, 3, [1])),
     ],
 )
 def test_what_cannot_be_scored_is_named(
@@ -108,6 +116,20 @@ def test_what_cannot_be_scored_is_named(
     arguments: dict[str, Any] = {"model": run, "data": prepared / "val"} | given
     with pytest.raises(ConfigError, match=message):
         flap_fast.evaluate(**arguments)
+
+
+@pytest.mark.parametrize("file", [3, b"x", [1], {}, True])
+def test_a_config_that_is_no_file_is_named(file: Any):
+    with pytest.raises(ConfigError, match="the config must be a file's path, got"):
+        flap_fast.load_config(file)
+
+
+@pytest.mark.parametrize("overrides", [None, 3, [3], [None], b"x", True])
+def test_overrides_that_are_none_are_named(overrides: Any):
+    with pytest.raises(
+        TypeError, match=r"overrides must be a list such as \['mask.kind=1d'\], got"
+    ):
+        flap_fast.load_config(None, overrides)
 
 
 def test_what_cannot_be_trained_is_named():
@@ -145,9 +167,23 @@ def test_a_loaded_model_is_not_scored_at_another_length_in_silence(run: Path, pr
         flap_fast.evaluate(flap_fast.load(run), prepared / "val", length="variable")
 
 
-@pytest.mark.parametrize("wrong", [{"shard_clips": -5}, {"shard_clips": 0}, {"threads": -1}])
-def test_prepare_names_a_number_that_would_leave_clips_out(wrong: dict[str, Any], tmp_path: Path):
+@pytest.mark.parametrize(
+    ("wrong", "rule"),
+    [
+        *(({"shard_clips": value}, "at least 1") for value in (-5, 0)),
+        *(({"threads": value}, "at least 0") for value in (-1,)),
+        *(({"sample_rate_hz": value}, "at least 1000") for value in (-1, 999)),
+        *(({"shard_clips": value}, "a whole number") for value in (None, "8", 1.5, True)),
+        *(({"threads": value}, "a whole number") for value in (None, "8", 1.5)),
+        *(({"sample_rate_hz": value}, "a whole number") for value in (None, "8", 1.5)),
+        *(({"cache": value}, "the section audio of a Config") for value in ("mel", True)),
+        *(({"shard_range": value}, "a ShardRange") for value in ("1/2", 1)),
+        *(({"distributor": value}, "one of threads, ray") for value in (None, "slurm")),
+        *(({"val_fraction": value}, "a number") for value in ("0.1", [1])),
+    ],
+)
+def test_prepare_names_what_cannot_be(wrong: dict[str, Any], rule: str, tmp_path: Path):
     (tmp_path / "m.jsonl").write_text('{"audio": "a.wav", "caption": "x"}\n')
-    with pytest.raises(ConfigError, match=f"{next(iter(wrong))} must be at least"):
+    with pytest.raises(ConfigError, match=f"{next(iter(wrong))} must be {rule}"):
         flap_fast.prepare(tmp_path / "m.jsonl", tmp_path / "out", **wrong)
     assert not (tmp_path / "out").exists()

@@ -25,7 +25,10 @@ def load_config(file: str | Path | None = None, overrides: Sequence[str] = ()) -
     Raises:
         ConfigError: an unreadable file, an unknown name, a value against its rule.
     """
-    if isinstance(overrides, (str, Mapping)):
+    known = file is None or isinstance(file, (str, os.PathLike))
+    require(known, "the config", "be a file's path", file)
+    listed = isinstance(overrides, Sequence) and not isinstance(overrides, str)
+    if not listed or not all(isinstance(one, str) for one in overrides):
         raise TypeError(f"overrides must be a list such as ['mask.kind=1d'], got {overrides!r}")
     tree = _read_yaml(Path(file)) if file is not None else {}
     given: dict[str, Any] = {}

@@ -18,8 +18,9 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 from flap_fast.checks import require
 from flap_fast.config import Audio
@@ -74,8 +75,8 @@ def prepare(
         test_fraction: likewise as `test`.
 
     Raises:
-        ConfigError: no clips a shard, threads below 0; fractions that cannot be, or of clips that
-            have splits.
+        ConfigError: an argument that cannot be, as no clips a shard; fractions of clips that have
+            splits.
         ManifestError: see `read_manifest`; also when OUT holds shards of another manifest or rate,
             or by another hand.
     """
@@ -85,8 +86,22 @@ def prepare(
             shard_range is None, "part", "be left out with shard_range", part, "give one of them"
         )
         shard_range = part
-    require(shard_clips >= 1, "shard_clips", "be at least 1", shard_clips)
-    require(threads >= 0, "threads", "be at least 0", threads)
+    for name, count, least in (
+        ("sample_rate_hz", sample_rate_hz, 1000),
+        ("shard_clips", shard_clips, 1),
+        ("threads", threads, 0),
+    ):
+        whole = isinstance(count, Integral) and not isinstance(count, bool)
+        require(whole, name, "be a whole number", count)
+        require(count >= least, name, f"be at least {least}", count)
+    for name, fraction in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
+        require(isinstance(fraction, Real), name, "be a number", fraction)
+    audio = cache is None or isinstance(cache, Audio)
+    require(audio, "cache", "be the section audio of a Config", cache)
+    known = shard_range is None or isinstance(shard_range, ShardRange)
+    require(known, "shard_range", "be a ShardRange", shard_range)
+    kinds = get_args(Distributor)
+    require(distributor in kinds, "distributor", f"be one of {', '.join(kinds)}", distributor)
     require_on_disk("out", out)
     if isinstance(manifest, (str, os.PathLike)):
         require_on_disk("manifest", manifest)
