@@ -60,6 +60,14 @@ def test_observers_get_the_rows_of_metrics_jsonl(prepared: Path, tmp_path: Path)
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
 
 
+def test_what_an_observer_does_to_its_row_no_other_sees(prepared: Path, tmp_path: Path):
+    rows: list[dict[str, Any]] = []
+    observers = [dict.clear, lambda row: rows.append(dict(row)), dict.clear]
+    flap_fast.train(settings(prepared, tmp_path), observers=observers)
+    assert rows == list(map(json.loads, (tmp_path / "flap/metrics.jsonl").open()))
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
+
+
 def test_an_observer_that_fails_is_named_and_left_out(prepared: Path, tmp_path: Path, capsys):
     calls = []
 
