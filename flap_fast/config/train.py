@@ -91,7 +91,7 @@ class Sched(Section):
     warmup_steps: CountOrZero = 3200
     """Steps of linear warm-up."""
     decay_steps: Count | None = None
-    """sched.name = wsd: steps of the decay at the end."""
+    """sched.name = wsd: steps of the decay at the end, after those of the warm-up."""
     final_factor: Annotated[float, Field(ge=0, le=1)] = 0.0
     """The learning rate to which it falls at the end, times optim.lr."""
 
