@@ -9,6 +9,7 @@ import io
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +21,7 @@ from flap_fast.checks import ConfigError, require
 from flap_fast.commands import doctor, enrich, exchange, prepare, report, score, serve, train, use
 from flap_fast.commands.errors import print_and_status, print_error
 from flap_fast.commands.length import LengthOption
-from flap_fast.commands.usage import Commands
+from flap_fast.commands.usage import Command, Commands
 from flap_fast.files import say, visible
 from flap_fast.progress import progress
 
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Print settings.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+command = partial(app.command, cls=Command)
 
 ConfigFile = Annotated[Path, typer.Argument(help="A YAML file, such as configs/demo.yaml.")]
 Overrides = Annotated[
@@ -72,23 +74,23 @@ def main_options(
     # The launcher sets LOCAL_RANK too; its option only has to be accepted.
 
 
-app.command()(prepare.prepare)
-app.command()(doctor.doctor)
+command()(prepare.prepare)
+command()(doctor.doctor)
 
 
-app.command()(train.train)
-app.command("eval")(score.evaluate)
-app.command()(enrich.enrich)
-app.command()(use.embed)
-app.command()(use.search)
-app.command()(use.classify)
-app.command()(serve.serve)
-app.command()(report.report)
-app.command("import")(exchange.import_)
-app.command()(exchange.export)
+command()(train.train)
+command("eval")(score.evaluate)
+command()(enrich.enrich)
+command()(use.embed)
+command()(use.search)
+command()(use.classify)
+command()(serve.serve)
+command()(report.report)
+command("import")(exchange.import_)
+command()(exchange.export)
 
 
-@app.command()
+@command()
 def rank(
     checkpoint: Annotated[
         str,
@@ -109,7 +111,7 @@ def rank(
         say(f"{cosine:6.3f}  {visible(caption)}")
 
 
-@app.command()
+@command()
 def show(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -126,7 +128,7 @@ def show(
     say(masking_figure(load_config(config, overrides or []), out, sound=sound, clip=clip))
 
 
-@app.command()
+@command()
 def profile(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -169,7 +171,7 @@ def profile(
     say(f"written to {folder}: {', '.join(sorted(f.name for f in folder.iterdir()))}")
 
 
-@app.command()
+@command()
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -233,7 +235,7 @@ def plan(
         raise typer.Exit(1)
 
 
-@config_app.command("show")
+@config_app.command("show", cls=Command)
 def config_show(
     config: Annotated[
         Path | None, typer.Argument(help="A YAML file; the defaults if not given.")

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flap_fast.checks import ConfigError, in_one_line, require
+from flap_fast.places import require_on_disk
 
 # One slash: `Path` makes it of two.
-_NAME = re.compile(r"hf:/{1,3}(?P<repo>[^@]*?)/*(?:@(?P<revision>.*))?")
+_NAME = re.compile(r"hf:/{1,3}(?P<repo>[^@]*?)/*(?:@(?P<revision>.*))?", re.IGNORECASE)
 # What opens a model, of this project's and of transformers' folders.
 _FILES = (
     *("config.yaml", "SHA256SUMS", "model.safetensors", "audio.safetensors", "text/*"),
@@ -41,16 +42,17 @@ class Repository(NamedTuple):
 
 def on_hub(path: str | Path) -> bool:
     """Whether a model's path names one on the Hub."""
-    return str(path).startswith("hf:/")
+    return str(path)[:4].lower() == "hf:/"
 
 
 def local_folder(path: str | Path) -> Path:
     """The folder of a model: a path of this machine as it is, a model on the Hub downloaded.
 
     Raises:
-        ConfigError: no such repository or revision, no access to it, or no connection.
+        ConfigError: another URL; no such repository or revision, no access to it, or no connection.
     """
     if not on_hub(path):
+        require_on_disk("a model", path)
         return Path(path)
     found = _NAME.fullmatch(str(path))
     valid = found is not None and _is_repo(found["repo"])

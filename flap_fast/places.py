@@ -9,6 +9,7 @@ data/*/*.tar       gs://bucket/mine/1*.tar   those that there are; not over http
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -21,8 +22,9 @@ from pydantic import BeforeValidator, PlainSerializer, PlainValidator
 from pydantic_core import PydanticCustomError
 
 from flap_fast.checks import ConfigError, require
+from flap_fast.files import visible
 
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
+_SCHEME = re.compile(r"\A([A-Za-z][A-Za-z0-9+.-]+):/+")
 _BRACES = re.compile(r"\{([^{}]*,[^{}]*|-?\d+\.\.-?\d+)\}")
 _MOST_NAMES = 1_000_000
 
@@ -118,7 +120,7 @@ def place(value: Any) -> Place:
     return Url(start + rest)
 
 
-def place_of(name: str, text: str) -> Place:
+def place_of(name: str, text: str | Path) -> Place:
     """The place that an option of a command names; raises `ConfigError`."""
     try:
         return place(text)
@@ -126,15 +128,40 @@ def place_of(name: str, text: str) -> Place:
         raise ConfigError(f"{name} {error.message()}, got '{text}'") from None
 
 
-def require_on_disk(name: str, path: Path) -> None:
-    """Raise `ConfigError` for a URL where a command reads or writes files."""
-    remedy = "copy the files here; flap train and flap eval read URLs"
-    require(not _SCHEME.match(str(path)), name, "be a path on this machine", path, remedy)
+# What folders with a home for each account are called.
+_HOMES = ("home", "Users")
+
+
+def shared_name(place: Place) -> str:
+    """The last part of a place, for what others read; "" where that names an account or a host."""
+    if isinstance(place, Url):
+        return place.name if "/" in place.shown.partition("://")[2].rstrip("/") else ""
+    whole, own = Path(os.path.abspath(place)), Path(os.path.expanduser("~"))
+    is_home = whole.parent.name in _HOMES or whole.name == own.name or whole == Path("/root")
+    return "" if is_home or place.name.startswith("~") else place.name
+
+
+def on_disk(path: str | Path) -> None:
+    """Raise `PydanticCustomError` for a URL where only a path can be."""
+    if scheme := _SCHEME.match(str(path)):
+        remedy = "copy it here; shards alone are read by URL: data.train, flap eval, flap doctor"
+        if scheme[1].lower() == "hf":
+            remedy = "hf download OWNER/NAME --local-dir FOLDER copies it here"
+        raise PydanticCustomError("path_type", "must be a path on this machine", {"remedy": remedy})
+
+
+def require_on_disk(name: str, path: str | Path) -> None:
+    """Raise `ConfigError` for a URL where a command or a function reads or writes files."""
+    try:
+        on_disk(path)
+    except PydanticCustomError as error:
+        remedy = (error.context or {})["remedy"]
+        raise ConfigError(f"{name} {error.message()}, got '{visible(path)}'; {remedy}") from None
 
 
 Places = Annotated[
     tuple[Annotated[Place, PlainValidator(place), PlainSerializer(str, when_used="json")], ...],
-    BeforeValidator(lambda v: (v,) if isinstance(v, (str, Path)) else v),
+    BeforeValidator(lambda v: (v,) if isinstance(v, (str, Path, dict)) else v),
 ]
 """A setting of places; one alone is a list of one."""
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from enum import Enum
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import (
@@ -26,7 +26,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from flap_fast.places import Url, Weighted
+from flap_fast.hub import on_hub
+from flap_fast.places import Url, Weighted, on_disk, shared_name
 
 Ratio = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0)]
@@ -46,10 +47,11 @@ class Mark(Enum):
     FREE_ON_RESUME = "may change when a run is resumed: it moves no weight"
     AFTER_FRONT_END = "does not change a cached log-mel"
     NAMES_FILES = "names files of this machine: a model that is shared has only their last part"
+    NAMES_MODEL = "names a model: a folder, or hf://OWNER/NAME"
     NAMES_ACCOUNT = "names an account: a model that is shared has the default"
 
 
-MEANS_WEIGHTS, FREE_ON_RESUME, AFTER_FRONT_END, NAMES_FILES, NAMES_ACCOUNT = Mark
+MEANS_WEIGHTS, FREE_ON_RESUME, AFTER_FRONT_END, NAMES_FILES, NAMES_MODEL, NAMES_ACCOUNT = Mark
 
 
 class Section(BaseModel):
@@ -72,6 +74,19 @@ class Section(BaseModel):
         takes = str(cls.model_fields[str(info.field_name)].annotation)
         if isinstance(value, bool) and re.search("int|float", takes) and "bool" not in takes:
             raise PydanticCustomError("no_number", "must not be true or false")
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _files(cls, value: Any, info: ValidationInfo) -> Any:
+        """`run.folder: s3://bucket` is no folder `s3:` beside the others."""
+        marks = cls.model_fields[str(info.field_name)].metadata
+        for path in value if isinstance(value, tuple) else (value,):
+            prompt_or_place = isinstance(path, Url) or "{" in str(path)
+            if NAMES_FILES not in marks or prompt_or_place:
+                continue
+            if isinstance(path, (str, Path)) and not (NAMES_MODEL in marks and on_hub(path)):
+                on_disk(path)
         return value
 
     def marked(self, mark: Mark) -> dict[str, Any]:
@@ -106,16 +121,17 @@ class Section(BaseModel):
 
 
 def _last_part(value: Any) -> Any:
-    """The last part of a path or URL; a prompt, a name of the Hub or of a package is none."""
+    """The last part of a path or URL, "." where that would name an account or a host.
+
+    A prompt, a name of the Hub or of a package is no path.
+    """
     if isinstance(value, tuple):
         return tuple(map(_last_part, value))
     if isinstance(value, Weighted):
         return Weighted(_last_part(value.path), value.weight)
     text = "" if value is None else str(value)
     prompt = type(value) is str and "{" in text
-    if not text or prompt or text.startswith(("package:", "hf:/")):
+    if not text or prompt or text.startswith("package:") or on_hub(text):
         return value
-    if isinstance(value, Url):
-        return Path(value.name)
-    last = PurePath(text).name or "."
-    return Path(last) if isinstance(value, Path) else last
+    last = shared_name(value if isinstance(value, Url) else Path(text)) or "."
+    return last if type(value) is str else Path(last)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -176,6 +178,49 @@ def test_a_key_that_is_not_indented_is_named(text: str, message: str, tmp_path: 
 def test_a_list_that_is_written_otherwise_is_told_how(override: str, message: str):
     with pytest.raises(ConfigError, match=message):
         load_config(None, [override])
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *(("data.train", text) for text in ("{a,b}/0.tar", "{0..7}.tar", "*.tar", "a #1", "#1")),
+        *(("text.folder", text) for text in ("@x", "%x", "`x", "[a, b", "'it", "!x", "|x")),
+        ("eval.templates", "Sound: {label}, no: 1"),
+        ("eval.templates", "Sound #1 of {label}"),
+    ],
+)
+def test_an_override_that_yaml_reads_otherwise_is_told_what_to_type(name: str, text: str):
+    with pytest.raises(
+        ConfigError, match=f"^the value of {name} must .*; in quotes it is"
+    ) as error:
+        load_config(None, [f"{name}={text}"])
+    typed = shlex.split(str(error.value).partition("it is a text: ")[2])
+    section, last = name.split(".")
+    value = getattr(getattr(load_config(None, typed), section), last)
+    assert value == ((Path(text),) if name == "data.train" else text)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["train: {a,b}/0.tar", "train: *.tar", "train: @x", "train: a: b", "train:\n    - {a,b}/0.tar"],
+)
+def test_a_line_that_yaml_cannot_read_is_told_in_quotes(line: str, tmp_path: Path):
+    file = tmp_path / "c.yaml"
+    file.write_text(f"data:\n  {line}\n  cache_gib: 1\n")
+    with pytest.raises(ConfigError, match=r"in line [23]; in quotes it is a text: ") as error:
+        load_config(file)
+    right = str(error.value).partition("it is a text: ")[2]
+    file.write_text(file.read_text().replace(line.partition("\n    ")[2] or line, right))
+    assert load_config(file).data.train == (Path(re.split("[ -]+", line, maxsplit=1)[1]),)
+
+
+@pytest.mark.parametrize("value", ["2001-01-01", "12", "a: b", "{a, b}"])
+def test_a_path_that_yaml_takes_for_something_else_is_told_the_quotes(value: str):
+    remedy = """; in quotes it is a text: 'run.folder="..."'$"""
+    with pytest.raises(ConfigError, match=f"^run.folder must be a path, got .*{remedy}"):
+        load_config(None, [f"run.folder={value}"])
+    with pytest.raises(ConfigError, match=r"""got .*; in quotes it is a text: 'data.val="..."'$"""):
+        load_config(None, ["data.val={a,b}"])
 
 
 @pytest.mark.parametrize("value", ["2001-01-01", "12", "1.5", "yes"])

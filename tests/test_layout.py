@@ -14,7 +14,7 @@ SOURCES = sorted([*ROOT.glob("flap_fast/**/*.py"), *ROOT.glob("kernels/**/*.py")
 # Left to right; a room imports from itself and from what stands to its left. Losses and encoders'
 # settings are sections of the config: PyTorch, kernels and modules they import inside functions.
 ORDER = (
-    *("files", "checks", "checksums", "hub", "tensors", "launcher", "progress", "ranks", "places"),
+    *("files", "checks", "checksums", "places", "hub", "tensors", "launcher", "progress", "ranks"),
     "section",
     *("losses", "encoder settings", "config", "data", "encoders", "model", "preparation"),
     *("evaluation", "interchange", "training", "tools", "report", "commands"),

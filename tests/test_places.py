@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Iterator
+from inspect import Parameter, signature
+from itertools import chain
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import yaml
+from typer.models import OptionInfo
 from typer.testing import CliRunner
 
-from flap_fast.__main__ import app
+from flap_fast import prepare
+from flap_fast.__main__ import app, config_app
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
 from flap_fast.config.file import dump_config, load_config, parse_config
+from flap_fast.hub import local_folder, on_hub
 from flap_fast.places import Url, expanded, is_glob, is_pattern
+from flap_fast.section import NAMES_FILES
 
 
 @pytest.mark.parametrize(
@@ -72,6 +80,17 @@ def test_a_config_keeps_urls_as_they_were_written():
     assert load_config(None, ["data.val=file:///a/b%20c"]).data.val == (Path("/a/b c"),)
 
 
+def test_a_scheme_may_be_in_capitals():
+    config = load_config(None, ["data.train=[S3://B/x, HTTPS://H/0.tar]", "data.val=FILE:///a"])
+    assert config.data.train == ("s3://B/x", "https://H/0.tar")
+    assert config.data.val == (Path("/a"),)
+    model = load_config(None, ["train.init_from=HF://me/X"]).train.init_from
+    assert model is not None
+    assert on_hub(model)
+    with pytest.raises(ConfigError, match="a model on the Hub must be hf://OWNER/NAME"):
+        local_folder("HF://X")
+
+
 @pytest.mark.parametrize("value", ["s3:/bucket/x", Path("s3://bucket/x")])
 def test_a_url_that_lost_a_slash_is_refused_with_the_whole_one(value: str | Path):
     with pytest.raises(ConfigError, match=r"data\.train\.0 must have .* as s3://bucket/x, got"):
@@ -97,12 +116,19 @@ def test_a_shared_config_has_only_the_last_part_of_places():
     [
         (
             ["prepare", "s3://b/x", "out"],
-            "DATA must be a path on this machine, got 's3:/b/x'; copy",
+            "DATA must be a path on this machine, got 's3:/b/x'; copy it here; shards alone are",
         ),
         (
             ["enrich", "in", "https://h/x", "--model", "m"],
             "OUT must be a path on this machine, got",
         ),
+        (
+            ["report", "hf://me/run"],
+            "RUN must be a path on this machine, got 'hf:/me/run'; hf download OWNER/NAME --local",
+        ),
+        (["export", "s3://b/x", "out"], "a model must be a path on this machine, got 's3://b/x'"),
+        (["eval", "s3://b/x", "data"], "a model must be a path on this machine, got 's3://b/x'"),
+        (["rank", "s3://b/x", "a.wav", "b"], "a model must be a path on this machine, got 's3:"),
         (
             ["eval", "M", "s3:/b/x"],
             "DATA must have two slashes after s3:, as s3://b/x, got 's3:/b/x'",
@@ -117,3 +143,64 @@ def test_commands_that_read_no_urls_say_so(words: list[str], message: str):
     done = CliRunner().invoke(app, words)
     assert isinstance(done.exception, ConfigError)
     assert str(done.exception).startswith(message)
+
+
+def path_parameters() -> Iterator[tuple[list[str], str]]:
+    """A call of each command with a URL for each parameter of a path, and what it is called."""
+    for above, one in [([], c) for c in app.registered_commands] + [
+        (["config"], c) for c in config_app.registered_commands
+    ]:
+        assert one.callback is not None
+        command, parameters = one.name or one.callback.__name__.strip("_"), {}
+        for name, hint in get_type_hints(one.callback, include_extras=True).items():
+            if name != "return":
+                (info,) = hint.__metadata__
+                needed = signature(one.callback).parameters[name].default is Parameter.empty
+                declared = str(info.default) if str(info.default)[:2] == "--" else None
+                option = [declared or f"--{name.replace('_', '-')}"]
+                words = option if isinstance(info, OptionInfo) else []
+                parameters[name] = (words, needed, "Path" in str(hint))
+        for name, (option, _, is_path) in parameters.items():
+            if is_path:
+                words = [
+                    [*words, "s3://b/x" if other == name else "x"]
+                    for other, (words, needed, _) in parameters.items()
+                    if needed or other == name
+                ]
+                called = option[0] if option else name.upper()
+                yield [*above, command, *chain.from_iterable(words)], called
+
+
+@pytest.mark.parametrize(("words", "name"), [*path_parameters()], ids=lambda x: "".join(x[:2]))
+def test_every_argument_of_a_path_refuses_a_url(words: list[str], name: str, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, words)
+    assert isinstance(done.exception, ConfigError)
+    assert str(done.exception).startswith(f"{name} must be a path on this machine, got 's3:/b/x'")
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    "name", sorted({*Config().marked(NAMES_FILES)} - {"data.train", "data.val"})
+)
+def test_every_setting_of_a_path_refuses_a_url(name: str):
+    rule = "must be a path on this machine, got .*s3://b/x'; copy it here"
+    with pytest.raises(ConfigError, match=f"^{name}.* {rule}"):
+        load_config(None, [f"{name}=s3://b/x"])
+
+
+def test_models_of_the_hub_and_prompts_are_no_such_urls():
+    given = {"train.init_from": "hf://me/x", "eval.templates": "A {label}, see http://x."}
+    config = load_config(None, [f"{name}={value!r}" for name, value in given.items()])
+    assert str(config.train.init_from) == "hf:/me/x"
+    assert config.eval.templates == given["eval.templates"]
+    with pytest.raises(ConfigError, match=r"run\.folder must .*; hf download OWNER/NAME"):
+        load_config(None, ["run.folder=hf://me/x"])
+
+
+def test_prepare_refuses_a_url_in_python(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for arguments in (("s3://b/m.csv", "out"), ("m.csv", "s3://b/x")):
+        with pytest.raises(ConfigError, match="must be a path on this machine, got 's3://b/"):
+            prepare(*arguments)
+    assert not [*tmp_path.iterdir()]

@@ -61,6 +61,14 @@ def test_observers_get_the_rows_of_metrics_jsonl(prepared: Path, tmp_path: Path)
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
 
 
+def test_what_an_observer_does_to_its_row_no_other_sees(prepared: Path, tmp_path: Path):
+    rows: list[dict[str, Any]] = []
+    observers = [dict.clear, lambda row: rows.append(dict(row)), dict.clear]
+    flap_fast.train(settings(prepared, tmp_path), observers=observers)
+    assert rows == list(map(json.loads, (tmp_path / "flap/metrics.jsonl").open()))
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
+
+
 def test_an_observer_that_fails_is_named_and_left_out(prepared: Path, tmp_path: Path, capsys):
     calls = []
 
@@ -101,6 +109,14 @@ def test_evaluate_gives_what_training_found(run: Path, prepared: Path):
         ({"classes": "dog"}, "classes must be a list of names, got 'dog'"),
         ({"crops": "whole"}, "eval.crops is not a setting"),
         ({"crop": "all"}, "eval.crop must"),
+        *(({"model": wrong}, r"model must be .*load gives, got") for wrong in (None, 3, [1], b"x")),
+        *(({"data": wrong}, r"data must be a place or a list") for wrong in (None, 3, b"x", True)),
+        ({"data": [3]}, "data must be a path or a URL, got '3'"),
+        *(
+            ({"tasks": wrong}, "tasks must be a name or a list of names, got")
+            for wrong in (None, 3)
+        ),
+        *(({"classes": wrong}, "classes must be a list of names, got") for wrong in (None, 3, [1])),
     ],
 )
 def test_what_cannot_be_scored_is_named(
@@ -109,6 +125,20 @@ def test_what_cannot_be_scored_is_named(
     arguments: dict[str, Any] = {"model": run, "data": prepared / "val"} | given
     with pytest.raises(ConfigError, match=message):
         flap_fast.evaluate(**arguments)
+
+
+@pytest.mark.parametrize("file", [3, b"x", [1], {}, True])
+def test_a_config_that_is_no_file_is_named(file: Any):
+    with pytest.raises(ConfigError, match="the config must be a file's path, got"):
+        flap_fast.load_config(file)
+
+
+@pytest.mark.parametrize("overrides", [None, 3, [3], [None], b"x", True])
+def test_overrides_that_are_none_are_named(overrides: Any):
+    with pytest.raises(
+        TypeError, match=r"overrides must be a list such as \['mask.kind=1d'\], got"
+    ):
+        flap_fast.load_config(None, overrides)
 
 
 def test_what_cannot_be_trained_is_named():
@@ -158,7 +188,17 @@ def test_a_loaded_model_is_not_scored_at_another_length_in_silence(run: Path, pr
         ({"distributor": "ray2"}, "distributor must be one of threads, ray, got 'ray2'"),
         ({"shard_range": "1/2"}, r"shard_range must be a ShardRange, got '1/2'; write .*\(1, 8\)"),
         ({"cache": "mel"}, "cache must be the front end of a config, got 'mel'; load_config"),
-        ({"val_fraction": "0.1"}, r"val-fraction must be in \[0, 1\), got '0.1'"),
+        ({"val_fraction": "0.1"}, "val_fraction must be a number, got '0.1'"),
+        *(
+            ({"shard_clips": value}, "shard_clips must be .* a whole number")
+            for value in (None, "8", True)
+        ),
+        *(({"threads": value}, "threads must be .* a whole number") for value in (None, 1.5)),
+        *(
+            ({"sample_rate_hz": value}, "sample_rate_hz must be a whole")
+            for value in (None, "8", 1e4)
+        ),
+        ({"distributor": None}, "distributor must be one of threads, ray"),
     ],
 )
 def test_prepare_names_what_would_fail_later_or_leave_clips_out(

@@ -44,15 +44,12 @@ def enrich(
     require(0 <= threshold <= 1, "--threshold", "be in [0, 1]", threshold)
     require(0 <= seed < 2**32, "--seed", "be in [0, 2^32)", seed)
     require(limit is None or limit >= 1, "--limit", "be at least 1", limit)
-    from flap_fast.places import require_on_disk
     from flap_fast.tools.enrich.events import open_tagger
     from flap_fast.tools.enrich.prompts import prompt as named
     from flap_fast.tools.enrich.run import Recipe
     from flap_fast.tools.enrich.run import enrich as run
     from flap_fast.tools.enrich.sources import open_source
 
-    require_on_disk("SOURCE", source)
-    require_on_disk("OUT", out)
     asked = named(prompt, events=tagger != "none")
     clips = open_source(source, split).first(limit)
     opened_tagger = open_tagger(tagger)

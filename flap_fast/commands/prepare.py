@@ -50,12 +50,9 @@ def prepare(
     distributor: DistributorOption = "threads",
 ) -> None:
     """Decode every clip once and write WebDataset shards; goes on where it was stopped."""
-    from flap_fast.places import require_on_disk
     from flap_fast.preparation.prepare import prepare as write_shards
 
     names = ", ".join(SOURCES)
-    require_on_disk("DATA", data)
-    require_on_disk("OUT", out)
     require(source is None or source in SOURCES, "--source", f"be one of {names}", source)
     require(cache in (None, "mel"), "--cache", "be mel", cache)
     require(shard_clips >= 1, "--shard-clips", "be at least 1", shard_clips)

@@ -20,7 +20,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from flap_fast.config import rules
 from flap_fast.config.heads import Decoder, Joint
 from flap_fast.config.masking import Fusion, Mask, SpecAug
-from flap_fast.config.rules import check_before_loading, check_micro_batch
+from flap_fast.config.rules import check_before_loading, check_effects, check_micro_batch
 from flap_fast.config.train import Ckpt, Eval, Log, Optim, Sched, Train
 from flap_fast.encoders import AUDIO_ENCODERS, IMAGE_ENCODERS, TEXT_ENCODERS
 from flap_fast.encoders.audio_settings import Audio
@@ -57,6 +57,7 @@ __all__ = [
     "SpecAug",
     "Train",
     "check_before_loading",
+    "check_effects",
     "check_micro_batch",
 ]
 

@@ -98,11 +98,14 @@ def sentence(fault: Mapping[str, Any], tree: Mapping[str, Any]) -> str:
     rule = fault["msg"] if fault["type"] != "model_type" else "must be a section of settings"
     for theirs, ours in _WORDS.items():
         rule = rule.replace(theirs, ours)
-    value, remedy = fault["input"], ""
+    value, remedy = fault["input"], fault.get("ctx", {}).get("remedy", "")
+    remedy = remedy and f"; {remedy}"
     if fault["type"] == "model_type" and (empty := _empty_among(_meant([], name, ()), tree)):
         remedy = f"; indent it below {empty}:"
-    if fault["type"] == "string_type" and isinstance(value, (int, float, date)):
-        remedy = f"; in quotes it is a text: '{name}=\"...\"'"
+    is_text, item = fault["type"] in ("string_type", "path_type"), path[-1].isdigit()
+    mistaken = isinstance(value, dict if item else (int, float, date, dict, list))
+    if is_text and mistaken and not (isinstance(value, dict) and "path" in value):
+        remedy = f"; in quotes it is a text: '{'.'.join(path[:-1] if item else path)}=\"...\"'"
     # Commas where a list belongs: `8,16`, or the only item of a list of names.
     several = fault["type"] == "tuple_type" or path[-1].isdigit()
     if several and isinstance(value, str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 from flap_fast.checks import ConfigError, require
 from flap_fast.config import Config
 from flap_fast.config.faults import sentence
-from flap_fast.config.yaml_text import parse_yaml
+from flap_fast.config.yaml_text import comment_after, parse_yaml, quoted
 
 
 def load_config(file: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -24,7 +25,10 @@ def load_config(file: str | Path | None = None, overrides: Sequence[str] = ()) -
     Raises:
         ConfigError: an unreadable file, an unknown name, a value against its rule.
     """
-    if isinstance(overrides, (str, Mapping)):
+    known = file is None or isinstance(file, (str, os.PathLike))
+    require(known, "the config", "be a file's path", file)
+    listed = isinstance(overrides, Sequence) and not isinstance(overrides, str)
+    if not listed or not all(isinstance(one, str) for one in overrides):
         raise TypeError(f"overrides must be a list such as ['mask.kind=1d'], got {overrides!r}")
     tree = _read_yaml(Path(file)) if file is not None else {}
     given: dict[str, Any] = {}
@@ -37,11 +41,22 @@ def load_config(file: str | Path | None = None, overrides: Sequence[str] = ()) -
         remedy = f"put it in quotes, that the shell leaves its braces: '{name}=.../{{0..7}}.tar'"
         require(not expanded, name, "be given once", value, remedy)
         texts[name] = value
-        given[name] = parse_yaml(value, f"the value of {name}")
+        given[name] = _override(name, value)
     _drop_other_length(tree, {"train": {n.removeprefix("train."): v for n, v in given.items()}})
     for name, value in given.items():
         _set(tree, name, value)
     return parse_config(tree)
+
+
+def _override(name: str, text: str) -> Any:
+    """The value of an override, which is YAML, but without comments."""
+    remedy = f"in quotes it is a text: {shlex.quote(f'{name}={quoted(text)}')}"
+    try:
+        value, rest = parse_yaml(text, f"the value of {name}"), comment_after(text)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; {remedy}") from None
+    require(not rest, f"the value of {name}", "hold no comment of YAML", rest, remedy)
+    return value
 
 
 def parse_config(tree: Mapping[str, Any]) -> Config:

@@ -14,7 +14,7 @@ class Decoder(Section):
     """Reconstructs the patches that masking dropped, where loss.recon.weight is above 0."""
 
     width: Count = 512
-    """Width of its blocks."""
+    """Width of its blocks; there is a decoder where loss.recon.weight is above 0."""
     depth: Depth = 4
     """Blocks."""
     heads: Annotated[Count, MEANS_WEIGHTS] = 4

@@ -18,10 +18,10 @@ class Fusion(Section):
     The pieces join the patches' embeddings (`_2d`) or the log-mel (`_1d`) by attention, by iterated
     attention or by a sum, or are channels of the patch embedding. LAION's is `aff_2d`."""
     max_duration_s: Annotated[Positive, Field(le=86400)] = 30.0
-    """Seconds of a clip that are decoded; longer clips are cropped to this."""
+    """With fusion: seconds of a clip that are decoded; longer clips are cropped to this."""
     force_one: bool = True
-    """Treat one clip as longer in a batch without any, so that each batch trains the fusion
-    (LAION's; per rank). Required by train.zero_stage = 3."""
+    """With fusion: treat one clip as longer in a batch without any, so that each batch trains the
+    fusion (LAION's; per rank). Required by train.zero_stage = 3."""
 
     @property
     def on(self) -> bool:
@@ -68,7 +68,7 @@ class Mask(Section):
     rounding: Literal["floor", "round", "ceil"] = "floor"
     """How a kept count is rounded."""
     unmasked_tail_epochs: CountOrZero = 0
-    """Epochs at the end that train without masking (FLIP)."""
+    """Epochs at the end that train without masking (FLIP); the last one may be incomplete."""
 
     def masks(self, epoch: int, epochs: int) -> bool:
         """Whether patches are dropped in an epoch, counted from 0, of a run of `epochs`."""

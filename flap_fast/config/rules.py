@@ -191,6 +191,31 @@ def check_before_loading(config: Config, world: int) -> None:
     )
 
 
+def check_effects(config: Config, steps: int | None, epochs: int | None) -> None:
+    """Raise `ConfigError` for settings of a new run that the others leave without effect.
+
+    Not when a config is read: those of older runs and models may have them.
+
+    Args:
+        steps: of the whole run; None where they are not known yet.
+        epochs: likewise.
+    """
+    for name, encoder in ((config.encoder.modality, config.encoder), ("text", config.text)):
+        scale = type(encoder).model_fields["lora_alpha"].default
+        idle = encoder.lora_rank == 0 and encoder.lora_alpha != scale
+        rule, remedy = f"be left out with {name}.lora_rank = 0", f"set {name}.lora_rank, as 8"
+        require(not idle, f"{name}.lora_alpha", rule, encoder.lora_alpha, remedy)
+    warm, decay = config.sched.warmup_steps, config.sched.decay_steps
+    if steps and decay:
+        rule = f"be at most the run's {steps} steps less sched.warmup_steps = {warm}"
+        require(decay + warm <= steps, "sched.decay_steps", rule, decay)
+    tail, masked = config.mask.unmasked_tail_epochs, config.mask.kind != "none"
+    if epochs and masked:
+        rule = f"be below the run's {epochs} epochs, all of which it would leave unmasked"
+        remedy = "set mask.kind=none to train without masking"
+        require(tail < epochs, "mask.unmasked_tail_epochs", rule, tail, remedy)
+
+
 def _check_place(name: str, place: Place) -> None:
     """Raise `ConfigError` where a path leads to no shards; a URL is asked for when it is read."""
     if isinstance(place, Url):

@@ -12,6 +12,7 @@ from flap_fast.section import (
     FREE_ON_RESUME,
     NAMES_ACCOUNT,
     NAMES_FILES,
+    NAMES_MODEL,
     Count,
     CountOrZero,
     Positive,
@@ -90,7 +91,7 @@ class Sched(Section):
     warmup_steps: CountOrZero = 3200
     """Steps of linear warm-up."""
     decay_steps: Count | None = None
-    """sched.name = wsd: steps of the decay at the end."""
+    """sched.name = wsd: steps of the decay at the end, after those of the warm-up."""
     final_factor: Annotated[float, Field(ge=0, le=1)] = 0.0
     """The learning rate to which it falls at the end, times optim.lr."""
 
@@ -127,10 +128,10 @@ class Train(Section):
     """Passes over the data; the last incomplete batch of each is dropped."""
     steps: Count | None = None
     """Optimizer steps, instead of epochs; one of the two is given, the other left out or null."""
-    init_from: Annotated[Path | None, NAMES_FILES] = None
+    init_from: Annotated[Path | None, NAMES_FILES, NAMES_MODEL] = None
     """A model folder, a run or `hf://OWNER/NAME`, whose weights initialise a new run (`flap import`
     writes folders); a decoder that it lacks is initialised at random."""
-    init_audio_from: Annotated[Path | None, NAMES_FILES] = None
+    init_audio_from: Annotated[Path | None, NAMES_FILES, NAMES_MODEL] = None
     """The same for only the audio encoder: an imported AudioMAE, or any of these; feature fusion
     that it lacks is initialised at random."""
     engine: Annotated[Literal["auto", "plain", "deepspeed"], FREE_ON_RESUME] = "auto"

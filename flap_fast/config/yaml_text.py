@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from typing import Any
@@ -33,6 +34,20 @@ def parse_yaml(text: str | bytes, what: str) -> Any:
     raise ConfigError(f"{what} must be YAML: {reason}")
 
 
+def comment_after(text: str) -> str:
+    """The comment that ends a YAML text."""
+    *_, last, _ = yaml.scan(text)
+    return text[last.end_mark.index :].strip()
+
+
+def quoted(text: str) -> str:
+    """YAML of a text that may hold any signs; of a long one only how it is written."""
+    return json.dumps(text, ensure_ascii=False) if len(text) <= _LONG else '"..."'
+
+
+# More of a text is not repeated in a sentence about it.
+_LONG = 200
+
 # All settings together are a few hundred.
 _MOST_VALUES = 100_000
 
@@ -63,7 +78,16 @@ def _reason(error: Exception, text: str | bytes) -> str:
     if mark is None or not isinstance(text, bytes):
         return reason
     setting = _setting_at(mark, text)
-    return f"{reason}, in line {mark.line + 1}" + (f", setting {setting}" if setting else "")
+    line = text.split(b"\n")[mark.line].decode(errors="replace")
+    return f"{reason}, in line {mark.line + 1}" + (
+        f", setting {setting}" if setting else _in_quotes(line)
+    )
+
+
+def _in_quotes(line: str) -> str:
+    """The remedy for a line whose value has a meaning in YAML that was hardly meant; or nothing."""
+    found = re.fullmatch(r"\s*((?:- +)*(?:[\w.]+: +)?)([\[{&*!|>%@`].*|.*: .*?)\s*", line)
+    return f"; in quotes it is a text: {found[1]}{quoted(found[2])}" if found and found[1] else ""
 
 
 def _setting_at(mark: yaml.Mark, text: bytes) -> str:

@@ -50,7 +50,7 @@ class Encoder(Section):
     layers of its blocks (8 or 16 is usual), and its head; 0 is off. Checkpoints hold them merged
     into the weights, and apart to resume from."""
     lora_alpha: Positive = 16.0
-    """The adapters' scale, times the rank."""
+    """The adapters' scale, times the rank; only with a rank."""
 
     moved: ClassVar[dict[str, tuple[object, ...]]] = {}
     """Settings that now belong to another encoder but were in this section in older files, with

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from flap_fast.evaluation.scores_file import Scores, read_scores
 from flap_fast.files import visible
 from flap_fast.interchange.layout import CardFields, Export
 from flap_fast.interchange.tensors import read_json
-from flap_fast.places import Place, Weighted, shown
+from flap_fast.places import Place, Url, Weighted, shared_name, shown
 from flap_fast.ranks import Ranks
 
 CARD = "README.md"
@@ -52,7 +53,7 @@ def write_card(
     """
     # As it was trained: its text encoder is not yet a folder of the model's.
     config = load_config(export.folder / "config.yaml")
-    scores, modality = read_scores(run / "eval.json"), config.encoder.modality
+    scores, modality = _shared(read_scores(run / "eval.json")), config.encoder.modality
     name = fields.name or config.run.name
     clap = not use and read_json(folder / "config.json").get("model_type") == "clap"
     data = ModelCardData(
@@ -142,7 +143,7 @@ def _data(config: Config, state: Path, fields: CardFields) -> str:
     clips = read_json(state).get("clips") if state.is_file() else None
     rows = [
         ("data sets", ", ".join(fields.datasets) or "not stated"),
-        ("trained on", ", ".join(map(_named, config.data.train)) or "not stated"),
+        ("trained on", ", ".join(_told_apart(map(_named, config.data.train))) or "not stated"),
         ("clips", f"{clips:,}" if isinstance(clips, int) else _UNKNOWN),
     ]
     if config.encoder is config.audio:
@@ -156,11 +157,41 @@ def _named(entry: Place | Weighted) -> str:
     """The last part of a path or URL, with the data set that the whole one names."""
     if isinstance(entry, Weighted):
         return f"{_named(entry.path)}, weight {entry.weight:g}"
-    path = entry
-    known = data_set(shown(path), "audio") or data_set(shown(path), "image")
+    name = shared_name(entry) or "data"
+    known = data_set(shown(entry), "audio") or data_set(shown(entry), "image")
+    return f"{name} ({known})" if known and known.lower() not in name.lower() else name
+
+
+def _told_apart(names: Iterable[str]) -> list[str]:
+    """The names, numbered where they are equal: `train`, `train (2)`. Folders above tell more, but
+    they may be called as an account is."""
+    found: list[str] = []
+    for name in names:
+        numbered = (f"{name} ({number})" for number in count(2))
+        found.append(next(one for one in chain([name], numbered) if one not in found))
+    return found
+
+
+def _shared(scores: Scores) -> Scores:
+    """The scores without folders above the data sets, which eval.json names some by."""
+    places = dict(scores.get("data", {}))
+    tasks = {task: scores[task] for task in TASKS if isinstance(scores.get(task), dict)}
+    own = list(dict.fromkeys(name for sets in tasks.values() for name in sets))
+    called = dict(zip(own, _told_apart(_named(_place(n, places.get(n))) for n in own), strict=True))
+    renamed = {
+        task: {called[name]: one for name, one in sets.items()} for task, sets in tasks.items()
+    }
     return (
-        f"{path.name} ({known})" if known and known.lower() not in path.name.lower() else path.name
+        scores
+        | renamed
+        | {"data": {called[n]: where for n, where in places.items() if n in called}}
     )
+
+
+def _place(name: str, where: str | None) -> Place:
+    """The place that a name of eval.json stands for: of a pattern's shards, their folder."""
+    place = Url(where) if where and "://" in where else Path(where or name)
+    return place if place.name == name.rpartition("/")[2] else place.parent
 
 
 def _hours(config: Config, clips: object) -> float | None:
@@ -190,7 +221,7 @@ def _results(scores: Scores) -> Iterator[EvalResult]:
             for metric, value in metrics(found).items():
                 yield EvalResult(
                     task_type=task.replace("_", "-"),
-                    dataset_type=re.sub(r"[^A-Za-z0-9_./-]", "_", name),
+                    dataset_type=re.sub(r"[^A-Za-z0-9_./-]+", "_", name),
                     dataset_name=visible(name, document=True),
                     metric_type=metric,
                     metric_value=round(value, 4),

@@ -18,7 +18,7 @@ from pydantic import model_validator
 from flap_fast.checks import require
 from flap_fast.losses.base import Loss, Outputs
 from flap_fast.losses.pairs import ProductPrecision, product_precision
-from flap_fast.section import NAMES_FILES, Positive, Weight
+from flap_fast.section import NAMES_FILES, NAMES_MODEL, Positive, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class Distill(Loss):
     weight: Weight = 0.0
     """Weight in the total. The teacher embeds each batch once, unmasked."""
-    teacher: Annotated[Path | None, NAMES_FILES] = None
+    teacher: Annotated[Path | None, NAMES_FILES, NAMES_MODEL] = None
     """A model folder, a run or `hf://OWNER/NAME` with this config's front end and tokenizer, whose
     last weights are the frozen teacher, whole in the memory of each rank."""
     scale: Positive | None = None

@@ -18,6 +18,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
@@ -25,6 +26,7 @@ from flap_fast.checks import require
 from flap_fast.config import Audio
 from flap_fast.data.preprocess.waveform import Unusable
 from flap_fast.files import say
+from flap_fast.places import require_on_disk
 from flap_fast.preparation.encoding import ClipEncoder, FlacEncoder
 from flap_fast.preparation.manifest import Entry, read_manifest
 from flap_fast.preparation.ray_cluster import run_on_cluster
@@ -84,7 +86,7 @@ def prepare(
             shard_range is None, "part", "be left out with shard_range", part, "give one of them"
         )
         shard_range = part
-    _check_numbers(sample_rate_hz if cache is None else None, shard_clips, threads)
+    _check_numbers(16_000 if cache else sample_rate_hz, shard_clips, threads)
     rule, remedy = "be a ShardRange", "write flap_fast.preparation.shard_tasks.ShardRange(1, 8)"
     valid = shard_range is None or isinstance(shard_range, ShardRange)
     require(valid, "shard_range", rule, shard_range, f"{remedy}, the first of eight")
@@ -92,6 +94,9 @@ def prepare(
     require(distributor in known, "distributor", f"be one of {', '.join(known)}", distributor)
     rule, remedy = "be the front end of a config", "load_config(...).audio is one"
     require(cache is None or isinstance(cache, Audio), "cache", rule, cache, remedy)
+    for name, fraction in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
+        require(isinstance(fraction, Real), name, "be a number", fraction)
+    require_on_disk("out", out)
     entries = _entries(manifest)
     if val_fraction or test_fraction:
         # Imports PyTorch, which takes seconds.
@@ -117,21 +122,22 @@ def prepare(
     return writer.finish(tasks)
 
 
-def _check_numbers(sample_rate_hz: int | None, shard_clips: int, threads: int) -> None:
+def _check_numbers(sample_rate_hz: int, shard_clips: int, threads: int) -> None:
     """Raise `ConfigError` for numbers that would fail later, or leave clips out."""
     for name, value, least in (("shard_clips", shard_clips, 1), ("threads", threads, 0)):
-        valid = isinstance(value, int) and value >= least
+        valid = isinstance(value, Integral) and not isinstance(value, bool) and value >= least
         require(valid, name, f"be at least {least}, a whole number", value)
-    if sample_rate_hz is not None:  # a header of FLAC holds larger ones in tens
-        rule = "be a whole number of Hz from 1000 to 655350, above 65535 a multiple of 10"
-        valid = isinstance(sample_rate_hz, int) and 1000 <= sample_rate_hz <= 655_350
-        valid = valid and (sample_rate_hz <= 65_535 or sample_rate_hz % 10 == 0)
-        require(valid, "sample_rate_hz", rule, sample_rate_hz)
+    # A header of FLAC holds rates above 65535 in tens.
+    rule = "be a whole number of Hz from 1000 to 655350, above 65535 a multiple of 10"
+    valid = isinstance(sample_rate_hz, Integral) and 1000 <= sample_rate_hz <= 655_350
+    valid = valid and (sample_rate_hz <= 65_535 or sample_rate_hz % 10 == 0)
+    require(valid, "sample_rate_hz", rule, sample_rate_hz)
 
 
 def _entries(manifest: Path | str | Sequence[Entry]) -> Sequence[Entry]:
     """The clips of a manifest's file, or those that are given."""
     if isinstance(manifest, (str, os.PathLike)):
+        require_on_disk("manifest", manifest)
         return read_manifest(Path(manifest))
     given = manifest if isinstance(manifest, Sequence) else [manifest]
     others = [type(clip).__name__ for clip in given if not isinstance(clip, Entry)]

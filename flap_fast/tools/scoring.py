@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from flap_fast.places import place_of
 from flap_fast.ranks import Ranks
 from flap_fast.ranks.failure import joined
 from flap_fast.tools.embedder import Embedder
+from flap_fast.tools.inputs import shown
 
 
 def evaluate(
@@ -52,10 +54,16 @@ def evaluate(
         ConfigError: no model, an unknown task, data that no task is for.
         ShardError: data that are not shards.
     """
-    require(not isinstance(classes, str), "classes", "be a list of names", classes)
+    rule, paths = "be a model's folder, hf://OWNER/NAME or what flap_fast.load gives", (str, Path)
+    require(isinstance(model, (Embedder, str, os.PathLike)), "model", rule, shown(model))
+    require(_is_list(tasks, str), "tasks", "be a name or a list of names", shown(tasks))
+    rule = "be a place or a list of places"
+    require(_is_list(data, *paths), "data", rule, shown(data))
+    names = not isinstance(classes, str) and _is_list(classes) and {*map(type, classes)} <= {str}
+    require(names, "classes", "be a list of names", classes)
     asked = (tasks,) if isinstance(tasks, str) else tuple(tasks)
-    given = (data,) if isinstance(data, (str, Path)) else data
-    places = [place_of("data", str(text)) for text in given]
+    given = (data,) if isinstance(data, paths) else data
+    places = [place_of("data", text) for text in given]
     with joined() as ranks:
         if isinstance(model, Embedder):
             rule = "be left out with a model that is loaded, which has its own"
@@ -67,6 +75,13 @@ def evaluate(
         with opened(model) as folder:
             found = open_model(str(folder), settings, pool, ranks, tuple(classes), length=length)
         return score(found, places, asked)
+
+
+def _is_list(value: Any, *one: type) -> bool:
+    """Whether a value is a list, or one of the types `one`, which stand for a list of one."""
+    return isinstance(value, one) or (
+        isinstance(value, Iterable) and not isinstance(value, (str, bytes))
+    )
 
 
 def with_eval(config: Config, settings: dict[str, Any]) -> Config:

@@ -76,7 +76,7 @@ class Metrics:
         self.check_finite()
         row = self._row(step, epoch, lr, outputs, terms) | work
         for observe in self._observers:
-            observe(row)
+            observe(dict(row))  # its own: what one changes in it, no other sees
         self._since, self._waited_s, self._done = time.perf_counter(), 0.0, 0
 
     def scores(self, step: int, scores: dict[str, float]) -> None:

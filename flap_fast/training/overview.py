@@ -76,12 +76,15 @@ def overview(config: Config, ranks: Ranks, run: Known, start: Path | None, first
     mixed = "" if run.samples == run.clips else f", {run.samples:,} samples an epoch"
     scored = f"scored on {val}" if val else "data.val is not set, nothing is scored"
     epochs = f"{run.steps / run.per_epoch:,.3g} epochs of {run.per_epoch:,} steps"
+    warm = config.sched.warmup_steps
+    batch = f"global batch {train.global_batch:,}{each}"
+    batch += f", all of them warm-up (sched.warmup_steps = {warm:,})" if warm >= run.steps else ""
     lines = {
         "run": f"{config.run_folder}: {begins}",
         "device": f"{many}{device_name(ranks.device)}; {engine}",
         "parameters": _parameters(run.parts),
         "data": f"{run.clips:,} clips to train on{hours}{mixed}; {scored}",
-        "length": f"{run.steps:,} steps, {epochs}, global batch {train.global_batch:,}{each}",
+        "length": f"{run.steps:,} steps, {epochs}, {batch}",
     }
     return "\n".join(f"{name:<11} {value}" for name, value in lines.items())
 

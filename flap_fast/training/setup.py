@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from flap_fast.config import Config, check_before_loading
+from flap_fast.config import Config, check_before_loading, check_effects
 from flap_fast.data.dealing import ClipTokens
 from flap_fast.data.lengths import clip_seconds
 from flap_fast.data.loader import TrainingLoader
@@ -100,6 +100,8 @@ def check_run(config: Config, *, resume: bool) -> Path | None:
     check_wandb(config)
     check_teacher(config)
     start = begin(config, resume=resume)
+    if start is None:
+        check_effects(config, config.train.steps, config.train.epochs)
     check_training(config)
     return start
 
@@ -127,6 +129,8 @@ def set_up(
         loader = TrainingLoader(config, shards, tokens, ranks, lengths)
         per_epoch = loader.sampler.steps_per_epoch
         steps = config.train.run_steps(per_epoch)
+        if start is None:
+            check_effects(config, steps, -(-steps // per_epoch))
         parts = parameters_of(model)  # before ZeRO 3 shards them
         engine = make_engine(config, model, ranks)
         if start:

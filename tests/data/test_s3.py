@@ -80,9 +80,7 @@ def test_places_without_shards_are_named(bucket, tmp_path, given):
 @pytest.mark.parametrize("given", ["s3://bucket/mine", "s3://bucket/mine/"])
 def test_a_folder_of_splits_is_named_as_such(bucket, s3, tmp_path, given):
     s3.pipe("bucket/mine/.prepare/train-0.json", b"{}")
-    named = (
-        r"mine/? must hold \.tar shards, got folders of them: train; name one, as s3://bucket/mine/train$"
-    )
+    named = r"mine/? must hold \.tar shards, got folders of them: train; name one, as s3://bucket/mine/train$"
     with pytest.raises(ShardError, match=named):
         opened(config_of(given, tmp_path / "cache"))
 

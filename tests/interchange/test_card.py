@@ -130,6 +130,33 @@ def test_no_file_of_an_export_names_a_place_or_an_account(kind, roberta_folder, 
     load(tmp_path / "out", "cpu").embed_text(["a dog barks"])
 
 
+def test_data_sets_of_one_name_are_told_apart_without_the_folders_above(run, tmp_path):
+    found = json.loads((run / "eval.json").read_text())
+    one, other = "/home/alice/val", "/mnt/clotho/carol/val"
+    places = {"alice/val": one, "bob/val": "/srv/bob/val", "carol/val": other, "dan": "/home/dan"}
+    places["erin"] = "/Users/erin/{0..7}.tar"
+    sets = dict.fromkeys(places, found["retrieval"]["val"])
+    model = shutil.copytree(run, tmp_path / "run")
+    (model / "eval.json").write_text(json.dumps({"retrieval": sets, "data": places}))
+    data, text = card_of(model, tmp_path / "out", CardFields())
+    assert re.findall("### Retrieval, ([^:]*):", text) == [
+        *("val", "val (2)", "val (Clotho)", "data", "data (2)"),
+    ]
+    assert {one.dataset_name for one in data.eval_results or ()} >= {"val (2)", "data (2)"}
+    assert not re.search("alice|bob|carol|dan[^a-z]|erin", (tmp_path / "out/README.md").read_text())
+
+
+@pytest.mark.parametrize(
+    "home",
+    ["~", "~alice", "/home/alice", "/export/home/alice", "/Users/alice", "/root", "s3://alice"],
+)
+def test_a_home_or_a_bucket_is_not_named(home, monkeypatch):
+    monkeypatch.setenv("HOME", "/root")
+    config = tiny(f"data.train=['{home}', '{home}/a']")
+    assert [*map(str, config.shareable().data.train)] == [".", "a"]
+    assert row(card._data(config, Path("none"), CardFields()), "trained on") == "data, a"
+
+
 def paths(section: type[Section], name: str = "") -> Iterator[tuple[str, bool]]:
     """Each setting of a path, and whether it is marked."""
     for field, info in section.model_fields.items():

@@ -336,6 +336,51 @@ def test_masking_and_reconstruction_end_with_the_unmasked_tail(
     assert losses[3:] == [0, 0, 0]
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            "audio.lora_alpha=8",
+            r"audio.lora_alpha must be left out with audio.lora_rank = 0, got 8",
+        ),
+        ("text.lora_alpha=8", "text.lora_alpha must be left out with text.lora_rank = 0, got 8"),
+        (
+            "train.steps=null train.epochs=2 mask.unmasked_tail_epochs=2",
+            "must be below the run's 2 epochs, .* got 2",
+        ),
+        ("train.steps=6 mask.unmasked_tail_epochs=2", "must be below the run's 2 epochs, .* got 2"),
+        (
+            "train.steps=6 sched.name=wsd sched.decay_steps=5",
+            r"decay_steps must be at most the run's 6 steps less sched.warmup_steps = 2, got 5",
+        ),
+        (
+            "train.steps=null train.epochs=2 sched.name=wsd sched.decay_steps=5",
+            r"decay_steps must be at most the run's 6 steps less sched.warmup_steps = 2, got 5",
+        ),
+    ],
+)
+def test_a_new_run_has_no_setting_without_effect(
+    given: str, message: str, prepared: Path, tmp_path: Path
+):
+    with pytest.raises(ConfigError, match=message):
+        train(settings(prepared, tmp_path, *given.split()))
+    assert not (tmp_path / "flap/metrics.jsonl").exists()
+
+
+def test_an_older_run_with_such_a_setting_goes_on(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    given = ("audio.lora_alpha=8", "data.val=[]", "train.steps=2", "eval.every_steps=0")
+    config = settings(prepared, tmp_path, *given)
+    with monkeypatch.context() as before:
+        before.setattr(setup, "check_effects", lambda *_: None)
+        stop_after(1, before)
+        with pytest.raises(Stopped):
+            train(config)
+    train(config, resume=True)
+    assert [row["step"] for row in rows(tmp_path / "flap")] == [1, 2]
+
+
 @pytest.mark.parametrize("target", ["clean", "augmented"])
 def test_the_decoder_rebuilds_the_sound_before_specaug_or_after(target: str):
     config = tiny(f"loss.recon.target={target}", "loss.recon.weight=1", "specaug.freq_bins=99")

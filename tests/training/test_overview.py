@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from flap_fast.config import Sched
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks
 from flap_fast.training.overview import (
@@ -35,6 +36,7 @@ def test_each_parameter_is_counted_once_and_frozen_ones_apart():
 
 def test_it_names_folder_ranks_parameters_data_and_length():
     config = tiny("run.folder=runs", "run.name=a", "train.global_batch=8", "data.val=[]")
+    config = config.model_copy(update={"sched": Sched(warmup_steps=29)})
     parts = {"audio": Parameters(86_000_000, 1_000_000), "text": Parameters(1500, 0)}
     seconds = np.full(900, 4.0)
     known = Known("deepspeed", parts, 900, seconds, 30, 12, 1500)
@@ -56,6 +58,9 @@ def test_it_names_folder_ranks_parameters_data_and_length():
     assert "runs/a: a new run" in alone
     assert "plain PyTorch" in alone
     assert "900 clips to train on; " in alone
+    warming = config.model_copy(update={"sched": Sched(warmup_steps=30)})
+    line = overview(warming, Ranks(), known, None, 0).splitlines()[-1]
+    assert line.endswith("global batch 8, all of them warm-up (sched.warmup_steps = 30)")
 
 
 def test_counts_are_rounded_to_three_digits():
