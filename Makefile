@@ -13,7 +13,7 @@ READY := $(VENV)/ready
 # Empty it (make CONSTRAINTS= test) to take the newest versions that pyproject.toml allows.
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo test faults lint bench gpu static data setup clean
+.PHONY: demo test faults walks lint bench gpu static data setup clean
 
 setup: $(READY)
 
@@ -43,6 +43,10 @@ test: $(READY)
 # Damaged inputs, kills and full disks: a sample. All of them: `pytest tests/faults -m slow`.
 faults: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/faults
+
+# Three users' first days, with all that they see: 5 minutes.
+walks: $(READY)
+	$(BIN)/python -m pytest tests/walks -m slow -s
 
 lint: $(READY)
 	$(BIN)/ruff check .

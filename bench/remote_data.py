@@ -5,6 +5,8 @@
 Clips are 1 s of noise as FLAC. One pass over all of them in batches of 50, by the training loader
 alone: from disk; from S3 with an empty cache; then disk and S3 with a full cache in turns. `read`
 is the clips' bytes and JSON without decoding, in random order. Every pass must give the same bits.
+Last, an epoch is trained from disk, and from S3 by a process that is killed, loses half of its
+cache and is started again: both must end with the same weights.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import json
 import os
 import socket
 import statistics
@@ -63,7 +66,65 @@ def main(arguments: list[str] | None = None) -> int:
             disk = settings(str(folder), cache)
             s3 = settings("s3://bench/shards", cache)
             measure(disk, s3, cache, asked.clips, asked.pairs)
+            compare_killed(folder, Path(place))
     return 0
+
+
+def compare_killed(shards: Path, place: Path) -> None:
+    """Train from disk, and from S3 with a kill in the middle, and compare the weights."""
+    wanted = Training("disk", str(shards), place)
+    assert wanted.start().wait() == 0
+    killed = Training("S3", "s3://bench/shards", place)
+    process = killed.start()
+    while not killed.steps_done() > wanted.steps_done() // 3:
+        assert process.poll() is None, "the run ended before it was killed"
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    held = sorted((killed.cache / "shards").iterdir())
+    for file in held[::2]:
+        file.unlink()
+    gone = f"{len(held[::2])} of {len(held)} files of its cache deleted"
+    print(f"killed after step {killed.steps_done()}, {gone}")
+    assert killed.start("--resume").wait() == 0
+    assert killed.weights() == wanted.weights(), "other weights from S3"
+    print(f"resumed to step {killed.steps_done()}: the weights of the run from disk, bit for bit")
+
+
+class Training(NamedTuple):
+    """A run of one epoch, in a process of its own."""
+
+    name: str
+    train: str
+    place: Path
+
+    @property
+    def cache(self) -> Path:
+        return self.place / f"cache of {self.name}"
+
+    def start(self, *options: str) -> subprocess.Popen[bytes]:
+        """The process; what it prints goes to a file."""
+        config = self.place / f"{self.name}.yaml"
+        config.write_text("{}\n")
+        found = (
+            *(*_TINY, f"data.train={self.train}", f"data.cache={self.cache}", "data.val=[]"),
+            *(f"run.folder={self.place}", f"run.name={self.name}", "train.epochs=1"),
+            *("log.every_steps=5", "ckpt.every_steps=20"),
+        )
+        command = [sys.executable, "-m", "flap_fast", "train", str(config), *found, *options]
+        with open(self.place / f"{self.name}.log", "ab") as log:
+            return subprocess.Popen(command, stdout=log, stderr=log)
+
+    def steps_done(self) -> int:
+        """The last step in metrics.jsonl, 0 before the first."""
+        file = self.place / self.name / "metrics.jsonl"
+        rows = file.read_text().splitlines() if file.exists() else []
+        return max((json.loads(row).get("step", 0) for row in rows), default=0)
+
+    def weights(self) -> bytes:
+        """Of the last checkpoint."""
+        last = sorted((self.place / self.name / "checkpoints").glob("step-*"))[-1]
+        return (last / "model.safetensors").read_bytes()
 
 
 def measure(disk: Config, s3: Config, cache: Path, clips: int, pairs: int) -> None:

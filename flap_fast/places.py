@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -99,18 +100,22 @@ def place(value: Any) -> Place:
         return value
     if not isinstance(value, (str, Path)):
         raise PydanticCustomError("path_type", "must be a path or a URL")
-    scheme = _SCHEME.match(str(value))
-    if scheme is None:
+    found = _SCHEME.match(str(value))
+    if found is None:
         return Path(value)
-    text = str(value)
-    if scheme[0] != f"{scheme[1]}://" and not (scheme[1] == "file" and scheme[0][-3:] == "///"):
-        right = f"{scheme[1]}://{text[scheme.end() :]}"
+    start, scheme, rest = found[0].lower(), found[1].lower(), str(value)[found.end() :]
+    if start != f"{scheme}://" and not (scheme == "file" and start[-3:] == "///"):
         raise PydanticCustomError(
             "path_type",
             "must have two slashes after {scheme}:, as {right}",
-            {"scheme": scheme[1], "right": right},
+            {"scheme": scheme, "right": f"{scheme}://{rest}"},
         )
-    return Path(unquote(text[len("file://") :])) if scheme[1] == "file" else Url(text)
+    if scheme == "file":
+        return Path(unquote(start[len("file://") :] + rest))
+    if not rest:
+        rule = "must name a server or a bucket, as s3://bucket/mine"
+        raise PydanticCustomError("path_type", rule)
+    return Url(start + rest)
 
 
 def place_of(name: str, text: str) -> Place:
@@ -162,13 +167,16 @@ def mixed_place(value: Any) -> Place | Weighted:
         rule = "must be a path, a URL or {form}"
         raise PydanticCustomError("path_type", rule, {"form": "{path: ..., weight: ...}"})
     weight = value.get("weight", 1)
-    number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-    if not number or not 0 < weight <= _MOST_COPIES or math.isnan(weight):
+    number = math.nan
+    if isinstance(weight, (int, float, str)) and not isinstance(weight, bool):
+        with suppress(ValueError, OverflowError):
+            number = float(weight)  # also of 1e-1, a text in YAML
+    if not 0 < number <= _MOST_COPIES:
         raise PydanticCustomError(
             "weight", "must have a weight above 0 and at most {most}", {"most": _MOST_COPIES}
         )
     found = place(value["path"])
-    return found if weight == 1 else Weighted(found, float(weight))
+    return found if number == 1 else Weighted(found, number)
 
 
 def place_in(entry: Place | Weighted) -> Place:

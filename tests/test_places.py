@@ -52,6 +52,17 @@ def test_patterns_are_told_from_names():
     assert not is_pattern(Path("a/{x}/0.tar"))
 
 
+def test_the_scheme_of_a_url_may_be_in_capitals():
+    config = load_config(None, ["data.train=['S3://Bucket/A', 'FILE:///data/B']"])
+    assert config.data.train == (Url("s3://Bucket/A"), Path("/data/B"))
+
+
+@pytest.mark.parametrize("url", ["s3://", "http://"])
+def test_a_url_of_nothing_is_refused(url):
+    with pytest.raises(ConfigError, match=r"data\.train\.0 must name a server or a bucket, as s3"):
+        load_config(None, [f"data.train={url}"])
+
+
 def test_a_config_keeps_urls_as_they_were_written():
     urls = ("s3://bucket/a/{0000..0127}.tar", "https://h/0.tar?k=v&w=//", "data/a")
     config = load_config(None, [f"data.train=['{urls[0]}', '{urls[1]}', {urls[2]}]"])

@@ -16,6 +16,7 @@ from torch._C._distributed_c10d import TCPStore
 import flap_fast
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
+from flap_fast.preparation.shard_tasks import ShardRange
 from flap_fast.ranks import join_ranks
 from tests.ranks import on_ranks
 from tests.tiny import tiny
@@ -145,9 +146,31 @@ def test_a_loaded_model_is_not_scored_at_another_length_in_silence(run: Path, pr
         flap_fast.evaluate(flap_fast.load(run), prepared / "val", length="variable")
 
 
-@pytest.mark.parametrize("wrong", [{"shard_clips": -5}, {"shard_clips": 0}, {"threads": -1}])
-def test_prepare_names_a_number_that_would_leave_clips_out(wrong: dict[str, Any], tmp_path: Path):
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"shard_clips": -5}, "shard_clips must be at least 1.*, got -5"),
+        ({"shard_clips": 2.5}, "shard_clips must be at least 1, a whole number, got 2.5"),
+        ({"threads": -1}, "threads must be at least 0.*, got -1"),
+        ({"sample_rate_hz": 0}, "sample_rate_hz must be a whole number of Hz from 1000 .*, got 0"),
+        # libsndfile writes it, and cannot read it.
+        ({"sample_rate_hz": 96_001}, "sample_rate_hz must .* a multiple of 10, got 96001"),
+        ({"distributor": "ray2"}, "distributor must be one of threads, ray, got 'ray2'"),
+        ({"shard_range": "1/2"}, r"shard_range must be a ShardRange, got '1/2'; write .*\(1, 8\)"),
+        ({"cache": "mel"}, "cache must be the front end of a config, got 'mel'; load_config"),
+        ({"val_fraction": "0.1"}, r"val-fraction must be in \[0, 1\), got '0.1'"),
+    ],
+)
+def test_prepare_names_what_would_fail_later_or_leave_clips_out(
+    wrong: dict[str, Any], said: str, tmp_path: Path
+):
     (tmp_path / "m.jsonl").write_text('{"audio": "a.wav", "caption": "x"}\n')
-    with pytest.raises(ConfigError, match=f"{next(iter(wrong))} must be at least"):
+    with pytest.raises(ConfigError, match=said):
         flap_fast.prepare(tmp_path / "m.jsonl", tmp_path / "out", **wrong)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("number", "of"), [(0, 2), (3, 2), (-1, 2)])
+def test_a_shard_range_that_would_leave_shards_out_cannot_be_made(number: int, of: int):
+    with pytest.raises(ConfigError, match=f"the A-th of B, with A from 1 to B, got '{number}/{of}"):
+        ShardRange(number, of)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import glob
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import groupby
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flap_fast.data.shard_cache import RemoteFile, ShardCache, remote_file
-from flap_fast.data.store import listing, stamp
+from flap_fast.data.store import forbidden, listing, stamp
 from flap_fast.data.tar_members import COMPRESSED, ShardError, tars_of
 from flap_fast.files import parsed_json
 from flap_fast.places import Place, Url, expanded, is_glob, is_pattern, shown
@@ -41,6 +41,7 @@ class Remote:
         self.cache = cache
         self._files: dict[Url, RemoteFile | None] = {}
         self._listed: dict[Url, list[str]] = {}
+        self._folders: dict[Url, list[str]] = {}
 
     def file(self, url: Url) -> RemoteFile | None:
         """A file; None where there is none."""
@@ -83,9 +84,16 @@ class Remote:
             return sorted(parsed_sizes(found.read_bytes(), folder / SIZES))
         if folder not in self._listed:
             found = listing(folder, self.cache.retry_s)
-            self._files |= {folder / n: remote_file(folder / n, s) for n, s in found.items()}
-            self._listed[folder] = list(found)
+            self._files |= {folder / n: remote_file(folder / n, s) for n, s in found.files.items()}
+            self._listed[folder], self._folders[folder] = list(found.files), found.folders
         return self._listed[folder]
+
+    def folders(self, folder: Url) -> list[str]:
+        """The names of a folder's folders; over HTTP they cannot be listed."""
+        if folder.on_web:
+            return []
+        self.names(folder)
+        return self._folders[folder]
 
     def beside(self, folder: Url, name: str) -> Path | None:
         """The copy of a small file of a folder; None where there is none."""
@@ -93,7 +101,7 @@ class Remote:
             found = self.file(folder / name)
         except ShardError as error:
             # Of what is not there S3 says "forbidden" to who may not list the folder.
-            if isinstance(error.__cause__, PermissionError):
+            if forbidden(error.__cause__):
                 return None
             raise
         return found and self.cache.small(found)
@@ -135,16 +143,18 @@ def shard_sets(place: Place, remote: Remote) -> list[ShardSet]:
     return list(_by_folder(Path(name) for name in found))
 
 
-def require_shards(place: Place, found: list) -> None:
-    """Raise `ShardError` where a place holds no shards, but perhaps folders of them."""
+def require_shards(place: Place, found: list, splits: Collection[str] = ()) -> None:
+    """Raise `ShardError` where a place holds no shards, but perhaps folders of them, `splits`."""
     if not found:
-        splits = {t.parent.name for t in place.glob("*/*.tar")} if isinstance(place, Path) else ()
+        if isinstance(place, Path):
+            splits = {tar.parent.name for tar in place.glob("*/*.tar")}
         if splits:
             what = (
-                f"{place} must hold .tar shards, got folders of them: {', '.join(sorted(splits))}"
+                f"{shown(place)} must hold .tar shards, got folders of them: "
+                f"{', '.join(sorted(splits))}"
             )
             example = "train" if "train" in splits else min(splits)
-            raise ShardError(f"{what}; name one, as {shown(place)}/{example}")
+            raise ShardError(f"{what}; name one, as {shown(place / example)}")
         remedy = "write them with: flap prepare MANIFEST OUT"
         if isinstance(place, Url):
             remedy = "name the folder that the .tar files are in, or a pattern of their names"
@@ -171,7 +181,9 @@ def _remote_sets(place: Url, remote: Remote) -> list[ShardSet]:
         for name in names:
             _require_tar(name)
         files = [place / name for name in names if name.lower().endswith(".tar")]
-        require_shards(place, files)
+        if not files:
+            inside = remote.folders(place)
+            require_shards(place, [], [n for n in inside if _has_tars(remote.names(place / n))])
         return [ShardSet(place, sorted(files, key=_natural), True, [])]
     found = [url for one in expanded(place) for url in _matching(Url(one), remote)]
     for url in found:
@@ -194,6 +206,10 @@ def _by_folder(files: Iterable[Place]) -> Iterator[ShardSet]:
     for _, some in groupby(sorted(files, key=_natural), lambda file: file.parent):
         group = list(some)
         yield ShardSet(group[0].parent, group, False, [])
+
+
+def _has_tars(names: Iterable[str]) -> bool:
+    return any(name.lower().endswith(".tar") for name in names)
 
 
 def _require_tar(name: str) -> None:

@@ -36,7 +36,9 @@ def caption_words(caption: str) -> str:
 def _without_punctuation(text: str) -> str:
     if text.isascii():
         return text.translate(_PUNCTUATION)
-    return "".join(c for c in text if unicodedata.category(c)[0] not in "PS")
+    kinds = ((c, unicodedata.category(c)) for c in text)
+    # Cf: a byte order mark, spaces without width, marks of direction.
+    return "".join(c for c, kind in kinds if kind[0] not in "PS" and kind != "Cf")
 
 
 def caption_id(caption: str) -> int:

@@ -94,7 +94,7 @@ class ShardCache:
     def small(self, file: RemoteFile) -> Path:
         """The copy of a small file, fetched once."""
         copy = self.small_files / file.cached_name
-        if not copy.is_file():
+        if not copy.is_file() or copy.stat().st_size != file.stamp.size:  # cut by a disk, say
             data = retried(file.url, lambda: _whole(file), self.retry_s)
             with self._named_if_full(file):
                 self.keep(copy, data)
@@ -228,7 +228,7 @@ class ShardCache:
             yield
 
     def _fill(self, file: RemoteFile, part: BinaryIO, stop: threading.Event | None) -> None:
-        """Fetch a shard into its .part, and rename that when it is whole."""
+        """Fetch a shard into its .part, and rename that when it is whole, if it is still there."""
         path = Path(part.name)
         at = 0
 
@@ -247,8 +247,9 @@ class ShardCache:
                 stopped = stop.wait if stop else None
                 retried(file.url, rest, self.retry_s, reached=lambda: at, stopped=stopped)
                 os.fsync(part.fileno())
-                with self._locked():
-                    path.replace(self.shards / file.cached_name)
+                with self._locked(), suppress(FileNotFoundError):  # somebody deleted it
+                    if os.path.samestat(path.stat(), os.fstat(part.fileno())):
+                        path.replace(self.shards / file.cached_name)
             except BaseException:
                 path.unlink(missing_ok=True)
                 raise

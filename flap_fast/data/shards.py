@@ -18,7 +18,7 @@ import functools
 import io
 import json
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,26 +128,38 @@ class Shards:
                 "delete it, or fetch both again"
             )
         data = self._read(file, offset, size)
+        beside = (0, 0) if self.texts is None else self.texts[clip].tolist()
         try:
-            plain = self.plain is not None and self.plain[clip]
-            record = {"text": data.decode("utf-8-sig")} if plain else parsed_json(data)
-            if not isinstance(record, dict):
-                raise ValueError(f"it must be an object, got a {type(record).__name__}")
-            found = (texts_of(record.get(name)) for name in ("text", "caption", "captions"))
-            texts = next(filter(None, found), [])
-            if not texts and self.texts is not None and self.texts[clip, 1]:
-                beside = self._read(file, *self.texts[clip].tolist())
-                texts = texts_of(beside.decode("utf-8-sig"))
+            if self.plain is not None and self.plain[clip]:
+                record = parsed_record(None, lambda: data)
+            else:
+                record = parsed_record(
+                    data, lambda: self._read(file, *beside) if beside[1] else b""
+                )
         except ValueError as error:
             raise Unusable(f"its JSON cannot be read: {error}") from None
-        if not texts and not captionless:
+        if not record["text"] and not captionless:
             raise Unusable("captionless: its JSON holds no text")
-        return {**record, "text": texts}
+        return record
 
     def name(self, clip: int) -> str:
         """A clip's file and offset, for messages."""
         file, offset, *_ = self.locations[clip].tolist()
         return f"{shown(self.files[file])} at byte {offset}"
+
+
+def parsed_record(data: bytes | None, beside: Callable[[], bytes]) -> dict[str, Any]:
+    """A clip's JSON, {} of None, with `text` as `Shards.record` finds it; raises `ValueError`.
+
+    Args:
+        beside: reads the text file beside it, empty without one.
+    """
+    record = {} if data is None else parsed_json(data)
+    if not isinstance(record, dict):
+        raise ValueError(f"it must be an object, got a {type(record).__name__}")
+    found = (texts_of(record.get(name)) for name in ("text", "caption", "captions"))
+    texts = next(filter(None, found), None) or texts_of(beside().decode("utf-8-sig"))
+    return {**record, "text": texts}
 
 
 def texts_of(value: Any) -> list[str]:

@@ -23,12 +23,16 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 # Pauses from this one on are told.
 _SAID_PAUSE_S = 4.0
 _PIECE = 8 << 20
-_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, web.Refused)
+_FINAL = (FileNotFoundError, IsADirectoryError, NotADirectoryError, web.Refused)
+# What stores call the status of an answer, and those of who may not read.
+_STATUS, _FORBIDDEN = ("status_code", "status", "code"), (401, 403)
 # What stores call the version of a file, the surest first.
 _MARKS = (
     *("ETag", "etag", "generation", "blob_id", "md5Hash", "content_md5", "md5"),
     *("LastModified", "last_modified", "updated", "mtime", "created"),
 )
+# Schemes whose packages are in the extra `remote`.
+_EXTRA = ("s3", "s3a", "gs", "gcs")
 
 
 class Stamp(NamedTuple):
@@ -62,17 +66,25 @@ def stamp(url: Url, retry_s: float) -> Stamp | None:
     return retried(url, once, retry_s)
 
 
-def listing(folder: Url, retry_s: float) -> dict[str, Stamp]:
-    """The stamps of a folder's files by name; {} where there is none. Not over HTTP."""
+class Listing(NamedTuple):
+    """What a folder holds, by name."""
 
-    def once() -> dict[str, Stamp]:
+    files: dict[str, Stamp]
+    folders: list[str]
+
+
+def listing(folder: Url, retry_s: float) -> Listing:
+    """What a folder holds; nothing where there is none. Not over HTTP."""
+
+    def once() -> Listing:
         files, path = _fsspec(folder)
         try:
-            found = files.ls(path, detail=True)
+            found = files.ls(path, detail=True, **_now(folder))
         except FileNotFoundError:
-            return {}
-        every = ((info["name"].rstrip("/").rpartition("/")[2], info) for info in found)
-        return {name: _stamp(folder / name, i) for name, i in every if i["type"] == "file"}
+            return Listing({}, [])
+        every = [(info["name"].rstrip("/").rpartition("/")[2], info) for info in found]
+        stamps = {name: _stamp(folder / name, i) for name, i in every if i["type"] == "file"}
+        return Listing(stamps, [name for name, i in every if i["type"] == "directory"])
 
     return retried(folder, once, retry_s)
 
@@ -92,13 +104,13 @@ def pieces(url: Url, wanted: Stamp, start: int) -> Iterator[tuple[int, bytes]]:
                 at += len(data)
         return
     files, path = _fsspec(url)
-    _require_same(url, wanted, _stamp(url, files.info(path)))
+    _require_same(url, wanted, _stamp(url, files.info(path, **_now(url, expand_info=True))))
     with files.open(path, "rb", block_size=_PIECE, cache_type="none") as body:
         body.seek(start)
         while data := body.read(min(_PIECE, wanted.size - start)):
             yield start, data
             start += len(data)
-    _require_same(url, wanted, _stamp(url, files.info(path)))
+    _require_same(url, wanted, _stamp(url, files.info(path, **_now(url, expand_info=True))))
 
 
 def retried(
@@ -146,17 +158,24 @@ def retried(
 
 def _is_final(error: Exception) -> bool:
     here = isinstance(error, OSError) and is_full(error)  # the disk, not the store
-    return here or isinstance(error, _FINAL) or "Credentials" in type(error).__name__
+    return here or isinstance(error, _FINAL) or forbidden(error)
+
+
+def forbidden(error: BaseException | None) -> bool:
+    """Whether who asks may not read; gcsfs and huggingface_hub say so by the answer's status."""
+    answer = getattr(error, "response", error)
+    denied = any(getattr(answer, name, None) in _FORBIDDEN for name in _STATUS)
+    said = isinstance(error, OSError) and str(error).startswith("Forbidden: ")  # gcsfs's 403
+    known = isinstance(error, PermissionError) or "Credentials" in type(error).__name__
+    return known or denied or said
 
 
 def _why(error: Exception) -> str:
-    said = in_one_line(error)
-    remedies = {
-        PermissionError: "see docs/data.md for credentials",
-        FileNotFoundError: "there is no such file",
-    }
-    remedy = next((remedies[kind] for kind in remedies if isinstance(error, kind)), "")
-    remedy = remedies[PermissionError] if "Credentials" in type(error).__name__ else remedy
+    said, remedy = in_one_line(error), ""
+    if forbidden(error):
+        remedy = "see docs/data.md for credentials"
+    elif isinstance(error, FileNotFoundError):
+        remedy = "there is no such file"
     return f"{said}; {remedy}" if remedy else said
 
 
@@ -178,16 +197,19 @@ def _stamp(url: Url, info: dict[str, Any]) -> Stamp:
 
 
 @functools.cache
-def _scheme(scheme: str) -> Any:
+def _scheme(scheme: str, server: str = "") -> Any:
+    """The file system of a scheme, and of the server of a URL where the scheme wants one."""
     import fsspec
 
     try:
+        kind = fsspec.get_filesystem_class(scheme)
+        named = kind._get_kwargs_from_urls(f"{scheme}://{server}/")
         # Without its own cache of listings: a stamp must be of now.
-        return fsspec.filesystem(scheme, use_listings_cache=False)
+        return kind(use_listings_cache=False, **named)
     except ImportError as error:
+        remedy = "pip install 'flap_fast[remote]'" if scheme in _EXTRA else "install it with pip"
         raise ConfigError(
-            f"{scheme}:// needs a package that is not installed ({in_one_line(error)}); "
-            "pip install 'flap_fast[remote]'"
+            f"{scheme}:// needs a package that is not installed ({in_one_line(error)}); {remedy}"
         ) from None
     except ValueError as error:
         known = "s3, gs, hf, https or another that fsspec knows"
@@ -196,5 +218,10 @@ def _scheme(scheme: str) -> Any:
 
 def _fsspec(url: Url) -> tuple[Any, str]:
     """The file system of a URL, and its path there."""
-    files = _scheme(url.scheme)
+    files = _scheme(url.scheme, url.partition("://")[2].partition("/")[0])
     return files, files._strip_protocol(str(url))
+
+
+def _now(url: Url, **more: bool) -> dict[str, bool]:
+    """Arguments for what is there now: huggingface_hub keeps listings whatever it is told."""
+    return {"refresh": True, **more} if url.scheme == "hf" else {}

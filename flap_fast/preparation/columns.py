@@ -14,7 +14,8 @@ from flap_fast.files import separator_remedy
 
 # Columns that tell which source reads a table; the first of them that a table has counts.
 _SOURCES = {
-    "youtube_id": "audiocaps",
+    **dict.fromkeys(("audiocap_id", "start_time"), "audiocaps"),
+    "youtube_id": "autoacd",
     "ytid": "musiccaps",
     "caption_5": "clotho",
     "slice_file_name": "urbansound8k",

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 from flap_fast.checks import require
 from flap_fast.config import Audio
@@ -73,8 +73,8 @@ def prepare(
         test_fraction: likewise as `test`.
 
     Raises:
-        ConfigError: no clips a shard, threads below 0; fractions that cannot be, or of clips that
-            have splits.
+        ConfigError: an argument that cannot be; fractions of clips that have splits.
+        TypeError: a manifest that is neither a file nor a source's clips.
         ManifestError: see `read_manifest`; also when OUT holds shards of another manifest or rate,
             or by another hand.
     """
@@ -84,15 +84,15 @@ def prepare(
             shard_range is None, "part", "be left out with shard_range", part, "give one of them"
         )
         shard_range = part
-    require(shard_clips >= 1, "shard_clips", "be at least 1", shard_clips)
-    require(threads >= 0, "threads", "be at least 0", threads)
-    if isinstance(manifest, (str, os.PathLike)):
-        entries = read_manifest(Path(manifest))
-    elif isinstance(manifest, Sequence) and all(isinstance(clip, Entry) for clip in manifest):
-        entries = manifest
-    else:
-        what = type(manifest[0] if isinstance(manifest, Sequence) else manifest).__name__
-        raise TypeError(f"manifest must be one file, or the clips of a source, got {what}")
+    _check_numbers(sample_rate_hz if cache is None else None, shard_clips, threads)
+    rule, remedy = "be a ShardRange", "write flap_fast.preparation.shard_tasks.ShardRange(1, 8)"
+    valid = shard_range is None or isinstance(shard_range, ShardRange)
+    require(valid, "shard_range", rule, shard_range, f"{remedy}, the first of eight")
+    known = get_args(Distributor)
+    require(distributor in known, "distributor", f"be one of {', '.join(known)}", distributor)
+    rule, remedy = "be the front end of a config", "load_config(...).audio is one"
+    require(cache is None or isinstance(cache, Audio), "cache", rule, cache, remedy)
+    entries = _entries(manifest)
     if val_fraction or test_fraction:
         # Imports PyTorch, which takes seconds.
         from flap_fast.preparation.splitting import Fractions, held_out
@@ -115,6 +115,33 @@ def prepare(
         else:
             write_shards(writer, todo, advance, threads=threads or os.cpu_count() or 1)
     return writer.finish(tasks)
+
+
+def _check_numbers(sample_rate_hz: int | None, shard_clips: int, threads: int) -> None:
+    """Raise `ConfigError` for numbers that would fail later, or leave clips out."""
+    for name, value, least in (("shard_clips", shard_clips, 1), ("threads", threads, 0)):
+        valid = isinstance(value, int) and value >= least
+        require(valid, name, f"be at least {least}, a whole number", value)
+    if sample_rate_hz is not None:  # a header of FLAC holds larger ones in tens
+        rule = "be a whole number of Hz from 1000 to 655350, above 65535 a multiple of 10"
+        valid = isinstance(sample_rate_hz, int) and 1000 <= sample_rate_hz <= 655_350
+        valid = valid and (sample_rate_hz <= 65_535 or sample_rate_hz % 10 == 0)
+        require(valid, "sample_rate_hz", rule, sample_rate_hz)
+
+
+def _entries(manifest: Path | str | Sequence[Entry]) -> Sequence[Entry]:
+    """The clips of a manifest's file, or those that are given."""
+    if isinstance(manifest, (str, os.PathLike)):
+        return read_manifest(Path(manifest))
+    given = manifest if isinstance(manifest, Sequence) else [manifest]
+    others = [type(clip).__name__ for clip in given if not isinstance(clip, Entry)]
+    if others or not given:
+        raise TypeError(
+            "manifest must be one file, or the clips of a source, got "
+            f"{others[0] if others else 'none'}; write rows to a .jsonl file, one JSON object a "
+            "line"
+        )
+    return given
 
 
 def write_shards(

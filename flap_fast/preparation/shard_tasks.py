@@ -33,6 +33,11 @@ class ShardRange:
     number: int = 1
     of: int = 1
 
+    def __post_init__(self):
+        whole = isinstance(self.number, int) and isinstance(self.of, int)
+        valid = whole and 1 <= self.number <= self.of
+        require(valid, "ShardRange", "be the A-th of B, with A from 1 to B", self)
+
     def __str__(self) -> str:
         return f"{self.number}/{self.of}"
 

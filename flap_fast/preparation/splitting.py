@@ -6,7 +6,8 @@
 
 There is no seed: rows that are added at the end move no clip, unless they join two groups. A group
 larger than its split is to be stays in train as a whole: one caption of most clips leaves
-little to hold out. Captions are equal as in training and evaluation, see `pair_ids`.
+little to hold out. With so many more rows that it no longer is, it may move. Captions are equal as
+in training and evaluation, see `pair_ids`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def held_out(entries: Sequence[Entry], fractions: Fractions) -> tuple[list[Entry
         ConfigError: fractions that cannot be, rows with a split, a split that gets no clip.
     """
     for name, fraction in zip(Fractions._fields, fractions, strict=True):
-        require(0 <= fraction < 1, f"--{name}-fraction", "be in [0, 1)", fraction)
+        valid = isinstance(fraction, (int, float)) and 0 <= fraction < 1
+        require(valid, f"--{name}-fraction", "be in [0, 1)", fraction)
     rule = "be less than 1 together"
     require(sum(fractions) < 1, "--val-fraction and --test-fraction", rule, sum(fractions))
     given = next((entry for entry in entries if entry.split != "train"), None)
@@ -61,9 +63,12 @@ def held_out(entries: Sequence[Entry], fractions: Fractions) -> tuple[list[Entry
     counts = Counter(entry.split for entry in out)
     for name, fraction in zip(("train", *Fractions._fields), (1.0, *fractions), strict=True):
         if fraction and not counts[name]:
+            options = f"--{name}-fraction" if name != "train" else "--val-fraction, --test-fraction"
+            other = "smaller" if name == "train" else "larger"
             raise ConfigError(
-                f"--{name}-fraction must leave each split a clip, got none in {name} of "
-                f"{len(entries)} clips in {len(sizes)} groups; give another fraction"
+                f"{options} must leave each split a clip, got none in {name} of {len(entries)} "
+                f"clips in {len(sizes)} groups that go together; give a {other} one, or the "
+                "manifest's rows a split"
             )
     return out, _said(counts, sizes, splits)
 

@@ -41,6 +41,7 @@ from flap_fast.model.model_folder import (
     step_folders,
     step_of,
 )
+from flap_fast.places import shown
 from flap_fast.ranks import Ranks
 from flap_fast.tensors import save_tensors
 from flap_fast.training.engine import Engine
@@ -61,6 +62,7 @@ class Checkpoints:
     def __init__(self, config: Config, ranks: Ranks, data: Shards, teacher: int | None = None):
         self._config, self._ranks, self._teacher = config, ranks, teacher
         self._clips, self._shards, self._versions = len(data), _hash(data), _versions(data)
+        self._names = [shown(file) for file in data.files]
         self.folder = config.run_folder / "checkpoints"
 
     def state(self, folder: Path) -> State:
@@ -90,9 +92,10 @@ class Checkpoints:
             rule = f"hold the {state.clips} clips that the run started with"
             got = f"{self._clips} others" if state.clips == self._clips else self._clips
             require(False, "data.train", rule, got, _PUT_BACK)
-        same, rule = state.versions in (None, self._versions), "be what the run started with"
-        got = "shards of which one has another size or ETag"
-        require(same, "data.train", rule, got, _PUT_BACK)
+        marks = zip(state.versions or [], self._versions, self._names, strict=False)
+        changed = [name for was, now, name in marks if was != now]
+        rule, got = "hold the shards that the run started with", "another size or ETag of "
+        require(not changed, "data.train", rule, got + ", ".join(changed[:3]), _PUT_BACK)
         same, rule = state.teacher in (None, self._teacher), "be the one that the run started with"
         require(same, "loss.distill.teacher", rule, "other weights", _PUT_BACK)
         return state
@@ -258,10 +261,10 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _versions(data: Shards) -> str | None:
+def _versions(data: Shards) -> list[str]:
     files = [data.remote_file(number) for number in range(len(data.files))]
-    stamps = [file and file.stamp for file in files]
-    return hashlib.sha256(repr(stamps).encode()).hexdigest() if any(stamps) else None
+    marks = [hashlib.sha256(repr(f.stamp).encode()).hexdigest()[:16] if f else "" for f in files]
+    return marks if any(marks) else []
 
 
 def _hash(data: Shards) -> str:

@@ -40,8 +40,8 @@ class State:
     """Clips of data.train."""
     shards: str | None = None
     """Hash of the shards' names, and of where each clip lies in them."""
-    versions: str | None = None
-    """Hash of the sizes and ETags of shards by URL, if there are any."""
+    versions: list[str] | None = None
+    """Hash of the size and ETag of each shard by URL, "" of each on disk."""
     teacher: int | None = None
     """Checksum of the weights of loss.distill's teacher."""
     sha256: str | None = None

@@ -190,6 +190,8 @@ def test_a_config_keeps_weights(tmp_path):
     assert parse_config(yaml.safe_load(dump_config(config))) == config
     assert parse_config(config.model_dump()) == config
     assert list(map(str, config.data.train_places)) == ["s3://b/{0..7}.tar", "data/b"]
+    written = load_config(None, ["data.train=[{path: a, weight: 5e-1}, {path: b, weight: '2'}]"])
+    assert written.data.train == (Weighted(Path("a"), 0.5), Weighted(Path("b"), 2))
     alone = load_config(None, ["data.train={path: /home/ann/a, weight: 0.5}"]).shareable()
     assert alone.data.train == (Weighted(Path("a"), 0.5),)
 
@@ -199,7 +201,7 @@ def test_a_config_keeps_weights(tmp_path):
     [
         *(
             (f"{{path: a, weight: {weight}}}", "must have a weight above 0 and at most 1000, got")
-            for weight in ("0", "-1", ".nan", ".inf", "true", "two")
+            for weight in ("0", "-1", ".nan", ".inf", "true", "two", "9" * 400)
         ),
         ("{path: a, wieght: 2}", r"must be a path, a URL or \{path: ..., weight: ...\}, got"),
         ("{weight: 2}", r"must be a path, a URL or \{path: ..., weight: ...\}, got"),

@@ -29,6 +29,7 @@ ASKED = "loss.contrastive.duplicates=mask"
 def test_a_captions_id_is_the_digest_of_its_words():
     """The same in every process and for ever: a run may be resumed on another machine."""
     assert caption_id("A dog, barks.") == caption_id("a dog\tBARKS") == 3495832801826945676
+    assert caption_id("\ufeffa dog\u200b barks\u200e") == caption_id("a dog barks")
     assert caption_id("a dog barked") != caption_id("a dog barks")
     assert caption_id("half an emoji \ud83d") != caption_id("half an emoji \ud83e")
     assert {type(caption_id(text)) for text in ("", "?!", "♪")} == {int}

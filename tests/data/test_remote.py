@@ -5,11 +5,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
+import fsspec
 import numpy as np
 import pytest
 import torch
+from fsspec.implementations.local import LocalFileSystem
 
 from flap_fast.config import Config
 from flap_fast.data import store
@@ -178,14 +181,60 @@ def test_a_shard_that_may_not_be_read_is_named_without_its_key(served, cache):
     assert served.fetched(".tar") == 1
 
 
+class _HttpError(Exception):
+    """As gcsfs raises it."""
+
+    code = 401
+
+
+@pytest.mark.parametrize("error", [_HttpError("who are you?"), OSError("Forbidden: b/bucket/o")])
+def test_an_answer_of_google_that_will_not_change_is_no_reason_to_wait(error):
+    tries = []
+
+    def call() -> None:
+        tries.append(1)
+        raise error
+
+    with pytest.raises(ShardError, match=r"^gs://b cannot be read: .*; see docs/data\.md for"):
+        store.retried(Url("gs://b"), call, 5.0)
+    assert len(tries) == 1
+
+
 def test_a_package_that_is_missing_is_named_with_the_command(cache, monkeypatch):
     store._scheme.cache_clear()
     monkeypatch.setitem(__import__("sys").modules, "s3fs", None)
     with pytest.raises(ValueError, match=r"^s3:// needs a .*pip install 'flap_fast\[remote\]'$"):
         opened(config_of("s3://bucket/x", cache))
     store._scheme.cache_clear()
+    monkeypatch.setitem(__import__("sys").modules, "paramiko", None)
+    with pytest.raises(ValueError, match=r"^sftp:// needs a .*paramiko.*; install it with pip$"):
+        opened(config_of("sftp://host/x", cache))
     with pytest.raises(ValueError, match=r"^a URL must begin with s3, .*got sx://"):
         opened(config_of("sx://bucket/x", cache))
+
+
+class _OnServer(LocalFileSystem):
+    """Files of a server that must be named, as sftp's."""
+
+    protocol = "there"
+
+    def __init__(self, host: str, **settings: Any):
+        assert host == "ann@host:22"
+        super().__init__(**settings)
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return path.removeprefix("there://ann@host:22")
+
+    @staticmethod
+    def _get_kwargs_from_urls(path: str) -> dict[str, str]:
+        return {"host": path.removeprefix("there://").rstrip("/")}
+
+
+def test_a_file_system_gets_the_server_that_a_url_names(folder, cache):
+    fsspec.register_implementation("there", _OnServer, clobber=True)
+    wanted = batches(config_of(folder, cache))
+    assert_same(batches(config_of(f"there://ann@host:22{folder}", cache)), wanted)
 
 
 def test_lengths_are_read_once(folder, served, cache):

@@ -77,6 +77,16 @@ def test_places_without_shards_are_named(bucket, tmp_path, given):
         opened(config_of(given, tmp_path / "cache"))
 
 
+@pytest.mark.parametrize("given", ["s3://bucket/mine", "s3://bucket/mine/"])
+def test_a_folder_of_splits_is_named_as_such(bucket, s3, tmp_path, given):
+    s3.pipe("bucket/mine/.prepare/train-0.json", b"{}")
+    named = (
+        r"mine/? must hold \.tar shards, got folders of them: train; name one, as s3://bucket/mine/train$"
+    )
+    with pytest.raises(ShardError, match=named):
+        opened(config_of(given, tmp_path / "cache"))
+
+
 def test_a_bucket_that_is_not_there_is_named(s3, tmp_path):
     with pytest.raises(ShardError, match=r"^s3://nowhere/train"):
         opened(config_of("s3://nowhere/train", tmp_path / "cache"))
@@ -87,7 +97,7 @@ def test_missing_credentials_are_named_at_once(bucket, tmp_path, monkeypatch):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setattr(
-        store, "_scheme", lambda _: fsspec.filesystem("s3", skip_instance_cache=True)
+        store, "_scheme", lambda *_: fsspec.filesystem("s3", skip_instance_cache=True)
     )
     with pytest.raises(ShardError, match=r"^s3://bucket/.*; see docs/data.md for credentials$"):
         opened(config_of(bucket, tmp_path / "cache"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,6 +105,27 @@ def test_many_readers_fetch_a_shard_once(served):
         thread.join()
     assert found == [b"\4\4"] * 8
     assert served.fetched(".tar") == 1
+
+
+def test_what_is_deleted_while_it_is_fetched_is_fetched_again(served):
+    cache, file = cache_of(served, 3), files_of(served)[4]
+    served.faults["4.tar"] = [slow(0.2), slow(0.2)]
+    found: list[bytes] = []
+    reader = threading.Thread(target=lambda: found.append(cache.read(file, 0, 2)))
+    reader.start()
+    for fetch in (1, 2):
+        while reader.is_alive() and len(served.ranges.get("4.tar", ())) < fetch:
+            time.sleep(0.01)
+        shutil.rmtree(cache.shards)
+    reader.join(5)
+    assert (found, held(cache), served.fetched(".tar")) == ([b"\4\4"], [4], 3)
+
+
+def test_the_copy_of_a_small_file_that_was_cut_is_fetched_again(served):
+    cache, file = cache_of(served, 3), files_of(served)[4]
+    for size in (SIZE - 1, 0):
+        os.truncate(cache.small(file), size)
+        assert cache.small(file).read_bytes() == b"\4" * SIZE
 
 
 KILLED = """

@@ -7,8 +7,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import flap_kernels
 
@@ -53,6 +55,19 @@ def test_its_trainer_learns_on_two_ranks_and_the_same_with_fsdp2(tmp_path):
     assert len(losses) == 5
     assert losses[-1] < 0.8 * losses[0]
     assert run_on(2, sharded_trainer(), tmp_path) == pytest.approx(losses, abs=2e-4)
+
+
+def test_its_masked_autoencoder_has_the_error_of_plain_pytorch():
+    (code,) = (block for block in BLOCKS if "masked_mse(" in block)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    mel, mask, rows = names["mel"], names["mask"], torch.arange(4)[:, None]
+    patches = mel.reshape(4, 32, 16, 8, 16).permute(0, 1, 3, 2, 4).reshape(4, 256, 256)
+    wanted = patches[rows, mask.ids_drop.long()]
+    variance, mean = torch.var_mean(wanted, dim=2, keepdim=True)
+    error = names["pixels"](names["dropped"]) - (wanted - mean) / (variance + 1e-6).sqrt()
+    assert names["loss"].item() == pytest.approx(error.square().mean().item(), rel=1e-5)
+    assert names["patch"].weight.grad.abs().sum() > 0
 
 
 def test_its_trainer_is_about_30_lines_long():

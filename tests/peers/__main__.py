@@ -14,6 +14,8 @@ _PACKAGES = (
     "open_clip_torch",
     "laion_clap",
     "torchlibrosa",
+    "GradCache",
+    "SentEval",
     "torch",
 )
 

@@ -420,8 +420,9 @@ def test_an_error_that_is_not_a_sounds_stops_everything(corpus, tmp_path, monkey
         prepare(corpus, tmp_path, show=False)
 
 
-@pytest.mark.parametrize("manifest", [None, 5, ["a.jsonl"], [{"audio": "a.wav"}]])
+@pytest.mark.parametrize("manifest", [None, 5, [], ["a.jsonl"], [{"audio": "a.wav"}]])
 def test_what_is_no_manifest_is_refused(manifest: Any, tmp_path: Path):
-    with pytest.raises(TypeError, match=r"^manifest must be one file, or the clips of a so"):
+    rule = r"^manifest must be one file, or the clips of a source, got .*; write rows to a \.jsonl"
+    with pytest.raises(TypeError, match=rule):
         prepare(manifest, tmp_path / "out")
     assert not (tmp_path / "out").exists()

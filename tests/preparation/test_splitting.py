@@ -125,7 +125,16 @@ def test_prepare_divides_alike_over_machines_and_where_the_folder_moves(manifest
         (9, (1.0, 0.0), r"--val-fraction must be in \[0, 1\), got 1.0"),
         (9, (0.1, float("nan")), r"--test-fraction must be in \[0, 1\), got nan"),
         (9, (0.5, 0.5), "--val-fraction and --test-fraction must be less than 1 together, got 1.0"),
-        (2, (1e-9, 0.0), "--val-fraction must leave each split a clip, got none in val of 2 clips"),
+        (
+            2,
+            (1e-9, 0.0),
+            "--val-fraction must leave each split a clip, got none in val of 2 .* give a larger",
+        ),
+        (
+            2,
+            (0.5, 0.499),
+            "--val-fraction, --test-fraction must leave .* got none in train .* give a smaller",
+        ),
     ],
 )
 def test_fractions_that_cannot_be_are_refused(clips, fractions, message):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,14 @@ with ends_at_once("stopped", says={says}{imports}):
 """
 IN_C = "left = ctypes.CDLL(None).sleep(60)"
 IN_PYTHON = "import time; [time.sleep(0.01) for _ in range(6000)]"
+
+
+@pytest.fixture(autouse=True)
+def hanging_up_is_not_ignored() -> Iterator[None]:
+    """As it is under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 def started(

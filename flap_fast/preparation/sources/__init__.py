@@ -10,6 +10,9 @@ from flap_fast.preparation.sources.audiocaps import AUDIOCAPS
 from flap_fast.preparation.sources.clotho import CLOTHO
 from flap_fast.preparation.sources.musiccaps import MUSICCAPS, MUSICCAPS_BY_NAME
 from flap_fast.preparation.sources.wavcaps import WAVCAPS, WAVCAPS_CLEAN
+from flap_fast.preparation.sources.audiosetcaps import AUDIOSETCAPS
+from flap_fast.preparation.sources.autoacd import AUTOACD
+from flap_fast.preparation.sources.laion import LAION
 from flap_fast.preparation.sources.esc50 import ESC50
 from flap_fast.preparation.sources.urbansound8k import URBANSOUND8K
 from flap_fast.preparation.sources.folder import FOLDER

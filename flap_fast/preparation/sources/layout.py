@@ -120,6 +120,21 @@ class Clips:
             row |= {"start_s": start_s, "duration_s": end_s - start_s}
         return row
 
+    def captioned(self, file: Path, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Line and a manifest's row of each clip of a CSV that names files in the column `name`.
+
+        With or without the Y that copies of AudioSet have before YouTube's ids; a missing file gets
+        the name that it should have. Raises `ManifestError` for a blank name or a missing column.
+        """
+        for line, row in table(file, (name, "caption")):
+            clip = row[name].strip()
+            if not clip:
+                raise ManifestError(f"{file}:{line}: {name} must name a clip, got {row[name]!r}")
+            stems = (clip, f"Y{clip}", clip.removeprefix("Y"))
+            found = next((self._files[stem] for stem in stems if stem in self._files), None)
+            audio = f"{clip}.wav" if found is None else str(found.relative_to(self._folder))
+            yield line, {"audio": audio, "captions": [row["caption"]], "id": clip}
+
 
 def _seconds(file: Path) -> float:
     """A file's duration; 0 for one that cannot be read, which `prepare` rejects."""

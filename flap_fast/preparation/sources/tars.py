@@ -10,7 +10,7 @@ log-mels. All that a JSON says besides is kept. Captions are found as in trainin
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flap_fast.files import ManifestError
 from flap_fast.preparation.manifest import Entry
@@ -58,7 +58,6 @@ def _splits(folder: Path) -> list[Path]:
 
 def _entry(shards: Shards, clip: int, split: str, line: int) -> Entry:
     from flap_fast.data.preprocess.unusable import Unusable
-    from flap_fast.data.shards import texts_of
 
     file, at, size, _, _ = shards.locations[clip].tolist()
     fault = ""
@@ -66,20 +65,28 @@ def _entry(shards: Shards, clip: int, split: str, line: int) -> Entry:
         record = shards.record(clip, captionless=True)
     except Unusable as error:
         record, fault = {"text": []}, f"unreadable: {error}"
-    captions = record["text"]
-    original = record.get("original_data")
     return Entry(
         line=line,
         audio=shards.files[file],
-        captions=captions,
         id=str(record.get("id") or f"{shards.files[file].stem}@{at}"),
         split=split,
-        labels=texts_of(record.get("tag")),
-        original=original if isinstance(original, dict) else {},
         inside=(at, size),
         fault=fault,
-        more={name: value for name, value in record.items() if name not in _OURS},
+        **described(record),
     )
+
+
+def described(record: dict[str, Any]) -> dict[str, Any]:
+    """What a clip's JSON says, as fields of `Entry`; its `text` is a list of captions."""
+    from flap_fast.data.shards import texts_of
+
+    original = record.get("original_data")
+    return {
+        "captions": record["text"],
+        "labels": texts_of(record.get("tag")),
+        "original": original if isinstance(original, dict) else {},
+        "more": {name: value for name, value in record.items() if name not in _OURS},
+    }
 
 
 SHARDS = Source(
