@@ -209,6 +209,12 @@ BAD_SOUNDS = {
     "12 s, unknown": (flac_of(12.0, 0), "audio/flac", 413, "at most 10 s, got 'a longer one'"),
     "NaN": (NAN, "audio/wav", 422, "not finite"),
     "400 channels": (wav_of(400, 6400), "audio/wav", 422, "64 channels or fewer, got 400"),
+    "8 channels at 192 kHz": (
+        encode(np.zeros((999, 8), "f4"), 192_000, "FLAC"),
+        "audio/flac",
+        413,
+        "the sound must have at most 1048576 samples a second, got 1536000",
+    ),
     "a picture": (b"\x89PNG", "image/png", 415, r"Content-Type must be audio/..., got 'image/png'"),
     "MP4": (b"\0\0\0\x20ftypM4A " + bytes(90), "audio/mp4", 415, "must be WAV, FLAC, OGG or MP3"),
     "too large": (bytes(400_001), "audio/wav", 413, "must have at most 400000 bytes, got more"),

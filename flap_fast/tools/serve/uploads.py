@@ -9,6 +9,10 @@ from flap_fast.data.preprocess.sound_file import LONGEST_S, open_sound
 from flap_fast.data.preprocess.sound_formats import ffmpeg_format
 from flap_fast.data.preprocess.waveform import BadSound
 
+# Samples of a second, in all channels: 8 channels at 96 kHz have fewer. Silence of many more is a
+# small file, and nobody else is answered while it is decoded.
+_MOST_PER_S = 2**20
+
 
 class Refused(Exception):
     """A request that is not answered: its status and a sentence."""
@@ -30,7 +34,8 @@ def decodable(data: bytes, most_s: float) -> tuple[bytes, float]:
     """Return a sound's bytes and its seconds, counted; in constant memory.
 
     Raises:
-        Refused: it is longer than `most_s` by its header or in fact, or is no sound.
+        Refused: it is longer than `most_s` by its header or in fact, has more samples a second than
+            recordings have, or is no sound.
     """
     try:
         with SoundBytes(data) as file:
@@ -41,6 +46,8 @@ def decodable(data: bytes, most_s: float) -> tuple[bytes, float]:
         rule = f"last at most {most_s:g} s"
         with open_sound(data) as sound:
             rate = sound.samplerate
+            densest, per_s = f"have at most {_MOST_PER_S} samples a second", rate * sound.channels
+            required(per_s <= _MOST_PER_S, "the sound", densest, per_s, status=413)
             unknown = sound.longer or sound.frames > LONGEST_S * rate
             claim = 0 if unknown else sound.frames
             required(claim <= most_s * rate, "the sound", rule, round(claim / rate), status=413)
