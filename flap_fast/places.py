@@ -44,8 +44,9 @@ class Url(str):
 
     @property
     def shown(self) -> str:
-        """The URL for messages and names: without its query, which may hold a password."""
-        return self._split()[0]
+        """The URL for messages and names: without its login and query, which may hold passwords."""
+        before = self._split()[0]
+        return re.sub(r"://[^/@]*@", "://", before) if self.on_web else before
 
     @property
     def name(self) -> str:
