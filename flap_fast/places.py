@@ -151,7 +151,7 @@ class Weighted:
     weight: float
 
     def __str__(self) -> str:
-        return f"{self.path} (weight {self.weight:g})"
+        return f"{shown(self.path)} (weight {self.weight:g})"
 
 
 def mixed_place(value: Any) -> Place | Weighted:
@@ -183,6 +183,13 @@ def mixed_place(value: Any) -> Place | Weighted:
 def place_in(entry: Place | Weighted) -> Place:
     """The place of an entry, whatever its weight."""
     return entry.path if isinstance(entry, Weighted) else entry
+
+
+def as_shown(entry: Place | Weighted) -> Place | Weighted:
+    """An entry without the login and the query of its URL."""
+    if isinstance(entry, Weighted):
+        return Weighted(place(shown(entry.path)), entry.weight)
+    return place(entry.shown) if isinstance(entry, Url) else entry
 
 
 def _as_json(entry: Place | Weighted) -> str | dict[str, str | float]:
