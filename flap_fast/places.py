@@ -46,8 +46,9 @@ class Url(str):
 
     @property
     def shown(self) -> str:
-        """The URL for messages and names: without its query, which may hold a password."""
-        return self._split()[0]
+        """The URL for messages and names: without its login and query, which may hold passwords."""
+        before = self._split()[0]
+        return re.sub(r"://[^/@]*@", "://", before) if self.on_web else before
 
     @property
     def name(self) -> str:
@@ -177,7 +178,7 @@ class Weighted:
     weight: float
 
     def __str__(self) -> str:
-        return f"{self.path} (weight {self.weight:g})"
+        return f"{shown(self.path)} (weight {self.weight:g})"
 
 
 def mixed_place(value: Any) -> Place | Weighted:
@@ -209,6 +210,13 @@ def mixed_place(value: Any) -> Place | Weighted:
 def place_in(entry: Place | Weighted) -> Place:
     """The place of an entry, whatever its weight."""
     return entry.path if isinstance(entry, Weighted) else entry
+
+
+def as_shown(entry: Place | Weighted) -> Place | Weighted:
+    """An entry without the login and the query of its URL."""
+    if isinstance(entry, Weighted):
+        return Weighted(place(shown(entry.path)), entry.weight)
+    return place(entry.shown) if isinstance(entry, Url) else entry
 
 
 def _as_json(entry: Place | Weighted) -> str | dict[str, str | float]:

@@ -49,6 +49,8 @@ def test_a_url_has_the_parts_of_a_path():
     assert url.with_suffix(".idx") == "https://host/a/0.idx?key=1"
     assert url.shown == "https://host/a/0.tar"
     assert Url("s3://bucket/a/").name == "a"
+    login = Url("https://ann:secret@host/a/0.tar")
+    assert (login.shown, login.parent) == ("https://host/a/0.tar", "https://ann:secret@host/a")
     assert Url("s3://bucket/what?.tar").name == "what?.tar"
 
 

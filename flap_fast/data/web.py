@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import urllib.error
 import urllib.parse
@@ -72,7 +73,13 @@ def _opened(url: Url, headers: dict[str, str] | None = None, method: str = "GET"
     about = {"User-Agent": "flap_fast", **(headers or {})}
     # As browsers do: spaces and letters beyond ASCII are encoded, what is encoded stays.
     text = urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")
+    scheme, _, rest = text.partition("://")
+    login, at, _ = rest.partition("/")[0].rpartition("@")
+    text = f"{scheme}://{rest.removeprefix(login + at)}"
     request = urllib.request.Request(text, headers=about, method=method)
+    if login:
+        basic = base64.b64encode(urllib.parse.unquote_to_bytes(login)).decode()
+        request.add_unredirected_header("Authorization", f"Basic {basic}")
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
             yield answer

@@ -105,7 +105,7 @@ def score(model: EvaluatedModel, data: Sequence[Place], tasks: Sequence[str] = (
             own.check(model, opened[name][1] if kinds[path] == "clips" else path)
 
     found: Scores = {task: {} for task in tasks}
-    found["data"] = {name: str(_resolved(path)) for name, path in names(data).items()}
+    found["data"] = {name: shown(_resolved(path)) for name, path in names(data).items()}
     for own in _of("settings", tasks):
         found[own.name] = own.score(model, None)
     for name, path in names(data).items():

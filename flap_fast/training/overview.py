@@ -10,6 +10,7 @@ import numpy as np
 
 from flap_fast.config import Config
 from flap_fast.model.two_towers import TwoTowers
+from flap_fast.places import shown
 from flap_fast.ranks import Ranks
 from flap_fast.training.environment import device_name
 
@@ -66,7 +67,7 @@ def overview(config: Config, ranks: Ranks, run: Known, start: Path | None, first
         start: the checkpoint to go on from.
         first: steps done before.
     """
-    train, world, val = config.train, ranks.world, ", ".join(map(str, config.data.val))
+    train, world, val = config.train, ranks.world, ", ".join(map(shown, config.data.val))
     begins = f"goes on after step {first:,}, from {start}" if start else "a new run"
     nodes = f" on {world // ranks.local_world} nodes" if world > ranks.local_world else ""
     many = f"{world:,} ranks{nodes}, each with " if world > 1 else ""

@@ -18,6 +18,7 @@ from flap_fast.checks import ConfigError, require
 from flap_fast.config import Config
 from flap_fast.config.file import dump_config, load_config
 from flap_fast.files import parsed_json, write_atomically
+from flap_fast.places import as_shown
 from flap_fast.section import FREE_ON_RESUME
 from flap_fast.training.checkpoint import latest
 from flap_fast.training.environment import session
@@ -98,9 +99,15 @@ def in_session(config: Config, facts: dict[str, Any]) -> Iterator[None]:
         yield
 
 
+def _shown(config: Config) -> Config:
+    """The config with the URLs of data.train as they are shown: signatures end, logins change."""
+    train = tuple(map(as_shown, config.data.train))
+    return config.model_copy(update={"data": config.data.model_copy(update={"train": train})})
+
+
 def differences(then: Config, now: Config) -> list[tuple[str, Any, Any]]:
     """Name, old and new value of each setting that changed and must not."""
-    before, after = flat(then.model_dump(mode="json")), flat(now.model_dump(mode="json"))
+    before, after = (flat(_shown(config).model_dump(mode="json")) for config in (then, now))
     approximate = "dali_mel" in (then.frontend.backend, now.frontend.backend)
     free = now.marked(FREE_ON_RESUME).keys() | then.marked(FREE_ON_RESUME).keys()
     free |= set() if approximate else {"frontend.backend"}

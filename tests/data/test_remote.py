@@ -200,6 +200,22 @@ def test_an_answer_of_google_that_will_not_change_is_no_reason_to_wait(error):
     assert len(tries) == 1
 
 
+def test_the_login_of_a_url_is_sent_and_not_printed(folder, served, cache):
+    def wants_login(to: Any, data: bytes) -> bool:
+        """A 401 for who is not ann, with the password p@ss."""
+        right = to.headers.get("Authorization") == "Basic YW5uOnBAc3M="
+        return not right and refused(to, data)
+
+    served.faults["0.tar"] = [wants_login, wants_login]
+    right, wrong = (
+        opened(config_of(f"http://{login}@{served.url[7:]}/0.tar", cache / login))
+        for login in ("ann:p%40ss", "ann:pass")
+    )
+    assert right.encoded(0) == open_shards([folder]).encoded(0)
+    with pytest.raises(ShardError, match=r"^http://127\.0\.0\.1:\d+/0\.tar cannot be read: 403"):
+        wrong.encoded(0)
+
+
 def test_a_package_that_is_missing_is_named_with_the_command(cache, monkeypatch):
     store._scheme.cache_clear()
     monkeypatch.setitem(__import__("sys").modules, "s3fs", None)

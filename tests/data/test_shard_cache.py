@@ -58,7 +58,7 @@ def cache_of(served: Served, shards: int, retry_s: float = 5.0) -> ShardCache:
 
 def held(cache: ShardCache) -> list[int]:
     """The numbers of the shards that it holds, and -1 for each that is being fetched."""
-    names = [file.name for file in cache.shards.iterdir()]
+    names = [file.name for file in cache.shards.glob("*")]  # before the first fetch there is none
     return sorted(-1 if n.endswith(".part") else int(n.split("-")[2][:-4]) for n in names)
 
 

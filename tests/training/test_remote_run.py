@@ -19,6 +19,7 @@ from flap_fast.config import Config
 from flap_fast.data.shards import ShardError
 from flap_fast.preparation.prepare import prepare
 from flap_fast.training.loop import train
+from flap_fast.training.run_folder import begin
 from tests.ranks import on_ranks, start_server
 from tests.serving import Served, refused, serving, slow
 from tests.tiny import tiny
@@ -106,6 +107,26 @@ def test_a_shard_that_changed_before_a_run_is_resumed_is_refused(served, tmp_pat
         train(config, resume=True)
     tar.write_bytes(tar.read_bytes()[:-1] + b"\0")
     train(config, resume=True)
+
+
+def test_a_run_resumes_with_another_signature_which_is_not_printed(served, tmp_path, capsys):
+    def signed(key: str, *more: str) -> Config:
+        places = (
+            f"data.{name}={served.url}/{name}/{{0..1}}.tar?{key}" for name in ("train", "val")
+        )
+        return settings(served.url, tmp_path, *places, *more)
+
+    train_stopped_after(2, signed("secret1"))
+    said = capsys.readouterr().err
+    assert f"scored on {served.url}/val/{{0..1}}.tar" in said
+    assert "secret" not in said
+    assert begin(signed("secret2"), resume=True) == tmp_path / "flap/checkpoints/step-000002"
+    with pytest.raises(ConfigError, match=r"got\n  train\.steps: 12 -> 13\nset them back"):
+        begin(signed("secret3", "train.steps=13"), resume=True)
+    other = f"data.train={served.url}/train/0.tar?secret4"
+    with pytest.raises(ConfigError, match=r"got\n  data\.train: .*/train/0\.tar'\]\nset") as error:
+        begin(signed("secret4", other), resume=True)
+    assert "secret" not in str(error.value)
 
 
 def trained_on_rank(config: Config) -> None:
