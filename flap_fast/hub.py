@@ -45,8 +45,11 @@ def on_hub(path: str | Path) -> bool:
     return str(path)[:4].lower() == "hf:/"
 
 
-def local_folder(path: str | Path) -> Path:
+def local_folder(path: str | Path, files: tuple[str, ...] = ()) -> Path:
     """The folder of a model: a path of this machine as it is, a model on the Hub downloaded.
+
+    Args:
+        files: those of the Hub's that are wanted, if not all.
 
     Raises:
         ConfigError: another URL; no such repository or revision, no access to it, or no connection.
@@ -60,8 +63,10 @@ def local_folder(path: str | Path) -> Path:
     assert found is not None
     repository = Repository(found["repo"], found["revision"])
     with _one_sentence(repository):
-        folder = _snapshot(repository, _FILES)
-        weights = any((folder / name).is_file() for name in _FILES if name.endswith(".safetensors"))
+        folder = _snapshot(repository, files or _FILES)
+        weights = bool(files) or any(
+            (folder / name).is_file() for name in _FILES if name.endswith(".safetensors")
+        )
         return folder if weights else _snapshot(repository, (*_FILES, _PICKLE))
 
 

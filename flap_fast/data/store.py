@@ -1,7 +1,7 @@
 """Files by URL, through fsspec (s3, gs, hf, ...) or HTTP: what is there, and their bytes.
 
 Whatever may pass (a timeout, a 503, a lost connection) is tried again, after pauses that double,
-until `retry_s` has gone by. What will not is an error at once.
+until `retry_s` has gone by, 0 for one try. What will not is an error at once.
 """
 
 from __future__ import annotations
@@ -145,9 +145,10 @@ def retried(
             if _is_final(error):
                 raise ShardError(f"{url.shown} cannot be read: {_why(error)}") from error
             if gone_s + pause_s > retry_s:
+                tried = f", tried for {gone_s:.0f} s" if retry_s else ""
+                longer = ", or set data.retry_s higher" if retry_s else ""
                 raise ShardError(
-                    f"{url.shown} cannot be read, tried for {gone_s:.0f} s: {_why(error)}; try "
-                    "again later, or set data.retry_s higher"
+                    f"{url.shown} cannot be read{tried}: {_why(error)}; try again later{longer}"
                 ) from error
             if pause_s >= _SAID_PAUSE_S:
                 say(f"{url.shown}: {_why(error)}; trying again in {pause_s:.0f} s", error=True)

@@ -10,8 +10,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from flap_fast.checks import require
+from flap_fast.checks import ConfigError, require
+from flap_fast.config import Data
 from flap_fast.config.file import load_config
+from flap_fast.data.tar_members import ShardError
 from flap_fast.data.tokenize import Tokenizer, tokenizer
 from flap_fast.evaluation.run import names
 from flap_fast.files import visible
@@ -29,7 +31,7 @@ from flap_fast.tools.doctor.records import (
 )
 from flap_fast.tools.doctor.run_files import RunFiles, is_run, read_run
 from flap_fast.tools.doctor.scan import Captions, scan_captions, scan_sounds
-from flap_fast.tools.doctor.sources import Clips, of_shards, open_data
+from flap_fast.tools.doctor.sources import Clips, of_shards, open_data, require_reached
 
 # A special token or two at either end of a text; otherwise a token is a byte or more.
 _SPECIAL = 4
@@ -94,16 +96,26 @@ def _data_of(run: RunFiles, lacking: dict[Need, str]) -> dict[str, Clips]:
     """The splits of a run's data: all of data.train is one; what is gone is noted."""
     found: dict[str, Clips] = {}
     data = run.config.data
-    places = [place for place in (*data.train_places, *data.val) if isinstance(place, Path)]
-    gone = [str(place) for place in places if not is_pattern(place) and not place.exists()]
+    gone = list(filter(None, (_gone(place, data) for place in (*data.train_places, *data.val))))
     if gone or not data.train:
-        why = f"{', '.join(gone)} is not there" if gone else "its config names no data"
+        why = ", ".join(gone) or "its config names no data"
         lacking |= dict.fromkeys(("sounds", "captions", "tokens", "splits", "embeddings"), why)
         return found
     found["train"] = of_shards(data.train_places, data)
     for name, folder in names(data.val).items():
         found[f"{name} of data.val" if name in found else name] = of_shards([folder], data)
     return found
+
+
+def _gone(place: Place, reading: Data) -> str:
+    """Why a place of a run's data cannot be looked at, or nothing."""
+    if isinstance(place, Path):
+        return "" if is_pattern(place) or place.exists() else f"{place} is not there"
+    try:
+        require_reached(place, reading)
+    except (ShardError, ConfigError) as error:
+        return str(error)
+    return ""
 
 
 def _scanned(

@@ -14,8 +14,10 @@ from pathlib import Path
 
 from flap_fast.checks import require
 from flap_fast.config import Data
+from flap_fast.data.listing import Remote, shard_sets
 from flap_fast.data.preprocess.sound_file import Source
 from flap_fast.data.preprocess.unusable import Unread, Unusable
+from flap_fast.data.shard_cache import shard_cache
 from flap_fast.data.shards import KINDS, Shards, open_shards
 from flap_fast.evaluation.run import names
 from flap_fast.places import Place, Url, is_pattern, shown
@@ -70,6 +72,8 @@ def open_data(paths: Sequence[Place]) -> dict[str, Clips]:
 
 def _splits(path: Place) -> Iterator[tuple[str, Clips]]:
     pattern = isinstance(path, Path) and is_pattern(path) and not path.exists()
+    if isinstance(path, Url):
+        require_reached(path)
     if isinstance(path, Url) or pattern or path.suffix.lower() == ".tar":
         yield next(iter(names([path]))), of_shards([path])
         return
@@ -87,6 +91,18 @@ def _splits(path: Place) -> Iterator[tuple[str, Clips]]:
     require(bool(inside), "DATA", rule, path, _REMEDY)
     for folder in inside:
         yield folder.name, of_shards([folder])
+
+
+def require_reached(url: Url, reading: Data = Data()) -> None:  # noqa: B008 - frozen
+    """Raise `ShardError` for shards by URL that one try does not find: nobody waits for a doctor.
+
+    What is read of them afterwards is tried as in training.
+    """
+    remote = Remote(shard_cache(reading.model_copy(update={"retry_s": 0.0})))
+    for found in shard_sets(url, remote):
+        for file in found.files[:1]:
+            assert isinstance(file, Url)
+            remote.shard(file)
 
 
 def of_shards(

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from flap_fast.checks import ConfigError
 from flap_fast.config import Config
 from flap_fast.config.file import load_config
+from flap_fast.hub import local_folder
 from flap_fast.model.model_folder import OPTIMIZER, model_folder
 from flap_fast.tensors import is_finite, load_tensors
 from flap_fast.tools.doctor.records import Check, Examined, Found
@@ -83,9 +85,14 @@ def _front_end(e: Examined) -> Iterator[Found]:
     config = e.run.config
     for name in ("init_from", "init_audio_from"):
         start: Path | None = getattr(config.train, name)
-        if start is None or not (start / "config.yaml").is_file():
+        if start is None:
             continue
-        theirs = _settings(load_config(start / "config.yaml"))
+        try:
+            file = local_folder(start, ("config.yaml",)) / "config.yaml"
+            theirs = _settings(load_config(file))
+        except ConfigError as error:
+            yield Found("note", "config.yaml", f"train.{name} cannot be compared: {error}")
+            continue
         other = [
             f"{n} = {v}, and {theirs[n]} in train.{name}"
             for n, v in _settings(config).items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from torch import Tensor
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
 from flap_fast.config.file import dump_config
+from flap_fast.data.tar_members import ShardError
 from flap_fast.model.model_folder import save_model
 from flap_fast.model.two_towers import TwoTowers
+from flap_fast.places import Url
 from flap_fast.tensors import save_tensors
 from flap_fast.tools.doctor import towers
 from flap_fast.tools.doctor.curves import chance_loss
@@ -23,6 +26,7 @@ from flap_fast.tools.doctor.examine import examine, findings
 from flap_fast.tools.doctor.records import Embedded, Examined
 from tests.test_cli import flap
 from tests.tiny import tiny
+from tests.tools.hub import serving
 
 Weights = dict[str, Tensor]
 
@@ -143,6 +147,50 @@ def test_another_front_end_than_the_first_weights_is_named(tmp_path: Path, first
     run = write_run(tmp_path / "run", config, rows())
     checkpoint(run, 40, config, first)
     assert accused(run) == ["another front end than the weights'"]
+
+
+def test_the_front_end_of_weights_on_the_hub_is_compared(
+    tmp_path: Path, first: Weights, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "begin").mkdir()
+    (tmp_path / "begin/config.yaml").write_text(dump_config(still("audio.mean=-5")))
+    (tmp_path / "begin/model.safetensors").write_bytes(b"large")
+    config = still("train.init_from=hf://me/clap")
+    run = write_run(tmp_path / "run", config, rows())
+    checkpoint(run, 40, config, first)
+    with serving(monkeypatch, tmp_path / "cache") as hub:
+        (note,) = findings(examine([run], threads=1, show=False))
+        assert note.found.severity == "note"
+        assert "train.init_from cannot be compared: hf://me/clap must be a repo" in note.found.got
+        hub.put("me/clap", tmp_path / "begin")
+        assert accused(run) == ["another front end than the weights'"]
+        assert hub.sent == ["config.yaml"]
+
+
+def test_weights_to_begin_with_that_are_gone_are_noted(tmp_path: Path, first: Weights):
+    config = still(f"train.init_from={tmp_path / 'gone'}")
+    run = write_run(tmp_path / "run", config, rows())
+    checkpoint(run, 40, config, first)
+    (note,) = findings(examine([run], threads=1, show=False))
+    assert note.found.severity == "note"
+    assert f"must be an existing YAML file, got '{tmp_path}/gone/config.yaml'" in note.found.got
+
+
+def test_data_at_a_url_that_is_gone_are_named_at_once(
+    tmp_path: Path, first: Weights, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("time.sleep", lambda _: pytest.fail("a doctor must not wait"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    url = "http://127.0.0.1:9/{0..3}.tar"
+    config = still(f"data.val=['{url}']", f"data.train={tmp_path}")
+    run = write_run(tmp_path / "run", config, rows(loss=lambda n: math.nan))
+    checkpoint(run, 40, config, first)
+    e = examine([run], threads=1, show=False)
+    why = "http://127.0.0.1:9/0.tar cannot be read: .* refused.*; try again later$"
+    assert re.match(why, e.lacking["sounds"])
+    assert [one.check.name for one in findings(e)] == ["values not finite"]
+    with pytest.raises(ShardError, match=f"^{why}"):
+        examine([Url(url)], threads=1, show=False)
 
 
 def unit(seed: int, spread: float) -> Tensor:
