@@ -36,6 +36,7 @@ CHECKS: tuple[Check, ...] = (
     clip_lengths.TOO_SHORT,
     clip_lengths.ONE_LENGTH,
     caption_text.WITHOUT,
+    caption_text.PLACEHOLDER,
     caption_text.BROKEN,
     caption_text.MARKUP,
     caption_text.FILE_NAMES,

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
+from flap_fast.data.pair_ids import caption_words
 from flap_fast.data.preprocess.sound_formats import SOUNDS
 from flap_fast.files import visible
 from flap_fast.tools.doctor.records import Check, Examined, Found, Split, over_share
 
 # Fractions of a split's captions, or of its clips.
-_WITHOUT, _BROKEN, _MARKUP, _FILES, _FOREIGN = 0.01, 0.005, 0.005, 0.01, 0.05
+_WITHOUT, _NONE, _BROKEN, _MARKUP, _FILES, _FOREIGN = 0.01, 0.01, 0.005, 0.005, 0.01, 0.05
 _LONG = 60
 
 _HTML = re.compile(
@@ -26,6 +27,14 @@ _MEDIA = re.compile(rf"\S\.(?:{'|'.join(SOUNDS)})\b", re.IGNORECASE)
 _NAME = re.compile(r"(?=\S*[\d_])\S*[A-Za-z]\S*[-_\d]\S*|\S+_\S+")
 # UTF-8 that was read as Mac Roman or as a code page of DOS, and escapes that were not.
 _OTHER_TABLES = re.compile(r"√[^\w\s]|\u201aÄ|[├┬]|ΓÇ|\\u[\da-fA-F]{4}")
+# What programs and people write where there is no caption, without punctuation and case.
+_PLACEHOLDER = re.compile(
+    r"none|null|nan|nil|n a|na|tbd|todo|xxx|unknown|undefined|untitled|unlabell?ed|empty|missing"
+    r"|placeholder|lorem ipsum|caption|description|unknown (?:sound|audio|caption)"
+    r"|(?:not|un)\s?(?:available|applicable)"
+    r"|(?:no|missing|empty|your) (?:audio )?(?:captions?|description|label|text|title)"
+    r"(?: (?:available|provided|found|given|yet|here))?"
+)
 _OUTSIDE = re.compile(r"[^\x00-\x7f]+")
 
 
@@ -75,6 +84,12 @@ def _is_utf8(run: str) -> bool:
     return True
 
 
+def is_placeholder(text: str) -> bool:
+    """Whether a text stands where a caption is lacking: None, N/A, "no caption", signs alone."""
+    words = caption_words(text.replace("/", " ").replace("_", " "))
+    return not any(map(str.isalnum, text)) or bool(_PLACEHOLDER.fullmatch(words))
+
+
 def is_markup(text: str) -> bool:
     """Whether a text holds a tag, an entity or a link."""
     return bool(_HTML.search(text))
@@ -109,6 +124,13 @@ WITHOUT = Check(
     rule="have a caption",
     remedy="caption them or leave them out; training refuses a data.val with one",
     find=_without,
+)
+PLACEHOLDER = Check(
+    name="placeholders",
+    needs="captions",
+    rule="be captions, not a sign that one is lacking",
+    remedy="caption these clips or leave them out: a program wrote out what was empty",
+    find=_over_captions(is_placeholder, "a placeholder", _NONE),
 )
 BROKEN = Check(
     name="broken characters",
