@@ -46,6 +46,16 @@ def _leak() -> list[Row]:
     return rows
 
 
+def _noisy_leak() -> list[Row]:
+    """A third of val is from train, with noise of a hundredth of its power."""
+    rows, rng = sound(), np.random.default_rng(0)
+    for n in (24, 27, 30):
+        wave = rows[n - 20].wave
+        noise = 0.1 * wave.std() * rng.standard_normal(len(wave))
+        rows[n] = replace(rows[n], wave=(wave + noise).astype(np.float32))
+    return rows
+
+
 def _again() -> list[Row]:
     rows = sound()
     stereo = [np.stack([rows[n].wave, 0.7 * rows[n].wave], 1) for n in (0, 1, 2)]
@@ -126,6 +136,7 @@ FAULTS: dict[str, tuple[str, Callable[[], list[Row]]]] = {
     "a hundredth of a second": ("too short sounds", _wave(lambda w: w[:500])),
     "a truncated file": ("unreadable sounds", _each(lambda r: replace(r, cut_bytes=3000), 0.125)),
     "a recording in two splits": ("sounds in two splits", _leak),
+    "a recording in two splits, with noise": ("sounds in two splits", _noisy_leak),
     "a recording twice": ("sounds twice in a split", _again),
     "no caption": ("clips without captions", _each(lambda r: replace(r, captions=()), 0.125)),
     "signs that captions are lacking": ("placeholders", _text(_lacking, 0.25)),
