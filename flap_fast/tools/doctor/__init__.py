@@ -39,6 +39,7 @@ CHECKS: tuple[Check, ...] = (
     caption_text.PLACEHOLDER,
     caption_text.BROKEN,
     caption_text.MARKUP,
+    caption_text.BY_MODEL,
     caption_text.FILE_NAMES,
     caption_text.OTHER_SCRIPT,
     language.OTHER_LANGUAGE,

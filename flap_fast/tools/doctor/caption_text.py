@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -15,11 +16,13 @@ from flap_fast.tools.doctor.records import Check, Examined, Found, Split, over_s
 
 # Fractions of a split's captions, or of its clips.
 _WITHOUT, _NONE, _BROKEN, _MARKUP, _FILES, _FOREIGN = 0.01, 0.01, 0.005, 0.005, 0.01, 0.05
+_THROUGHOUT = 0.9
 _LONG = 60
 
 _HTML = re.compile(
     r"</?[a-z][^<>]*>|&(?:[a-z]{2,8}|#\d+|#x[\da-f]+);|\b(?:https?|ftp)://|\bwww\.\w"
-    r"|\b[\w-]+\.(?:com|org|net|be|io)/\S",
+    r"|\b[\w-]+\.(?:com|org|net|be|io)/\S"
+    r"""|^\s*[\[{]\s*['"].*['"]\s*[\]}]\s*$""",
     re.IGNORECASE,
 )
 _MEDIA = re.compile(rf"\S\.(?:{'|'.join(SOUNDS)})\b", re.IGNORECASE)
@@ -35,6 +38,16 @@ _PLACEHOLDER = re.compile(
     r"|(?:no|missing|empty|your) (?:audio )?(?:captions?|description|label|text|title)"
     r"(?: (?:available|provided|found|given|yet|here))?"
 )
+# How language models begin or excuse what they write.
+_MODEL = re.compile(
+    r"^(?:sure|certainly|of course)[!,:]|^i(?:'m|\u2019m| am) sorry\b"
+    r"|\bas an ai\b|\blanguage model\b|\bi (?:cannot|can't|can\u2019t) (?:hear|listen|play)\b"
+    r"|^here(?:'s|\u2019s| is| are) (?:a|an|the|your|some)\b.{0,40}\b(?:caption|description)s?\b"
+    r"|^(?:caption|description|output|answer)\s*:",
+    re.IGNORECASE,
+)
+# Characters of no width that only programs insert; joiners are letters' own.
+_INVISIBLE = re.compile("[\u200b\u2060\ufeff]")
 _OUTSIDE = re.compile(r"[^\x00-\x7f]+")
 
 
@@ -66,12 +79,16 @@ def quoted(split: Split, rows: Iterable[int]) -> tuple[str, ...]:
 
 
 def is_mojibake(text: str) -> bool:
-    """Whether a part of a text is UTF-8 that was read as another encoding, or was lost."""
+    """Whether a part of a text is UTF-8 read as another encoding, was lost, or is invisible."""
     if _OTHER_TABLES.search(text):
         return True
     if text.isascii():
         return False
-    if "\ufffd" in text or any("\x80" <= sign <= "\x9f" for sign in text):
+    if (
+        "\ufffd" in text
+        or _INVISIBLE.search(text)
+        or any("\x80" <= sign <= "\x9f" for sign in text)
+    ):
         return True
     return any(_is_utf8(run) for run in _OUTSIDE.findall(text))
 
@@ -91,8 +108,13 @@ def is_placeholder(text: str) -> bool:
 
 
 def is_markup(text: str) -> bool:
-    """Whether a text holds a tag, an entity or a link."""
+    """Whether a text holds a tag, an entity or a link, or is a list or a mapping written out."""
     return bool(_HTML.search(text))
+
+
+def is_by_model(text: str) -> bool:
+    """Whether a text holds what a language model says besides a caption: "Sure! Here is ..."."""
+    return bool(_MODEL.search(text))
 
 
 def is_file_name(text: str) -> bool:
@@ -116,6 +138,12 @@ def _without(e: Examined) -> Iterator[Found]:
         rows = np.array(sorted({*split.captions.without.tolist(), *faults}), np.int64)
         why = f"; of the first that cannot be read: {next(iter(faults.values()))}" if faults else ""
         yield from over_share(split, rows, f"no caption{why}", most=_WITHOUT, total=total)
+
+
+def _in_other_scripts(e: Examined) -> Iterator[Found]:
+    for found in _over_captions(is_other_script, "most letters are not Latin", _FOREIGN)(e):
+        throughout = found.count >= _THROUGHOUT * found.total  # what the data are meant to be in
+        yield replace(found, severity="note") if throughout else found
 
 
 WITHOUT = Check(
@@ -142,9 +170,16 @@ BROKEN = Check(
 MARKUP = Check(
     name="markup",
     needs="captions",
-    rule="be plain text, without HTML and addresses",
+    rule="be plain text, without HTML, addresses and brackets of lists",
     remedy="strip tags and links, and decode entities (html.unescape)",
-    find=_over_captions(is_markup, "HTML or a link", _MARKUP),
+    find=_over_captions(is_markup, "HTML, a link or a list", _MARKUP),
+)
+BY_MODEL = Check(
+    name="a language model's own words",
+    needs="captions",
+    rule="describe the sound, without what a language model says around it",
+    remedy="cut it off, or have them written again: flap enrich takes captions alone",
+    find=_over_captions(is_by_model, "words of a language model", _MARKUP),
 )
 FILE_NAMES = Check(
     name="file names as captions",
@@ -158,5 +193,5 @@ OTHER_SCRIPT = Check(
     needs="captions",
     rule="be in the Latin script, as text encoders of English read it",
     remedy="translate them, or take a text encoder of many languages",
-    find=_over_captions(is_other_script, "most letters are not Latin", _FOREIGN),
+    find=_in_other_scripts,
 )

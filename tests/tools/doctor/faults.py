@@ -141,6 +141,12 @@ FAULTS: dict[str, tuple[str, Callable[[], list[Row]]]] = {
     "no caption": ("clips without captions", _each(lambda r: replace(r, captions=()), 0.125)),
     "signs that captions are lacking": ("placeholders", _text(_lacking, 0.25)),
     "mojibake": ("broken characters", _text(lambda t: f"{t} in a cafÃ©", 0.125)),
+    "spaces of no width": ("broken characters", _text(lambda t: t.replace(" ", " \u200b"), 0.125)),
+    "lists that were written out": ("markup", _text(lambda t: str([t]), 0.125)),
+    "a language model's words": (
+        "a language model's own words",
+        _text(lambda t: f"Sure! Here is a caption: {t}", 0.125),
+    ),
     "HTML": ("markup", _text(lambda t: f"<b>{t}</b> &amp; more", 0.125)),
     "addresses": ("markup", _text(lambda t: f"{t} https://example.org/1", 0.125)),
     "names of files": (

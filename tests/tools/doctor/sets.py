@@ -171,6 +171,17 @@ def _chip(seed: int, seconds: float) -> np.ndarray:
     return (made - made.mean()).astype("f4")
 
 
+def _german() -> list[Row]:
+    """Captions in German throughout."""
+    things = ("Hund bellt", "Zug fährt", "Vogel singt", "Motor brummt", "Wind weht", "Mann ruft")
+    places = ("im Garten", "auf der Straße", "in einem Haus", "bei den Bäumen", "mit dem Regen")
+    every = [f"Ein {thing} {place}." for thing in things for place in places]
+    return [
+        replace(row, captions=(f"{every[n % 30]} {'Und ein Kind lacht.' * (n // 30)}".strip(),))
+        for n, row in enumerate(rows_of(shaped))
+    ]
+
+
 def _five_captions() -> list[Row]:
     texts = captions(5 * 24, first=40)
     return [
@@ -204,6 +215,14 @@ SOUND_SETS: dict[str, Callable[[], list[Row]]] = {
         rate=48_000,
         format="OGG",
     ),
+    "German throughout": _german,
+    "Chinese throughout": lambda: [
+        replace(
+            row,
+            captions=("".join(chr(0x4E00 + ord(s) * 7 + n) for s in row.captions[0][n % 7 : 24]),),
+        )
+        for n, row in enumerate(sound())
+    ],
     "five captions a clip": _five_captions,
     "labels as captions": _labelled,
     "chip music": lambda: rows_of(_chip),
