@@ -51,6 +51,7 @@ CHECKS: tuple[Check, ...] = (
     caption_repeats.SHARED,
     curves.NOT_FINITE,
     curves.AT_CHANCE,
+    curves.RISES,
     curves.RECALL,
     curves.CLAMPED,
     curves.NO_STEPS,
