@@ -47,6 +47,10 @@ def copies(wave: np.ndarray) -> dict[str, bytes]:
         "stereo": encoded(np.stack([wave, 0.5 * wave], 1), _RATE, "FLAC"),
         "cut by 2 %, 6 dB quieter, 44.1 kHz, MP3": encoded(cut, 44_100, "MP3"),
     }
+    white = wave.std() * np.random.default_rng(0).standard_normal(len(wave))
+    for decibel in (20, 30):
+        noisy = wave + 10 ** (-decibel / 20) * white
+        found[f"white noise, {decibel} dB below"] = encoded(0.5 * noisy, _RATE, "FLAC")
     if len(wave) > 10 * tenth:
         found["cut by 0.1 s at both ends"] = encoded(wave[tenth:-tenth], _RATE, "FLAC")
     return found

@@ -43,8 +43,13 @@ DOORS = {
         "flap_fast/tools/enrich/yamnet.py",
         "flap_fast/interchange/to_onnx/comparison.py",
         "flap_fast/interchange/to_onnx/embed.py",
+        "flap_fast/interchange/to_onnx/smoothing.py",
     },
-    "onnx": {"flap_fast/tools/enrich/yamnet.py", "flap_fast/interchange/to_onnx/int8.py"},
+    "onnx": {
+        "flap_fast/tools/enrich/yamnet.py",
+        "flap_fast/interchange/to_onnx/int8.py",
+        "flap_fast/interchange/to_onnx/smoothing.py",
+    },
     "matplotlib": {
         "flap_fast/report/figures.py",
         "flap_fast/report/masking.py",

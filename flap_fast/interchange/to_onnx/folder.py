@@ -17,10 +17,12 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+import numpy as np
+
 from flap_fast.checks import ConfigError, require
 from flap_fast.checksums import write_sums
 from flap_fast.config import Config
-from flap_fast.data.tokenize import portable_tokenizer, tokenizer
+from flap_fast.data.tokenize import Tokenizer, portable_tokenizer, tokenizer
 from flap_fast.encoders.settings import ImageEncoder
 from flap_fast.hub import local_folder
 from flap_fast.interchange.convert import appearing
@@ -31,6 +33,14 @@ from flap_fast.model.two_towers import TwoTowers
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 _HERE = Path(__file__).parent
+# What an int8 text encoder is scaled by; others than those that it is compared with.
+_EXAMPLES = (
+    *("wind", "glass shatters", "a violin plays a slow melody", "Footsteps on gravel."),
+    "Waves break on a beach, and 3 children laugh.",
+    "An engine starts, idles for a while and stops.",
+    "A man says a few words, then the crowd applauds loudly for several seconds.",
+    *("the synthesizer's chord fades out", "keys jingle; a door slams"),
+)
 
 
 def export_onnx(path: str | Path, out: Path, fields: CardFields | None = None) -> str:
@@ -64,7 +74,8 @@ def export_onnx(path: str | Path, out: Path, fields: CardFields | None = None) -
         for name, graph in graphs(portable, config).items():
             write_graph(graph, folder / f"{name}.onnx")
             if name != "frontend":
-                write_int8(folder / f"{name}.onnx", folder / f"{name}.int8.onnx")
+                feeds = [_feed(words, caption) for caption in _EXAMPLES] if name == "text" else ()
+                write_int8(folder / f"{name}.onnx", folder / f"{name}.int8.onnx", feeds)
         portable_words.save(str(folder / "tokenizer.json"))
         facts = json.dumps(_facts(model, config), indent=2)
         (folder / "model.json").write_text(facts + "\n")
@@ -74,6 +85,13 @@ def export_onnx(path: str | Path, out: Path, fields: CardFields | None = None) -
         write_sums(folder)  # without the card, which is to be edited
         write_card(folder, export, path, fields or CardFields(), use=_readme(config, table))
     return f"for onnxruntime; see {out / 'README.md'}\n{table}"
+
+
+def _feed(words: Tokenizer, caption: str) -> dict[str, np.ndarray]:
+    """A caption as inputs of the text encoder's graph, without padding."""
+    ids, mask = words([caption])
+    used = mask[0].bool()
+    return {"ids": ids[:, used].numpy(), "attention_mask": mask[:, used].numpy()}
 
 
 def _facts(model: TwoTowers, config: Config) -> dict[str, Any]:

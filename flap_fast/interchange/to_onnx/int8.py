@@ -9,13 +9,13 @@ A row is a token: its rounding depends on nothing else in its batch, so that a c
 vector whichever it comes with, and one large token costs no other its precision. `quantize_dynamic`
 of onnxruntime has one scale for the whole tensor (its numbers: bench/LOG.md).
 
-Tables of embeddings are rounded by rows. Convolutions, and products of the heads' few rows, stay
-in float32.
+Tables of embeddings are rounded by rows. Small ones (positions, types), convolutions, and products
+of the heads' few rows, stay in float32. `smoothing` prepares a graph for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,24 @@ import numpy as np
 import onnx  # pyright: ignore[reportMissingImports]
 from onnx import TensorProto, helper, numpy_helper  # pyright: ignore[reportMissingImports]
 
+from flap_fast.interchange.to_onnx.smoothing import Feed, smoothed
+
 # Which input of a product or a table the weights are.
 _KNOWN_INPUT = {"MatMul": 1, "Gather": 0}
 _LEVELS = 255  # of uint8
+# Tables with fewer rows are small, and their rounding is in every token.
+_TABLE_ROWS = 1024
 # The range of a row of zeros: any will do.
 _LEAST_RANGE = 1e-30
 
 
-def write_int8(source: Path, file: Path) -> None:
-    """Write a graph with int8 weights where a product or a table has known ones."""
-    model: Any = onnx.load(source)
+def write_int8(source: Path, file: Path, feeds: Sequence[Feed] = ()) -> None:
+    """Write a graph with int8 weights where a product or a table has known ones.
+
+    Args:
+        feeds: examples of the graph's inputs, to smooth its norms' outputs first.
+    """
+    model: Any = smoothed(source, feeds) if feeds else onnx.load(source)
     rewriter = _Rewriter(model.graph)
     nodes = [new for node in model.graph.node for new in rewriter.nodes_of(node)]
     del model.graph.node[:]
@@ -67,7 +75,7 @@ class _Rewriter:
             self.replaced.add(known.name)
             yield from self._row_scales(node.input[0], known.dims[0])
             yield from self._product(node, known)
-        elif other_axis:
+        elif other_axis or known.dims[0] < _TABLE_ROWS:
             yield node
         else:
             self.replaced.add(known.name)

@@ -13,9 +13,9 @@ from flap_fast.data.pair_ids import caption_words
 from flap_fast.tools.doctor.minhash import near_texts
 from flap_fast.tools.doctor.records import Check, Examined, Found, Severity, Split, is_many
 
-# Fractions of a split's captions: one text, one beginning; those that are in another split too.
+# Fractions of a split's captions: one text; one beginning or end; those in another split too.
 _ONE_TEXT, _TEMPLATE, _SHARED = 0.1, 0.6, 0.3
-_BEGINNING, _FEW, _LEAST_CLIPS = 4, 20, 10
+_WORDS, _FEW, _LEAST_CLIPS = 3, 20, 10
 # Texts that share so many of their pieces of five characters are nearly equal.
 _NEAR = 0.8
 _SHOWN = 3
@@ -33,12 +33,15 @@ def _one_text(e: Examined) -> Iterator[Found]:
 
 def _template(e: Examined) -> Iterator[Found]:
     for split, words in _words(e):
-        begins = (text.split() for text in words)
-        beginnings = Counter(" ".join(w[:_BEGINNING]) for w in begins if len(w) > _BEGINNING)
-        (text, count), *_ = beginnings.most_common(1) or [("", 0)]
-        if len(words) >= _FEW and count >= _TEMPLATE * len(words):
-            got = f"{count / len(words):.0%} begin alike"
-            yield Found("warning", split.name, got, count, len(words), (f'"{text} ..."',))
+        rows = [text.split() for text in words]
+        rows = [row for row in rows if len(row) > _WORDS]
+        begins = Counter(f'"{" ".join(row[:_WORDS])} ..."' for row in rows).most_common(1)
+        ends = Counter(f'"... {" ".join(row[-_WORDS:])}"' for row in rows).most_common(1)
+        for how, most in (("begin", begins), ("end", ends)):
+            text, count = most[0] if most else ("", 0)
+            if len(words) >= _FEW and count >= _TEMPLATE * len(words):
+                got = f"{count / len(words):.0%} {how} alike"
+                yield Found("warning", split.name, got, count, len(words), (text,))
 
 
 def _in_two_splits(e: Examined) -> Iterator[Found]:
@@ -83,7 +86,7 @@ ONE_TEXT = Check(
 TEMPLATE = Check(
     name="templated captions",
     needs="captions",
-    rule=f"begin alike, in {_BEGINNING} words, for less than {_TEMPLATE:.0%}",
+    rule=f"begin or end alike, in {_WORDS} words, for less than {_TEMPLATE:.0%}",
     remedy="vary the template, or rewrite them: flap enrich; a model learns the label alone",
     find=_template,
 )

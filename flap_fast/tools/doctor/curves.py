@@ -15,6 +15,8 @@ from flap_fast.tools.doctor.run_files import RunFiles
 _ROWS, _LAST = 8, 4
 # Of ln(batch); of chance; of joint.max_scale; of a step's time; of the clips drawn.
 _LOSS, _CHANCE, _CLAMP, _WAITING, _BAD = 0.95, 2.0, 0.999, 0.5, 0.001
+# How far a loss rises again, of chance, and the parts of a curve whose medians are compared.
+_RISE, _PARTS = 0.25, 4
 
 
 def _run(e: Examined) -> RunFiles:
@@ -33,7 +35,7 @@ def _last(run: RunFiles, name: str) -> np.ndarray:
 
 def _not_finite(e: Examined) -> Iterator[Found]:
     run = _run(e)
-    for row in run.rows:
+    for row in (*run.rows, *run.scores):
         bad = [n for n, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
         if bad:
             yield Found("error", "metrics.jsonl", f"{', '.join(bad)} at step {row['step']}")
@@ -46,6 +48,18 @@ def _at_chance(e: Examined) -> Iterator[Found]:
     if len(loss) and loss.mean() > _LOSS * chance:
         got = f"contrastive = {loss.mean():.3f} at the end, {chance:.3f} is chance"
         yield Found("error", "metrics.jsonl", got)
+
+
+def _rises(e: Examined) -> Iterator[Found]:
+    run = _run(e)
+    values = [row["contrastive"] for row in run.rows if "contrastive" in row]
+    if len(values) < _PARTS * _ROWS:
+        return
+    medians = [float(np.median(part)) for part in np.array_split(values, _PARTS)]
+    chance = chance_loss(run.config, run.ranks)
+    if medians[-1] > min(medians) + _RISE * chance and medians[-1] <= _LOSS * chance:
+        got = f"contrastive = {medians[-1]:.3f} at the end, {min(medians):.3f} before"
+        yield Found("warning", "metrics.jsonl", got)
 
 
 def chance_loss(config: Config, ranks: int) -> float:
@@ -114,6 +128,13 @@ AT_CHANCE = Check(
     remedy="see whether captions belong to their sounds, whether both towers get gradients, and "
     "try optim.lr / 10",
     find=_at_chance,
+)
+RISES = Check(
+    name="a loss that rises again",
+    needs="metrics",
+    rule="have a contrastive loss that does not rise again by a quarter of chance",
+    remedy="lower optim.lr or set optim.clip_norm=1, in a new run: it diverged",
+    find=_rises,
 )
 RECALL = Check(
     name="recall at chance",

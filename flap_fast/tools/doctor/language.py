@@ -1,22 +1,26 @@
 """Captions in another language of the Latin script, told by their function words.
 
 A caption is taken for another language's if it has two of that language's words and more of them
-than English ones. What it cannot see: captions without function words ("dog, loud"), very short
-ones, and languages that are not listed.
+than English ones. Where hardly any are English, that is what the data are in: a note. What it
+cannot see: captions without function words ("dog, loud"), very short ones, and languages that are
+not listed.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
 from flap_fast.tools.doctor.caption_text import quoted
-from flap_fast.tools.doctor.records import Check, Examined, Found, over_share
+from flap_fast.tools.doctor.records import FEWEST, Check, Examined, Found, over_share
 
 _OTHER = 0.05
 _LEAST = 2
+# English captions for each in another language, where the data are meant to be in that one.
+_ENGLISH_SHARE = 0.1
 
 # Frequent words of each language that are no words of English.
 _ENGLISH = frozenset(
@@ -87,19 +91,34 @@ def other_language(text: str) -> str | None:
     return name if count >= _LEAST and count > english else None
 
 
+def is_english(text: str) -> bool:
+    """Whether a caption has a function word of English."""
+    return not _ENGLISH.isdisjoint(_WORD.findall(text.lower()))
+
+
+def throughout(found: Found, english: int) -> Found:
+    """The finding, a note where its captions are those of the data on purpose."""
+    intended = found.count >= FEWEST and english < _ENGLISH_SHARE * found.count
+    return replace(found, severity="note") if intended else found
+
+
 def _find(e: Examined) -> Iterator[Found]:
     for split in e.splits:
         languages = [other_language(text) for text in split.captions.texts]
         rows = np.array([n for n, language in enumerate(languages) if language], np.int64)
         named = ", ".join(sorted({str(languages[n]) for n in rows.tolist()}))
-        yield from over_share(
+        foreign = set(rows.tolist())
+        texts = enumerate(split.captions.texts)
+        english = sum(is_english(text) for n, text in texts if n not in foreign)
+        for found in over_share(
             split,
             rows,
             f"{named} by its function words",
             most=_OTHER,
             total=len(languages),
             names=lambda r, s=split: quoted(s, r),
-        )
+        ):
+            yield throughout(found, english)
 
 
 OTHER_LANGUAGE = Check(

@@ -82,7 +82,7 @@ MOSTLY_SILENT = Check(
 CLIPPED = Check(
     name="clipped sounds",
     needs="sounds",
-    rule="have less than 0.5 % of their samples in runs at full scale",
+    rule="have less than 0.5 % of their samples cut off at full scale, or at a level below it",
     remedy="make them again at a lower level; what is cut off cannot be mended",
     find=_of_sounds(lambda s: s.clipped > _CUT_SAMPLES, "peaks cut off", _CLIPPED),
 )

@@ -1,7 +1,8 @@
 """The same recording twice: in two splits (a leak), or in one.
 
-Recordings are the same also after encoding, resampling, another level, mono or stereo, and cutting
-up to a second off the ends; not after a change of speed or pitch, nor a piece of a longer one.
+Recordings are the same also after encoding, resampling, another level, mono or stereo, a little
+noise, and cutting up to a second off the ends; not after a change of speed or pitch, nor a piece of
+a longer one.
 Measured false positives and negatives are in bench/LOG.md.
 """
 
@@ -19,7 +20,7 @@ from flap_fast.tools.doctor.scan import in_order, waveform
 from flap_fast.tools.doctor.sketch import same_recording
 
 # Rms difference of sketches, in dB, and how many neighbours of a clip are compared with it.
-RADIUS, NEAREST = 3.0, 8
+RADIUS, NEAREST = 2.0, 8
 # The correlation of one recording with itself, encoded twice.
 SAME = 0.9
 # Of the smaller split; of a split's clips.

@@ -23,6 +23,8 @@ class RunFiles:
     config: Config
     rows: list[Row]
     """Rows of training steps, in their order."""
+    scores: list[Row]
+    """Rows of evaluations."""
     checkpoints: list[Path]
     """In the order of their steps."""
     ranks: int
@@ -43,10 +45,12 @@ def read_run(folder: Path) -> RunFiles:
     environment = folder / "environment.json"
     ranks = read_json(environment).get("ranks", 1) if environment.is_file() else 1
     bad = [file.read_text().splitlines() for file in folder.glob("bad_clips*.jsonl")]
+    rows = [row for _, row in written_rows(folder / "metrics.jsonl")]
     return RunFiles(
         folder=folder,
         config=load_config(folder / "config.yaml"),
-        rows=[row for _, row in written_rows(folder / "metrics.jsonl") if "loss" in row],
+        rows=[row for row in rows if "loss" in row],
+        scores=[row for row in rows if "loss" not in row],
         checkpoints=checkpoints,
         ranks=int(str(ranks).split()[0]),
         bad_clips=sum(map(len, bad)),

@@ -19,8 +19,8 @@ BANDS = 24
 WIDTH = 2 * BANDS
 _EDGES_HZ = np.geomspace(120, 3600, BANDS + 1)
 _FRAME_S = 0.064
-# A band 40 dB below the loudest one counts as empty: what is there depends on the encoder.
-_FLOOR = 1e-4
+# A band 20 dB below the loudest one counts as empty: what is there may be the encoder, or noise.
+_FLOOR = 1e-2
 # Frames transformed together: the arrays stay in a core's cache.
 _AT_ONCE = 32
 # The rate at which waveforms are compared, and how much of them.

@@ -46,6 +46,16 @@ def _leak() -> list[Row]:
     return rows
 
 
+def _noisy_leak() -> list[Row]:
+    """A third of val is from train, with noise of a hundredth of its power."""
+    rows, rng = sound(), np.random.default_rng(0)
+    for n in (24, 27, 30):
+        wave = rows[n - 20].wave
+        noise = 0.1 * wave.std() * rng.standard_normal(len(wave))
+        rows[n] = replace(rows[n], wave=(wave + noise).astype(np.float32))
+    return rows
+
+
 def _again() -> list[Row]:
     rows = sound()
     stereo = [np.stack([rows[n].wave, 0.7 * rows[n].wave], 1) for n in (0, 1, 2)]
@@ -74,6 +84,26 @@ def _cut_at(count: int) -> Callable[[str], str]:
     return lambda text: f"{text} and goes on and on without an end in sight"[:count]
 
 
+def _slow(wave: np.ndarray) -> np.ndarray:
+    """The wave at a quarter of its frequencies, as long."""
+    return soxr.resample(wave, 4_000, 16_000)[: len(wave)]
+
+
+def _lacking(text: str) -> str:
+    every = (
+        "None",
+        "N/A",
+        "-",
+        "nan",
+        "No caption available.",
+        "unknown",
+        "<NULL>",
+        "?",
+        "[missing]",
+    )
+    return every[len(text) % len(every)]
+
+
 _GERMAN = ("Ein Hund bellt auf der Straße,", "Das Auto fährt mit dem Kind,", "Wind und Regen sind")
 _CHINESE = "一只狗在院子里叫雨水打风吹过海鸟儿唱歌"
 _LONG = " ".join(["and then another dog barks"] * 30)
@@ -85,6 +115,14 @@ FAULTS: dict[str, tuple[str, Callable[[], list[Row]]]] = {
         _wave(lambda w: np.concatenate([w, np.zeros(9 * len(w))]), 0.25),
     ),
     "clipping": ("clipped sounds", _wave(lambda w: np.clip(20 * w, -1, 1))),
+    "clipping, then made quieter": (
+        "clipped sounds",
+        _wave(lambda w: 0.5 * np.clip(20 * w, -1, 1)),
+    ),
+    "clipping on one side of one channel": (
+        "clipped sounds",
+        _wave(lambda w: np.stack([np.maximum(_slow(w), -0.05), w], 1)),
+    ),
     "an offset": ("DC offset", _wave(lambda w: 0.5 * w + 0.2)),
     "a dead channel": ("dead channels", _wave(lambda w: np.stack([w, 0 * w], 1))),
     "a lower rate": (
@@ -98,9 +136,17 @@ FAULTS: dict[str, tuple[str, Callable[[], list[Row]]]] = {
     "a hundredth of a second": ("too short sounds", _wave(lambda w: w[:500])),
     "a truncated file": ("unreadable sounds", _each(lambda r: replace(r, cut_bytes=3000), 0.125)),
     "a recording in two splits": ("sounds in two splits", _leak),
+    "a recording in two splits, with noise": ("sounds in two splits", _noisy_leak),
     "a recording twice": ("sounds twice in a split", _again),
     "no caption": ("clips without captions", _each(lambda r: replace(r, captions=()), 0.125)),
+    "signs that captions are lacking": ("placeholders", _text(_lacking, 0.25)),
     "mojibake": ("broken characters", _text(lambda t: f"{t} in a cafÃ©", 0.125)),
+    "spaces of no width": ("broken characters", _text(lambda t: t.replace(" ", " \u200b"), 0.125)),
+    "lists that were written out": ("markup", _text(lambda t: str([t]), 0.125)),
+    "a language model's words": (
+        "a language model's own words",
+        _text(lambda t: f"Sure! Here is a caption: {t}", 0.125),
+    ),
     "HTML": ("markup", _text(lambda t: f"<b>{t}</b> &amp; more", 0.125)),
     "addresses": ("markup", _text(lambda t: f"{t} https://example.org/1", 0.125)),
     "names of files": (
@@ -115,6 +161,11 @@ FAULTS: dict[str, tuple[str, Callable[[], list[Row]]]] = {
     "too many tokens": ("captions over max_tokens", _text(lambda t: f"{t} {_LONG}", 0.125)),
     "one caption": ("one caption for many clips", _text(lambda _: "A sound.")),
     "a template": ("templated captions", _text(lambda t: f"This is the sound of {t}", 1.0)),
+    "a template of three words": ("templated captions", _text(lambda t: f"The sound of {t}", 1.0)),
+    "a template at the end": (
+        "templated captions",
+        _text(lambda t: f"{t.rstrip('.')} in the background.", 1.0),
+    ),
     "val's captions from train": ("captions in two splits", _same_captions_in_val),
     "val's captions nearly from train": ("captions in two splits", _nearly_same_captions_in_val),
 }

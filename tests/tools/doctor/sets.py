@@ -159,6 +159,29 @@ def _barks(seed: int, seconds: float) -> np.ndarray:
     return wave.astype(np.float32)
 
 
+def _chip(seed: int, seconds: float) -> np.ndarray:
+    """Square waves and triangles that fade in steps, as of a game's sound chip, and low tones."""
+    rng = np.random.default_rng(seed)
+    t = np.arange(round(seconds * 16_000)) / 16_000
+    phase = 110 * 2 ** (seed / 12) * t % 1
+    wave = (np.where(phase < rng.choice([0.25, 0.5]), 0.4, -0.4), 0.8 * abs(1 - 2 * phase))
+    tone = 0.03 * np.sin(2 * np.pi * 40 * 1.06**seed * t)
+    fading = np.ceil(15 * np.exp(-rng.uniform(0, 4) * t)) / 15
+    made = tone if seed % 3 == 2 else wave[seed % 3] * fading
+    return (made - made.mean()).astype("f4")
+
+
+def _german() -> list[Row]:
+    """Captions in German throughout."""
+    things = ("Hund bellt", "Zug fährt", "Vogel singt", "Motor brummt", "Wind weht", "Mann ruft")
+    places = ("im Garten", "auf der Straße", "in einem Haus", "bei den Bäumen", "mit dem Regen")
+    every = [f"Ein {thing} {place}." for thing in things for place in places]
+    return [
+        replace(row, captions=(f"{every[n % 30]} {'Und ein Kind lacht.' * (n // 30)}".strip(),))
+        for n, row in enumerate(rows_of(shaped))
+    ]
+
+
 def _five_captions() -> list[Row]:
     texts = captions(5 * 24, first=40)
     return [
@@ -192,7 +215,16 @@ SOUND_SETS: dict[str, Callable[[], list[Row]]] = {
         rate=48_000,
         format="OGG",
     ),
+    "German throughout": _german,
+    "Chinese throughout": lambda: [
+        replace(
+            row,
+            captions=("".join(chr(0x4E00 + ord(s) * 7 + n) for s in row.captions[0][n % 7 : 24]),),
+        )
+        for n, row in enumerate(sound())
+    ],
     "five captions a clip": _five_captions,
     "labels as captions": _labelled,
+    "chip music": lambda: rows_of(_chip),
     "barks and silence": lambda: rows_of(_barks),
 }

@@ -76,6 +76,14 @@ CURVES: dict[str, tuple[str, list[dict[str, float]]]] = {
     "the learning rate is 0": ("no steps", rows(lr=lambda n: 0)),
     "there are no gradients": ("no steps", rows(grad_norm=lambda n: 0)),
     "steps wait for data": ("waiting for data", rows(data_wait=lambda n: 0.8)),
+    "the loss rises again": (
+        "a loss that rises again",
+        rows(contrastive=lambda n: math.log(8) * (0.95**n if n < 25 else 0.8)),
+    ),
+    "a score is not a number": (
+        "values not finite",
+        [*rows(), {"step": 40, "val/score": math.nan}],
+    ),
     "the loss is not a number": ("values not finite", rows(loss=lambda n: math.nan)),
 }
 
