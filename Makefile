@@ -1,5 +1,5 @@
 # make demo   train, score and draw a small FLAP on the sounds that ship with the project
-# make test   every test but the slow ones
+# make test   every test but the slow ones, those of damaged inputs (make faults) and of bench/
 # make lint   ruff and pyright
 # make bench  kernel and loading benchmarks on this machine      make gpu   the same on a GPU, in full
 # make static the kernels' compile report for seven GPUs and predictions, without a GPU
@@ -38,7 +38,7 @@ demo: data
 	@echo "Ask it:  $(BIN)/flap rank runs/demo demo/audio/sonicpi_ambi_choir.ogg 'a choir sings' 'a drum' 'a guitar'"
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/faults
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/faults --ignore tests/bench
 
 # Damaged inputs, kills and full disks: a sample. All of them: `pytest tests/faults -m slow`.
 faults: $(READY)
