@@ -1,5 +1,7 @@
 # make demo   train, score and draw a small FLAP on the sounds that ship with the project
-# make test   every test but the slow ones, those of damaged inputs (make faults) and of bench/
+# make test   every test but the slow ones and those of the next two lines
+# make test-tools   the tests of flap plan, flap profile and bench/
+# make faults       damaged inputs and disturbed runs: a sample
 # make lint   ruff and pyright
 # make bench  kernel and loading benchmarks on this machine      make gpu   the same on a GPU, in full
 # make static the kernels' compile report for seven GPUs and predictions, without a GPU
@@ -13,7 +15,7 @@ READY := $(VENV)/ready
 # Empty it (make CONSTRAINTS= test) to take the newest versions that pyproject.toml allows.
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo test faults walks lint bench gpu static data setup clean
+.PHONY: demo test test-tools faults walks lint bench gpu static data setup clean
 
 setup: $(READY)
 
@@ -38,7 +40,11 @@ demo: data
 	@echo "Ask it:  $(BIN)/flap rank runs/demo demo/audio/sonicpi_ambi_choir.ogg 'a choir sings' 'a drum' 'a guitar'"
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/faults --ignore tests/bench
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/faults \
+	  --ignore tests/bench --ignore tests/tools/profile
+
+test-tools: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/bench tests/tools/profile
 
 # Damaged inputs, kills and full disks: a sample. All of them: `pytest tests/faults -m slow`.
 faults: $(READY)

@@ -62,7 +62,7 @@ class Checkpoints:
     def __init__(self, config: Config, ranks: Ranks, data: Shards, teacher: int | None = None):
         self._config, self._ranks, self._teacher = config, ranks, teacher
         self._clips, self._shards, self._versions = len(data), _hash(data), _versions(data)
-        self._names = [shown(file) for file in data.files]
+        self._data = data
         self.folder = config.run_folder / "checkpoints"
 
     def state(self, folder: Path) -> State:
@@ -92,8 +92,8 @@ class Checkpoints:
             rule = f"hold the {state.clips} clips that the run started with"
             got = f"{self._clips} others" if state.clips == self._clips else self._clips
             require(False, "data.train", rule, got, _PUT_BACK)
-        marks = zip(state.versions or [], self._versions, self._names, strict=False)
-        changed = [name for was, now, name in marks if was != now]
+        marks = enumerate(zip(state.versions or [], self._versions, strict=False))
+        changed = [shown(self._data.files[n]) for n, (was, now) in marks if was != now]
         rule, got = "hold the shards that the run started with", "another size or ETag of "
         require(not changed, "data.train", rule, got + ", ".join(changed[:3]), _PUT_BACK)
         same, rule = state.teacher in (None, self._teacher), "be the one that the run started with"
