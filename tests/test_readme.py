@@ -106,7 +106,7 @@ def test_the_patterns_find_what_they_should():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_exists(page: str):
-    targets = set(re.findall(r"^(\w+):", text_of("Makefile"), re.MULTILINE))
+    targets = set(re.findall(r"^([\w-]+):", text_of("Makefile"), re.MULTILINE))
     for words in commands(page):
         if words[0] == "make":
             assert {w for w in words[1:] if "=" not in w} <= targets, words
