@@ -3,7 +3,7 @@
 # the last output must have.
 set -euo pipefail
 last=$(mktemp) log=$(mktemp)
-trap 'kill $(jobs -p) 2>/dev/null; rm -f "$last" "$log"' EXIT
+trap 'kill $(jobs -p) 2>/dev/null || true; rm -f "$last" "$log"' EXIT
 
 shown() {
   local word

@@ -24,5 +24,5 @@ def test_a_walk_has_no_stumble(who, tmp_path):
         [WALKS / f"{who}.sh", tmp_path],
         cwd=ROOT, env=os.environ | {"PATH": path}, capture_output=True, text=True, errors="replace",
     )  # fmt: skip
-    print(done.stdout)
+    print(done.stdout + done.stderr)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
