@@ -72,7 +72,9 @@ class Section(BaseModel):
     def _numbers(cls, value: Any, info: ValidationInfo) -> Any:
         """`steps: true` is no number, though Python takes it for 1."""
         takes = str(cls.model_fields[str(info.field_name)].annotation)
-        if isinstance(value, bool) and re.search("int|float", takes) and "bool" not in takes:
+        values = value if isinstance(value, (list, tuple)) else (value,)
+        numbers = re.search("int|float", takes) and "bool" not in takes
+        if numbers and any(isinstance(one, bool) for one in values):
             raise PydanticCustomError("no_number", "must not be true or false")
         return value
 

@@ -269,6 +269,9 @@ def test_overrides_win_over_the_file_and_later_ones_over_earlier(yaml_file):
         ("mask.kind=[", "the value of mask.kind must be YAML: "),
         ("mask.kind=3d", "mask.kind must be 'none', '1d' or '2d', got '3d'"),
         ("run.name=2024", "run.name must be a valid string, got 2024"),
+        ("train.steps=true", "train.steps must not be true or false, got True"),
+        ("optim.betas=[0.9, false]", "optim.betas must not be true or false, got "),
+        ("loss.contrastive.prefixes=[true]", "loss.contrastive.prefixes must not be true or"),
         ("mask.knid=1d", "mask.knid is not a setting: did you mean mask.kind"),
     ],
 )
