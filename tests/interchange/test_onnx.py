@@ -329,6 +329,18 @@ def test_a_file_that_embeds_otherwise_than_pytorch_is_refused(exported: Path, ou
         compare(exported, model.model, model.config, model.tokenizer)
 
 
+@pytest.mark.parametrize(("factor", "norm"), [(1e38, "0"), (float("nan"), "nan")])
+def test_weights_that_are_too_large_are_blamed_and_not_the_export(
+    factor: float, norm: str, exported: Path, ours: Path
+):
+    model = load(ours, "cpu")
+    with torch.no_grad():
+        model.model.audio_head[-1].weight.mul_(factor)  # type: ignore[index]
+    rule = rf"audio embeddings of PyTorch must be unit vectors, got {norm}.*; take an earlier"
+    with pytest.raises(ConfigError, match=rule):
+        compare(exported, model.model, model.config, model.tokenizer)
+
+
 def test_the_page_names_every_file_that_is_there(exported: Path):
     made = {"dog.wav", "sound.wav", "README.md", "SHA256SUMS", "__pycache__"}
     files = {file.name for file in exported.iterdir()} - made

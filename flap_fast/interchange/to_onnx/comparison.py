@@ -12,7 +12,7 @@ from onnxruntime import InferenceSession  # pyright: ignore[reportMissingImports
 from PIL import Image
 from torch import Tensor
 
-from flap_fast.checks import ConfigError
+from flap_fast.checks import ConfigError, require
 from flap_fast.config import Config
 from flap_fast.data.batch import PackedMels, lay_end_to_end
 from flap_fast.data.preprocess.preprocessor import make_preprocessor
@@ -26,6 +26,8 @@ from flap_fast.ranks import Ranks
 LEAST = 0.9999
 # What int8 should hold.
 LEAST_INT8 = 0.99
+# How far a norm may be from 1.
+_UNIT = 1e-2
 # In parts of the longest clip: shorter than a patch, odd, as long, cropped.
 _LENGTHS = (0.011, 0.217, 0.5, 0.873, 1.0, 1.391)
 _CAPTIONS = (
@@ -50,7 +52,7 @@ def compare(folder: Path, model: TwoTowers, config: Config, tokenizer: Tokenizer
     """The table of differences, one line for each file.
 
     Raises:
-        ConfigError: a float32 file embeds otherwise than PyTorch.
+        ConfigError: a float32 file embeds otherwise than PyTorch, or PyTorch to no unit vectors.
     """
     found = list(_differences(folder, model, config, tokenizer))
     lines = [f"{'':20}  largest difference  least cosine      MB"]
@@ -89,6 +91,10 @@ def _differences(
     captions = {"ids": ids[:, used].numpy(), "attention_mask": mask[:, used].numpy()}
     text = model.embed_text(ids, mask)
     for tower, wanted, inputs in ((modality, torch.cat(ours), media), ("text", text, [captions])):
+        norms = wanted.norm(dim=1)
+        norm = float(norms[(norms - 1).abs().argmax()])  # NaN, or 0 of what overflowed
+        rule, remedy = "be unit vectors", "take an earlier checkpoint: its weights are too large"
+        require(abs(norm - 1) < _UNIT, f"{tower} embeddings of PyTorch", rule, norm, remedy)
         for end in (".onnx", ".int8.onnx"):
             session = _session(folder / f"{tower}{end}")
             found = np.concatenate([session.run(None, some)[0] for some in inputs])

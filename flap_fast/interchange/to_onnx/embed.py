@@ -4,6 +4,7 @@ Needs numpy, onnxruntime, tokenizers, and soundfile for sounds (soxr for those a
 rate) or Pillow for images.
 """
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -62,13 +63,18 @@ def _read_sound(file, settings):
 
     _require(Path(file).is_file(), "missing: no such file")
     try:
-        with soundfile.SoundFile(file) as sound:
+        source = file if _says_its_length(file) else _Longer(file)
+        with soundfile.SoundFile(source) as sound:
             rate, subtype = sound.samplerate, sound.subtype
             _require(1000 <= rate <= 1e6, f"its rate must be 1 kHz to 1 MHz, got {rate} Hz")
-            channels = sound.read(dtype="float32", always_2d=True)
+            sound.seekable = lambda: False  # else no more than the header says is read, or less
+            channels = np.concatenate(list(_blocks(sound)))
+            said = 0 if sound.format == "MP3" or sound.frames > 2**35 else sound.frames
     except soundfile.LibsndfileError as error:
         raise ValueError(f"unreadable: {error.error_string}") from None
     _require(len(channels) > 0, "empty: no samples")
+    rule = f"truncated, its header says {said} samples, got {len(channels)}; fetch it again"
+    _require(len(channels) >= said, f"unreadable: {rule}")
     wave, wanted = channels.mean(1), settings["sample_rate_hz"]
     peak, loudest = float(np.abs(wave).max()), float(np.abs(channels).max())
     _require(np.isfinite(peak), "unreadable: samples are not finite")
@@ -86,6 +92,42 @@ def _read_sound(file, settings):
         wave = soxr.resample(wave, rate, wanted)
         _require(len(wave) > 0, "empty: no samples")
     return "wave", wave[None]
+
+
+class _Longer(io.FileIO):
+    """A file that says it is 256 times as long: libsndfile reads no more of an MP3 without a count
+    of its frames than it estimates from that.
+    """
+
+    times = 1
+
+    def seek(self, offset, whence=0):
+        self.times = 256 if whence == 2 else 1
+        return super().seek(offset, whence)
+
+    def tell(self):
+        return self.times * super().tell()
+
+
+def _says_its_length(file):
+    """Whether a sound is no MP3, or its first frame counts the others."""
+    with open(file, "rb") as opened:
+        head = opened.read(10)
+        while head[:3] == b"ID3":  # tags, with a size of 7 bits a byte
+            size = sum((byte & 127) << 7 * n for n, byte in enumerate(head[:5:-1]))
+            opened.seek(size, 1)
+            head = opened.read(10)
+        sync = head[:1] == b"\xff" and head[1:2] >= b"\xe0"
+        frame = head + opened.read(200)
+    return not sync or any(tag in frame for tag in (b"Xing", b"Info", b"VBRI"))
+
+
+def _blocks(sound):
+    count = 2**20
+    while count == 2**20:
+        block = sound.read(2**20, dtype="float32", always_2d=True)
+        count = len(block)
+        yield block
 
 
 def _read_image(file, settings):

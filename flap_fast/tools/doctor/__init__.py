@@ -60,6 +60,7 @@ CHECKS: tuple[Check, ...] = (
     weights.NOT_FINITE,
     weights.UNMOVED,
     weights.FRONT_END,
+    towers.NOT_FINITE,
     towers.COLLAPSED,
     towers.UNRELATED,
 )

@@ -82,7 +82,11 @@ def examine(
         lacking=lacking,
     )
     _note_lacking(examined, tokens=bool(run or config), embedded=embedded)
-    return replace(examined, embedded=embedded_sample(examined, embedded))
+    try:
+        return replace(examined, embedded=embedded_sample(examined, embedded))
+    except ArithmeticError as error:  # a fault of the weights, which a check names
+        lacking["embeddings"] = "they are not finite"
+        return replace(examined, not_embedded=str(error))
 
 
 def findings(examined: Examined) -> list[Finding]:

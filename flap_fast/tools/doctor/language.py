@@ -1,20 +1,21 @@
-"""Captions in another language of the Latin script, told by their function words.
+"""Captions in another language of the Latin script, told by function words and accented letters.
 
-A caption is taken for another language's if it has two of that language's words and more of them
-than English ones. Where hardly any are English, that is what the data are in: a note. What it
-cannot see: captions without function words ("dog, loud"), very short ones, and languages that are
-not listed.
+A caption is taken for another language's if it has two of that language's words, or words with
+letters that English lacks, and more of them than English ones. Where hardly any are English, that
+is what the data are in: a note. What it cannot see: captions without either ("dog, loud") and very
+short ones.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 
-from flap_fast.tools.doctor.caption_text import quoted
+from flap_fast.tools.doctor.caption_text import is_other_script, quoted
 from flap_fast.tools.doctor.records import FEWEST, Check, Examined, Found, over_share
 
 _OTHER = 0.05
@@ -74,6 +75,9 @@ _WORDS = {
     "Dutch": "de het een en van in is met op te dat zijn niet voor aan door terwijl wordt er",
     "Polish": "na się jest nie do przez że po jak oraz podczas",
     "Swedish": "en ett och är som på med av för till den det medan",
+    "Czech": "na se je ve do že při po když který pak jako",
+    "Romanian": "și în pe cu la de care este sunt din un o ce unei unui",
+    "Indonesian": "dan di yang dengan dari itu sebuah seekor ada saat pada ke sedang orang suara",
     "Turkish": "bir ve bu ile için çok olan gibi daha sonra ses",
 }
 _TABLES = {name: frozenset(words.split()) - _ENGLISH for name, words in _WORDS.items()}
@@ -82,11 +86,13 @@ _WORD = re.compile(r"[^\W\d_]+")
 
 def other_language(text: str) -> str | None:
     """The language of a caption, if it is one of those known here and not English."""
-    words = _WORD.findall(text.lower())
-    name, count = max(
-        ((name, len(table.intersection(words))) for name, table in _TABLES.items()),
-        key=lambda found: found[1],
-    )
+    if is_other_script(text):
+        return None
+    words = set(_WORD.findall(unicodedata.normalize("NFC", text).lower()))
+    own = {name: table & words for name, table in _TABLES.items()}
+    name = max(own, key=lambda name: len(own[name]))
+    count = len(own[name] | {word for word in words if not word.isascii()})
+    name = name if len(own[name]) >= _LEAST else "one with accents"
     english = len(_ENGLISH.intersection(words))
     return name if count >= _LEAST and count > english else None
 
@@ -113,7 +119,7 @@ def _find(e: Examined) -> Iterator[Found]:
         for found in over_share(
             split,
             rows,
-            f"{named} by its function words",
+            f"{named}, by function words and accents",
             most=_OTHER,
             total=len(languages),
             names=lambda r, s=split: quoted(s, r),

@@ -1,8 +1,8 @@
 """The same recording twice: in two splits (a leak), or in one.
 
 Recordings are the same also after encoding, resampling, another level, mono or stereo, a little
-noise, and cutting up to a second off the ends; not after a change of speed or pitch, nor a piece of
-a longer one.
+noise, silence around them, and cutting up to a second off the ends; not after a change of speed or
+pitch, nor a piece of a longer one.
 Measured false positives and negatives are in bench/LOG.md.
 """
 

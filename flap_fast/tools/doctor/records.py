@@ -64,6 +64,8 @@ class Examined:
     """Groups of clips that are one recording, as a split's number and a row of it."""
     run: RunFiles | None = None
     embedded: Embedded | None = None
+    not_embedded: str = ""
+    """What the model embeds to NaN or infinity, if anything."""
     lacking: dict[Need, str] = field(default_factory=dict)
     """What is not there for checks, and why."""
 

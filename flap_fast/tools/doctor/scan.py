@@ -27,6 +27,8 @@ Result = TypeVar("Result")
 
 # The pieces of a sound that are silent or not.
 _SILENCE_S = 0.05
+# Of a sound's peak: what is below it at either end is no part of the recording.
+_SILENCE = 1e-3
 # A channel this much quieter than `SILENT` x 100 of another is dead.
 _LIVE = 100 * SILENT
 # A spectrum in equal blocks: how many are below an edge, how many it may take, and the drop.
@@ -152,7 +154,7 @@ def in_order(
 
 
 def waveform(clips: Clips, clip: int) -> np.ndarray:
-    """A clip's first 30 s at 8 kHz, for `same_recording`."""
+    """A clip's first 30 s at 8 kHz without the silence around, for `same_recording`."""
     piece, most = clips.piece(clip), COMPARED_S * COMPARED_HZ
     blocks, read = [], 0
     with open_sound(piece.source) as file:
@@ -164,7 +166,9 @@ def waveform(clips: Clips, clip: int) -> np.ndarray:
             read += len(block)
             if read >= most:
                 break
-    return np.concatenate(blocks)[:most]
+    wave = np.concatenate(blocks)[:most]
+    loud = np.flatnonzero(np.abs(wave) > _SILENCE * np.abs(wave).max(initial=0))
+    return wave[loud[0] : loud[-1] + 1] if len(loud) else wave
 
 
 def _measured(clips: Clips, clip: int) -> Measured | str:

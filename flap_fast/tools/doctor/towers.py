@@ -40,6 +40,11 @@ def _embedded(e: Examined) -> Embedded:
     return e.embedded
 
 
+def _not_finite(e: Examined) -> Iterator[Found]:
+    if e.not_embedded:
+        yield Found("error", "the model", e.not_embedded)
+
+
 def _collapsed(e: Examined) -> Iterator[Found]:
     sample = _embedded(e)
     first = {text: n for n, text in reversed(list(enumerate(sample.captions)))}
@@ -66,6 +71,13 @@ def _unrelated(e: Examined) -> Iterator[Found]:
         yield Found("error", "both towers", got, count, count)
 
 
+NOT_FINITE = Check(
+    name="embeddings not finite",
+    needs="weights",
+    rule="embed clips and captions to finite numbers",
+    remedy="take an earlier checkpoint, and lower optim.lr in a new run: its weights are too large",
+    find=_not_finite,
+)
 COLLAPSED = Check(
     name="a collapsed tower",
     needs="embeddings",

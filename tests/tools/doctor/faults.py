@@ -46,6 +46,15 @@ def _leak() -> list[Row]:
     return rows
 
 
+def _padded_leak() -> list[Row]:
+    """A third of val is from train, with half a second of silence before and a second behind."""
+    rows = sound()
+    for n in (24, 27, 30):
+        wave = np.pad(rows[n - 20].wave, (8000, 16_000))
+        rows[n] = replace(rows[n], wave=wave)
+    return rows
+
+
 def _noisy_leak() -> list[Row]:
     """A third of val is from train, with noise of a hundredth of its power."""
     rows, rng = sound(), np.random.default_rng(0)
@@ -137,6 +146,7 @@ FAULTS: dict[str, tuple[str, Callable[[], list[Row]]]] = {
     "a truncated file": ("unreadable sounds", _each(lambda r: replace(r, cut_bytes=3000), 0.125)),
     "a recording in two splits": ("sounds in two splits", _leak),
     "a recording in two splits, with noise": ("sounds in two splits", _noisy_leak),
+    "a recording in two splits, in silence": ("sounds in two splits", _padded_leak),
     "a recording twice": ("sounds twice in a split", _again),
     "no caption": ("clips without captions", _each(lambda r: replace(r, captions=()), 0.125)),
     "signs that captions are lacking": ("placeholders", _text(_lacking, 0.25)),

@@ -14,6 +14,7 @@ from flap_fast.preparation.prepare import prepare
 from flap_fast.tools.doctor import CHECKS
 from flap_fast.tools.doctor.caption_text import is_markup, is_mojibake
 from flap_fast.tools.doctor.examine import examine, findings
+from flap_fast.tools.doctor.language import other_language
 from flap_fast.tools.doctor.records import Check, Examined, Found
 from tests.serving import serving
 from tests.sounds import write_manifest
@@ -117,3 +118,19 @@ def test_utf8_read_as_another_encoding_is_broken(encoding: str):
 def test_entities_links_and_tags_are_markup(text: str):
     assert is_markup(text)
     assert not is_markup("a dog and/or a cat. Be quiet; it is 1/2 as loud & clear")
+
+
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        ("Pes štěká a pták zpívá na zahradě", "one with accents"),
+        ("Seekor anjing menggonggong dan hujan turun di jalan", "Indonesian"),
+        ("Un câine latră și o pasăre cântă în grădină", "Romanian"),
+        ("một con chó sủa trong khi trời mưa", "one with accents"),
+        ("wa\u0308hrend es regnet, bellt der Hund", "German"),
+        ("A café's door in the house of José Peña is opened", None),
+        ("Röda bells", None),
+    ],
+)
+def test_other_languages_are_told_by_function_words_and_accents(text: str, language: str | None):
+    assert other_language(text) == language

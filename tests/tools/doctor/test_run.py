@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
-from flap_fast.config.file import dump_config
+from flap_fast.config.file import dump_config, load_config
 from flap_fast.data.tar_members import ShardError
 from flap_fast.model.model_folder import save_model
 from flap_fast.model.two_towers import TwoTowers
@@ -251,6 +251,17 @@ def test_a_run_is_examined_with_its_data_and_its_model(run: Path):
     collapsed = next(f for f in findings(e) if f.check.name == "a collapsed tower")
     assert (collapsed.found.severity, collapsed.found.where) == ("error", "the text tower")
     assert e.lacking == {}
+
+
+def test_embeddings_that_are_not_finite_are_an_error_beside_the_others(run: Path, first: Weights):
+    large = {n: v * 1e38 if n.startswith("audio.blocks.0.mlp.fc1") else v for n, v in first.items()}
+    config = load_config(run / "config.yaml")
+    checkpoint(run, 41, config, large)
+    e = examine([run], threads=1, show=False)
+    (bad,) = (f.found for f in findings(e) if f.check.name == "embeddings not finite")
+    assert bad.severity == "error"
+    assert "got NaN or infinity for 6 of 6, the first of " in bad.got
+    assert e.lacking == {"embeddings": "they are not finite"}
 
 
 def test_what_was_found_is_written_into_a_run_and_not_into_a_model(run: Path, monkeypatch):
