@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from flap_fast.files import ManifestError, read_rows
+from flap_fast.files import ManifestError, files_below, read_rows
 from flap_fast.preparation.columns import listed, remedy
 from flap_fast.preparation.manifest import Entry, Row, collect
 
@@ -92,8 +92,7 @@ class Clips:
 
         self._folder = folder
         self._files: dict[str, Path] = {}
-        files = (file for file in sorted(folder.rglob("*")) if file.is_file())
-        for file in sounds_among(files, known=_BESIDE):
+        for file in sounds_among(files_below(folder), known=_BESIDE):
             self._files.setdefault(file.stem, file)
 
     def row(self, youtube: str, start_s: float, end_s: float, ids: Sequence[str]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from flap_fast.files import ManifestError
+from flap_fast.files import ManifestError, files_below
 from flap_fast.preparation.manifest import Entry, Row, collect
 from flap_fast.preparation.sources.karpathy import read_json
 from flap_fast.preparation.sources.layout import Source
@@ -95,9 +95,8 @@ def _sounds(folder: Path) -> dict[tuple[str, str], Path]:
     # Here: the names of sources are listed without waiting for NumPy.
     from flap_fast.data.preprocess.sound_formats import sounds_among
 
-    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
     found: dict[tuple[str, str], Path] = {}
-    for file in sounds_among(files, known=(".json", ".csv", ".md", ".txt", ".zip")):
+    for file in sounds_among(files_below(folder), known=(".json", ".csv", ".md", ".txt", ".zip")):
         parts = file.relative_to(folder).parts[:-1]
         for origin in _FILES:
             if any(part.startswith(origin) for part in parts):

@@ -216,3 +216,20 @@ def test_laions_tars_are_named_with_the_source_that_reads_them(laion, tmp_path):
         SOURCES["laion"].read(tmp_path / "tars")
     (clip,) = SOURCES["shards"].read(tmp_path / "tars")
     assert (clip.split, clip.captions) == ("train", ["a dog"])
+
+
+@pytest.mark.parametrize("source", ["laion", "autoacd", "wavcaps"])
+def test_sounds_in_linked_folders_are_found(source: str, tmp_path: Path):
+    write(tmp_path / "disk", {"a_1.wav": sound(300), "a_1.json": '{"text": ["a"]}'})
+    clip = {"data": [{"id": "a_1", "caption": "a"}]}
+    files: dict[str, str | bytes] = {
+        "train.csv": table("youtube_id,caption", ("a_1", "a")),
+        "json_files/FreeSound/fsd_final.json": json.dumps(clip),
+        "FreeSound/readme.md": "",
+    }
+    folder = write(tmp_path / "set", files)
+    (folder / "FreeSound/train").symlink_to(tmp_path / "disk", target_is_directory=True)
+    (folder / "FreeSound/again").symlink_to(folder, target_is_directory=True)
+    assert [str(clip.audio.relative_to(folder)) for clip in SOURCES[source].read(folder)] == [
+        "FreeSound/train/a_1.wav"
+    ]
