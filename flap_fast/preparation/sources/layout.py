@@ -39,6 +39,32 @@ def first_file(folder: Path, names: Sequence[str], what: str) -> Path:
     raise ManifestError(f"{what} must have {' or '.join(names)}, got a '{folder}' without")
 
 
+def tables_below(folder: Path, names: Sequence[str], what: str) -> dict[str, Path]:
+    """The file of each name, as far as there is one anywhere below a folder.
+
+    Args:
+        names: the last parts of their paths.
+        what: the data set's name, for messages.
+
+    Raises:
+        ManifestError: there is none of them, or two of one name.
+    """
+    ends, found = {Path(name).name: name for name in names}, dict[str, Path]()
+    for file in files_below(folder):
+        name = ends.get(file.name)
+        if name is None or not file.match(name):
+            continue
+        if name in found:
+            raise ManifestError(
+                f"{what} must have one {name}, got '{found[name]}' and '{file}'; join them, or "
+                f"move one out of '{folder}'"
+            )
+        found[name] = file
+    if not found:
+        raise ManifestError(f"{what} must have {', '.join(names)}, got '{folder}' without")
+    return {name: found[name] for name in names if name in found}
+
+
 def table(file: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line and cells of each row of a CSV that has these columns; raises `ManifestError`."""
     for line, row in read_rows(file):

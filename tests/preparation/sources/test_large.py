@@ -233,3 +233,19 @@ def test_sounds_in_linked_folders_are_found(source: str, tmp_path: Path):
     assert [str(clip.audio.relative_to(folder)) for clip in SOURCES[source].read(folder)] == [
         "FreeSound/train/a_1.wav"
     ]
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "text"),
+    [
+        ("audiosetcaps", "AudioSetCaps_caption.csv", "id,caption\na,b\n"),
+        ("wavcaps", "FreeSound/fsd_final.json", '{"data": [{"id": "a", "caption": "b"}]}'),
+    ],
+)
+def test_a_table_that_is_there_twice_is_named(source: str, name: str, text: str, tmp_path: Path):
+    folder = write(tmp_path / "set", {f"new/{name}": text})
+    (folder / "again").symlink_to(folder / "new", target_is_directory=True)  # is one, not two
+    assert len(SOURCES[source].read(folder)) == 1
+    write(folder, {f"old/{name}": text})
+    with pytest.raises(ManifestError, match=f"one {name}, got '.*/new/.*' and '.*/old/.*'; join"):
+        SOURCES[source].read(folder)
