@@ -53,7 +53,7 @@ def read(folder: Path) -> list[Entry]:
             advance()
     clips: list[Entry] = []
     for (key, pair), (record, fault) in zip(keys.items(), records, strict=True):
-        if pair.sound or record["text"]:
+        if pair.sound or (pair.json and record["text"]):  # a text alone may be a README
             clips.append(_entry(folder, key, pair, record, fault, len(clips) + 1))
         else:
             left_out += [file for file in pair if file]

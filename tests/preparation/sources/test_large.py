@@ -249,3 +249,14 @@ def test_a_table_that_is_there_twice_is_named(source: str, name: str, text: str,
     write(folder, {f"old/{name}": text})
     with pytest.raises(ManifestError, match=f"one {name}, got '.*/new/.*' and '.*/old/.*'; join"):
         SOURCES[source].read(folder)
+
+
+def test_texts_beside_laions_pairs_are_no_clips(tmp_path: Path, capsys: pytest.CaptureFixture):
+    pair = {"BBC/train/1.wav": sound(300), "BBC/train/1.json": '{"text": ["a"]}'}
+    notes = {"README.txt": "What this is.\n", "BBC/LICENSE.txt": "Whose it is.\n"}
+    folder = write(tmp_path / "LAION", {**pair, **notes})
+    clips = SOURCES["laion"].read(folder)
+    assert brief(clips, folder) == [("train", "BBC_1", "BBC/train/1.wav", ["a"])]
+    assert "left out 2 files that are no clips: BBC/LICENSE.txt, README.txt" in (
+        capsys.readouterr().err
+    )
