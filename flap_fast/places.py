@@ -26,6 +26,8 @@ from flap_fast.files import visible
 
 _SCHEME = re.compile(r"\A([A-Za-z][A-Za-z0-9+.-]+):/+")
 _BRACES = re.compile(r"\{([^{}]*,[^{}]*|-?\d+\.\.-?\d+)\}")
+# Up to a space, a quote or a bracket, or the next URL of a list.
+_WEB = re.compile(r"""https?://(?:(?!,\s*["']?https?://)[^\s"'\]])+""", re.IGNORECASE)
 _MOST_NAMES = 1_000_000
 
 
@@ -91,6 +93,11 @@ Place = Path | Url
 def shown(place: Place) -> str:
     """A place for a message."""
     return place.shown if isinstance(place, Url) else str(place)
+
+
+def without_secrets(text: str) -> str:
+    """A text, such as a command or a config, whose web URLs have no login and no query."""
+    return _WEB.sub(lambda found: Url(found[0]).shown, text)
 
 
 def place(value: Any) -> Place:

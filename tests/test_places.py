@@ -20,8 +20,25 @@ from flap_fast.checks import ConfigError
 from flap_fast.config import Config
 from flap_fast.config.file import dump_config, load_config, parse_config
 from flap_fast.hub import local_folder, on_hub
-from flap_fast.places import Url, expanded, is_glob, is_pattern
+from flap_fast.places import Url, expanded, is_glob, is_pattern, without_secrets
 from flap_fast.section import NAMES_FILES
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("flap train x.yaml data.train=https://h/a/0.tar?sig=s3cret", "https://h/a/0.tar"),
+        ("'data.train=https://ann:s3cret@h/{0..7}.tar?a=s3cret&b=s3cret'", "https://h/{0..7}.tar'"),
+        ('data.train=["HTTPS://h/0.tar?s3cret","https://h/1.tar?s3cret"]', '.tar","https://h/1'),
+        ("[https://h/0.tar?s3cret, https://h/1.tar?s3cret]", "[https://h/0.tar, https://h/1.tar]"),
+        ("- https://h/0.tar?s=s3cret\n- data/mine\n", "- https://h/0.tar\n- data/mine\n"),
+        ("s3://bucket/a?b data/what?.tar", "s3://bucket/a?b data/what?.tar"),
+    ],
+)
+def test_a_text_without_secrets_has_no_login_and_no_query(text: str, left: str):
+    found = without_secrets(text)
+    assert "s3cret" not in found
+    assert left in found
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import glob
+import os
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -15,7 +18,7 @@ from typing import NamedTuple
 from flap_fast.data.shard_cache import RemoteFile, ShardCache, remote_file
 from flap_fast.data.store import forbidden, listing, stamp
 from flap_fast.data.tar_members import COMPRESSED, ShardError, tars_of
-from flap_fast.files import parsed_json
+from flap_fast.files import parsed_json, say
 from flap_fast.places import Place, Url, expanded, is_glob, is_pattern, shown
 
 SIZES = "sizes.json"
@@ -159,6 +162,20 @@ def require_shards(place: Place, found: list, splits: Collection[str] = ()) -> N
         if isinstance(place, Url):
             remedy = "name the folder that the .tar files are in, or a pattern of their names"
         raise ShardError(f"{shown(place)} must hold .tar shards, got none; {remedy}")
+
+
+@functools.cache  # once a process
+def say_repeated(files: tuple[Place, ...]) -> None:
+    """Name what is there more than once, as where two patterns overlap."""
+    named = Counter(file if isinstance(file, Url) else os.path.realpath(file) for file in files)
+    if twice := [file for file, times in named.items() if times > 1]:
+        some = shown(twice[0] if isinstance(twice[0], Url) else Path(twice[0]))
+        is_one = "1 shard is" if len(twice) == 1 else f"{len(twice):,} shards are"
+        say(
+            f"{is_one} named more than once, as {some}: an epoch takes each clip as often; name "
+            "it once, or with {path: ..., weight: 2} if that is meant",
+            error=True,
+        )
 
 
 def _on_disk(path: Path) -> list[str]:

@@ -28,7 +28,7 @@ import numpy as np
 
 from flap_fast.checksums import SUMS, check_sums
 from flap_fast.config import Config, Data
-from flap_fast.data.listing import SIZES, Remote, ShardSet, parsed_sizes, shard_sets
+from flap_fast.data.listing import SIZES, Remote, ShardSet, parsed_sizes, say_repeated, shard_sets
 from flap_fast.data.mixing import ShardsOfSet
 from flap_fast.data.open_files import read_range
 from flap_fast.data.preprocess.unusable import Unusable
@@ -211,6 +211,7 @@ def open_shards(
         raise ShardError(
             f"shards must be of one kind, got {listed}; name them in separate settings"
         )
+    say_repeated(tuple(files))
     rows = [np.array(index.rows, np.int64).reshape(-1, 4) for index in indices]
     numbers = np.repeat(np.arange(len(files)), [len(some) for some in rows])
     texts = [text for index in indices for text in index.texts]

@@ -18,6 +18,7 @@ from flap_fast.checks import ConfigError
 from flap_fast.config.file import dump_config
 from flap_fast.evaluation.tables import sheets
 from flap_fast.files import visible, write_atomically
+from flap_fast.places import without_secrets
 from flap_fast.progress import progress
 from flap_fast.report import facts, figures
 from flap_fast.report.doctor import doctor_section
@@ -105,7 +106,7 @@ def _settings(run: RunFacts, others: Sequence[RunFacts]) -> Contents:
         "sessions": facts.session_rows(run),
         "session_head": facts.SESSION_HEAD,
         "versions": facts.versions(run),
-        "config": dump_config(run.config),
+        "config": without_secrets(dump_config(run.config)),
     }
 
 

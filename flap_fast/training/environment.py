@@ -30,6 +30,7 @@ import torch
 from flap_fast.checks import in_one_line
 from flap_fast.files import parsed_json, say, write_atomically
 from flap_fast.launcher import launcher_facts
+from flap_fast.places import without_secrets
 from flap_fast.ranks import Ranks
 from flap_fast.ranks.failure import Ended
 
@@ -82,14 +83,14 @@ def environment(ranks: Ranks) -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """The command that started this process, as one would type it."""
+    """The command that started this process, as one would type it, without secrets of URLs."""
     name, *given = sys.argv or [""]
     path = Path(name)
     if path.name == "flap" or (path.name, path.parent.name) == ("__main__.py", "flap_fast"):
         # deepspeed adds its own option.
         given = [word for word in given if not word.startswith("--local_rank")]
-        return shlex.join(["flap", *given])
-    return shlex.join(sys.orig_argv)
+        return without_secrets(shlex.join(["flap", *given]))
+    return without_secrets(shlex.join(sys.orig_argv))
 
 
 def code() -> dict[str, Any]:

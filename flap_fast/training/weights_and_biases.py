@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import secrets
 import sys
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 from flap_fast.checks import require
 from flap_fast.config import Config
 from flap_fast.files import write_atomically
+from flap_fast.places import without_secrets
 from flap_fast.training.guarded import Observer
 
 Result = TypeVar("Result")
@@ -54,7 +56,7 @@ def weights_and_biases(config: Config, open_files: ExitStack, *, first: int = 0)
             id=wandb_id(config, first=first),
             resume="allow",
             dir=folder,
-            config=config.model_dump(mode="json"),
+            config=json.loads(without_secrets(config.model_dump_json())),
             settings=settings,
         )
 

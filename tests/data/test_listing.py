@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -125,3 +126,17 @@ def test_a_folder_of_splits_is_named_as_such(folder):
         f"{out} must hold .tar shards, got folders of them: train, val; name one, as {out}/train"
     )
     assert str(error.value) == wanted
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("{0..1}.tar", "{1..2}.tar"), r"^1 shard is named more than once, as \S*/mine/1\.tar: an"),
+        (("", "7.tar", "8.tar"), r"^2 shards are named more than once, as \S*/mine/7\.tar: an"),
+        (("",), r"^$"),
+        (("{0..1}.tar", "{2..3}.tar"), r"^$"),
+    ],
+)
+def test_shards_that_are_named_twice_are_said(folder, given, said, capsys):
+    opened(*(folder / name for name in given))
+    assert re.match(said, capsys.readouterr().err)

@@ -80,6 +80,10 @@ def test_a_full_disk_at_the_end_hides_no_error_of_the_run(tmp_path: Path, monkey
     ("argv", "command"),
     [
         (["/venv/bin/flap", "train", "a b.yaml", "x=1"], "flap train 'a b.yaml' x=1"),
+        (
+            ["flap", "train", "x", "data.train=https://h/a?sig=b"],
+            "flap train x 'data.train=https://h/a'",
+        ),
         (["/code/flap_fast/__main__.py", "--local_rank=0", "train", "c.yaml"], "flap train c.yaml"),
     ],
 )

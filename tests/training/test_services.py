@@ -87,11 +87,17 @@ def hang(*_: Any, **__: Any) -> None:
 
 def test_weights_and_biases_gets_rows_and_the_config(tmp_path: Path, wandb: Wandb):
     got = wandb()
-    named = ("log.wandb_project=p", "log.wandb_entity=e", "log.wandb_group=g")
+    named = (
+        "log.wandb_project=p",
+        "log.wandb_entity=e",
+        "log.wandb_group=g",
+        "data.train=https://ann:s@h/a?b",
+    )
     with ExitStack() as files:
         observe = weights_and_biases(ours(tmp_path, *named), files)
         observe({"step": 3, "loss": 1.0})
     assert got[0]["config"]["train"]["global_batch"] == 8
+    assert got[0]["config"]["data"]["train"] == ["https://h/a"]
     assert [got[0][name] for name in ("project", "entity", "group")] == ["p", "e", "g"]
     assert got[0]["settings"]["init_timeout"] == 0.1
     assert got[1:] == [(3, {"step": 3, "loss": 1.0}), "finish"]
