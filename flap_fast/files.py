@@ -173,6 +173,20 @@ def listed_texts(cell: str) -> list[str] | None:
     return [ast.literal_eval(text.string) for text in strings]  # a set has no order
 
 
+def files_below(folder: Path) -> list[Path]:
+    """The files below a folder, sorted; links are followed, each folder is read once."""
+    found, seen, queue = [], set(), [str(folder)]
+    for start in queue:  # grows by links, so that a folder's own files come first
+        for inside, folders, files in os.walk(start):
+            real = os.path.realpath(inside)
+            folders[:] = [] if real in seen else sorted(folders)
+            found += [] if real in seen else [Path(inside, name) for name in files]
+            seen.add(real)
+            below = (os.path.join(inside, name) for name in folders)
+            queue += [path for path in below if os.path.islink(path)]
+    return [file for file in sorted(found) if file.is_file()]
+
+
 def whole_characters(text: str) -> str:
     """The text with U+FFFD for lone surrogates, which JSON's escapes allow and UTF-8 does not."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -114,14 +114,15 @@ def place(value: Any) -> Place:
     if found is None:
         return Path(value)
     start, scheme, rest = found[0].lower(), found[1].lower(), str(value)[found.end() :]
-    if start != f"{scheme}://" and not (scheme == "file" and start[-3:] == "///"):
+    if scheme == "file":
+        # file:/a and file:///a are one path.
+        return Path(unquote(start[len("file:") if start == "file:/" else len("file://") :] + rest))
+    if start != f"{scheme}://":
         raise PydanticCustomError(
             "path_type",
             "must have two slashes after {scheme}:, as {right}",
             {"scheme": scheme, "right": f"{scheme}://{rest}"},
         )
-    if scheme == "file":
-        return Path(unquote(start[len("file://") :] + rest))
     if not rest:
         rule = "must name a server or a bucket, as s3://bucket/mine"
         raise PydanticCustomError("path_type", rule)
@@ -153,9 +154,20 @@ def on_disk(path: str | Path) -> None:
     """Raise `PydanticCustomError` for a URL where only a path can be."""
     if scheme := _SCHEME.match(str(path)):
         remedy = "copy it here; shards alone are read by URL: data.train, flap eval, flap doctor"
-        if scheme[1].lower() == "hf":
+        host = str(path)[scheme.end() :].partition("/")[0].lower()
+        if scheme[1].lower() == "hf" or host == "huggingface.co":
             remedy = "hf download OWNER/NAME --local-dir FOLDER copies it here"
+        if scheme[1].lower() == "file":
+            remedy = f"write {place(as_typed(path))}"
         raise PydanticCustomError("path_type", "must be a path on this machine", {"remedy": remedy})
+
+
+def as_typed(path: str | Path) -> str:
+    """A path's text, with the slashes of a URL that `Path` takes out."""
+    found, text = _SCHEME.match(str(path)), str(path)
+    if found is None or not isinstance(path, Path):
+        return text
+    return f"{found[1]}:{'///' if found[1].lower() == 'file' else '//'}{text[found.end() :]}"
 
 
 def require_on_disk(name: str, path: str | Path) -> None:
@@ -163,8 +175,8 @@ def require_on_disk(name: str, path: str | Path) -> None:
     try:
         on_disk(path)
     except PydanticCustomError as error:
-        remedy = (error.context or {})["remedy"]
-        raise ConfigError(f"{name} {error.message()}, got '{visible(path)}'; {remedy}") from None
+        remedy, got = (error.context or {})["remedy"], visible(as_typed(path))
+        raise ConfigError(f"{name} {error.message()}, got '{got}'; {remedy}") from None
 
 
 Places = Annotated[

@@ -229,3 +229,28 @@ def test_a_name_that_yaml_takes_for_something_else_is_told_the_quotes(value: str
     with pytest.raises(ConfigError, match=f"^run.name must be a valid string, got .*{remedy}"):
         load_config(None, [f"run.name={value}"])
     assert load_config(None, [f'run.name="{value}"']).run.name == value
+
+
+@pytest.mark.parametrize(
+    ("value", "right"),
+    [
+        ("[{a,b}/0.tar, data/x]", '["{a,b}/0.tar", data/x]'),
+        ("[data/x, s3://b/{0..7}.tar, *.tar]", '[data/x, "s3://b/{0..7}.tar", "*.tar"]'),
+        ("{path: {a,b}/0.tar, weight: 2}", '{path: "{a,b}/0.tar", weight: 2}'),
+    ],
+)
+def test_what_is_in_a_list_is_told_in_quotes_not_the_list(value: str, right: str, tmp_path: Path):
+    right_one = load_config(None, [f"data.train={right}"])
+    with pytest.raises(ConfigError) as error:
+        load_config(None, [f"data.train={value}"])
+    typed = shlex.split(str(error.value).partition("it is a text: ")[2])
+    assert load_config(None, typed) == right_one
+    file = tmp_path / "c.yaml"
+    file.write_text(f"data:\n  train: {value}\n")
+    with pytest.raises(ConfigError, match=f"{re.escape(f'train: {right}')}$"):
+        load_config(file)
+
+
+def test_a_list_with_quotes_in_it_is_not_quoted_as_a_whole():
+    with pytest.raises(ConfigError, match=r"; put the texts inside of it in quotes$"):
+        load_config(None, ['data.train=["{a,b}/0.tar", {c,d}/0.tar]'])

@@ -135,7 +135,7 @@ def test_a_shared_config_has_only_the_last_part_of_places():
     [
         (
             ["prepare", "s3://b/x", "out"],
-            "DATA must be a path on this machine, got 's3:/b/x'; copy it here; shards alone are",
+            "DATA must be a path on this machine, got 's3://b/x'; copy it here; shards alone are",
         ),
         (
             ["enrich", "in", "https://h/x", "--model", "m"],
@@ -143,7 +143,7 @@ def test_a_shared_config_has_only_the_last_part_of_places():
         ),
         (
             ["report", "hf://me/run"],
-            "RUN must be a path on this machine, got 'hf:/me/run'; hf download OWNER/NAME --local",
+            "RUN must be a path on this machine, got 'hf://me/run'; hf download OWNER/NAME --local",
         ),
         (["export", "s3://b/x", "out"], "a model must be a path on this machine, got 's3://b/x'"),
         (["eval", "s3://b/x", "data"], "a model must be a path on this machine, got 's3://b/x'"),
@@ -195,7 +195,7 @@ def test_every_argument_of_a_path_refuses_a_url(words: list[str], name: str, tmp
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(app, words)
     assert isinstance(done.exception, ConfigError)
-    assert str(done.exception).startswith(f"{name} must be a path on this machine, got 's3:/b/x'")
+    assert str(done.exception).startswith(f"{name} must be a path on this machine, got 's3://b/x'")
     assert not [*tmp_path.iterdir()]
 
 
@@ -223,3 +223,15 @@ def test_prepare_refuses_a_url_in_python(tmp_path: Path, monkeypatch):
         with pytest.raises(ConfigError, match="must be a path on this machine, got 's3://b/"):
             prepare(*arguments)
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("url", ["file:/a/b", "file:///a/b", Path("file:///a/b")])
+def test_a_file_url_with_one_slash_is_the_whole_path(url: str | Path, tmp_path: Path):
+    assert parse_config({"data": {"train": [url]}}).data.train == (Path("/a/b"),)
+    with pytest.raises(ConfigError, match=r"^manifest must be .*, got 'file:.*'; write /a/b$"):
+        prepare(url, tmp_path)
+
+
+def test_a_page_of_the_hub_is_told_how_it_is_copied():
+    with pytest.raises(ConfigError, match=r"train\.init_from must .*; hf download OWNER/NAME"):
+        load_config(None, ["train.init_from=https://huggingface.co/me/x"])

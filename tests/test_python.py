@@ -214,3 +214,10 @@ def test_prepare_names_what_would_fail_later_or_leave_clips_out(
 def test_a_shard_range_that_would_leave_shards_out_cannot_be_made(number: int, of: int):
     with pytest.raises(ConfigError, match=f"the A-th of B, with A from 1 to B, got '{number}/{of}"):
         ShardRange(number, of)
+
+
+@pytest.mark.parametrize("out", [None, 5, b"out", ""])
+def test_prepare_names_an_out_that_is_no_path(out: Any, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"^out must be the path of a folder, got "):
+        flap_fast.prepare("m.jsonl", out)

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from flap_fast.checks import ConfigError, require
 from flap_fast.config import Config
 from flap_fast.config.faults import sentence
-from flap_fast.config.yaml_text import comment_after, parse_yaml, quoted
+from flap_fast.config.yaml_text import comment_after, parse_yaml, with_quotes
 
 
 def load_config(file: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -50,7 +50,9 @@ def load_config(file: str | Path | None = None, overrides: Sequence[str] = ()) -
 
 def _override(name: str, text: str) -> Any:
     """The value of an override, which is YAML, but without comments."""
-    remedy = f"in quotes it is a text: {shlex.quote(f'{name}={quoted(text)}')}"
+    right, remedy = with_quotes(text.strip()), "put the texts inside of it in quotes"
+    if right:
+        remedy = f"in quotes it is a text: {shlex.quote(f'{name}={right}')}"
     try:
         value, rest = parse_yaml(text, f"the value of {name}"), comment_after(text)
     except ConfigError as error:

@@ -203,7 +203,10 @@ def check_effects(config: Config, steps: int | None, epochs: int | None) -> None
     for name, encoder in ((config.encoder.modality, config.encoder), ("text", config.text)):
         scale = type(encoder).model_fields["lora_alpha"].default
         idle = encoder.lora_rank == 0 and encoder.lora_alpha != scale
-        rule, remedy = f"be left out with {name}.lora_rank = 0", f"set {name}.lora_rank, as 8"
+        frozen = {"freeze": "false", "freeze_blocks": "0"}
+        off = [f" {name}.{one}={off}" for one, off in frozen.items() if getattr(encoder, one)]
+        rule, remedy = f"be left out with {name}.lora_rank = 0", f"set {name}.lora_rank=8"
+        remedy += "".join(off)
         require(not idle, f"{name}.lora_alpha", rule, encoder.lora_alpha, remedy)
     warm, decay = config.sched.warmup_steps, config.sched.decay_steps
     if steps and decay:

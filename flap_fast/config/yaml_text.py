@@ -45,6 +45,23 @@ def quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False) if len(text) <= _LONG else '"..."'
 
 
+def with_quotes(text: str) -> str:
+    """YAML of a text that was not understood; of a list or a section with quotes inside of it.
+
+    Empty where it is not clear what belongs in quotes.
+    """
+    found = _WORD.sub(lambda w: quoted(w[0]) if re.match(r"[*&!%@`]|.*\{", w[0]) else w[0], text)
+    inside = (text[:1], text[-1:]) in (("[", "]"), ("{", "}"))
+    try:
+        parse_yaml(found, "")
+    except ConfigError:
+        return "" if inside else quoted(text)
+    return found if inside and found != text else quoted(text)
+
+
+# Of a list or a section, with braces as bash has them.
+_WORD = re.compile(r"""(?:[^\s,\[\]{}"']|\{[^{}:]*\})+""")
+
 # More of a text is not repeated in a sentence about it.
 _LONG = 200
 
@@ -87,7 +104,8 @@ def _reason(error: Exception, text: str | bytes) -> str:
 def _in_quotes(line: str) -> str:
     """The remedy for a line whose value has a meaning in YAML that was hardly meant; or nothing."""
     found = re.fullmatch(r"\s*((?:- +)*(?:[\w.]+: +)?)([\[{&*!|>%@`].*|.*: .*?)\s*", line)
-    return f"; in quotes it is a text: {found[1]}{quoted(found[2])}" if found and found[1] else ""
+    right = with_quotes(found[2]) if found and found[1] else ""
+    return f"; in quotes it is a text: {found[1]}{right}" if found and right else ""
 
 
 def _setting_at(mark: yaml.Mark, text: bytes) -> str:

@@ -96,6 +96,8 @@ def prepare(
     require(cache is None or isinstance(cache, Audio), "cache", rule, cache, remedy)
     for name, fraction in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
         require(isinstance(fraction, Real), name, "be a number", fraction)
+    is_path = isinstance(out, (str, os.PathLike)) and str(out)
+    require(bool(is_path), "out", "be the path of a folder", out)
     require_on_disk("out", out)
     entries = _entries(manifest)
     if val_fraction or test_fraction:

@@ -29,7 +29,7 @@ from torch import Tensor
 from flap_fast.checks import ConfigError, require
 from flap_fast.data.preprocess.sound_formats import SOUNDS, sounds_among
 from flap_fast.data.preprocess.waveform import BadSound, Unread
-from flap_fast.files import write_atomically
+from flap_fast.files import files_below, write_atomically
 from flap_fast.tools.embedder import Embedder
 from flap_fast.tools.nearest import nearest_rows
 from flap_fast.tools.windows import WindowRows, embed_cropped, suppress
@@ -288,26 +288,12 @@ def find_sounds(paths: Iterable[Path]) -> list[Path]:
     found: dict[Path, None] = {}  # in order, each once
     for path in paths:
         require(path.exists(), "a sound", "be an existing file or folder", path)
-        files = [] if path.is_file() else [file for file in _below(path) if file.is_file()]
+        files = [] if path.is_file() else files_below(path)
         below = [file for file in files if not file.name.startswith(INDEX)]
         found |= dict.fromkeys([path] if path.is_file() else sounds_among(below))
     rule = f"be files such as {', '.join(f'.{ending}' for ending in SOUNDS[:4])}"
     require(bool(found), "the sounds", rule, f"none in {', '.join(map(str, paths))}")
     return list(found)
-
-
-def _below(folder: Path) -> list[Path]:
-    """Return the files below a folder, sorted; links are followed, each folder is read once."""
-    found, seen, queue = [], set(), [str(folder)]
-    for start in queue:  # grows by links, so that a folder's own files come first
-        for inside, folders, files in os.walk(start):
-            real = os.path.realpath(inside)
-            folders[:] = [] if real in seen else sorted(folders)
-            found += [] if real in seen else [Path(inside, name) for name in files]
-            seen.add(real)
-            below = (os.path.join(inside, name) for name in folders)
-            queue += [path for path in below if os.path.islink(path)]
-    return sorted(found)
 
 
 def stat_sound(path: Path, folder: Path) -> File:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from flap_fast import tensors as tensor_files
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
+from flap_fast.config.rules import check_effects
 from flap_fast.data.batch import Batch
 from flap_fast.data.shards import ShardError, open_shards
 from flap_fast.losses import total_loss
@@ -365,6 +366,15 @@ def test_a_new_run_has_no_setting_without_effect(
     with pytest.raises(ConfigError, match=message):
         train(settings(prepared, tmp_path, *given.split()))
     assert not (tmp_path / "flap/metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("frozen", [(), ("text.freeze=true",), ("text.freeze_blocks=1",)])
+def test_the_settings_that_give_lora_alpha_an_effect_are_told(frozen: tuple[str, ...]):
+    given = (*frozen, "text.lora_alpha=8")
+    with pytest.raises(ConfigError, match="; set ") as error:
+        check_effects(tiny(*given), 4, None)
+    told = str(error.value).partition("; set ")[2].split()
+    check_effects(tiny(*given, *told), 4, None)
 
 
 def test_an_older_run_with_such_a_setting_goes_on(

@@ -18,19 +18,16 @@ from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
-from flap_fast.files import ManifestError
 from flap_fast.preparation.manifest import Entry, Row, collect
-from flap_fast.preparation.sources.layout import Clips, Source
+from flap_fast.preparation.sources.layout import Clips, Source, tables_below
 
 _FILES = tuple(f"{origin}AudioSetCaps_caption.csv" for origin in ("", "VGGSound_", "YouTube-8M_"))
 
 
 def read(folder: Path) -> list[Entry]:
-    """The clips of all origins whose CSV exists; raises `ManifestError` without any."""
-    tables = [file for name in _FILES for file in sorted(folder.rglob(name))[:1]]
-    if not tables:
-        raise ManifestError(f"AudioSetCaps must have {', '.join(_FILES)}, got '{folder}' without")
-    return collect(_rows(tables, Clips(folder)), folder, str(folder))
+    """The clips of all origins whose CSV exists; raises `ManifestError` as `tables_below`."""
+    tables = tables_below(folder, _FILES, "AudioSetCaps")
+    return collect(_rows([*tables.values()], Clips(folder)), folder, str(folder))
 
 
 def _rows(tables: list[Path], clips: Clips) -> Iterator[Row]:

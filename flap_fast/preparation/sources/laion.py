@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flap_fast.files import ManifestError, say
+from flap_fast.files import ManifestError, files_below, say
 from flap_fast.preparation.manifest import Entry
 from flap_fast.preparation.sources.layout import Source
 from flap_fast.preparation.sources.tars import described
@@ -53,12 +53,12 @@ def read(folder: Path) -> list[Entry]:
             advance()
     clips: list[Entry] = []
     for (key, pair), (record, fault) in zip(keys.items(), records, strict=True):
-        if pair.sound or record["text"]:
+        if pair.sound or (pair.json and record["text"]):  # a text alone may be a README
             clips.append(_entry(folder, key, pair, record, fault, len(clips) + 1))
         else:
             left_out += [file for file in pair if file]
     if not any(pair.sound and (pair.json or pair.text) for pair in keys.values()):
-        tars = any(folder.rglob("*.tar"))
+        tars = any(file.suffix == ".tar" for file in files_below(folder))
         raise ManifestError(
             f"LAION's layout must be KEY.flac and KEY.json, got '{folder}' without"
             + ("; --source shards reads tars" if tars else "")
@@ -75,7 +75,7 @@ def _pairs(folder: Path) -> tuple[dict[Path, _Pair], list[Path]]:
     # Here: the names of sources are listed without waiting for NumPy.
     from flap_fast.data.preprocess.sound_formats import sounds_among
 
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    files = files_below(folder)
     left_out = [file for file in files if file.name.startswith(".")]  # ._1.flac
     files = [file for file in files if not file.name.startswith(".")]
     found: dict[Path, list[Path | None]] = {}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from flap_fast.files import ManifestError, read_rows
+from flap_fast.files import ManifestError, files_below, read_rows
 from flap_fast.preparation.columns import listed, remedy
 from flap_fast.preparation.manifest import Entry, Row, collect
 
@@ -37,6 +37,32 @@ def first_file(folder: Path, names: Sequence[str], what: str) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise ManifestError(f"{what} must have {' or '.join(names)}, got a '{folder}' without")
+
+
+def tables_below(folder: Path, names: Sequence[str], what: str) -> dict[str, Path]:
+    """The file of each name, as far as there is one anywhere below a folder.
+
+    Args:
+        names: the last parts of their paths.
+        what: the data set's name, for messages.
+
+    Raises:
+        ManifestError: there is none of them, or two of one name.
+    """
+    ends, found = {Path(name).name: name for name in names}, dict[str, Path]()
+    for file in files_below(folder):
+        name = ends.get(file.name)
+        if name is None or not file.match(name):
+            continue
+        if name in found:
+            raise ManifestError(
+                f"{what} must have one {name}, got '{found[name]}' and '{file}'; join them, or "
+                f"move one out of '{folder}'"
+            )
+        found[name] = file
+    if not found:
+        raise ManifestError(f"{what} must have {', '.join(names)}, got '{folder}' without")
+    return {name: found[name] for name in names if name in found}
 
 
 def table(file: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -92,8 +118,7 @@ class Clips:
 
         self._folder = folder
         self._files: dict[str, Path] = {}
-        files = (file for file in sorted(folder.rglob("*")) if file.is_file())
-        for file in sounds_among(files, known=_BESIDE):
+        for file in sounds_among(files_below(folder), known=_BESIDE):
             self._files.setdefault(file.stem, file)
 
     def row(self, youtube: str, start_s: float, end_s: float, ids: Sequence[str]) -> dict[str, Any]:

@@ -20,10 +20,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from flap_fast.files import ManifestError
+from flap_fast.files import ManifestError, files_below
 from flap_fast.preparation.manifest import Entry, Row, collect
 from flap_fast.preparation.sources.karpathy import read_json
-from flap_fast.preparation.sources.layout import Source
+from flap_fast.preparation.sources.layout import Source, tables_below
 
 _FILES = {
     "AudioSet_SL": "as_final.json",
@@ -42,7 +42,7 @@ def read(folder: Path) -> list[Entry]:
 
 def read_clean(folder: Path) -> list[Entry]:
     """The same without those on a blacklist; raises `ManifestError` where there is none."""
-    files = sorted(folder.rglob("blacklist/*.json"))
+    files = [file for file in files_below(folder) if file.match("blacklist/*.json")]
     if not files:
         raise ManifestError(
             f"wavcaps-clean must have blacklist/*.json, got '{folder}' without; fetch WavCaps' own"
@@ -55,14 +55,9 @@ def read_clean(folder: Path) -> list[Entry]:
 
 
 def _entries(folder: Path, left_out: set[tuple[str, str]]) -> list[Entry]:
-    tables = {
-        origin: next(iter(sorted(folder.rglob(f"{origin}/{name}"))), None)
-        for origin, name in _FILES.items()
-    }
-    found = {origin: file for origin, file in tables.items() if file}
-    if not found:
-        names = ", ".join(f"{origin}/{name}" for origin, name in _FILES.items())
-        raise ManifestError(f"WavCaps must have {names}, got '{folder}' without")
+    names = [f"{origin}/{name}" for origin, name in _FILES.items()]
+    tables = tables_below(folder, names, "WavCaps")
+    found = {name.partition("/")[0]: file for name, file in tables.items()}
     return collect(_rows(found, _sounds(folder), folder, left_out), folder, str(folder))
 
 
@@ -95,9 +90,8 @@ def _sounds(folder: Path) -> dict[tuple[str, str], Path]:
     # Here: the names of sources are listed without waiting for NumPy.
     from flap_fast.data.preprocess.sound_formats import sounds_among
 
-    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
     found: dict[tuple[str, str], Path] = {}
-    for file in sounds_among(files, known=(".json", ".csv", ".md", ".txt", ".zip")):
+    for file in sounds_among(files_below(folder), known=(".json", ".csv", ".md", ".txt", ".zip")):
         parts = file.relative_to(folder).parts[:-1]
         for origin in _FILES:
             if any(part.startswith(origin) for part in parts):

@@ -216,3 +216,47 @@ def test_laions_tars_are_named_with_the_source_that_reads_them(laion, tmp_path):
         SOURCES["laion"].read(tmp_path / "tars")
     (clip,) = SOURCES["shards"].read(tmp_path / "tars")
     assert (clip.split, clip.captions) == ("train", ["a dog"])
+
+
+@pytest.mark.parametrize("source", ["laion", "autoacd", "wavcaps"])
+def test_sounds_in_linked_folders_are_found(source: str, tmp_path: Path):
+    write(tmp_path / "disk", {"a_1.wav": sound(300), "a_1.json": '{"text": ["a"]}'})
+    clip = {"data": [{"id": "a_1", "caption": "a"}]}
+    files: dict[str, str | bytes] = {
+        "train.csv": table("youtube_id,caption", ("a_1", "a")),
+        "json_files/FreeSound/fsd_final.json": json.dumps(clip),
+        "FreeSound/readme.md": "",
+    }
+    folder = write(tmp_path / "set", files)
+    (folder / "FreeSound/train").symlink_to(tmp_path / "disk", target_is_directory=True)
+    (folder / "FreeSound/again").symlink_to(folder, target_is_directory=True)
+    assert [str(clip.audio.relative_to(folder)) for clip in SOURCES[source].read(folder)] == [
+        "FreeSound/train/a_1.wav"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "text"),
+    [
+        ("audiosetcaps", "AudioSetCaps_caption.csv", "id,caption\na,b\n"),
+        ("wavcaps", "FreeSound/fsd_final.json", '{"data": [{"id": "a", "caption": "b"}]}'),
+    ],
+)
+def test_a_table_that_is_there_twice_is_named(source: str, name: str, text: str, tmp_path: Path):
+    folder = write(tmp_path / "set", {f"new/{name}": text})
+    (folder / "again").symlink_to(folder / "new", target_is_directory=True)  # is one, not two
+    assert len(SOURCES[source].read(folder)) == 1
+    write(folder, {f"old/{name}": text})
+    with pytest.raises(ManifestError, match=f"one {name}, got '.*/new/.*' and '.*/old/.*'; join"):
+        SOURCES[source].read(folder)
+
+
+def test_texts_beside_laions_pairs_are_no_clips(tmp_path: Path, capsys: pytest.CaptureFixture):
+    pair = {"BBC/train/1.wav": sound(300), "BBC/train/1.json": '{"text": ["a"]}'}
+    notes = {"README.txt": "What this is.\n", "BBC/LICENSE.txt": "Whose it is.\n"}
+    folder = write(tmp_path / "LAION", {**pair, **notes})
+    clips = SOURCES["laion"].read(folder)
+    assert brief(clips, folder) == [("train", "BBC_1", "BBC/train/1.wav", ["a"])]
+    assert "left out 2 files that are no clips: BBC/LICENSE.txt, README.txt" in (
+        capsys.readouterr().err
+    )
