@@ -34,6 +34,11 @@ def first_of_its_node() -> bool:
     return True
 
 
+def is_first_rank() -> bool:
+    """Whether this process tells what all ranks find alike."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 class Launched(NamedTuple):
     """This process's place among the ranks of a launcher."""
 

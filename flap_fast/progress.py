@@ -11,7 +11,6 @@ terminal, and a wait for one long call is seen too.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from flap_fast.files import say, visible
+from flap_fast.launcher import is_first_rank
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -69,7 +69,7 @@ def progress(what: str, total: int | None = None, *, shown: bool = True) -> Iter
         with lock:  # threads share the work
             done += count
 
-    if not shown or os.environ.get("RANK", "0") != "0" or sys.stderr is None:
+    if not shown or not is_first_rank() or sys.stderr is None:
         yield advance
         return
     ended = Event()

@@ -19,6 +19,7 @@ from flap_fast.data.shard_cache import RemoteFile, ShardCache, remote_file
 from flap_fast.data.store import forbidden, listing, stamp
 from flap_fast.data.tar_members import COMPRESSED, ShardError, tars_of
 from flap_fast.files import parsed_json, say
+from flap_fast.launcher import is_first_rank
 from flap_fast.places import Place, Url, expanded, is_glob, is_pattern, shown
 
 SIZES = "sizes.json"
@@ -167,6 +168,8 @@ def require_shards(place: Place, found: list, splits: Collection[str] = ()) -> N
 @functools.cache  # once a process
 def say_repeated(files: tuple[Place, ...]) -> None:
     """Name what is there more than once, as where two patterns overlap."""
+    if not is_first_rank():
+        return
     named = Counter(file if isinstance(file, Url) else os.path.realpath(file) for file in files)
     if twice := [file for file, times in named.items() if times > 1]:
         some = shown(twice[0] if isinstance(twice[0], Url) else Path(twice[0]))

@@ -39,6 +39,7 @@ from flap_fast.data.shard_index import Index, index_of
 from flap_fast.data.tar_header import pair_fault
 from flap_fast.data.tar_members import ShardError as ShardError
 from flap_fast.files import as_utf8, parsed_json, say, whole_characters
+from flap_fast.launcher import is_first_rank
 from flap_fast.places import Place, Url, Weighted, place_in, shown
 
 # Indices, or whole shards without one, fetched at a time.
@@ -256,7 +257,7 @@ def _opened(found: ShardSet, kinds: Sequence[str], remote: Remote) -> list[Index
         what = f"{shown(folder)} must hold shards with clips, got none in {files[0].name}"
         raise ShardError(what)
     if left_out:
-        _say_left_out(shown(folder), tuple(left_out))
+        say_left_out(shown(folder), tuple(left_out))
     if isinstance(folder, Path):
         check_sums(folder, ShardError)
     return indices
@@ -302,6 +303,9 @@ def _check_sizes(
 
 
 @functools.cache  # once a process
-def _say_left_out(folder: str, names: tuple[str, ...]) -> None:
+def say_left_out(folder: str, names: tuple[str, ...]) -> None:
+    """Count files of a folder that are no clips, and name some."""
+    if not is_first_rank():
+        return
     some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     say(f"{folder}: left out {len(names)} files that are no clips: {some}", error=True)

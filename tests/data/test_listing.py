@@ -10,6 +10,7 @@ import pytest
 
 from flap_fast.checks import ConfigError
 from flap_fast.config.rules import check_before_loading
+from flap_fast.data import listing, shards
 from flap_fast.data.shards import ShardError, open_shards
 from flap_fast.evaluation.run import names
 from flap_fast.places import Place, Url
@@ -140,3 +141,13 @@ def test_a_folder_of_splits_is_named_as_such(folder):
 def test_shards_that_are_named_twice_are_said(folder, given, said, capsys):
     opened(*(folder / name for name in given))
     assert re.match(said, capsys.readouterr().err)
+
+
+def test_what_all_ranks_find_alike_is_said_by_the_first(folder, capsys, monkeypatch):
+    (folder / "0.tar").write_bytes(tar_of(CLIP | {"README": b"mine"}))
+    for rank, lines in (("1", 0), ("0", 2)):
+        monkeypatch.setenv("RANK", rank)
+        listing.say_repeated.cache_clear()
+        shards.say_left_out.cache_clear()
+        opened(folder, folder / "1.tar")
+        assert len(capsys.readouterr().err.splitlines()) == lines

@@ -25,18 +25,27 @@ CHROMIUM = (
 LOOKS = {"light": (1280, 1), "dark": (1280, 0), "phone": (360, 1), "dark phone": (360, 0)}
 """Width, and Chromium's preferred color scheme."""
 
-# What a page is like once it is laid out. Contrast as in WCAG 2.2, 1.4.3.
-PROBE = """<script>addEventListener("load", () => {
-  const linear = v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
-  const light = rgb => rgb.map(v => linear(v / 255))
-    .reduce((sum, v, n) => sum + v * [0.2126, 0.7152, 0.0722][n], 0);
-  const rgba = color => [...color.match(/[\\d.]+/g).map(Number), 1].slice(0, 4);
-  const behind = e => {
-    for (; e; e = e.parentElement) {
-      const color = rgba(getComputedStyle(e).backgroundColor);
-      if (color[3] === 1) return color.slice(0, 3);
-    }
-  };
+CONTRAST = """
+const linear = v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+const light = rgb => rgb.map(v => linear(v / 255))
+  .reduce((sum, v, n) => sum + v * [0.2126, 0.7152, 0.0722][n], 0);
+const rgba = color => [...color.match(/[\\d.]+/g).map(Number), 1].slice(0, 4);
+const behind = e => {
+  for (; e; e = e.parentElement) {
+    const color = rgba(e.ownerDocument.defaultView.getComputedStyle(e).backgroundColor);
+    if (color[3] === 1) return color.slice(0, 3);
+  }
+};
+const contrast = (e, ink) => {
+  const [low, high] = [light(rgba(ink).slice(0, 3)), light(behind(e))].sort((a, b) => a - b);
+  return (high + 0.05) / (low + 0.05);
+};
+"""
+"""An element's contrast with what is behind it, as in WCAG 2.2, 1.4.3."""
+# What a page is like once it is laid out.
+PROBE = (
+    f"<script>{CONTRAST}"
+    + """addEventListener("load", () => {
   const found = {width: innerWidth, page: document.documentElement.scrollWidth,
     clipped: [], contrast: {},
     boxes: [...document.querySelectorAll(".wide")].map(e => [e.clientWidth, e.scrollWidth])};
@@ -56,10 +65,9 @@ PROBE = """<script>addEventListener("load", () => {
     }
     const own = [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim());
     if (!own || ["SCRIPT", "STYLE", "AUDIO"].includes(e.tagName)) continue;
-    const ink = rgba(svg ? style.fill : style.color).slice(0, 3);
-    const [low, high] = [light(ink), light(behind(e))].sort((a, b) => a - b);
+    const seen = contrast(e, svg ? style.fill : style.color);
     const name = `${svg ? "svg " : ""}${e.tagName}.${e.className.baseVal ?? e.className}`;
-    found.contrast[name] = Math.min(found.contrast[name] ?? 99, (high + 0.05) / (low + 0.05));
+    found.contrast[name] = Math.min(found.contrast[name] ?? 99, seen);
   }
   for (const row of ["ours", "chance"])
     found[row] = getComputedStyle(document.querySelector(`tr.${row} td`)).fontWeight;
@@ -67,6 +75,7 @@ PROBE = """<script>addEventListener("load", () => {
     .filter(e => !(e.getAttribute("aria-label") || e.getAttribute("alt"))).length;
   parent.postMessage(JSON.stringify(found), "*");
 });</script></body>"""
+)
 # Chromium's windows are at least 500 wide where it prints the page; a frame may be narrower.
 FRAME = """<!doctype html><body><script>
   addEventListener("message", e => document.body.setAttribute("found", e.data));

@@ -23,13 +23,14 @@ from flap_fast.tools.embedder import Embedder  # noqa: E402
 from flap_fast.tools.search import Index  # noqa: E402
 from flap_fast.tools.serve.app import make_app  # noqa: E402
 from flap_fast.tools.serve.run import allowed_hosts, listening  # noqa: E402
-from tests.report.test_look import CHROMIUM, LOOKS  # noqa: E402
+from tests.report.test_look import CHROMIUM, CONTRAST, LOOKS  # noqa: E402
 from tests.tools.served import HOSTILE, opened, write_model, write_sounds  # noqa: E402
 
 pytestmark = pytest.mark.browser
 
 # Uses the page as a person does and says what it saw. A frame may be narrower than a window.
-FRAME = """<!doctype html><body><iframe style="border: 0; height: 2000px; width: %dpx"></iframe>
+FRAME = (
+    """<!doctype html><body><iframe style="border: 0; height: 2000px; width: %dpx"></iframe>
 <script type="module">
 const tell = what => fetch("/found", {method: "POST", body: JSON.stringify(what)});
 for (const kind of ["error", "unhandledrejection"])
@@ -51,16 +52,9 @@ const rows = () => all("#results li").map(li => ({
     li.querySelector(".bar").getBoundingClientRect().width,
   label: li.querySelector("audio").getAttribute("aria-label"),
 }));
-const linear = v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
-const light = rgb => rgb.map(v => linear(v / 255))
-  .reduce((sum, v, n) => sum + v * [0.2126, 0.7152, 0.0722][n], 0);
-const rgba = color => [...color.match(/[\\d.]+/g).map(Number), 1].slice(0, 4);
-const behind = e => {
-  for (; e; e = e.parentElement) {
-    const color = rgba(view.getComputedStyle(e).backgroundColor);
-    if (color[3] === 1) return color.slice(0, 3);
-  }
-};
+"""
+    + CONTRAST
+    + """
 await until(() => page.activeElement.id);  // autofocus comes with the first frame that is drawn
 const found = {focus: page.activeElement.id, contrast: {}, clipped: []};
 await until(() => rows().length && !page.getElementById("more").hidden &&
@@ -74,9 +68,8 @@ for (const e of all("body *")) {
   const cut = box.width && (box.left < 15 || box.right > view.innerWidth - 15);
   if (cut) found.clipped.push(e.outerHTML);
   if (!box.width || !e.textContent.trim() || e.children.length) continue;
-  const ink = rgba(view.getComputedStyle(e).color).slice(0, 3);
-  const [low, high] = [light(ink), light(behind(e))].sort((a, b) => a - b);
-  found.contrast[e.tagName + "." + e.className] = (high + 0.05) / (low + 0.05);
+  const seen = contrast(e, view.getComputedStyle(e).color);
+  found.contrast[e.tagName + "." + e.className] = seen;
 }
 found.unnamed = all("input, button, audio, a").filter(e => !(e.getAttribute("aria-label") ||
   e.textContent.trim() || page.querySelector(`label[for="${e.id}"]`))).length;
@@ -110,6 +103,7 @@ await until(() => rows().length === 1);
 found.rounded = rows()[0].when;
 await tell(found);
 </script></body>"""
+)
 
 
 class Served(NamedTuple):

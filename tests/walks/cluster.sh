@@ -47,7 +47,10 @@ until_there runs/job/metrics.jsonl '"step": 20'
 rank=$(pgrep -f "local_rank=1.*run.name=job" | tail -1)
 shown kill -9 "$rank" "# a rank"
 kill -9 "$rank"
-! wait "$job"
+if wait "$job"; then
+  echo "FAILED: the launcher says that all went well"
+  exit 1
+fi
 cat "$log"
 
 # The queue starts it again, on four ranks and another ZeRO stage, with an empty cache.

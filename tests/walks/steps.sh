@@ -36,8 +36,15 @@ refused() {
     return 1
   fi
   cat "$last"
-  ! grep -q Traceback "$last"
+  no_traceback
   says "$words"
+}
+
+no_traceback() {
+  if grep -q Traceback "$last"; then
+    echo "FAILED: a traceback"
+    return 1
+  fi
 }
 
 says() {
@@ -55,7 +62,8 @@ begin() {
 finish() {
   kill "$1" "$job"
   wait "$job" || true
-  cat "$log" | tee "$last"
+  tee "$last" <"$log"
+  no_traceback
 }
 
 # Waits, five minutes at most, until a file has the words.

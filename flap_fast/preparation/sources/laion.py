@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flap_fast.files import ManifestError, files_below, say
+from flap_fast.files import ManifestError, files_below
 from flap_fast.preparation.manifest import Entry
 from flap_fast.preparation.sources.layout import Source
 from flap_fast.preparation.sources.tars import described
@@ -64,9 +64,11 @@ def read(folder: Path) -> list[Entry]:
             + ("; --source shards reads tars" if tars else "")
         )
     if left_out:
+        # Here: the names of sources are listed without waiting for NumPy.
+        from flap_fast.data.shards import say_left_out
+
         names = sorted(str(file.relative_to(folder)) for file in left_out)
-        some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        say(f"{folder}: left out {len(names)} files that are no clips: {some}", error=True)
+        say_left_out(str(folder), tuple(names))
     return clips
 
 

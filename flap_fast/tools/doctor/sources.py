@@ -62,9 +62,8 @@ def open_data(paths: Sequence[Place]) -> dict[str, Clips]:
     count = Counter(name for _, name, _ in every)
     found: dict[str, Clips] = {}
     for path, name, clips in every:
-        if count[name] > 1 and isinstance(
-            path, Path
-        ):  # splits of one name are told apart by where they lie
+        # Splits of one name are told apart by where they lie.
+        if count[name] > 1 and isinstance(path, Path):
             name = f"{(path.parent if path.is_file() else path).resolve().name}/{name}"
         found[f"{shown(path)}: {name}" if name in found else name] = clips
     return found
