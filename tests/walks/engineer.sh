@@ -55,6 +55,8 @@ PY
 block "$checkout/kernels/README.md" masked_mse >autoencoder.py
 run env PYTHONPATH=kernels python autoencoder.py
 block "$checkout/kernels/README.md" init_process_group >train.py
+# A thread of gloo that waits for the GIL when Python ends aborts the process (PyTorch 2.14).
+printf '\nimport time\ntime.sleep(0.2)\n' >>train.py
 run env PYTHONPATH=kernels OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 train.py
 says "loss"
 
