@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -23,7 +24,7 @@ from flap_fast.commands.errors import print_and_status, print_error
 from flap_fast.commands.length import LengthOption
 from flap_fast.commands.usage import Command, Commands
 from flap_fast.files import say, visible
-from flap_fast.progress import progress
+from flap_fast.progress import starting
 
 app = typer.Typer(
     name="flap",
@@ -103,7 +104,7 @@ def rank(
     length: LengthOption = None,
 ) -> None:
     """Rank captions by their cosine similarity to a sound, best first."""
-    with progress("open the model"):
+    with starting("open the model"):
         from flap_fast.tools.embedder import load
 
         embedder = load(checkpoint, length=length)
@@ -256,6 +257,9 @@ def main() -> None:
         app()
     except Exception as error:
         sys.exit(print_and_status(error))
+    finally:
+        # The process ends here: Python would look several times for garbage among all its objects.
+        gc.freeze()
 
 
 if __name__ == "__main__":

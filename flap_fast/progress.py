@@ -11,6 +11,7 @@ terminal, and a wait for one long call is seen too.
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -80,6 +81,26 @@ def progress(what: str, total: int | None = None, *, shown: bool = True) -> Iter
     finally:
         ended.set()
         thread.join()
+
+
+@contextmanager
+def starting(what: str) -> Iterator[None]:
+    """`progress` of imports and of opening models, in a context without garbage collection.
+
+    What PyTorch and transformers make as they are imported stays: to look among it for garbage,
+    again and again while it grows, would only take time.
+    """
+    collected = gc.isenabled()
+    gc.disable()
+    try:
+        with progress(what):
+            yield
+    finally:
+        if collected:
+            # What was made goes to the oldest generation, which is seldom looked at.
+            gc.freeze()
+            gc.unfreeze()
+            gc.enable()
 
 
 def clock(seconds: float) -> str:

@@ -50,6 +50,19 @@ def saved(config: Config, folder: Path) -> Path:
     return folder
 
 
+def test_the_end_of_a_command_looks_for_no_garbage():
+    # What runs at exit comes after `main`; the interpreter's own collections come after that.
+    program = """
+import atexit, gc, sys
+from flap_fast.__main__ import main
+atexit.register(lambda: print(gc.get_freeze_count() > 1000, len(gc.get_objects()) < 1000))
+sys.argv = ["flap", "--version"]
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.splitlines()[1:] == ["True True"], done.stderr
+
+
 def test_opening_a_model_imports_no_compiler(tmp_path: Path):
     folder = saved(tiny("text.encoder=clip"), tmp_path / "model")
     program = f"import flap_fast\nflap_fast.load({str(folder)!r})"
@@ -60,4 +73,15 @@ def test_ranking_imports_no_package_of_other_commands(tmp_path: Path):
     folder, sound = saved(tiny(), tmp_path / "model"), tmp_path / "tone.wav"
     sound.write_bytes(encode(tone(440, 1.0, 16_000), 16_000, "WAV"))
     program = f"import flap_fast\nflap_fast.load({str(folder)!r}).rank({str(sound)!r}, ['a', 'b'])"
+    assert imported(program, UNUSED) == set()
+
+
+def test_training_imports_no_package_that_the_run_does_not_use(prepared: Path, tmp_path: Path):
+    settings = [f"data.train={prepared}/train", f"data.val={prepared}/val", "train.steps=1"]
+    settings += [f"run.folder={tmp_path}", "frontend.backend=torch", "log.tensorboard=false"]
+    program = f"""
+from flap_fast.training.loop import train
+from tests.tiny import tiny
+train(tiny(*{settings!r}))
+"""
     assert imported(program, UNUSED) == set()

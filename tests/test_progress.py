@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import re
@@ -14,7 +15,7 @@ import pytest
 
 from flap_fast import progress as module
 from flap_fast.interchange import convert
-from flap_fast.progress import Pace, clock, progress
+from flap_fast.progress import Pace, clock, progress, starting
 from tests.test_cli import flap
 
 
@@ -134,3 +135,30 @@ def test_a_conversion_shows_that_it_goes_on(command: str, monkeypatch, tmp_path)
     monkeypatch.setattr(convert, f"{command}_checkpoint", lambda *_, **__: str(lines_of(log, 1)))
     assert flap(command, "model", tmp_path / "out", monkeypatch=monkeypatch) == 0
     assert log.getvalue().startswith(f"{command}: 0:00:0")
+
+
+def test_a_start_collects_no_garbage_and_what_follows_does():
+    collections = []
+    gc.callbacks.append(lambda phase, info: collections.append(phase))
+    try:
+        with starting("open the model"):
+            _ = [[] for _ in range(10 * gc.get_threshold()[0])]
+            assert collections == []
+        _ = [[] for _ in range(10 * gc.get_threshold()[0])]
+        assert collections != []
+    finally:
+        gc.callbacks.pop()
+
+
+def test_a_start_that_fails_collects_garbage_again():
+    with pytest.raises(KeyError), starting("open the model"):
+        raise KeyError
+    assert gc.isenabled()
+
+
+def test_a_start_inside_of_another_does_not_end_it():
+    with starting("check the run"):
+        with starting("open the model"):
+            pass
+        assert not gc.isenabled()
+    assert gc.isenabled()

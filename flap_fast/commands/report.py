@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from flap_fast.files import say
-from flap_fast.progress import progress
+from flap_fast.progress import starting
 
 
 def report(
@@ -21,7 +21,7 @@ def report(
     ] = None,
 ) -> None:
     """Write one HTML page of a run: curves, scores, similarities, retrieval examples."""
-    with progress("start"):
+    with starting("start"):
         from flap_fast.report.page import report as write
 
     file = write(run, out, others=others or [])

@@ -13,7 +13,7 @@ from flap_fast.commands.length import LengthOption
 from flap_fast.evaluation import TASKS
 from flap_fast.files import parsed_json, say
 from flap_fast.hub import on_hub
-from flap_fast.progress import progress
+from flap_fast.progress import starting
 
 if TYPE_CHECKING:
     from flap_fast.evaluation.evaluated_model import EvaluatedModel
@@ -53,7 +53,7 @@ def evaluate(
     ] = "mean",
 ) -> None:
     """Score a model: retrieval, zero-shot, geometry, sentences, FLOPs. Also under torchrun."""
-    with progress("start"):
+    with starting("start"):
         from flap_fast.evaluation.run import score
         from flap_fast.evaluation.scores_file import merged, read_scores, write_scores
         from flap_fast.interchange.opened import opened
@@ -85,7 +85,7 @@ def evaluate(
                 weights = {f.name: f.stat().st_size for f in folder.rglob("*.safetensors")}
             return found, {"": options, "the classes": named, "bytes in the model of": weights}
 
-        with progress("open the model"):
+        with starting("open the model"):
             evaluated = agree(ranks, evaluated_model)
         scores = score(evaluated, places, asked)
         if not ranks.first:

@@ -11,7 +11,7 @@ import typer
 from flap_fast.commands.errors import print_error
 from flap_fast.files import say
 from flap_fast.launcher import first_of_its_node, launched
-from flap_fast.progress import progress
+from flap_fast.progress import starting
 from flap_fast.training.signals import ends_at_once
 
 
@@ -38,7 +38,7 @@ def _train(config: Path, overrides: list[str], *, resume: bool) -> None:
 
     if launched().world == 1:
         load_config(config, overrides)  # its errors before PyTorch is imported
-    with progress("start"):
+    with starting("start"):
         from flap_fast.commands.score import print_scores
         from flap_fast.ranks.agreement import agree
         from flap_fast.ranks.failure import joined

@@ -16,7 +16,7 @@ from flap_fast.checks import read_text, require
 from flap_fast.commands.length import LengthOption
 from flap_fast.commands.shard_range import DistributorOption, ShardRangeOption, work_division
 from flap_fast.files import say, visible
-from flap_fast.progress import progress
+from flap_fast.progress import progress, starting
 
 if TYPE_CHECKING:
     from flap_fast.tools.embedder import Embedder
@@ -64,7 +64,7 @@ def embed(
     distributor: DistributorOption = "threads",
 ) -> None:
     """Embed sound files into a NumPy array; a second call resumes."""
-    with progress("start"):
+    with starting("start"):
         from flap_fast.tools.embed_files import embed_files
         from flap_fast.tools.search import find_sounds
 
@@ -230,7 +230,7 @@ def named_model(model: str | None) -> str | Path:
 
 def _open(model: str | None, length: str | None) -> Embedder:
     folder = named_model(model)
-    with progress("open the model"):
+    with starting("open the model"):
         from flap_fast.tools.embedder import load
 
         return load(folder, length=length)

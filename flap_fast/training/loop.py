@@ -17,7 +17,7 @@ from flap_fast.config import Config
 from flap_fast.data.shards import ShardError
 from flap_fast.evaluation.scores_file import Scores
 from flap_fast.files import say
-from flap_fast.progress import progress
+from flap_fast.progress import starting
 from flap_fast.ranks import Ranks
 from flap_fast.ranks.agreement import Facts, agree
 from flap_fast.ranks.failure import Ended, joined
@@ -74,7 +74,7 @@ def train(
             start = begin(config, resume=resume)
             return start, checkpoint_facts(start)
 
-        with progress("check the run"):
+        with starting("check the run"):
             agree(ranks, checked)
         return train_from(config, ranks, agree(ranks, locked), open_files, observers)
 

@@ -28,7 +28,7 @@ from flap_fast.model.model_folder import (
     put_weights,
 )
 from flap_fast.model.two_towers import TwoTowers
-from flap_fast.progress import progress
+from flap_fast.progress import starting
 from flap_fast.ranks import Ranks, world_size
 from flap_fast.ranks.agreement import Facts, agree
 from flap_fast.training.checkpoint import Checkpoints
@@ -120,7 +120,7 @@ def set_up(
     Args:
         more: observers besides the config's.
     """
-    with progress("set up the run"):
+    with starting("set up the run"):
         read = agree(ranks, lambda: _read(config, ranks, start))
         tokens, shards, model, taught_by, checkpoints, state = read
         first = state.step if state else 0
