@@ -67,11 +67,13 @@ def embed(
     shards: Shards,
     ranks: Ranks,
     texts: Texts | None = None,
+    embed_text: Encode | None = None,
 ) -> Embeddings:
     """Embeddings of a data set, each computed once, in evaluation mode. Collective.
 
     Args:
         texts: those of the shards, if they have been read before.
+        embed_text: in place of the model's.
 
     Raises:
         ShardError: a clip that cannot be read, on all ranks; evaluation leaves nothing out.
@@ -89,7 +91,8 @@ def embed(
                 advance(len(rows[-1]))
         media = ranks.gather(torch.cat(rows))[: len(crops.clips)]
         media = finite(_pooled(media, np.bincount(crops.clips).tolist()), shards.name)
-        text = text_embedder(model.embed_text, tokenizer, ranks, config.eval.batch)(texts.captions)
+        encode = embed_text or model.embed_text
+        text = text_embedder(encode, tokenizer, ranks, config.eval.batch)(texts.captions)
     clip_of_caption = torch.tensor(texts.clip_of_caption, device=ranks.device).long()
     return Embeddings(media, text, clip_of_caption, texts.captions, texts.labels, texts.names)
 

@@ -11,7 +11,14 @@ from flap_fast.checks import ConfigError
 from flap_fast.config import Config
 from flap_fast.data.shards import Shards
 from flap_fast.data.tokenize import Tokenizer
-from flap_fast.evaluation.embed import Embeddings, EmbedTexts, Texts, embed, text_embedder
+from flap_fast.evaluation.embed import (
+    Embeddings,
+    EmbedTexts,
+    Encode,
+    Texts,
+    embed,
+    text_embedder,
+)
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks
 
@@ -47,14 +54,20 @@ def whole_model(
     tokenizer: Tokenizer,
     ranks: Ranks,
     classes: tuple[str, ...] = (),
+    embed_text: Encode | None = None,
 ) -> EvaluatedModel:
-    """A model with both towers, in its present mode."""
-    texts = text_embedder(model.embed_text, tokenizer, ranks, config.eval.batch)
+    """A model with both towers, in its present mode.
+
+    Args:
+        embed_text: in place of the model's.
+    """
+    encode = embed_text or model.embed_text
+    texts = text_embedder(encode, tokenizer, ranks, config.eval.batch)
     tower = text_embedder(model.text, tokenizer, ranks, config.eval.batch)
     return EvaluatedModel(
         config=config,
         ranks=ranks,
-        clips=lambda shards, read: embed(model, config, tokenizer, shards, ranks, read),
+        clips=lambda shards, read: embed(model, config, tokenizer, shards, ranks, read, encode),
         texts=texts,
         sentences=texts if config.eval.sentences == "joint" else tower,
         classes=classes,

@@ -127,7 +127,7 @@ class TwoTowers(nn.Module):
         # All sentences in one pass: one dropout of their own for each row, one use of each weight.
         if text_pooled is None:
             text_pooled = self.pool_text(ids, attention_mask)
-        sentences = self._project_text(text_pooled).chunk(len(self.sentences))
+        sentences = self.project_text(text_pooled).chunk(len(self.sentences))
         if self.decoder is None or target is None:
             recon = scale.new_zeros(())
         else:
@@ -157,14 +157,15 @@ class TwoTowers(nn.Module):
 
     def embed_text(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, L) ids and mask -> (B, d), unit norm, float32."""
-        return self._project_text(self.pool_text(ids, attention_mask))
+        return self.project_text(self.pool_text(ids, attention_mask))
 
     def pool_text(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, L) ids and mask -> (B, D) float32, the text encoder's output before its head."""
         with self._autocast(ids.device):
             return self.text(ids, attention_mask)
 
-    def _project_text(self, pooled: Tensor) -> Tensor:
+    def project_text(self, pooled: Tensor) -> Tensor:
+        """(B, D) of the text encoder -> (B, d), unit norm, float32."""
         with self._autocast(pooled.device):
             x = self.text_head(pooled)
         return functional.normalize(x.float(), dim=-1)
