@@ -118,8 +118,9 @@ def search(
     format: Format = "text",
 ) -> None:
     """Print the sounds nearest to a text, best first; embeddings are cached in an index."""
-    from flap_fast.tools.search import open_index
-    from flap_fast.tools.windows import chosen_crop, time_text
+    with starting("start"):
+        from flap_fast.tools.search import open_index
+        from flap_fast.tools.windows import chosen_crop, time_text
 
     require(top >= 1, "--top", "be at least 1", top)
     for query in queries:
@@ -176,10 +177,11 @@ def classify(
 
     With --windows the class of each window: file, time, class, probability.
     """
-    from flap_fast.data.preprocess.waveform import BadSound
-    from flap_fast.tools.inputs import distinct
-    from flap_fast.tools.search import find_sounds
-    from flap_fast.tools.windows import WindowRows, chosen_crop, embed_cropped, time_text
+    with starting("start"):
+        from flap_fast.data.preprocess.waveform import BadSound
+        from flap_fast.tools.inputs import distinct
+        from flap_fast.tools.search import find_sounds
+        from flap_fast.tools.windows import WindowRows, chosen_crop, embed_cropped, time_text
 
     require(top >= 1, "--top", "be at least 1", top)
     from_file = "," not in labels and os.path.isfile(labels)
