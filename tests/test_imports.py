@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from flap_fast.config import Config
+from flap_fast.config.file import dump_config
 from flap_fast.model.model_folder import save_model
 from flap_fast.model.two_towers import TwoTowers
 from tests.sounds import encode, tone
@@ -61,6 +62,24 @@ main()
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.splitlines()[1:] == ["True True"], done.stderr
+
+
+def test_a_run_starts_without_a_search_of_all_objects_for_garbage(prepared: Path, tmp_path: Path):
+    config = tiny(f"data.train={prepared}/train", f"data.val={prepared}/val", "train.steps=1")
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    program = f"""
+import gc, sys
+found = []
+gc.callbacks.append(lambda phase, info: found.append((phase, info["generation"])))
+from flap_fast.__main__ import main
+sys.argv = ["flap", "train", {str(tmp_path / "config.yaml")!r}, "run.folder={tmp_path}"]
+try:
+    main()
+finally:
+    print(found.count(("start", 0)) > 0, found.count(("start", 2)))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["True 0"], done.stderr
 
 
 def test_opening_a_model_imports_no_compiler(tmp_path: Path):

@@ -15,6 +15,7 @@ from flap_fast.checks import require
 from flap_fast.config import Frontend
 from flap_fast.data.batch import DecodedBatch, EncodedBatch, lay_end_to_end
 from flap_fast.data.preprocess.waveform import Unusable
+from flap_fast.progress import starting
 from flap_fast.ranks import Ranks
 
 Decode = Callable[[bytes, float], np.ndarray]
@@ -88,7 +89,8 @@ def make_decoder(
     ahead = {"threads": frontend.threads or cores, "prefetch": frontend.prefetch}
     if graph is None or (backend := decoding_backend(frontend)) == "torch":
         return ThreadedDecoder(batches, decode, **ahead)
-    from flap_fast.data.preprocess.dali import DaliDecoder
+    with starting("import DALI"):
+        from flap_fast.data.preprocess.dali import DaliDecoder
 
     if dali_input is not None:
         batches = _for_dali(batches, dali_input, ahead["threads"])
