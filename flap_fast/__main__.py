@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import io
 import json
@@ -253,13 +254,12 @@ def main() -> None:
     """Run the command; errors that a user can fix are printed without a traceback."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # file names may be any bytes
+    # At its end Python would look several times for garbage among all objects.
+    atexit.register(gc.freeze)
     try:
         app()
     except Exception as error:
         sys.exit(print_and_status(error))
-    finally:
-        # The process ends here: Python would look several times for garbage among all its objects.
-        gc.freeze()
 
 
 if __name__ == "__main__":
