@@ -17,6 +17,7 @@ TASKS = (
     "retrieval",
     "relevance",
     "zero_shot",
+    "probe",
     "geometry",
     "sts",
     "transfer",

@@ -40,6 +40,10 @@ class Texts:
     """The class names of each clip, often none; underscores have become spaces."""
     names: tuple[tuple[str, ...], ...]
     """The names of each clip: its media's file and its id, where they are known."""
+    folds: tuple[str, ...]
+    """The fold of cross-validation that each clip is in; "" without one."""
+    sources: tuple[str, ...]
+    """What each clip was cut from or made with; "" where it is not known."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,12 @@ class Embeddings:
     """The class names of each clip, often none; underscores have become spaces."""
     names: tuple[tuple[str, ...], ...]
     """The names of each clip: its media's file and its id, where they are known."""
+    folds: tuple[str, ...]
+    """The fold of cross-validation that each clip is in; "" without one."""
+    sources: tuple[str, ...]
+    """What each clip was cut from or made with; "" where it is not known."""
+    pooled: Tensor | None = None
+    """(N, D) float32, the media encoder's output before its head, where it was asked for."""
 
 
 def embed(
@@ -68,12 +78,15 @@ def embed(
     ranks: Ranks,
     texts: Texts | None = None,
     embed_text: Encode | None = None,
+    *,
+    pooled: bool = False,
 ) -> Embeddings:
     """Embeddings of a data set, each computed once, in evaluation mode. Collective.
 
     Args:
         texts: those of the shards, if they have been read before.
         embed_text: in place of the model's.
+        pooled: give the encoder's output before its head, too; of a clip's crops, the mean.
 
     Raises:
         ShardError: a clip that cannot be read, on all ranks; evaluation leaves nothing out.
@@ -84,26 +97,48 @@ def embed(
         crops = crops_of(config, shards, ranks)
         mine = crops.take(rank_slice(len(crops.clips), ranks))
         batches = _in_step(evaluation_batches(config, shards, mine, ranks), ranks)
-        rows = []
+        parts: list[tuple[Tensor, ...]] = []
         with progress(f"embed {config.encoder.modality}", len(mine.clips)) as advance:
             for batch, longer in batches:
-                rows.append(model.embed_media(batch, longer=longer))
-                advance(len(rows[-1]))
-        media = ranks.gather(torch.cat(rows))[: len(crops.clips)]
-        media = finite(_pooled(media, np.bincount(crops.clips).tolist()), shards.name)
+                if pooled:
+                    parts.append(model.media_features(batch, longer=longer))
+                else:
+                    parts.append((model.embed_media(batch, longer=longer),))
+                advance(len(parts[-1][0]))
+        rows = [
+            ranks.gather(torch.cat(some))[: len(crops.clips)] for some in zip(*parts, strict=True)
+        ]
+        counts = np.bincount(crops.clips).tolist()
+        media = finite(_unit_means(rows[0], counts), shards.name)
+        features = finite(_means(rows[1], counts), shards.name) if pooled else None
         encode = embed_text or model.embed_text
         text = text_embedder(encode, tokenizer, ranks, config.eval.batch)(texts.captions)
     clip_of_caption = torch.tensor(texts.clip_of_caption, device=ranks.device).long()
-    return Embeddings(media, text, clip_of_caption, texts.captions, texts.labels, texts.names)
+    return Embeddings(
+        media,
+        text,
+        clip_of_caption,
+        texts.captions,
+        texts.labels,
+        texts.names,
+        texts.folds,
+        texts.sources,
+        features,
+    )
 
 
-def _pooled(rows: Tensor, counts: list[int]) -> Tensor:
+def _unit_means(rows: Tensor, counts: list[int]) -> Tensor:
     """(N, d) unit rows: the means of so many of the rows (R, d) each; one stays as it is."""
+    means, several = _means(rows, counts), torch.tensor(counts, device=rows.device) > 1
+    return torch.where(several[:, None], functional.normalize(means, dim=-1), means)
+
+
+def _means(rows: Tensor, counts: list[int]) -> Tensor:
+    """(N, d): the means of so many of the rows (R, d) each; one stays as it is."""
     if len(counts) == len(rows):
         return rows
     means = [part.mean(0) if len(part) > 1 else part[0] for part in rows.split(counts)]
-    means, several = torch.stack(means), torch.tensor(counts, device=rows.device) > 1
-    return torch.where(several[:, None], functional.normalize(means, dim=-1), means)
+    return torch.stack(means)
 
 
 def text_embedder(encode: Encode, tokenizer: Tokenizer, ranks: Ranks, batch: int) -> EmbedTexts:
@@ -189,6 +224,8 @@ def read_texts(shards: Shards) -> Texts:
     clip_of_caption: list[int] = []
     labels: list[tuple[str, ...]] = []
     names: list[tuple[str, ...]] = []
+    folds: list[str] = []
+    sources: list[str] = []
     with reading_in_order(shards, np.arange(len(shards))) as reached:
         for clip in range(len(shards)):
             reached(clip)
@@ -202,12 +239,27 @@ def read_texts(shards: Shards) -> Texts:
             clip_of_caption += [clip] * len(record["text"])
             labels.append(_labels(record.get("tag")))
             names.append(_names(record))
-    return Texts(captions, clip_of_caption, tuple(labels), tuple(names))
+            folds.append(_named(record, "fold"))
+            sources.append(_named(record, "source"))
+    labelled = tuple(labels), tuple(names)
+    return Texts(captions, clip_of_caption, *labelled, tuple(folds), tuple(sources))
+
+
+def _named(record: dict[str, Any], column: str) -> str:
+    """The text or number in a column of the manifest; "" without one."""
+    found = _original(record).get(column)
+    known = isinstance(found, (str, int, float)) and not isinstance(found, bool)
+    return str(found).strip() if known else ""
+
+
+def _original(record: dict[str, Any]) -> dict[str, Any]:
+    """The columns of the manifest that have no meaning of their own."""
+    original = record.get("original_data")
+    return original if isinstance(original, dict) else {}
 
 
 def _names(record: dict[str, Any]) -> tuple[str, ...]:
-    original = record.get("original_data")
-    file = original.get("file") if isinstance(original, dict) else None
+    file = _original(record).get("file")
     names = (name.strip() for name in (file, record.get("id")) if isinstance(name, str))
     return tuple(dict.fromkeys(names))
 

@@ -31,8 +31,8 @@ class EvaluatedModel:
 
     config: Config
     ranks: Ranks
-    clips: Callable[[Shards, Texts], Embeddings]
-    """Embeds a data set's clips and captions into the joint space."""
+    clips: Callable[[Shards, Texts, bool], Embeddings]
+    """Embeds a data set's clips and captions into the joint space; whether with `pooled`."""
     texts: EmbedTexts
     """Embeds prompts into the joint space."""
     sentences: EmbedTexts
@@ -67,7 +67,9 @@ def whole_model(
     return EvaluatedModel(
         config=config,
         ranks=ranks,
-        clips=lambda shards, read: embed(model, config, tokenizer, shards, ranks, read, encode),
+        clips=lambda shards, read, pooled: embed(
+            model, config, tokenizer, shards, ranks, read, encode, pooled=pooled
+        ),
         texts=texts,
         sentences=texts if config.eval.sentences == "joint" else tower,
         classes=classes,
@@ -79,7 +81,7 @@ def text_only_model(
 ) -> EvaluatedModel:
     """A text encoder without a projection, for sentences."""
 
-    def no_clips(shards: Shards, read: Texts) -> Embeddings:
+    def no_clips(shards: Shards, read: Texts, pooled: bool) -> Embeddings:
         raise ConfigError(TEXT_ONLY)
 
     texts = text_embedder(encoder, tokenizer, ranks, config.eval.batch)

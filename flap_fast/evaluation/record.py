@@ -39,6 +39,8 @@ class Evaluation:
     """Scores -> columns of metrics.jsonl; with it, eval.tasks may name it, to score data.val."""
     selects: Callable[[Any], float] | None = None
     """Scores -> what the best checkpoint has most of, if eval.tasks names this first."""
+    pooled: bool = False
+    """With `data="clips"`: `Embeddings.pooled`, what the head is given, is set."""
     terminal: Callable[[dict[str, Any]], Table] | None = None
     """{name of the data set: scores} -> the table on the terminal; the sheets without it."""
 
@@ -53,6 +55,8 @@ class Evaluation:
             self._refuse("data", f"be one of {', '.join(get_args(Data))}")
         if self.metrics and self.data != "clips":
             self._refuse("metrics", "be None unless data is 'clips': training scores data.val")
+        if self.pooled and self.data != "clips":
+            self._refuse("pooled", "be False unless data is 'clips'")
         if not self.name.isidentifier() or self.name == "data":
             self._refuse("name", "be an identifier other than 'data', which eval.json uses")
 

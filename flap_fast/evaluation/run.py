@@ -2,8 +2,8 @@
 
 {"retrieval": {NAME: {"audio_to_text": {"R@1": ..}, "text_to_audio": {..}, "chance": {..},
                       "clips": .., "captions": ..}},      of images "image_to_text", ..
- "relevance": {NAME: {..}}, "zero_shot": {NAME: {..}}, "geometry": {NAME: {..}},
- "sts": {NAME: {..}}, "transfer": {NAME: {..}},
+ "relevance": {NAME: {..}}, "zero_shot": {NAME: {..}}, "probe": {NAME: {..}},
+ "geometry": {NAME: {..}}, "sts": {NAME: {..}}, "transfer": {NAME: {..}},
  "flops": [..], "data": {NAME: PATH}}
 """
 
@@ -114,8 +114,10 @@ def score(model: EvaluatedModel, data: Sequence[Place], tasks: Sequence[str] = (
     for own in _of("settings", tasks):
         found[own.name] = own.score(model, None)
     for name, path in names(data).items():
-        source = model.clips(*opened[name]) if kinds[path] == "clips" else path
-        for own in _of(kinds[path], tasks):
+        asked = _of(kinds[path], tasks)
+        pooled = any(own.pooled for own in asked)
+        source = model.clips(*opened[name], pooled) if kinds[path] == "clips" else path
+        for own in asked:
             found[own.name][name] = own.score(model, source)
     return found
 

@@ -20,7 +20,7 @@ from torch.nn import functional
 from flap_fast.config import Config
 from flap_fast.data.batch import Media
 from flap_fast.encoders.audio_settings import PatchEncoder
-from flap_fast.encoders.base import AnyMask
+from flap_fast.encoders.base import AnyMask, Encoded
 from flap_fast.encoders.block_depths import freeze
 from flap_fast.encoders.lora import add_lora
 from flap_fast.losses.base import Outputs
@@ -123,7 +123,7 @@ class TwoTowers(nn.Module):
     ) -> Outputs:
         """Embed media and captions of B pairs; the arguments are those of `ModelInputs`."""
         scale = _Clamp.apply(self.logit_scale, self.max_logit_scale).exp().squeeze(0)
-        media_rows, tokens = self._encode(media, mask, erase, longer)
+        media_rows, encoded = self._encode(media, mask, erase, longer)
         # All sentences in one pass: one dropout of their own for each row, one use of each weight.
         if text_pooled is None:
             text_pooled = self.pool_text(ids, attention_mask)
@@ -132,7 +132,7 @@ class TwoTowers(nn.Module):
             recon = scale.new_zeros(())
         else:
             with self._autocast(media.device):
-                recon = self.decoder(tokens, mask, target)
+                recon = self.decoder(encoded.tokens, mask, target)
         found = {"media": media_rows, "scale": scale, "recon": recon}
         found |= zip(self.sentences, sentences, strict=True)
         if self.logit_bias is not None:
@@ -146,14 +146,21 @@ class TwoTowers(nn.Module):
         """Embeddings (B, d) of media as in `ModelInputs`, unit norm, float32."""
         return self._encode(media, None, None, longer)[0]
 
+    def media_features(
+        self, media: Media, *, longer: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, d) as of `embed_media`, and what their head is given: (B, D) float32."""
+        rows, encoded = self._encode(media, None, None, longer)
+        return rows, encoded.pooled.float()
+
     def _encode(
         self, media: Media, mask: AnyMask | None, erase: Tensor | None, longer: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, d), and the encoder's tokens."""
+    ) -> tuple[Tensor, Encoded]:
+        """Embeddings (B, d), and the encoder's output."""
         with self._autocast(media.device):
-            x, tokens = self.encoder(media, mask, erase=erase, longer=longer)
-            x = x if self.head is None else self.head(x)
-        return functional.normalize(x.float(), dim=-1), tokens
+            encoded = self.encoder(media, mask, erase=erase, longer=longer)
+            x = encoded.pooled if self.head is None else self.head(encoded.pooled)
+        return functional.normalize(x.float(), dim=-1), encoded
 
     def embed_text(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, L) ids and mask -> (B, d), unit norm, float32."""

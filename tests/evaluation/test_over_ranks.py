@@ -14,6 +14,7 @@ from torch.nn import functional
 from flap_fast.evaluation import logistic
 from flap_fast.evaluation.embed import text_embedder
 from flap_fast.evaluation.geometry import geometry
+from flap_fast.evaluation.probe import probe
 from flap_fast.evaluation.retrieval import retrieval
 from flap_fast.evaluation.transfer import transfer
 from flap_fast.evaluation.zero_shot import zero_shot
@@ -23,6 +24,7 @@ from tests.evaluation.test_transfer import feeling, senteval
 from tests.ranks import on_ranks
 
 LABELS = [("cat", "dog"), ("dog",), (), ("owl",)] * 10
+ALONE = [names[:1] for names in LABELS]
 
 
 class Lengths:
@@ -51,6 +53,7 @@ def scores(folder: Path, ranks: Ranks) -> dict[str, Any]:
             texts=[n * n % 31 for n in range(97)],
         ),
         "zero_shot": zero_shot(audio, LABELS, (), ("{label}", "a {label}"), texts, ranks),
+        "probe": probe({"joint": audio}, ALONE, [""] * len(audio), [""] * len(audio), ranks),
         "geometry": geometry(near, far, clip_of_caption, ranks, modality="audio"),
         "transfer": transfer(feeling, folder, ranks),
     }
@@ -63,7 +66,7 @@ def scores_of_a_rank(folder: Path) -> dict[str, Any]:
 
 
 def test_three_ranks_score_what_one_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """97 queries, 10 texts, 3 classes, 10 folds on 3 ranks."""
+    """97 queries, 10 texts, 3 classes, 10 folds, 10 pairs of 5 folds on 3 ranks."""
     monkeypatch.setattr(logistic, "_MAX_EPOCHS", 8)
     folder = senteval(tmp_path)
     for name in ("CR", "SUBJ", "MPQA", "SST"):  # MR and TREC stand for them

@@ -47,7 +47,7 @@ def test_the_registry_loads_no_pytorch():
 def test_no_part_may_be_left_out(missing: str):
     with pytest.raises(TypeError, match=missing):
         Evaluation(**{name: part for name, part in PARTS.items() if name != missing})
-    assert {field.name for field in fields(Evaluation)} == {*PARTS, "terminal", "selects"}
+    assert {field.name for field in fields(Evaluation)} == {*PARTS, "terminal", "selects", "pooled"}
 
 
 @pytest.mark.parametrize(
@@ -58,6 +58,10 @@ def test_no_part_may_be_left_out(missing: str):
         ({"metrics": ("skew",)}, "metrics of .* must be a function or None"),
         ({"selects": "skew"}, "selects of .* must be a function or None"),
         ({"data": "settings", "metrics": dict}, "metrics of .* must be None unless data"),
+        (
+            {"data": "sentences", "pooled": True},
+            "pooled of .* must be False unless data",
+        ),
         ({"name": "data"}, "name of .* must be an identifier other than 'data'"),
     ],
 )
