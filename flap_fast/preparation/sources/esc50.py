@@ -3,8 +3,9 @@
     FOLDER/meta/esc50.csv    filename,fold,target,category,esc10,src_file,take
     FOLDER/audio/*.wav
 
-The class is a label, not a caption: for zero-shot classification. Folds are of one size, so that
-the mean over them is the accuracy over all; the language-encoder paper takes fold 1.
+The class is a label, not a caption: for zero-shot classification and probes. Folds are of one size,
+so that the mean over them is the accuracy over all; the language-encoder paper takes fold 1. A
+clip's fold stands in its `original_data`, too, for the five as one place: 'OUT/fold{1..5}/*.tar'.
 
 Source: Piczak, "ESC: Dataset for Environmental Sound Classification", ACM MM 2015.
 """
@@ -31,6 +32,7 @@ def _clip(row: dict[str, Any]) -> dict[str, Any]:
         "label": row["category"],
         "id": Path(row["filename"]).stem,
         "split": f"fold{row['fold']}",
+        "fold": int(row["fold"]),
         "target": row["target"],
     }
 

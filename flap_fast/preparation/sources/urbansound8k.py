@@ -1,9 +1,10 @@
-"""UrbanSound8K: 8,732 clips of at most 4 s in ten classes; one split, `all`, for zero-shot.
+"""UrbanSound8K: 8,732 clips of at most 4 s in ten classes; one split, `all`.
 
     FOLDER/metadata/UrbanSound8K.csv    slice_file_name,fsID,start,end,salience,fold,classID,class
     FOLDER/audio/fold1 .. fold10/*.wav
 
-The class is a label, not a caption; a clip's fold stands in its `original_data`.
+The class is a label, not a caption: for zero-shot classification and probes. A clip's fold stands
+in its `original_data`, for probes.
 
 Source: Salamon et al., "A Dataset and Taxonomy for Urban Sound Research", ACM MM 2014.
 """

@@ -153,7 +153,7 @@ def test_esc50_is_five_folds_of_labels_without_underscores(tmp_path):
         ("fold1", "audio/1-100032-A-0.wav", [], ["dog"]),
         ("fold5", "audio/5-9032-A-42.wav", [], ["crackling fire"]),
     ]
-    assert clips[1].original == {"target": "42"}
+    assert clips[1].original == {"target": "42", "fold": 5}
     assert prepare(clips, tmp_path / "out", show=False) == Prepared(2, 2, 2, 0)
     assert open_shards([tmp_path / "out/fold5"]).record(0, captionless=True)["tag"] == [
         "crackling fire"
@@ -175,6 +175,34 @@ def test_urbansound8k_is_one_split_over_its_fold_folders(tmp_path):
     ]
     assert [clip.start_s for clip in clips] == [0, 0]
     assert [clip.original["fold"] for clip in clips] == [5, 10]
+
+
+def test_labels_are_the_names_of_the_folders_that_sounds_lie_in(tmp_path):
+    files = {
+        "car_horn/1.wav": sound(200),
+        "dog/1.wav": sound(300),
+        "dog/puppies/2.flac": sound(400, format="FLAC"),
+        "dog/._1.wav": b"of another system",
+        "README.md": "ours",
+    }
+    folder = write(tmp_path / "data", files)
+    clips = SOURCES["labels"].read(folder)
+    assert brief(clips, folder) == [
+        ("all", "car_horn/1.wav", [], ["car horn"]),
+        ("all", "dog/1.wav", [], ["dog"]),
+        ("all", "dog/puppies/2.flac", [], ["dog"]),
+    ]
+    assert [clip.id for clip in clips] == ["car_horn_1", "dog_1", "dog_puppies_2"]
+    assert prepare(clips, tmp_path / "out", show=False) == Prepared(3, 1, 3, 0)
+    write(folder, {"dog/1.ogg": sound(300, format="OGG")})
+    with pytest.raises(ManifestError, match="id must name one clip of a split, got 'dog_1' again"):
+        SOURCES["labels"].read(folder)
+    write(folder, {"stray.wav": sound(300)})
+    (folder / "dog/1.ogg").unlink()
+    with pytest.raises(ManifestError, match=r"label's folder, got 'stray\.wav' beside them"):
+        SOURCES["labels"].read(folder)
+    with pytest.raises(ManifestError, match="in folders of labels, got none below"):
+        SOURCES["labels"].read(write(tmp_path / "empty", {"dog/notes.txt": "none"}))
 
 
 def test_musiccaps_is_split_by_count_or_by_name(tmp_path):
