@@ -126,8 +126,9 @@ class Train(Section):
     sound), or decoded again. `auto` caches on a GPU and decodes on a CPU."""
     epochs: Count | None = 45
     """Passes over the data; the last incomplete batch of each is dropped."""
-    steps: Count | None = None
-    """Optimizer steps, instead of epochs; one of the two is given, the other left out or null."""
+    steps: CountOrZero | None = None
+    """Optimizer steps, instead of epochs; one of the two is given, the other left out or null. 0
+    saves and scores the first weights: a random tower, or those of train.init_from."""
     init_from: Annotated[Path | None, NAMES_FILES, NAMES_MODEL] = None
     """A model folder, a run or `hf://OWNER/NAME`, whose weights initialise a new run (`flap import`
     writes folders); a decoder that it lacks is initialised at random."""
@@ -160,7 +161,7 @@ class Train(Section):
 
     def run_steps(self, per_epoch: int) -> int:
         """Steps of the whole run, with so many in an epoch."""
-        return self.steps or (self.epochs or 0) * per_epoch
+        return (self.epochs or 0) * per_epoch if self.steps is None else self.steps
 
     def micro_batches(self, world: int) -> int:
         """Micro-batches of a rank in a step over `world` ranks, without train.micro_tokens."""
@@ -175,15 +176,14 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _one_length(self):
-        if self.steps:
+        if self.steps is not None:
             given = self.epochs if "epochs" in self.model_fields_set else None
             rule = f"be left out with train.steps = {self.steps}"
             remedy = "set train.steps=null, or train.epochs=null to train by steps"
             require(given is None, "train.epochs", rule, given, remedy)
             object.__setattr__(self, "epochs", None)
-        require(
-            bool(self.epochs or self.steps), "train.epochs", "be set when train.steps is not", None
-        )
+        some = self.epochs or self.steps is not None
+        require(bool(some), "train.epochs", "be set when train.steps is not", None)
         rule, audio = "be left out with train.init_from", self.init_audio_from
         require(not (audio and self.init_from), "train.init_audio_from", rule, audio)
         rule = "be off with train.zero_stage = 3, whose hooks gather weights inside of each block"

@@ -93,6 +93,8 @@ def train_from(
         improved = run.scorer.score(run.first)
         run.checkpoints.mark_scored(run.first, run.scorer.best, is_best=improved)
 
+    if steps == 0 and start is None:
+        save_and_score(run, 0, stopped=False)
     per_epoch = loader.sampler.steps_per_epoch
     gradients = Gradients(config, ranks, engine, steps, per_epoch, run.frozen_text, run.teacher)
     batches = run.metrics.timed(loader.batches(run.first, steps, times=gradients.reads))

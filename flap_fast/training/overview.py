@@ -79,7 +79,8 @@ def overview(config: Config, ranks: Ranks, run: Known, start: Path | None, first
     epochs = f"{run.steps / run.per_epoch:,.3g} epochs of {run.per_epoch:,} steps"
     warm = config.sched.warmup_steps
     batch = f"global batch {train.global_batch:,}{each}"
-    batch += f", all of them warm-up (sched.warmup_steps = {warm:,})" if warm >= run.steps else ""
+    if warm >= run.steps > 0:
+        batch += f", all of them warm-up (sched.warmup_steps = {warm:,})"
     lines = {
         "run": f"{config.run_folder}: {begins}",
         "device": f"{many}{device_name(ranks.device)}; {engine}",

@@ -134,7 +134,8 @@ def set_up(
         parts = parameters_of(model)  # before ZeRO 3 shards them
         engine = make_engine(config, model, ranks)
         if start:
-            engine.optimizer_state.load(start / OPTIMIZER)
+            if first:  # it has no state before the first step
+                engine.optimizer_state.load(start / OPTIMIZER)
             if engine.average:
                 before_merge = start / AVERAGE
                 file = before_merge if before_merge.is_file() else start / "model.safetensors"

@@ -19,6 +19,7 @@ from flap_fast.config.rules import check_effects
 from flap_fast.data.batch import Batch
 from flap_fast.data.shards import ShardError, open_shards
 from flap_fast.losses import total_loss
+from flap_fast.model.two_towers import TwoTowers
 from flap_fast.preparation.prepare import prepare
 from flap_fast.tools.embedder import load
 from flap_fast.training import setup
@@ -97,6 +98,48 @@ def test_the_last_checkpoints_and_the_best_are_kept(whole: Path):
     }
     best = int((whole / "checkpoints/best").resolve().name[5:])
     assert scores[best] == max(scores.values())
+
+
+def test_a_run_of_no_steps_keeps_and_scores_its_first_weights(prepared: Path, tmp_path: Path):
+    """A random tower to compare with; `--resume` finds it complete."""
+    config = settings(prepared, tmp_path, "train.steps=0", "eval.tasks=[retrieval,geometry]")
+    assert config.train.run_steps(3) == 0
+    scores = train(config)
+    assert scores is not None
+    kept = load(tmp_path / "flap").model.state_dict()
+    torch.manual_seed(config.run.seed)
+    first = TwoTowers(config).state_dict()
+    assert kept.keys() == first.keys()
+    assert all(torch.equal(kept[name], first[name]) for name in first)
+    assert [row["step"] for row in rows(tmp_path / "flap")] == [0]
+    assert {f.name for f in (tmp_path / "flap/checkpoints").iterdir()} == {"step-000000", "best"}
+    assert train(config, resume=True) == scores
+    assert {f.name for f in (tmp_path / "flap/checkpoints").iterdir()} == {"step-000000", "best"}
+
+
+def test_reconstruction_alone_trains_a_tower_that_probes_choose(prepared: Path, tmp_path: Path):
+    """The text tower and the heads keep their first weights; `probe` may come first."""
+    rows_of = [{"labels": [("a", "b")[n % 2]], "caption": f"{n}"} for n in range(12)]
+    for n, row in enumerate(rows_of):
+        (tmp_path / f"{n}.wav").write_bytes(encode(tone(300 + 90 * n, 0.5, 16_000), 16_000, "WAV"))
+        row["audio"] = f"{n}.wav"
+    prepare(write_manifest(tmp_path / "m.jsonl", rows_of), tmp_path / "data", show=False)
+    alone = ("loss.contrastive.weight=0", "loss.recon.weight=1", "mask.kind=2d")
+    scored = ("eval.tasks=[probe]", f"data.val={tmp_path}/data/train", "eval.every_steps=0")
+    config = settings(
+        prepared, tmp_path, *alone, *scored, "decoder.width=16", "decoder.depth=1", "train.steps=2"
+    )
+    scores = train(config)
+    assert scores is not None
+    (found,) = scores["probe"].values()
+    assert found["folds"] == "5 stratified folds"
+    last = rows(tmp_path / "flap")[-1]
+    assert last["train/probe/pooled/linear"] == found["pooled"]["linear"]["accuracy"]
+    kept = load(tmp_path / "flap").model.state_dict()
+    torch.manual_seed(config.run.seed)
+    first = TwoTowers(config).state_dict()
+    moved = {name.partition(".")[0] for name in first if not torch.equal(kept[name], first[name])}
+    assert moved == {"audio", "decoder"}
 
 
 def test_a_checkpoint_opens_on_its_own(whole: Path, prepared: Path, tmp_path: Path):
