@@ -97,11 +97,12 @@ def microbatch_memory(result: Result) -> str:
 def reproduced(result: Result) -> str:
     """Numbers that a command of README.md printed."""
     name = result["kind"].removeprefix("reproduce_")
+    by = result.get("by", f"bench.reproduce {name}")
     return "\n".join(
         [
             f"## README, {name}: {result['machine']['device']}\n",
             facts(result["machine"]) + ".\n",
-            f"`{result['command']}`, by `python -m bench.reproduce {name}`:\n",
+            f"`{result['command']}`, by `python -m {by}`:\n",
             markdown(result["table"]),
             "",
         ]

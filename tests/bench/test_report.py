@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from bench import (
     loaders,
     losses_cpu,
     microbatch_memory,
+    probes,
     report,
     reproduce,
 )
@@ -190,6 +192,34 @@ def test_ratios_of_layouts_are_of_the_same_rounds(tmp_path: Path):
     report.write(tmp_path)
     written = (tmp_path / "RESULTS.md").read_text()
     assert "| a test | longest | 2 | 7.0 | 0.286 | 8 (2-10) | 0.50 | 0.50 |" in written
+
+
+def test_probes_of_towers_are_averaged_over_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Two seeds of four towers, trained once each and scored on all probes in one call."""
+    calls: list[tuple[str, ...]] = []
+
+    def flap(*arguments: str) -> None:
+        calls.append(arguments)
+        if arguments[0] == "eval":
+            value = 0.25 if "-1-" in arguments[1] else 0.75
+            one = {kind: {"accuracy": value} for kind in ("linear", "knn")}
+            found = {"joint": one, "pooled": one, "chance": {"accuracy": 0.125}}
+            file = Path(arguments[arguments.index("--out") + 1])
+            file.parent.mkdir(parents=True)
+            file.write_text(json.dumps({"probe": dict.fromkeys(probes.PROBES, found)}))
+
+    monkeypatch.setattr(probes, "flap", flap)
+    monkeypatch.setattr(probes, "ROOT", tmp_path)
+    head, *rows = probes.table([1, 2], 150)
+    again = len(calls)
+    assert probes.table([1, 2], 150) == [head, *rows]
+    assert len(calls) == again + 1  # data are prepared; what is scored is not repeated
+    assert [arguments[0] for arguments in calls].count("train") == 8
+    (random,) = (c for c in calls if c[0] == "train" and "run.name=random-1-150" in c)
+    assert random.index("train.steps=0") > random.index("train.steps=150")  # the last one counts
+    assert rows[0] == ["instrument_family", "contrast", *["50.0 (25.0-75.0)"] * 4]
+    assert rows[4] == ["instrument_family", "chance", *["12.5"] * 4]
+    assert len(rows) == 15
 
 
 @pytest.mark.parametrize("name", list(reproduce.COMMANDS))

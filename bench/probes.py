@@ -1,0 +1,97 @@
+"""Probes of four towers on the demo's sounds: what contrast and reconstruction teach a tower.
+
+    make data && python -m bench.probes [--seeds 3] [--steps 150] [--write]
+
+    contrast                    configs/demo.yaml
+    contrast + reconstruction   the same with loss.recon.weight=1
+    reconstruction              without the contrastive loss
+    random                      train.steps=0
+
+A training takes one to two minutes on two cores, one of reconstruction three. A finished run is not
+repeated, so a stopped command can be resumed. The towers are trained on most of the sounds that are
+probed, and captions name instruments and registers: contrast has been told the classes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from itertools import product
+
+from bench import report
+from bench.machine import ROOT, machine, save
+from bench.reproduce import flap
+from bench.tables import markdown
+from flap_fast.evaluation.probe import CLASSIFIERS, FEATURES
+
+# As wide as the encoder.
+_RECON = ("loss.recon.weight=1", "decoder.width=192", "decoder.depth=2")
+TOWERS = {
+    "contrast": (),
+    "contrast + reconstruction": _RECON,
+    "reconstruction": ("loss.contrastive.weight=0", *_RECON),
+    "random": ("train.steps=0",),
+}
+PROBES = ("instrument_family", "pitch_register", "drum_kind")
+DATA = "data/demo_probes"
+
+
+def table(seeds: Sequence[int], steps: int) -> list[list[str]]:
+    """Accuracy in percent by probe and tower, the head first: mean and spread over seeds."""
+    flap("prepare", "demo/probes.jsonl", DATA)
+    found = {(name, seed): _scores(name, seed, steps) for name, seed in product(TOWERS, seeds)}
+    kinds = list(product(FEATURES, CLASSIFIERS))
+    rows = [["probe", "tower", *(f"{feature}, {kind}" for feature, kind in kinds)]]
+    for probe in PROBES:
+        for name in TOWERS:
+            runs = [found[name, seed][probe] for seed in seeds]
+            accuracies = [[run[f][kind]["accuracy"] for run in runs] for f, kind in kinds]
+            rows.append([probe, name, *map(_spread, accuracies)])
+        chance = found["random", seeds[0]][probe]["chance"]["accuracy"]
+        rows.append([probe, "chance", *[f"{100 * chance:.1f}"] * len(kinds)])
+    return rows
+
+
+def _scores(name: str, seed: int, steps: int) -> dict:
+    """{probe: scores} of a tower; trains it first if necessary."""
+    folder = f"{name}-{seed}-{steps}".replace(" + ", "_and_")
+    run = ROOT / "runs/probes" / folder
+    if not (run / "probes.json").is_file():
+        named = f"run.name={folder}", "run.folder=runs/probes", f"run.seed={seed}", "data.val=[]"
+        length = (f"train.steps={steps}",)
+        flap("train", "configs/demo.yaml", "--resume", *named, *length, *TOWERS[name])
+        data = [f"{DATA}/{probe}" for probe in PROBES]
+        out = str(run / "probes.json")
+        flap("eval", str(run), *data, "--tasks", "probe", "--out", out)
+        print(f"{folder}: done", file=sys.stderr, flush=True)
+    return json.loads((run / "probes.json").read_text())["probe"]
+
+
+def _spread(fractions: list[float]) -> str:
+    """The mean in percent, and the lowest and highest."""
+    mean, low, high = (100 * f(fractions) for f in (statistics.mean, min, max))
+    return f"{mean:.1f} ({low:.1f}-{high:.1f})" if len(fractions) > 1 else f"{mean:.1f}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train the missing towers, score all, print the table."""
+    parser = argparse.ArgumentParser(prog="python -m bench.probes")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--write", action="store_true", help="store the result")
+    asked = parser.parse_args(arguments)
+    facts = machine("cpu")
+    rows = table(range(1, asked.seeds + 1), asked.steps)
+    print(markdown(rows))
+    if asked.write:
+        command = f"flap train configs/demo.yaml train.steps={asked.steps} run.seed=SEED ..."
+        about = {"kind": "reproduce_probes", "machine": facts, "command": command, "table": rows}
+        print(save(ROOT / "bench", {**about, "by": "bench.probes"}))
+        report.write(ROOT / "bench")
+
+
+if __name__ == "__main__":
+    main()
