@@ -12,25 +12,29 @@ import pytest
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.nn import functional
 
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
+from flap_fast.data.evaluation import crops_of, evaluation_batches
 from flap_fast.data.preprocess.kaldi_mel import kaldi_log_mel
 from flap_fast.data.preprocess.log_mel import normalise
 from flap_fast.data.preprocess.waveform import read_sound
 from flap_fast.data.shards import ShardError, open_shards
 from flap_fast.data.tokenize import tokenizer
-from flap_fast.evaluation.embed import embed
+from flap_fast.evaluation.embed import embed, read_texts
 from flap_fast.evaluation.evaluated_model import EvaluatedModel, whole_model
 from flap_fast.evaluation.run import (
     evaluate,
+    flat_scores,
     names,
     score,
     selection_score,
 )
 from flap_fast.evaluation.scores_file import merged, write_scores
-from flap_fast.evaluation.tables import terminal
+from flap_fast.evaluation.tables import sheets, terminal
 from flap_fast.model.two_towers import TwoTowers
+from flap_fast.places import place_of
 from flap_fast.preparation.prepare import prepare
 from flap_fast.ranks import Ranks
 from tests.ranks import on_ranks
@@ -234,6 +238,66 @@ def test_labels_come_from_the_manifest_also_without_captions(labelled: Path):
     assert embeddings(labelled).labels[:2] == (("low tone",), ("high tone",))
     with pytest.raises(ConfigError, match=r"10 sounds must have a caption .* got 2 without"):
         score(evaluated(), [labelled], ("retrieval",))
+
+
+@pytest.fixture(scope="module")
+def folded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve tones of 3 s in two classes, their folds in the manifest, each fold a split."""
+    folder = tmp_path_factory.mktemp("folded")
+    rows = []
+    for n in range(12):
+        wave = np.concatenate([tone(200 + 100 * n, 1.5, 16_000), tone(3000, 1.5, 16_000)])
+        (folder / f"{n}.wav").write_bytes(encode(wave, 16_000, "WAV"))
+        named = {"labels": ["low"] if n < 6 else ["high"], "source": f"source {n}"}
+        named |= {"fold": n % 3 + 1, "split": f"fold{n % 3 + 1}"}
+        rows.append({"audio": f"{n}.wav", **named})
+    prepare(write_manifest(folder / "m.jsonl", rows), folder / "out", show=False)
+    return folder / "out"
+
+
+def test_a_probe_takes_the_folds_of_shards_that_are_named_as_one_place(folded: Path):
+    whole = place_of("data", f"{folded}/fold{{1..3}}/*.tar")
+    scores = score(evaluated(), [whole], ("probe", "zero_shot"))
+    (found,) = scores["probe"].values()
+    assert (found["clips"], found["folds"]) == (12, "the data's 3 folds")
+    assert found["fold_names"] == ["1", "2", "3"]
+    assert found["chance"] == {"accuracy": 0.5, "std": 0.0, "of_fold": [0.5] * 3}
+    columns = flat_scores(scores)
+    (column,) = (name for name in columns if name.endswith("/probe/pooled/linear"))
+    assert (
+        columns[column] == found["pooled"]["linear"]["accuracy"] == selection_score(scores, "probe")
+    )
+    (sheet,) = sheets({"probe": {"tones": found}})
+    assert sheet.title == "Probe, tones: 12 clips, 2 classes, the data's 3 folds"
+    assert [row[0] for row in sheet.ours][::4] == ["joint, linear", "chance"]
+    assert sheet.ours[-1] == ("chance", "50.00", "0.00", "50.00", "50.00")
+
+
+def test_sources_are_read_from_the_manifest_and_one_fold_alone_is_refused(folded: Path):
+    texts = read_texts(open_shards([folded / "fold2"]))
+    assert texts.folds == ("2",) * 4
+    assert texts.sources == ("source 1", "source 4", "source 7", "source 10")
+    with pytest.raises(ConfigError, match=r"folds of a probe's clips .* got '1 \(2\)'"):
+        score(replace(evaluated(), clips=no_embeddings), [folded / "fold2"], ("probe",))
+
+
+def test_pooled_features_are_what_the_head_is_given_averaged_over_crops(folded: Path):
+    shards, flap = open_shards([folded / "fold1"]), model().eval()
+    given = flap, CONFIG, tokenizer(CONFIG.text), shards, Ranks()
+    e = embed(*given, pooled=True)
+    assert embed(*given).pooled is None
+    assert e.pooled is not None
+    assert flap.head is not None
+    torch.testing.assert_close(functional.normalize(flap.head(e.pooled), dim=1), e.media)
+    torch.testing.assert_close(e.media, embed(*given).media)
+    both = tiny("eval.batch=4", "frontend.backend=torch", "eval.crop=multi:2")
+    means = embed(flap, both, tokenizer(CONFIG.text), shards, Ranks(), pooled=True).pooled
+    assert means is not None
+    crops = [
+        flap.media_features(batch)[1]
+        for batch, _ in evaluation_batches(both, shards, crops_of(both, shards, Ranks()), Ranks())
+    ]
+    torch.testing.assert_close(means, torch.cat(crops).unflatten(0, (4, 2)).mean(1))
 
 
 def test_what_the_texts_lack_is_said_before_anything_is_embedded(labelled: Path, prepared: Path):
