@@ -52,7 +52,7 @@ def evaluate(
         str, typer.Option(help="Pooling of a text encoder without a model: mean, cls, pooler.")
     ] = "mean",
 ) -> None:
-    """Score a model: retrieval, zero-shot, probes, geometry, sentences, FLOPs. Also under torchrun."""
+    """Score a model: retrieval, zero-shot, probes, geometry, sentences, FLOPs; also by torchrun."""
     with starting("start"):
         from flap_fast.evaluation.run import score
         from flap_fast.evaluation.scores_file import merged, read_scores, write_scores
