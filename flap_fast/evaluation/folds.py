@@ -6,6 +6,7 @@ Clips of one source in both training and test folds would let a probe recognise 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,7 +36,7 @@ def make_folds(classes: np.ndarray, folds: Sequence[str], sources: Sequence[str]
     """The clips' `fold` where they have one; else whole sources; else five stratified folds.
 
     Up to ten sources are left out one at a time; of more, five folds are made, with the classes
-    spread as evenly as sources allow.
+    spread as evenly as sources allow. One source of all clips says as much as none.
 
     Args:
         classes: (N,) int64.
@@ -45,31 +46,25 @@ def make_folds(classes: np.ndarray, folds: Sequence[str], sources: Sequence[str]
     Raises:
         ConfigError: some clips have a fold (or a source) and some have none; two folds or sources.
     """
-    for name, given in (("fold", folds), ("source", sources)):
-        rule, missing = f"have a {name} each, or none", sum(not one for one in given)
-        got = f"{missing} of {len(given)} without"
-        require(missing in (0, len(given)), "the clips of a probe", rule, got)
-    called, of_source = _numbered(sources)
-    if folds[0]:
-        names, of_clip = _numbered(folds)
-        _require_three("fold", names)
-        return Folds(of_clip, names, f"the data's {len(names)} folds")
-    if len(called) == 1:  # no source can be held out: none is named, or all clips have the same
-        parts = enumerate(stratified_folds(classes, FOLDS, SEED))
-        made_by = f"{FOLDS} stratified folds"
-    elif len(called) <= _MOST_SOURCES:
-        _require_three("source", called)
-        return Folds(of_source, called, f"one of {len(called)} sources left out")
-    else:
-        return Folds(
-            grouped_folds(classes, of_source, FOLDS),
-            tuple(str(n + 1) for n in range(FOLDS)),
-            f"{FOLDS} folds of {len(called)} whole sources",
-        )
+    numbers = tuple(str(n + 1) for n in range(FOLDS))
+    if any(folds):
+        names, of_clip = _all_numbered("fold", folds)
+        _require_three("fold", names, "name all folds as one place, DATA/fold{1..5}/*.tar")
+        folds_of = Counter(source for source, _ in {*zip(sources, folds, strict=True)} if source)
+        split = sum(count > 1 for count in folds_of.values())
+        shared = f", {split} sources in several" if split else ""
+        return Folds(of_clip, names, f"the data's {len(names)} folds{shared}")
+    if len(set(sources)) > 1:
+        names, of_clip = _all_numbered("source", sources)
+        if len(names) <= _MOST_SOURCES:
+            _require_three("source", names, "name more of them in the manifest's `source`")
+            return Folds(of_clip, names, f"one of {len(names)} sources left out")
+        made = grouped_folds(classes, of_clip, FOLDS)
+        return Folds(made, numbers, f"{FOLDS} folds of {len(names)} whole sources")
     of_clip = np.empty(len(classes), np.int64)
-    for n, (_, test) in parts:
+    for n, (_, test) in enumerate(stratified_folds(classes, FOLDS, SEED)):
         of_clip[test] = n
-    return Folds(of_clip, tuple(str(n + 1) for n in range(FOLDS)), made_by)
+    return Folds(of_clip, numbers, f"{FOLDS} stratified folds")
 
 
 def grouped_folds(classes: np.ndarray, groups: np.ndarray, folds: int) -> np.ndarray:
@@ -100,16 +95,19 @@ def grouped_folds(classes: np.ndarray, groups: np.ndarray, folds: int) -> np.nda
     return fold_of_group[groups]
 
 
-def _numbered(names: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
+def _all_numbered(what: str, names: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
     """The distinct names, numbers in their order (2 before 10), and (N,) the number of each."""
+    missing = sum(not name for name in names)
+    got = f"{missing} of {len(names)} without"
+    require(not missing, "the clips of a probe", f"have a {what} each, or none", got)
     numeric = all(name.isdecimal() for name in names)
     order = sorted(set(names), key=lambda name: (int(name), name) if numeric else name)
     numbers = {name: n for n, name in enumerate(order)}
     return tuple(order), np.array([numbers[name] for name in names], np.int64)
 
 
-def _require_three(what: str, names: Sequence[str]) -> None:
+def _require_three(what: str, names: Sequence[str], remedy: str) -> None:
     rule = "be three or more: one to test on, and two to choose the classifier's setting by"
-    remedy = f"name more of them in the manifest's `{what}`, or leave that column out"
     got = f"{len(names)} ({', '.join(names)})"
+    remedy += ", or leave that column out"
     require(len(names) > 2, f"the {what}s of a probe's clips", rule, got, remedy)

@@ -127,6 +127,10 @@ def test_folds_are_the_datas_else_of_sources_else_stratified():
     given = [str(10 - n % 3) for n in range(24)]
     found = make_folds(classes, given, given[::-1])
     assert (found.names, found.made_by) == (("8", "9", "10"), "the data's 3 folds")
+    beside = ["a", ""] + [""] * 22  # some have none, which is not asked
+    assert make_folds(classes, given, beside).made_by == "the data's 3 folds"
+    split = [f"take {n // 3}" for n in range(24)]
+    assert make_folds(classes, given, split).made_by.endswith("3 folds, 8 sources in several")
     assert found.of_clip[:4].tolist() == [2, 1, 0, 2]
     found = make_folds(classes, none, given)
     assert (found.names, found.made_by) == (("8", "9", "10"), "one of 3 sources left out")
@@ -145,7 +149,8 @@ def test_folds_are_the_datas_else_of_sources_else_stratified():
     [
         (["1", "", "2"], [""] * 3, "must have a fold each, or none, got '1 of 3 without'"),
         (["1", "1", "2"], [""] * 3, r"folds of a probe's clips must be three .* got '2 \(1, 2\)';"),
-        ([""] * 3, ["a", "b", "a"], r"sources of .* or leave that column out"),
+        ([""] * 3, ["a", "b", "a"], r"sources of .* `source`, or leave that column out"),
+        ([""] * 3, ["a", "b", ""], "must have a source each, or none, got '1 of 3 without'"),
     ],
 )
 def test_folds_that_cannot_be_are_refused(
