@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import nn
 
@@ -25,14 +25,20 @@ from flap_fast.ranks import Ranks
 TEXT_ONLY = "a text encoder alone embeds no clips: name a run or a checkpoint for shards"
 
 
+class EmbedClips(Protocol):
+    def __call__(self, shards: Shards, read: Texts, pooled: bool = False) -> Embeddings:
+        """Embed clips and their `Texts`; whether with `Embeddings.pooled`."""
+        ...
+
+
 @dataclass(frozen=True)
 class EvaluatedModel:
     """Embedding functions for evaluators. Collective: call on every rank."""
 
     config: Config
     ranks: Ranks
-    clips: Callable[[Shards, Texts, bool], Embeddings]
-    """Embeds a data set's clips and captions into the joint space; whether with `pooled`."""
+    clips: EmbedClips
+    """Embeds a data set's clips and captions into the joint space."""
     texts: EmbedTexts
     """Embeds prompts into the joint space."""
     sentences: EmbedTexts
@@ -67,7 +73,7 @@ def whole_model(
     return EvaluatedModel(
         config=config,
         ranks=ranks,
-        clips=lambda shards, read, pooled: embed(
+        clips=lambda shards, read, pooled=False: embed(
             model, config, tokenizer, shards, ranks, read, encode, pooled=pooled
         ),
         texts=texts,
@@ -81,7 +87,7 @@ def text_only_model(
 ) -> EvaluatedModel:
     """A text encoder without a projection, for sentences."""
 
-    def no_clips(shards: Shards, read: Texts, pooled: bool) -> Embeddings:
+    def no_clips(shards: Shards, read: Texts, pooled: bool = False) -> Embeddings:
         raise ConfigError(TEXT_ONLY)
 
     texts = text_embedder(encoder, tokenizer, ranks, config.eval.batch)
