@@ -63,7 +63,7 @@ def check_training(config: Config) -> None:
     rule = f"begin with one that chooses a checkpoint: {', '.join(selecting)}"
     require(tasks[0] in selecting, "eval.tasks", rule, tasks[0])
 
-    def never(*_: Any) -> Any:
+    def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("a check embeds nothing")
 
     unloaded = EvaluatedModel(config, Ranks(), never, never, never)
