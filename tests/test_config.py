@@ -35,7 +35,7 @@ def yaml_file(tmp_path: Path):
     [
         ("mask: {kind: 3d}", "mask.kind must be 'none', '1d' or '2d', got '3d'"),
         ("mask: {ratio: 1.5}", "mask.ratio must be less than 1, got 1.5"),
-        ("train: {steps: 0}", "train.steps must be greater than or equal to 1, got 0"),
+        ("train: {steps: -1}", "train.steps must be greater than or equal to 0, got -1"),
         ("train: {zero_stage: 4}", "train.zero_stage must be 0, 1, 2 or 3, got 4"),
         (
             "train: {offload: all}",

@@ -22,9 +22,8 @@ from torch.nn import functional
 Predict = Callable[[Tensor], Tensor]
 """(n, D) features -> (S, n) int64 classes, with each of the S settings."""
 
-# The largest gradient, over the scaled weights, at which a fit ends: losses are then within 1e-7 of
-# the least. At about 1e-8 float64 no longer tells two losses apart. A fit with more than ten times
-# as much has failed.
+# The largest gradient, over the scaled weights, at which a fit ends; one with ten times as much has
+# failed. What less would change, and cost: bench/LOG.md.
 _TOLERANCE = 1e-6
 _MAX_STEPS = 2000
 # Rows whose cosines with the training clips are in memory at a time.
