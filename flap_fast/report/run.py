@@ -75,7 +75,8 @@ def read_run(folder: Path) -> RunFacts:
     rows = [row for _, row in written_rows(folder / "metrics.jsonl")]
     steps = [row for row in rows if "loss" in row]
     rule = "have reached its first row in metrics.jsonl"
-    require(bool(steps), "the run", rule, folder, "wait for log.every_steps steps")
+    remedy = "wait for log.every_steps steps; of a run without any, eval.json has the scores"
+    require(bool(steps), "the run", rule, folder, remedy)
     environment = folder / "environment.json"
     return RunFacts(
         folder=folder,
