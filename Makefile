@@ -4,6 +4,7 @@
 # make faults       damaged inputs and disturbed runs: a sample
 # make lint   ruff and pyright
 # make bench  kernel and loading benchmarks on this machine      make gpu   the same on a GPU, in full
+# make speedrun   seconds of a training to a target, the median of five seeds: 8 minutes, alone on the machine
 # make static the kernels' compile report for seven GPUs and predictions, without a GPU
 #
 # Each but gpu sets up .venv/ first if it is missing or older than pyproject.toml.
@@ -15,7 +16,7 @@ READY := $(VENV)/ready
 # Empty it (make CONSTRAINTS= test) to take the newest versions that pyproject.toml allows.
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo test test-tools faults walks lint bench gpu static data setup clean
+.PHONY: demo test test-tools faults walks lint bench gpu speedrun static data setup clean
 
 setup: $(READY)
 
@@ -61,6 +62,9 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,iqr,rounds
+
+speedrun: data
+	$(BIN)/python -m bench.speedrun
 
 static: $(READY)
 	$(BIN)/python -m bench.static

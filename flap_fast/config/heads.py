@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -39,3 +39,7 @@ class Joint(Section):
     """First temperature; the logit scale starts at its inverse."""
     max_scale: float = Field(default=100.0, ge=1)
     """The logit scale is clamped to [1, max_scale]."""
+    text_head: Literal["encoder", "mlp", "linear", "none"] = "encoder"
+    """The captions' projection: that of the text encoder's authors (`encoder`), LAION-CLAP's two
+    layers, CLIP's matrix without bias, or none: sounds are projected into the text encoder's own
+    space, whose width is joint.width. With few captions a projection learns those by heart."""

@@ -25,7 +25,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "sdpa") -> Tens
     if backend == "xformers":
         return xformers_ops("audio.attention").memory_efficient_attention(q, k, v)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    return _attend(q, k, v).transpose(1, 2)
 
 
 def packed_attention(
@@ -86,7 +86,7 @@ def _attention_by_length(
     for some in zip(*(segments.by_length(x) for x in (q, k, v)), strict=True):
         q, k, v = (x.transpose(1, 2) for x in some)
         if window is None or window >= q.shape[2] - 1:
-            y = functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+            y = _attend(q, k, v, dropout=dropout)
         else:
             y = _windowed_attention(q, k, v, window, dropout)
         parts.append(y.transpose(1, 2).flatten(0, 1))
@@ -107,10 +107,23 @@ def _windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int, dropout: f
         keys = slice(max(0, start - window), start + tile + window)
         reached = (token[queries, None] - token[keys]).abs() <= window
         some = (q[:, :, queries], k[:, :, keys], v[:, :, keys])
-        parts.append(
-            functional.scaled_dot_product_attention(*some, attn_mask=reached, dropout_p=dropout)
-        )
+        parts.append(_attend(*some, mask=reached, dropout=dropout))
     return torch.cat(parts, 2)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0
+) -> Tensor:
+    """(S, H, L, d) three times -> (S, H, L, d) by PyTorch's attention, on a CPU in fp32.
+
+    Its backward pass in bf16 takes three times as long there.
+    """
+    sdpa, dtype = functional.scaled_dot_product_attention, q.dtype
+    if q.is_cuda or dtype != torch.bfloat16:
+        return sdpa(q, k, v, attn_mask=mask, dropout_p=dropout)
+    with torch.autocast(q.device.type, enabled=False):
+        q, k, v = (x.float() for x in (q, k, v))
+        return sdpa(q, k, v, attn_mask=mask, dropout_p=dropout).to(dtype)
 
 
 def packed_xformers_attention(

@@ -191,8 +191,9 @@ def why_no_clap_text(export: Export) -> str:
     encoder = export.text_config
     roberta = encoder is not None and encoder.model_type == "roberta"
     text = export.config.text
-    supported = roberta and isinstance(text, RobertaSettings) and text.pool == "pooler"
-    return "" if supported else "its text encoder is no RoBERTa with a pooler"
+    if not (roberta and isinstance(text, RobertaSettings) and text.pool == "pooler"):
+        return "its text encoder is no RoBERTa with a pooler"
+    return export.why_not_own_head
 
 
 def _write_settings(folder: Path, config: Config, encoder: Any) -> None:

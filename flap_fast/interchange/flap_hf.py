@@ -63,5 +63,6 @@ FLAP = Layout(
     matches=lambda source: source.model_type == _MODEL_TYPE,
     read=_read,
     write=_write,
+    own_heads=False,
     holds_bias=True,
 )

@@ -70,6 +70,12 @@ class Export:
         """The text encoder's transformers config, or None: CLIP's has none."""
         return getattr(getattr(self.model.text, "inner", None), "config", None)
 
+    @property
+    def why_not_own_head(self) -> str:
+        """Why its captions' projection is not its text encoder's own; empty if it is."""
+        head, own = self.config.joint.text_head, self.config.text.head
+        return "" if head in ("encoder", own) else f"it has joint.text_head = {head}"
+
 
 @dataclass(frozen=True)
 class CardFields:
@@ -108,6 +114,8 @@ class Layout:
     """The modality of the encoders that it can hold, if not any."""
     encoder: str | None = None
     """The one encoder that it can hold, if not any."""
+    own_heads: bool = True
+    """It has a place only for the captions' projection of its own text encoder."""
     holds_bias: bool = False
     """It has a place for the `logit_bias` of loss.sigmoid."""
 
@@ -118,4 +126,6 @@ class Layout:
             return f"its encoder embeds {'images' if encoder.modality == 'image' else 'audio'}"
         if self.encoder not in (None, encoder.encoder):
             return f"its encoder is {encoder.encoder}, not {self.encoder}"
+        if self.own_heads and (why_not := export.why_not_own_head):
+            return why_not
         return self.why_not(export)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from flap_fast.checks import require
 from flap_fast.config import Config
 from flap_fast.data.batch import Media
 from flap_fast.encoders.audio_settings import PatchEncoder
@@ -75,7 +76,7 @@ class TwoTowers(nn.Module):
         width: int = media.width  # type: ignore[assignment]
         if not encoder.joint_space:
             self.add_module(f"{self.modality}_head", mlp_head(width, joint))
-        self.text_head = _HEADS[config.text.head](self.text.width, joint)
+        self.text_head = _text_head(config, self.text.width)
         # Shape (1,), not (): DeepSpeed cannot broadcast a parameter without dimensions.
         self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / config.joint.temperature)]))
         self.max_logit_scale = math.log(config.joint.max_scale)
@@ -197,6 +198,16 @@ def linear_head(width: int, joint: int) -> nn.Linear:
     head = nn.Linear(width, joint, bias=False)
     nn.init.normal_(head.weight, std=width**-0.5)
     return head
+
+
+def _text_head(config: Config, width: int) -> nn.Module:
+    """The captions' projection that joint.text_head names."""
+    kind, joint = config.joint.text_head, config.joint.width
+    if kind != "none":
+        return _HEADS[config.text.head if kind == "encoder" else kind](width, joint)
+    rule = f"be {width}, the text encoder's width, with joint.text_head = none"
+    require(joint == width, "joint.width", rule, joint)
+    return nn.Identity()
 
 
 _HEADS = {"mlp": mlp_head, "linear": linear_head}

@@ -1,0 +1,131 @@
+"""bench/sources.py: what is left out is in no training, and finished trainings are not repeated."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench import sources, sources_table
+from flap_fast.config.file import load_config
+from flap_fast.files import read_rows
+
+COUNTS = {"a": 6, "b": 5, "c": 4, "d": 3, "e": 2}
+
+
+def manifest(folder: Path, sources: dict[str, int], val: int = 0) -> Path:
+    """A manifest whose first `val` rows are of split val."""
+    folder.mkdir()
+    rows = [
+        {"audio": f"{s}{n}.wav", "caption": f"{s} {n}", "source": s, "id": f"{s}{n}"}
+        for s, count in sources.items()
+        for n in range(count)
+    ]
+    rows = [row | {"split": "val" if n < val else "train"} for n, row in enumerate(rows)]
+    file = folder / "manifest.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture
+def flap(monkeypatch, tmp_path: Path) -> list[tuple[str, ...]]:
+    """The commands that were run; a training leaves scores that tell the sources apart."""
+    ran: list[tuple[str, ...]] = []
+
+    def run(*arguments: str, threads: int = 0) -> None:
+        ran.append(arguments)
+        if arguments[0] != "train":
+            return
+        given = dict(setting.split("=", 1) for setting in arguments[2:])
+        folder = Path(given["run.folder"]) / given["run.name"]
+        folder.mkdir(parents=True)
+        names = [Path(path).name for path in given["data.val"][1:-1].split(",")]
+        chance = {way: {"R@10": 0.1} for way in sources.DIRECTIONS}
+        scores = {
+            name: {
+                "audio_to_text": dict.fromkeys(sources.SCORES, 0.2),
+                "text_to_audio": dict.fromkeys(sources.SCORES, 0.4),
+                "chance": chance,
+            }
+            for name in names
+        }
+        (folder / "eval.json").write_text(json.dumps({"retrieval": scores}))
+        steps = int(given["train.steps"])
+        rows = [{"step": 1, "loss": 1.0}]
+        rows += [
+            {"step": step, "eval_s": 1.0}
+            | {f"{name}/{way}/R@10": step / steps for name in names for way in sources.DIRECTIONS}
+            for step in (steps // 2, steps)
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    monkeypatch.setattr(sources, "flap", run)
+    monkeypatch.setattr(sources, "RESULTS", tmp_path / "results")
+    return ran
+
+
+def command(tmp_path: Path, *more: str) -> list[str]:
+    own = ("--shards", str(tmp_path / "shards"), "--runs", str(tmp_path / "runs"))
+    data = [o for file in tmp_path.glob("*/manifest.jsonl") for o in ("--data", str(file))]
+    return ["run", "x", str(sources.ROOT / "configs/demo.yaml"), *data, *own, *more]
+
+
+def test_what_is_left_out_is_in_no_training(tmp_path: Path, flap: list[tuple[str, ...]]):
+    manifest(tmp_path / "own", COUNTS, val=2)
+    sources.main(command(tmp_path, "--steps", "8", "--seeds", "1"))
+    trainings = [arguments for arguments in flap if arguments[0] == "train"]
+    assert len(trainings) == len(COUNTS)
+    for arguments in trainings:
+        config = load_config(Path(arguments[1]), arguments[2:])
+        whole = [Path(str(place)) for place in config.data.val]
+        trained = {Path(str(place)).name for place in config.data.train}
+        (left_out,) = (path.name for path in whole if path.parent.name == "whole")
+        assert trained == COUNTS.keys() - {left_out}
+        # Of the first manifest's sources one is left out always, so its val is scored never.
+        assert len(whole) == 1
+
+
+def test_the_first_manifests_val_is_scored_where_its_sources_were_trained_on(
+    tmp_path: Path, flap: list[tuple[str, ...]]
+):
+    first, other = manifest(tmp_path / "a", {"a": 4}, val=2), manifest(tmp_path / "b", {"b": 3})
+    shards = sources.prepared([first, other], tmp_path / "shards")
+    assert shards.sources == {"a": 4, "b": 3}
+    assert not any("val/val" in setting for setting in shards.settings(("a",)))
+    assert any("val/val" in setting for setting in shards.settings(("b",)))
+    rows = {p: [r for _, r in read_rows(tmp_path / f"shards/{p}.jsonl")] for p in ("train", "val")}
+    assert [row["id"] for row in rows["val"]] == ["a0", "a1"]
+    assert not {row["id"] for row in rows["train"]} & {"a0", "a1"}
+
+
+def test_finished_trainings_are_not_repeated(tmp_path: Path, flap: list[tuple[str, ...]]):
+    manifest(tmp_path / "own", COUNTS)
+    sources.main(command(tmp_path, "--steps", "8", "--seeds", "1", "--only", "a", "b"))
+    done = len(flap)
+    sources.main(command(tmp_path, "--steps", "8", "--seeds", "1"))
+    again = [arguments for arguments in flap[done:] if arguments[0] == "train"]
+    assert len(again) == len(COUNTS) - 2
+    with pytest.raises(SystemExit, match="must hold the same recipe"):
+        sources.main(command(tmp_path, "--steps", "8", "--seconds", "5"))
+
+
+def test_folds_cover_each_source_once_and_are_of_like_size():
+    found = sources.folds(COUNTS | {"f": 1}, 2)
+    assert found == [("a", "f"), ("b", "e"), ("c", "d")]
+    assert [len(fold) for fold in sources.folds(COUNTS, 1)] == [1] * 5
+
+
+def test_the_table_is_the_mean_over_sources(tmp_path: Path, flap: list[tuple[str, ...]]):
+    manifest(tmp_path / "own", COUNTS)
+    sources.main(command(tmp_path, "--steps", "8", "--seeds", "2"))
+    file = sources.RESULTS / "x.json"
+    found = json.loads(file.read_text())
+    # One source scored 1 both ways in one of two seeds: 0.2 + (1 - 0.2) / 5 / 2, and so on.
+    for way in sources.DIRECTIONS:
+        found["runs"][0]["scores"][found["runs"][0]["left_out"][0]][way]["R@10"] = 1.0
+    file.write_text(json.dumps(found))
+    text = sources_table.write_table(sources.RESULTS, tmp_path / "SOURCES.md")
+    row = next(line for line in text.splitlines() if line.startswith("| x | 8"))
+    assert "| 512 |" in row
+    assert "| 0.280 / 0.460 | **0.370** | 0.440 0.300 | 0.500 |" in row
