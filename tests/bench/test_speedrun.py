@@ -61,7 +61,7 @@ def test_a_target_that_is_reached_both_ways_is_stored(trainings: list[list[str]]
     assert stored["reached"]
     assert stored["change"] == "the first"
     table = (tmp_path / "bench/SPEEDRUN.md").read_text()
-    assert "| R@10 0.900 / 0.800 | 5 | the first | abc | 2026-11-29 |" in table
+    assert "| 0.900 / 0.800 | 5 | the first | abc | 2026-11-29 |" in table
     assert "## audiocaps" in table
     assert "Not measured. `python -m bench.speedrun audiocaps`." in table
 
