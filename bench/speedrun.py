@@ -83,7 +83,7 @@ TRACKS = {
         target={"text_to_audio": 0.42, "audio_to_text": 0.55},
         on="one machine with GPUs",
         reference=(
-            "about FLAP's best R@1 on AudioCaps (arXiv 2311.01615), of models trained on Clotho too. "
+            "about FLAP's best R@1 on AudioCaps (arXiv 2311.01615), trained on Clotho too. "
             "Another of the kind: mAP@16 0.406 on Clotho, the baseline of DCASE 2025 Task 6"
         ),
         needs="flap prepare --source audiocaps AudioCaps data/audiocaps",
