@@ -4,7 +4,7 @@
 # make faults       damaged inputs and disturbed runs: a sample
 # make lint   ruff and pyright
 # make bench  kernel and loading benchmarks on this machine      make gpu   the same on a GPU, in full
-# make speedrun   seconds of a training to a target, the median of five seeds: 8 minutes, alone on the machine
+# make speedrun   seconds of a training to a target, the median of five seeds: 6 minutes
 # make static the kernels' compile report for seven GPUs and predictions, without a GPU
 #
 # Each but gpu sets up .venv/ first if it is missing or older than pyproject.toml.
