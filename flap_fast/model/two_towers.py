@@ -76,7 +76,7 @@ class TwoTowers(nn.Module):
         width: int = media.width  # type: ignore[assignment]
         if not encoder.joint_space:
             self.add_module(f"{self.modality}_head", mlp_head(width, joint))
-        self.text_head = _text_head(config, self.text.width)
+        self.text_head = _text_head(config, self.text.width)  # type: ignore[arg-type]
         # Shape (1,), not (): DeepSpeed cannot broadcast a parameter without dimensions.
         self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / config.joint.temperature)]))
         self.max_logit_scale = math.log(config.joint.max_scale)

@@ -28,6 +28,7 @@ def test_rows_in_bf16_are_those_of_fp32_rounded(autocast: bool):
 def test_packs_in_bf16_are_those_of_fp32_rounded(window: int | None):
     given = heads(24, 2, 16)
     packed = segments([3, 9, 12], [0, 1, 2], torch.device("cpu"), window=window)
-    wanted = packed_attention(*(x.float() for x in given), packed).bfloat16()
+    q, k, v = (x.float() for x in given)
+    wanted = packed_attention(q, k, v, packed).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(packed_attention(*given, packed), wanted)
