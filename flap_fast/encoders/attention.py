@@ -119,7 +119,7 @@ def _attend(
     Its backward pass in bf16 takes three times as long there.
     """
     sdpa, dtype = functional.scaled_dot_product_attention, q.dtype
-    if q.is_cuda or dtype != torch.bfloat16:
+    if q.device.type != "cpu" or dtype != torch.bfloat16:
         return sdpa(q, k, v, attn_mask=mask, dropout_p=dropout)
     with torch.autocast(q.device.type, enabled=False):
         q, k, v = (x.float() for x in (q, k, v))
