@@ -114,16 +114,18 @@ def _windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int, dropout: f
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0
 ) -> Tensor:
-    """(S, H, L, d) three times -> (S, H, L, d) by PyTorch's attention, on a CPU in fp32.
-
-    Its backward pass in bf16 takes three times as long there.
-    """
+    """(S, H, L, d) three times -> (S, H, L, d) by PyTorch's attention."""
     sdpa, dtype = functional.scaled_dot_product_attention, q.dtype
-    if q.device.type != "cpu" or dtype != torch.bfloat16:
+    if not wants_fp32(q.device, dtype):
         return sdpa(q, k, v, attn_mask=mask, dropout_p=dropout)
     with torch.autocast(q.device.type, enabled=False):
         q, k, v = (x.float() for x in (q, k, v))
         return sdpa(q, k, v, attn_mask=mask, dropout_p=dropout).to(dtype)
+
+
+def wants_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether fp32 is faster: on a CPU, where bf16's backward pass takes three times as long."""
+    return device.type == "cpu" and dtype == torch.bfloat16
 
 
 def packed_xformers_attention(

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from flap_fast.config import Config
 from flap_fast.data.batch import Batch, PackedMels
+from flap_fast.encoders import attention
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.tools.profile.packed import packed_attention_in_one
 from flap_fast.tools.profile.parts import tensors_in
@@ -50,19 +51,29 @@ class FakeMode(FakeTensorMode):
 @contextmanager
 def attention_of_a_gpu() -> Iterator[None]:
     """A context in which attention stores what a GPU's fused kernels store: no probabilities."""
-    with _attention_without_dropout(), packed_attention_in_one():
+    with _attention_without_dropout(), packed_attention_in_one(), _attention_as_it_is():
         yield
+
+
+@contextmanager
+def _attention_as_it_is() -> Iterator[None]:
+    """A context in which bf16 stays bf16 on the CPU that fake tensors are on."""
+    real, attention.wants_fp32 = attention.wants_fp32, lambda *_: False
+    try:
+        yield
+    finally:
+        attention.wants_fp32 = real
 
 
 @contextmanager
 def _attention_without_dropout() -> Iterator[None]:
     real = functional.scaled_dot_product_attention
 
-    def attention(*tensors: Any, **options: Any) -> Tensor:
+    def without_dropout(*tensors: Any, **options: Any) -> Tensor:
         return real(*tensors, **{**options, "dropout_p": 0.0})
 
     # Not by a TorchFunctionMode: in the backward, where blocks are recomputed, none is active.
-    functional.scaled_dot_product_attention = attention
+    functional.scaled_dot_product_attention = without_dropout
     try:
         yield
     finally:
