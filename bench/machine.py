@@ -80,13 +80,15 @@ def slug(facts: dict[str, Any]) -> str:
 
 
 def save(folder: Path, result: dict[str, Any]) -> Path:
-    """Write a result with its `kind` and `machine` to FOLDER/results; returns the file.
-
-    The file is replaced at once: whoever is killed meanwhile leaves the one before.
-    """
+    """Write a result with its `kind` and `machine` to FOLDER/results; returns the file."""
     file = folder / "results" / f"{slug(result['machine'])}-{result['kind']}.json"
+    write_json(file, result)
+    return file
+
+
+def write_json(file: Path, result: dict[str, Any]) -> None:
+    """Replace the file at once: whoever is killed meanwhile leaves the one before."""
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(f".{os.getpid()}.unfinished")
     unfinished.write_text(json.dumps(result, indent=1) + "\n")
     unfinished.replace(file)
-    return file

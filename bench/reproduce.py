@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -206,10 +207,12 @@ def sentences(file: str) -> Reproduced:
     return f"flap eval {MINILM} {Path(file).name}", rows
 
 
-def flap(*arguments: str) -> None:
-    """Run `flap` in the project's root."""
+def flap(*arguments: str, threads: int | None = None) -> None:
+    """Run `flap` in the project's root, with so many of OpenMP's threads."""
     command = [sys.executable, "-m", "flap_fast", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    env = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # would compile the project at each start
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}")
 

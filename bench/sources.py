@@ -20,8 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
+import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -29,13 +28,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.machine import ROOT, machine
-from bench.sources_table import DIRECTIONS, write_table
+from bench.machine import ROOT, machine, write_json
+from bench.reproduce import DIRECTIONS, SEEDS, flap
+from bench.sources_table import write_table
+from flap_fast.checks import require
 from flap_fast.config.file import load_config
 from flap_fast.files import read_rows
 
 RESULTS = ROOT / "bench/results/sources"
-SEEDS = (3407, 1, 2, 3, 4)
 CURVE = 4
 """Evaluations in a training, the last one at its end."""
 PILOT_STEPS = (40, 120)
@@ -68,6 +68,8 @@ def prepared(manifests: list[Path], folder: Path) -> Shards:
         for file in manifests
         for _, row in read_rows(file)
     ]
+    missing = sum("source" not in row or "split" not in row for row in rows)
+    require(not missing, "each row of the manifests", "have source and split", f"{missing} without")
     sources = sorted({row["source"] for row in rows})
     parts = {
         "whole": [row | {"split": row["source"]} for row in rows],
@@ -125,16 +127,8 @@ def run(asked: argparse.Namespace) -> None:
     with ThreadPoolExecutor(asked.jobs) as pool:
         for one in pool.map(lambda o: trained(asked, shards, found["steps"], *o), left):
             found["runs"].append(one)
-            save(file, found)
+            write_json(file, found)
             print(_line(one), flush=True)
-
-
-def save(file: Path, found: dict[str, Any]) -> None:
-    """Replace the file at once."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(f".{os.getpid()}.unfinished")
-    unfinished.write_text(json.dumps(found, indent=1) + "\n")
-    unfinished.replace(file)
 
 
 def trained(
@@ -142,7 +136,7 @@ def trained(
 ) -> dict[str, Any]:
     """One training: its scores on the sources left out, on `val`, and on its way."""
     name = f"{asked.name}-{'-'.join(left_out)}-{seed}"
-    every = f"eval.every_steps={max(1, steps // CURVE)}"
+    every = f"eval.every_steps={-(-steps // CURVE)}"
     took = train(asked, shards.settings(left_out), name, seed, steps, every)
     folder = asked.runs / name
     scores = json.loads((folder / "eval.json").read_text())["retrieval"]
@@ -181,20 +175,11 @@ def train(
     own = [f"run.folder={asked.runs}", f"run.name={name}", f"run.seed={seed}"]
     own += [f"train.steps={steps}", "train.epochs=null", "eval.equal_captions=true"]
     own += ["ckpt.every_steps=0", "ckpt.keep_best=false", "log.tensorboard=false"]
-    subprocess.run(["rm", "-rf", str(asked.runs / name)], check=True)
+    shutil.rmtree(asked.runs / name, ignore_errors=True)
     begun = time.perf_counter()
     overrides = [*asked.settings, *data, *own, *([more] if more else [])]
     flap("train", str(asked.config), *overrides, threads=asked.threads)
     return time.perf_counter() - begun
-
-
-def flap(*arguments: str, threads: int = 0) -> None:
-    """Run `flap` in the project's root."""
-    command = [sys.executable, "-m", "flap_fast", *arguments]
-    env = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}")
 
 
 def _mean(values: Any) -> float:

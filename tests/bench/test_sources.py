@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench import sources, sources_table
+from flap_fast.checks import ConfigError
 from flap_fast.config.file import load_config
 from flap_fast.files import read_rows
 
@@ -33,7 +34,7 @@ def flap(monkeypatch, tmp_path: Path) -> list[tuple[str, ...]]:
     """The commands that were run; a training leaves scores that tell the sources apart."""
     ran: list[tuple[str, ...]] = []
 
-    def run(*arguments: str, threads: int = 0) -> None:
+    def run(*arguments: str, threads: int | None = None) -> None:
         ran.append(arguments)
         if arguments[0] != "train":
             return
@@ -82,7 +83,7 @@ def test_what_is_left_out_is_in_no_training(tmp_path: Path, flap: list[tuple[str
         trained = {Path(str(place)).name for place in config.data.train}
         (left_out,) = (path.name for path in whole if path.parent.name == "whole")
         assert trained == COUNTS.keys() - {left_out}
-        # Of the first manifest's sources one is left out always, so its val is scored never.
+        # All sources are the first manifest's: none is left whose val training has not lost.
         assert len(whole) == 1
 
 
@@ -108,6 +109,13 @@ def test_finished_trainings_are_not_repeated(tmp_path: Path, flap: list[tuple[st
     assert len(again) == len(COUNTS) - 2
     with pytest.raises(SystemExit, match="must hold the same recipe"):
         sources.main(command(tmp_path, "--steps", "8", "--seconds", "5"))
+
+
+def test_rows_without_a_source_are_refused(tmp_path: Path, flap: list[tuple[str, ...]]):
+    file = manifest(tmp_path / "own", {"a": 2})
+    file.write_text(file.read_text() + '{"audio": "x.wav", "caption": "x", "split": "train"}\n')
+    with pytest.raises(ConfigError, match="have source and split, got '1 without'"):
+        sources.prepared([file], tmp_path / "shards")
 
 
 def test_folds_cover_each_source_once_and_are_of_like_size():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,19 +12,19 @@ from flap_fast.config.file import load_config
 
 
 @pytest.fixture
-def trainings(monkeypatch, tmp_path: Path) -> list[list[str]]:
+def trainings(monkeypatch, tmp_path: Path) -> list[tuple[str, ...]]:
     """Trainings that each leave the same scores."""
-    ran: list[list[str]] = []
+    ran: list[tuple[str, ...]] = []
 
-    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        ran.append(command)
-        folder = Path(next(s for s in command if s.startswith("run.folder=")).partition("=")[2])
+    def run(*arguments: str, threads: int | None = None) -> None:
+        ran.append(arguments)
+        assert threads == 2
+        folder = Path(next(s for s in arguments if s.startswith("run.folder=")).partition("=")[2])
         score = {"audio_to_text": {"R@10": 0.9}, "text_to_audio": {"R@10": 0.8}}
         (folder / "run").mkdir()
         (folder / "run/eval.json").write_text(json.dumps({"retrieval": {"val": score}}))
-        return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(speedrun.subprocess, "run", run)
+    monkeypatch.setattr(speedrun, "flap", run)
     monkeypatch.setattr(speedrun, "machine", lambda device: MACHINE)
     monkeypatch.setattr(speedrun, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(speedrun, "ROOT", tmp_path)
@@ -51,7 +50,9 @@ MACHINE = {
 }
 
 
-def test_a_target_that_is_reached_both_ways_is_stored(trainings: list[list[str]], tmp_path: Path):
+def test_a_target_that_is_reached_both_ways_is_stored(
+    trainings: list[tuple[str, ...]], tmp_path: Path
+):
     assert speedrun.main(["demo-80", "--write", "the first"]) == 0
     assert [next(s for s in c if s.startswith("run.seed=")) for c in trainings] == [
         f"run.seed={seed}" for seed in speedrun.SEEDS
@@ -66,12 +67,12 @@ def test_a_target_that_is_reached_both_ways_is_stored(trainings: list[list[str]]
     assert "Not measured. `python -m bench.speedrun audiocaps`." in table
 
 
-def test_a_target_missed_in_one_direction_is_no_record(trainings: list[list[str]]):
+def test_a_target_missed_in_one_direction_is_no_record(trainings: list[tuple[str, ...]]):
     assert speedrun.main(["demo-90", "--write", "faster"]) == 1
     assert not speedrun.RESULTS.exists() or not list(speedrun.RESULTS.glob("*.json"))
 
 
-def test_a_record_takes_all_seeds(trainings: list[list[str]], capsys):
+def test_a_record_takes_all_seeds(trainings: list[tuple[str, ...]], capsys):
     with pytest.raises(SystemExit):
         speedrun.main(["demo-80", "--seeds", "2", "--write", "luck"])
     assert "--write must come with all 5 seeds, got 2" in capsys.readouterr().err

@@ -216,14 +216,19 @@ def evaluated(config: Config = CONFIG) -> EvaluatedModel:
     return whole_model(model().eval(), config, tokenizer(config.text), Ranks())
 
 
+def two_tones(n: int) -> bytes:
+    """A WAV of 3 s, the n-th of a kind, that changes in the middle."""
+    wave = np.concatenate([tone(200 + 100 * n, 1.5, 16_000), tone(3000, 1.5, 16_000)])
+    return encode(wave, 16_000, "WAV")
+
+
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten tones of 3 s that change in the middle; the last two have labels and no caption."""
     folder = tmp_path_factory.mktemp("labelled")
     rows = []
     for n in range(10):
-        wave = np.concatenate([tone(200 + 100 * n, 1.5, 16_000), tone(3000, 1.5, 16_000)])
-        (folder / f"{n}.wav").write_bytes(encode(wave, 16_000, "WAV"))
+        (folder / f"{n}.wav").write_bytes(two_tones(n))
         caption = {"caption": f"tone {n}"} if n < 8 else {}
         rows.append({"audio": f"{n}.wav", "labels": [("low_tone", "high  tone")[n % 2]], **caption})
     prepare(write_manifest(folder / "m.jsonl", rows), folder / "out", show=False)
@@ -246,8 +251,7 @@ def folded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("folded")
     rows = []
     for n in range(12):
-        wave = np.concatenate([tone(200 + 100 * n, 1.5, 16_000), tone(3000, 1.5, 16_000)])
-        (folder / f"{n}.wav").write_bytes(encode(wave, 16_000, "WAV"))
+        (folder / f"{n}.wav").write_bytes(two_tones(n))
         named = {"labels": ["low"] if n < 6 else ["high"], "source": f"source {n}"}
         named |= {"fold": n % 3 + 1, "split": f"fold{n % 3 + 1}"}
         rows.append({"audio": f"{n}.wav", **named})
