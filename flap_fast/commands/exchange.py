@@ -17,8 +17,8 @@ def import_(
     checkpoint: Annotated[
         Path,
         typer.Argument(
-            help="A .pt of LAION-CLAP, OpenAI or CyCLIP, a .pth of AudioMAE, a .ckpt of HTSAT, or "
-            "the folder of a ClapModel or a FLAP."
+            help="A .pt of LAION-CLAP, OpenAI or CyCLIP, a .pth of AudioMAE, a .ckpt of HTSAT, an "
+            ".onnx of YAMNet, or the folder of a ClapModel or a FLAP."
         ),
     ],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],

@@ -13,11 +13,13 @@ from flap_fast.encoders.htsat.settings import HTSATSettings
 from flap_fast.encoders.roberta.settings import RobertaSettings
 from flap_fast.encoders.settings import Encoder, ImageEncoder, TextEncoder
 from flap_fast.encoders.vit.settings import ViTSettings
+from flap_fast.encoders.yamnet.settings import YamnetSettings
 
 # The arms of each section; the first is the default.
 AUDIO_ENCODERS: tuple[type[AudioEncoder], ...] = (
     ViTSettings,
     HTSATSettings,
+    YamnetSettings,
     # one line for each encoder
 )
 IMAGE_ENCODERS: tuple[type[ImageEncoder], ...] = (ClipResNetSettings,)

@@ -16,16 +16,20 @@ if TYPE_CHECKING:
 
     from flap_fast.config import Fusion
 
-# Defaults that follow audio.mel = clap. Source: LAION-CLAP's configuration.
-_CLAP = {
-    "sample_rate_hz": 48_000,
-    "mel_bins": 64,
-    "frames": 1001,
-    "int16_roundtrip": True,
-    # Decibels stay as they are: HTSAT begins with a BatchNorm.
-    "mean": 0.0,
-    "std": 0.5,
+# Defaults that follow audio.mel. Sources: LAION-CLAP's configuration; YAMNet's params.py.
+_FOLLOW = {
+    "clap": {
+        "sample_rate_hz": 48_000,
+        "mel_bins": 64,
+        "frames": 1001,
+        "int16_roundtrip": True,
+        # Decibels stay as they are: HTSAT begins with a BatchNorm.
+        "mean": 0.0,
+        "std": 0.5,
+    },
+    "yamnet": {"mel_bins": 64, "mean": 0.0, "std": 0.5},
 }
+Mel = Literal["kaldi", "clap", "yamnet"]
 
 
 class Audio(Section):
@@ -40,29 +44,30 @@ class Audio(Section):
     """audio.length = variable: longer clips are cropped to this; evaluation takes them whole, in
     windows of it. A model and its checkpoints hold the positions of all patches up to it (size
     base: 150 KiB a second), but for audio.time_positions = rotary; take no more than clips need."""
-    mel: Annotated[Literal["kaldi", "clap"], MEANS_WEIGHTS] = "kaldi"
-    """The front end: Kaldi's (25 ms windows, 16 kHz, natural logarithm), or LAION-CLAP's (1024
-    samples at 48 kHz, decibels; HTSAT's default). Rate, bins and statistics follow it."""
+    mel: Annotated[Mel, MEANS_WEIGHTS] = "kaldi"
+    """The front end: Kaldi's (25 ms windows, 16 kHz, natural logarithm), LAION-CLAP's (1024 samples
+    at 48 kHz, decibels; HTSAT's default), or YAMNet's (Kaldi's windows, magnitudes of 125 to 7,500
+    Hz; YAMNet's default). Rate, bins and statistics follow it."""
     mel_variant: Literal["slaney_norm", "htk_none"] = "slaney_norm"
     """CLAP's mel matrix: Slaney's scale and areas (librosa), or HTK's scale (torchaudio; with
     fusion.type)."""
     low_hz: Annotated[float, Field(ge=0)] = 50.0
-    """CLAP's lowest frequency; Kaldi's is 20 Hz."""
+    """CLAP's lowest frequency; Kaldi's is 20 Hz, YAMNet's 125 Hz."""
     high_hz: Positive = 14_000.0
-    """CLAP's highest frequency; Kaldi's is half the rate."""
+    """CLAP's highest frequency; Kaldi's is half the rate, YAMNet's 7,500 Hz."""
     int16_roundtrip: Annotated[bool, MEANS_WEIGHTS] = False
     """Round samples to 16 bits, towards zero, as LAION-CLAP does (on with audio.mel = clap)."""
     sample_rate_hz: Annotated[int, Field(ge=1000), MEANS_WEIGHTS] = 16_000
     """Sample rate of the front end; 48 kHz with audio.mel = clap."""
     mel_bins: Annotated[Count, Field(le=4096)] = 128
-    """Mel bins F; 64 with audio.mel = clap."""
+    """Mel bins F; 64 with audio.mel = clap or yamnet."""
     frames: Annotated[Count, Field(le=8_640_000), AFTER_FRONT_END] = 1024
     """audio.length = fixed: frames T of the log-mel: 998 frames of 10 s, then rows of zeros; 1001
     with audio.mel = clap, none of them of zeros."""
     mean: Annotated[float, MEANS_WEIGHTS, AFTER_FRONT_END] = -4.2677393
-    """Mean of AudioSet's log-mels, subtracted; 0 with audio.mel = clap."""
+    """Mean of AudioSet's log-mels, subtracted; 0 with audio.mel = clap or yamnet."""
     std: Annotated[Positive, MEANS_WEIGHTS, AFTER_FRONT_END] = 4.5689974
-    """Standard deviation; log-mels are divided by 2 * std. 0.5 with audio.mel = clap."""
+    """Standard deviation; log-mels are divided by 2 * std. 0.5 with audio.mel = clap or yamnet."""
     filling: Literal["repeatpad", "pad", "repeat"] = "repeatpad"
     """How a short clip is padded: whole repeats then zeros, only zeros, or truncated repeats. With
     audio.length = variable only a clip shorter than one patch is."""
@@ -72,8 +77,8 @@ class Audio(Section):
     def _follow_mel(cls, tree):
         """Defaults that follow the front end."""
         mel = cls.model_fields["mel"].default
-        if isinstance(tree, dict) and tree.get("mel", mel) == "clap":
-            return {**_CLAP, **tree}
+        if isinstance(tree, dict):
+            return {**_FOLLOW.get(tree.get("mel", mel), {}), **tree}
         return tree
 
     @property
@@ -101,17 +106,23 @@ class Audio(Section):
         return 1
 
     @property
+    def patch_frames(self) -> int:
+        """Frames of a patch."""
+        return 1
+
+    @property
     def most_frames(self) -> int:
         """Frames T of the longest log-mel in the encoder's input."""
         return self.padded_frames(self.frames_of(self.samples)) if self.variable else self.frames
 
     def padded_frames(self, frames: int) -> int:
-        """Frames of a clip of its own length with the rows of silence that follow them."""
-        return frames
+        """Frames of a clip of its own length with the silence behind them: whole patches."""
+        # Of no negative number, whose quotient ONNX rounds the other way.
+        return (frames + self.patch_frames - 1) // self.patch_frames * self.patch_frames
 
     @property
     def window(self) -> int:
-        """Samples of a frame: Kaldi's 25 ms, or CLAP's 1024."""
+        """Samples of a frame: Kaldi's and YAMNet's 25 ms, or CLAP's 1024."""
         return 1024 if self.mel == "clap" else self.sample_rate_hz * 25 // 1000
 
     @property
@@ -120,7 +131,7 @@ class Audio(Section):
         return self.sample_rate_hz // 100
 
     def frames_of(self, samples):
-        """Number of frames of a sound: only whole frames (Kaldi), or one per shift (CLAP).
+        """Number of frames of a sound: one per shift (CLAP), or only whole frames (the others).
 
         Of a number, or of a tensor of them.
         """
@@ -171,6 +182,15 @@ class AudioEncoder(MediaEncoder, Audio):
         """(1, T, F); (4, T, F) with fusion."""
         return fusion.channels, self.most_frames, self.mel_bins
 
+    def patches_of(self, frames: Sequence[int]) -> list[int]:
+        """Patches of clips of so many frames each, multiples of a patch."""
+        return [count // self.patch_frames * self.grid[1] for count in frames]
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens before those of the patches, such as [CLS]."""
+        return 0
+
     def meaning(self) -> dict[str, Any]:
         found = super().meaning()
         if self.mel == "clap":
@@ -197,28 +217,19 @@ class PatchEncoder(AudioEncoder):
         """Patches along time and along frequency."""
         return self.most_frames // self.patch, self.mel_bins // self.patch
 
-    def patches_of(self, frames: Sequence[int]) -> list[int]:
-        """Patches of clips of so many frames each, multiples of a patch."""
-        return [count // self.patch * self.grid[1] for count in frames]
+    @property
+    def patch_frames(self) -> int:
+        """The side of a patch."""
+        return self.patch
 
     @property
     def least_frames(self) -> int:
         """One patch."""
         return self.patch
 
-    def padded_frames(self, frames: int) -> int:
-        """The next multiple of a patch."""
-        # Of no negative number, whose quotient ONNX rounds the other way.
-        return (frames + self.patch - 1) // self.patch * self.patch
-
     def front_end(self) -> dict[str, Any]:
         # A clip shorter than a patch is filled to one.
         return super().front_end() | ({"patch": self.patch} if self.variable else {})
-
-    @property
-    def prefix_tokens(self) -> int:
-        """Tokens before those of the patches, such as [CLS]."""
-        return 0
 
     def window_tokens(self, density: float) -> int | None:
         """How many tokens on either side a token of packed clips attends to; None: all.

@@ -19,6 +19,7 @@ from flap_fast.checks import ConfigError, require
 from flap_fast.checksums import write_sums
 from flap_fast.config import Config
 from flap_fast.config.file import dump_config
+from flap_fast.data.tokenize import local_folder as package_folder
 from flap_fast.encoders.audio_settings import PatchEncoder
 from flap_fast.hub import local_folder
 from flap_fast.interchange.audiomae import AUDIOMAE
@@ -37,6 +38,7 @@ from flap_fast.interchange.tensors import (
     read_tensors,
     strip_prefixes,
 )
+from flap_fast.interchange.yamnet import YAMNET, onnx_file, read_onnx
 from flap_fast.model.decoder import Decoder
 from flap_fast.model.model_folder import (
     TOWER,
@@ -56,6 +58,7 @@ LAYOUTS: tuple[Layout, ...] = (
     AUDIOMAE,
     CLAP,
     FLAP,
+    YAMNET,
     # one line for each layout
 )
 UNUSED = "unused.safetensors"
@@ -81,6 +84,8 @@ def import_checkpoint(
     Raises:
         ConfigError: an unknown layout, or tensors that do not fit, each of them named.
     """
+    if str(path).startswith("package:"):
+        path = package_folder("the checkpoint", str(path))
     require(path.exists(), "the checkpoint", "exist", path)
     with appearing(out) as folder, TemporaryDirectory() as work:
         source = _opened(path, Path(work), overrides, strip, partial, decoder)
@@ -112,7 +117,10 @@ def _opened(
     decoder: bool,
 ) -> Source:
     tensors, saved, model_type = {}, None, None
-    if path.is_dir():
+    if onnx := onnx_file(path):
+        saved = read_onnx(onnx, work)
+        tensors = saved.tensors
+    elif path.is_dir():
         rule = "be another project's folder: this one's opens as it is, or with train.init_from"
         ours = (path / "config.yaml").is_file() and not (path / "config.json").is_file()
         require(not ours, "the checkpoint", rule, path)

@@ -23,7 +23,6 @@ from flap_fast.checks import require
 from flap_fast.config import Config, Mask
 from flap_fast.data.dealing import ClipTokens
 from flap_fast.data.random_streams import Stream
-from flap_fast.encoders.audio_settings import PatchEncoder
 from flap_fast.encoders.base import PackedMask
 from flap_kernels import PatchMask, draw_patch_mask, draw_ragged_patch_mask
 
@@ -80,10 +79,9 @@ def tokens_of_seconds(config: Config, seconds: np.ndarray) -> ClipTokens:
         seconds: (N,) float64, before cropping and filling.
     """
     audio = config.audio
-    assert isinstance(audio, PatchEncoder)
     samples = np.rint(seconds * audio.sample_rate_hz).astype(np.int64)
     frames = audio.frames_of(samples.clip(audio.least_samples, audio.samples))
-    columns = -(-frames // audio.patch)
+    columns = -(-frames // audio.patch_frames)
     most, rows = audio.grid
     masked, whole = np.zeros((2, most + 1), np.int64)
     for n in range(1, most + 1):

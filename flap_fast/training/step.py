@@ -37,7 +37,6 @@ from flap_fast.config import Config
 from flap_fast.data.batch import Batch, PackedMels
 from flap_fast.data.preprocess.spec_augment import spec_augment, spec_augment_packed, stripes
 from flap_fast.data.shards import ShardError
-from flap_fast.encoders.audio_settings import PatchEncoder
 from flap_fast.encoders.base import AnyMask
 from flap_fast.losses import total_loss
 from flap_fast.model.masking import packed_patch_mask, patch_mask
@@ -172,7 +171,6 @@ def patch_mask_of(batch: Batch, config: Config, steps: int, per_epoch: int) -> A
         return None
     media, seed, grid = batch.media, config.run.seed, config.encoder.grid
     if isinstance(media, PackedMels):
-        assert isinstance(config.audio, PatchEncoder)
         times = [patches // grid[1] for patches in config.audio.patches_of(media.frames)]
         index = media.in_order(batch.sample_index)
         return packed_patch_mask(config.mask, times, grid[1], seed, index)

@@ -19,8 +19,9 @@ from flap_fast.data.preprocess.clap_mel import clap_log_mel
 from flap_fast.data.preprocess.fusion import four_channels
 from flap_fast.data.preprocess.kaldi_mel import kaldi_log_mel
 from flap_fast.data.preprocess.log_mel import LogMel, pad_frames
+from flap_fast.data.preprocess.yamnet_mel import yamnet_log_mel
 
-FRONT_ENDS = {"kaldi": kaldi_log_mel, "clap": clap_log_mel}
+FRONT_ENDS = {"kaldi": kaldi_log_mel, "clap": clap_log_mel, "yamnet": yamnet_log_mel}
 
 
 def log_mel(audio: Audio, device: torch.device | str = "cpu") -> LogMel:

@@ -14,7 +14,6 @@ Source: torchaudio.compliance.kaldi.fbank, as AudioMAE's published code calls it
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,46 +21,26 @@ import torch
 from torch import Tensor
 
 from flap_fast.config import Audio
-from flap_fast.data.preprocess.log_mel import pad_frames, to_16_bits
+from flap_fast.data.preprocess.log_mel import FramedLogMel
 from flap_kernels.precision import float32_products
 
 FLOOR = 2.0**-23
 PREEMPHASIS = 0.97
 LOW_HZ = 20.0
-_FRAMES_AT_A_TIME = 65_536
 
 
 @dataclass(frozen=True)
-class KaldiLogMel:
+class KaldiLogMel(FramedLogMel):
     """The `LogMel` of Kaldi: window and mel matrix; `kaldi_log_mel(audio, device)` makes one."""
 
-    audio: Audio
     window: Tensor  # (399,) float32, without its first sample, which is 0
     mel: Tensor  # (F, bins) float32
 
-    def __call__(self, wave: Tensor) -> Tensor:
-        """(B, samples) in [-1, 1] -> (B, T, F) log-mel, padded with zero rows, not normalised."""
-        wave = self._rounded(wave)
-        logmel = self._log_mel(self._frames(wave - wave.mean(1, keepdim=True)))
-        return pad_frames(logmel, self.audio.frames)
-
-    def packed(self, waves: Sequence[Tensor]) -> Tensor:
-        """Waves (samples,) of any lengths -> (M, F), their frames end to end, not normalised."""
-        centred = (wave - wave.mean() for wave in map(self._rounded, waves))
-        rows = [self._log_mel(torch.cat(some)) for some in _parts(map(self._frames, centred))]
-        return torch.cat(rows)
-
-    def whole(self, wave: Tensor, lengths: Tensor) -> Tensor:
-        """(B, longest), zeros behind each clip's length -> (B, M, F), valid up to its frames."""
-        wave = self._rounded(wave)
-        return self._log_mel(self._frames(wave - wave.sum(1, keepdim=True) / lengths[:, None]))
-
-    def _rounded(self, wave: Tensor) -> Tensor:
-        return to_16_bits(wave) if self.audio.int16_roundtrip else wave
-
-    def _frames(self, wave: Tensor) -> Tensor:
-        """(..., samples) -> a view (..., M, window)."""
-        return wave.unfold(-1, self.audio.window, self.audio.hop)
+    def _levelled(self, wave: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """A sound without its mean."""
+        if lengths is None:
+            return wave - wave.mean(-1, keepdim=True)
+        return wave - wave.sum(1, keepdim=True) / lengths[:, None]
 
     def _log_mel(self, frames: Tensor) -> Tensor:
         """(..., M, window) -> (..., M, F)."""
@@ -81,23 +60,6 @@ class KaldiLogMel:
     def size(self) -> int:
         """Samples that are transformed, the last of them zeros."""
         return fft_size(self.audio.window)
-
-
-def _parts(clips: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Clips' frames, as many at a time as fill a GPU.
-
-    On a CPU a clip at a time: it gets the same bits, whichever clips it comes with.
-    """
-    some: list[Tensor] = []
-    count = 0
-    for frames in clips:
-        some.append(frames)
-        count += frames.shape[0]
-        if not frames.is_cuda or count >= _FRAMES_AT_A_TIME:
-            yield some
-            some, count = [], 0
-    if some:
-        yield some
 
 
 def kaldi_log_mel(audio: Audio, device: torch.device | str = "cpu") -> KaldiLogMel:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import model_validator
 
 from flap_fast.checks import require
-from flap_fast.encoders.audio_settings import AudioEncoder
+from flap_fast.encoders.audio_settings import AudioEncoder, Mel
 from flap_fast.section import MEANS_WEIGHTS, Count, Depth, Ratio
 
 if TYPE_CHECKING:
@@ -48,9 +48,9 @@ class HTSATSettings(AudioEncoder):
 
     encoder: Annotated[Literal["htsat"], MEANS_WEIGHTS] = "htsat"
     """LAION-CLAP's HTSAT: a Swin transformer, which cannot be masked."""
-    mel: Annotated[Literal["kaldi", "clap"], MEANS_WEIGHTS] = "clap"
-    """The front end: LAION-CLAP's (1024 samples at 48 kHz, decibels), or Kaldi's (25 ms windows,
-    16 kHz, natural logarithm). Rate, bins and statistics follow it."""
+    mel: Annotated[Mel, MEANS_WEIGHTS] = "clap"
+    """The front end: LAION-CLAP's (1024 samples at 48 kHz, decibels), Kaldi's (25 ms windows,
+    16 kHz, natural logarithm) or YAMNet's. Rate, bins and statistics follow it."""
     size: Literal["tiny", "base", "large"] = "tiny"
     """Width of the first stage (96, 128 or 256, doubled at each), blocks and heads."""
     width: Count | None = None

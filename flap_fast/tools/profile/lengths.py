@@ -23,12 +23,11 @@ from typing import Any
 import numpy as np
 
 from flap_fast.checks import read_text, require
-from flap_fast.config import Config
+from flap_fast.config import Audio, Config
 from flap_fast.data.enriched import CaptionChoice
 from flap_fast.data.lengths import clip_seconds
 from flap_fast.data.sampler import Sampler
 from flap_fast.data.shards import open_shards, shard_kinds
-from flap_fast.encoders.audio_settings import PatchEncoder
 from flap_fast.places import Place, Url, is_pattern
 from flap_fast.ranks import Ranks
 
@@ -146,18 +145,16 @@ def wavcaps_like() -> LengthMix:
 def frames_of(config: Config, seconds: np.ndarray) -> tuple[int, ...]:
     """The frames of clips in the encoder's input, ascending; see `PackedMels.frames`."""
     audio = config.audio
-    assert isinstance(audio, PatchEncoder)
     held = audio.frames_of(_samples(audio, seconds))
-    return tuple(np.sort(-(-held // audio.patch) * audio.patch).tolist())
+    return tuple(np.sort(audio.padded_frames(held)).tolist())
 
 
 def sound_frames(config: Config, seconds: np.ndarray) -> int:
     """Frames of clips that hold sound: without what fills their last patches."""
     audio = config.audio
-    assert isinstance(audio, PatchEncoder)
     return int(audio.frames_of(_samples(audio, seconds)).sum())
 
 
-def _samples(audio: PatchEncoder, seconds: np.ndarray) -> np.ndarray:
+def _samples(audio: Audio, seconds: np.ndarray) -> np.ndarray:
     samples = np.rint(seconds * audio.sample_rate_hz).astype(np.int64)
     return samples.clip(audio.least_samples, audio.samples)

@@ -1,0 +1,1 @@
+"""YAMNet, a small audio encoder whose trained weights are public."""
