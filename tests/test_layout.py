@@ -48,6 +48,7 @@ DOORS = {
     "onnx": {
         "flap_fast/tools/enrich/yamnet.py",
         "flap_fast/interchange/to_onnx/int8.py",
+        "flap_fast/interchange/yamnet.py",
         "flap_fast/interchange/to_onnx/smoothing.py",
     },
     "matplotlib": {

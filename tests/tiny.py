@@ -27,6 +27,12 @@ HTSAT = (
     *("audio.width=16", "specaug.time_frames=16", "specaug.freq_bins=4"),
 )
 
+# Pieces of 96 x 32 cells, blocks of up to 32 channels; clips of up to 2 s, two pieces.
+YAMNET = (
+    *("audio.encoder=yamnet", "audio.max_duration_s=2", "audio.mel_bins=32"),
+    *("audio.size=null", "audio.depth=null", "audio.heads=null"),
+)
+
 
 def vit_of(config: Config) -> ViTSettings:
     """The audio encoder's settings, where they are a ViT's."""

@@ -115,8 +115,11 @@ class Audio(Section):
         """Frames T of the longest log-mel in the encoder's input."""
         return self.padded_frames(self.frames_of(self.samples)) if self.variable else self.frames
 
-    def padded_frames(self, frames: int) -> int:
-        """Frames of a clip of its own length with the silence behind them: whole patches."""
+    def padded_frames(self, frames):
+        """Frames of a clip of its own length with the silence behind them: whole patches.
+
+        Of a number, or of an array of them.
+        """
         # Of no negative number, whose quotient ONNX rounds the other way.
         return (frames + self.patch_frames - 1) // self.patch_frames * self.patch_frames
 

@@ -27,11 +27,16 @@ _HALVED = {0, 3, 7, 11, 23}  # the convolutions with a stride of 2
 
 
 def onnx_file(path: Path) -> Path | None:
-    """The ONNX model that a path is, or the only one in a folder; zipped or not."""
-    if path.is_dir():
-        found = sorted(f for f in path.iterdir() if f.name.endswith((".onnx", ".onnx.zip")))
-        return found[0] if len(found) == 1 else None
-    return path if path.name.endswith((".onnx", ".onnx.zip")) else None
+    """The ONNX model that a path is, or that a folder holds; zipped or not.
+
+    Raises:
+        ConfigError: a folder holds several.
+    """
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    found = [file for file in files if file.name.endswith((".onnx", ".onnx.zip"))]
+    names = ", ".join(file.name for file in found)
+    require(len(found) < 2, str(path), "hold one ONNX model", names, "name one of them")
+    return found[0] if found else None
 
 
 def read_onnx(file: Path, work: Path) -> Saved:

@@ -26,7 +26,7 @@ from flap_fast.training.observers import Metrics
 from flap_fast.training.setup import clip_tokens
 from flap_fast.training.step import Gradients, model_inputs, patch_mask_of
 from flap_kernels import gather_tokens
-from tests.tiny import HTSAT, tiny, tiny_clip
+from tests.tiny import HTSAT, YAMNET, tiny, tiny_clip
 from tests.training.fake_cuda import DEVICE, Copy, DeviceError, FakeCuda, fake_cuda
 from tests.training.kinds import sets_of_each_kind
 
@@ -61,6 +61,7 @@ CASES = {
     "CLIP's text encoder": ("text.encoder=clip",),
     "frozen text": ("text.freeze=true",),
     "HTSAT": HTSAT,
+    "YAMNet": YAMNET,
     "fusion": ("fusion.type=aff_2d", *RECON),
     "fusion of log-mels": ("fusion.type=iaff_1d", *HTSAT),
     "fusion as channels": ("fusion.type=channel_map", *HTSAT),

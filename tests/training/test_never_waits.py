@@ -28,7 +28,7 @@ from tests.training.test_fake_cuda import settings
 # captions are left out: new ones go into a file, so that step waits.
 CASES = (
     *("contrastive", "every loss", "cyclic, tiled", "recomputed blocks", "padded text"),
-    *("CLIP's text encoder", "HTSAT", "fusion", "fusion as channels", "images"),
+    *("CLIP's text encoder", "HTSAT", "YAMNet", "fusion", "fusion as channels", "images"),
     *("variable, window, recon", "micro-batches", "micro-batches of tokens"),
 )
 WARM_UP, STEPS = 2, 3

@@ -60,7 +60,9 @@ class YamnetSettings(AudioEncoder):
         return Yamnet(self)
 
     @model_validator(mode="after")
-    def _is_variable(self):
+    def _divides(self):
         rule = "be variable with audio.encoder = yamnet, which takes clips piece by piece"
         require(self.variable, "audio.length", rule, self.length, "leave it out")
+        rule = "be a multiple of 32, which five strides of 2 divide"
+        require(self.mel_bins % 32 == 0, "audio.mel_bins", rule, self.mel_bins)
         return self

@@ -78,14 +78,16 @@ def tower_flop(
     found_at = {n: traced(CLIPS[0], n, None) for n in points}
     found = {part: scaled(f, clips, CLIPS[0]) for part, f in found_at[points[0]].items()}
     text, rows = tower("text"), CLIPS[0] * sentences
-    by_length = {n: flop[text] for n, flop in found_at.items()}
+    # A frozen encoder without a head has none.
+    by_length = {n: flop.get(text, Flop()) for n, flop in found_at.items()}
     if frames:
         packed = traced(len(frames), points[0], tuple(frames))
         found |= {part: f for part, f in packed.items() if part != text}
-    found[text] = summed(
+    of_text = summed(
         scaled(interpolated(by_length, n), many, rows) for n, many in Counter(lengths).items()
     )
-    return found
+    media, *others = (part for part in found if part != text)
+    return {media: found[media], text: of_text} | {part: found[part] for part in others}
 
 
 def _points(lengths: Sequence[int], max_tokens: int) -> list[int]:

@@ -23,7 +23,7 @@ from flap_fast.training.frozen_text import frozen_text
 from flap_fast.training.step import Gradients
 from flap_fast.training.teacher import teacher
 from flap_kernels.masked_mse import _masked_mse, _masked_mse_backward
-from tests.tiny import HTSAT, tiny, tiny_clip
+from tests.tiny import HTSAT, YAMNET, tiny, tiny_clip
 
 
 def counter() -> FlopCounterMode:
@@ -120,6 +120,7 @@ VARIABLE = ("audio.length=variable", "audio.max_duration_s=2")
         ("train.micro_tokens=80", *RECON),
         ("train.micro_batch=2", "train.checkpoint_activations=true"),
         ("mask.kind=1d", "mask.ratio=0.3", "audio.use_cls=false", "text.pool=mean"),
+        YAMNET,
     ],
 )
 def test_products_of_clips_of_their_own_lengths_are_as_many_as_pytorch_counts(overrides: tuple):
@@ -127,7 +128,7 @@ def test_products_of_clips_of_their_own_lengths_are_as_many_as_pytorch_counts(ov
     mix = LengthMix("a test", np.array([0.05, 0.3, 0.7, 0.7, 1.1, 1.9, 3.0]))
     work = rank_work(config, 1, mix)
     assert work.lengths is not None
-    assert len(set(work.lengths.frames)) > 3
+    assert len(set(work.lengths.frames)) > (1 if config.audio.encoder == "yamnet" else 3)
     assert work.micro_batches == (3 if config.train.micro_tokens or config.train.micro_batch else 1)
     lengths, counted = products_of_a_step(config, mix)
     parts = StepCounts(config, half=False, mix=mix).flop(lengths)

@@ -1,0 +1,173 @@
+"""YAMNet as ONNX -> an audio encoder: against onnxruntime on the same file."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import helper, numpy_helper
+
+from flap_fast.checks import ConfigError
+from flap_fast.config import Config
+from flap_fast.config.file import load_config
+from flap_fast.interchange.convert import import_checkpoint
+from flap_fast.model.first_weights import put_first_weights
+from flap_fast.model.model_folder import TOWER
+from flap_fast.model.two_towers import TwoTowers
+from flap_fast.training.loop import train
+from tests.tiny import YAMNET, tiny
+
+WIDTH = 32
+TABLE = (
+    *((2, 1), (4, 2), (4, 1), (8, 2), (8, 1), (16, 2)),
+    *((16, 1), (16, 1), (16, 1), (16, 1), (16, 1), (32, 2), (32, 1)),
+)
+Store = Callable[[str, np.ndarray], tuple[str, list, list]]
+
+
+def as_it_is(name: str, weight: np.ndarray) -> tuple[str, list, list]:
+    return name, [numpy_helper.from_array(weight, name)], []
+
+
+def _scales(name: str, weight: np.ndarray) -> tuple[np.ndarray, list]:
+    scale = (np.abs(weight).max((1, 2, 3)) / 127).astype(np.float32)
+    return scale, [
+        numpy_helper.from_array(scale, f"{name}_scale"),
+        numpy_helper.from_array(np.zeros(len(scale), np.int8), f"{name}_zero"),
+    ]
+
+
+def quantised_here(name: str, weight: np.ndarray) -> tuple[str, list, list]:
+    """Qualcomm's: the float weight in the file, quantised and back in the graph."""
+    _, stored = _scales(name, weight)
+    ends = [f"{name}_scale", f"{name}_zero"]
+    nodes = [
+        helper.make_node("QuantizeLinear", [name, *ends], [f"{name}_q"], axis=0),
+        helper.make_node("DequantizeLinear", [f"{name}_q", *ends], [f"{name}_qdq"], axis=0),
+    ]
+    return f"{name}_qdq", [numpy_helper.from_array(weight, name), *stored], nodes
+
+
+def quantised_before(name: str, weight: np.ndarray) -> tuple[str, list, list]:
+    """int8 in the file, and a scale of each channel."""
+    scale, stored = _scales(name, weight)
+    whole = np.rint(weight / scale[:, None, None, None]).astype(np.int8)
+    inputs = [f"{name}_q", f"{name}_scale", f"{name}_zero"]
+    node = helper.make_node("DequantizeLinear", inputs, [f"{name}_d"], axis=0)
+    return f"{name}_d", [numpy_helper.from_array(whole, f"{name}_q"), *stored], [node]
+
+
+def write(file: Path, store: Store = as_it_is, table: tuple = TABLE) -> Path:
+    """A narrow YAMNet of random weights: pieces (1, 1, 96, 64) -> their means (1, 32, 1, 1)."""
+    random, stored, nodes, x = np.random.default_rng(0), [], [], "audio"
+
+    def convolution(inputs: int, outputs: int, side: int, stride: int, groups: int) -> None:
+        nonlocal x
+        n = sum(node.op_type == "Conv" for node in nodes)
+        shape = outputs, inputs // groups, side, side
+        weight = random.standard_normal(shape) * np.sqrt(2 / np.prod(shape[1:]))
+        name, kept, before = store(f"w{n}", weight.astype(np.float32))
+        bias = (0.1 * random.standard_normal(outputs)).astype(np.float32)
+        stored.extend([*kept, numpy_helper.from_array(bias, f"b{n}")])
+        pads = [0] * 4 if side == 1 else [2 - stride, 2 - stride, 1, 1]
+        nodes.extend(before)
+        given: dict[str, Any] = {"strides": [stride] * 2, "pads": pads, "group": groups}
+        nodes.append(helper.make_node("Conv", [x, name, f"b{n}"], [f"c{n}"], **given)  # type: ignore)
+        nodes.append(helper.make_node("Relu", [f"c{n}"], [f"r{n}"]))
+        x = f"r{n}"
+
+    convolution(1, 1, 3, 2, 1)
+    channels = 1
+    for outputs, stride in table:
+        convolution(channels, channels, 3, stride, channels)
+        convolution(channels, outputs, 1, 1, 1)
+        channels = outputs
+    nodes.append(helper.make_node("GlobalAveragePool", [x], ["out"]))
+    ends = [
+        [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)]
+        for name, shape in (("audio", (1, 1, 96, 64)), ("out", (1, channels, 1, 1)))
+    ]
+    graph = helper.make_graph(nodes, "yamnet", *ends, stored)
+    opset = [helper.make_opsetid("", 17)]
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=9), str(file))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("store", "most"), [(as_it_is, 1e-5), (quantised_here, 0.15), (quantised_before, 1e-5)]
+)
+def test_an_import_gives_what_onnxruntime_gives(store: Store, most: float, tmp_path: Path):
+    """Of weights that were quantised in the graph, those before: as near as int8 is."""
+    file = write(tmp_path / "m.onnx", store)
+    use = import_checkpoint(file, tmp_path / "out")
+    assert use == f"an audio encoder; train from it with train.init_audio_from={tmp_path}/out"
+    config = load_config(tmp_path / "out/config.yaml")
+    assert (config.audio.encoder, config.audio.mel) == ("yamnet", "yamnet")
+    settings = f"audio.width={WIDTH}", f"train.init_audio_from={tmp_path}/out"
+    encoder: Any = begun(tiny(*YAMNET, "audio.mel_bins=64", *settings)).audio
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    for seed in range(3):
+        piece = np.random.default_rng(seed).normal(-2, 2, (1, 1, 96, 64)).astype(np.float32)
+        wanted: Any = session.run(None, {"audio": piece})[0]
+        with torch.no_grad():
+            found = encoder(torch.from_numpy(piece)).pooled
+        assert np.abs(found.numpy() - wanted[:, :, 0, 0]).max() < most * np.abs(wanted).max()
+    if store is quantised_here:  # exactly those of the file that were not quantised
+        write(tmp_path / "float.onnx")
+        import_checkpoint(tmp_path / "float.onnx", tmp_path / "float")
+        ours, float_ = ((tmp_path / n / TOWER).read_bytes() for n in ("out", "float"))
+        assert ours == float_
+
+
+def begun(config: Config) -> TwoTowers:
+    model = TwoTowers(config)
+    put_first_weights(model, config)
+    return model.eval()
+
+
+def test_a_zip_and_a_folder_with_one_are_read(tmp_path: Path):
+    (tmp_path / "package").mkdir()
+    write(tmp_path / "m.onnx")
+    with zipfile.ZipFile(tmp_path / "package/m.onnx.zip", "w") as archive:
+        archive.write(tmp_path / "m.onnx", "inside/m.onnx")
+    import_checkpoint(tmp_path / "package", tmp_path / "out")
+    assert (tmp_path / "out/SHA256SUMS").is_file()
+
+
+def test_a_training_begins_from_it(prepared: Path, tmp_path: Path):
+    import_checkpoint(write(tmp_path / "m.onnx"), tmp_path / "yamnet")
+    data = f"data.train={prepared}/train", f"run.folder={tmp_path}", "log.tensorboard=false"
+    settings = (f"audio.width={WIDTH}", "audio.mel_bins=64", "train.steps=1", *data)
+    train(tiny(*YAMNET, *settings, f"train.init_audio_from={tmp_path}/yamnet"))
+    other = "run.name=other", "audio.width=64", f"train.init_audio_from={tmp_path}/yamnet"
+    with pytest.raises(ConfigError, match="audio"):
+        train(tiny(*YAMNET, *settings, *other))
+
+
+def test_what_is_no_yamnet_is_refused(tmp_path: Path):
+    (tmp_path / "damaged.onnx").write_bytes(write(tmp_path / "m.onnx").read_bytes()[:500])
+    write(tmp_path / "short.onnx", table=TABLE[:-1])
+    write(tmp_path / "other.onnx", table=((2, 2), *TABLE[1:]))
+    (tmp_path / "two").mkdir()
+    for name in "ab":
+        write(tmp_path / f"two/{name}.onnx")
+    refusals = {
+        "damaged.onnx": "damaged.onnx must hold one ONNX model: ",
+        "short.onnx": "short.onnx must have LAION-CLAP's",
+        "other.onnx": "other.onnx: convolution 1 must have strides [1, 1], got '[2, 2]'",
+        "two": "two must hold one ONNX model, got 'a.onnx, b.onnx'",
+        "none.onnx": "the checkpoint must exist",
+        "package:nowhere": "the checkpoint must name an installed package",
+    }
+    for name, message in refusals.items():
+        with pytest.raises(ConfigError) as caught:
+            import_checkpoint(Path(name if ":" in name else tmp_path / name), tmp_path / "out")
+        assert message in str(caught.value), name
+        assert not (tmp_path / "out").exists()
