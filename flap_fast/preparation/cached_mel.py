@@ -18,7 +18,8 @@ import torch
 from flap_fast.checks import require
 from flap_fast.config import Audio
 from flap_fast.data.preprocess.cached_mel import SETTINGS_FILE, front_end_settings, npy_of
-from flap_fast.data.preprocess.kaldi_mel import KaldiLogMel, kaldi_log_mel
+from flap_fast.data.preprocess.front_end import log_mel
+from flap_fast.data.preprocess.log_mel import LogMel
 from flap_fast.data.preprocess.waveform import BadSound, fill, joined, read_sound
 from flap_fast.preparation.encoding import EncodedImage, FlacEncoder, checked_blocks, read_source
 from flap_fast.preparation.manifest import Entry
@@ -31,8 +32,8 @@ class CachedMelEncoder:
     audio: Audio
 
     def __post_init__(self):
-        rule = "be kaldi to be cached: CLAP's frames mirror the sound at a crop's edges"
-        require(self.audio.mel == "kaldi", "audio.mel", rule, self.audio.mel)
+        rule = "not be clap to be cached, whose frames mirror the sound at a crop's edges"
+        require(self.audio.mel != "clap", "audio.mel", rule, self.audio.mel)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -53,8 +54,8 @@ class CachedMelEncoder:
             torch.set_num_threads(before)
 
     @cached_property
-    def _mel(self) -> KaldiLogMel:
-        return kaldi_log_mel(self.audio)
+    def _mel(self) -> LogMel:
+        return log_mel(self.audio)
 
     def encode(self, entry: Entry) -> tuple[str, bytes]:
         """The log-mel of the sound that training would read; raises `BadSound`."""
@@ -66,16 +67,15 @@ class CachedMelEncoder:
             wave = joined(checked_blocks(entry, source, rate))
         else:  # of a file through the 16 bits of the shard that stands for it
             wave = read_sound(FlacEncoder(rate).encode(entry)[1], rate)
-        return "npy", npy_of(log_mel_of(wave, self._mel))
+        return "npy", npy_of(log_mel_of(wave, self._mel, self.audio))
 
 
-def log_mel_of(wave: np.ndarray, mel: KaldiLogMel) -> np.ndarray:
+def log_mel_of(wave: np.ndarray, mel: LogMel, audio: Audio) -> np.ndarray:
     """(t, F) float32: all frames of a clip, or of the clip filled to the least that training takes.
 
     In pieces as long as training's crops, the last one ending with the last frame: they are what
     the front end gives for crops that begin there.
     """
-    audio = mel.audio
     wave = fill(wave, max(audio.least_samples, len(wave)), audio.filling)
     total = audio.frames_of(len(wave))
     chunk = min(total, audio.frames_of(audio.samples))

@@ -118,7 +118,7 @@ def _compared(there: Config, here: Config) -> Iterator[tuple[str, object, object
     if here.encoder is here.audio:
         yield "audio.length", there.audio.length, here.audio.length
         of_mel = here.audio.front_end().keys() - {"length"}
-        if here.audio.mel == "kaldi":
+        if here.audio.mel != "clap":
             of_mel -= {"mel_variant", "low_hz", "high_hz"}  # CLAP's
         bound = "max_duration_s" if here.audio.variable else "frames"
         names = [*sorted(of_mel), "mean", "std", bound]

@@ -79,7 +79,7 @@ def write(file: Path, store: Store = as_it_is, table: tuple = TABLE) -> Path:
         pads = [0] * 4 if side == 1 else [2 - stride, 2 - stride, 1, 1]
         nodes.extend(before)
         given: dict[str, Any] = {"strides": [stride] * 2, "pads": pads, "group": groups}
-        nodes.append(helper.make_node("Conv", [x, name, f"b{n}"], [f"c{n}"], **given)  # type: ignore)
+        nodes.append(helper.make_node("Conv", [x, name, f"b{n}"], [f"c{n}"], **given))  # type: ignore
         nodes.append(helper.make_node("Relu", [f"c{n}"], [f"r{n}"]))
         x = f"r{n}"
 

@@ -8,8 +8,8 @@ CPU operators, the same graph with a GPU. Clips come in through an external sour
 DALI's, so that the order of clips is the sampler's for any number of ranks and any restart.
 
 With fusion, or audio.length = variable, clips are whole, of lengths of their own.
-`dali_mel` is exact for CLAP's mel and approximates Kaldi's: DALI does not remove a frame's mean,
-and its triangles are linear in Hz.
+`dali_mel` is exact for CLAP's mel and approximates Kaldi's and YAMNet's: its triangles are linear
+in Hz, and it does not remove a frame's mean.
 
 Images are decoded to the same bits as by the reference implementation, `image.read_image`. Resized
 pixels differ by a rounding, since Pillow rounds (and clips) between the two axes and DALI does not;
@@ -33,8 +33,8 @@ from nvidia.dali import math as dali_math
 
 from flap_fast.config import Audio, Fusion
 from flap_fast.data.batch import DecodedBatch, EncodedBatch
-from flap_fast.data.preprocess import clap_mel
-from flap_fast.data.preprocess.kaldi_mel import FLOOR, LOW_HZ, PREEMPHASIS, hann
+from flap_fast.data.preprocess import clap_mel, yamnet_mel
+from flap_fast.data.preprocess.kaldi_mel import FLOOR, LOW_HZ, PREEMPHASIS, fft_size, hann
 from flap_fast.data.preprocess.waveform import Unusable
 
 Graph = Callable[[Any, Any, bool], tuple[Any, ...]]
@@ -201,7 +201,7 @@ def _log_mel(wave, audio: Audio):
         wave = dali_math.clamp(wave, -1, 1) * 32767
         whole = dali_math.floor(dali_math.max(wave, 0)) - dali_math.floor(dali_math.max(-wave, 0))
         wave = whole / 32767
-    log = (_clap if audio.mel == "clap" else _kaldi)(wave, audio)
+    log = {"clap": _clap, "kaldi": _kaldi, "yamnet": _yamnet}[audio.mel](wave, audio)
     return fn.transpose(log, perm=[1, 0])
 
 
@@ -234,7 +234,7 @@ def _kaldi(wave, audio: Audio):
     wave = fn.preemphasis_filter(wave, preemph_coeff=PREEMPHASIS)
     power = fn.spectrogram(
         wave,
-        nfft=1 << (audio.window - 1).bit_length(),
+        nfft=fft_size(audio.window),
         window_length=audio.window,
         window_step=audio.hop,
         window_fn=hann(audio.window).astype(np.float32).tolist(),
@@ -251,6 +251,29 @@ def _kaldi(wave, audio: Audio):
         normalize=False,
     )
     return fn.to_decibels(mel, multiplier=math.log(10), reference=1.0, cutoff_db=math.log(FLOOR))
+
+
+def _yamnet(wave, audio: Audio):
+    magnitude = fn.spectrogram(
+        wave,
+        nfft=fft_size(audio.window),
+        window_length=audio.window,
+        window_step=audio.hop,
+        window_fn=clap_mel.hann(audio.window).astype(np.float32).tolist(),
+        center_windows=False,
+        power=1,
+        layout="ft",
+    )
+    mel = fn.mel_filter_bank(
+        magnitude,
+        sample_rate=float(audio.sample_rate_hz),
+        nfilter=audio.mel_bins,
+        freq_low=yamnet_mel.LOW_HZ,
+        freq_high=yamnet_mel.HIGH_HZ,
+        mel_formula="htk",
+        normalize=False,
+    )
+    return dali_math.log(mel + yamnet_mel.OFFSET)
 
 
 _ABSOLUTE = {"normalized_anchor": False, "normalized_shape": False}

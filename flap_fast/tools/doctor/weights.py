@@ -106,7 +106,7 @@ def _settings(config: Config) -> dict[str, object]:
     """What the encoder's input is made of, as far as its weights know: rate, bins, statistics."""
     encoder = config.encoder
     names = ("sample_rate_hz", "mel", "mel_bins", "mel_variant", "low_hz", "high_hz", "mean", "std")
-    if getattr(encoder, "mel", None) == "kaldi":
+    if getattr(encoder, "mel", None) in ("kaldi", "yamnet"):
         names = ("sample_rate_hz", "mel", "mel_bins", "mean", "std")
     return {f"audio.{n}": getattr(encoder, n) for n in names if hasattr(encoder, n)}
 

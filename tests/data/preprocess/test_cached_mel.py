@@ -77,7 +77,7 @@ def test_a_long_clip_is_cropped_at_frames_that_are_those_of_its_sound():
     """3.217 s: 320 frames, 223 crops of 98, each the front end's of the sound from there."""
     mel = kaldi_log_mel(AUDIO)
     wave = noise(0, 3.217, RATE, slope=1)
-    rows = log_mel_of(wave, mel)
+    rows = log_mel_of(wave, mel, mel.audio)
     assert rows.shape == (320, 128)
     data = io.BytesIO()
     np.save(data, rows.astype(np.float16))
@@ -92,7 +92,7 @@ def test_a_short_clip_is_filled_before_its_log_mel_is_taken(seconds):
     wave = noise(0, seconds, RATE)
     filled = torch.from_numpy(fill(wave, RATE, "repeatpad"))
     mel = kaldi_log_mel(AUDIO)
-    assert np.array_equal(log_mel_of(wave, mel), mel(filled[None])[0, :98].numpy())
+    assert np.array_equal(log_mel_of(wave, mel, mel.audio), mel(filled[None])[0, :98].numpy())
 
 
 def test_evaluation_scores_cached_log_mels_as_sounds(both):
@@ -318,7 +318,7 @@ def test_frontend_json_stands_beside_the_shards(both):
 
 
 def test_neither_claps_log_mels_nor_fusion_are_cached(both):
-    with pytest.raises(ConfigError, match=r"audio\.mel must be kaldi to be cached"):
+    with pytest.raises(ConfigError, match=r"audio\.mel must not be clap to be cached"):
         CachedMelEncoder(Audio(mel="clap", sample_rate_hz=48_000, mel_bins=64, frames=1001))
     config = tiny("fusion.type=aff_2d", f"data.train={both}/mels/train")
     with pytest.raises(ConfigError, match=r"fusion\.type must be none with cached log-mels"):

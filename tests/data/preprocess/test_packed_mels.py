@@ -19,7 +19,7 @@ from flap_fast.encoders.vit.settings import ViTSettings
 from flap_fast.preparation.prepare import prepare
 from flap_fast.ranks import Ranks
 from tests.sounds import encode, noise, write_manifest
-from tests.tiny import tiny
+from tests.tiny import YAMNET, tiny
 
 RATE = 16_000
 CPU = torch.device("cpu")
@@ -56,14 +56,15 @@ def test_clips_lie_end_to_end_by_length_and_are_their_own_log_mels():
         assert (mel[len(alone) :] == torch.tensor(2.0**-23).log()).all()
 
 
+@pytest.mark.parametrize("encoder", [(), YAMNET], ids=["vit", "yamnet"])
 @pytest.mark.parametrize("backend", ["dali_wave", "dali_mel"])
-def test_dali_gives_what_the_reference_gives(backend):
-    """At the front end's rate; DALI's own mel approximates Kaldi's."""
+def test_dali_gives_what_the_reference_gives(backend, encoder):
+    """At the front end's rate; DALI's own mel approximates Kaldi's and YAMNet's."""
     clips = [encode(noise(n, s, RATE), RATE) for n, s in enumerate(SECONDS)]
     batches = [EncodedBatch(clips, np.linspace(0, 0.9, 6)), EncodedBatch(clips[:1], np.zeros(1))]
     found = []
     for name in (backend, "torch"):
-        settings = config(f"frontend.backend={name}")
+        settings = config(f"frontend.backend={name}", *encoder)
         inputs = AudioPreprocessor(settings, Ranks()).stream(iter(batches), 6)
         found.append([packed(media) for media, _ in inputs])
     for ours, theirs in zip(*found, strict=True):
@@ -72,22 +73,23 @@ def test_dali_gives_what_the_reference_gives(backend):
         assert (ours.mel - theirs.mel)[:, 6:].abs().max() < limit
 
 
-def test_cached_log_mels_are_those_of_the_sounds(tmp_path):
-    rows = []
+@pytest.mark.parametrize("encoder", [(), YAMNET], ids=["vit", "yamnet"])
+def test_cached_log_mels_are_those_of_the_sounds(tmp_path, encoder):
+    rows, settings = [], config(*encoder)
     for n, seconds in enumerate(SECONDS):
         (tmp_path / f"{n}.flac").write_bytes(encode(noise(n, seconds, RATE), RATE))
         rows.append({"audio": f"{n}.flac", "caption": f"noise {n}"})
-    manifest, audio = write_manifest(tmp_path / "m.jsonl", rows), config().audio
+    manifest, audio = write_manifest(tmp_path / "m.jsonl", rows), settings.audio
     prepare(manifest, tmp_path / "sounds", show=False)
     prepare(manifest, tmp_path / "mels", cache=audio, show=False)
     # Whole clips, of more than 2 s in windows of 2 s; less than 25 ms are rejected.
     both = []
     for kind in ("sounds", "mels"):
         shards = open_shards([tmp_path / kind / "train"])
-        crops = crops_of(config(), shards, Ranks())
+        crops = crops_of(settings, shards, Ranks())
         assert np.bincount(crops.clips).tolist() == [1, 1, 1, 1, 2]
         both.append(
-            [packed(found.media) for found in evaluation_batches(config(), shards, crops, Ranks())]
+            [packed(found.media) for found in evaluation_batches(settings, shards, crops, Ranks())]
         )
     for sounds, mels in zip(*both, strict=True):
         assert (sounds.frames, sounds.order) == (mels.frames, mels.order)
