@@ -94,7 +94,7 @@ def write(file: Path, store: Store = as_it_is, table: tuple = TABLE) -> Path:
         [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)]
         for name, shape in (("audio", (1, 1, 96, 64)), ("out", (1, channels, 1, 1)))
     ]
-    graph = helper.make_graph(nodes, "yamnet", *ends, stored)
+    graph = helper.make_graph(nodes, "yamnet", ends[0], ends[1], stored)
     opset = [helper.make_opsetid("", 17)]
     onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=9), str(file))
     return file
