@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from flap_fast.checks import require
-from flap_fast.section import MEANS_WEIGHTS, Count, Depth, Positive, Section
+from flap_fast.section import MEANS_WEIGHTS, Count, Depth, Positive, Ratio, Section
 
 
 class Decoder(Section):
@@ -43,3 +43,5 @@ class Joint(Section):
     """The captions' projection: that of the text encoder's authors (`encoder`), LAION-CLAP's two
     layers, CLIP's matrix without bias, or none: sounds are projected into the text encoder's own
     space, whose width is joint.width. With few captions a projection learns those by heart."""
+    dropout: Ratio = 0.0
+    """Dropout before each layer of the heads, in training. Worth a try with few clips: 0.3."""

@@ -75,7 +75,8 @@ class TwoTowers(nn.Module):
         ]
         width: int = media.width  # type: ignore[assignment]
         if not encoder.joint_space:
-            self.add_module(f"{self.modality}_head", mlp_head(width, joint))
+            head = MlpHead(width, joint, config.joint.dropout)
+            self.add_module(f"{self.modality}_head", head)
         self.text_head = _text_head(config, self.text.width)  # type: ignore[arg-type]
         # Shape (1,), not (): DeepSpeed cannot broadcast a parameter without dimensions.
         self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / config.joint.temperature)]))
@@ -188,29 +189,45 @@ def takes_bf16(precision: str, device: torch.device) -> bool:
     return precision == "bf16" or (precision == "auto" and device.type == "cuda")
 
 
-def mlp_head(width: int, joint: int) -> nn.Sequential:
-    """LAION-CLAP's head."""
-    return nn.Sequential(nn.Linear(width, joint), nn.ReLU(), nn.Linear(joint, joint))
+class MlpHead(nn.Sequential):
+    """LAION-CLAP's head, with dropout before each layer."""
+
+    def __init__(self, width: int, joint: int, dropout: float):
+        super().__init__(nn.Linear(width, joint), nn.ReLU(), nn.Linear(joint, joint))
+        self.dropout = dropout
+
+    def forward(self, input: Tensor) -> Tensor:
+        for layer in self:
+            if isinstance(layer, nn.Linear):
+                input = functional.dropout(input, self.dropout, self.training)
+            input = layer(input)
+        return input
 
 
-def linear_head(width: int, joint: int) -> nn.Linear:
-    """CLIP's head: a linear map without bias."""
-    head = nn.Linear(width, joint, bias=False)
-    nn.init.normal_(head.weight, std=width**-0.5)
-    return head
+class LinearHead(nn.Linear):
+    """CLIP's head: a linear map without bias, with dropout before it."""
+
+    def __init__(self, width: int, joint: int, dropout: float):
+        super().__init__(width, joint, bias=False)
+        self.dropout = dropout
+        nn.init.normal_(self.weight, std=width**-0.5)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(functional.dropout(input, self.dropout, self.training))
 
 
 def _text_head(config: Config, width: int) -> nn.Module:
     """The captions' projection that joint.text_head names."""
     kind, joint = config.joint.text_head, config.joint.width
     if kind != "none":
-        return _HEADS[config.text.head if kind == "encoder" else kind](width, joint)
+        head = _HEADS[config.text.head if kind == "encoder" else kind]
+        return head(width, joint, config.joint.dropout)
     rule = f"be {width}, the text encoder's width, with joint.text_head = none"
     require(joint == width, "joint.width", rule, joint)
     return nn.Identity()
 
 
-_HEADS = {"mlp": mlp_head, "linear": linear_head}
+_HEADS = {"mlp": MlpHead, "linear": LinearHead}
 
 
 class _Clamp(torch.autograd.Function):

@@ -46,7 +46,7 @@ def test_a_layout_is_added_by_one_record(model_folder: Path, tmp_path: Path, mon
     assert ours.keys() == back.keys()
     assert all(torch.equal(ours[name], back[name]) for name in ours)
     torch.save({"theirs.weight": torch.zeros(1)}, tmp_path / "b.pt")
-    with pytest.raises(ConfigError, match=r"have mine \(mine\.\.\.\), LAION-CLAP's .* or AudioMAE"):
+    with pytest.raises(ConfigError, match=r"have mine \(mine\.\.\.\), LAION-CLAP's .* or YAMNet"):
         import_checkpoint(tmp_path / "b.pt", tmp_path / "x")
 
 
