@@ -134,12 +134,12 @@ class Audio(Section):
         return self.sample_rate_hz // 100
 
     def frames_of(self, samples):
-        """Number of frames of a sound: one per shift (CLAP), or only whole frames (the others).
+        """Number of frames of a sound: only whole frames (Kaldi), or one per shift (CLAP, YAMNet).
 
         Of a number, or of a tensor of them.
         """
-        whole = samples if self.mel == "clap" else samples - self.window
-        return 1 + whole // self.hop
+        least = {"kaldi": self.window, "clap": 0, "yamnet": 1}[self.mel]
+        return 1 + (samples - least) // self.hop
 
     def front_end(self) -> dict[str, Any]:
         """The settings that a cached log-mel depends on."""

@@ -254,6 +254,7 @@ def _kaldi(wave, audio: Audio):
 
 
 def _yamnet(wave, audio: Audio):
+    wave = fn.cat(wave, types.Constant(np.zeros(audio.window - 1, np.float32)), axis=0)
     magnitude = fn.spectrogram(
         wave,
         nfft=fft_size(audio.window),

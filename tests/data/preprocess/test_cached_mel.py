@@ -318,7 +318,7 @@ def test_frontend_json_stands_beside_the_shards(both):
 
 
 def test_neither_claps_log_mels_nor_fusion_are_cached(both):
-    with pytest.raises(ConfigError, match=r"audio\.mel must not be clap to be cached"):
+    with pytest.raises(ConfigError, match=r"audio\.mel must be kaldi to be cached"):
         CachedMelEncoder(Audio(mel="clap", sample_rate_hz=48_000, mel_bins=64, frames=1001))
     config = tiny("fusion.type=aff_2d", f"data.train={both}/mels/train")
     with pytest.raises(ConfigError, match=r"fusion\.type must be none with cached log-mels"):
