@@ -27,7 +27,7 @@ HTSAT = (
     *("audio.width=16", "specaug.time_frames=16", "specaug.freq_bins=4"),
 )
 
-# Pieces of 96 x 32 cells, blocks of up to 32 channels; clips of up to 2 s, two pieces.
+# Pieces of 96 x 32 cells, blocks of up to 32 channels; clips of up to 2 s, four pieces.
 YAMNET = (
     *("audio.encoder=yamnet", "audio.max_duration_s=2", "audio.mel_bins=32"),
     *("audio.size=null", "audio.depth=null", "audio.heads=null"),

@@ -5,18 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import conv2d, pad, relu
 
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
-from flap_fast.data.batch import PackedMels
+from flap_fast.data.batch import PackedMels, lay_end_to_end
+from flap_fast.data.preprocess.audio import AudioPreprocessor
+from flap_fast.data.preprocess.kaldi_mel import mel_matrix
 from flap_fast.encoders.yamnet.model import Yamnet
 from flap_fast.encoders.yamnet.settings import YamnetSettings
+from flap_fast.model.masking import tokens_of_seconds
 from flap_fast.model.model_folder import load_weights, model_folder
 from flap_fast.model.two_towers import TwoTowers
+from flap_fast.ranks import Ranks
 from flap_fast.tools.embedder import load
+from flap_fast.tools.enrich.yamnet import log_mel_patches
 from flap_fast.training.loop import Stopped, train
 from flap_fast.training.stop import Stop
 from tests.sounds import noise
@@ -39,8 +45,28 @@ def encoder(width: int = 32) -> Yamnet:
 
 def packed(*pieces: int) -> PackedMels:
     """Clips of so many pieces, ascending, whose rows are the other way round."""
-    frames = tuple(96 * count for count in pieces)
+    frames = tuple(48 * (count + 1) for count in pieces)
     return PackedMels(torch.randn(sum(frames), 64), frames, tuple(range(len(pieces)))[::-1])
+
+
+@pytest.mark.parametrize("seconds", [0.05, 0.95, 1.0, 1.44, 1.46, 3.3])
+def test_a_sounds_pieces_are_those_of_the_tagger(seconds: float):
+    """From the waveform on: YAMNet's own front end, its pieces every 0.48 s, its last one.
+
+    But for one more piece where a frame and a half at most reach beyond the others.
+    """
+    config = tiny(*YAMNET, "audio.mel_bins=64", "audio.max_duration_s=4", "frontend.backend=torch")
+    wave = noise(0, seconds, 16_000).astype(np.float32)
+    decoded = lay_end_to_end([wave], np.zeros((1, 1)))
+    media = AudioPreprocessor(config, Ranks()).finish(decoded).media
+    pieces = log_mel_patches(wave, mel_matrix(64, 400, 16_000, 125.0, 7500.0).T)
+    module = encoder()
+    with torch.no_grad():
+        wanted = [module(torch.from_numpy(piece).float()[None, None]).pooled for piece in pieces]
+        found = module(media)
+    assert torch.allclose(found.tokens, torch.cat(wanted), atol=1e-4)
+    assert torch.allclose(found.pooled, torch.cat(wanted).mean(0, keepdim=True), atol=1e-4)
+    assert tokens_of_seconds(config, np.array([seconds])).whole.tolist() == [len(pieces)]
 
 
 def test_it_is_mobilenet_with_tensorflows_borders():
@@ -75,8 +101,10 @@ def test_packed_clips_are_those_in_rows():
 
 
 def test_rows_of_part_of_a_piece_are_refused():
-    with pytest.raises(ValueError, match=r"media must be \(B, 1, 96, 64\), got \(2, 1, 100, 64\)"):
-        encoder()(torch.randn(2, 1, 100, 64))
+    for frames, most in ((100, 96), (48, 96), (200, 192)):
+        rule = rf"media must be \(B, 1, {most}, 64\), got \(2, 1, {frames}, 64\)"
+        with pytest.raises(ValueError, match=rule):
+            encoder()(torch.randn(2, 1, frames, 64))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """YAMNet: MobileNet v1 over pieces of a log-mel.
 
-    packed mels (T, F) -> pieces (P, 1, 96, F) -> stem, 13 blocks -> means (P, D)
-        -> tokens (P, D), pooled (B, D)
+    packed mels (T, F) -> pieces (P, 1, 96, F), a new one every 48 frames of a clip
+        -> stem, 13 blocks, mean of the cells -> tokens (P, D) -> mean of each clip -> pooled (B, D)
 
 A block is a 3 x 3 convolution of each channel and a 1 x 1 convolution, each with a ReLU. Batch
 norms are in the convolutions' weights and biases, as in exports of the trained model.
@@ -19,8 +19,8 @@ from torch.nn import functional
 
 from flap_fast.data.batch import Media, PackedMels
 from flap_fast.encoders.base import AnyMask, Encoded, check_media
-from flap_fast.encoders.packing import segments
-from flap_fast.encoders.yamnet.settings import PATCH_FRAMES, YamnetSettings
+from flap_fast.encoders.packing import Segments, segments
+from flap_fast.encoders.yamnet.settings import HALF_FRAMES, YamnetSettings
 
 # Channels of a block, as parts of the width, and its stride.
 _BLOCKS = (
@@ -57,22 +57,22 @@ class Yamnet(nn.Module):
         """Encode B clips.
 
         Args:
-            media: packed, or rows (B, 1, T, F) of a multiple of 96 frames.
+            media: packed, or rows (B, 1, T, F) of a multiple of 48 frames, 96 at least.
         """
         assert (mask, erase, longer) == (None, None, None)  # the config has checked it
         if isinstance(media, PackedMels):
-            tokens = self._pieces(media.mel)
             clips = segments(self.settings.patches_of(media.frames), media.order, media.device)
+            tokens = self._encoded(_pieces(media.mel).index_select(0, _within(clips)))
             return Encoded(clips.mean(tokens), tokens)
-        frames = media.shape[2] // PATCH_FRAMES * PATCH_FRAMES
+        frames = max(2, media.shape[2] // HALF_FRAMES) * HALF_FRAMES
         check_media(media, (1, frames, self.settings.mel_bins))
-        tokens = self._pieces(media[:, 0].flatten(0, 1)).unflatten(0, (media.shape[0], -1))
+        pieces = _pieces(media[:, 0])
+        tokens = self._encoded(pieces.flatten(0, 1)).unflatten(0, pieces.shape[:2])
         return Encoded(tokens.mean(1), tokens)
 
-    def _pieces(self, mel: Tensor) -> Tensor:
-        """(T, F) of P pieces -> (P, D) float32."""
-        x = mel.unflatten(0, (-1, 1, PATCH_FRAMES))
-        x = functional.relu(self.stem(_padded(x, 2)))
+    def _encoded(self, pieces: Tensor) -> Tensor:
+        """(P, 96, F) -> (P, D) float32."""
+        x = functional.relu(self.stem(_padded(pieces[:, None], 2)))
         # On a CPU convolutions take half the time so.
         x = x.contiguous(memory_format=torch.channels_last)
         for block in self.blocks:
@@ -91,6 +91,17 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = functional.relu(self.depthwise(_padded(x, self.depthwise.stride[0])))
         return functional.relu(self.pointwise(x))
+
+
+def _pieces(mel: Tensor) -> Tensor:
+    """(..., T, F) -> (..., T / 48 - 1, 96, F): each two neighbouring halves."""
+    halves = mel.unflatten(-2, (-1, HALF_FRAMES))
+    return torch.cat([halves[..., :-1, :, :], halves[..., 1:, :, :]], -2)
+
+
+def _within(clips: Segments) -> Tensor:
+    """(P,): of a pack's pieces those of one clip; one lies between each two clips."""
+    return torch.arange(clips.tokens, device=clips.starts.device) + clips.of_tokens()
 
 
 def _padded(x: Tensor, stride: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 
     from flap_fast.config import Config
 
-PATCH_FRAMES = 96
+# A piece of 0.96 s begins every 0.48 s, and is two halves.
+HALF_FRAMES = 48
 
 
 class YamnetSettings(AudioEncoder):
@@ -33,8 +35,8 @@ class YamnetSettings(AudioEncoder):
     }
 
     encoder: Annotated[Literal["yamnet"], MEANS_WEIGHTS] = "yamnet"
-    """YAMNet: MobileNet over pieces of 0.96 s, of 3.2 million weights. `flap import` reads those
-    that AudioSet's two million clips have trained."""
+    """YAMNet: MobileNet over pieces of 0.96 s, one every 0.48 s, of 3.2 million weights. `flap
+    import` reads those that AudioSet's two million clips have trained."""
     mel: Annotated[Mel, MEANS_WEIGHTS] = "yamnet"
     """The front end: YAMNet's (25 ms windows, 16 kHz, magnitudes of 125 to 7,500 Hz), Kaldi's or
     LAION-CLAP's. Rate, bins and statistics follow it."""
@@ -46,13 +48,22 @@ class YamnetSettings(AudioEncoder):
 
     @property
     def patch_frames(self) -> int:
-        """The 96 frames of a piece."""
-        return PATCH_FRAMES
+        """The 48 frames of half a piece."""
+        return HALF_FRAMES
+
+    def padded_frames(self, frames):
+        """The next multiple of half a piece; a whole one at least."""
+        halves = (frames + HALF_FRAMES - 1) // HALF_FRAMES
+        return (halves + 2 // (halves + 1)) * HALF_FRAMES  # one half becomes two
+
+    def patches_of(self, frames: Sequence[int]) -> list[int]:
+        """Pieces of clips of so many frames each, multiples of half a piece."""
+        return [count // HALF_FRAMES - 1 for count in frames]
 
     @property
     def grid(self) -> tuple[int, int]:
         """Pieces along time, each of all frequencies."""
-        return self.most_frames // PATCH_FRAMES, 1
+        return self.most_frames // HALF_FRAMES - 1, 1
 
     def build(self, config: Config, *, recompute: bool = False) -> nn.Module:
         from flap_fast.encoders.yamnet.model import Yamnet

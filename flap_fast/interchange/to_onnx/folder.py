@@ -143,7 +143,7 @@ def _readme(config: Config, comparison: str) -> str:
         )
         if audio.variable:
             shape = f"1, T, {bins}"
-            each = audio.padded_frames(1)
+            each = audio.patch_frames
             least = audio.least_samples / rate
             words["length"] += (
                 f" Others are taken as long as they are: T is a multiple of {each} up to {frames}; "

@@ -167,8 +167,9 @@ def _frames(config: Config) -> Dims:
     audio = config.audio
     if not audio.variable:
         return {}
-    each = audio.padded_frames(1)
-    columns = torch.export.Dim("columns", min=1, max=audio.most_frames // each)
+    each = audio.patch_frames
+    least, most = (frames // each for frames in (audio.padded_frames(1), audio.most_frames))
+    columns = torch.export.Dim("columns", min=least, max=most)
     return {2: each * columns if each > 1 else columns}
 
 

@@ -30,7 +30,7 @@ def test_it_is_the_taggers_to_the_last_sample(seconds: float, gain: float):
     wave = (gain * noise(0, seconds, RATE)).astype(np.float32)
     found = log_mel(AUDIO).packed([torch.from_numpy(wave)])
     assert len(found) == AUDIO.frames_of(len(wave)) == -(-len(wave) // 160)
-    silence = torch.full((AUDIO.padded_frames(len(found)), 64), log_mel(AUDIO).silence)
+    silence = torch.full((-(-len(found) // 96) * 96, 64), log_mel(AUDIO).silence)
     silence[: len(found)] = found
     pieces = wanted(wave)
     for piece, other in zip(silence.unflatten(0, (-1, 96)), pieces, strict=False):
