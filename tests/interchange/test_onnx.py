@@ -218,6 +218,7 @@ def test_media_in_batches_embed_as_with_pytorch(name: str, tmp_path: Path):
     channels, frames, bins = config.encoder.input_shape(config.fusion)
     for B in (1, 3):
         media = 10 * torch.randn(B, channels, frames, bins)
+        media *= torch.arange(1, B + 1)[:, None, None, None]
         (found,) = session.run(None, {"media": media.numpy()})
         with torch.no_grad():
             wanted = model.embed_media(media)
