@@ -106,4 +106,9 @@ def _both(runs: list[dict[str, Any]]) -> float:
 
 
 def _seeds(runs: list[dict[str, Any]]) -> list[int]:
-    return list(dict.fromkeys(run["seed"] for run in runs))
+    """The seeds with which every source was left out: others' means are of fewer sources."""
+    of: dict[int, set[str]] = {}
+    for run in runs:
+        of.setdefault(run["seed"], set()).update(run["left_out"])
+    most = set().union(*of.values())
+    return [seed for seed, sources in of.items() if sources == most]

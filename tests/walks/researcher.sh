@@ -40,7 +40,7 @@ refused "data/mine/train" flap train configs/own_data.yaml "${own[@]}" data.trai
 refused "flap import" flap train configs/own_data.yaml "${own[@]}" train.init_audio_from=models/other
 
 # Weights averaged, the last layers learning fastest, stopped when `val` no longer gets better.
-settings=("${own[@]}" train.steps=40 sched.warmup_steps=10 train.ema_decay=0.9 optim.layer_decay=0.9
+settings=("${own[@]}" audio.freeze=false train.steps=40 sched.warmup_steps=10 train.ema_decay=0.9 optim.layer_decay=0.9
   eval.every_steps=10 eval.patience=3 'eval.tasks=[retrieval,geometry]' ckpt.every_steps=10 log.every_steps=5)
 run flap plan configs/own_data.yaml "${settings[@]}" --gpus 1
 
