@@ -129,6 +129,7 @@ def yaml_file(tmp_path: Path):
             "audio: {encoder: htsat, attention: xformers}",
             "audio.attention must be left out with audio.encoder = htsat, got 'xformers'; .*",
         ),
+        ("audio: {mel: [1]}", r"audio.mel must be 'kaldi', 'clap' or 'yamnet', got \[1\]"),
         ("audio: {encoder: null}", "audio.encoder must be 'vit', 'htsat' or 'yamnet', got None"),
         ("audio: {encoder: [1]}", r"audio.encoder must be 'vit', 'htsat' or 'yamnet', got \[1\]"),
         ("text: clip", "text must be a section of settings, got 'clip'"),

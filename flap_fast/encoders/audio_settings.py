@@ -77,9 +77,11 @@ class Audio(Section):
     def _follow_mel(cls, tree):
         """Defaults that follow the front end."""
         mel = cls.model_fields["mel"].default
-        if isinstance(tree, dict):
-            return {**_FOLLOW.get(tree.get("mel", mel), {}), **tree}
-        return tree
+        if not isinstance(tree, dict):
+            return tree
+        asked = tree.get("mel", mel)  # of any type: it is not checked yet
+        defaults = next((found for name, found in _FOLLOW.items() if name == asked), {})
+        return {**defaults, **tree}
 
     @property
     def variable(self) -> bool:
@@ -107,7 +109,7 @@ class Audio(Section):
 
     @property
     def patch_frames(self) -> int:
-        """Frames of a patch."""
+        """A clip's frames are completed to a multiple of it: those of a patch."""
         return 1
 
     @property

@@ -60,10 +60,16 @@ def read_onnx(file: Path, work: Path) -> Saved:
                 archive.extractall(work / "onnx")
             (file,) = sorted((work / "onnx").rglob("*.onnx"))
         graph = onnx.load(str(file)).graph
+        return Saved(_convolutions(graph, file, onnx.numpy_helper.to_array), "", {})
+    except ConfigError:
+        raise
     except Exception as error:  # onnx raises what protobuf does, and its own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"{file} must hold one ONNX model: {reason}") from None
-    weights = _Weights(graph, onnx.numpy_helper.to_array)
+
+
+def _convolutions(graph: Any, file: Path, to_array: Any) -> Tensors:
+    weights = _Weights(graph, to_array)
     tensors: Tensors = {}
     for n, node in enumerate(node for node in graph.node if node.op_type == "Conv"):
         strides = next((list(a.ints) for a in node.attribute if a.name == "strides"), [1, 1])
@@ -71,7 +77,7 @@ def read_onnx(file: Path, work: Path) -> Saved:
         require(strides == wanted, f"{file}: convolution {n}", f"have strides {wanted}", strides)
         for name, value in zip(("weight", "bias"), node.input[1:], strict=False):
             tensors[f"conv.{n}.{name}"] = torch.from_numpy(weights(value).copy())
-    return Saved(tensors, "", {})
+    return tensors
 
 
 class _Weights:
@@ -96,7 +102,8 @@ class _Weights:
         value = self(node.input[0])
         if node.op_type == "QuantizeLinear" or value.dtype.kind == "f":
             return value
-        scale, zero = (self(name) for name in node.input[1:3])
+        scale, *zeros = (self(name) for name in node.input[1:3] if name)
+        zero = zeros[0] if zeros else np.zeros_like(scale)
         axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
         shape = [-1 if n == axis % value.ndim else 1 for n in range(value.ndim)]
         wide = value.astype(np.float32) - zero.reshape(shape if zero.ndim else ())
@@ -116,7 +123,7 @@ def _read(source: Source) -> Imported:
     for name, value in source.tensors.items():
         _, number, part = name.split(".")
         ours[f"audio.{names[int(number)]}.{part}"] = value
-    width = len(ours[f"audio.blocks.{_BLOCKS - 1}.pointwise.bias"])
+    width = len(ours[f"audio.blocks.{_BLOCKS - 1}.pointwise.weight"])
     settings = ["audio.encoder=yamnet", f"audio.width={width}", *source.overrides]
     return Imported(load_config(None, settings), ours, encoder_only=True)
 

@@ -83,7 +83,7 @@ def tokens_of_seconds(config: Config, seconds: np.ndarray) -> ClipTokens:
     frames = audio.frames_of(samples.clip(audio.least_samples, audio.samples))
     lengths, of_length = np.unique(audio.padded_frames(frames), return_inverse=True)
     most, rows = audio.grid
-    columns = (np.array(audio.patches_of(lengths.tolist())) // rows)[of_length]
+    columns = (np.array(audio.patches_of(lengths.tolist()), np.int64) // rows)[of_length]
     masked, whole = np.zeros((2, most + 1), np.int64)
     for n in range(1, most + 1):
         masked[n] = kept_patches(config.mask, (n, rows)) + audio.prefix_tokens

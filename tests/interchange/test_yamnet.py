@@ -100,8 +100,21 @@ def write(file: Path, store: Store = as_it_is, table: tuple = TABLE) -> Path:
     return file
 
 
+def quantised_around_zero(name: str, weight: np.ndarray) -> tuple[str, list, list]:
+    """The same without a zero point, which ONNX takes as 0."""
+    found, stored, (node,) = quantised_before(name, weight)
+    del node.input[2]
+    return found, stored, [node]
+
+
 @pytest.mark.parametrize(
-    ("store", "most"), [(as_it_is, 1e-5), (quantised_here, 0.15), (quantised_before, 1e-5)]
+    ("store", "most"),
+    [
+        (as_it_is, 1e-5),
+        (quantised_here, 0.15),
+        (quantised_before, 1e-5),
+        (quantised_around_zero, 1e-5),
+    ],
 )
 def test_an_import_gives_what_onnxruntime_gives(store: Store, most: float, tmp_path: Path):
     """Of weights that were quantised in the graph, those before: as near as int8 is."""
@@ -154,12 +167,21 @@ def test_a_training_begins_from_it(prepared: Path, tmp_path: Path):
 def test_what_is_no_yamnet_is_refused(tmp_path: Path):
     (tmp_path / "damaged.onnx").write_bytes(write(tmp_path / "m.onnx").read_bytes()[:500])
     write(tmp_path / "short.onnx", table=TABLE[:-1])
+    model = onnx.load(tmp_path / "m.onnx")
+    last = [node for node in model.graph.node if node.op_type == "Conv"][-1]
+    del last.input[2]
+    onnx.save(model, tmp_path / "biasless.onnx")
+    bad = next(tensor for tensor in model.graph.initializer if tensor.name == "w3")
+    bad.raw_data = bad.raw_data[:-3]
+    onnx.save(model, tmp_path / "cut.onnx")
     write(tmp_path / "other.onnx", table=((2, 2), *TABLE[1:]))
     (tmp_path / "two").mkdir()
     for name in "ab":
         write(tmp_path / f"two/{name}.onnx")
     refusals = {
         "damaged.onnx": "damaged.onnx must hold one ONNX model: ",
+        "cut.onnx": "cut.onnx must hold one ONNX model: ",
+        "biasless.onnx": "missing     audio.blocks.12.pointwise.bias (32,)",
         "short.onnx": "short.onnx must have LAION-CLAP's",
         "other.onnx": "other.onnx: convolution 1 must have strides [1, 1], got '[2, 2]'",
         "two": "two must hold one ONNX model, got 'a.onnx, b.onnx'",

@@ -13,6 +13,8 @@ from flap_fast.model.two_towers import LinearHead, MlpHead, TwoTowers
 from flap_fast.training.loop import train
 from tests.tiny import tiny
 
+MICRO = "train.micro_batch=4"
+
 
 @pytest.mark.parametrize("kind", [MlpHead, LinearHead])
 def test_a_head_drops_in_training_alone(kind: type[MlpHead | LinearHead]):
@@ -55,9 +57,6 @@ def settings(prepared: Path, runs: Path, *overrides: str) -> Config:
 def test_a_second_pass_drops_what_the_first_did(prepared: Path, tmp_path: Path):
     """So cached gradients are right: decoding again or keeping log-mels, the same weights."""
     for name in ("keep", "decode"):
-        train(settings(prepared, tmp_path, f"run.name={name}", *MICRO, f"train.replay={name}"))
+        train(settings(prepared, tmp_path, f"run.name={name}", MICRO, f"train.replay={name}"))
     kept, decoded = (load_weights(model_folder(tmp_path / name)) for name in ("keep", "decode"))
     assert all(torch.equal(kept[name], decoded[name]) for name in kept)
-
-
-MICRO = ("train.micro_batch=4",)

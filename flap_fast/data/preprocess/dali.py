@@ -232,49 +232,38 @@ def _kaldi(wave, audio: Audio):
     wave = wave - fn.reductions.mean(wave, axes=[0])
     # A global filter equals Kaldi's in each frame: the window is zero where they differ.
     wave = fn.preemphasis_filter(wave, preemph_coeff=PREEMPHASIS)
-    power = fn.spectrogram(
-        wave,
-        nfft=fft_size(audio.window),
-        window_length=audio.window,
-        window_step=audio.hop,
-        window_fn=hann(audio.window).astype(np.float32).tolist(),
-        center_windows=False,
-        layout="ft",
-    )
-    mel = fn.mel_filter_bank(
-        power,
-        sample_rate=float(audio.sample_rate_hz),
-        nfilter=audio.mel_bins,
-        freq_low=LOW_HZ,
-        freq_high=audio.sample_rate_hz / 2,
-        mel_formula="htk",
-        normalize=False,
-    )
+    mel = _htk_mel(wave, audio, hann(audio.window), 2, (LOW_HZ, audio.sample_rate_hz / 2))
     return fn.to_decibels(mel, multiplier=math.log(10), reference=1.0, cutoff_db=math.log(FLOOR))
 
 
 def _yamnet(wave, audio: Audio):
     wave = fn.cat(wave, types.Constant(np.zeros(audio.window - 1, np.float32)), axis=0)
-    magnitude = fn.spectrogram(
+    range_hz = yamnet_mel.LOW_HZ, yamnet_mel.HIGH_HZ
+    mel = _htk_mel(wave, audio, clap_mel.hann(audio.window), 1, range_hz)
+    return dali_math.log(mel + yamnet_mel.OFFSET)
+
+
+def _htk_mel(wave, audio: Audio, window: np.ndarray, power: int, range_hz: tuple[float, float]):
+    """Of whole frames: magnitudes (`power` 1) or their squares (2), through triangles in mel."""
+    spectrum = fn.spectrogram(
         wave,
         nfft=fft_size(audio.window),
         window_length=audio.window,
         window_step=audio.hop,
-        window_fn=clap_mel.hann(audio.window).astype(np.float32).tolist(),
+        window_fn=window.astype(np.float32).tolist(),
         center_windows=False,
-        power=1,
+        power=power,
         layout="ft",
     )
-    mel = fn.mel_filter_bank(
-        magnitude,
+    return fn.mel_filter_bank(
+        spectrum,
         sample_rate=float(audio.sample_rate_hz),
         nfilter=audio.mel_bins,
-        freq_low=yamnet_mel.LOW_HZ,
-        freq_high=yamnet_mel.HIGH_HZ,
+        freq_low=range_hz[0],
+        freq_high=range_hz[1],
         mel_formula="htk",
         normalize=False,
     )
-    return dali_math.log(mel + yamnet_mel.OFFSET)
 
 
 _ABSOLUTE = {"normalized_anchor": False, "normalized_shape": False}

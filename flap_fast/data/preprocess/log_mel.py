@@ -37,7 +37,7 @@ class LogMel(Protocol):
 
 @dataclass(frozen=True)
 class FramedLogMel:
-    """A `LogMel` of a sound's whole frames, each a row by itself."""
+    """A `LogMel` whose rows are each computed of one frame by itself."""
 
     audio: Audio
 

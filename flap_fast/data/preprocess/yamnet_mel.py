@@ -4,8 +4,8 @@
     logmel = log(|rfft(hann frames, 512)| M^T + 0.001)     M (64, 257), 125 to 7,500 Hz
 
 Magnitudes, not powers, and a floor well above float32's: quiet sounds are nearly silent to it. The
-frames at the end that hold zeros are a good part of a short sound: without them what the trained
-YAMNet makes of half of the sounds below 0.5 s is a quarter off.
+frames at the end that hold zeros are a good part of a short sound: without them the vector that the
+trained YAMNet makes of one of 0.2 to 0.5 s is a quarter off, in the median.
 
 n samples
 
