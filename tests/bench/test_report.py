@@ -195,11 +195,13 @@ def test_ratios_of_layouts_are_of_the_same_rounds(tmp_path: Path):
 
 
 def test_probes_of_towers_are_averaged_over_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Two seeds of four towers, trained once each and scored on all probes in one call."""
+    """Two seeds of six towers, trained once each and scored on all probes in one call."""
     calls: list[tuple[str, ...]] = []
 
     def flap(*arguments: str) -> None:
         calls.append(arguments)
+        if arguments[0] == "import":
+            (tmp_path / arguments[-1]).mkdir(parents=True)
         if arguments[0] == "eval":
             value = 0.25 if "-1-" in arguments[1] else 0.75
             one = {kind: {"accuracy": value} for kind in ("linear", "knn")}
@@ -214,12 +216,12 @@ def test_probes_of_towers_are_averaged_over_seeds(tmp_path: Path, monkeypatch: p
     again = len(calls)
     assert probes.table([1, 2], 150) == [head, *rows]
     assert len(calls) == again + 1  # data are prepared; what is scored is not repeated
-    assert [arguments[0] for arguments in calls].count("train") == 8
+    assert [arguments[0] for arguments in calls].count("train") == 12
     (random,) = (c for c in calls if c[0] == "train" and "run.name=random-1-150" in c)
     assert random.index("train.steps=0") > random.index("train.steps=150")  # the last one counts
     assert rows[0] == ["instrument_family", "contrast", *["50.0 (25.0-75.0)"] * 4]
-    assert rows[4] == ["instrument_family", "chance", *["12.5"] * 4]
-    assert len(rows) == 15
+    assert rows[6] == ["instrument_family", "chance", *["12.5"] * 4]
+    assert len(rows) == 21
 
 
 @pytest.mark.parametrize("name", list(reproduce.COMMANDS))
