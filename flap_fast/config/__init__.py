@@ -187,6 +187,16 @@ class Config(Section):
         return self.audio if self.image is None else self.image
 
     @property
+    def media_once(self) -> bool:
+        """Whether the frozen media encoder gives a clip the same vector in each step.
+
+        So it does if nothing about the clip is drawn at random; a longer sound's crop may be.
+        """
+        whole = self.image is not None or self.audio.variable
+        drops = self.mask.kind != "none" or (self.encoder.specaug != "none" and self.specaug.on)
+        return self.encoder.freeze and whole and not drops
+
+    @property
     def run_folder(self) -> Path:
         """The folder of this run."""
         return self.run.folder / self.run.name

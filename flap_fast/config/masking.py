@@ -51,6 +51,11 @@ class SpecAug(Section):
     domain: Literal["pre_norm", "post_norm"] = "pre_norm"
     """Zeros before normalisation (AudioMAE's order) or after; for HTSAT, after its BatchNorm."""
 
+    @property
+    def on(self) -> bool:
+        """Whether it erases anything."""
+        return self.time_frames > 0 or self.freq_bins > 0
+
 
 class Mask(Section):
     kind: Literal["none", "1d", "2d"] = "2d"

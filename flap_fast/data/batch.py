@@ -66,6 +66,15 @@ class PackedMels(NamedTuple):
         """Bytes of the log-mels."""
         return self.mel.nbytes
 
+    def rows(self, rows: Sequence[int]) -> PackedMels:
+        """Some clips of the batch, as the batch of `rows`."""
+        order = {row: n for n, row in enumerate(rows)}
+        chosen = [n for n, row in enumerate(self.order) if row in order]
+        mels = self.mel.split(self.frames)
+        frames = tuple(self.frames[n] for n in chosen)
+        some = torch.cat([mels[n] for n in chosen])
+        return PackedMels(some, frames, tuple(order[self.order[n]] for n in chosen))
+
     def in_order(self, x: Tensor) -> Tensor:
         """(B, ...) of the batch's rows -> (B, ...) of the clips in their packed order."""
         return x.index_select(0, to_device(torch.tensor(self.order), x.device))

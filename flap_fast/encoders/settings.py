@@ -108,7 +108,10 @@ class MediaEncoder(Encoder):
     joint_space: ClassVar[bool] = False
     """Whether its pooled vector lies in the joint space already and needs no head."""
     freeze: bool = False
-    """Keep the encoder frozen, without dropout and as evaluation runs it; its head is trained."""
+    """Keep the encoder frozen, without dropout and as evaluation runs it; its head is trained. A
+    clip that masks, SpecAug and crops leave as it is (an image; a sound that is shorter than
+    audio.max_duration_s, with audio.length = variable) is embedded once, into `media_vectors/` of
+    the run's folder."""
     freeze_blocks: CountOrZero = 0
     """The same for the encoder's input layers and this many first blocks."""
 

@@ -47,6 +47,8 @@ class ModelInputs(TypedDict):
     """(B,) bool on the CPU: with fusion, the clips to fuse."""
     text_pooled: Tensor | None
     """(S B, D) float32, the frozen text encoder's output for the ids; None computes it."""
+    media_pooled: Tensor | None
+    """(B, D) float32, the frozen media encoder's output for the clips; None computes it."""
     pair_ids: Tensor | None
     """(B, 2 + n) int64, given to the losses with the embeddings; None where none asks for it."""
 
@@ -121,11 +123,15 @@ class TwoTowers(nn.Module):
         erase: Tensor | None = None,
         longer: Tensor | None = None,
         text_pooled: Tensor | None = None,
+        media_pooled: Tensor | None = None,
         pair_ids: Tensor | None = None,
     ) -> Outputs:
         """Embed media and captions of B pairs; the arguments are those of `ModelInputs`."""
         scale = _Clamp.apply(self.logit_scale, self.max_logit_scale).exp().squeeze(0)
-        media_rows, encoded = self._encode(media, mask, erase, longer)
+        tokens = None
+        if media_pooled is None:
+            media_pooled, tokens = self._encoded(media, mask, erase, longer)
+        media_rows = self.project_media(media_pooled)
         # All sentences in one pass: one dropout of their own for each row, one use of each weight.
         if text_pooled is None:
             text_pooled = self.pool_text(ids, attention_mask)
@@ -133,8 +139,9 @@ class TwoTowers(nn.Module):
         if self.decoder is None or target is None:
             recon = scale.new_zeros(())
         else:
+            assert tokens is not None  # the config has checked it
             with self._autocast(media.device):
-                recon = self.decoder(encoded.tokens, mask, target)
+                recon = self.decoder(tokens, mask, target)
         found = {"media": media_rows, "scale": scale, "recon": recon}
         found |= zip(self.sentences, sentences, strict=True)
         if self.logit_bias is not None:
@@ -146,23 +153,32 @@ class TwoTowers(nn.Module):
 
     def embed_media(self, media: Media, *, longer: Tensor | None = None) -> Tensor:
         """Embeddings (B, d) of media as in `ModelInputs`, unit norm, float32."""
-        return self._encode(media, None, None, longer)[0]
+        return self.media_features(media, longer=longer)[0]
 
     def media_features(
         self, media: Media, *, longer: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Embeddings (B, d) as of `embed_media`, and what their head is given: (B, D) float32."""
-        rows, encoded = self._encode(media, None, None, longer)
-        return rows, encoded.pooled.float()
+        pooled = self.pool_media(media, longer=longer)
+        return self.project_media(pooled), pooled
 
-    def _encode(
+    def pool_media(self, media: Media, *, longer: Tensor | None = None) -> Tensor:
+        """Media as in `ModelInputs` -> (B, D) float32, their encoder's output before the head."""
+        return self._encoded(media, None, None, longer).pooled
+
+    def project_media(self, pooled: Tensor) -> Tensor:
+        """(B, D) of the media encoder -> (B, d), unit norm, float32."""
+        with self._autocast(pooled.device):
+            x = pooled if self.head is None else self.head(pooled)
+        return functional.normalize(x.float(), dim=-1)
+
+    def _encoded(
         self, media: Media, mask: AnyMask | None, erase: Tensor | None, longer: Tensor | None
-    ) -> tuple[Tensor, Encoded]:
-        """Embeddings (B, d), and the encoder's output."""
+    ) -> Encoded:
+        """The encoder's output, its vectors in float32."""
         with self._autocast(media.device):
             encoded = self.encoder(media, mask, erase=erase, longer=longer)
-            x = encoded.pooled if self.head is None else self.head(encoded.pooled)
-        return functional.normalize(x.float(), dim=-1), encoded
+        return encoded._replace(pooled=encoded.pooled.float())
 
     def embed_text(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, L) ids and mask -> (B, d), unit norm, float32."""

@@ -96,7 +96,7 @@ def train_from(
     if steps == 0 and start is None:
         save_and_score(run, 0, stopped=False)
     per_epoch = loader.sampler.steps_per_epoch
-    gradients = Gradients(config, ranks, engine, steps, per_epoch, run.frozen_text, run.teacher)
+    gradients = Gradients(config, ranks, engine, steps, per_epoch, run.frozen, run.teacher)
     batches = run.metrics.timed(loader.batches(run.first, steps, times=gradients.reads))
     for step in range(run.first + 1, steps + 1):
         if run.scorer.out_of_patience:
@@ -111,8 +111,7 @@ def train_from(
         run.metrics.step(step, epoch, lr, outputs, terms, work)
         run.trace({"step": step})
         save_and_score(run, step, stopped=run.stop.agreed() and step < steps)
-    if run.frozen_text:
-        run.frozen_text.delete()
+    run.frozen.delete()
     return run.scorer.final_scores()
 
 

@@ -35,7 +35,7 @@ from flap_fast.training.checkpoint import Checkpoints
 from flap_fast.training.engine import Engine, check_engine, make_engine
 from flap_fast.training.environment import environment
 from flap_fast.training.facts import checksum, data_facts, weights_facts
-from flap_fast.training.frozen_text import FrozenText, frozen_text
+from flap_fast.training.frozen import Frozen, frozen
 from flap_fast.training.guarded import Observer
 from flap_fast.training.observers import Metrics, observers
 from flap_fast.training.overview import Known, overview, parameter_facts, parameters_of
@@ -61,8 +61,8 @@ class Run:
     metrics: Metrics
     scorer: Scorer
     stop: Stop
-    frozen_text: FrozenText | None
-    """Outputs of the text encoder, with text.freeze."""
+    frozen: Frozen
+    """Outputs of frozen encoders."""
     teacher: Teacher | None
     """Of loss.distill, if it has a weight."""
     trace: Observer
@@ -145,8 +145,8 @@ def set_up(
         # Every rank needs the run's folder.
         agree(ranks, lambda: (open_files.enter_context(opened) if ranks.first else None, {}))
     stop = open_files.enter_context(Stop(ranks, checkpoints.folder))
-    folder, keep = config.run_folder / "text_vectors", start is not None
-    text = open_files.enter_context(frozen_text(config, engine.module, ranks, folder, keep=keep))
+    of_run = engine.module, ranks, config.run_folder
+    kept = open_files.enter_context(frozen(config, *of_run, keep=start is not None))
     if ranks.first:
         samples = loader.sampler.epoch_samples
         known = Known(engine.name, parts, len(shards), seconds, steps, per_epoch, samples)
@@ -162,7 +162,7 @@ def set_up(
         metrics=metrics,
         scorer=Scorer(config, ranks, engine, tokens, metrics, state),
         stop=stop,
-        frozen_text=text,
+        frozen=kept,
         teacher=taught_by,
         trace=tracing(config, ranks, open_files),
         first=first,

@@ -43,7 +43,7 @@ from flap_fast.model.masking import packed_patch_mask, patch_mask
 from flap_fast.model.two_towers import ModelInputs, Outputs
 from flap_fast.ranks import Ranks
 from flap_fast.training.engine import Engine
-from flap_fast.training.frozen_text import FrozenText
+from flap_fast.training.frozen import Frozen
 from flap_fast.training.teacher import Teacher
 
 
@@ -53,7 +53,7 @@ class Gradients:
     Args:
         steps: of the whole run.
         per_epoch: steps of an epoch.
-        frozen_text: outputs of the frozen text encoder; None runs the encoder in each step.
+        frozen: outputs of frozen encoders; those that it has none of run in each step.
         teacher: of loss.distill, if it has a weight.
     """
 
@@ -64,11 +64,11 @@ class Gradients:
         engine: Engine,
         steps: int,
         per_epoch: int,
-        frozen_text: FrozenText | None = None,
+        frozen: Frozen | None = None,
         teacher: Teacher | None = None,
     ):
         self._config, self._ranks, self._engine = config, ranks, engine
-        self._frozen_text, self._teacher = frozen_text, teacher
+        self._frozen, self._teacher = frozen or Frozen(), teacher
         self._steps, self._per_epoch = steps, per_epoch
         self._local = config.train.accumulation == "local"
         replay, on_gpu = config.train.replay, ranks.device.type == "cuda"
@@ -152,8 +152,7 @@ class Gradients:
         torch.manual_seed(dropout_seed(config.run.seed, step, self._ranks.rank, micro))
         mask = patch_mask_of(batch, config, self._steps, self._per_epoch)
         inputs = model_inputs(batch, mask, config)
-        if self._frozen_text:
-            inputs["text_pooled"] = self._frozen_text(batch.ids, batch.attention_mask)
+        self._frozen.fill(inputs, batch)
         if not decode:
             inputs["target"] = None
         return self._engine.model(**inputs)
@@ -200,6 +199,7 @@ def model_inputs(batch: Batch, mask: AnyMask | None, config: Config) -> ModelInp
         "erase": erase,
         "longer": batch.longer,
         "text_pooled": None,
+        "media_pooled": None,
         "pair_ids": batch.pair_ids,
     }
 

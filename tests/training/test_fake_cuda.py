@@ -21,7 +21,7 @@ from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks
 from flap_fast.tools.profile.fake import fake_ranks
 from flap_fast.training.engine import PlainEngine
-from flap_fast.training.frozen_text import frozen_text
+from flap_fast.training.frozen import frozen
 from flap_fast.training.observers import Metrics
 from flap_fast.training.setup import clip_tokens
 from flap_fast.training.step import Gradients, model_inputs, patch_mask_of
@@ -91,7 +91,7 @@ COPIES = {
 # Waits that are meant: the row of numbers that is logged, and new captions of a frozen encoder,
 # whose vectors go into a file. The bias of loss.sigmoid is a number more (`logged`).
 LOGGED = {"check_finite": 1, "_row": 3, "in_batch_recall": 1}
-FROZEN = ("flap_fast/training/frozen_text.py", "_add")
+FROZEN = ("flap_fast/training/frozen_vectors.py", "_gathered")
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +118,8 @@ def copies_of_steps(
 ) -> Iterator[list[Copy]]:
     """Run steps as `train_from` does, without its files; yields each step's copies."""
     engine, reader = PlainEngine(config, model, ranks), loader(config, ranks)
-    with frozen_text(config, engine.module, ranks, folder) as text:
-        gradients = Gradients(config, ranks, engine, STEPS, STEPS, text)
+    with frozen(config, engine.module, ranks, folder) as kept:
+        gradients = Gradients(config, ranks, engine, STEPS, STEPS, kept)
         metrics = Metrics(config, ranks, STEPS, [])
         gpu.copies.clear()
         batches = reader.batches(0, STEPS, times=gradients.reads)

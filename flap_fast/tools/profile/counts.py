@@ -261,6 +261,9 @@ class StepCounts:
                 if config.text.freeze:
                     width: Any = model.text.width
                     inputs["text_pooled"] = torch.empty(len(batch.ids), width)
+                if config.media_once:
+                    width = model.encoder.width
+                    inputs["media_pooled"] = torch.empty(clips, width)
                 outputs = cast(dict[str, torch.Tensor], model(**inputs))
                 del batch, whole, mask, inputs
                 trace.in_backward, forward = True, trace.operators

@@ -51,7 +51,7 @@ from flap_fast.tools.profile.work import two_passes, work_summary
 from flap_fast.training.engine import Engine, make_engine
 from flap_fast.training.environment import device_name
 from flap_fast.training.facts import settings_facts
-from flap_fast.training.frozen_text import frozen_text
+from flap_fast.training.frozen import frozen
 from flap_fast.training.setup import clip_tokens, data_read
 from flap_fast.training.step import Gradients
 from flap_fast.training.teacher import teacher
@@ -139,7 +139,7 @@ class _Session:
             hooks.enter_context(timed_collectives(lambda: self.timeline))
             engine = make_engine(self.config, self.model, self.ranks)
             engine = hooks.enter_context(timed_engine(engine, lambda: self.timeline))
-            self.text = hooks.enter_context(frozen_text(self.config, self.model, self.ranks))
+            self.frozen = hooks.enter_context(frozen(self.config, self.model, self.ranks))
             self.teacher = timed_teacher(teacher(self.config, self.ranks), lambda: self.timeline)
             self._begin(engine, WARM_UP + self.steps + extra)
             try:
@@ -171,7 +171,7 @@ class _Session:
         # Far from the end of a run, and from an unmasked tail.
         self.run_steps = 1000 * per_epoch
         self.engine = engine
-        models = engine, self.run_steps, per_epoch, self.text, self.teacher
+        models = engine, self.run_steps, per_epoch, self.frozen, self.teacher
         self.gradients = Gradients(config, ranks, *models)
         batches = timed_batches(
             loader.batches(0, steps, times=self.gradients.reads), lambda: self.timeline
@@ -196,9 +196,9 @@ class _Session:
         """Seconds by part and step, memory, FLOP of a step, and real tokens of those computed."""
         self.memory.begin()
         self.timeline = Timeline(self.ranks.device)
-        known = self.text.captions if self.text else 0
+        known = self.frozen.counts()
         seen = [self._step() for _ in range(self.steps)]
-        self.new_captions = self.text.captions - known if self.text else 0
+        self.new = [now - before for now, before in zip(self.frozen.counts(), known, strict=True)]
         self.timeline.end()
         seconds = self.timeline.steps()
         memory = {"peak": self.memory.peak(), "steady": self.memory.steady()}
@@ -288,8 +288,9 @@ class _Session:
             "steps_ms": [{name: 1000 * s for name, s in step.items()} for step in seconds],
             "flop": {name: asdict(f) | {"total": f.total} for name, f in flop.items()},
             "flop_counted": "matrix products of real tokens, two FLOP a multiply-add",
-            # With text.freeze the encoder's time is that for these; FLOP leave it out.
-            "new_captions_per_step": self.new_captions / len(seconds),
+            # A frozen encoder's time is that for these; FLOP leave it out.
+            "new_captions_per_step": self.new[0] / len(seconds),
+            "new_clips_per_step": self.new[1] / len(seconds),
             "real_tokens": real_tokens,
             "lengths": work_summary(self.config, self.ranks.world, self.counts.mix),
             "flop_per_s": total / step_s,

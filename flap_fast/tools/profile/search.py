@@ -45,7 +45,7 @@ from flap_fast.tools.profile.synthetic import SyntheticLoader, without_files
 from flap_fast.tools.profile.trials import Trial, largest, trials
 from flap_fast.tools.profile.work import rank_work
 from flap_fast.training.engine import PlainEngine
-from flap_fast.training.frozen_text import frozen_text
+from flap_fast.training.frozen import frozen
 from flap_fast.training.step import Gradients
 from flap_fast.training.teacher import teacher, teacher_config
 
@@ -193,9 +193,9 @@ class Attempts:
 
     def _step(self, config: Config) -> None:
         module = self._engine.module
-        # All captions are new, as in a run's first epoch: that takes the most.
-        with frozen_text(config, module, self._ranks) as text:
-            inputs = self._ranks, self._engine, 1000, 1000, text, self._teacher
+        # All captions and clips are new, as in a run's first epoch: that takes the most.
+        with frozen(config, module, self._ranks) as kept:
+            inputs = self._ranks, self._engine, 1000, 1000, kept, self._teacher
             gradients = Gradients(config, *inputs)
             loader = SyntheticLoader(config, module.text, self._ranks, self._mix)
             gradients(1, loader.batches(0, 1, times=gradients.reads))

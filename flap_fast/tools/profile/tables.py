@@ -35,8 +35,9 @@ def profile_table(found: dict[str, Any]) -> RenderableType:
         f"{found['memory_is']}",
         f"a step allocates {found['allocated_in_a_step_mib']:.0f} MiB above the steady state",
     ]
-    if new := found.get("new_captions_per_step"):
-        lines.append(f"the frozen text encoder embedded {new:.1f} new captions a step")
+    for encoder, what in (("text", "captions"), ("media", "clips")):
+        if new := found.get(f"new_{what}_per_step"):
+            lines.append(f"the frozen {encoder} encoder embedded {new:.1f} new {what} a step")
     if found["world"] > 1:
         lines.append(f"each rank sends {found['sent_mib_per_step']:.2f} MiB a step")
     lines += [*_lengths(found.get("lengths")), _micro_batch(found["micro_batch"])]

@@ -19,8 +19,8 @@ from flap_fast.tools.profile.synthetic import SyntheticLoader
 from flap_fast.tools.profile.trace import Trace, formulas
 from flap_fast.tools.profile.work import rank_work
 from flap_fast.training.engine import PlainEngine
-from flap_fast.training.frozen_text import frozen_text
-from flap_fast.training.step import Gradients
+from flap_fast.training.frozen import frozen
+from flap_fast.training.step import Gradients, model_inputs
 from flap_fast.training.teacher import teacher
 from flap_kernels.masked_mse import _masked_mse, _masked_mse_backward
 from tests.tiny import HTSAT, YAMNET, tiny, tiny_clip
@@ -139,13 +139,12 @@ def products_of_a_step(config: Config, mix: LengthMix | None = None) -> tuple[li
     """The tokens of a step's sentences, captions first, and what PyTorch counts in it."""
     engine = PlainEngine(config, TwoTowers(config).train(), Ranks())
     loader = SyntheticLoader(config, engine.module.text, Ranks(), mix)
-    with frozen_text(config, engine.module, Ranks()) as text:
-        models = text, teacher(config, Ranks())
+    with frozen(config, engine.module, Ranks()) as kept:
+        models = kept, teacher(config, Ranks())
         gradients = Gradients(config, Ranks(), engine, 1000, 1000, *models)
         batches = list(loader.batches(0, 1, times=gradients.reads))
-        if text:  # the encoder is frozen: no caption is new
-            for batch in batches:
-                text(batch.ids, batch.attention_mask)
+        for batch in batches:  # of frozen encoders: no caption and no clip is new
+            kept.fill(model_inputs(batch, None, config), batch)
         # Attention as plain products: PyTorch's own registry does not have the CPU's fused one.
         with sdpa_kernel(SDPBackend.MATH), counter() as counted:
             gradients(1, iter(batches))

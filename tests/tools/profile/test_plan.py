@@ -37,7 +37,7 @@ from flap_fast.tools.profile.traffic import (
 )
 from flap_fast.tools.profile.work import loss_times, rank_work, two_passes
 from flap_fast.training.engine import BUCKET_NUMBERS, DeepSpeedEngine, Engine, PlainEngine
-from flap_fast.training.frozen_text import frozen_text
+from flap_fast.training.frozen import frozen
 from flap_fast.training.step import Gradients
 from flap_fast.training.teacher import teacher
 from tests.ranks import on_ranks
@@ -346,8 +346,8 @@ def compare_peaks(config: Config) -> Footprint:
     engine = PlainEngine(config, TwoTowers(config).train(), ranks)
     loader = SyntheticLoader(config, engine.module.text, ranks, mix_of(config))
     taught = teacher(config, ranks)
-    with frozen_text(config, engine.module, ranks) as text:
-        gradients = Gradients(config, ranks, engine, 1000, 1000, text, taught)
+    with frozen(config, engine.module, ranks) as kept:
+        gradients = Gradients(config, ranks, engine, 1000, 1000, kept, taught)
         batches = loader.batches(0, 2, times=gradients.reads)
         gradients(1, batches)
         engine.step(1e-4)  # makes the moments

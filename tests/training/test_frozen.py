@@ -1,4 +1,4 @@
-"""A frozen text encoder runs once for each caption, and nothing else changes."""
+"""A frozen encoder runs once for each caption, or whole clip, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -11,30 +11,35 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from flap_fast.config import Config
-from flap_fast.data.batch import Batch
+from flap_fast.data.batch import Batch, PackedMels
 from flap_fast.data.tokenize import tokenizer
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks
 from flap_fast.tools.embedder import load
 from flap_fast.training import loop
 from flap_fast.training.engine import DeepSpeedEngine, PlainEngine
-from flap_fast.training.frozen_text import FrozenText
+from flap_fast.training.frozen import Frozen, FrozenMedia, FrozenText
 from flap_fast.training.loop import train, train_from
 from flap_fast.training.run_folder import begin
 from flap_fast.training.step import Gradients
 from tests.ranks import on_ranks
-from tests.tiny import tiny, tiny_clip
+from tests.tiny import YAMNET, tiny, tiny_clip
+from tests.training.kinds import sets_of_each_kind
 from tests.training.stopping import train_stopped_after
 from tests.training.test_step import assert_same, batches, gradient_of
 
 STEPS, CLIPS = 5, 16
 SMALL = ("audio.depth=1", "text.depth=1", "text.pool=mean", "text.freeze=true", "text.dropout=0.1")
+# Some clips are longer.
+MEDIA = (*YAMNET, "audio.max_duration_s=1.5", "audio.freeze=true", "text.depth=1")
+RESUMED = {"text": ("pool_text", SMALL), "media": ("pool_media", MEDIA)}
 CAPTIONS = ["a dog", "rain on a roof of tin", "a dog", "an engine idles, then it stops", "bells"]
 
 
@@ -66,8 +71,8 @@ def run(config: Config, ranks: Ranks, folder: Path | None, engine: type = PlainE
         embedded.append([tuple(row[kept.bool()].tolist()) for row, kept in rows])
 
     running.module.text.register_forward_pre_hook(note)
-    frozen = folder and FrozenText(running.module, ranks, folder, keep=False)
-    gradients = Gradients(config, ranks, running, STEPS, 1, frozen)
+    frozen = None if folder is None else FrozenText(running.module, ranks, folder, keep=False)
+    gradients = Gradients(config, ranks, running, STEPS, 1, Frozen(text=frozen))
     stream = caption_batches(config, ranks, gradients.reads)
     totals, first = [], None
     for step in range(1, STEPS + 1):
@@ -143,7 +148,7 @@ def test_a_caption_has_the_same_vector_whichever_captions_are_beside_it(
         frozen(*given(config, [caption]))
     together = model.pool_text(*given(config, CAPTIONS))
     torch.testing.assert_close(frozen(*given(config, CAPTIONS)), together, rtol=1e-5, atol=1e-6)
-    assert frozen.captions == 4
+    assert len(frozen) == 4
 
 
 @pytest.mark.parametrize("broken", ["keys", "vectors"])
@@ -162,11 +167,11 @@ def test_rows_are_read_again_bit_for_bit_and_an_incomplete_one_is_embedded_again
         file, width = tmp_path / "node-0.float32", 4 * config.text.width
         file.write_bytes(file.read_bytes()[: -width // 2] + bytes(width // 2))
     second = FrozenText(model, Ranks(), tmp_path, keep=True)
-    assert second.captions == 3
+    assert len(second) == 3
     assert torch.equal(second(*given(config, CAPTIONS[:4])), vectors[:4])
     torch.testing.assert_close(second(*given(config, CAPTIONS)), vectors)
-    assert second.captions == 4
-    assert FrozenText(model, Ranks(), tmp_path, keep=False).captions == 0
+    assert len(second) == 4
+    assert len(FrozenText(model, Ranks(), tmp_path, keep=False)) == 0
     second.delete()
     assert not tmp_path.exists()
 
@@ -180,7 +185,7 @@ def test_rows_behind_an_incomplete_one_are_gone(tmp_path: Path):
     file.write_bytes(bytes(8) + file.read_bytes()[8:])
     FrozenText(model, Ranks(), tmp_path, keep=True)(*given(config, CAPTIONS[3:]))
     last = FrozenText(model, Ranks(), tmp_path, keep=True)
-    assert last.captions == 2
+    assert len(last) == 2
     expected = model.pool_text(*given(config, CAPTIONS))
     torch.testing.assert_close(last(*given(config, CAPTIONS)), expected)
 
@@ -196,7 +201,7 @@ def with_a_node_that_has_no_files(folder: Path) -> tuple[int, Tensor, Tensor]:
             file.unlink()
     frozen = FrozenText(model, ranks, folder, keep=True)
     mine = given(config, CAPTIONS[ranks.rank :])
-    return frozen.captions, frozen(*mine), model.pool_text(*mine)
+    return len(frozen), frozen(*mine), model.pool_text(*mine)
 
 
 def test_a_node_that_has_no_files_embeds_again(tmp_path: Path):
@@ -206,20 +211,21 @@ def test_a_node_that_has_no_files_embeds_again(tmp_path: Path):
         torch.testing.assert_close(found, expected)
 
 
-def halted_and_whole(data: Path, runs: Path) -> list[int]:
+def halted_and_whole(data: Path, runs: Path, name_of: str) -> list[int]:
     """On one of two ranks of a node, a run, and the same from its step 2.
 
-    The result is how many captions it embedded before that step, after it, and again after it.
+    The result is how many inputs it embedded before that step, after it, and again after it.
     """
     ranks = Ranks(dist.get_rank(), 2, 2, launched=True)
     embedded = [0]
-    TwoTowers.pool_text = counting(TwoTowers.pool_text, embedded)  # of this process alone
+    pool, small = RESUMED[name_of]
+    setattr(TwoTowers, pool, counting(getattr(TwoTowers, pool), embedded))  # of this process alone
     for name in ("whole", "halted"):
         if name == "halted" and ranks.first:
             shutil.copytree(runs / "kept", runs / name)
         ranks.barrier()
         config = tiny(
-            *SMALL, *of_run(runs / name, "flap", data), "train.zero_stage=3", "ckpt.every_steps=2"
+            *small, *of_run(runs / name, "flap", data), "train.zero_stage=3", "ckpt.every_steps=2"
         )
         with ExitStack() as open_files, pytest.MonkeyPatch.context() as patch:
             if name == "whole":
@@ -230,9 +236,10 @@ def halted_and_whole(data: Path, runs: Path) -> list[int]:
 
 
 def counting(real: Any, embedded: list[int]) -> Any:
-    def counted(model: TwoTowers, ids: Tensor, attention_mask: Tensor) -> Tensor:
-        embedded[-1] += len(ids)
-        return real(model, ids, attention_mask)
+    def counted(model: TwoTowers, *inputs: Any) -> Tensor:
+        vectors = real(model, *inputs)
+        embedded[-1] += len(vectors)
+        return vectors
 
     return counted
 
@@ -252,11 +259,12 @@ def keeping(folder: Path, ranks: Ranks, embedded: list[int]) -> Any:
     return saved
 
 
+@pytest.mark.parametrize("name", ["text", "media"])
 def test_a_resumed_run_over_ranks_is_the_uninterrupted_one_bit_for_bit(
-    prepared: Path, tmp_path: Path
+    name: str, prepared: Path, tmp_path: Path
 ):
     pytest.importorskip("deepspeed")
-    for first_steps, rest, halted in on_ranks(2, halted_and_whole, prepared, tmp_path):
+    for first_steps, rest, halted in on_ranks(2, halted_and_whole, prepared, tmp_path, name):
         assert halted == rest > 0 < first_steps
     one, two = (
         (tmp_path / name / "flap/checkpoints/step-000006/model.safetensors").read_bytes()
@@ -272,37 +280,100 @@ def test_a_full_disk_is_said_with_its_remedy(tmp_path: Path, monkeypatch: pytest
     frozen._vectors = open("/dev/full", "r+b")  # type: ignore  # noqa: SIM115
     with pytest.raises(OSError, match=r"node-0\.float32: .*; make room and run the same command"):
         frozen(*given(config, CAPTIONS))
-    assert frozen.captions == 0
+    assert len(frozen) == 0
 
 
+@pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit_and_leaves_no_vectors(
-    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def config(name: str) -> Config:
-        return tiny(*SMALL, *of_run(tmp_path, name, prepared))
+    pool, small = RESUMED[name]
 
-    def rows(name: str) -> list[dict[str, float]]:
-        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        times = ("clips_per_s", "step_ms", "data_wait", "peak_mib", "eval_s")
-        return [{k: v for k, v in json.loads(n).items() if k not in times} for n in lines]
+    def config(name: str) -> Config:
+        return tiny(*small, *of_run(tmp_path, name, prepared))
 
     train(config("whole"))
-    embedded: list[list[int]] = []
-    real = TwoTowers.pool_text
-
-    def noted(model: TwoTowers, ids: Tensor, attention_mask: Tensor) -> Tensor:
-        embedded.extend(ids.tolist())
-        return real(model, ids, attention_mask)
-
-    monkeypatch.setattr(TwoTowers, "pool_text", noted)
+    embedded = [0]
+    monkeypatch.setattr(TwoTowers, pool, counting(getattr(TwoTowers, pool), embedded))
     train_stopped_after(2, config("halted"))
-    assert (tmp_path / "halted/text_vectors").is_dir()
+    assert (tmp_path / f"halted/{name}_vectors").is_dir()
     train(config("halted"), resume=True)
-    assert len({*map(tuple, embedded)}) == len(embedded) > 8
-    assert rows("halted") == rows("whole")
+    assert 8 < embedded[0] < 6 * 8
+    assert rows(tmp_path / "halted") == rows(tmp_path / "whole")
     ours, theirs = (
         load(tmp_path / name / "checkpoints/step-000006").model.state_dict()
         for name in ("halted", "whole")
     )
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert not (tmp_path / "halted/text_vectors").exists()
+    assert not (tmp_path / f"halted/{name}_vectors").exists()
+
+
+def rows(run: Path) -> list[dict[str, float]]:
+    """Its metrics but those of time and memory."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    times = ("clips_per_s", "step_ms", "data_wait", "peak_mib", "eval_s")
+    return [{k: v for k, v in json.loads(n).items() if k not in times} for n in lines]
+
+
+IMAGES = ("image.freeze=true", "text.depth=1")
+VIT = ("audio.length=variable", "mask.kind=none", "specaug.time_frames=0", "specaug.freq_bins=0")
+KINDS = {
+    "YAMNet": MEDIA,
+    "YAMNet in bf16": (*MEDIA, "train.precision=bf16"),
+    "YAMNet in micro-batches": (*MEDIA, "train.micro_batch=4"),
+    "a ViT": (*VIT, "audio.freeze=true", "audio.max_duration_s=1.5", "audio.depth=1"),
+    "images": IMAGES,
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_clip_is_embedded_once_and_nothing_else_changes(
+    name: str, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """But those that are cropped, at each step anew."""
+    data = sets_of_each_kind(prepared, tmp_path)
+    make, kind = (tiny_clip, "images") if name == "images" else (tiny, "sounds")
+
+    def config(run: str) -> Config:
+        return make(*KINDS[name], *of_run(tmp_path, run, prepared), f"data.train={data[kind]}")
+
+    assert config("once").media_once
+    embedded = [0]
+    monkeypatch.setattr(TwoTowers, "pool_media", counting(TwoTowers.pool_media, embedded))
+    train(config("once"))
+    assert 0 < embedded[0] < 6 * 8 * (2 if "micro" in name else 1)
+    monkeypatch.setattr(Config, "media_once", False)
+    train(config("each"))
+    for ours, theirs in zip(rows(tmp_path / "once"), rows(tmp_path / "each"), strict=True):
+        assert ours.keys() == theirs.keys()
+        assert ours == pytest.approx(theirs, rel=2e-2 if "bf16" in name else 1e-5)
+
+
+@pytest.mark.parametrize(
+    "drawn",
+    ["mask.kind=1d", "specaug.freq_bins=4", "audio.freeze=false"],
+)
+def test_a_clip_that_is_drawn_anew_is_embedded_anew(drawn: str):
+    assert tiny(*VIT, "audio.freeze=true").media_once
+    assert not tiny(*VIT, "audio.freeze=true", drawn).media_once
+    assert not tiny(*VIT, "audio.freeze=true", "audio.length=fixed").media_once
+
+
+def test_of_packed_clips_the_long_ones_pass_by_and_the_others_are_kept(tmp_path: Path):
+    config = tiny(*MEDIA)
+    model = TwoTowers(config)
+    torch.manual_seed(0)
+    halves, rows = [2, 2, 3, 4], [3, 0, 2, 1]  # four are the most: a crop's
+    mel = torch.randn(48 * sum(halves), config.audio.mel_bins)
+    media = PackedMels(mel, tuple(48 * n for n in halves), tuple(rows))
+    ids, mask = given(config, CAPTIONS[:4])
+    batch = Batch(media, ids, mask, torch.arange(4), np.array([7, 9, 7000, 0]), 0, 1)
+    assert config.audio.most_frames == 48 * 4
+    expected = model.pool_media(media)
+    frozen = FrozenMedia(config, model, Ranks(), tmp_path, keep=False)
+    torch.testing.assert_close(frozen(batch), expected)
+    assert len(frozen) == 3
+    other = replace(batch, media=media._replace(mel=mel + 1))
+    assert torch.equal(frozen(other)[[0, 2, 3]], frozen(batch)[[0, 2, 3]])
+    torch.testing.assert_close(frozen(other)[1], model.pool_media(other.media)[1])
+    assert not torch.allclose(frozen(other)[1], expected[1])
