@@ -23,6 +23,7 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,8 +62,11 @@ class Shards:
         return [f"data.{k}=[{','.join(map(str, v))}]" for k, v in (("train", train), ("val", val))]
 
 
-def prepared(manifests: list[Path], folder: Path) -> Shards:
-    """Shards of each source: whole, its split `train`, and the first manifest's `val`."""
+def prepared(manifests: list[Path], folder: Path, enrich: Sequence[str] = ()) -> Shards:
+    """Shards of each source: whole, its split `train`, and the first manifest's `val`.
+
+    With `enrich`, arguments of `flap enrich`, those to train on have enriched captions.
+    """
     rows = [
         row | {"audio": str((file.parent / row["audio"]).resolve()), "first": file == manifests[0]}
         for file in manifests
@@ -81,6 +85,9 @@ def prepared(manifests: list[Path], folder: Path) -> Shards:
         listed.parent.mkdir(parents=True, exist_ok=True)
         listed.write_text("".join(json.dumps(row) + "\n" for row in some))
         flap("prepare", str(listed), str(folder / name))
+    for source in sources if enrich else ():
+        train = str(folder / "train" / source)
+        flap("enrich", train, train, *enrich)
     counts = {s: sum(row["source"] == s for row in rows) for s in sources}
     return Shards(folder, counts, frozenset(row["source"] for row in rows if row["first"]))
 
@@ -98,7 +105,7 @@ def folds(sources: dict[str, int], together: int) -> list[tuple[str, ...]]:
 
 def run(asked: argparse.Namespace) -> None:
     """Train and store what is not stored yet."""
-    shards = prepared(asked.data, asked.shards)
+    shards = prepared(asked.data, asked.shards, asked.enrich.split())
     file = RESULTS / f"{asked.name}.json"
     recipe = {
         "config": str(asked.config.resolve().relative_to(ROOT)),
@@ -106,10 +113,11 @@ def run(asked: argparse.Namespace) -> None:
         "seconds": asked.seconds,
         "together": asked.together,
         "threads": asked.threads,
+        "enrich": asked.enrich,
     }
     if file.exists():
         found = json.loads(file.read_text())
-        if (was := {name: found[name] for name in recipe}) != recipe:
+        if (was := {name: found.get(name, "") for name in recipe}) != recipe:
             sys.exit(f"{file} must hold the same recipe, got {was}; take another NAME")
     else:
         steps = asked.steps or steps_in(asked, shards)
@@ -216,6 +224,7 @@ def main(arguments: list[str] | None = None) -> int:
     own.add_argument("--only", nargs="*", metavar="SOURCE", help="leave out only these")
     own.add_argument("--threads", type=int, default=0, help="of a training; 0: PyTorch's choice")
     own.add_argument("--jobs", type=int, default=1, help="trainings at a time; for timings 1")
+    own.add_argument("--enrich", default="", help="of flap enrich, in quotes: '--model none'")
     own.add_argument("--shards", type=Path, default=ROOT / "data/sources")
     own.add_argument("--runs", type=Path, default=ROOT / "runs/sources")
     asked = parser.parse_args(arguments)

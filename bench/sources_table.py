@@ -48,7 +48,9 @@ def _tables(results: list[dict[str, Any]]) -> list[str]:
         rows.append(_row(result))
         each.append([result["name"], *(_of_source(result, s) for s in each[0][1:])])
     about = [
-        f"- {r['name']}: `{' '.join([r['config'], *r['settings']])}`; {facts(r['machine'])}"
+        f"- {r['name']}: `{' '.join([r['config'], *r['settings']])}`"
+        + (f", captions by `flap enrich {r['enrich']}`" if r.get("enrich") else "")
+        + f"; {facts(r['machine'])}"
         for r in results
     ]
     return [markdown(rows), "", "R@10 of each source:", "", markdown(each), "", *about, ""]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,11 +11,14 @@ from flap_fast.checks import require
 from flap_fast.files import say
 from flap_fast.progress import progress
 
+if TYPE_CHECKING:
+    from flap_fast.tools.enrich.writer import Writer
+
 _SOURCE = "A folder of shards, or a manifest."
 _OUT = "Output folder of captions.jsonl; for training, the folder of the shards."
-_MODEL = "Language model: a folder, package:NAME/FOLDER, or a .gguf file."
+_MODEL = "Language model: a folder, package:NAME/FOLDER, a .gguf file, or none (events appended)."
 _TAGGER = "Audio tagger: a folder, package:NAME/FOLDER, or none (a prompt without events)."
-_PROMPT = "paper, rewrite, or a text with {caption} and, with a tagger, {events}."
+_PROMPT = "paper, tags, rewrite, or a text with {caption} and, with a tagger, {events}."
 _CHAT = "Chat template: own (the tokenizer's), vicuna, alpaca, llama2, chatml, plain."
 
 
@@ -38,7 +41,7 @@ def enrich(
     threshold: Annotated[float, typer.Option(help="Least probability of an event.")] = 0.2,
     most_events: Annotated[int, typer.Option(help="Most events in a prompt.")] = 5,
 ) -> None:
-    """Rewrite training captions with a language model; a second call resumes."""
+    """Rewrite training captions with a language model and a tagger; a second call resumes."""
     require(batch >= 1, "--batch", "be at least 1", batch)
     require(most_events >= 1, "--most-events", "be at least 1", most_events)
     require(0 <= threshold <= 1, "--threshold", "be in [0, 1]", threshold)
@@ -50,19 +53,12 @@ def enrich(
     from flap_fast.tools.enrich.run import enrich as run
     from flap_fast.tools.enrich.sources import open_source
 
-    asked = named(prompt, events=tagger != "none")
+    rule = "name a tagger with --model none, which would leave captions as they are"
+    require(model != "none" or tagger != "none", "--tagger", rule, tagger)
+    asked = named(prompt, events=tagger != "none", model=model != "none")
     clips = open_source(source, split).first(limit)
     opened_tagger = open_tagger(tagger)
-    from flap_fast.tools.enrich.rewrite import LanguageModel
-
-    sampling = {
-        "chat": chat,
-        "temperature": temperature,
-        "top_p": top_p,
-        "most_tokens": most_tokens,
-    }
-    writer = LanguageModel(model, seed=seed, **sampling)
-    settings = (*sampling.items(), ("device", writer.device.type))
+    writer, settings = _writer(model, seed, chat, temperature, top_p, most_tokens)
     recipe = Recipe(writer, asked, opened_tagger, threshold, most_events, batch, seed, settings)
     with progress("enrich", clips.captions) as advance:
         counts = run(clips, out, recipe, advance)
@@ -73,3 +69,23 @@ def enrich(
     )
     if clips.left:
         say(f"{clips.left} captions of other splits are unchanged", error=True)
+
+
+def _writer(
+    model: str, seed: int, chat: str, temperature: float, top_p: float, most_tokens: int
+) -> tuple[Writer, tuple[tuple[str, Any], ...]]:
+    """What --model names, and its settings for enrich.json."""
+    if model == "none":
+        from flap_fast.tools.enrich.writer import PromptItself
+
+        return PromptItself(), ()
+    from flap_fast.tools.enrich.rewrite import LanguageModel
+
+    sampling = {
+        "chat": chat,
+        "temperature": temperature,
+        "top_p": top_p,
+        "most_tokens": most_tokens,
+    }
+    writer = LanguageModel(model, seed=seed, **sampling)
+    return writer, (*sampling.items(), ("device", writer.device.type))

@@ -111,6 +111,19 @@ def test_finished_trainings_are_not_repeated(tmp_path: Path, flap: list[tuple[st
         sources.main(command(tmp_path, "--steps", "8", "--seconds", "5"))
 
 
+def test_captions_of_training_are_enriched_and_no_others(
+    tmp_path: Path, flap: list[tuple[str, ...]]
+):
+    manifest(tmp_path / "own", COUNTS)
+    asked = ("--steps", "8", "--seeds", "1", "--enrich", "--model none")
+    sources.main(command(tmp_path, *asked))
+    enriched = [arguments for arguments in flap if arguments[0] == "enrich"]
+    folders = [str(tmp_path / "shards/train" / source) for source in sorted(COUNTS)]
+    assert enriched == [("enrich", folder, folder, "--model", "none") for folder in folders]
+    with pytest.raises(SystemExit, match="must hold the same recipe"):
+        sources.main(command(tmp_path, *asked[:-2]))
+
+
 def test_rows_without_a_source_are_refused(tmp_path: Path, flap: list[tuple[str, ...]]):
     file = manifest(tmp_path / "own", {"a": 2})
     file.write_text(file.read_text() + '{"audio": "x.wav", "caption": "x", "split": "train"}\n')

