@@ -19,6 +19,7 @@ from flap_fast.data.preprocess.waveform import Unusable
 from flap_fast.data.read_ahead import reading_in_order
 from flap_fast.data.shards import ShardError, Shards
 from flap_fast.data.tokenize import Tokenizer
+from flap_fast.evaluation.kept_outputs import KeptOutputs
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.progress import progress
 from flap_fast.ranks import Ranks
@@ -77,7 +78,7 @@ def embed(
     shards: Shards,
     ranks: Ranks,
     texts: Texts | None = None,
-    embed_text: Encode | None = None,
+    kept: KeptOutputs | None = None,
     *,
     pooled: bool = False,
 ) -> Embeddings:
@@ -85,7 +86,7 @@ def embed(
 
     Args:
         texts: those of the shards, if they have been read before.
-        embed_text: in place of the model's.
+        kept: what frozen encoders gave before.
         pooled: give the encoder's output before its head, too; of a clip's crops, the mean.
 
     Raises:
@@ -93,26 +94,24 @@ def embed(
         ArithmeticError: an embedding that is not finite.
     """
     texts = texts or read_texts(shards)
+    kept = kept or KeptOutputs(model, config, ranks)
     with evaluating(model):
         crops = crops_of(config, shards, ranks)
         mine = crops.take(rank_slice(len(crops.clips), ranks))
         batches = _in_step(evaluation_batches(config, shards, mine, ranks), ranks)
         parts: list[tuple[Tensor, ...]] = []
         with progress(f"embed {config.encoder.modality}", len(mine.clips)) as advance:
-            for batch, longer in batches:
-                if pooled:
-                    parts.append(model.media_features(batch, longer=longer))
-                else:
-                    parts.append((model.embed_media(batch, longer=longer),))
-                advance(len(parts[-1][0]))
+            for x in kept.pool_media(shards, batches):
+                projected = model.project_media(x)
+                parts.append((projected, x) if pooled else (projected,))
+                advance(len(x))
         rows = [
             ranks.gather(torch.cat(some))[: len(crops.clips)] for some in zip(*parts, strict=True)
         ]
         counts = np.bincount(crops.clips).tolist()
         media = finite(_unit_means(rows[0], counts), shards.name)
         features = finite(_means(rows[1], counts), shards.name) if pooled else None
-        encode = embed_text or model.embed_text
-        text = text_embedder(encode, tokenizer, ranks, config.eval.batch)(texts.captions)
+        text = text_embedder(kept.embed_text, tokenizer, ranks, config.eval.batch)(texts.captions)
     clip_of_caption = torch.tensor(texts.clip_of_caption, device=ranks.device).long()
     return Embeddings(
         media,

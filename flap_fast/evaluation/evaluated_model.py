@@ -14,11 +14,11 @@ from flap_fast.data.tokenize import Tokenizer
 from flap_fast.evaluation.embed import (
     Embeddings,
     EmbedTexts,
-    Encode,
     Texts,
     embed,
     text_embedder,
 )
+from flap_fast.evaluation.kept_outputs import KeptOutputs
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks
 
@@ -60,21 +60,21 @@ def whole_model(
     tokenizer: Tokenizer,
     ranks: Ranks,
     classes: tuple[str, ...] = (),
-    embed_text: Encode | None = None,
+    kept: KeptOutputs | None = None,
 ) -> EvaluatedModel:
     """A model with both towers, in its present mode.
 
     Args:
-        embed_text: in place of the model's.
+        kept: what frozen encoders gave before.
     """
-    encode = embed_text or model.embed_text
-    texts = text_embedder(encode, tokenizer, ranks, config.eval.batch)
+    kept = kept or KeptOutputs(model, config, ranks)
+    texts = text_embedder(kept.embed_text, tokenizer, ranks, config.eval.batch)
     tower = text_embedder(model.text, tokenizer, ranks, config.eval.batch)
     return EvaluatedModel(
         config=config,
         ranks=ranks,
         clips=lambda shards, read, pooled=False: embed(
-            model, config, tokenizer, shards, ranks, read, encode, pooled=pooled
+            model, config, tokenizer, shards, ranks, read, kept, pooled=pooled
         ),
         texts=texts,
         sentences=texts if config.eval.sentences == "joint" else tower,

@@ -19,8 +19,9 @@ from flap_fast.config import Config
 from flap_fast.data.shards import Shards, open_shards, shard_kinds
 from flap_fast.data.tokenize import Tokenizer
 from flap_fast.evaluation import TASKS, load_evaluation
-from flap_fast.evaluation.embed import Encode, Texts, evaluating, read_texts
+from flap_fast.evaluation.embed import Texts, evaluating, read_texts
 from flap_fast.evaluation.evaluated_model import TEXT_ONLY, EvaluatedModel, whole_model
+from flap_fast.evaluation.kept_outputs import KeptOutputs
 from flap_fast.evaluation.record import Data, Evaluation
 from flap_fast.evaluation.scores_file import Scores
 from flap_fast.model.two_towers import TwoTowers
@@ -36,14 +37,14 @@ def evaluate(
     tokenizer: Tokenizer,
     folders: Sequence[Place],
     ranks: Ranks | None = None,
-    embed_text: Encode | None = None,
+    kept: KeptOutputs | None = None,
 ) -> Scores:
     """Scores of each folder of shards, by eval.tasks. Collective: call on every rank.
 
     Args:
-        embed_text: in place of the model's.
+        kept: what frozen encoders gave before.
     """
-    evaluated = whole_model(model, config, tokenizer, ranks or Ranks(), embed_text=embed_text)
+    evaluated = whole_model(model, config, tokenizer, ranks or Ranks(), kept=kept)
     with evaluating(model):
         return score(evaluated, folders, config.eval.tasks)
 

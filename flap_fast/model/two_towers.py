@@ -153,14 +153,7 @@ class TwoTowers(nn.Module):
 
     def embed_media(self, media: Media, *, longer: Tensor | None = None) -> Tensor:
         """Embeddings (B, d) of media as in `ModelInputs`, unit norm, float32."""
-        return self.media_features(media, longer=longer)[0]
-
-    def media_features(
-        self, media: Media, *, longer: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, d) as of `embed_media`, and what their head is given: (B, D) float32."""
-        pooled = self.pool_media(media, longer=longer)
-        return self.project_media(pooled), pooled
+        return self.project_media(self.pool_media(media, longer=longer))
 
     def pool_media(self, media: Media, *, longer: Tensor | None = None) -> Tensor:
         """Media as in `ModelInputs` -> (B, D) float32, their encoder's output before the head."""

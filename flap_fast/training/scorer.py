@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 from flap_fast.config import Config
 from flap_fast.data.tokenize import Tokenizer
-from flap_fast.evaluation.kept_text import KeptText
+from flap_fast.evaluation.kept_outputs import KeptOutputs
 from flap_fast.evaluation.run import evaluate, flat_scores, selection_score
 from flap_fast.evaluation.scores_file import Scores, write_scores
 from flap_fast.ranks import Ranks
@@ -35,7 +35,7 @@ class Scorer:
         self._config, self._ranks, self._engine = config, ranks, engine
         self._tokens, self._metrics = tokens, metrics
         self._last: Scores | None = None
-        self._embed_text = KeptText(engine.module, ranks) if config.text.freeze else None
+        self._kept = KeptOutputs(engine.module, config, ranks)
         self._task = config.eval.tasks[0]
         best = state.best_so_far if state else None
         self.best = best if best and best.task == self._task else None
@@ -74,4 +74,4 @@ class Scorer:
         self._ranks.broadcast(module.buffers())  # running statistics differ between ranks
         average = self._engine.average
         with average.in_use() if average else nullcontext():
-            return evaluate(module, self._config, self._tokens, val, self._ranks, self._embed_text)
+            return evaluate(module, self._config, self._tokens, val, self._ranks, self._kept)

@@ -117,7 +117,7 @@ def spoilt(encode: Callable, row: int) -> Callable:
 def test_an_embedding_that_is_not_finite_is_named(prepared: Path, monkeypatch):
     shards, flap = open_shards([prepared / "val"]), model()
     with monkeypatch.context() as patch:
-        patch.setattr(flap, "embed_media", spoilt(flap.embed_media, 2))
+        patch.setattr(flap, "project_media", spoilt(flap.project_media, 2))
         with pytest.raises(ArithmeticError, match=rf"for 1 of 6, the first of {shards.name(2)};"):
             embed(flap, CONFIG, tokenizer(CONFIG.text), shards, Ranks())
     monkeypatch.setattr(flap, "embed_text", spoilt(flap.embed_text, 0))
@@ -298,7 +298,7 @@ def test_pooled_features_are_what_the_head_is_given_averaged_over_crops(folded: 
     means = embed(flap, both, tokenizer(CONFIG.text), shards, Ranks(), pooled=True).pooled
     assert means is not None
     crops = [
-        flap.media_features(batch)[1]
+        flap.pool_media(batch)
         for batch, _ in evaluation_batches(both, shards, crops_of(both, shards, Ranks()), Ranks())
     ]
     torch.testing.assert_close(means, torch.cat(crops).unflatten(0, (4, 2)).mean(1))

@@ -1,4 +1,4 @@
-"""A frozen text encoder embeds the texts of a run's evaluations once, to the same scores."""
+"""Frozen encoders embed the texts and clips of a run's evaluations once, to the same scores."""
 
 from __future__ import annotations
 
@@ -12,30 +12,47 @@ import torch.distributed as dist
 
 from flap_fast.data.tokenize import tokenizer
 from flap_fast.evaluation.embed import evaluating
-from flap_fast.evaluation.kept_text import KeptText
+from flap_fast.evaluation.kept_outputs import KeptOutputs
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks
 from flap_fast.training import scorer
 from flap_fast.training.loop import train
 from tests.ranks import on_ranks
-from tests.tiny import tiny
+from tests.tiny import YAMNET, tiny
 
 FROZEN = "text.freeze=true", "text.pool=mean"
+# 15 captions and 6 clips, 4 at a time.
+TEXT, MEDIA = {"pool_text": 4}, {"pool_media": 2}
+KINDS = {
+    "text": (FROZEN, TEXT),
+    "clips": ((*YAMNET, "audio.freeze=true"), MEDIA),
+    "clips of one length": (("audio.freeze=true",), MEDIA),
+    "both, three crops": (
+        (*FROZEN, "audio.freeze=true", "eval.crop=multi:3"),
+        TEXT | {"pool_media": 5},
+    ),
+}
 
 
 def evaluations(runs: Path, data: Path, monkeypatch: pytest.MonkeyPatch, *more: str):
-    """The scores of a run's three evaluations, and how often each ran its text encoder."""
-    passes: list[int] = []
-    pool_text, evaluate = TwoTowers.pool_text, scorer.evaluate
+    """The scores of a run's three evaluations, and how often each ran its encoders."""
+    passes: list[dict[str, int]] = []
+    evaluate = scorer.evaluate
 
-    def counted(*arguments: Any) -> Any:
-        passes[-1] += 1
-        return pool_text(*arguments)
+    def counting(name: str) -> Any:
+        real = getattr(TwoTowers, name)
+
+        def counted(*arguments: Any, **named: Any) -> Any:
+            passes[-1][name] += 1
+            return real(*arguments, **named)
+
+        return counted
 
     def begun(*arguments: Any) -> Any:
-        passes.append(0)
+        passes.append(dict.fromkeys(("pool_text", "pool_media"), 0))
         with monkeypatch.context() as patched:
-            patched.setattr(TwoTowers, "pool_text", counted)
+            for name in passes[-1]:
+                patched.setattr(TwoTowers, name, counting(name))
             return evaluate(*arguments)
 
     monkeypatch.setattr(scorer, "evaluate", begun)
@@ -48,15 +65,20 @@ def evaluations(runs: Path, data: Path, monkeypatch: pytest.MonkeyPatch, *more: 
     return found, passes
 
 
+@pytest.mark.parametrize("name", KINDS)
 def test_the_scores_are_those_of_an_encoder_that_runs_in_each(
-    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    scores, passes = evaluations(tmp_path / "kept", prepared, monkeypatch, *FROZEN)
-    assert passes == [4, 0, 0]  # 15 captions, 4 at a time
+    settings, first = KINDS[name]
+    scores, passes = evaluations(tmp_path / "kept", prepared, monkeypatch, *settings)
+    assert [{n: found[n] for n in first} for found in passes] == [
+        first,
+        *[dict.fromkeys(first, 0)] * 2,
+    ]
     with monkeypatch.context() as patched:
-        patched.setattr(scorer, "KeptText", lambda model, _: model.embed_text)
-        each, passes = evaluations(tmp_path / "each", prepared, patched, *FROZEN)
-    assert passes == [4, 4, 4]
+        patched.setattr(scorer, "KeptOutputs", lambda *_: None)
+        each, passes = evaluations(tmp_path / "each", prepared, patched, *settings)
+    assert [{n: found[n] for n in first} for found in passes] == [first] * 3
     assert scores == each
     assert scores[0] != scores[1] | {"step": 2}  # the head is trained
 
@@ -64,12 +86,13 @@ def test_the_scores_are_those_of_an_encoder_that_runs_in_each(
 def test_an_encoder_that_is_trained_runs_in_each(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    assert evaluations(tmp_path, prepared, monkeypatch)[1] == [4, 4, 4]
+    assert evaluations(tmp_path, prepared, monkeypatch)[1] == [TEXT | MEDIA] * 3
 
 
 def test_a_batch_is_told_from_others_of_the_same_tokens():
-    model = TwoTowers(tiny(*FROZEN))
-    embed = KeptText(model, Ranks())
+    config = tiny(*FROZEN)
+    model = TwoTowers(config)
+    embed = KeptOutputs(model, config, Ranks()).embed_text
     ids = torch.arange(16).reshape(2, 8) + 5
     masks = torch.ones_like(ids), (torch.arange(8) < 4).long().expand(2, 8)
     with evaluating(model):
@@ -85,7 +108,7 @@ def passes_of_this_rank() -> int:
     config, passes = tiny(*FROZEN), []
     model, ranks = TwoTowers(config), Ranks(dist.get_rank(), dist.get_world_size())
     model.text.register_forward_pre_hook(lambda *_: passes.append(1))
-    embed, words = KeptText(model, ranks), tokenizer(config.text)
+    embed, words = KeptOutputs(model, config, ranks).embed_text, tokenizer(config.text)
     with evaluating(model):
         for caption in ("a dog", "a dog" if ranks.first else "rain"):
             embed(*words([caption]))
