@@ -43,6 +43,8 @@ class Joint(Section):
     """The captions' projection: that of the text encoder's authors (`encoder`), LAION-CLAP's two
     layers, CLIP's matrix without bias, or none: sounds are projected into the text encoder's own
     space, whose width is joint.width. With few captions a projection learns those by heart."""
+    hidden: Count | None = None
+    """Width of the hidden layer of heads of two layers; null: joint.width, as LAION-CLAP's."""
     dropout: Ratio = 0.0
     """Dropout before each layer of the heads, in training. With few clips 0.3 helped the head of a
     frozen encoder."""

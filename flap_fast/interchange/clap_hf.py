@@ -193,7 +193,7 @@ def why_no_clap_text(export: Export) -> str:
     text = export.config.text
     if not (roberta and isinstance(text, RobertaSettings) and text.pool == "pooler"):
         return "its text encoder is no RoBERTa with a pooler"
-    return export.why_not_own_head
+    return export.why_not_own_heads
 
 
 def _write_settings(folder: Path, config: Config, encoder: Any) -> None:

@@ -71,10 +71,13 @@ class Export:
         return getattr(getattr(self.model.text, "inner", None), "config", None)
 
     @property
-    def why_not_own_head(self) -> str:
-        """Why its captions' projection is not its text encoder's own; empty if it is."""
-        head, own = self.config.joint.text_head, self.config.text.head
-        return "" if head in ("encoder", own) else f"it has joint.text_head = {head}"
+    def why_not_own_heads(self) -> str:
+        """Why its heads are not those of its encoders' authors; empty if they are."""
+        joint, own = self.config.joint, self.config.text.head
+        if joint.text_head not in ("encoder", own):
+            return f"it has joint.text_head = {joint.text_head}"
+        own_hidden = joint.hidden in (None, joint.width)
+        return "" if own_hidden else f"it has joint.hidden = {joint.hidden}"
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,6 @@ class Layout:
             return f"its encoder embeds {'images' if encoder.modality == 'image' else 'audio'}"
         if self.encoder not in (None, encoder.encoder):
             return f"its encoder is {encoder.encoder}, not {self.encoder}"
-        if self.own_heads and (why_not := export.why_not_own_head):
+        if self.own_heads and (why_not := export.why_not_own_heads):
             return why_not
         return self.why_not(export)

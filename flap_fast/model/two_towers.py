@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flap_fast.checks import require
-from flap_fast.config import Config
+from flap_fast.config import Config, Joint
 from flap_fast.data.batch import Media
 from flap_fast.encoders.audio_settings import PatchEncoder
 from flap_fast.encoders.base import AnyMask, Encoded
@@ -65,7 +65,7 @@ class TwoTowers(nn.Module):
         recompute, encoder = config.train.checkpoint_activations, config.encoder
         self.precision = config.train.precision
         self.sentences = config.loss.sentences
-        joint, self.modality = config.joint.width, encoder.modality
+        self.modality = encoder.modality
         media = encoder.build(config, recompute="audio" in recompute)
         self.add_module(self.modality, media)
         self.text = config.text.build(recompute="text" in recompute, weights=weights)
@@ -77,7 +77,7 @@ class TwoTowers(nn.Module):
         ]
         width: int = media.width  # type: ignore[assignment]
         if not encoder.joint_space:
-            head = MlpHead(width, joint, config.joint.dropout)
+            head = MlpHead(width, config.joint)
             self.add_module(f"{self.modality}_head", head)
         self.text_head = _text_head(config, self.text.width)  # type: ignore[arg-type]
         # Shape (1,), not (): DeepSpeed cannot broadcast a parameter without dimensions.
@@ -201,9 +201,10 @@ def takes_bf16(precision: str, device: torch.device) -> bool:
 class MlpHead(nn.Sequential):
     """LAION-CLAP's head, with dropout before each layer."""
 
-    def __init__(self, width: int, joint: int, dropout: float):
-        super().__init__(nn.Linear(width, joint), nn.ReLU(), nn.Linear(joint, joint))
-        self.dropout = dropout
+    def __init__(self, width: int, joint: Joint):
+        hidden = joint.hidden or joint.width
+        super().__init__(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, joint.width))
+        self.dropout = joint.dropout
 
     def forward(self, input: Tensor) -> Tensor:
         for layer in self:
@@ -216,9 +217,9 @@ class MlpHead(nn.Sequential):
 class LinearHead(nn.Linear):
     """CLIP's head: a linear map without bias, with dropout before it."""
 
-    def __init__(self, width: int, joint: int, dropout: float):
-        super().__init__(width, joint, bias=False)
-        self.dropout = dropout
+    def __init__(self, width: int, joint: Joint):
+        super().__init__(width, joint.width, bias=False)
+        self.dropout = joint.dropout
         nn.init.normal_(self.weight, std=width**-0.5)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -227,12 +228,11 @@ class LinearHead(nn.Linear):
 
 def _text_head(config: Config, width: int) -> nn.Module:
     """The captions' projection that joint.text_head names."""
-    kind, joint = config.joint.text_head, config.joint.width
+    kind, joint = config.joint.text_head, config.joint
     if kind != "none":
-        head = _HEADS[config.text.head if kind == "encoder" else kind]
-        return head(width, joint, config.joint.dropout)
+        return _HEADS[config.text.head if kind == "encoder" else kind](width, joint)
     rule = f"be {width}, the text encoder's width, with joint.text_head = none"
-    require(joint == width, "joint.width", rule, joint)
+    require(joint.width == width, "joint.width", rule, joint.width)
     return nn.Identity()
 
 

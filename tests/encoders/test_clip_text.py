@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from flap_fast.config import Config
+from flap_fast.config import Config, Joint
 from flap_fast.encoders.clip_text.model import Block, ClipText
 from flap_fast.model.two_towers import LinearHead, TwoTowers
 from tests.tiny import tiny_clip
@@ -147,7 +147,7 @@ def test_first_weights_are_spread_as_openais():
         (block.get_parameter("mlp.c_proj.weight"), 64**-0.5 / 2),
     ):
         assert weight.std().item() == pytest.approx(std, rel=0.05)
-    head = LinearHead(256, 128, 0.0)
+    head = LinearHead(256, Joint(width=128))
     assert head.bias is None
     assert head.weight.std().item() == pytest.approx(256**-0.5, rel=0.05)
     assert (block.attn.in_proj_bias == 0).all()

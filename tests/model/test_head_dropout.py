@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flap_fast.config import Config
+from flap_fast.config import Config, Joint
 from flap_fast.model.model_folder import load_weights, model_folder
 from flap_fast.model.two_towers import LinearHead, MlpHead, TwoTowers
 from flap_fast.training.loop import train
@@ -19,7 +19,7 @@ MICRO = "train.micro_batch=4"
 @pytest.mark.parametrize("kind", [MlpHead, LinearHead])
 def test_a_head_drops_in_training_alone(kind: type[MlpHead | LinearHead]):
     torch.manual_seed(0)
-    head, plain = kind(1000, 8, 0.3), kind(1000, 8, 0.0)
+    head, plain = (kind(1000, Joint(width=8, dropout=p)) for p in (0.3, 0.0))
     plain.load_state_dict(head.state_dict())
     x = torch.ones(4, 1000)
     assert torch.equal(head.eval()(x), plain.eval()(x))
@@ -32,7 +32,7 @@ def test_a_head_drops_in_training_alone(kind: type[MlpHead | LinearHead]):
 def test_it_drops_what_the_layers_are_given():
     """Of the first layer's input 0.3, scaled by 1 / 0.7; of what the ReLU gives likewise."""
     torch.manual_seed(0)
-    head, seen = MlpHead(1000, 2000, 0.3).train(), []
+    head, seen = MlpHead(1000, Joint(width=2000, dropout=0.3)).train(), []
     for layer in (head[0], head[2]):
         layer.register_forward_hook(lambda module, given, out: seen.append(given[0].detach()))
     head(torch.ones(1, 1000))

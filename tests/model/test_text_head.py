@@ -54,16 +54,29 @@ def test_such_a_model_is_saved_and_opened(tmp_path: Path):
     torch.testing.assert_close(opened, model.embed_text(ids, attention_mask).detach())
 
 
+def test_heads_of_two_layers_may_have_a_hidden_layer_of_another_width(tmp_path: Path):
+    config = tiny("joint.hidden=24")
+    model = TwoTowers(config).eval()
+    for head in (model.head, model.text_head):
+        assert isinstance(head, nn.Sequential)
+        assert [tuple(p.shape) for p in head.parameters()] == [(24, 32), (24,), (16, 24), (16,)]
+    save_model(tmp_path / "model", config, model, model.state_dict())
+    opened = load(tmp_path / "model", "cpu").embed_text(CAPTIONS)
+    given = tokenizer(config.text)(CAPTIONS)
+    torch.testing.assert_close(opened, model.embed_text(*given).detach())
+
+
+@pytest.mark.parametrize("another", ["text_head = linear", "hidden = 24"])
 def test_another_projects_layout_has_no_place_for_another_head(
-    roberta_folder: Path, tmp_path: Path
+    another: str, roberta_folder: Path, tmp_path: Path
 ):
-    head = "joint.text_head=linear"
-    config = tiny(*HTSAT, f"text.folder={roberta_folder}", "text.pool=pooler", head)
+    encoders = (*HTSAT, f"text.folder={roberta_folder}", "text.pool=pooler")
+    config = tiny(*encoders, f"joint.{another.replace(' ', '')}")
     model = TwoTowers(config)
     export = Export(tmp_path, config, model, model.state_dict(), {}, "")
-    assert CLAP.refusal(export) == "it has joint.text_head = linear"
-    own = config.model_copy(update={"joint": config.joint.model_copy(update={"text_head": "mlp"})})
-    assert CLAP.refusal(Export(tmp_path, own, model, model.state_dict(), {}, "")) == ""
+    assert CLAP.refusal(export) == f"it has joint.{another}"
+    own = TwoTowers(tiny(*encoders))
+    assert CLAP.refusal(Export(tmp_path, tiny(*encoders), own, own.state_dict(), {}, "")) == ""
     save_model(tmp_path / "model", config, model, model.state_dict())
     said = export_checkpoint(tmp_path / "model", tmp_path / "hf")
-    assert "no clap_text/: it has joint.text_head = linear" in said
+    assert f"no clap_text/: it has joint.{another}" in said
