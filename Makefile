@@ -16,6 +16,9 @@ READY := $(VENV)/ready
 # Empty it (make CONSTRAINTS= test) to take the newest versions that pyproject.toml allows.
 CONSTRAINTS ?= constraints.txt
 
+# Tests start many processes: compiled once, the project is not compiled at each start.
+test test-tools faults walks: export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo test test-tools faults walks lint bench gpu speedrun static data setup clean
 
 setup: $(READY)

@@ -19,3 +19,9 @@ if not torch.cuda.is_available():
     import flap_kernels  # noqa: F401 -- imported for its decorators
 
     os.environ["TRITON_INTERPRET"] = _before
+
+    from flap_kernels.launch import HAS_TRITON
+    from tests.interpreter import patch_once
+
+    if HAS_TRITON:
+        patch_once()

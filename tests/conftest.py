@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.util
 import os
 import shutil
+from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +22,23 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Collect without a search for garbage; what is imported until then stays to the end."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what needs what is not here; the closing line counts it as deselected."""
+    """Leave out what needs what is not here, and begin with the files of tests over ranks.
+
+    The closing line counts what is left out as deselected. Of two processes that take file after
+    file, one would be idle at the end while the other still had a long one, and those are long.
+    """
     import torch
 
     here = {
@@ -32,7 +49,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     away = [name for name, there in here.items() if not there]
     out = [item for item in items if any(item.get_closest_marker(name) for name in away)]
     config.hook.pytest_deselected(items=out)
-    items[:] = [item for item in items if item not in out]
+    gone = set(out)
+    items[:] = [item for item in items if item not in gone]
+    items.sort(key=lambda item: not hasattr(getattr(item, "module", None), "on_ranks"))
 
 
 @pytest.fixture(scope="session")

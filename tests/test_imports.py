@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from flap_fast.config import Config
 from flap_fast.config.file import dump_config
 from flap_fast.model.model_folder import save_model
@@ -31,18 +33,30 @@ HEAVY = UNUSED | {"torch", "transformers", "numpy", "soundfile", "triton", "PIL"
 LATER = {"torch._dynamo", "torch._inductor", "scipy", "transformers.modeling_utils"}
 
 
-def imported(program: str, modules: set[str]) -> set[str]:
-    """Those of the modules that a program imports, in a process of its own."""
-    program += f"\nimport sys\nprint(*({modules!r} & sys.modules.keys()))"
+def imported(*programs: tuple[str, set[str]]) -> list[set[str]]:
+    """For each (program, modules) those of them that there are after it.
+
+    All programs run in one process of their own, one after another.
+    """
+    lines = ["import sys"]
+    for program, modules in programs:
+        lines += [program, f"print('imported', *({modules!r} & sys.modules.keys()))"]
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    return set(done.stdout.split())
+    rows = [line.split() for line in done.stdout.splitlines()]
+    found = [set(row[1:]) for row in rows if row[:1] == ["imported"]]
+    assert len(found) == len(programs)
+    return found
 
 
-def test_the_command_starts_without_heavy_packages():
-    assert imported("import flap_fast.__main__", HEAVY) == set()
+def test_the_command_starts_and_prepares_without_heavy_packages():
+    of_shards = {"numpy", "soundfile", "PIL"}
+    assert imported(
+        ("import flap_fast.__main__", HEAVY),
+        ("import flap_fast.preparation.prepare", HEAVY - of_shards),
+    ) == [set(), set()]
 
 
 def saved(config: Config, folder: Path) -> Path:
@@ -82,25 +96,33 @@ finally:
     assert done.stdout.splitlines()[-1:] == ["True 0"], done.stderr
 
 
-def test_opening_a_model_imports_no_compiler(tmp_path: Path):
-    folder = saved(tiny("text.encoder=clip"), tmp_path / "model")
-    program = f"import flap_fast\nflap_fast.load({str(folder)!r})"
-    assert imported(program, UNUSED | LATER) == set()
-
-
-def test_ranking_imports_no_package_of_other_commands(tmp_path: Path):
-    folder, sound = saved(tiny(), tmp_path / "model"), tmp_path / "tone.wav"
+@pytest.fixture(scope="module")
+def after(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
+    """What is imported after a model is opened, after another ranks, and after a training."""
+    folder = tmp_path_factory.mktemp("imports")
+    sound = folder / "tone.wav"
     sound.write_bytes(encode(tone(440, 1.0, 16_000), 16_000, "WAV"))
-    program = f"import flap_fast\nflap_fast.load({str(folder)!r}).rank({str(sound)!r}, ['a', 'b'])"
-    assert imported(program, UNUSED) == set()
-
-
-def test_training_imports_no_package_that_the_run_does_not_use(prepared: Path, tmp_path: Path):
+    clip, roberta = saved(tiny("text.encoder=clip"), folder / "clip"), saved(tiny(), folder / "m")
+    opening = f"import flap_fast\nflap_fast.load({str(clip)!r})"
+    ranking = f"flap_fast.load({str(roberta)!r}).rank({str(sound)!r}, ['a', 'b'])"
     settings = [f"data.train={prepared}/train", f"data.val={prepared}/val", "train.steps=1"]
-    settings += [f"run.folder={tmp_path}", "frontend.backend=torch", "log.tensorboard=false"]
-    program = f"""
+    settings += [f"run.folder={folder}", "frontend.backend=torch", "log.tensorboard=false"]
+    training = f"""
 from flap_fast.training.loop import train
 from tests.tiny import tiny
 train(tiny(*{settings!r}))
 """
-    assert imported(program, UNUSED) == set()
+    found = imported((opening, UNUSED | LATER), (ranking, UNUSED), (training, UNUSED))
+    return dict(zip(("opening", "ranking", "training"), found, strict=True))
+
+
+def test_opening_a_model_imports_no_compiler(after: dict[str, set[str]]):
+    assert after["opening"] == set()
+
+
+def test_ranking_imports_no_package_of_other_commands(after: dict[str, set[str]]):
+    assert after["ranking"] == set()
+
+
+def test_training_imports_no_package_that_the_run_does_not_use(after: dict[str, set[str]]):
+    assert after["training"] == set()

@@ -38,6 +38,14 @@ class ShardSet(NamedTuple):
     """Files that look like shards and are none."""
 
 
+class ShardsOfSet(NamedTuple):
+    """One entry of data.train: the number of its shards, and its weight."""
+
+    shards: int
+    weight: float
+    name: str
+
+
 class Remote:
     """What lies at URLs, each asked for once."""
 

@@ -18,15 +18,8 @@ from typing import NamedTuple
 import numpy as np
 
 from flap_fast.checks import ConfigError
+from flap_fast.data.listing import ShardsOfSet
 from flap_fast.data.random_streams import Stream, permutation
-
-
-class ShardsOfSet(NamedTuple):
-    """One entry of data.train: the number of its shards, and its weight."""
-
-    shards: int
-    weight: float
-    name: str
 
 
 class Part(NamedTuple):

@@ -28,8 +28,15 @@ import numpy as np
 
 from flap_fast.checksums import SUMS, check_sums
 from flap_fast.config import Config, Data
-from flap_fast.data.listing import SIZES, Remote, ShardSet, parsed_sizes, say_repeated, shard_sets
-from flap_fast.data.mixing import ShardsOfSet
+from flap_fast.data.listing import (
+    SIZES,
+    Remote,
+    ShardSet,
+    ShardsOfSet,
+    parsed_sizes,
+    say_repeated,
+    shard_sets,
+)
 from flap_fast.data.open_files import read_range
 from flap_fast.data.preprocess.unusable import Unusable
 from flap_fast.data.shard_cache import RemoteFile, shard_cache

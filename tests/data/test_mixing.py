@@ -14,7 +14,8 @@ import yaml
 from flap_fast.checks import ConfigError
 from flap_fast.config.file import dump_config, load_config, parse_config
 from flap_fast.data.lengths import clip_seconds
-from flap_fast.data.mixing import Mixture, ShardsOfSet, mixture
+from flap_fast.data.listing import ShardsOfSet
+from flap_fast.data.mixing import Mixture, mixture
 from flap_fast.data.sampler import Sampler
 from flap_fast.data.shards import open_shards
 from flap_fast.places import Weighted

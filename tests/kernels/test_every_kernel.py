@@ -24,6 +24,24 @@ def kernel(request) -> Kernel:
     return KERNELS[request.param]
 
 
+def types_of(kernel: Kernel) -> list[torch.dtype]:
+    """The types to try; one where all inputs are integers, which have their own."""
+    values = kernel.inputs("edge", torch.Generator().manual_seed(0)).arguments.values()
+    if any(isinstance(x, Tensor) and x.is_floating_point() for x in values):
+        return [torch.float32, torch.bfloat16]
+    return [torch.float32]
+
+
+in_each_type = pytest.mark.parametrize(
+    ("kernel", "dtype"),
+    [
+        pytest.param(kernel, dtype, id=f"{name}-{str(dtype).removeprefix('torch.')}")
+        for name, kernel in sorted(KERNELS.items())
+        for dtype in types_of(kernel)
+    ],
+)
+
+
 def outputs_and_gradients(op, arguments, differentiable, seeds):
     """Every output and every gradient by name, for upstream gradients drawn from `seeds`."""
     outputs = op(**arguments)
@@ -103,13 +121,13 @@ def check_as_exact(
         assert_as_exact(label, fused, plain, exact, slack=kernel.slack)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@in_each_type
 @pytest.mark.parametrize("size", ["edge", "odd"])
 def test_kernel_is_as_exact_as_its_reference(kernel, size, dtype, device):
     check_as_exact(kernel, size, dtype, device, draws=DRAWS[size])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@in_each_type
 def test_kernel_takes_strided_inputs(kernel, dtype, device):
     check_as_exact(kernel, "odd", dtype, device, draws=DRAWS["odd"], prepare=strided)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from html.parser import HTMLParser
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +19,7 @@ from PIL import Image
 
 from flap_fast.config.file import dump_config
 from flap_fast.preparation.prepare import prepare
+from flap_fast.report import page as pages
 from flap_fast.report.examples import RetrievalExamples, _extremes
 from flap_fast.report.facts import duration
 from flap_fast.report.figures import alignment_over_uniformity
@@ -137,7 +139,20 @@ def test_a_single_clip_has_no_uniformity_to_draw():
     assert alignment_over_uniformity(examples).svg.count(">step 2</text>") == 1
 
 
-def test_other_runs_stand_beside_it(run: Path, tmp_path: Path, monkeypatch, capsys):
+@pytest.fixture
+def only(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Pages have these sections alone from here on: most of a page's time is its figures'."""
+
+    def keep(*wanted: str) -> None:
+        kept = [each for each in pages.SECTIONS if each.id in wanted]
+        assert len(kept) == len(wanted)
+        monkeypatch.setattr(pages, "SECTIONS", kept)
+
+    return keep
+
+
+def test_other_runs_stand_beside_it(run: Path, tmp_path: Path, monkeypatch, capsys, only):
+    only("compute")
     other = tmp_path / "other"
     other.mkdir()
     config = (run / "config.yaml").read_text().replace("name: a.b", "name: no-masking")
@@ -163,8 +178,9 @@ def copied(run: Path, to: Path, name: str, **of_val: Any) -> Path:
 
 
 def test_runs_scored_on_other_data_or_on_pictures_are_named_and_not_drawn(
-    run: Path, tmp_path: Path
+    run: Path, tmp_path: Path, only
 ):
+    only("compute")
     others = [
         copied(run, tmp_path / "1", "same"),
         copied(run, tmp_path / "2", "elsewhere", data="/other/clotho/val"),
@@ -190,10 +206,9 @@ def test_runs_scored_on_other_data_or_on_pictures_are_named_and_not_drawn(
     )
 
 
-def test_captions_are_text_not_markup(run: Path, tmp_path: Path, monkeypatch):
-    from flap_fast.report import page as module
-
-    monkeypatch.setattr(module, "retrieval_examples", lambda run: ([], ["<b>data</b> & more"]))
+def test_captions_are_text_not_markup(run: Path, tmp_path: Path, monkeypatch, only):
+    only("examples")
+    monkeypatch.setattr(pages, "retrieval_examples", lambda run: ([], ["<b>data</b> & more"]))
     text = report(run, tmp_path / "page.html").read_text()
     assert "&lt;b&gt;data&lt;/b&gt; &amp; more" in text
 
@@ -210,7 +225,7 @@ def test_a_run_that_was_killed_has_a_page(run: Path, tmp_path: Path):
     assert "no eval.json yet" in text
 
 
-def test_a_run_on_pictures_shows_them(tmp_path: Path):
+def test_a_run_on_pictures_shows_them(tmp_path: Path, only):
     rows = []
     for n in range(8):
         Image.new("RGB", (40, 30), (30 * n, 0, 0)).save(tmp_path / f"{n}.png")
@@ -232,6 +247,7 @@ def test_a_run_on_pictures_shows_them(tmp_path: Path):
     )
     old["retrieval"]["train"]["sense"] = "image"
     file.write_text(json.dumps(old))
+    only("scores", "settings")  # the next heading ends the section
     again = report(tmp_path / "flap").read_text()
     assert section(again, "scores") == section(text, "scores")
 
@@ -267,14 +283,6 @@ def test_a_damaged_environment_is_named(
         assert f"error: {tmp_path}/environment.json must {message}" in said
 
 
-def without_examples(run: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The page of a run, in less time."""
-    from flap_fast.report import page as module
-
-    monkeypatch.setattr(module, "retrieval_examples", lambda run: ([], []))
-    return report(run).read_text()
-
-
 def scored_once(run: Path, to: Path) -> Path:
     """A run as the demo is: scored at its last step alone, with one row of steps."""
     shutil.copytree(run, to, symlinks=True)
@@ -283,9 +291,10 @@ def scored_once(run: Path, to: Path) -> Path:
     return to
 
 
-def test_what_has_one_point_is_said_in_numbers(run: Path, page: str, tmp_path: Path, monkeypatch):
+def test_what_has_one_point_is_said_in_numbers(run: Path, page: str, tmp_path: Path, only):
+    only("training")
     scores = json.loads((run / "eval.json").read_text())["retrieval"]["val"]
-    text = section(without_examples(scored_once(run, tmp_path / "once"), monkeypatch), "training")
+    text = section(report(scored_once(run, tmp_path / "once")).read_text(), "training")
     assert "<svg" not in text
     for direction in ("text_to_audio", "audio_to_text"):
         name, value = direction.replace("_", " "), 100 * scores[direction]["mAP@10"]
@@ -294,7 +303,8 @@ def test_what_has_one_point_is_said_in_numbers(run: Path, page: str, tmp_path: P
     assert "<dl" not in section(page, "training")
 
 
-def test_the_scores_of_every_task_are_drawn(run: Path, tmp_path: Path, monkeypatch):
+def test_the_scores_of_every_task_are_drawn(run: Path, tmp_path: Path, only):
+    only("training")
     shutil.copytree(run, tmp_path / "run", symlinks=True)
     rows = [
         {"step": s, "val/zero_shot/top_1": s / 9, "val/geometry/uniformity_text": -s, "eval_s": 1}
@@ -302,7 +312,7 @@ def test_the_scores_of_every_task_are_drawn(run: Path, tmp_path: Path, monkeypat
     ]
     with (tmp_path / "run/metrics.jsonl").open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
-    text = without_examples(tmp_path / "run", monkeypatch)
+    text = report(tmp_path / "run").read_text()
     for title, last in (
         ("top 1 on data.val, %", "val: zero shot from 22.22 % to 44.44 %"),
         ("uniformity text on data.val", "val: geometry from -2 to -4"),
@@ -334,9 +344,8 @@ def test_chance_stands_apart_from_the_model(page: str):
     assert rows == [("ours", "this model"), ("chance", "chance")]
 
 
-def test_the_run_says_its_command_code_duration_and_parameters(
-    run: Path, tmp_path: Path, monkeypatch
-):
+def test_the_run_says_its_command_code_duration_and_parameters(run: Path, tmp_path: Path, only):
+    only("run", "settings")
     copy = shutil.copytree(run, tmp_path / "run", symlinks=True)
     found = {"command": "flap train <a>.yaml", "commit": "0123456789abcdef", "dirty": True}
     found |= {"duration_s": 3700.0, "outcome": "stopped after step 4", "started": "2026-11-01"}
@@ -344,7 +353,7 @@ def test_the_run_says_its_command_code_duration_and_parameters(
     earlier = {"started": "2026-10-30", "ranks": "8", "torch": "2.0"}  # as of before, or killed
     found |= {"ranks": "4", "torch": "2.14", "earlier_sessions": [earlier]}
     (copy / "environment.json").write_text(json.dumps(found))
-    text = without_examples(copy, monkeypatch)
+    text = report(copy).read_text()
     facts = dict(re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd>", section(text, "run")))
     assert "flap train &lt;a&gt;.yaml" in section(text, "run")
     assert facts["code"] == "0123456789 with uncommitted changes"
@@ -356,7 +365,7 @@ def test_the_run_says_its_command_code_duration_and_parameters(
     assert ">2026-10-30</th><td>-</td><td>not known</td>" in settings
     assert "earlier_sessions" not in settings
     (copy / "environment.json").write_text(json.dumps(earlier))
-    old = without_examples(copy, monkeypatch)
+    old = report(copy).read_text()
     assert not {"code", "duration", "ended"} & set(re.findall("<dt>([^<]*)", section(old, "run")))
 
 

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 from typing import get_type_hints
 
 from flap_fast.commands.prepare import prepare
 from flap_fast.data.shards import open_shards
 from flap_fast.preparation.sources import SOURCES, sources_table
+from tests.copies import ROOT, flap
 from tests.sounds import encode, tone
-
-ROOT = Path(__file__).parents[3]
 
 RECORD = '''
 """Birdcalls: a folder of sounds that are called as one hears them."""
@@ -61,18 +56,8 @@ def test_one_file_and_one_line_add_a_source(tmp_path):
     folder.mkdir()
     (folder / "cuckoo.wav").write_bytes(encode(tone(667, 0.3, 16_000), 16_000, "WAV"))
 
-    def flap(*arguments: str) -> subprocess.CompletedProcess[str]:
-        path = os.pathsep.join([str(package), str(ROOT / "kernels")])
-        return subprocess.run(
-            [sys.executable, "-m", "flap_fast", *arguments],
-            env={**os.environ, "PYTHONPATH": path},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-        )
-
-    done = flap("prepare", "--source", "birdcalls", str(folder), "out")
-    assert done.returncode == 0, done.stderr
-    assert open_shards([tmp_path / "out/train"]).record(0)["text"] == ["A cuckoo."]
-    refused = flap("prepare", "--source", "birdsongs", str(folder), "out")
-    assert "nli, birdcalls, got 'birdsongs'" in refused.stderr
+    flap(package, ("prepare", "--source", "birdcalls", folder, "out"))
+    assert open_shards([package / "out/train"]).record(0)["text"] == ["A cuckoo."]
+    asked = ("prepare", "--source", "birdsongs", folder, "out")
+    (said,) = flap(package, asked, refused=True)
+    assert "nli, birdcalls, got 'birdsongs'" in said
