@@ -32,7 +32,7 @@ from flap_fast.evaluation.probe import CLASSIFIERS, FEATURES
 # As wide as the encoder.
 _RECON = ("loss.recon.weight=1", "decoder.width=192", "decoder.depth=2")
 _DEMO = ("configs/demo.yaml",)
-_OWN = ("configs/own_data.yaml", "data.train=data/demo/train")
+_OWN = ("configs/own_data.yaml", "data.train=data/demo/train", "data.captions=original")
 TOWERS = {
     "contrast": _DEMO,
     "contrast + reconstruction": (*_DEMO, *_RECON),
