@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from flap_fast.checks import ConfigError, require
+from flap_fast.evaluation.chance import chance_of_any
 from flap_fast.evaluation.embed import Embeddings, Texts
 from flap_fast.evaluation.equal_captions import Pairs
 from flap_fast.evaluation.evaluated_model import EvaluatedModel
 from flap_fast.evaluation.record import Evaluation
-from flap_fast.evaluation.retrieval import chance_of_any, scores_of_pairs
+from flap_fast.evaluation.retrieval import scores_of_pairs
 from flap_fast.evaluation.sheet import Sheet, percent
 from flap_fast.files import ManifestError, listed_texts, read_rows
 

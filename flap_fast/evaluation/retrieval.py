@@ -9,7 +9,8 @@ of them, and each rank takes some of the queries. The language-encoder paper cal
 retrieval" and T-A "audio retrieval".
 
 With eval.equal_captions, right for a caption are all clips that have it or an equal one, and for a
-clip all captions equal to one of its own. A query is found by the best of its right answers.
+clip all captions equal to one of its own. A query is found by the best of its right answers. Equal
+captions have one score and take places one after the other; by chance, too.
 
 mAP@k is the mean of sum_i i / rank_i / R over queries: R right answers, of which the i-th stands at
 rank_i <= k. As in DCASE's baselines of 2023 and 2025, R is not cut off at k.
@@ -20,7 +21,6 @@ mAP@16.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from flap_fast.checks import ConfigError
+from flap_fast.evaluation.chance import TOP, chance_of_any, chance_of_groups
 from flap_fast.evaluation.embed import Embeddings, Texts, rank_slice
 from flap_fast.evaluation.equal_captions import Pairs, equal_to_others, right_pairs, text_numbers
 from flap_fast.evaluation.evaluated_model import EvaluatedModel
@@ -37,7 +38,6 @@ from flap_fast.ranks import Ranks
 
 _COSINES = 2**25
 """Of a chunk: 128 MiB, and 96 MiB more while they are compared."""
-TOP = (1, 5, 10)
 _PRECISION_AT = (10, 16)
 
 
@@ -206,31 +206,19 @@ def chance(
 ) -> dict[str, dict[str, float]]:
     """R@k of a random order, for the same clips, captions and right answers."""
     to_text, to_media = directions(modality)
-    if (pairs := _with_equal(clip_of_caption, texts)) is not None:
-        of_captions, of_clips = (torch.tensor(some)[:, 0].bincount() for some in pairs)
+    if texts is not None and (pairs := _with_equal(clip_of_caption, texts)) is not None:
+        own: list[set[int]] = [set() for _ in range(clips)]
+        for clip, text in zip(clip_of_caption.tolist(), texts, strict=True):
+            own[clip].add(text)
         return {
-            to_text: chance_of_any(of_clips, len(clip_of_caption)),
-            to_media: chance_of_any(of_captions, clips),
+            to_text: chance_of_groups(texts, own),
+            to_media: chance_of_any(torch.tensor(pairs[0])[:, 0].bincount(), clips),
         }
     right = clip_of_caption.bincount(minlength=clips)
     return {
         to_text: chance_of_any(right, len(clip_of_caption)),
         to_media: {f"R@{k}": min(1.0, k / clips) for k in TOP},
     }
-
-
-def chance_of_any(right: Tensor, answers: int) -> dict[str, float]:
-    """R@k of a random order of `answers`, where query i has `right[i]` right ones among them."""
-    counts, queries = right.unique(return_counts=True)
-    pairs = list(zip(counts.tolist(), queries.tolist(), strict=True))
-    missed = {k: sum(_missed(answers, own, k) * n for own, n in pairs) for k in TOP}
-    return {f"R@{k}": 1 - missed[k] / len(right) for k in TOP}
-
-
-def _missed(answers: int, own: int, k: int) -> float:
-    """Probability that none of a query's `own` answers is among k random ones."""
-    k = min(k, answers)
-    return math.comb(answers - own, k) / math.comb(answers, k)
 
 
 # The evaluation

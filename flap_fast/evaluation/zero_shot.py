@@ -20,16 +20,12 @@ from torch.nn import functional
 
 from flap_fast.checks import require
 from flap_fast.evaluation import papers
+from flap_fast.evaluation.chance import TOP, chance_of_any
 from flap_fast.evaluation.embed import Embeddings, EmbedTexts, Texts, rank_slice
 from flap_fast.evaluation.evaluated_model import EvaluatedModel
 from flap_fast.evaluation.prompts import fill, prompts
 from flap_fast.evaluation.record import Evaluation
-from flap_fast.evaluation.retrieval import (
-    TOP,
-    answer_positions,
-    chance_of_any,
-    media_to_text_scores,
-)
+from flap_fast.evaluation.retrieval import answer_positions, media_to_text_scores
 from flap_fast.evaluation.sheet import Row, Sheet, percent
 from flap_fast.ranks import Ranks
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from flap_fast.evaluation.equal_captions import equal_to_others, right_pairs, text_numbers
 from flap_fast.evaluation.retrieval import chance, retrieval, text_to_media_scores
@@ -115,9 +116,36 @@ def test_without_equal_captions_no_number_changes():
 
 def test_chance_counts_equal_captions_too():
     by_chance = chance(CLIP_OF_CAPTION, 3, "audio", TEXTS)
-    # Captions 1 and 3 have two of three clips right; clips 0, 1, 2 have 3, 1, 2 of 4 captions.
+    # Captions 1 and 3 have two of three clips right. Of three texts clips 0, 1, 2 have 2, 1, 1.
     assert by_chance["text_to_audio"]["R@1"] == pytest.approx((1 / 3 + 2 / 3 + 1 / 3 + 2 / 3) / 4)
-    assert by_chance["audio_to_text"]["R@1"] == pytest.approx((3 + 1 + 2) / 4 / 3)
+    assert by_chance["audio_to_text"]["R@1"] == pytest.approx((2 + 1 + 1) / 3 / 3)
+
+
+def test_equal_captions_take_places_together_by_chance():
+    """Nine wrong captions of one text are before a right one half of the time, and fill R@5."""
+    by_chance = chance(torch.arange(10), 10, "audio", [0] * 9 + [1])["audio_to_text"]
+    # Nine clips are found at once or behind one answer; the tenth at once or behind nine.
+    assert by_chance["R@5"] == pytest.approx((9 * 1 + 0.5) / 10)
+    assert by_chance["R@10"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_chance_is_what_vectors_at_random_score(seed: int):
+    """60 clips of one or two captions, of 25 texts; equal ones have one vector."""
+    generator = torch.Generator().manual_seed(seed)
+    clip_of_caption = torch.cat([torch.arange(60), torch.arange(0, 60, 3)])
+    texts = (25 * torch.rand(80, generator=generator) ** 2).long().tolist()
+    scores = {way: [] for way in ("audio_to_text", "text_to_audio")}
+    for _ in range(400):
+        media, of_texts = (torch.randn(n, 16, generator=generator) for n in (60, 25))
+        media, text = normalize(media), normalize(of_texts)[texts]
+        found = retrieval(media, text, clip_of_caption, modality="audio", texts=texts)
+        for way in scores:
+            scores[way].append([found[way][f"R@{k}"] for k in (1, 5, 10)])
+    expected = chance(clip_of_caption, 60, "audio", texts)
+    for way in scores:
+        for k, mean in zip((1, 5, 10), torch.tensor(scores[way]).mean(0).tolist(), strict=True):
+            assert expected[way][f"R@{k}"] == pytest.approx(mean, abs=0.01)
 
 
 def test_average_precision_at_16_goes_on_to_the_sixteenth():
