@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from click.core import ParameterSource
 
 from flap_fast.checks import require
 from flap_fast.files import say
@@ -19,10 +20,12 @@ _OUT = "Output folder of captions.jsonl; for training, the folder of the shards.
 _MODEL = "Language model: a folder, package:NAME/FOLDER, a .gguf file, or none (events appended)."
 _TAGGER = "Audio tagger: a folder, package:NAME/FOLDER, or none (a prompt without events)."
 _PROMPT = "paper, tags, rewrite, or a text with {caption} and, with a tagger, {events}."
+_TEMPERATURE = "Sampling temperature; 0 is greedy."
 _CHAT = "Chat template: own (the tokenizer's), vicuna, alpaca, llama2, chatml, plain."
 
 
 def enrich(
+    context: typer.Context,
     source: Annotated[Path, typer.Argument(help=_SOURCE)],
     out: Annotated[Path, typer.Argument(help=_OUT)],
     model: Annotated[str, typer.Option(help=_MODEL)],
@@ -35,7 +38,7 @@ def enrich(
     limit: Annotated[int | None, typer.Option(help="Enrich only the first N captions.")] = None,
     batch: Annotated[int, typer.Option(help="Captions in a batch of the model.")] = 8,
     seed: Annotated[int, typer.Option(help="Random seed of the generated text.")] = 3407,
-    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.7,
+    temperature: Annotated[float, typer.Option(help=_TEMPERATURE)] = 0.7,
     top_p: Annotated[float, typer.Option(help="Probability mass of nucleus sampling.")] = 0.9,
     most_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 96,
     threshold: Annotated[float, typer.Option(help="Least probability of an event.")] = 0.2,
@@ -56,9 +59,19 @@ def enrich(
     rule = "name a tagger with --model none, which would leave captions as they are"
     require(model != "none" or tagger != "none", "--tagger", rule, tagger)
     asked = named(prompt, events=tagger != "none", model=model != "none")
+    sampling = {
+        "chat": chat,
+        "temperature": temperature,
+        "top_p": top_p,
+        "most_tokens": most_tokens,
+    }
+    for name, value in sampling.items() if model == "none" else ():
+        given = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        rule = "be left out with --model none, which asks no model"
+        require(not given, f"--{name.replace('_', '-')}", rule, value)
     clips = open_source(source, split).first(limit)
     opened_tagger = open_tagger(tagger)
-    writer, settings = _writer(model, seed, chat, temperature, top_p, most_tokens)
+    writer, settings = _writer(model, seed, sampling)
     recipe = Recipe(writer, asked, opened_tagger, threshold, most_events, batch, seed, settings)
     with progress("enrich", clips.captions) as advance:
         counts = run(clips, out, recipe, advance)
@@ -72,7 +85,7 @@ def enrich(
 
 
 def _writer(
-    model: str, seed: int, chat: str, temperature: float, top_p: float, most_tokens: int
+    model: str, seed: int, sampling: dict[str, Any]
 ) -> tuple[Writer, tuple[tuple[str, Any], ...]]:
     """What --model names, and its settings for enrich.json."""
     if model == "none":
@@ -81,11 +94,5 @@ def _writer(
         return PromptItself(), ()
     from flap_fast.tools.enrich.rewrite import LanguageModel
 
-    sampling = {
-        "chat": chat,
-        "temperature": temperature,
-        "top_p": top_p,
-        "most_tokens": most_tokens,
-    }
     writer = LanguageModel(model, seed=seed, **sampling)
     return writer, (*sampling.items(), ("device", writer.device.type))

@@ -76,7 +76,7 @@ class CaptionChoice:
         found = {folder: shards.beside(folder, FILE) for folder in folders}
         self._captions = {folder: _read(file) for folder, file in found.items() if file}
         rule = f"be 'original' where no folder of data.train has a {FILE}"
-        remedy = "write it with: flap enrich FOLDER FOLDER --model MODEL"
+        remedy = "write it with: flap enrich FOLDER FOLDER --model MODEL (none asks no model)"
         require(bool(self._captions), "data.captions", rule, settings.captions, remedy)
         if settings.captions == "concat":
             enriched = np.array([file.parent in self._captions for file in shards.files])
@@ -114,7 +114,8 @@ class CaptionChoice:
         except KeyError:
             raise ShardError(
                 f"{shown(folder / FILE)} has no line for each caption of '{name}': was it written "
-                f"for other shards? Write it with: flap enrich {shown(folder)} {shown(folder)}"
+                f"for other shards? Write it with: flap enrich {shown(folder)} {shown(folder)} "
+                "--model MODEL"
             ) from None
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from flap_fast.config import Config
 from flap_fast.data.batch import Batch, Media, PackedMels, to_device
+from flap_fast.data.shards import Shards
 from flap_fast.model.two_towers import ModelInputs, TwoTowers
 from flap_fast.ranks import Ranks
 from flap_fast.training.frozen_vectors import KEY_BYTES, FrozenVectors
@@ -60,12 +61,14 @@ def frozen(
     ranks: Ranks,
     folder: Path | None = None,
     *,
+    shards: Shards | None = None,
     keep: bool = False,
 ) -> Iterator[Frozen]:
     """A context with the outputs of a model's frozen encoders.
 
     Args:
         folder: in which the folders of the files are; None makes a temporary one.
+        shards: of the clips, whose vectors are not taken for those of other files; None for others.
         keep: see `FrozenVectors`.
     """
     with ExitStack() as stack:
@@ -75,7 +78,8 @@ def frozen(
             text = FrozenText(model, ranks, folder / "text_vectors", keep=keep)
             stack.callback(text.close)
         if config.media_once:
-            media = FrozenMedia(config, model, ranks, folder / "media_vectors", keep=keep)
+            names = ClipNames(shards)
+            media = FrozenMedia(config, model, ranks, folder / "media_vectors", names, keep=keep)
             stack.callback(media.close)
         yield Frozen(text, media)
 
@@ -101,16 +105,25 @@ class FrozenText(FrozenVectors):
             on_device = to_device(ids[some], self._ranks.device)
             return self._model.pool_text(on_device, attention_mask[some])
 
-        return self.of([_digest(row[kept]) for row, kept in rows], embed)
+        return self.of([_digest(row[kept].numpy().tobytes()) for row, kept in rows], embed)
 
 
 class FrozenMedia(FrozenVectors):
     """Outputs of a model's frozen media encoder. Collective: call on every rank."""
 
-    def __init__(self, config: Config, model: TwoTowers, ranks: Ranks, folder: Path, *, keep: bool):
+    def __init__(
+        self,
+        config: Config,
+        model: TwoTowers,
+        ranks: Ranks,
+        folder: Path,
+        names: ClipNames,
+        *,
+        keep: bool,
+    ):
         width: int = model.encoder.width  # type: ignore[assignment]
         super().__init__(width, ranks, folder, keep=keep)
-        self._config, self._model = config, model
+        self._config, self._model, self._names = config, model, names
 
     def __call__(self, batch: Batch) -> Tensor:
         """(B, D) float32 on the ranks' device.
@@ -123,7 +136,7 @@ class FrozenMedia(FrozenVectors):
         def embed(some: list[int]) -> Tensor:
             return self._model.pool_media(_rows(media, some))
 
-        keys: list[bytes | None] = [_number(clip) for clip in batch.clips.tolist()]
+        keys: list[bytes | None] = [self._names(clip) for clip in batch.clips.tolist()]
         if isinstance(media, PackedMels):
             most = self._config.audio.most_frames  # a crop is as long
             for row, frames in zip(media.order, media.frames, strict=True):
@@ -136,10 +149,23 @@ def _rows(media: Media, rows: list[int]) -> Media:
     return media.rows(rows) if isinstance(media, PackedMels) else media[rows]
 
 
-def _number(clip: int) -> bytes:
-    """A key that is never 0."""
-    return (clip + 1).to_bytes(KEY_BYTES, "little")
+class ClipNames:
+    """Keys of the clips of shards; others once a shard is written anew between two sessions.
+
+    Of shards by URL a checkpoint refuses other versions.
+    """
+
+    def __init__(self, shards: Shards | None):
+        files = shards.files if shards else ()
+        stats = [file.stat() if isinstance(file, Path) else None for file in files]
+        self._marks = [f"{stat.st_size} {stat.st_mtime_ns}" if stat else "" for stat in stats]
+        self._shards = shards
+
+    def __call__(self, clip: int) -> bytes:
+        """The key of a clip, by its number."""
+        mark = self._marks[int(self._shards.locations[clip, 0])] if self._shards else ""
+        return _digest(f"{clip} {mark}".encode())
 
 
-def _digest(ids: Tensor) -> bytes:
-    return hashlib.blake2b(ids.numpy().tobytes(), digest_size=KEY_BYTES).digest()
+def _digest(what: bytes) -> bytes:
+    return hashlib.blake2b(what, digest_size=KEY_BYTES).digest()

@@ -146,7 +146,7 @@ def set_up(
         agree(ranks, lambda: (open_files.enter_context(opened) if ranks.first else None, {}))
     stop = open_files.enter_context(Stop(ranks, checkpoints.folder))
     of_run = engine.module, ranks, config.run_folder
-    kept = open_files.enter_context(frozen(config, *of_run, keep=start is not None))
+    kept = open_files.enter_context(frozen(config, *of_run, shards=shards, keep=start is not None))
     if ranks.first:
         samples = loader.sampler.epoch_samples
         known = Known(engine.name, parts, len(shards), seconds, steps, per_epoch, samples)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -19,13 +20,14 @@ from torch import Tensor
 
 from flap_fast.config import Config
 from flap_fast.data.batch import Batch, PackedMels
+from flap_fast.data.shards import open_shards
 from flap_fast.data.tokenize import tokenizer
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.ranks import Ranks
 from flap_fast.tools.embedder import load
 from flap_fast.training import loop
 from flap_fast.training.engine import DeepSpeedEngine, PlainEngine
-from flap_fast.training.frozen import Frozen, FrozenMedia, FrozenText
+from flap_fast.training.frozen import ClipNames, Frozen, FrozenMedia, FrozenText
 from flap_fast.training.loop import train, train_from
 from flap_fast.training.run_folder import begin
 from flap_fast.training.step import Gradients
@@ -359,6 +361,16 @@ def test_a_clip_that_is_drawn_anew_is_embedded_anew(drawn: str):
     assert not tiny(*VIT, "audio.freeze=true", "audio.length=fixed").media_once
 
 
+def test_a_shard_that_is_written_anew_has_other_clips(prepared: Path, tmp_path: Path):
+    shutil.copytree(prepared / "train", tmp_path / "train")
+    before = ClipNames(open_shards([tmp_path / "train"]))
+    assert len({before(clip) for clip in range(24)}) == 24
+    os.utime(tmp_path / "train/0.tar", ns=(0, 0))
+    after = ClipNames(open_shards([tmp_path / "train"]))
+    same = [before(clip) == after(clip) for clip in range(24)]
+    assert same == [False] * 7 + [True] * 17
+
+
 def test_of_packed_clips_the_long_ones_pass_by_and_the_others_are_kept(tmp_path: Path):
     config = tiny(*MEDIA)
     model = TwoTowers(config)
@@ -370,7 +382,7 @@ def test_of_packed_clips_the_long_ones_pass_by_and_the_others_are_kept(tmp_path:
     batch = Batch(media, ids, mask, torch.arange(4), np.array([7, 9, 7000, 0]), 0, 1)
     assert config.audio.most_frames == 48 * 4
     expected = model.pool_media(media)
-    frozen = FrozenMedia(config, model, Ranks(), tmp_path, keep=False)
+    frozen = FrozenMedia(config, model, Ranks(), tmp_path, ClipNames(None), keep=False)
     torch.testing.assert_close(frozen(batch), expected)
     assert len(frozen) == 3
     other = replace(batch, media=media._replace(mel=mel + 1))

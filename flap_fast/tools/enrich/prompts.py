@@ -49,7 +49,7 @@ class Prompt:
         # In one pass: a caption may contain braces or the name of a slot.
         before, _, after = self.text.partition("{caption}")
         names = ", ".join(name for name, _ in events)
-        plain = caption.strip().removesuffix(".")
+        plain = " ".join(caption.split()).rstrip(".!?")
         return f"{before.replace('{events}', names)}{plain}{after.replace('{events}', names)}"
 
 
@@ -64,6 +64,9 @@ def prompt(value: str | None, *, events: bool, model: bool = True) -> Prompt:
         ConfigError: a slot is missing or unexpected.
     """
     default = ("paper" if model else "tags") if events else "rewrite"
+    asked = value in ("paper", "rewrite") and not model
+    rule = "be tags or a text with --model none: it is the caption, and asks nobody"
+    require(not asked, "--prompt", rule, value)
     text = PROMPTS.get(value or default, value or "")
     named = f"one of {', '.join(PROMPTS)}, or a text"
     rule = f"be {named} with {{caption}} once"

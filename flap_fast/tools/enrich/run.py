@@ -166,7 +166,8 @@ def _filtered(
     if written is None:
         return None, "unheard"
     if recipe.writer.is_caption:
-        return written.text, None
+        worded = any(map(str.isalnum, row.original))
+        return (written.text, None) if worded else (None, "empty")
     return caption_or_reason(
         written.text,
         instruction=recipe.prompt.instruction,

@@ -159,7 +159,7 @@ def _assumptions(machine: Machine) -> str:
         f"--caption-tokens {machine.caption_tokens}: computed for each, padding included",
         "gradients hide behind the backward but for their last bucket (ZeRO 1 to 3)",
         "the loss's products, in fp32, at the same rate: they are few",
-        "left out: latencies, loading, evaluation, fragments of memory",
+        "left out: latencies, loading, evaluation, fragments of memory, frozen encoders' pass",
     )
     return "Assumed, not measured:\n" + "\n".join(f"  {line}" for line in lines)
 

@@ -81,6 +81,8 @@ def test_without_a_model_a_caption_is_followed_by_its_events(
         (("--prompt", "paper", "--tagger", "none"), "--prompt must hold {events} with a tagger"),
         (("--split", "test", "--tagger", "none"), "--split must be for training"),
         (("--model", "none", "--tagger", "none"), "--tagger must name a tagger with --model none"),
+        (("--model", "none", "--top-p", "0.5"), "--top-p must be left out with --model none"),
+        (("--model", "none", "--prompt", "paper"), "--prompt must be tags or a text with --model"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_sentence(
