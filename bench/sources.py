@@ -19,12 +19,13 @@ equal are right for each other's sounds (eval.equal_captions). Beside it stands 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,10 +115,17 @@ def run(asked: argparse.Namespace) -> None:
         "together": asked.together,
         "threads": asked.threads,
         "enrich": asked.enrich,
+        "config_sha256": _digest(load_config(asked.config, asked.settings).model_dump_json()),
+        "data_sha256": _digest(*(file.read_text() for file in asked.data)),
     }
     if file.exists():
         found = json.loads(file.read_text())
-        if (was := {name: found.get(name, "") for name in recipe}) != recipe:
+        if asked.steps:
+            recipe["steps"] = asked.steps
+        # Files of before say nothing of what is new here.
+        was = {name: found.get(name, value) for name, value in recipe.items()}
+        was["enrich"] = found.get("enrich", "")
+        if was != recipe:
             sys.exit(f"{file} must hold the same recipe, got {was}; take another NAME")
     else:
         steps = asked.steps or steps_in(asked, shards)
@@ -133,7 +141,9 @@ def run(asked: argparse.Namespace) -> None:
         if (out, seed) not in done and (not asked.only or set(out) & set(asked.only))
     ]
     with ThreadPoolExecutor(asked.jobs) as pool:
-        for one in pool.map(lambda o: trained(asked, shards, found["steps"], *o), left):
+        trainings = [pool.submit(trained, asked, shards, found["steps"], *of) for of in left]
+        for training in as_completed(trainings):
+            one = training.result()
             found["runs"].append(one)
             write_json(file, found)
             print(_line(one), flush=True)
@@ -166,7 +176,7 @@ def trained(
 
 
 def steps_in(asked: argparse.Namespace, shards: Shards) -> int:
-    """Steps that the seconds buy on this machine, with the start and the evaluations."""
+    """Steps that the seconds buy on this machine, with the start and one evaluation of four."""
     left_out = folds(shards.sources, asked.together)[0]
     took = [
         train(asked, shards.settings(left_out), f"pilot-{steps}", SEEDS[0], steps, "")
@@ -188,6 +198,10 @@ def train(
     overrides = [*asked.settings, *data, *own, *([more] if more else [])]
     flap("train", str(asked.config), *overrides, threads=asked.threads)
     return time.perf_counter() - begun
+
+
+def _digest(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
 def _mean(values: Any) -> float:

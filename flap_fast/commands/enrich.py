@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from click.core import ParameterSource
 
 from flap_fast.checks import require
 from flap_fast.files import say
@@ -66,7 +65,8 @@ def enrich(
         "most_tokens": most_tokens,
     }
     for name, value in sampling.items() if model == "none" else ():
-        given = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        source_of = context.get_parameter_source(name)
+        given = source_of is not None and source_of.name == "COMMANDLINE"
         rule = "be left out with --model none, which asks no model"
         require(not given, f"--{name.replace('_', '-')}", rule, value)
     clips = open_source(source, split).first(limit)

@@ -107,8 +107,12 @@ def test_finished_trainings_are_not_repeated(tmp_path: Path, flap: list[tuple[st
     sources.main(command(tmp_path, "--steps", "8", "--seeds", "1"))
     again = [arguments for arguments in flap[done:] if arguments[0] == "train"]
     assert len(again) == len(COUNTS) - 2
-    with pytest.raises(SystemExit, match="must hold the same recipe"):
-        sources.main(command(tmp_path, "--steps", "8", "--seconds", "5"))
+    for other in (("8", "--seconds", "5"), ("9",)):
+        with pytest.raises(SystemExit, match="must hold the same recipe"):
+            sources.main(command(tmp_path, "--steps", *other))
+    (tmp_path / "own/manifest.jsonl").open("a").write("\n")
+    with pytest.raises(SystemExit, match="data_sha256"):
+        sources.main(command(tmp_path, "--steps", "8"))
 
 
 def test_captions_of_training_are_enriched_and_no_others(
