@@ -153,4 +153,4 @@ def test_the_table_is_the_mean_over_sources(tmp_path: Path, flap: list[tuple[str
     text = sources_table.write_table(sources.RESULTS, tmp_path / "SOURCES.md")
     row = next(line for line in text.splitlines() if line.startswith("| x | 8"))
     assert "| 512 |" in row
-    assert "| 0.280 / 0.460 | **0.370** | 0.440 0.300 | 0.500 |" in row
+    assert "| 0.280 / 0.460 | **0.370** | 0.100 | 0.440 0.300 | 0.500 |" in row
