@@ -9,6 +9,10 @@
     AudioSet's YAMNet           configs/own_data.yaml, train.steps=0
     YAMNet, then contrast       configs/own_data.yaml
 
+The last two share a frozen tower: what it pools is the same, and only the head differs. Heads of
+the random tower and of AudioSet's YAMNet are random: their joint columns are of a random
+projection. All but the last two rows are trained from scratch.
+
 A training takes one to two minutes on two cores, one of reconstruction three. A finished run is not
 repeated, so a stopped command can be resumed. The towers are trained on most of the sounds that are
 probed, and captions name instruments and registers: contrast has been told the classes.
@@ -97,7 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows = table(range(1, asked.seeds + 1), asked.steps)
     print(markdown(rows))
     if asked.write:
-        command = f"flap train configs/demo.yaml train.steps={asked.steps} run.seed=SEED ..."
+        command = f"flap train CONFIG train.steps={asked.steps} run.seed=SEED ..., see bench/probes.py"
         about = {"kind": "reproduce_probes", "machine": facts, "command": command, "table": rows}
         print(save(ROOT / "bench", {**about, "by": "bench.probes"}))
         report.write(ROOT / "bench")
