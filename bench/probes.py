@@ -101,7 +101,9 @@ def main(arguments: list[str] | None = None) -> None:
     rows = table(range(1, asked.seeds + 1), asked.steps)
     print(markdown(rows))
     if asked.write:
-        command = f"flap train CONFIG train.steps={asked.steps} run.seed=SEED ..., see bench/probes.py"
+        command = (
+            f"flap train CONFIG train.steps={asked.steps} run.seed=SEED ..., see bench/probes.py"
+        )
         about = {"kind": "reproduce_probes", "machine": facts, "command": command, "table": rows}
         print(save(ROOT / "bench", {**about, "by": "bench.probes"}))
         report.write(ROOT / "bench")

@@ -79,23 +79,26 @@ class FrozenVectors:
         new = {key: n for n, key in enumerate(keys) if key and key not in self._row_of}
         passing = [n for n, key in enumerate(keys) if key is None]
         most, most_passing = self._most(len(new), len(passing))
-        of_ranks = self._shared(list(new), most) if most else [[]]
-        mine = [new[key] for key in (of_ranks[self._ranks.rank] if most else ())]
-        # ZeRO 3 gathers weights in step: a rank without inputs of its own repeats one.
-        parts = [
-            embed((mine + passing)[first : first + _AT_ONCE] or [0])
-            for first in range(0, most + most_passing, _AT_ONCE)
-        ]
+
+        def embedded(some: list[int], most: int) -> Tensor:
+            """Their vectors, in as many passes on each rank: ZeRO 3 gathers weights in step."""
+            passes = (some[n : n + _AT_ONCE] or [0] for n in range(0, most, _AT_ONCE))
+            return torch.cat([embed(each) for each in passes])[: len(some)]
+
         if most:
-            self._append(self._gathered(torch.cat(parts)[: len(mine)], of_ranks))
+            of_ranks = self._shared(list(new), most)
+            mine = [new[key] for key in of_ranks[self._ranks.rank]]
+            self._append(self._gathered(embedded(mine, most), of_ranks))
         file, size = self._vectors.fileno(), 4 * self._width
         places = [size * self._row_of[key] if key else None for key in keys]
         rows = [bytes(size) if at is None else os.pread(file, size, at) for at in places]
         vectors = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.float32)
         vectors = to_device(vectors.unflatten(0, (-1, self._width)), self._ranks.device)
-        if passing:
-            found = torch.cat(parts)[len(mine) : len(mine) + len(passing)]
-            vectors = vectors.index_copy(0, to_device(torch.tensor(passing), found.device), found)
+        if most_passing:
+            # In a pass of their own, whose rows are the same in a resumed run.
+            found = embedded(passing, most_passing)
+            rows_of = to_device(torch.tensor(passing, dtype=torch.int64), found.device)
+            vectors = vectors.index_copy(0, rows_of, found)
         return vectors
 
     def close(self) -> None:
