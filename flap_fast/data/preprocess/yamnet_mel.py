@@ -28,7 +28,6 @@ from flap_fast.data.preprocess.log_mel import FramedLogMel
 from flap_kernels.precision import float32_products
 
 OFFSET = 0.001
-LOW_HZ, HIGH_HZ = 125.0, 7500.0
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,6 @@ class YamnetLogMel(FramedLogMel):
 
 def yamnet_log_mel(audio: Audio, device: torch.device | str = "cpu") -> YamnetLogMel:
     """The front end's window and matrix, computed in float64 and stored in float32."""
-    matrix = mel_matrix(audio.mel_bins, audio.window, audio.sample_rate_hz, LOW_HZ, HIGH_HZ)
+    matrix = mel_matrix(audio.mel_bins, audio.window, audio.sample_rate_hz, *audio.range_hz)
     window, mel = torch.from_numpy(hann(audio.window)), torch.from_numpy(matrix)
     return YamnetLogMel(audio, window.float().to(device), mel.float().to(device))
