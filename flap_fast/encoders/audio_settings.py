@@ -171,9 +171,10 @@ class Audio(Section):
             valid = self.low_hz < self.high_hz <= self.sample_rate_hz / 2
             require(valid, "audio.high_hz", rule, self.high_hz)
         if self.mel == "yamnet":
-            least, rate = round(2 * self.range_hz[1]), self.sample_rate_hz
-            rule = f"be at least {least} with audio.mel = yamnet, whose bands end at {least // 2} Hz"
-            require(rate >= least, "audio.sample_rate_hz", rule, rate, "leave it out for 16000")
+            high_hz, rate_hz = self.range_hz[1], self.sample_rate_hz
+            rule = f"be at least {2 * high_hz:g} with audio.mel = yamnet, whose bands end at "
+            enough, remedy = rate_hz >= 2 * high_hz, "leave it out for 16000"
+            require(enough, "audio.sample_rate_hz", f"{rule}{high_hz:g} Hz", rate_hz, remedy)
         if not self.variable:
             self._check_frames(self.frames_of(self.samples))
         return self

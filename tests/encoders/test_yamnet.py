@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, get_args
 
@@ -77,10 +78,22 @@ def test_a_sound_shorter_than_a_window_ends_in_silence(kind: str):
     batch = EncodedBatch([encode(wave, 16_000, "WAV", "FLOAT")], np.zeros((1, 1), np.float32))
     (given,) = AudioPreprocessor(config, Ranks()).stream(iter([batch]), 1)
     assert isinstance(given.media, PackedMels)
-    silence = np.float32(np.log(0.001))
+    silence = math.log(0.001)
     assert given.media.mel.shape == (96, 64)
     assert given.media.mel[0].min() > silence + 0.1
     assert (given.media.mel[1:] - silence).abs().max() < 1e-5
+
+
+def test_of_which_lengths_there_is_a_piece_more_than_googles():
+    settings, samples = YamnetSettings(), np.arange(1, 40_000)
+    frames = settings.padded_frames(settings.frames_of(samples.clip(settings.least_samples)))
+    more = np.array(settings.patches_of(frames.tolist())) - (
+        1 + -(-(samples - 15_600).clip(0) // 7680)
+    )
+    assert set(more) == {0, 1}
+    assert np.flatnonzero(np.diff(more, prepend=0)).tolist() == [
+        first - 1 for n in range(15_360, 40_000, 7680) for first in (n + 1, n + 241)
+    ]
 
 
 def test_it_is_mobilenet_with_tensorflows_borders():
