@@ -153,7 +153,7 @@ class _Weights:
         rows = self(pads).reshape(2, -1).tolist() if pads else []
         zeros = zeros and not axes and [row[:2] for row in rows] == [[0, 0]] * 2
         rule, remedy = "add zeros along time and frequency", "export it with pads in the Conv"
-        require(zeros, f"{self._file}: the Pad {before.name}", rule, f"{modes} {rows}", remedy)
+        require(zeros, f"{self._file}: the Pad {before.output[0]}", rule, f"{modes} {rows}", remedy)
         return [*rows[0][2:], *rows[1][2:]]
 
 

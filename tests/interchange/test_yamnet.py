@@ -191,6 +191,11 @@ def padded_before(graph: Any, convolutions: list) -> None:
         graph.node.insert(at, pad)
 
 
+def mirrored_before(graph: Any, convolutions: list) -> None:
+    padded_before(graph, convolutions)
+    graph.node[0].attribute.append(helper.make_attribute("mode", "reflect"))
+
+
 def same_upper(graph: Any, convolutions: list) -> None:
     for node in convolutions:
         borders(node, "auto_pad", "SAME_UPPER")
@@ -237,6 +242,10 @@ def test_borders_of_tensorflow_are_read_however_they_are_written(change, tmp_pat
             "DequantizeLinear, got 'ConvInteger'; export",
         ),
         (lambda graph, found: [setattr(node, "op_type", "Gemm") for node in found], "got 'Gemm, "),
+        (
+            mirrored_before,
+            "the Pad p0 must add zeros along time and frequency, got '['reflect'] [[",
+        ),
         (
             lambda graph, found: found[2].input.__setitem__(1, "audio"),
             "m.onnx: the weight audio must be stored in the file, as it is or quantised, got "
