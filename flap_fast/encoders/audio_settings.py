@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # Defaults that follow audio.mel. Sources: LAION-CLAP's configuration; YAMNet's params.py.
 _FOLLOW = {
+    "kaldi": {"mel_bins": 128},
     "clap": {
         "sample_rate_hz": 48_000,
         "mel_bins": 64,
@@ -135,6 +136,13 @@ class Audio(Section):
         """Samples of the 10 ms shift."""
         return self.sample_rate_hz // 100
 
+    @property
+    def range_hz(self) -> tuple[float, float]:
+        """The lowest and the highest frequency of the mel bins."""
+        if self.mel == "clap":
+            return self.low_hz, self.high_hz
+        return (125.0, 7500.0) if self.mel == "yamnet" else (20.0, self.sample_rate_hz / 2)
+
     def frames_of(self, samples):
         """Number of frames of a sound: only whole frames (Kaldi), or one per shift (CLAP, YAMNet).
 
@@ -162,6 +170,11 @@ class Audio(Section):
             rule = f"be in (audio.low_hz = {self.low_hz:g}, half of audio.sample_rate_hz]"
             valid = self.low_hz < self.high_hz <= self.sample_rate_hz / 2
             require(valid, "audio.high_hz", rule, self.high_hz)
+        if self.mel == "yamnet":
+            high_hz, rate_hz = self.range_hz[1], self.sample_rate_hz
+            rule = f"be at least {2 * high_hz:g} with audio.mel = yamnet, whose bands end at "
+            enough, remedy = rate_hz >= 2 * high_hz, "leave it out for 16000"
+            require(enough, "audio.sample_rate_hz", f"{rule}{high_hz:g} Hz", rate_hz, remedy)
         if not self.variable:
             self._check_frames(self.frames_of(self.samples))
         return self

@@ -108,9 +108,10 @@ def _front_end(config: Config) -> list[tuple[str, str]]:
     length = f"as long as they are, up to {audio.max_duration_s:g} s"
     if audio.length == "fixed":
         length = f"{audio.duration_s:g} s; shorter ones are filled ({audio.filling})"
-    mels = f"{audio.mel_bins} mel bins, {audio.mel}'s log-mel, {audio.low_hz:g} to "
+    low, high = audio.range_hz
+    mels = f"{audio.mel_bins} mel bins, {audio.mel}'s log-mel, {low:g} to {high:g} Hz"
     rows = [
-        ("input", f"{audio.sample_rate_hz:,} Hz, {mels}{audio.high_hz:g} Hz"),
+        ("input", f"{audio.sample_rate_hz:,} Hz, {mels}"),
         ("length", length),
     ]
     if config.fusion.on:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -12,9 +13,10 @@ from torch.nn.functional import conv2d, pad, relu
 
 from flap_fast.checks import ConfigError
 from flap_fast.config import Config
-from flap_fast.data.batch import PackedMels, lay_end_to_end
+from flap_fast.data.batch import EncodedBatch, PackedMels, lay_end_to_end
 from flap_fast.data.preprocess.audio import AudioPreprocessor
 from flap_fast.data.preprocess.kaldi_mel import mel_matrix
+from flap_fast.encoders.audio_settings import Mel
 from flap_fast.encoders.yamnet.model import Yamnet
 from flap_fast.encoders.yamnet.settings import YamnetSettings
 from flap_fast.model.masking import tokens_of_seconds
@@ -25,7 +27,7 @@ from flap_fast.tools.embedder import load
 from flap_fast.tools.enrich.yamnet import log_mel_patches
 from flap_fast.training.loop import Stopped, train
 from flap_fast.training.stop import Stop
-from tests.sounds import noise
+from tests.sounds import encode, noise
 from tests.tiny import YAMNET, tiny
 
 # MobileNet v1's table: channels and stride of each block. Source: arXiv 1704.04861, table 1.
@@ -67,6 +69,31 @@ def test_a_sounds_pieces_are_those_of_the_tagger(seconds: float):
     assert torch.allclose(found.tokens, torch.cat(wanted), atol=1e-4)
     assert torch.allclose(found.pooled, torch.cat(wanted).mean(0, keepdim=True), atol=1e-4)
     assert tokens_of_seconds(config, np.array([seconds])).whole.tolist() == [len(pieces)]
+
+
+@pytest.mark.parametrize("kind", ["torch", "dali_wave", "dali_mel"])
+def test_a_sound_shorter_than_a_window_ends_in_silence(kind: str):
+    config = tiny(*YAMNET, "audio.mel_bins=64", f"frontend.backend={kind}")
+    wave = noise(0, 0.01, 16_000).astype(np.float32)  # of 160 samples: one frame
+    batch = EncodedBatch([encode(wave, 16_000, "WAV", "FLOAT")], np.zeros((1, 1), np.float32))
+    (given,) = AudioPreprocessor(config, Ranks()).stream(iter([batch]), 1)
+    assert isinstance(given.media, PackedMels)
+    silence = math.log(0.001)
+    assert given.media.mel.shape == (96, 64)
+    assert given.media.mel[0].min() > silence + 0.1
+    assert (given.media.mel[1:] - silence).abs().max() < 1e-5
+
+
+def test_of_which_lengths_there_is_a_piece_more_than_googles():
+    settings, samples = YamnetSettings(), np.arange(1, 40_000)
+    frames = settings.padded_frames(settings.frames_of(samples.clip(settings.least_samples)))
+    more = np.array(settings.patches_of(frames.tolist())) - (
+        1 + -(-(samples - 15_600).clip(0) // 7680)
+    )
+    assert set(more) == {0, 1}
+    assert np.flatnonzero(np.diff(more, prepend=0)).tolist() == [
+        first - 1 for n in range(15_360, 40_000, 7680) for first in (n + 1, n + 241)
+    ]
 
 
 def test_it_is_mobilenet_with_tensorflows_borders():
@@ -115,6 +142,7 @@ def test_rows_of_part_of_a_piece_are_refused():
         ("audio.lora_rank=2", "audio.lora_rank must be 0 with this encoder, whose blocks have no"),
         ("train.compile=true", "train.compile must be off with audio.encoder = yamnet"),
         ("audio.mel_bins=48", "audio.mel_bins must be a multiple of 32, which five strides"),
+        ("audio.sample_rate_hz=8000", "audio.sample_rate_hz must be at least 15000 with audio.mel"),
         ("audio.width=48", "audio.width must be a multiple of 32"),
     ],
 )
@@ -164,6 +192,23 @@ def test_micro_batches_have_the_gradients_of_one_pass(prepared, tmp_path):
         weights.append(load_weights(model_folder(tmp_path / name)))
     for name, value in weights[0].items():
         assert torch.allclose(value, weights[1][name], atol=2e-4), name
+
+
+def test_weights_keep_their_bins_and_a_checkpoint_of_before_opens(prepared, tmp_path):
+    """Convolutions take any number of bins: no shape tells it."""
+    train(settings(prepared, tmp_path, "data.val=[]"))
+    begin = "run.name=next", "data.val=[]", f"train.init_audio_from={tmp_path}/flap"
+    with pytest.raises(ConfigError, match=r"audio\.mel_bins must be 32, as in .*, got 64; set"):
+        train(settings(prepared, tmp_path, *begin, "audio.mel_bins=64"))
+    train(settings(prepared, tmp_path, *begin))
+    # Written where short sounds were repeated, which it then is in it.
+    model = model_folder(tmp_path / "flap")
+    before = model / "config.yaml"
+    before.write_text(before.read_text().replace("filling: pad", "filling: repeatpad"))
+    (model / "SHA256SUMS").unlink()
+    assert load(model, "cpu").config.audio.filling == "repeatpad"
+    bins = {mel: YamnetSettings.model_validate({"mel": mel}).mel_bins for mel in get_args(Mel)}
+    assert bins == {"kaldi": 128, "clap": 64, "yamnet": 64}
 
 
 def test_first_blocks_stay_frozen(prepared, tmp_path):

@@ -25,7 +25,7 @@ from flap_fast.section import NAMES_FILES, Section
 from flap_fast.tools.embedder import load
 from flap_fast.training.loop import train
 from tests.test_cli import flap
-from tests.tiny import HTSAT, tiny
+from tests.tiny import HTSAT, YAMNET, tiny
 
 FACTS = CardFields("me/clap", "apache-2.0", languages=("en",), datasets=("me/sounds",))
 
@@ -64,6 +64,20 @@ def test_the_card_has_what_the_run_knows(run, tmp_path):
     total = sum(p.numel() for p in load(run, "cpu").model.parameters())
     assert row(text, "whole, with its heads") == f"{total / 1e6:.1f} M parameters"
     assert 'flap_fast.load("hf://me/clap")' in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "ends"),
+    [
+        ((), "kaldi's log-mel, 20 to 8000 Hz"),
+        (("audio.sample_rate_hz=32000",), "kaldi's log-mel, 20 to 16000 Hz"),
+        (HTSAT, "clap's log-mel, 50 to 8000 Hz"),
+        (YAMNET, "yamnet's log-mel, 125 to 7500 Hz"),
+    ],
+)
+def test_frequencies_are_those_of_the_front_end(settings, ends):
+    (_, text), *_ = card._front_end(tiny(*settings))
+    assert text.endswith(ends)
 
 
 def test_what_is_not_known_is_said_to_be_unknown(run, tmp_path):

@@ -164,6 +164,124 @@ def test_a_training_begins_from_it(prepared: Path, tmp_path: Path):
         train(tiny(*YAMNET, *settings, *other))
 
 
+def changed(file: Path, out: Path, change: Callable[[Any, list], object]) -> Path:
+    """The model with another graph: `change(graph, its convolutions)`."""
+    model = onnx.load(file)
+    change(model.graph, [node for node in model.graph.node if node.op_type == "Conv"])
+    onnx.save(model, str(out))
+    return out
+
+
+def borders(node: Any, name: str, value: object) -> None:
+    """Other borders of a convolution."""
+    (own,) = [one for one in node.attribute if one.name == "pads"]
+    node.attribute.remove(own)
+    node.attribute.append(helper.make_attribute(name, value))
+
+
+def padded_before(graph: Any, convolutions: list) -> None:
+    """PyTorch's export of strided convolutions: zeros behind are nodes of their own."""
+    ends = numpy_helper.from_array(np.array([0, 0, 0, 0, 0, 0, 1, 1]), "ends")
+    graph.initializer.append(ends)
+    for n in (0, 3):
+        at = list(graph.node).index(convolutions[n])
+        borders(convolutions[n], "pads", [0] * 4)
+        pad = helper.make_node("Pad", [convolutions[n].input[0], "ends"], [f"p{n}"])
+        convolutions[n].input[0] = f"p{n}"
+        graph.node.insert(at, pad)
+
+
+def mirrored_before(graph: Any, convolutions: list) -> None:
+    padded_before(graph, convolutions)
+    graph.node[0].attribute.append(helper.make_attribute("mode", "reflect"))
+
+
+def same_upper(graph: Any, convolutions: list) -> None:
+    for node in convolutions:
+        borders(node, "auto_pad", "SAME_UPPER")
+
+
+@pytest.mark.parametrize("change", [same_upper, padded_before])
+def test_borders_of_tensorflow_are_read_however_they_are_written(change, tmp_path: Path):
+    file = changed(write(tmp_path / "m.onnx"), tmp_path / "changed.onnx", change)
+    session, other = (
+        onnxruntime.InferenceSession(str(one), providers=["CPUExecutionProvider"])
+        for one in (tmp_path / "m.onnx", file)
+    )
+    piece = {"audio": np.random.default_rng(0).normal(-2, 2, (1, 1, 96, 64)).astype(np.float32)}
+    assert np.allclose(session.run(None, piece)[0], other.run(None, piece)[0], atol=1e-5)  # type: ignore
+    import_checkpoint(file, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda graph, found: borders(found[3], "pads", [1, 1, 0, 0]),
+            "convolution 3 must have TensorFlow's pads [0, 0, 1, 1], got '[1, 1, 0, 0]'",
+        ),
+        (
+            lambda graph, found: borders(found[0], "pads", [1, 1, 1, 1]),
+            "convolution 0 must have TensorFlow's pads [0, 0, 1, 1]",
+        ),
+        (
+            lambda graph, found: borders(found[5], "auto_pad", "VALID"),
+            "pads [1, 1, 1, 1], got",
+        ),
+        (
+            lambda graph, found: borders(found[0], "auto_pad", "SAME_LOWER"),
+            "convolution 0 must have TensorFlow's pads [0, 0, 1, 1], got '[1, 1, 0, 0]'",
+        ),
+        (
+            lambda graph, found: [setattr(node, "op_type", "QLinearConv") for node in found],
+            "m.onnx must hold convolutions as Conv, of floats or between QuantizeLinear and "
+            "DequantizeLinear, got 'QLinearConv'; export it as float or in the form QDQ",
+        ),
+        (
+            lambda graph, found: setattr(found[4], "op_type", "ConvInteger"),
+            "DequantizeLinear, got 'ConvInteger'; export",
+        ),
+        (lambda graph, found: [setattr(node, "op_type", "Gemm") for node in found], "got 'Gemm, "),
+        (
+            mirrored_before,
+            "the Pad p0 must add zeros along time and frequency, got '['reflect'] [[",
+        ),
+        (
+            lambda graph, found: found[2].input.__setitem__(1, "audio"),
+            "m.onnx: the weight audio must be stored in the file, as it is or quantised, got "
+            "'none'; export it with its weights as initializers",
+        ),
+    ],
+)
+def test_a_graph_that_would_compute_something_else_is_refused(change, message: str, tmp_path: Path):
+    file = write(tmp_path / "m.onnx")
+    with pytest.raises(ConfigError) as caught:
+        import_checkpoint(changed(file, file, change), tmp_path / "out")
+    assert message in str(caught.value)
+    assert str(file) in str(caught.value)
+
+
+def test_a_zip_with_none_or_several_is_refused(tmp_path: Path):
+    for names, got in (((), "none"), (("a.onnx", "in/b.onnx"), "a.onnx, b.onnx")):
+        with zipfile.ZipFile(tmp_path / "m.onnx.zip", "w") as archive:
+            archive.writestr("readme.txt", "")
+            for name in names:
+                archive.writestr(name, "")
+        with pytest.raises(ConfigError) as caught:
+            import_checkpoint(tmp_path / "m.onnx.zip", tmp_path / "out")
+        rule = f"m.onnx.zip must hold one .onnx file, got '{got}'; unzip it and name the file"
+        assert rule in str(caught.value)
+
+
+def test_another_encoder_is_refused_at_once(tmp_path: Path):
+    file = write(tmp_path / "m.onnx")
+    for setting, got in (("audio.encoder=htsat", "htsat"), ("audio.encoder=vit", "vit")):
+        with pytest.raises(ConfigError) as caught:
+            import_checkpoint(file, tmp_path / "out", [setting])
+        rule = f"audio.encoder must be yamnet, whose weights {file} has, got '{got}'; leave it out"
+        assert rule == str(caught.value)
+
+
 def test_what_is_no_yamnet_is_refused(tmp_path: Path):
     (tmp_path / "damaged.onnx").write_bytes(write(tmp_path / "m.onnx").read_bytes()[:500])
     write(tmp_path / "short.onnx", table=TABLE[:-1])

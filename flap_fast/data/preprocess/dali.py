@@ -34,7 +34,7 @@ from nvidia.dali import math as dali_math
 from flap_fast.config import Audio, Fusion
 from flap_fast.data.batch import DecodedBatch, EncodedBatch
 from flap_fast.data.preprocess import clap_mel, yamnet_mel
-from flap_fast.data.preprocess.kaldi_mel import FLOOR, LOW_HZ, PREEMPHASIS, fft_size, hann
+from flap_fast.data.preprocess.kaldi_mel import FLOOR, PREEMPHASIS, fft_size, hann
 from flap_fast.data.preprocess.waveform import Unusable
 
 Graph = Callable[[Any, Any, bool], tuple[Any, ...]]
@@ -232,19 +232,19 @@ def _kaldi(wave, audio: Audio):
     wave = wave - fn.reductions.mean(wave, axes=[0])
     # A global filter equals Kaldi's in each frame: the window is zero where they differ.
     wave = fn.preemphasis_filter(wave, preemph_coeff=PREEMPHASIS)
-    mel = _htk_mel(wave, audio, hann(audio.window), 2, (LOW_HZ, audio.sample_rate_hz / 2))
+    mel = _htk_mel(wave, audio, hann(audio.window), 2)
     return fn.to_decibels(mel, multiplier=math.log(10), reference=1.0, cutoff_db=math.log(FLOOR))
 
 
 def _yamnet(wave, audio: Audio):
     wave = fn.cat(wave, types.Constant(np.zeros(audio.window - 1, np.float32)), axis=0)
-    range_hz = yamnet_mel.LOW_HZ, yamnet_mel.HIGH_HZ
-    mel = _htk_mel(wave, audio, clap_mel.hann(audio.window), 1, range_hz)
+    mel = _htk_mel(wave, audio, clap_mel.hann(audio.window), 1)
     return dali_math.log(mel + yamnet_mel.OFFSET)
 
 
-def _htk_mel(wave, audio: Audio, window: np.ndarray, power: int, range_hz: tuple[float, float]):
+def _htk_mel(wave, audio: Audio, window: np.ndarray, power: int):
     """Of whole frames: magnitudes (`power` 1) or their squares (2), through triangles in mel."""
+    low_hz, high_hz = audio.range_hz
     spectrum = fn.spectrogram(
         wave,
         nfft=fft_size(audio.window),
@@ -259,8 +259,8 @@ def _htk_mel(wave, audio: Audio, window: np.ndarray, power: int, range_hz: tuple
         spectrum,
         sample_rate=float(audio.sample_rate_hz),
         nfilter=audio.mel_bins,
-        freq_low=range_hz[0],
-        freq_high=range_hz[1],
+        freq_low=low_hz,
+        freq_high=high_hz,
         mel_formula="htk",
         normalize=False,
     )

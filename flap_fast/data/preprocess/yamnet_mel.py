@@ -7,6 +7,11 @@ Magnitudes, not powers, and a floor well above float32's: quiet sounds are nearl
 frames at the end that hold zeros are a good part of a short sound: without them the vector that the
 trained YAMNet makes of one of 0.2 to 0.5 s is a quarter off, in the median.
 
+The encoder's pieces of 96 frames, one every 48, are counted by frames, and those that overlap the
+end count too. Google counts 1 + ceil(max(0, n - 15600) / 7680) pieces. So of 240 of each 7,680
+lengths (15,361 to 15,600 samples, 23,041 to 23,280, and so on) there is one piece more here, half
+of it silence; of all other lengths there are as many.
+
 n samples
 
 Source: YAMNet's params.py and features.py, in the TensorFlow models' audioset/yamnet.
@@ -28,7 +33,6 @@ from flap_fast.data.preprocess.log_mel import FramedLogMel
 from flap_kernels.precision import float32_products
 
 OFFSET = 0.001
-LOW_HZ, HIGH_HZ = 125.0, 7500.0
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,6 @@ class YamnetLogMel(FramedLogMel):
 
 def yamnet_log_mel(audio: Audio, device: torch.device | str = "cpu") -> YamnetLogMel:
     """The front end's window and matrix, computed in float64 and stored in float32."""
-    matrix = mel_matrix(audio.mel_bins, audio.window, audio.sample_rate_hz, LOW_HZ, HIGH_HZ)
+    matrix = mel_matrix(audio.mel_bins, audio.window, audio.sample_rate_hz, *audio.range_hz)
     window, mel = torch.from_numpy(hann(audio.window)), torch.from_numpy(matrix)
     return YamnetLogMel(audio, window.float().to(device), mel.float().to(device))

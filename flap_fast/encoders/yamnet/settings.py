@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from flap_fast.checks import require
 from flap_fast.encoders.audio_settings import AudioEncoder, Mel
-from flap_fast.section import MEANS_WEIGHTS
+from flap_fast.section import MEANS_WEIGHTS, Count
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,6 +40,12 @@ class YamnetSettings(AudioEncoder):
     mel: Annotated[Mel, MEANS_WEIGHTS] = "yamnet"
     """The front end: YAMNet's (25 ms windows, 16 kHz, magnitudes of 125 to 7,500 Hz), Kaldi's or
     LAION-CLAP's. Rate, bins and statistics follow it."""
+    mel_bins: Annotated[Count, Field(le=4096), MEANS_WEIGHTS] = 64
+    """Mel bins F, a multiple of 32; 128 with audio.mel = kaldi. Convolutions fit any number, but
+    trained weights mean the one that they were trained with."""
+    filling: Literal["repeatpad", "pad", "repeat"] = "pad"
+    """How a clip shorter than one window (25 ms) is completed: with zeros, which YAMNet has behind
+    the end of every sound; or by repeating it."""
     length: Literal["fixed", "variable"] = "variable"
     """Each clip keeps its own length, up to audio.max_duration_s; its last piece is completed with
     silence, as YAMNet's was."""
