@@ -187,7 +187,7 @@ def check_before_loading(config: Config, world: int) -> None:
         "data.captions",
         "be 'original' where no folder of data.train has a captions.jsonl",
         config.data.captions,
-        f"write it with: flap enrich {first} {first} --model MODEL",
+        f"write it with: flap enrich {first} {first} --model none, or name a model",
     )
 
 
@@ -240,10 +240,14 @@ def _check_place(name: str, place: Place) -> None:
 
 
 def _may_have_captions(place: Place) -> bool:
-    """Whether enriched captions lie beside shards, or may: a URL is not asked yet."""
+    """Whether enriched captions lie beside shards, or may: a URL is not asked yet.
+
+    A folder without shards is refused as such, when it is opened.
+    """
     if isinstance(place, Url) or is_pattern(place):
         return True
-    return ((place if place.is_dir() else place.parent) / "captions.jsonl").is_file()
+    folder = place if place.is_dir() else place.parent
+    return (folder / "captions.jsonl").is_file() or not any(folder.glob("*.tar"))
 
 
 def _check_sizes(config: Config) -> None:

@@ -162,8 +162,10 @@ def test_a_run_is_refused_where_no_folder_has_enriched_captions(prepared, rich, 
         check_before_loading(settings(prepared / "train", "mix"), 1)
     assert str(error.value) == (
         "data.captions must be 'original' where no folder of data.train has a captions.jsonl, got "
-        f"'mix'; write it with: flap enrich {prepared}/train {prepared}/train --model MODEL"
+        f"'mix'; write it with: flap enrich {prepared}/train {prepared}/train --model none, "
+        "or name a model"
     )
+    check_before_loading(settings(prepared, "mix"), 1)  # no shards: it is refused when opened
 
 
 def test_evaluation_reads_its_own_captions_whatever_lies_beside(prepared, tmp_path):
