@@ -20,7 +20,7 @@ R@10 of sound to caption and of caption to sound, the mean over sources, then ea
 both, of the seeds for which all sources were left out. Equal captions are right for each other's
 sounds; `chance` is that of a random order, both directions' mean. `val`: the demo's, whose sources
 training had. Steps are those that the seconds buy on two quiet threads, or fewer; `seconds` are of
-one thread of a busy machine. How: `bench/sources.py`.
+one thread of a busy machine. A config is that of the commit. How: `bench/sources.py`.
 
 Settings were chosen by these scores, so they flatter the recipes that were chosen. A few drums of
 sonicpi, foxdot and lmms are nearly the same recording.
