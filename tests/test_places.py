@@ -11,6 +11,7 @@ from typing import get_type_hints
 
 import pytest
 import yaml
+from typer import Context
 from typer.models import OptionInfo
 from typer.testing import CliRunner
 
@@ -172,7 +173,7 @@ def path_parameters() -> Iterator[tuple[list[str], str]]:
         assert one.callback is not None
         command, parameters = one.name or one.callback.__name__.strip("_"), {}
         for name, hint in get_type_hints(one.callback, include_extras=True).items():
-            if name != "return":
+            if name != "return" and hint is not Context:
                 (info,) = hint.__metadata__
                 needed = signature(one.callback).parameters[name].default is Parameter.empty
                 declared = str(info.default) if str(info.default)[:2] == "--" else None
