@@ -105,7 +105,8 @@ def copy(tmp_path: Path) -> Path:
     for folder in ("kernels", "bench", "tests/kernels"):
         skip = shutil.ignore_patterns("__pycache__", "results", "build", "*.egg-info")
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=skip)
-    for file in ("pyproject.toml", "tests/__init__.py", "tests/closeness.py"):
+    tests = ("tests/__init__.py", "tests/closeness.py", "tests/interpreter.py")
+    for file in ("pyproject.toml", *tests):
         shutil.copy(ROOT / file, tmp_path / file)
     (tmp_path / "kernels/flap_kernels/scale_tokens.py").write_text(KERNEL)
     (tmp_path / "bench/programs/scale_tokens.py").write_text(PROGRAMS)
