@@ -129,6 +129,14 @@ def test_equal_captions_take_places_together_by_chance():
     assert by_chance["R@10"] == pytest.approx(1)
 
 
+def test_chance_among_as_many_captions_as_audiocaps_has():
+    """Of 4,875 captions two are equal: next to nothing changes."""
+    texts = [0, 0, *range(1, 4874)]
+    by_chance = chance(torch.arange(4875), 4875, "audio", texts)["audio_to_text"]
+    assert by_chance["R@1"] == pytest.approx(1 / 4874, rel=1e-3)
+    assert by_chance["R@10"] == pytest.approx(10 / 4875, rel=1e-3)
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_chance_is_what_vectors_at_random_score(seed: int):
     """60 clips of one or two captions, of 25 texts; equal ones have one vector."""
