@@ -63,7 +63,7 @@ def _found(others: Counter[int], right: int) -> list[float]:
     for size, groups in others.items():
         rest, before = before, np.zeros_like(before)
         for n in range(min(groups, (most - 1) // size) + 1):
-            # As a float: NumPy has no integers as large.
+            # A float: of an integer beyond 64 bits NumPy 1 makes an array of objects.
             some = float(math.comb(groups, n)) * u**n * (1 - u) ** (groups - n)
             before[n * size :] += rest[: most - n * size] * some
     return [float((before[:k].sum(0) * weight).sum()) for k in TOP]

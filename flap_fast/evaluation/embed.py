@@ -94,7 +94,7 @@ def embed(
         ArithmeticError: an embedding that is not finite.
     """
     texts = texts or read_texts(shards)
-    kept = kept or KeptOutputs(model, config, ranks)
+    kept = kept or KeptOutputs(model, ranks)
     with evaluating(model):
         crops = crops_of(config, shards, ranks)
         mine = crops.take(rank_slice(len(crops.clips), ranks))

@@ -67,7 +67,7 @@ def whole_model(
     Args:
         kept: what frozen encoders gave before.
     """
-    kept = kept or KeptOutputs(model, config, ranks)
+    kept = kept or KeptOutputs(model, ranks)
     texts = text_embedder(kept.embed_text, tokenizer, ranks, config.eval.batch)
     tower = text_embedder(model.text, tokenizer, ranks, config.eval.batch)
     return EvaluatedModel(

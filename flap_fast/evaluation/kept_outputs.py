@@ -13,7 +13,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from flap_fast.config import Config
 from flap_fast.data.batch import MediaInput, to_device
 from flap_fast.data.shards import Shards
 from flap_fast.model.two_towers import TwoTowers
@@ -22,22 +21,26 @@ from flap_fast.ranks import Ranks
 
 
 class KeptOutputs:
-    """A model's encoders, of which a frozen one is run once for each batch.
+    """A model's encoders, of which one that is kept is run once for each batch.
 
     Collective: call on every rank. Whole batches are kept, and give the same bits again: a row's
     last ones may depend on the rows beside it. They are kept on the CPU, D numbers a text or crop;
     on each rank its own.
+
+    Args:
+        text: keep the text encoder's, which is frozen.
+        media: keep the media encoder's, which is frozen.
     """
 
-    def __init__(self, model: TwoTowers, config: Config, ranks: Ranks):
+    def __init__(self, model: TwoTowers, ranks: Ranks, *, text: bool = False, media: bool = False):
         self._model, self._ranks = model, ranks
-        self._text_is_frozen, self._media_is_frozen = config.text.freeze, config.encoder.freeze
+        self._keeps_text, self._keeps_media = text, media
         self._texts: dict[bytes, Tensor] = {}
         self._media: dict[tuple[Path | Place, ...], list[Tensor]] = {}
 
     def embed_text(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, L) ids and mask -> (B, d), unit norm, float32, on the ids' device."""
-        if not self._text_is_frozen:
+        if not self._keeps_text:
             return self._model.embed_text(ids, attention_mask)
         key = _digest(ids, attention_mask)
         # ZeRO 3 gathers weights in step: all ranks run the encoder, or none.
@@ -59,10 +62,10 @@ class KeptOutputs:
         found = []
         for media, longer in batches:
             pooled = self._model.pool_media(media, longer=longer)
-            if self._media_is_frozen:
+            if self._keeps_media:
                 found.append(pooled.cpu())
             yield pooled
-        if self._media_is_frozen:
+        if self._keeps_media:
             self._media[key] = found
 
 

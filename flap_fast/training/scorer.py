@@ -35,7 +35,8 @@ class Scorer:
         self._config, self._ranks, self._engine = config, ranks, engine
         self._tokens, self._metrics = tokens, metrics
         self._last: Scores | None = None
-        self._kept = KeptOutputs(engine.module, config, ranks)
+        frozen = {"text": config.text.freeze, "media": config.encoder.freeze}
+        self._kept = KeptOutputs(engine.module, ranks, **frozen)
         self._task = config.eval.tasks[0]
         best = state.best_so_far if state else None
         self.best = best if best and best.task == self._task else None

@@ -76,11 +76,23 @@ def test_the_scores_are_those_of_an_encoder_that_runs_in_each(
         *[dict.fromkeys(first, 0)] * 2,
     ]
     with monkeypatch.context() as patched:
-        patched.setattr(scorer, "KeptOutputs", lambda *_: None)
+        patched.setattr(scorer, "KeptOutputs", lambda *_, **__: None)
         each, passes = evaluations(tmp_path / "each", prepared, patched, *settings)
     assert [{n: found[n] for n in first} for found in passes] == [first] * 3
     assert scores == each
     assert scores[0] != scores[1] | {"step": 2}  # the head is trained
+
+
+def test_a_single_evaluation_keeps_nothing():
+    """Nor waits for a GPU: what it embeds is asked for once."""
+    config, passes = tiny(*FROZEN), []
+    model = TwoTowers(config)
+    model.text.register_forward_pre_hook(lambda *_: passes.append(1))
+    outputs, given = KeptOutputs(model, Ranks()), tokenizer(config.text)(["a dog"])
+    with evaluating(model):
+        for _ in range(2):
+            assert torch.equal(outputs.embed_text(*given), model.embed_text(*given))
+    assert len(passes) == 4
 
 
 def test_an_encoder_that_is_trained_runs_in_each(
@@ -92,7 +104,7 @@ def test_an_encoder_that_is_trained_runs_in_each(
 def test_a_batch_is_told_from_others_of_the_same_tokens():
     config = tiny(*FROZEN)
     model = TwoTowers(config)
-    embed = KeptOutputs(model, config, Ranks()).embed_text
+    embed = KeptOutputs(model, Ranks(), text=True).embed_text
     ids = torch.arange(16).reshape(2, 8) + 5
     masks = torch.ones_like(ids), (torch.arange(8) < 4).long().expand(2, 8)
     with evaluating(model):
@@ -108,7 +120,7 @@ def passes_of_this_rank() -> int:
     config, passes = tiny(*FROZEN), []
     model, ranks = TwoTowers(config), Ranks(dist.get_rank(), dist.get_world_size())
     model.text.register_forward_pre_hook(lambda *_: passes.append(1))
-    embed, words = KeptOutputs(model, config, ranks).embed_text, tokenizer(config.text)
+    embed, words = KeptOutputs(model, ranks, text=True).embed_text, tokenizer(config.text)
     with evaluating(model):
         for caption in ("a dog", "a dog" if ranks.first else "rain"):
             embed(*words([caption]))

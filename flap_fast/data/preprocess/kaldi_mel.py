@@ -26,7 +26,6 @@ from flap_kernels.precision import float32_products
 
 FLOOR = 2.0**-23
 PREEMPHASIS = 0.97
-LOW_HZ = 20.0
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,9 @@ class KaldiLogMel(FramedLogMel):
 def kaldi_log_mel(audio: Audio, device: torch.device | str = "cpu") -> KaldiLogMel:
     """The front end's window and matrix, computed in float64 and stored in float32."""
     window = torch.from_numpy(hann(audio.window)[1:])
-    mel = torch.from_numpy(mel_matrix(audio.mel_bins, audio.window, audio.sample_rate_hz))
+    mel = torch.from_numpy(
+        mel_matrix(audio.mel_bins, audio.window, audio.sample_rate_hz, *audio.range_hz)
+    )
     return KaldiLogMel(audio, window.float().to(device), mel.float().to(device))
 
 
@@ -80,19 +81,18 @@ def hann(window: int) -> np.ndarray:
 
 
 def mel_matrix(
-    bins: int, window: int, sample_rate_hz: int, low_hz: float = LOW_HZ, high_hz: float = 0.0
+    bins: int, window: int, sample_rate_hz: int, low_hz: float, high_hz: float
 ) -> np.ndarray:
-    """(F, fft/2 + 1) float64: triangles in mel, none at Nyquist.
+    """(F, fft/2 + 1) float64: triangles in mel from the lowest frequency to the highest.
 
-    Args:
-        high_hz: where the last one ends; half the rate when 0.
+    None at Nyquist.
     """
     size = fft_size(window)
 
     def mel(hz):
         return 1127.0 * np.log1p(hz / 700.0)
 
-    low, high = mel(low_hz), mel(high_hz or sample_rate_hz / 2)
+    low, high = mel(low_hz), mel(high_hz)
     step = (high - low) / (bins + 1)
     left = low + step * np.arange(bins)[:, None]
     at = mel(np.arange(size // 2) * sample_rate_hz / size)[None, :]

@@ -47,6 +47,8 @@ class LanguageModel:
         ConfigError: the folder holds no language model, or the tokenizer no chat template.
     """
 
+    is_caption = False
+
     def __init__(
         self,
         name: str,
@@ -69,8 +71,6 @@ class LanguageModel:
         has_template = bool(self._tokenizer.chat_template)
         rule = f"be one of {', '.join(CHATS)} for a tokenizer without a chat template"
         require(chat != "own" or has_template, "--chat", rule, chat)
-
-    is_caption = False
 
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[str], keys: Sequence[int]) -> list[Written]:
