@@ -20,6 +20,7 @@ _NAME = re.compile(r"hf:/{1,3}(?P<repo>[^@]*?)/*(?:@(?P<revision>.*))?", re.IGNO
 # What opens a model, of this project's and of transformers' folders.
 _FILES = (
     *("config.yaml", "SHA256SUMS", "model.safetensors", "audio.safetensors", "text/*"),
+    "classes.txt",
     *("unused.safetensors", "origin.json", "config.json", "*processor_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt"),

@@ -45,6 +45,11 @@ class Joint(Section):
     space, whose width is joint.width. With few captions a projection learns those by heart."""
     hidden: Count | None = None
     """Width of the hidden layer of heads of two layers; null: joint.width, as LAION-CLAP's."""
+    class_names: float = Field(default=0.0, ge=0)
+    """Add what the audio encoder's own classifier says to a sound's vector, with this weight (0.5
+    is usual) beside the head's: the mean of the embeddings of its classes' names, each weighted by
+    its score. They begin in the text encoder's space and are trained; train.init_audio_from brings
+    classifier and names. 0: off."""
     dropout: Ratio = 0.0
     """Dropout before each layer of the heads, in training. With few clips 0.3 helped the head of a
     frozen encoder."""

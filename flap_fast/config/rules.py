@@ -80,6 +80,7 @@ def check_encoder(config: Config) -> None:
         _require_ability(config, "variable", "audio.length", config.audio.length, "fixed")
     _require_ability(config, "fusion", "fusion.type", config.fusion.type, "none")
     _require_ability(config, "compile", "train.compile", config.train.compile, False)
+    _require_ability(config, "classes", "joint.class_names", config.joint.class_names, 0)
     again = config.train.checkpoint_activations
     if "audio" in again and "recompute" not in encoder.can:
         rule = f"not name audio with {encoder.named}{_reason(encoder, 'recompute')}"
@@ -106,6 +107,7 @@ def _reason(encoder: MediaEncoder, ability: Ability) -> str:
         "fusion": "fuse",
         "compile": "be compiled",
         "recompute": "be recomputed",
+        "classes": "classify",
     }
     reason = encoder.why_not.get(ability, f"which cannot {verb.get(ability, ability)}")
     return f", {reason}"
@@ -143,6 +145,9 @@ def check_sections(config: Config) -> None:
         f"end with joint.width = {width}, as what evaluation takes is trained",
         list(prefixes),
     )
+    rule = "be 0 unless joint.text_head = none, in whose space names have embeddings from the start"
+    named, own_space = config.joint.class_names, config.joint.text_head == "none"
+    require(named == 0 or own_space, "joint.class_names", rule, named)
     weights = config.loss.contrastive.prefix_weights
     rule, got = "end above 0, as what evaluation takes is trained", list(weights or ())
     require(not weights or weights[-1] > 0, "loss.contrastive.prefix_weights", rule, got)

@@ -32,11 +32,12 @@ if TYPE_CHECKING:
 
     from flap_fast.config import Config, Fusion
 
-Ability = Literal["mask", "reconstruct", "variable", "fusion", "compile", "recompute"]
+Ability = Literal["mask", "reconstruct", "variable", "fusion", "compile", "recompute", "classes"]
 """mask: encodes the patches that masking keeps. reconstruct: its tokens are a decoder's input.
 variable: takes packed clips of any lengths. fusion: takes longer clips as four channels.
 compile: its blocks go through torch.compile. recompute: its blocks' activations can be computed
-again in the backward pass."""
+again in the backward pass. classes: it can have a classifier, whose `classes` scores stand behind
+the pooled vector where joint.class_names asks for them."""
 
 
 class Encoder(Section):
@@ -135,7 +136,8 @@ class MediaEncoder(Encoder):
     def build(self, config: Config, *, recompute: bool = False) -> nn.Module:
         """The module: (media, mask=None, *, erase=None, longer=None) -> `Encoded`.
 
-        It has the attribute `width`, that of the pooled vector.
+        It has the attribute `width`, that of the pooled vector; with joint.class_names also
+        `classes`, how many scores of its `classifier` are the end of that vector.
 
         Args:
             recompute: compute its blocks' activations again in the backward pass.

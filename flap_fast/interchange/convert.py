@@ -41,6 +41,7 @@ from flap_fast.interchange.tensors import (
 from flap_fast.interchange.yamnet import YAMNET, onnx_file, read_onnx
 from flap_fast.model.decoder import Decoder
 from flap_fast.model.model_folder import (
+    CLASSES,
     TOWER,
     load_model,
     model_folder,
@@ -167,9 +168,14 @@ def _write_encoder(source: Source, imported: Imported, folder: Path, out: Path) 
         parts["decoder"] = Decoder(config, config.encoder, encoder.width)  # type: ignore[arg-type]
     wanted = nn.ModuleDict(parts).state_dict()
     weights = fitted_tensors(imported.tensors, wanted, source.path, partial=source.partial)
+    what = "an audio encoder"
+    if imported.class_names:
+        weights |= imported.classifier
+        (folder / CLASSES).write_text("".join(f"{name}\n" for name in imported.class_names))
+        what = f"an audio encoder and its {len(imported.class_names)} classes"
     save_tensors(folder / TOWER, weights)
     _write_config(folder, config, "init_audio_from", out)
-    return f"an audio encoder; train from it with train.init_audio_from={out}"
+    return f"{what}; train from it with train.init_audio_from={out}"
 
 
 def _write_config(folder: Path, config: Config, begin: str, out: Path) -> None:

@@ -49,6 +49,10 @@ class Imported:
     """It holds an audio encoder, not a whole model."""
     decoder: bool = False
     """It holds an audio encoder and a decoder."""
+    classifier: Tensors = field(default_factory=dict)
+    """Of an audio encoder: its classifier, for joint.class_names."""
+    class_names: Sequence[str] = ()
+    """The names of the classes that it scores."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,8 @@ class Export:
         joint, own = self.config.joint, self.config.text.head
         if joint.text_head not in ("encoder", own):
             return f"it has joint.text_head = {joint.text_head}"
+        if joint.class_names:
+            return f"it has joint.class_names = {joint.class_names:g}"
         own_hidden = joint.hidden in (None, joint.width)
         return "" if own_hidden else f"it has joint.hidden = {joint.hidden}"
 

@@ -1,7 +1,9 @@
-"""Layout of YAMNet as ONNX: an audio encoder, its classifier left out.
+"""Layout of YAMNet as ONNX: an audio encoder, and a classifier where its classes have names.
 
     Conv 0                 audio.stem
     Conv 1 + 2 n, 2 + 2 n  audio.blocks.n.depthwise, .pointwise
+    Gemm, MatMul           audio.classifier
+    *class_map*.csv        the names of its classes
 
 A quantised export (of the form QDQ) is read as what was quantised, where its file still holds that.
 
@@ -10,6 +12,7 @@ Source: Google's YAMNet; Qualcomm's exports of it.
 
 from __future__ import annotations
 
+import csv
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -41,7 +44,7 @@ def onnx_file(path: Path) -> Path | None:
 
 
 def read_onnx(file: Path, work: Path) -> Saved:
-    """The convolutions of an ONNX model in their order: `conv.N.weight`, `conv.N.bias`.
+    """The layers of an ONNX model, `.weight` and `.bias`: `conv.N` in their order, `classifier`.
 
     Args:
         work: a folder to unpack into.
@@ -65,7 +68,8 @@ def read_onnx(file: Path, work: Path) -> Saved:
             remedy = "unzip it and name the file"
             require(len(inside) == 1, str(file), "hold one .onnx file", names, remedy)
         graph = onnx.load(str(inside[0])).graph
-        return Saved(_convolutions(graph, file, onnx.numpy_helper.to_array), "", {})
+        weights = _Weights(graph, file, onnx.numpy_helper.to_array)
+        return Saved(_convolutions(graph, file, weights) | _classifier(graph, weights), "", {})
     except ConfigError:
         raise
     except Exception as error:  # onnx raises what protobuf does, and its own
@@ -73,8 +77,16 @@ def read_onnx(file: Path, work: Path) -> Saved:
         raise ConfigError(f"{file} must hold one ONNX model: {reason}") from None
 
 
-def _convolutions(graph: Any, file: Path, to_array: Any) -> Tensors:
-    weights = _Weights(graph, file, to_array)
+def class_names(folder: Path) -> list[str]:
+    """The display names in the one `*class_map*.csv` of a folder; [] without one."""
+    found = sorted(folder.glob("*class_map*.csv"))
+    if not found:
+        return []
+    with found[0].open(newline="", encoding="utf-8-sig") as lines:
+        return [row["display_name"] for row in csv.DictReader(lines)]
+
+
+def _convolutions(graph: Any, file: Path, weights: _Weights) -> Tensors:
     kinds = list(dict.fromkeys(node.op_type for node in graph.node))
     other = [kind for kind in kinds if "Conv" in kind and kind != "Conv"]  # QLinearConv and such
     rule = "hold convolutions as Conv, of floats or between QuantizeLinear and DequantizeLinear"
@@ -93,6 +105,26 @@ def _convolutions(graph: Any, file: Path, to_array: Any) -> Tensors:
         for name, value in zip(("weight", "bias"), node.input[1:], strict=False):
             tensors[f"conv.{n}.{name}"] = torch.from_numpy(weights(value).copy())
     return tensors
+
+
+def _classifier(graph: Any, weights: _Weights) -> Tensors:
+    """The one linear layer behind the convolutions: weight (C, D), bias (C,); {} without such."""
+    linear = [node for node in graph.node if node.op_type in ("Gemm", "MatMul")]
+    if len(linear) != 1:
+        return {}
+    (node,) = linear
+    given = {a.name: a for a in node.attribute}
+    names = list(node.input[1:])
+    if node.op_type == "MatMul":
+        sums = [add for add in graph.node if add.op_type == "Add" and node.output[0] in add.input]
+        names += [name for add in sums for name in add.input if name != node.output[0]]
+    scaled = any(name in given and given[name].f != 1 for name in ("alpha", "beta"))
+    if scaled or len(names) != 2:
+        return {}
+    weight, bias = map(weights, names)
+    turned = "transB" in given and given["transB"].i
+    values = {"weight": weight if turned else weight.T, "bias": bias.reshape(-1)}
+    return {f"classifier.{n}": torch.from_numpy(value.copy()) for n, value in values.items()}
 
 
 class _Weights:
@@ -159,23 +191,39 @@ class _Weights:
 
 def _is_yamnet(source: Source) -> bool:
     convolutions = {f"conv.{n}.weight" for n in range(1 + 2 * _BLOCKS)}
-    return convolutions == {n for n in source.tensors if n.endswith(".weight")}
+    weights = {name for name in source.tensors if name.endswith(".weight")}
+    return convolutions == weights - {"classifier.weight"}
 
 
 def _read(source: Source) -> Imported:
     names = ["stem"]
     for block in range(_BLOCKS):
         names += [f"blocks.{block}.depthwise", f"blocks.{block}.pointwise"]
-    ours: Tensors = {}
+    convolutions, classifier = Tensors(), Tensors()
     for name, value in source.tensors.items():
-        _, number, part = name.split(".")
-        ours[f"audio.{names[int(number)]}.{part}"] = value
+        kind, *number, part = name.split(".")
+        if kind == "classifier":
+            classifier[f"audio.{name}"] = value
+        else:
+            convolutions[f"audio.{names[int(number[0])]}.{part}"] = value
     encoder = load_config(None, ["audio.encoder=yamnet", *source.overrides]).encoder.encoder
     rule = f"be yamnet, whose weights {source.path} has"
     require(encoder == "yamnet", "audio.encoder", rule, encoder, "leave it out")
-    width = len(ours[f"audio.blocks.{_BLOCKS - 1}.pointwise.weight"])
-    settings = ["audio.encoder=yamnet", f"audio.width={width}", *source.overrides]
-    return Imported(load_config(None, settings), ours, encoder_only=True)
+    width = len(convolutions[f"audio.blocks.{_BLOCKS - 1}.pointwise.weight"])
+    settings = ["audio.encoder=yamnet", f"audio.width={width}"]
+    folder = source.path if source.path.is_dir() else source.path.parent
+    classes = class_names(folder) if classifier else []
+    if classes:
+        count = len(classifier["audio.classifier.bias"])
+        what, rule = f"the class map of {source.path}", f"name its {count} classes"
+        remedy = "keep the map that came with it beside it"
+        require(count == len(classes), what, rule, len(classes), remedy)
+        settings.append(f"audio.classes={count}")
+    config = load_config(None, [*settings, *source.overrides])
+    classifier = classifier if classes else {}
+    return Imported(
+        config, convolutions, encoder_only=True, classifier=classifier, class_names=classes
+    )
 
 
 YAMNET = Layout(names="YAMNet's (conv.0, conv.1)", form="file", matches=_is_yamnet, read=_read)

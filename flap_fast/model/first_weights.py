@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from flap_fast.checks import require
 from flap_fast.checksums import verified
 from flap_fast.config import Config
 from flap_fast.config.file import load_config
+from flap_fast.data.tokenize import tokenizer
 from flap_fast.hub import local_folder
-from flap_fast.model.model_folder import ONLY_TRAINING, TOWER, any_length_of, model_folder, put
+from flap_fast.model.heads import ClassNamesHead
+from flap_fast.model.model_folder import (
+    CLASSES,
+    ONLY_TRAINING,
+    TOWER,
+    any_length_of,
+    model_folder,
+    put,
+)
 from flap_fast.model.two_towers import TwoTowers
 from flap_fast.section import MEANS_WEIGHTS
 from flap_fast.tensors import load_tensors
@@ -19,6 +31,7 @@ _DECODER = "decoder."
 _BIAS = "logit_bias"
 _LORA = "lora."
 _FUSION = ("mel_conv1d.", "mel_conv2d.", "fusion_model.")
+_CLASSIFIER = "audio.classifier."
 
 
 def put_first_weights(model: TwoTowers, config: Config) -> None:
@@ -46,7 +59,34 @@ def put_first_weights(model: TwoTowers, config: Config) -> None:
         file = folder / (TOWER if audio_only else "model.safetensors")
         with verified(folder, skip=ONLY_TRAINING, on=on):
             _same_meaning(config, folder, (media, _DECODER))
+            names = _class_names(config, folder)
             _put_parts(model, file, (media, _DECODER), (_DECODER, _LORA, *_FUSION), any_length)
+            if isinstance(model.head, ClassNamesHead):
+                _put_class_names(model.head.class_names, names, model, config)
+    elif not config.train.init_from:
+        rule = "be 0 where no weights bring a classifier and its classes' names"
+        named, remedy = config.joint.class_names, "set train.init_audio_from: see flap import"
+        require(named == 0, "joint.class_names", rule, named, remedy)
+
+
+def _class_names(config: Config, folder: Path) -> list[str]:
+    """The names of the classes that an audio encoder's folder brings, where they are needed."""
+    file, named = folder / CLASSES, config.joint.class_names
+    rule = f"be 0 with {folder}, which names no classes: it has no {CLASSES}"
+    remedy = "import it again, from a model with a classifier and its class map"
+    require(named == 0 or file.is_file(), "joint.class_names", rule, named, remedy)
+    return file.read_text().splitlines() if named else []
+
+
+@torch.no_grad()
+def _put_class_names(classes: Tensor, names: list[str], model: TwoTowers, config: Config) -> None:
+    """Make the classes' embeddings those that the text encoder gives their names."""
+    rule = f"name {len(classes)} classes, as audio.classes says"
+    require(len(names) == len(classes), CLASSES, rule, len(names))
+    training = model.training
+    model.eval()
+    classes.copy_(model.embed_text(*tokenizer(config.text)(names)))
+    model.train(training)
 
 
 def _same_meaning(config: Config, folder: Path, parts: tuple[str, ...]) -> None:
@@ -82,6 +122,8 @@ def _put_parts(
     saved = {name: value for name, value in load_tensors(file).items() if name.startswith(parts)}
     if model.decoder is None:
         saved = {name: value for name, value in saved.items() if not name.startswith(_DECODER)}
+    if not isinstance(model.head, ClassNamesHead):
+        saved = {name: value for name, value in saved.items() if not name.startswith(_CLASSIFIER)}
     if model.logit_bias is None:
         saved.pop(_BIAS, None)
     absent = tuple(group for group in new if not any(group in name for name in saved))

@@ -6,7 +6,8 @@
     FOLDER/SHA256SUMS          what the files were when they were written
 
 The folder needs nothing but itself; weights are safetensors, never a pickle. An audio tower alone
-(`flap import` makes one of AudioMAE's) is a folder with audio.safetensors instead.
+(`flap import` makes one of AudioMAE's) is a folder with audio.safetensors instead, and with
+classes.txt if it has a classifier.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from flap_fast.tensors import fault, load_tensors, save_tensors
 
 # The weights of only an audio tower, and of AudioMAE's decoder if requested.
 TOWER = "audio.safetensors"
+# The names of the classes that its classifier scores, a line each.
+CLASSES = "classes.txt"
 # What only training reads, in a checkpoint: the optimizer's state; the weights themselves where
 # model.safetensors is their average, or has adapters merged; their average before the merge.
 OPTIMIZER = "optimizer.safetensors"

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from flap_fast.checks import require
-from flap_fast.config import Config, Joint
+from flap_fast.config import Config
 from flap_fast.data.batch import Media
 from flap_fast.encoders.audio_settings import PatchEncoder
 from flap_fast.encoders.base import AnyMask, Encoded
@@ -26,6 +25,7 @@ from flap_fast.encoders.block_depths import freeze
 from flap_fast.encoders.lora import add_lora
 from flap_fast.losses.base import Outputs
 from flap_fast.model.decoder import Decoder
+from flap_fast.model.heads import media_head, text_head
 
 
 class ModelInputs(TypedDict):
@@ -77,9 +77,8 @@ class TwoTowers(nn.Module):
         ]
         width: int = media.width  # type: ignore[assignment]
         if not encoder.joint_space:
-            head = MlpHead(width, config.joint)
-            self.add_module(f"{self.modality}_head", head)
-        self.text_head = _text_head(config, self.text.width)  # type: ignore[arg-type]
+            self.add_module(f"{self.modality}_head", media_head(config, media))
+        self.text_head = text_head(config, self.text.width)  # type: ignore[arg-type]
         # Shape (1,), not (): DeepSpeed cannot broadcast a parameter without dimensions.
         self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / config.joint.temperature)]))
         self.max_logit_scale = math.log(config.joint.max_scale)
@@ -196,47 +195,6 @@ class TwoTowers(nn.Module):
 def takes_bf16(precision: str, device: torch.device) -> bool:
     """Whether the towers' products are bf16 with this train.precision on this device."""
     return precision == "bf16" or (precision == "auto" and device.type == "cuda")
-
-
-class MlpHead(nn.Sequential):
-    """LAION-CLAP's head, with dropout before each layer."""
-
-    def __init__(self, width: int, joint: Joint):
-        hidden = joint.hidden or joint.width
-        super().__init__(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, joint.width))
-        self.dropout = joint.dropout
-
-    def forward(self, input: Tensor) -> Tensor:
-        for layer in self:
-            if isinstance(layer, nn.Linear):
-                input = functional.dropout(input, self.dropout, self.training)
-            input = layer(input)
-        return input
-
-
-class LinearHead(nn.Linear):
-    """CLIP's head: a linear map without bias, with dropout before it."""
-
-    def __init__(self, width: int, joint: Joint):
-        super().__init__(width, joint.width, bias=False)
-        self.dropout = joint.dropout
-        nn.init.normal_(self.weight, std=width**-0.5)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(functional.dropout(input, self.dropout, self.training))
-
-
-def _text_head(config: Config, width: int) -> nn.Module:
-    """The captions' projection that joint.text_head names."""
-    kind, joint = config.joint.text_head, config.joint
-    if kind != "none":
-        return _HEADS[config.text.head if kind == "encoder" else kind](width, joint)
-    rule = f"be {width}, the text encoder's width, with joint.text_head = none"
-    require(joint.width == width, "joint.width", rule, joint.width)
-    return nn.Identity()
-
-
-_HEADS = {"mlp": MlpHead, "linear": LinearHead}
 
 
 class _Clamp(torch.autograd.Function):

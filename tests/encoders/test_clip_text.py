@@ -10,7 +10,8 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from flap_fast.config import Config, Joint
 from flap_fast.encoders.clip_text.model import Block, ClipText
-from flap_fast.model.two_towers import LinearHead, TwoTowers
+from flap_fast.model.heads import LinearHead
+from flap_fast.model.two_towers import TwoTowers
 from tests.tiny import tiny_clip
 
 MAX_TOKENS = 21

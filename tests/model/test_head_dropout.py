@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from flap_fast.config import Config, Joint
+from flap_fast.model.heads import LinearHead, MlpHead
 from flap_fast.model.model_folder import load_weights, model_folder
-from flap_fast.model.two_towers import LinearHead, MlpHead, TwoTowers
+from flap_fast.model.two_towers import TwoTowers
 from flap_fast.training.loop import train
 from tests.tiny import tiny
 

@@ -2,11 +2,12 @@
 
     packed mels (T, F) -> pieces (P, 1, 96, F), a new one every 48 frames of a clip
         -> stem, 13 blocks, mean of the cells -> tokens (P, D) -> mean of each clip -> pooled (B, D)
+                            -> classifier -> scores (P, C) -> mean, behind it: (B, D + C)
 
 A block is a 3 x 3 convolution of each channel and a 1 x 1 convolution, each with a ReLU. Batch
 norms are in the convolutions' weights and biases, as in exports of the trained model.
 
-B clips   P pieces of all clips   F mel bins   D width
+B clips   P pieces of all clips   F mel bins   D width   C classes, with joint.class_names
 
 Source: Google's YAMNet, yamnet.py; Howard et al., MobileNets, arXiv 1704.04861.
 """
@@ -31,11 +32,15 @@ _STEM = 32
 
 
 class Yamnet(nn.Module):
-    """Log-mels -> `Encoded`, whose tokens are a clip's pieces."""
+    """Log-mels -> `Encoded`, whose tokens are a clip's pieces.
+
+    Args:
+        scores: of the classes stand behind the pooled vector: probabilities, a clip's mean.
+    """
 
     block_names = r"blocks\.\d+\."
 
-    def __init__(self, settings: YamnetSettings):
+    def __init__(self, settings: YamnetSettings, *, scores: bool = False):
         super().__init__()
         self.settings, self.width = settings, settings.width
         channels = self.width // _STEM
@@ -45,6 +50,11 @@ class Yamnet(nn.Module):
             self.blocks.append(Block(channels, self.width // part, stride))
             channels = self.width // part
         self.apply(_initialise)
+        self.classes, self.classifier = 0, None
+        if scores:
+            self.classes = settings.classes
+            self.classifier = nn.Linear(settings.width, self.classes)
+            self.width += self.classes
 
     def forward(
         self,
@@ -63,12 +73,18 @@ class Yamnet(nn.Module):
         if isinstance(media, PackedMels):
             clips = segments(self.settings.patches_of(media.frames), media.order, media.device)
             tokens = self._encoded(_pieces(media.mel).index_select(0, _within(clips)))
-            return Encoded(clips.mean(tokens), tokens)
+            return Encoded(clips.mean(self._scored(tokens)), tokens)
         frames = max(2, media.shape[2] // HALF_FRAMES) * HALF_FRAMES
         check_media(media, (1, frames, self.settings.mel_bins))
         pieces = _pieces(media[:, 0])
         tokens = self._encoded(pieces.flatten(0, 1)).unflatten(0, pieces.shape[:2])
-        return Encoded(tokens.mean(1), tokens)
+        return Encoded(self._scored(tokens).mean(1), tokens)
+
+    def _scored(self, tokens: Tensor) -> Tensor:
+        """(..., D) -> (..., D + C) with a classifier."""
+        if self.classifier is None:
+            return tokens
+        return torch.cat([tokens, self.classifier(tokens).float().sigmoid()], -1)
 
     def _encoded(self, pieces: Tensor) -> Tensor:
         """(P, 96, F) -> (P, D) float32."""

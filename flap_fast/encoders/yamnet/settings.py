@@ -21,7 +21,7 @@ HALF_FRAMES = 48
 
 
 class YamnetSettings(AudioEncoder):
-    can = frozenset({"variable"})
+    can = frozenset({"variable", "classes"})
     why_not = {  # noqa: RUF012 - a ClassVar of the base
         "mask": "whose convolutions need every cell",
         "reconstruct": "which drops no patches to reconstruct",
@@ -52,6 +52,9 @@ class YamnetSettings(AudioEncoder):
     width: Annotated[int, Field(ge=32, multiple_of=32)] = 1024
     """Width of the last block; the others are in proportion to it."""
 
+    classes: Count = 521
+    """Classes of its classifier, which it has with joint.class_names."""
+
     @property
     def patch_frames(self) -> int:
         """The 48 frames of half a piece."""
@@ -74,7 +77,7 @@ class YamnetSettings(AudioEncoder):
     def build(self, config: Config, *, recompute: bool = False) -> nn.Module:
         from flap_fast.encoders.yamnet.model import Yamnet
 
-        return Yamnet(self)
+        return Yamnet(self, scores=config.joint.class_names > 0)
 
     @model_validator(mode="after")
     def _divides(self):

@@ -12,7 +12,6 @@ Source: Google's YAMNet, params.py and features.py; AudioSet's display names, un
 
 from __future__ import annotations
 
-import csv
 import tempfile
 import zipfile
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import numpy as np
 
 from flap_fast.checks import ConfigError, require
 from flap_fast.data.preprocess.kaldi_mel import mel_matrix
+from flap_fast.interchange.yamnet import class_names
 
 SAMPLE_RATE_HZ = 16_000
 _WINDOW, _HOP, _FFT = 400, 160, 512
@@ -59,7 +59,9 @@ class Yamnet:
 
     def __init__(self, name: str, file: Path):
         self.name = name
-        self._names = _class_names(file.parent)
+        self._names = class_names(file.parent)
+        rule = "have a *class_map*.csv next to its model"
+        require(bool(self._names), "--tagger", rule, file.parent)
         self._mel = mel_matrix(_BINS, _WINDOW, SAMPLE_RATE_HZ, 125.0, 7500.0).T  # (257, 64)
         with tempfile.TemporaryDirectory() as folder:
             if file.suffix == ".zip":
@@ -122,10 +124,3 @@ def _open(file: Path) -> tuple[Any, dict[str, Scale | None]]:
             read = onnx.numpy_helper.to_array
             scales[tensor.name] = Scale(float(read(scale)), int(read(zero)))
     return session, scales
-
-
-def _class_names(folder: Path) -> list[str]:
-    found = sorted(folder.glob("*class_map*.csv"))
-    require(bool(found), "--tagger", "have a *class_map*.csv next to its model", folder)
-    with found[0].open(newline="", encoding="utf-8-sig") as lines:
-        return [row["display_name"] for row in csv.DictReader(lines)]
