@@ -33,6 +33,12 @@ YAMNET = (
     *("audio.size=null", "audio.depth=null", "audio.heads=null"),
 )
 
+# The same with five classes, in the text encoder's space of 32 numbers.
+YAMNET_NAMED = (
+    *(*YAMNET, "audio.classes=5", "joint.class_names=0.5"),
+    *("joint.text_head=none", "joint.width=32"),
+)
+
 
 def vit_of(config: Config) -> ViTSettings:
     """The audio encoder's settings, where they are a ViT's."""

@@ -80,8 +80,6 @@ class Export:
         joint, own = self.config.joint, self.config.text.head
         if joint.text_head not in ("encoder", own):
             return f"it has joint.text_head = {joint.text_head}"
-        if joint.class_names:
-            return f"it has joint.class_names = {joint.class_names:g}"
         own_hidden = joint.hidden in (None, joint.width)
         return "" if own_hidden else f"it has joint.hidden = {joint.hidden}"
 

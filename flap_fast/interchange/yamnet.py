@@ -109,7 +109,9 @@ def _convolutions(graph: Any, file: Path, weights: _Weights) -> Tensors:
 
 def _classifier(graph: Any, weights: _Weights) -> Tensors:
     """The one linear layer behind the convolutions: weight (C, D), bias (C,); {} without such."""
-    linear = [node for node in graph.node if node.op_type in ("Gemm", "MatMul")]
+    last = max(n for n, node in enumerate(graph.node) if node.op_type == "Conv")
+    behind = list(graph.node)[last:]
+    linear = [node for node in behind if node.op_type in ("Gemm", "MatMul")]
     if len(linear) != 1:
         return {}
     (node,) = linear
@@ -119,7 +121,7 @@ def _classifier(graph: Any, weights: _Weights) -> Tensors:
         sums = [add for add in graph.node if add.op_type == "Add" and node.output[0] in add.input]
         names += [name for add in sums for name in add.input if name != node.output[0]]
     scaled = any(name in given and given[name].f != 1 for name in ("alpha", "beta"))
-    if scaled or len(names) != 2:
+    if scaled or len(names) != 2 or not all(map(weights.has, names)):
         return {}
     weight, bias = map(weights, names)
     turned = "transB" in given and given["transB"].i
@@ -141,7 +143,7 @@ class _Weights:
             return self._to_array(self._stored[name])
         node = self._made.get(name)
         require(
-            node is not None and node.op_type in _QDQ,
+            self.has(name),
             f"{self._file}: the weight {name}",
             "be stored in the file, as it is or quantised",
             node.op_type if node is not None else "none",
@@ -157,6 +159,12 @@ class _Weights:
         shape = [-1 if n == axis % value.ndim else 1 for n in range(value.ndim)]
         wide = value.astype(np.float32) - zero.reshape(shape if zero.ndim else ())
         return wide * scale.reshape(shape if scale.ndim else ())
+
+    def has(self, name: str) -> bool:
+        """Whether a value is stored in the file, as it is or quantised."""
+        node = self._made.get(name)
+        quantised = node is not None and node.op_type in _QDQ
+        return name in self._stored or (quantised and self.has(node.input[0]))
 
     def pads(self, node: Any, side: int, stride: int) -> list[int]:
         """Zeros around a convolution's input, of even sides: before both, then behind both.

@@ -23,7 +23,7 @@ from flap_fast.training.frozen import frozen
 from flap_fast.training.step import Gradients, model_inputs
 from flap_fast.training.teacher import teacher
 from flap_kernels.masked_mse import _masked_mse, _masked_mse_backward
-from tests.tiny import HTSAT, YAMNET, tiny, tiny_clip
+from tests.tiny import HTSAT, YAMNET, YAMNET_NAMED, tiny, tiny_clip
 
 
 def counter() -> FlopCounterMode:
@@ -121,6 +121,7 @@ VARIABLE = ("audio.length=variable", "audio.max_duration_s=2")
         ("train.micro_batch=2", "train.checkpoint_activations=true"),
         ("mask.kind=1d", "mask.ratio=0.3", "audio.use_cls=false", "text.pool=mean"),
         YAMNET,
+        YAMNET_NAMED,
     ],
 )
 def test_products_of_clips_of_their_own_lengths_are_as_many_as_pytorch_counts(overrides: tuple):

@@ -41,7 +41,7 @@ from flap_fast.training.frozen import frozen
 from flap_fast.training.step import Gradients
 from flap_fast.training.teacher import teacher
 from tests.ranks import on_ranks
-from tests.tiny import HTSAT, YAMNET, tiny, tiny_clip
+from tests.tiny import HTSAT, YAMNET_NAMED, tiny, tiny_clip
 from tests.tools.profile.live import Live, tensors_of
 from tests.tools.profile.shipped import shipped
 
@@ -314,7 +314,7 @@ STEPS = [
 ]
 OTHER_ENCODERS = [
     tiny(*HTSAT, "train.global_batch=32"),
-    tiny(*YAMNET, "train.global_batch=32", "train.micro_batch=8"),
+    tiny(*YAMNET_NAMED, "train.global_batch=32", "train.micro_batch=8"),
     tiny(*HTSAT, "train.global_batch=32", "train.micro_batch=8", "train.precision=bf16"),
     tiny_clip("train.global_batch=32"),
     tiny_clip("train.global_batch=32", "train.micro_batch=8", "text.dropout=0.1"),
