@@ -66,6 +66,7 @@ def test_every_path_exists(page: str):
         "rejected.jsonl",
         "mine.jsonl",
         "captions.jsonl",
+        "classes.txt",
     }
     for path in paths(page) - made_by_a_run:
         examples = {"losses/": "contrastive", "evaluation/": "retrieval", "kernels/": "cyclic"}
