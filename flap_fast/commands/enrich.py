@@ -64,7 +64,8 @@ def enrich(
         "top_p": top_p,
         "most_tokens": most_tokens,
     }
-    for name, value in sampling.items() if model == "none" else ():
+    asked_of_a_model = {**sampling, "seed": seed} if model == "none" else {}
+    for name, value in asked_of_a_model.items():
         source_of = context.get_parameter_source(name)
         given = source_of is not None and source_of.name == "COMMANDLINE"
         rule = "be left out with --model none, which asks no model"

@@ -36,7 +36,10 @@ class Sampler:
     ):
         self.epoch_samples = len(files) - sum(len(part.samples) - part.takes for part in parts)
         rule = f"be at most the {self.epoch_samples} {what}"
-        require(self.epoch_samples >= global_batch, "train.global_batch", rule, global_batch)
+        fits = 2 ** int(np.log2(max(1, self.epoch_samples)))
+        remedy = f"set train.global_batch={fits}, or lower"
+        supported = self.epoch_samples >= global_batch
+        require(supported, "train.global_batch", rule, global_batch, remedy)
         self.steps_per_epoch = self.epoch_samples // global_batch
         self._parts = parts
         self._files, self._batch, self._seed = files, global_batch, seed

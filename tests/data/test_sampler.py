@@ -76,7 +76,8 @@ def test_a_window_mixes_so_many_shards_and_finishes_them_first(window):
 
 
 def test_a_batch_larger_than_the_data_is_refused():
-    with pytest.raises(ConfigError, match=r"train.global_batch must be at most the 28 clips .* 29"):
+    rule = "train.global_batch must be at most the 28 clips .* 29; set train.global_batch=16, or"
+    with pytest.raises(ConfigError, match=rule):
         Sampler(FILES, 29, 0)
 
 

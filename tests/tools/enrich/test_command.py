@@ -82,6 +82,7 @@ def test_without_a_model_a_caption_is_followed_by_its_events(
         (("--split", "test", "--tagger", "none"), "--split must be for training"),
         (("--model", "none", "--tagger", "none"), "--tagger must name a tagger with --model none"),
         (("--model", "none", "--top-p", "0.5"), "--top-p must be left out with --model none"),
+        (("--model", "none", "--seed", "1"), "--seed must be left out with --model none, which"),
         (("--model", "none", "--prompt", "paper"), "--prompt must be tags or a text with --model"),
     ],
 )
