@@ -6,8 +6,8 @@
     contrast + reconstruction   the same with loss.recon.weight=1
     reconstruction              without the contrastive loss
     random                      train.steps=0
-    AudioSet's YAMNet           configs/own_data.yaml, train.steps=0
-    YAMNet, then contrast       configs/own_data.yaml
+    AudioSet's YAMNet           configs/own_data.yaml, joint.class_names=0, train.steps=0
+    YAMNet, then contrast       configs/own_data.yaml, joint.class_names=0
 
 The last two share a frozen tower: what it pools is the same, and only the head differs. Heads of
 the random tower and of AudioSet's YAMNet are random: their joint columns are of a random
@@ -36,7 +36,10 @@ from flap_fast.evaluation.probe import CLASSIFIERS, FEATURES
 # As wide as the encoder.
 _RECON = ("loss.recon.weight=1", "decoder.width=192", "decoder.depth=2")
 _DEMO = ("configs/demo.yaml",)
-_OWN = ("configs/own_data.yaml", "data.train=data/demo/train", "data.captions=original")
+_OWN = (
+    *("configs/own_data.yaml", "data.train=data/demo/train", "data.captions=original"),
+    "joint.class_names=0",
+)
 TOWERS = {
     "contrast": _DEMO,
     "contrast + reconstruction": (*_DEMO, *_RECON),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
@@ -222,3 +223,11 @@ def found(model: TwoTowers, batch) -> tuple[float, float]:
     return a2t["R@1"], text_to_media_scores(media_positions(audio, text, clip_of_caption, one))[
         "R@1"
     ]
+
+
+def test_what_the_config_for_own_data_says_of_more_clips_can_be_set():
+    text = (CONFIGS / "own_data.yaml").read_text()
+    more = re.findall(r"[a-z]+\.[a-z_]+=\S+", text[text.index("# More clips") :])
+    assert len(more) > 10
+    assert "joint.text_head=encoder" in more
+    load_config(CONFIGS / "own_data.yaml", [setting.rstrip(".") for setting in more])

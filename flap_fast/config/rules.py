@@ -147,7 +147,7 @@ def check_sections(config: Config) -> None:
     )
     rule = "be 0 unless joint.text_head = none, in whose space names have embeddings from the start"
     named, own_space = config.joint.class_names, config.joint.text_head == "none"
-    require(named == 0 or own_space, "joint.class_names", rule, named)
+    require(named == 0 or own_space, "joint.class_names", rule, named, "set joint.class_names=0")
     weights = config.loss.contrastive.prefix_weights
     rule, got = "end above 0, as what evaluation takes is trained", list(weights or ())
     require(not weights or weights[-1] > 0, "loss.contrastive.prefix_weights", rule, got)

@@ -68,7 +68,7 @@ class Embeddings:
     sources: tuple[str, ...]
     """What each clip was cut from or made with; "" where it is not known."""
     pooled: Tensor | None = None
-    """(N, D) float32, the media encoder's output before its head, where it was asked for."""
+    """(N, D) float32, the media encoder's vectors before its head, where they were asked for."""
 
 
 def embed(
@@ -87,7 +87,7 @@ def embed(
     Args:
         texts: those of the shards, if they have been read before.
         kept: what frozen encoders gave before.
-        pooled: give the encoder's output before its head, too; of a clip's crops, the mean.
+        pooled: give the encoder's vectors before its head, too; of a clip's crops, the mean.
 
     Raises:
         ShardError: a clip that cannot be read, on all ranks; evaluation leaves nothing out.
@@ -103,7 +103,7 @@ def embed(
         with progress(f"embed {config.encoder.modality}", len(mine.clips)) as advance:
             for x in kept.pool_media(shards, batches):
                 projected = model.project_media(x)
-                parts.append((projected, x) if pooled else (projected,))
+                parts.append((projected, model.vectors(x)) if pooled else (projected,))
                 advance(len(x))
         rows = [
             ranks.gather(torch.cat(some))[: len(crops.clips)] for some in zip(*parts, strict=True)

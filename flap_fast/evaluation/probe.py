@@ -1,6 +1,6 @@
 """Probes: classes of clips by classifiers on frozen features, cross-validated.
 
-    features      joint, the embedding that search uses; pooled, what its head is given
+    features      joint, the embedding that search uses; pooled, its tokens' mean or [CLS]
     classifiers   linear, multinomial logistic regression; knn, nearest neighbours by cosine
 
 Each fold is tested once by a classifier that all the others train. Its setting, the L2 weight or
@@ -177,7 +177,7 @@ def _sheet(name: str, found: dict[str, Any], path: str) -> Sheet:
     ]
     ours.append(("chance", *cells(found["chance"])))
     counts = f"{found['clips']} clips, {found['classes']} classes, {found['folds']}"
-    note = "In percent over folds. Joint: the embedding; pooled: what its head is given."
+    note = "In percent over folds. Joint: the embedding; pooled: the encoder's, before its head."
     note += " Chance: the most frequent class of the training folds."
     if found["unlabelled"]:
         note += f" {found['unlabelled']} clips without a label are left out."

@@ -168,11 +168,13 @@ def _write_encoder(source: Source, imported: Imported, folder: Path, out: Path) 
         parts["decoder"] = Decoder(config, config.encoder, encoder.width)  # type: ignore[arg-type]
     wanted = nn.ModuleDict(parts).state_dict()
     weights = fitted_tensors(imported.tensors, wanted, source.path, partial=source.partial)
-    what = "an audio encoder"
+    what, why_not = "an audio encoder", imported.why_no_classifier
     if imported.class_names:
         weights |= imported.classifier
-        (folder / CLASSES).write_text("".join(f"{name}\n" for name in imported.class_names))
-        what = f"an audio encoder and its {len(imported.class_names)} classes"
+        (folder / CLASSES).write_bytes(("\n".join(imported.class_names) + "\n").encode())
+        what += f" and its {len(imported.class_names)} classes"
+    elif why_not:
+        what += f" without a classifier ({why_not})"
     save_tensors(folder / TOWER, weights)
     _write_config(folder, config, "init_audio_from", out)
     return f"{what}; train from it with train.init_audio_from={out}"
@@ -180,7 +182,8 @@ def _write_encoder(source: Source, imported: Imported, folder: Path, out: Path) 
 
 def _write_config(folder: Path, config: Config, begin: str, out: Path) -> None:
     """Write a config that starts a training from the folder's final path."""
-    begins = config.train.model_copy(update={begin: out})
+    begins = {"init_from": None, "init_audio_from": None, begin: out}
+    begins = config.train.model_copy(update=begins)
     config = config.model_copy(update={"train": begins})
     (folder / "config.yaml").write_text(dump_config(config))
 

@@ -53,6 +53,8 @@ class Imported:
     """Of an audio encoder: its classifier, for joint.class_names."""
     class_names: Sequence[str] = ()
     """The names of the classes that it scores."""
+    why_no_classifier: str = ""
+    """Why it has none, where its layout can have one."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ Source: Google's YAMNet; Qualcomm's exports of it.
 
 from __future__ import annotations
 
-import csv
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from flap_fast.checks import ConfigError, require
 from flap_fast.config.file import load_config
 from flap_fast.interchange.layout import Imported, Layout, Source
 from flap_fast.interchange.tensors import Saved, Tensors
+from flap_fast.interchange.yamnet_classes import check_classifier, class_names, classifier
 
 _BLOCKS = 13
 _QDQ = ("QuantizeLinear", "DequantizeLinear")
@@ -45,6 +45,8 @@ def onnx_file(path: Path) -> Path | None:
 
 def read_onnx(file: Path, work: Path) -> Saved:
     """The layers of an ONNX model, `.weight` and `.bias`: `conv.N` in their order, `classifier`.
+
+    Without a classifier `metadata` says why, under that name.
 
     Args:
         work: a folder to unpack into.
@@ -69,21 +71,16 @@ def read_onnx(file: Path, work: Path) -> Saved:
             require(len(inside) == 1, str(file), "hold one .onnx file", names, remedy)
         graph = onnx.load(str(inside[0])).graph
         weights = _Weights(graph, file, onnx.numpy_helper.to_array)
-        return Saved(_convolutions(graph, file, weights) | _classifier(graph, weights), "", {})
+        convolutions = _convolutions(graph, file, weights)
+        try:
+            return Saved(convolutions | classifier(graph, weights), "", {})
+        except ConfigError as error:
+            return Saved(convolutions, "", {"classifier": str(error)})
     except ConfigError:
         raise
     except Exception as error:  # onnx raises what protobuf does, and its own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"{file} must hold one ONNX model: {reason}") from None
-
-
-def class_names(folder: Path) -> list[str]:
-    """The display names in the one `*class_map*.csv` of a folder; [] without one."""
-    found = sorted(folder.glob("*class_map*.csv"))
-    if not found:
-        return []
-    with found[0].open(newline="", encoding="utf-8-sig") as lines:
-        return [row["display_name"] for row in csv.DictReader(lines)]
 
 
 def _convolutions(graph: Any, file: Path, weights: _Weights) -> Tensors:
@@ -107,28 +104,6 @@ def _convolutions(graph: Any, file: Path, weights: _Weights) -> Tensors:
     return tensors
 
 
-def _classifier(graph: Any, weights: _Weights) -> Tensors:
-    """The one linear layer behind the convolutions: weight (C, D), bias (C,); {} without such."""
-    last = max(n for n, node in enumerate(graph.node) if node.op_type == "Conv")
-    behind = list(graph.node)[last:]
-    linear = [node for node in behind if node.op_type in ("Gemm", "MatMul")]
-    if len(linear) != 1:
-        return {}
-    (node,) = linear
-    given = {a.name: a for a in node.attribute}
-    names = list(node.input[1:])
-    if node.op_type == "MatMul":
-        sums = [add for add in graph.node if add.op_type == "Add" and node.output[0] in add.input]
-        names += [name for add in sums for name in add.input if name != node.output[0]]
-    scaled = any(name in given and given[name].f != 1 for name in ("alpha", "beta"))
-    if scaled or len(names) != 2 or not all(map(weights.has, names)):
-        return {}
-    weight, bias = map(weights, names)
-    turned = "transB" in given and given["transB"].i
-    values = {"weight": weight if turned else weight.T, "bias": bias.reshape(-1)}
-    return {f"classifier.{n}": torch.from_numpy(value.copy()) for n, value in values.items()}
-
-
 class _Weights:
     """A graph's weights, as they were before they were quantised."""
 
@@ -143,7 +118,7 @@ class _Weights:
             return self._to_array(self._stored[name])
         node = self._made.get(name)
         require(
-            self.has(name),
+            node is not None and node.op_type in _QDQ,
             f"{self._file}: the weight {name}",
             "be stored in the file, as it is or quantised",
             node.op_type if node is not None else "none",
@@ -163,8 +138,9 @@ class _Weights:
     def has(self, name: str) -> bool:
         """Whether a value is stored in the file, as it is or quantised."""
         node = self._made.get(name)
-        quantised = node is not None and node.op_type in _QDQ
-        return name in self._stored or (quantised and self.has(node.input[0]))
+        if node is not None and node.op_type in _QDQ:
+            return self.has(node.input[0])
+        return name in self._stored
 
     def pads(self, node: Any, side: int, stride: int) -> list[int]:
         """Zeros around a convolution's input, of even sides: before both, then behind both.
@@ -207,30 +183,33 @@ def _read(source: Source) -> Imported:
     names = ["stem"]
     for block in range(_BLOCKS):
         names += [f"blocks.{block}.depthwise", f"blocks.{block}.pointwise"]
-    convolutions, classifier = Tensors(), Tensors()
-    for name, value in source.tensors.items():
-        kind, *number, part = name.split(".")
-        if kind == "classifier":
-            classifier[f"audio.{name}"] = value
-        else:
-            convolutions[f"audio.{names[int(number[0])]}.{part}"] = value
+    convolutions: Tensors = {}
+    layer = {n: v for n, v in source.tensors.items() if n.startswith("classifier.")}
+    for name in source.tensors.keys() - layer.keys():
+        _, number, part = name.split(".")
+        convolutions[f"audio.{names[int(number)]}.{part}"] = source.tensors[name]
     encoder = load_config(None, ["audio.encoder=yamnet", *source.overrides]).encoder.encoder
     rule = f"be yamnet, whose weights {source.path} has"
     require(encoder == "yamnet", "audio.encoder", rule, encoder, "leave it out")
     width = len(convolutions[f"audio.blocks.{_BLOCKS - 1}.pointwise.weight"])
-    settings = ["audio.encoder=yamnet", f"audio.width={width}"]
-    folder = source.path if source.path.is_dir() else source.path.parent
-    classes = class_names(folder) if classifier else []
-    if classes:
-        count = len(classifier["audio.classifier.bias"])
-        what, rule = f"the class map of {source.path}", f"name its {count} classes"
-        remedy = "keep the map that came with it beside it"
-        require(count == len(classes), what, rule, len(classes), remedy)
-        settings.append(f"audio.classes={count}")
-    config = load_config(None, [*settings, *source.overrides])
-    classifier = classifier if classes else {}
+    settings, classes = ["audio.encoder=yamnet", f"audio.width={width}"], []
+    assert source.saved is not None
+    why_not = source.saved.metadata.get("classifier", "")
+    if layer:
+        folder = source.path if source.path.is_dir() else source.path.parent
+        try:
+            classes = class_names(folder, "the classifier")
+            check_classifier(layer, width, len(classes))
+            settings.append(f"audio.classes={len(classes)}")
+        except ConfigError as error:
+            why_not, layer, classes = str(error), {}, []
     return Imported(
-        config, convolutions, encoder_only=True, classifier=classifier, class_names=classes
+        load_config(None, [*settings, *source.overrides]),
+        convolutions,
+        encoder_only=True,
+        classifier={f"audio.{name}": value for name, value in layer.items()},
+        class_names=classes,
+        why_no_classifier=why_not,
     )
 
 

@@ -49,6 +49,11 @@ def put_first_weights(model: TwoTowers, config: Config) -> None:
         folder = model_folder(config.train.init_from)
         with verified(folder, skip=ONLY_TRAINING, on=on):
             _same_meaning(config, folder, (media, "text.", _DECODER))
+            there, here = load_config(folder / "config.yaml").joint, config.joint
+            rule = f"be {'above ' if there.class_names else ''}0, as in {folder}"
+            remedy = f"set joint.class_names={there.class_names:g}"
+            same = bool(there.class_names) == bool(here.class_names)
+            require(same, "joint.class_names", rule, here.class_names, remedy)
             _put_parts(
                 model, folder / "model.safetensors", ("",), (_DECODER, _BIAS, _LORA), any_length
             )
@@ -72,17 +77,23 @@ def put_first_weights(model: TwoTowers, config: Config) -> None:
 def _class_names(config: Config, folder: Path) -> list[str]:
     """The names of the classes that an audio encoder's folder brings, where they are needed."""
     file, named = folder / CLASSES, config.joint.class_names
+    if not named:
+        return []
     rule = f"be 0 with {folder}, which names no classes: it has no {CLASSES}"
     remedy = "import it again, from a model with a classifier and its class map"
-    require(named == 0 or file.is_file(), "joint.class_names", rule, named, remedy)
-    return file.read_text().splitlines() if named else []
+    if load_config(folder / "config.yaml").joint.class_names:
+        remedy = f"train.init_from={folder} brings their embeddings"
+    require(file.is_file(), "joint.class_names", rule, named, remedy)
+    names = file.read_bytes().decode(errors="replace").removesuffix("\n").split("\n")
+    classes: int = config.encoder.classes  # type: ignore[attr-defined]
+    rule, remedy = f"be {len(names)}, as in {file}", f"set audio.classes={len(names)}"
+    require(len(names) == classes, "audio.classes", rule, classes, remedy)
+    return names
 
 
 @torch.no_grad()
 def _put_class_names(classes: Tensor, names: list[str], model: TwoTowers, config: Config) -> None:
     """Make the classes' embeddings those that the text encoder gives their names."""
-    rule = f"name {len(classes)} classes, as audio.classes says"
-    require(len(names) == len(classes), CLASSES, rule, len(names))
     training = model.training
     model.eval()
     classes.copy_(model.embed_text(*tokenizer(config.text)(names)))

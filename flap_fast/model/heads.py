@@ -5,8 +5,8 @@
                C -> scores x names, L2 ---^           width and C scores of classes
     text (B, D)  -> MlpHead, LinearHead or nothing -> (B, d)
 
-Source: LAION-CLAP's projections, CLIP's; class names: DeVISE and ConSE embed what a classifier
-knows so, Norouzi et al., arXiv 1312.5650.
+Source: LAION-CLAP's projections, CLIP's; the mean of names by scores: ConSE, Norouzi et al., arXiv
+1312.5650, of all classes here.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class ClassNamesHead(MlpHead):
         super().__init__(width - classes, joint)
         self.class_names = nn.Parameter(torch.empty(classes, joint.width))
         self.weight = joint.class_names
-        nn.init.normal_(self.class_names, std=joint.width**-0.5)
+        with torch.random.fork_rng(devices=()):  # adapters begin as without names
+            nn.init.normal_(self.class_names, std=joint.width**-0.5)
 
     def forward(self, input: Tensor) -> Tensor:
         classes = len(self.class_names)

@@ -158,6 +158,10 @@ class TwoTowers(nn.Module):
         """Media as in `ModelInputs` -> (B, D) float32, their encoder's output before the head."""
         return self._encoded(media, None, None, longer).pooled
 
+    def vectors(self, pooled: Tensor) -> Tensor:
+        """(B, D) of the media encoder without the scores of classes that may be its end."""
+        return pooled[:, : pooled.shape[1] - getattr(self.encoder, "classes", 0)]
+
     def project_media(self, pooled: Tensor) -> Tensor:
         """(B, D) of the media encoder -> (B, d), unit norm, float32."""
         with self._autocast(pooled.device):

@@ -27,7 +27,8 @@ DECODER = ("loss.recon.weight=1", "decoder.depth=1", "decoder.width=32")
 @pytest.fixture(scope="module")
 def trained(roberta_folder: Path, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    config = tiny(f"text.folder={roberta_folder}", *DECODER)
+    begun = "train.init_audio_from=models/of-another-machine"
+    config = tiny(f"text.folder={roberta_folder}", begun, *DECODER)
     torch.manual_seed(0)
     model = TwoTowers(config)
     with torch.no_grad():

@@ -224,7 +224,7 @@ def test_media_in_batches_embed_as_with_pytorch(name: str, tmp_path: Path):
         with torch.no_grad():
             wanted = model.embed_media(media)
         assert (torch.from_numpy(found) - wanted).abs().max() < 1e-5
-        assert B == 1 or (wanted[0] - wanted[1]).abs().max() > 1e-3  # 1e-5 means something
+        assert B == 1 or (wanted[0] - wanted[1]).abs().max() > 2e-4  # 1e-5 means something
 
 
 def compare_captions(folder: Path, pytorch: TwoTowers, longest: int) -> None:

@@ -120,7 +120,10 @@ def test_an_import_gives_what_onnxruntime_gives(store: Store, most: float, tmp_p
     """Of weights that were quantised in the graph, those before: as near as int8 is."""
     file = write(tmp_path / "m.onnx", store)
     use = import_checkpoint(file, tmp_path / "out")
-    assert use == f"an audio encoder; train from it with train.init_audio_from={tmp_path}/out"
+    assert use == (
+        "an audio encoder without a classifier (the classifier must be one Gemm or MatMul behind "
+        f"the convolutions, got 'none'); train from it with train.init_audio_from={tmp_path}/out"
+    )
     config = load_config(tmp_path / "out/config.yaml")
     assert (config.audio.encoder, config.audio.mel) == ("yamnet", "yamnet")
     settings = f"audio.width={WIDTH}", f"train.init_audio_from={tmp_path}/out"

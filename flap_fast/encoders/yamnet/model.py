@@ -53,7 +53,8 @@ class Yamnet(nn.Module):
         self.classes, self.classifier = 0, None
         if scores:
             self.classes = settings.classes
-            self.classifier = nn.Linear(settings.width, self.classes)
+            with torch.random.fork_rng(devices=()):  # the text encoder begins as without one
+                self.classifier = nn.Linear(settings.width, self.classes)
             self.width += self.classes
 
     def forward(

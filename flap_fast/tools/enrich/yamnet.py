@@ -22,7 +22,7 @@ import numpy as np
 
 from flap_fast.checks import ConfigError, require
 from flap_fast.data.preprocess.kaldi_mel import mel_matrix
-from flap_fast.interchange.yamnet import class_names
+from flap_fast.interchange.yamnet_classes import class_names
 
 SAMPLE_RATE_HZ = 16_000
 _WINDOW, _HOP, _FFT = 400, 160, 512
@@ -59,9 +59,7 @@ class Yamnet:
 
     def __init__(self, name: str, file: Path):
         self.name = name
-        self._names = class_names(file.parent)
-        rule = "have a *class_map*.csv next to its model"
-        require(bool(self._names), "--tagger", rule, file.parent)
+        self._names = class_names(file.parent, "--tagger")
         self._mel = mel_matrix(_BINS, _WINDOW, SAMPLE_RATE_HZ, 125.0, 7500.0).T  # (257, 64)
         with tempfile.TemporaryDirectory() as folder:
             if file.suffix == ".zip":

@@ -121,7 +121,7 @@ def test_none_is_no_tagger_and_another_folder_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"^--tagger must hold an audio classifier"):
         open_tagger(str(tmp_path))
     (tmp_path / "model.onnx").write_bytes(b"")
-    with pytest.raises(ConfigError, match=r"^--tagger must have a \*class_map\*.csv next"):
+    with pytest.raises(ConfigError, match=r"^--tagger must have one \*class_map\*.csv next"):
         open_tagger(str(tmp_path))
     (tmp_path / "some_class_map.csv").write_text("index,mid,display_name\n0,/m/1,Dog\n")
     for package in ("onnx", "onnxruntime"):
