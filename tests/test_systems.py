@@ -149,7 +149,7 @@ _SLOW = (
     *("flap", "flap_nomask", "flap_1d", "flap_1d_recon", "flap_literal"),
     *("flap_fusion", "flap_fusion_recon"),
     *("lsclap", "clap", "claps", "cyclap", "cyclaps"),
-    *("clip", "clips", "clipn", "clipe"),
+    *("clip", "clips", "clipn", "clipe", "cyclip", "cyclips"),
 )
 
 

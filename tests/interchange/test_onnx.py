@@ -36,7 +36,7 @@ from flap_fast.ranks import Ranks
 from flap_fast.tools.embedder import load
 from tests.sounds import chirp, noise
 from tests.test_cli import flap
-from tests.tiny import HTSAT, YAMNET, YAMNET_NAMED, tiny, tiny_clip
+from tests.tiny import HTSAT, YAMNET_NAMED, tiny, tiny_clip
 
 VARIABLE = ("audio.length=variable", "audio.max_duration_s=0.8", "audio.depth=1")
 CLAP = ("audio.mel=clap", "audio.sample_rate_hz=16000", "audio.high_hz=8000")
@@ -207,7 +207,6 @@ def test_a_clip_has_the_same_int8_vector_whichever_it_comes_with(exported: Path)
 
 TOWERS = {
     "htsat": tiny(*HTSAT, "audio.depths=[1, 2]", "text.depth=1"),
-    "yamnet": tiny(*YAMNET, "text.depth=1"),
     "yamnet and its classes": tiny(*YAMNET_NAMED, "text.depth=1"),
 }
 
