@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flap_fast.checks import require
+from flap_fast.checks import ConfigError, require
 from flap_fast.checksums import verified
 from flap_fast.config import Config
 from flap_fast.config.file import load_config
@@ -84,7 +84,10 @@ def _class_names(config: Config, folder: Path) -> list[str]:
     if load_config(folder / "config.yaml").joint.class_names:
         remedy = f"train.init_from={folder} brings their embeddings"
     require(file.is_file(), "joint.class_names", rule, named, remedy)
-    names = file.read_bytes().decode(errors="replace").removesuffix("\n").split("\n")
+    try:
+        names = file.read_text("utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} must be UTF-8: {error}; import it again") from None
     classes: int = config.encoder.classes  # type: ignore[attr-defined]
     rule, remedy = f"be {len(names)}, as in {file}", f"set audio.classes={len(names)}"
     require(len(names) == classes, "audio.classes", rule, classes, remedy)

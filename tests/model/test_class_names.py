@@ -17,7 +17,7 @@ from flap_fast.data.tokenize import tokenizer
 from flap_fast.evaluation.embed import embed
 from flap_fast.interchange.convert import import_checkpoint
 from flap_fast.model.heads import ClassNamesHead
-from flap_fast.model.model_folder import TOWER, load_weights, model_folder
+from flap_fast.model.model_folder import CLASSES, TOWER, load_weights, model_folder
 from flap_fast.ranks import Ranks
 from flap_fast.tensors import load_tensors
 from flap_fast.tools.embedder import load
@@ -152,6 +152,9 @@ def test_what_cannot_have_them_is_refused(imported: Path, prepared: Path, tmp_pa
         with pytest.raises(ConfigError) as caught:
             act()
         assert message in str(caught.value), message
+    (tmp_path / "plain" / CLASSES).write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match=r"plain/classes.txt must be UTF-8: .* import it again"):
+        begun(settings(tmp_path / "plain", "ckpt.verify=false"))
     # With both the same, a run begins with the other's embeddings.
     begun(settings(imported, *named, "joint.class_names=0.3"))
 
