@@ -59,7 +59,7 @@ refused "train, val" flap eval runs/mine data/mine
 run flap report runs/mine
 
 # What it is for.
-sound=$(find recordings -name "*.*g*" | sort | head -1)
+sound=$(find recordings -name "*.*g*" | sort | sed -n 1p)
 run flap rank runs/mine "$sound" "a choir sings" "a drum is hit" "an electric guitar"
 run flap search "a drum" --audio recordings --top 3
 run flap search "a drum" --audio recordings --windows 1:0.5 --top 3
