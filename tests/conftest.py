@@ -30,7 +30,7 @@ def pytest_collection() -> Generator[None, object, object]:
         return (yield)
     finally:
         gc.freeze()
-        gc.set_threshold(20_000, 20, 50)  # 2 % of the suite's time
+        gc.set_threshold(20_000, 20, 50)  # of 554 tests' CPU time 2 % less
         gc.enable()
 
 

@@ -1,6 +1,6 @@
 """Probes: classes of clips by classifiers on frozen features, cross-validated.
 
-    features      joint, the embedding that search uses; pooled, its tokens' mean or [CLS]
+    features      joint, the embedding that search uses; pooled, the encoder's, before its head
     classifiers   linear, multinomial logistic regression; knn, nearest neighbours by cosine
 
 Each fold is tested once by a classifier that all the others train. Its setting, the L2 weight or

@@ -185,9 +185,10 @@ def _read(source: Source) -> Imported:
         names += [f"blocks.{block}.depthwise", f"blocks.{block}.pointwise"]
     convolutions: Tensors = {}
     layer = {n: v for n, v in source.tensors.items() if n.startswith("classifier.")}
-    for name in source.tensors.keys() - layer.keys():
-        _, number, part = name.split(".")
-        convolutions[f"audio.{names[int(number)]}.{part}"] = source.tensors[name]
+    for name, value in source.tensors.items():
+        if name not in layer:
+            _, number, part = name.split(".")
+            convolutions[f"audio.{names[int(number)]}.{part}"] = value
     encoder = load_config(None, ["audio.encoder=yamnet", *source.overrides]).encoder.encoder
     rule = f"be yamnet, whose weights {source.path} has"
     require(encoder == "yamnet", "audio.encoder", rule, encoder, "leave it out")

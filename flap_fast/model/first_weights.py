@@ -48,8 +48,8 @@ def put_first_weights(model: TwoTowers, config: Config) -> None:
     if config.train.init_from:
         folder = model_folder(config.train.init_from)
         with verified(folder, skip=ONLY_TRAINING, on=on):
-            _same_meaning(config, folder, (media, "text.", _DECODER))
-            there, here = load_config(folder / "config.yaml").joint, config.joint
+            there = _same_meaning(config, folder, (media, "text.", _DECODER)).joint
+            here = config.joint
             rule = f"be {'above ' if there.class_names else ''}0, as in {folder}"
             remedy = f"set joint.class_names={there.class_names:g}"
             same = bool(there.class_names) == bool(here.class_names)
@@ -63,8 +63,8 @@ def put_first_weights(model: TwoTowers, config: Config) -> None:
         folder = path if audio_only else model_folder(path)
         file = folder / (TOWER if audio_only else "model.safetensors")
         with verified(folder, skip=ONLY_TRAINING, on=on):
-            _same_meaning(config, folder, (media, _DECODER))
-            names = _class_names(config, folder)
+            there = _same_meaning(config, folder, (media, _DECODER)).joint
+            names = _class_names(config, folder, whole=there.class_names > 0)
             _put_parts(model, file, (media, _DECODER), (_DECODER, _LORA, *_FUSION), any_length)
             if isinstance(model.head, ClassNamesHead):
                 _put_class_names(model.head.class_names, names, model, config)
@@ -74,14 +74,18 @@ def put_first_weights(model: TwoTowers, config: Config) -> None:
         require(named == 0, "joint.class_names", rule, named, remedy)
 
 
-def _class_names(config: Config, folder: Path) -> list[str]:
-    """The names of the classes that an audio encoder's folder brings, where they are needed."""
+def _class_names(config: Config, folder: Path, *, whole: bool) -> list[str]:
+    """The names of the classes that an audio encoder's folder brings, where they are needed.
+
+    Args:
+        whole: it is the folder of a model that has their embeddings.
+    """
     file, named = folder / CLASSES, config.joint.class_names
     if not named:
         return []
     rule = f"be 0 with {folder}, which names no classes: it has no {CLASSES}"
     remedy = "import it again, from a model with a classifier and its class map"
-    if load_config(folder / "config.yaml").joint.class_names:
+    if whole:
         remedy = f"train.init_from={folder} brings their embeddings"
     require(file.is_file(), "joint.class_names", rule, named, remedy)
     try:
@@ -103,8 +107,12 @@ def _put_class_names(classes: Tensor, names: list[str], model: TwoTowers, config
     model.train(training)
 
 
-def _same_meaning(config: Config, folder: Path, parts: tuple[str, ...]) -> None:
-    """Refuse settings of these parts that differ from the folder's, where no shape does."""
+def _same_meaning(config: Config, folder: Path, parts: tuple[str, ...]) -> Config:
+    """Refuse settings of these parts that differ from the folder's, where no shape does.
+
+    Returns:
+        The folder's config.
+    """
     file = folder / "config.yaml"
     there = load_config(file)
     mine, other = config.encoder.modality, there.encoder.modality
@@ -117,6 +125,7 @@ def _same_meaning(config: Config, folder: Path, parts: tuple[str, ...]) -> None:
             setting = "null" if shown is None else shown
             remedy = f"set {name}={setting}, or change it in {file} if another is meant"
             require(got == shown, name, f"be {shown}, as in {folder}", got, remedy)
+    return there
 
 
 def _meaning(config: Config) -> dict[str, object]:

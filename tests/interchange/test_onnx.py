@@ -207,7 +207,7 @@ def test_a_clip_has_the_same_int8_vector_whichever_it_comes_with(exported: Path)
 
 TOWERS = {
     "htsat": tiny(*HTSAT, "audio.depths=[1, 2]", "text.depth=1"),
-    "yamnet and its classes": tiny(*YAMNET_NAMED, "text.depth=1"),
+    "yamnet and its classes": tiny(*YAMNET_NAMED, "joint.class_names=0.1", "text.depth=1"),
 }
 
 
@@ -223,7 +223,7 @@ def test_media_in_batches_embed_as_with_pytorch(name: str, tmp_path: Path):
         with torch.no_grad():
             wanted = model.embed_media(media)
         assert (torch.from_numpy(found) - wanted).abs().max() < 1e-5
-        assert B == 1 or (wanted[0] - wanted[1]).abs().max() > 2e-4  # 1e-5 means something
+        assert B == 1 or (wanted[0] - wanted[1]).abs().max() > 1e-3  # 1e-5 means something
 
 
 def compare_captions(folder: Path, pytorch: TwoTowers, longest: int) -> None:
