@@ -13,6 +13,7 @@ equal are right for each other's sounds (eval.equal_captions). Beside it stands 
 `val`, where no source of it was left out.
 
 --seconds are those of the whole process: a pilot on this machine tells how many steps they buy.
+--pretrain trains the same sources before, with further settings; the audio tower goes on from it.
 --together leaves out several sources at a time, each scored alone: fewer trainings, of less data.
 """
 
@@ -115,6 +116,8 @@ def run(asked: argparse.Namespace) -> None:
         "together": asked.together,
         "threads": asked.threads,
         "enrich": asked.enrich,
+        "pretrain": asked.pretrain,
+        "pretrain_steps": asked.pretrain_steps,
         "config_sha256": _digest(load_config(asked.config, asked.settings).model_dump_json()),
         "data_sha256": _digest(*(file.read_text() for file in asked.data)),
     }
@@ -124,7 +127,8 @@ def run(asked: argparse.Namespace) -> None:
             recipe["steps"] = asked.steps
         # Files of before say nothing of what is new here.
         was = {name: found.get(name, value) for name, value in recipe.items()}
-        was["enrich"] = found.get("enrich", "")
+        was |= {"enrich": found.get("enrich", ""), "pretrain": found.get("pretrain", "")}
+        was["pretrain_steps"] = found.get("pretrain_steps", 0)
         if was != recipe:
             sys.exit(f"{file} must hold the same recipe, got {was}; take another NAME")
     else:
@@ -154,8 +158,13 @@ def trained(
 ) -> dict[str, Any]:
     """One training: its scores on the sources left out, on `val`, and on its way."""
     name = f"{asked.name}-{'-'.join(left_out)}-{seed}"
-    every = f"eval.every_steps={-(-steps // CURVE)}"
-    took = train(asked, shards.settings(left_out), name, seed, steps, every)
+    more = [*shards.settings(left_out), f"eval.every_steps={-(-steps // CURVE)}"]
+    took = 0.0
+    if asked.pretrain:
+        first = [*shards.settings(left_out)[:1], *asked.pretrain.split()]
+        took += train(asked, first, f"{name}-first", seed, asked.pretrain_steps)
+        more.append(f"train.init_audio_from={asked.runs / name}-first")
+    took += train(asked, more, name, seed, steps)
     folder = asked.runs / name
     scores = json.loads((folder / "eval.json").read_text())["retrieval"]
     lines = (folder / "metrics.jsonl").read_text().splitlines()
@@ -179,24 +188,25 @@ def steps_in(asked: argparse.Namespace, shards: Shards) -> int:
     """Steps that the seconds buy on this machine, with the start and one evaluation of four."""
     left_out = folds(shards.sources, asked.together)[0]
     took = [
-        train(asked, shards.settings(left_out), f"pilot-{steps}", SEEDS[0], steps, "")
+        train(asked, shards.settings(left_out), f"pilot-{steps}", SEEDS[0], steps)
         for steps in PILOT_STEPS
     ]
     step_s = (took[1] - took[0]) / (PILOT_STEPS[1] - PILOT_STEPS[0])
     return PILOT_STEPS[1] + int((asked.seconds - took[1]) / step_s)
 
 
-def train(
-    asked: argparse.Namespace, data: list[str], name: str, seed: int, steps: int, more: str
-) -> float:
-    """Seconds of `flap train`, from the start of its process to the end."""
+def train(asked: argparse.Namespace, more: list[str], name: str, seed: int, steps: int) -> float:
+    """Seconds of `flap train`, from the start of its process to the end.
+
+    Args:
+        more: settings beside the recipe's.
+    """
     own = [f"run.folder={asked.runs}", f"run.name={name}", f"run.seed={seed}"]
     own += [f"train.steps={steps}", "train.epochs=null", "eval.equal_captions=true"]
     own += ["ckpt.every_steps=0", "ckpt.keep_best=false", "log.tensorboard=false"]
     shutil.rmtree(asked.runs / name, ignore_errors=True)
     begun = time.perf_counter()
-    overrides = [*asked.settings, *data, *own, *([more] if more else [])]
-    flap("train", str(asked.config), *overrides, threads=asked.threads)
+    flap("train", str(asked.config), *asked.settings, *more, *own, threads=asked.threads)
     return time.perf_counter() - begun
 
 
@@ -239,9 +249,13 @@ def main(arguments: list[str] | None = None) -> int:
     own.add_argument("--threads", type=int, default=0, help="of a training; 0: PyTorch's choice")
     own.add_argument("--jobs", type=int, default=1, help="trainings at a time; for timings 1")
     own.add_argument("--enrich", default="", help="of flap enrich, in quotes: '--model none'")
+    own.add_argument("--pretrain", default="", help="settings of a run before, in quotes")
+    own.add_argument("--pretrain-steps", type=int, default=0, help="its steps, beside --steps")
     own.add_argument("--shards", type=Path, default=ROOT / "data/sources")
     own.add_argument("--runs", type=Path, default=ROOT / "runs/sources")
     asked = parser.parse_args(arguments)
+    if asked.command == "run" and asked.pretrain and not (asked.steps and asked.pretrain_steps):
+        parser.error("--pretrain must come with --steps and --pretrain-steps")
     if asked.command == "run":
         run(asked)
     else:

@@ -55,6 +55,7 @@ def _tables(results: list[dict[str, Any]]) -> list[str]:
     about = [
         f"- {r['name']}: `{' '.join([r['config'], *r['settings']])}`"
         + (f", captions by `flap enrich {r['enrich']}`" if r.get("enrich") else "")
+        + _pretrained(r)
         + f"; {facts(r['machine'])}"
         for r in results
     ]
@@ -87,6 +88,13 @@ def _row(result: dict[str, Any]) -> list[str]:
         beside,
         str(len(runs)),
     ]
+
+
+def _pretrained(result: dict[str, Any]) -> str:
+    """What ran before, whose clips are not in the columns; its seconds are."""
+    if not result.get("pretrain"):
+        return ""
+    return f", after {result['pretrain_steps']} steps with `{result['pretrain']}`"
 
 
 def _sources(results: list[dict[str, Any]]) -> list[str]:

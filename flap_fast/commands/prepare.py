@@ -93,7 +93,8 @@ def prepare(
     summary = _summary(out, done, wanted)
     say(summary)
     if not (done.kept or done.unfinished):
-        hint = "; captions are read from caption or captions" if "captionless" in summary else ""
+        hint = "; captions are read from caption or captions, and --source sounds needs none"
+        hint *= "captionless" in summary
         say(f"error: no clip can be used{hint}", error=True)
         raise typer.Exit(1)
     if not done.unfinished and {file.parent.name for file in out.glob("*/sizes.json")} == {"train"}:

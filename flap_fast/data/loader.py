@@ -207,10 +207,12 @@ class TrainingLoader:
         """
         wanted, why = int(batch.clips[row]), ""
         replace = self._config.data.on_bad_clip == "replace"
+        reads_text = self._config.loss.reads_text
         for offset in range(_TRIES if replace else 1):
             clip = (wanted + offset) % len(self._shards)
             try:
-                record, encoded = self._shards.record(clip), self._shards.encoded(clip)
+                record = self._shards.record(clip, captionless=not reads_text)
+                encoded = self._shards.encoded(clip)
                 if check:
                     self._preprocessor.check(encoded)
             except Unusable as reason:
@@ -221,8 +223,9 @@ class TrainingLoader:
                 names = self._shards.name(wanted), self._shards.name(clip)
                 if not batch.repeated:
                     self.bad.append(BadClip(batch.step, names[0], why, names[1]))
-            texts = self._choice.texts(clip, record, enriched=bool(batch.enriched[row]))
-            batch.captions[row] = texts[int(batch.caption_u[row] * len(texts))]
+            if reads_text:  # a text encoder that no loss reads gets as little to do as can be
+                texts = self._choice.texts(clip, record, enriched=bool(batch.enriched[row]))
+                batch.captions[row] = texts[int(batch.caption_u[row] * len(texts))]
             batch.negatives[row] = self._negatives.of(clip, record, batch.negative_u[row])
             batch.encoded[row] = encoded
             return

@@ -18,6 +18,7 @@ from flap_fast.losses.nli import NLI
 from flap_fast.losses.recon import Recon
 from flap_fast.losses.sigmoid import Sigmoid
 from flap_fast.losses.simcse import SimCSE
+from flap_fast.losses.soft_targets import SoftTargets
 from flap_fast.section import Section
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ __all__ = [
     "Recon",
     "Sigmoid",
     "SimCSE",
+    "SoftTargets",
     "total_loss",
 ]
 
@@ -48,6 +50,7 @@ class Losses(Section):
     nli: NLI = NLI()
     recon: Recon = Recon()
     distill: Distill = Distill()
+    soft_targets: SoftTargets = SoftTargets()
     # one line for each loss
 
     @property
@@ -70,6 +73,11 @@ class Losses(Section):
     def pair_ids(self) -> bool:
         """Whether an active loss asks which pairs are of one clip or of equal captions."""
         return any(loss.pair_ids for loss in self.active.values())
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether an active loss reads captions; clips need none otherwise."""
+        return any(loss.reads_text for loss in self.active.values())
 
     @model_validator(mode="after")
     def _something(self):

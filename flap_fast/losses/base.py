@@ -76,6 +76,11 @@ class Loss(Section):
         """Whether it needs to know which pairs are of one clip or of equal captions."""
         return False
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether it compares what the text encoder embeds."""
+        return True
+
     def terms(self, outputs: Outputs) -> dict[str, Tensor]:
         """The unweighted terms, () each, by the names of `weights`; called if it is active."""
         raise NotImplementedError(f"{type(self).__name__} must compute its terms")

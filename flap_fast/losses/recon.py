@@ -31,6 +31,10 @@ class Recon(Loss):
     def weights(self) -> dict[str, float]:
         return {"recon": self.weight}
 
+    @property
+    def reads_text(self) -> bool:
+        return False
+
     def terms(self, outputs: Outputs) -> dict[str, Tensor]:
         """`recon`: this rank's mean, (); the mean over ranks is that of the global batch."""
         return {"recon": outputs["recon"]}

@@ -90,7 +90,8 @@ def read_source(entry: Entry) -> Path | bytes | EncodedImage:
     """
     if entry.fault:
         raise Unusable(entry.fault)
-    if not entry.captions and not entry.labels:  # a clip with only labels can be classified
+    # A clip with only labels can be classified.
+    if not (entry.captions or entry.labels or entry.captionless):
         raise Unusable("captionless")
     if entry.inside is None:
         return _encoded_image(entry.audio) if entry.image else entry.audio

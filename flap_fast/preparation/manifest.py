@@ -64,6 +64,8 @@ class Entry:
     """Further fields of its JSON record."""
     negatives: list[str] = field(default_factory=list)
     """Captions that are wrong for it."""
+    captionless: bool = False
+    """It is of sounds that have no captions: it needs none."""
     fault: str = ""
     """Why it cannot be used, where that is known before its media are read."""
     under: str = ""

@@ -249,7 +249,7 @@ def _row(entry: Entry) -> dict[str, Any]:
     return row | {name: value for name, value in optional.items() if value}
 
 
-_OPTIONAL = ("image", "inside", "more", "under", "negatives")
+_OPTIONAL = ("image", "inside", "more", "under", "negatives", "captionless")
 _NOT_HASHED = (*_OPTIONAL, "fault")
 _FIELDS = tuple(field.name for field in fields(Entry) if field.name not in _NOT_HASHED)
 

@@ -41,6 +41,8 @@ def flap(monkeypatch, tmp_path: Path) -> list[tuple[str, ...]]:
         given = dict(setting.split("=", 1) for setting in arguments[2:])
         folder = Path(given["run.folder"]) / given["run.name"]
         folder.mkdir(parents=True)
+        if given.get("data.val", "[]") == "[]":
+            return
         names = [Path(path).name for path in given["data.val"][1:-1].split(",")]
         chance = {way: {"R@10": 0.1} for way in sources.DIRECTIONS}
         scores = {
@@ -126,6 +128,34 @@ def test_captions_of_training_are_enriched_and_no_others(
     assert enriched == [("enrich", folder, folder, "--model", "none") for folder in folders]
     with pytest.raises(SystemExit, match="must hold the same recipe"):
         sources.main(command(tmp_path, *asked[:-2]))
+
+
+def test_a_run_before_has_the_same_sources_and_gives_the_tower(
+    tmp_path: Path, flap: list[tuple[str, ...]], capsys: pytest.CaptureFixture[str]
+):
+    manifest(tmp_path / "own", COUNTS)
+    recon = "loss.contrastive.weight=0 loss.recon.weight=1 data.val=[]"
+    asked = command(tmp_path, "--steps", "8", "--seeds", "1", "--pretrain", recon)
+    with pytest.raises(SystemExit):
+        sources.main(asked)
+    assert "--pretrain must come with --steps and --pretrain-steps" in capsys.readouterr().err
+    sources.main([*asked, "--pretrain-steps", "5"])
+    trainings = [
+        load_config(Path(arguments[1]), arguments[2:])
+        for arguments in flap
+        if arguments[0] == "train"
+    ]
+    assert len(trainings) == 2 * len(COUNTS)
+    for first, second in zip(trainings[::2], trainings[1::2], strict=True):
+        assert first.data.train == second.data.train
+        assert (first.train.steps, second.train.steps) == (5, 8)
+        assert (first.loss.active.keys(), first.data.val) == ({"recon"}, ())
+        assert str(second.train.init_audio_from) == str(first.run_folder)
+        assert second.loss.active.keys() == {"contrastive"}
+    text = sources_table.write_table(sources.RESULTS, tmp_path / "SOURCES.md")
+    assert f", after 5 steps with `{recon}`" in text
+    with pytest.raises(SystemExit, match="must hold the same recipe"):
+        sources.main([*asked, "--pretrain-steps", "6"])
 
 
 def test_rows_without_a_source_are_refused(tmp_path: Path, flap: list[tuple[str, ...]]):

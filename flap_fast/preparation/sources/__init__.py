@@ -16,6 +16,7 @@ from flap_fast.preparation.sources.laion import LAION
 from flap_fast.preparation.sources.esc50 import ESC50
 from flap_fast.preparation.sources.urbansound8k import URBANSOUND8K
 from flap_fast.preparation.sources.labels import LABELS
+from flap_fast.preparation.sources.sounds import SOUNDS
 from flap_fast.preparation.sources.folder import FOLDER
 from flap_fast.preparation.sources.tars import SHARDS
 from flap_fast.preparation.sources.cc3m import CC3M

@@ -106,7 +106,7 @@ def labelled_clips(
 
 
 # Endings of tables and notes.
-_BESIDE = (".csv", ".tsv", ".json", ".jsonl", ".txt", ".md")
+BESIDE = (".csv", ".tsv", ".json", ".jsonl", ".txt", ".md")
 
 
 class Clips:
@@ -118,7 +118,7 @@ class Clips:
 
         self._folder = folder
         self._files: dict[str, Path] = {}
-        for file in sounds_among(files_below(folder), known=_BESIDE):
+        for file in sounds_among(files_below(folder), known=BESIDE):
             self._files.setdefault(file.stem, file)
 
     def row(self, youtube: str, start_s: float, end_s: float, ids: Sequence[str]) -> dict[str, Any]:

@@ -205,6 +205,27 @@ def test_labels_are_the_names_of_the_folders_that_sounds_lie_in(tmp_path):
         SOURCES["labels"].read(write(tmp_path / "empty", {"dog/notes.txt": "none"}))
 
 
+def test_sounds_without_captions_are_those_of_a_folder_and_below(tmp_path):
+    files = {
+        "b/1.wav": sound(200),
+        "b/1.flac": sound(300, format="FLAC"),
+        "a_1.ogg": sound(400, format="OGG"),
+        "a/1.wav": sound(500),
+        "._1.wav": b"of another system",
+        "list.csv": "a,b",
+    }
+    folder = write(tmp_path / "data", files)
+    clips = SOURCES["sounds"].read(folder)
+    names = ["a/1.wav", "a_1.ogg", "b/1.flac", "b/1.wav"]
+    assert brief(clips, folder) == [("train", name, [], []) for name in names]
+    assert [clip.id for clip in clips] == names
+    out = tmp_path / "out"
+    assert prepare(clips, out, show=False) == Prepared(4, 1, 4, 0)
+    assert prepare(SOURCES["sounds"].read(folder), out, show=False) == Prepared(4, 1, 4, 0)
+    with pytest.raises(ManifestError, match="there must be sounds, got none below"):
+        SOURCES["sounds"].read(write(tmp_path / "empty", {"notes.txt": "none"}))
+
+
 def test_musiccaps_is_split_by_count_or_by_name(tmp_path):
     header = (
         "ytid,start_s,end_s,audioset_positive_labels,aspect_list,caption,author_id,"
