@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,8 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("RESULTS", "SOURCES", "SPEEDRUN")
+"""Those that are written from bench/results."""
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -25,7 +30,7 @@ def machine(device: str) -> dict[str, Any]:
         triton = "missing"
     commit = _run("git", "-C", str(ROOT), "rev-parse", "--short=10", "HEAD")
     # Results that are being added change nothing that is measured.
-    ours = (".", ":!bench/results", ":!bench/RESULTS.md")
+    ours = (".", ":!bench/results", *(f":!bench/{page}.md" for page in PAGES))
     changed = _run("git", "-C", str(ROOT), "status", "--porcelain", "--", *ours)
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else _cpu(),
@@ -92,3 +97,15 @@ def write_json(file: Path, result: dict[str, Any]) -> None:
     unfinished = file.with_suffix(f".{os.getpid()}.unfinished")
     unfinished.write_text(json.dumps(result, indent=1) + "\n")
     unfinished.replace(file)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """A context in which no other thread or process that asks stores into the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)

@@ -21,6 +21,7 @@ probed, and captions name instruments and registers: contrast has been told the 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import statistics
 import sys
@@ -31,6 +32,7 @@ from bench import report
 from bench.machine import ROOT, machine, save
 from bench.reproduce import flap
 from bench.tables import markdown
+from flap_fast.config.file import load_config
 from flap_fast.evaluation.probe import CLASSIFIERS, FEATURES
 
 # As wide as the encoder.
@@ -74,11 +76,12 @@ def table(seeds: Sequence[int], steps: int) -> list[list[str]]:
 def _scores(name: str, seed: int, steps: int) -> dict:
     """{probe: scores} of a tower; trains it first if necessary."""
     words = name.replace(" + ", "_and_").replace(", ", "_").replace(" ", "_").replace("'", "")
-    folder = f"{words}-{seed}-{steps}"
+    config, *settings = TOWERS[name]
+    recipe = load_config(ROOT / config, settings).model_dump_json()
+    folder = f"{words}-{seed}-{steps}-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
     run = ROOT / "runs/probes" / folder
     if not (run / "probes.json").is_file():
         named = f"run.name={folder}", "run.folder=runs/probes", f"run.seed={seed}", "data.val=[]"
-        config, *settings = TOWERS[name]
         flap("train", config, "--resume", *named, f"train.steps={steps}", *settings)
         data = [f"{DATA}/{probe}" for probe in PROBES]
         out = str(run / "probes.json")

@@ -31,11 +31,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.machine import ROOT, machine, write_json
+from bench.machine import ROOT, alone, machine, write_json
 from bench.reproduce import DIRECTIONS, SEEDS, flap
 from bench.sources_table import write_table
 from flap_fast.checks import require
 from flap_fast.config.file import load_config
+from flap_fast.data.enriched import FILE as CAPTIONS
 from flap_fast.files import read_rows
 
 RESULTS = ROOT / "bench/results/sources"
@@ -54,12 +55,14 @@ class Shards:
     """The clips of each source."""
     seen: frozenset[str]
     """Sources of the first manifest, whose `val` is scored beside."""
+    val: bool
+    """Whether it has one."""
 
     def settings(self, left_out: tuple[str, ...]) -> list[str]:
         """data.train and data.val of a training."""
         train = [self.folder / "train" / s for s in self.sources if s not in left_out]
         val = [self.folder / "whole" / s for s in left_out]
-        if not self.seen & set(left_out):
+        if self.val and not self.seen & set(left_out):
             val.append(self.folder / "val/val")
         return [f"data.{k}=[{','.join(map(str, v))}]" for k, v in (("train", train), ("val", val))]
 
@@ -77,21 +80,31 @@ def prepared(manifests: list[Path], folder: Path, enrich: Sequence[str] = ()) ->
     missing = sum("source" not in row or "split" not in row for row in rows)
     require(not missing, "each row of the manifests", "have source and split", f"{missing} without")
     sources = sorted({row["source"] for row in rows})
+    trained = {row["source"] for row in rows if row["split"] == "train"}
+    rule = "have rows of split train"
+    require(trained == set(sources), "each source", rule, f"none of {set(sources) - trained}")
     parts = {
         "whole": [row | {"split": row["source"]} for row in rows],
         "train": [row | {"split": row["source"]} for row in rows if row["split"] == "train"],
         "val": [row for row in rows if row["first"] and row["split"] == "val"],
     }
     for name, some in parts.items():
+        if not some:
+            continue  # no val: nothing is scored beside
         listed = folder / f"{name}.jsonl"
         listed.parent.mkdir(parents=True, exist_ok=True)
         listed.write_text("".join(json.dumps(row) + "\n" for row in some))
         flap("prepare", str(listed), str(folder / name))
-    for source in sources if enrich else ():
-        train = str(folder / "train" / source)
-        flap("enrich", train, train, *enrich)
+    for source in sources:
+        train = folder / "train" / source
+        if enrich:
+            flap("enrich", str(train), str(train), *enrich)
+            continue
+        rule, remedy = "have no enriched captions without --enrich", "name another folder"
+        require(not (train / CAPTIONS).exists(), "the shards of --shards", rule, train, remedy)
     counts = {s: sum(row["source"] == s for row in rows) for s in sources}
-    return Shards(folder, counts, frozenset(row["source"] for row in rows if row["first"]))
+    seen = frozenset(row["source"] for row in rows if row["first"])
+    return Shards(folder, counts, seen, bool(parts["val"]))
 
 
 def folds(sources: dict[str, int], together: int) -> list[tuple[str, ...]]:
@@ -108,6 +121,8 @@ def folds(sources: dict[str, int], together: int) -> list[tuple[str, ...]]:
 def run(asked: argparse.Namespace) -> None:
     """Train and store what is not stored yet."""
     shards = prepared(asked.data, asked.shards, asked.enrich.split())
+    unknown = set(asked.only or ()) - set(shards.sources)
+    require(not unknown, "--only", f"be some of {', '.join(shards.sources)}", unknown)
     file = RESULTS / f"{asked.name}.json"
     recipe = {
         "config": str(asked.config.resolve().relative_to(ROOT)),
@@ -125,10 +140,9 @@ def run(asked: argparse.Namespace) -> None:
         found = json.loads(file.read_text())
         if asked.steps:
             recipe["steps"] = asked.steps
-        # Files of before say nothing of what is new here.
-        was = {name: found.get(name, value) for name, value in recipe.items()}
-        was |= {"enrich": found.get("enrich", ""), "pretrain": found.get("pretrain", "")}
-        was["pretrain_steps"] = found.get("pretrain_steps", 0)
+        # Files of before say nothing of what is new here; those without digests stay as they are.
+        was = {"enrich": "", "pretrain": "", "pretrain_steps": 0} | found
+        was = {name: was.get(name) for name in recipe}
         if was != recipe:
             sys.exit(f"{file} must hold the same recipe, got {was}; take another NAME")
     else:
@@ -144,13 +158,30 @@ def run(asked: argparse.Namespace) -> None:
         for out in folds(shards.sources, asked.together)
         if (out, seed) not in done and (not asked.only or set(out) & set(asked.only))
     ]
+
+    def train_one(out: tuple[str, ...], seed: int) -> None:
+        one = trained(asked, shards, found["steps"], out, seed)
+        _store(file, found, one)
+        print(_line(one), flush=True)
+
     with ThreadPoolExecutor(asked.jobs) as pool:
-        trainings = [pool.submit(trained, asked, shards, found["steps"], *of) for of in left]
-        for training in as_completed(trainings):
-            one = training.result()
+        trainings = [pool.submit(train_one, *of) for of in left]
+        try:
+            for training in as_completed(trainings):
+                training.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # those that run end, and are stored
+            raise
+
+
+def _store(file: Path, begun: dict[str, Any], one: dict[str, Any]) -> None:
+    """Add a training to the file, or to that of another process with the same recipe."""
+    with alone(file.parent):
+        found = json.loads(file.read_text()) if file.exists() else begun
+        stored = [(r["left_out"], r["seed"]) for r in found["runs"]]
+        if (one["left_out"], one["seed"]) not in stored:
             found["runs"].append(one)
             write_json(file, found)
-            print(_line(one), flush=True)
 
 
 def trained(

@@ -23,7 +23,7 @@ training had. Steps are those that the seconds buy on two quiet threads, or fewe
 one thread of a busy machine. A config is that of the commit. How: `bench/sources.py`.
 
 Settings were chosen by these scores, so they flatter the recipes that were chosen. A few drums of
-sonicpi, foxdot and lmms are nearly the same recording.
+sonicpi, foxdot, lmms and gcompris are nearly the same recording.
 """
 
 _COLUMNS = (
@@ -48,9 +48,11 @@ def _budget(result: dict[str, Any]) -> tuple[float, int]:
 
 
 def _tables(results: list[dict[str, Any]]) -> list[str]:
-    rows, each = [list(_COLUMNS)], [["recipe", *_sources(results)]]
-    for result in sorted(results, key=lambda r: -_both(r["runs"])):
-        rows.append(_row(result))
+    sources = _sources(results)
+    rows, each = [list(_COLUMNS)], [["recipe", *sources]]
+    # Those that lack a source in every seed come last: their means are of others' sources.
+    for result in sorted(results, key=lambda r: (not _seeds(r, sources), -_both(r["runs"]))):
+        rows.append(_row(result, sources))
         each.append([result["name"], *(_of_source(result, s) for s in each[0][1:])])
     about = [
         f"- {r['name']}: `{' '.join([r['config'], *r['settings']])}`"
@@ -62,10 +64,12 @@ def _tables(results: list[dict[str, Any]]) -> list[str]:
     return [markdown(rows), "", "R@10 of each source:", "", markdown(each), "", *about, ""]
 
 
-def _row(result: dict[str, Any]) -> list[str]:
+def _row(result: dict[str, Any], sources: list[str]) -> list[str]:
     runs = result["runs"]
+    mean, some = f"{_both(runs):.3f}", len(_sources([result]))
+    mean = f"**{mean}**" if _seeds(result, sources) else f"{mean}, {some} of {len(sources)} sources"
     ways = " / ".join(f"{_over_sources(runs, way):.3f}" for way in DIRECTIONS)
-    seeds = [_both([r for r in runs if r["seed"] == seed]) for seed in _seeds(runs)]
+    seeds = [_both([r for r in runs if r["seed"] == seed]) for seed in _seeds(result, sources)]
     took = [run["seconds"] for run in runs]
     curve = [
         statistics.mean((run["curve"][n][1] + run["curve"][n][2]) / 2 for run in runs)
@@ -81,7 +85,7 @@ def _row(result: dict[str, Any]) -> list[str]:
         f"{result['steps'] * result['batch']:,}",
         f"{min(took):.0f}-{max(took):.0f}",
         ways,
-        f"**{_both(runs):.3f}**",
+        mean,
         f"{statistics.mean(_over_sources(runs, way, 'chance') for way in DIRECTIONS):.3f}",
         " ".join(f"{value:.3f}" for value in seeds),
         " ".join(f"{value:.3f}" for value in curve),
@@ -121,10 +125,9 @@ def _both(runs: list[dict[str, Any]]) -> float:
     return statistics.mean(_over_sources(runs, way) for way in DIRECTIONS)
 
 
-def _seeds(runs: list[dict[str, Any]]) -> list[int]:
+def _seeds(result: dict[str, Any], sources: list[str]) -> list[int]:
     """The seeds with which every source was left out: others' means are of fewer sources."""
     of: dict[int, set[str]] = {}
-    for run in runs:
+    for run in result["runs"]:
         of.setdefault(run["seed"], set()).update(run["left_out"])
-    most = set().union(*of.values())
-    return [seed for seed, sources in of.items() if sources == most]
+    return [seed for seed, out in of.items() if out == set(sources)]

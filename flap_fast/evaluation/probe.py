@@ -98,6 +98,9 @@ def _problem(
     numbers = {name: n for n, name in enumerate(names)}
     classes = np.array([numbers[labels[n][0]] for n in rows], np.int64)
     made = make_folds(classes, [folds[n] for n in rows], [sources[n] for n in rows])
+    rule, filled = f"be at least {len(made.names)}, one a fold", len(np.unique(made.of_clip))
+    got = f"{len(rows)} in {filled} folds ({made.made_by})"
+    require(filled == len(made.names), "the clips of a probe", rule, got, "give it more clips")
     rule, remedy = "have clips in two folds or more", "give it more, or leave its label out"
     for n, name in enumerate(names):
         inside = np.unique(made.of_clip[classes == n])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from bench import (
     report,
     reproduce,
 )
-from bench.machine import machine, save
+from bench.machine import ROOT, machine, save
 from bench.sweep import BOTH, FORWARD, Row
 from flap_fast.config.file import load_config
 from flap_fast.data.tokenize import tokenizer
@@ -212,16 +213,22 @@ def test_probes_of_towers_are_averaged_over_seeds(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(probes, "flap", flap)
     monkeypatch.setattr(probes, "ROOT", tmp_path)
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
     head, *rows = probes.table([1, 2], 150)
     again = len(calls)
     assert probes.table([1, 2], 150) == [head, *rows]
     assert len(calls) == again + 1  # data are prepared; what is scored is not repeated
     assert [arguments[0] for arguments in calls].count("train") == 12
-    (random,) = (c for c in calls if c[0] == "train" and "run.name=random-1-150" in c)
+    trained = [c for c in calls if c[0] == "train"]
+    (random,) = (c for c in trained if any(s.startswith("run.name=random-1-150-") for s in c))
     assert random.index("train.steps=0") > random.index("train.steps=150")  # the last one counts
     assert rows[0] == ["instrument_family", "contrast", *["50.0 (25.0-75.0)"] * 4]
     assert rows[6] == ["instrument_family", "chance", *["12.5"] * 4]
     assert len(rows) == 21
+    config = tmp_path / "configs/demo.yaml"
+    config.write_text(config.read_text().replace("lr: 1.0e-3", "lr: 2.0e-3"))
+    probes.table([1, 2], 150)
+    assert [arguments[0] for arguments in calls].count("train") == 12 + 8  # those of its towers
 
 
 @pytest.mark.parametrize("name", list(reproduce.COMMANDS))

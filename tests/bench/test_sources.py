@@ -158,6 +158,110 @@ def test_a_run_before_has_the_same_sources_and_gives_the_tower(
         sources.main([*asked, "--pretrain-steps", "6"])
 
 
+def test_a_training_that_fails_ends_the_others_and_loses_none(
+    tmp_path: Path, flap: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+):
+    manifest(tmp_path / "own", COUNTS)
+    asked = command(tmp_path, "--steps", "8", "--seeds", "1")
+    working = sources.flap
+
+    def fails_third(*arguments: str, threads: int | None = None) -> None:
+        working(*arguments, threads=threads)
+        if sum(ran[0] == "train" for ran in flap) == 3:
+            raise RuntimeError("killed")
+
+    monkeypatch.setattr(sources, "flap", fails_third)
+    with pytest.raises(RuntimeError, match="killed"):
+        sources.main(asked)
+    stored = json.loads((sources.RESULTS / "x.json").read_text())["runs"]
+    assert len(stored) >= 2
+    assert sum(ran[0] == "train" for ran in flap) <= 4  # one may have begun already
+    monkeypatch.setattr(sources, "flap", working)
+    sources.main(asked)
+    stored = json.loads((sources.RESULTS / "x.json").read_text())["runs"]
+    assert sorted(run["left_out"][0] for run in stored) == sorted(COUNTS)
+
+
+def test_what_another_process_stores_meanwhile_stays(
+    tmp_path: Path, flap: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+):
+    manifest(tmp_path / "own", COUNTS)
+    working, asked = sources.flap, command(tmp_path, "--steps", "8", "--seeds", "1", "--only")
+
+    def among_another(*arguments: str, threads: int | None = None) -> None:
+        if arguments[0] == "train":
+            monkeypatch.setattr(sources, "flap", working)
+            sources.main([*asked, "b", "c"])
+        working(*arguments, threads=threads)
+
+    monkeypatch.setattr(sources, "flap", among_another)
+    sources.main([*asked, "a"])
+    stored = json.loads((sources.RESULTS / "x.json").read_text())["runs"]
+    assert sorted(run["left_out"][0] for run in stored) == ["a", "b", "c"]
+
+
+def test_a_file_that_does_not_say_its_data_is_not_added_to(
+    tmp_path: Path, flap: list[tuple[str, ...]]
+):
+    manifest(tmp_path / "own", COUNTS)
+    asked = command(tmp_path, "--steps", "8", "--seeds", "1")
+    sources.main([*asked, "--only", "a"])
+    file = sources.RESULTS / "x.json"
+    found = json.loads(file.read_text())
+    del found["data_sha256"]
+    file.write_text(json.dumps(found))
+    with pytest.raises(SystemExit, match="must hold the same recipe"):
+        sources.main(asked)
+
+
+def test_a_recipe_that_lacks_a_source_comes_last(tmp_path: Path, flap: list[tuple[str, ...]]):
+    manifest(tmp_path / "own", COUNTS)
+    asked = command(tmp_path, "--steps", "8", "--seeds", "1")
+    sources.main(asked)
+    asked[1] = "best"
+    sources.main([*asked, "--only", "a"])
+    file = sources.RESULTS / "best.json"
+    file.write_text(file.read_text().replace("0.2", "0.9").replace("0.4", "0.9"))
+    text = sources_table.write_table(sources.RESULTS, tmp_path / "SOURCES.md")
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "| 8 |" in line]
+    assert [row.split(" | ")[0] for row in rows] == ["| x", "| best"]
+    assert "| 0.900, 1 of 5 sources | 0.100 |  | " in rows[1]
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (("--only", "a", "z"), r"--only must be some of a, b, c, d, e, got '\{'z'\}'"),
+        ((), "--shards must have no enriched captions without --enrich, got '.*/train/c'"),
+    ],
+)
+def test_what_would_mislead_is_refused(
+    tmp_path: Path, flap: list[tuple[str, ...]], asked: tuple[str, ...], message: str
+):
+    manifest(tmp_path / "own", COUNTS)
+    if not asked:
+        left = tmp_path / "shards/train/c/captions.jsonl"
+        left.parent.mkdir(parents=True)
+        left.touch()
+    with pytest.raises(ConfigError, match=message):
+        sources.main(command(tmp_path, "--steps", "8", *asked))
+    assert not any(arguments[0] == "train" for arguments in flap)
+
+
+def test_a_source_must_be_trained_on_and_val_may_be_missing(
+    tmp_path: Path, flap: list[tuple[str, ...]]
+):
+    file = manifest(tmp_path / "own", {"a": 3, "b": 3})
+    shards = sources.prepared([file], tmp_path / "shards")
+    assert [Path(arguments[2]).name for arguments in flap] == ["whole", "train"]
+    assert "val/val" not in " ".join(shards.settings(("a",)))
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = [row | {"split": "val" if row["source"] == "b" else "train"} for row in rows]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ConfigError, match=r"each source must have rows of split train, got .*'b'"):
+        sources.prepared([file], tmp_path / "shards")
+
+
 def test_rows_without_a_source_are_refused(tmp_path: Path, flap: list[tuple[str, ...]]):
     file = manifest(tmp_path / "own", {"a": 2})
     file.write_text(file.read_text() + '{"audio": "x.wav", "caption": "x", "split": "train"}\n')

@@ -72,6 +72,18 @@ def test_a_target_missed_in_one_direction_is_no_record(trainings: list[tuple[str
     assert not speedrun.RESULTS.exists() or not list(speedrun.RESULTS.glob("*.json"))
 
 
+def test_a_slower_run_is_no_record(
+    trainings: list[tuple[str, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    monkeypatch.setattr(speedrun.time, "perf_counter", iter(range(0, 10_000, 7)).__next__)
+    assert speedrun.main(["demo-80", "--write", "the first"]) == 0
+    monkeypatch.setattr(speedrun.time, "perf_counter", iter(range(0, 10_000, 9)).__next__)
+    assert speedrun.main(["demo-80", "--write", "slower"]) == 1
+    assert "demo-80: no record, 7.0 s is; nothing is stored" in capsys.readouterr().out
+    (file,) = speedrun.RESULTS.glob("*.json")
+    assert json.loads(file.read_text())["change"] == "the first"
+
+
 def test_a_record_takes_all_seeds(trainings: list[tuple[str, ...]], capsys):
     with pytest.raises(SystemExit):
         speedrun.main(["demo-80", "--seeds", "2", "--write", "luck"])

@@ -235,6 +235,11 @@ def test_chance_is_the_training_folds_most_frequent_class():
 @pytest.mark.parametrize(
     ("labels", "folds", "message"),
     [
+        (
+            [("a",), ("b",)] * 2,
+            "",
+            r"a probe must be at least 5, one a fold, got '4 in \d folds",
+        ),
         ([()] * 9, "", "the clips of a probe must have labels, got 'none'"),
         ([("a",)] * 9, "", r"classes of a probe must be two or more, got '1 \(a\)'"),
         ([("a",)] * 4 + [("a", "b")] * 5, "", "one label, got 5 of 9 with more, such as a and b;"),
@@ -243,6 +248,7 @@ def test_chance_is_the_training_folds_most_frequent_class():
     ],
 )
 def test_labels_that_make_no_probe_are_refused(labels: list, folds: str, message: str):
-    given = list(folds * 3) or [""] * 9
+    clips = len(labels)
+    given = list(folds * 3) or [""] * clips
     with pytest.raises(ConfigError, match=message):
-        probe({"joint": torch.zeros(9, 2)}, labels, given, [""] * 9)
+        probe({"joint": torch.zeros(clips, 2)}, labels, given, [""] * clips)
