@@ -192,7 +192,7 @@ def trained(
     more = [*shards.settings(left_out), f"eval.every_steps={-(-steps // CURVE)}"]
     took = 0.0
     if asked.pretrain:
-        first = [*shards.settings(left_out)[:1], *asked.pretrain.split()]
+        first = [shards.settings(left_out)[0], "data.val=[]", *asked.pretrain.split()]
         took += train(asked, first, f"{name}-first", seed, asked.pretrain_steps)
         more.append(f"train.init_audio_from={asked.runs / name}-first")
     took += train(asked, more, name, seed, steps)
@@ -285,8 +285,9 @@ def main(arguments: list[str] | None = None) -> int:
     own.add_argument("--shards", type=Path, default=ROOT / "data/sources")
     own.add_argument("--runs", type=Path, default=ROOT / "runs/sources")
     asked = parser.parse_args(arguments)
-    if asked.command == "run" and asked.pretrain and not (asked.steps and asked.pretrain_steps):
-        parser.error("--pretrain must come with --steps and --pretrain-steps")
+    if asked.command == "run" and (asked.pretrain or asked.pretrain_steps):
+        given = bool(asked.pretrain and asked.pretrain_steps and asked.steps)
+        given or parser.error("--pretrain must come with --steps and --pretrain-steps")
     if asked.command == "run":
         run(asked)
     else:

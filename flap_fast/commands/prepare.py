@@ -97,7 +97,9 @@ def prepare(
         hint *= "captionless" in summary
         say(f"error: no clip can be used{hint}", error=True)
         raise typer.Exit(1)
-    if not done.unfinished and {file.parent.name for file in out.glob("*/sizes.json")} == {"train"}:
+    splits = {file.parent.name for file in out.glob("*/sizes.json")}
+    # Sounds without captions cannot be evaluated.
+    if not done.unfinished and splits == {"train"} and source != "sounds":
         say(
             f"all clips are in {out / 'train'}, none for data.val; to hold some out, prepare into "
             "another folder with --val-fraction 0.05",

@@ -12,7 +12,9 @@ a modality; label smoothing is of arXiv 1512.00567, section 7.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
 
 from flap_fast.losses.base import Loss, Outputs
 from flap_fast.losses.pairs import ProductPrecision, product_precision
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 class SoftTargets(Loss):
     weight: Weight = 0.0
     """Weight in the total, beside loss.contrastive's: 0.1 and 0.9, or 0.5 each."""
-    scale: Weight = 10.0
+    scale: Annotated[float, Field(ge=0, le=1000)] = 10.0
     """What the captions' cosines are multiplied by; 0: all captions alike (label smoothing)."""
     direction: Literal["symmetric", "a2t", "t2a"] = "symmetric"
     """Probabilities of captions for each clip (a2t), of clips for each caption, or both."""

@@ -93,6 +93,10 @@ class TwoTowers(nn.Module):
         for name, tower, given in towers:
             if given.lora_rank:
                 self._frozen += add_lora(tower, name, given.lora_rank, given.lora_alpha)
+        if not config.loss.reads_text:  # no state of the optimizer, no decay
+            for module in (self.text, self.text_head, self.head or nn.Identity()):
+                module.requires_grad_(False)
+            self.logit_scale.requires_grad_(False)
         self.train()
 
     @property

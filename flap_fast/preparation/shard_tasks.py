@@ -265,6 +265,7 @@ def _record(entry: Entry) -> dict[str, Any]:
         **entry.more,
         # Left out where empty: the shards keep the bytes that they had before there were any.
         **({"negatives": entry.negatives} if entry.negatives else {}),
+        **({"captionless": True} if entry.captionless else {}),
         "text": entry.captions,
         "id": entry.id,
         "tag": entry.labels,

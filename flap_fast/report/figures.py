@@ -89,8 +89,9 @@ def curves(run: RunFacts) -> list[Figure]:
             wanted += [] if metric in _LEFT_OUT else [Curve(title, "%", names, (0, 100))]
         else:
             wanted.append(Curve(title, "", names))
+    recall = Curve("R@1 within a batch", "%", ["in_batch_R@1"], (0, 100))
     wanted += [
-        Curve("R@1 within a batch", "%", ["in_batch_R@1"], (0, 100)),
+        *([recall] if "in_batch_R@1" in run.steps[-1] else []),  # not without captions
         Curve("Gradient norm", "", ["grad_norm"]),
         Curve("Logit scale", "", ["scale"]),
         *([Curve("Logit bias", "", ["bias"])] if "bias" in run.steps[-1] else []),

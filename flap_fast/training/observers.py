@@ -107,6 +107,8 @@ class Metrics:
         loss, *values = means.tolist()
         seconds = time.perf_counter() - self._since
         clips = self._done * self._config.train.global_batch
+        compared = self._config.loss.reads_text
+        recall = {"in_batch_R@1": in_batch_recall(outputs)} if compared else {}
         return {
             "step": step,
             "epoch": epoch,
@@ -115,7 +117,7 @@ class Metrics:
             "grad_norm": terms["grad_norm"].item(),
             "scale": outputs["scale"].item(),
             **({"bias": outputs["bias"].item()} if "bias" in outputs else {}),
-            "in_batch_R@1": in_batch_recall(outputs),
+            **recall,
             "lr": lr,
             "clips_per_s": clips / seconds,
             "step_ms": seconds / self._done * 1000,
@@ -190,8 +192,9 @@ def terminal(config: Config, open_files: ExitStack, first: int, steps: int) -> O
             scores = "  ".join(f"{name} {row[name]:.3f}" for name in row if name != "step")
             _print(f"step {row['step']}  {scores}")
             return
+        recall = f"R@1 {row['in_batch_R@1']:.2f}  " if "in_batch_R@1" in row else ""
         numbers = (
-            f"step {row['step']}/{steps}  loss {row['loss']:.3f}  R@1 {row['in_batch_R@1']:.2f}  "
+            f"step {row['step']}/{steps}  loss {row['loss']:.3f}  {recall}"
             f"{row['clips_per_s']:.0f} clips/s  data wait {row['data_wait']:.0%}"
         )
         bar.update(task, completed=row["step"], numbers=numbers)

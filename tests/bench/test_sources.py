@@ -134,7 +134,7 @@ def test_a_run_before_has_the_same_sources_and_gives_the_tower(
     tmp_path: Path, flap: list[tuple[str, ...]], capsys: pytest.CaptureFixture[str]
 ):
     manifest(tmp_path / "own", COUNTS)
-    recon = "loss.contrastive.weight=0 loss.recon.weight=1 data.val=[]"
+    recon = "loss.contrastive.weight=0 loss.recon.weight=1"
     asked = command(tmp_path, "--steps", "8", "--seeds", "1", "--pretrain", recon)
     with pytest.raises(SystemExit):
         sources.main(asked)

@@ -8,10 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from flap_fast.checks import ConfigError
 from flap_fast.config import Config
 from flap_fast.data.shards import ShardError
+from flap_fast.model.two_towers import TwoTowers
 from flap_fast.preparation.prepare import prepare
+from flap_fast.preparation.shard_tasks import Prepared
 from flap_fast.preparation.sources import SOURCES
+from flap_fast.report.page import report
+from flap_fast.tools.doctor.examine import examine, findings
 from flap_fast.tools.embedder import load
 from flap_fast.training.loop import train
 from tests.sounds import encode, noise, write_manifest
@@ -67,6 +72,36 @@ def test_captions_change_nothing_where_no_loss_reads_them(both: Path):
     tower = [name for name in begun if name.startswith("audio.")]
     assert tower
     assert all(torch.equal(begun[name], ours[name]) for name in tower)
+
+
+def test_a_run_without_captions_is_healthy(both: Path, tmp_path: Path):
+    config = settings(both, "bare", "run.name=healthy", *ALONE)
+    train(config)
+    found = examine([config.run_folder])
+    assert not [f for f in findings(found) if f.found.severity != "note"]
+    assert found.lacking["captions"] == "no loss of the run reads captions"
+    assert "R@1 within a batch" not in report(config.run_folder, tmp_path / "x.html").read_text()
+
+
+def test_shards_without_captions_are_prepared_again(both: Path, tmp_path: Path):
+    shards = SOURCES["shards"].read(both / "bare")
+    assert prepare(shards, tmp_path, sample_rate_hz=8000, show=False) == Prepared(12, 1, 12, 0)
+    (again,) = SOURCES["shards"].read(tmp_path)[:1]
+    assert (again.captionless, again.captions, again.more) == (True, [], {})
+
+
+def test_what_no_loss_reads_is_not_trained(both: Path):
+    config = settings(both, "bare", *ALONE)
+    weights = TwoTowers(config).named_parameters()
+    trained = {name.split(".")[0] for name, weight in weights if weight.requires_grad}
+    assert trained == {"audio", "decoder"}
+
+
+def test_reconstruction_alone_has_no_epochs_without_a_mask():
+    rule = "mask.unmasked_tail_epochs must be 0 where reconstruction is all"
+    with pytest.raises(ConfigError, match=rule):
+        tiny(*ALONE, "mask.unmasked_tail_epochs=1")
+    tiny(*DECODER, "mask.unmasked_tail_epochs=1")
 
 
 def test_a_loss_that_reads_captions_refuses_clips_without(both: Path):

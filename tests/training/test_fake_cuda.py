@@ -142,7 +142,10 @@ def counts(copies: list[Copy], *, to_host: bool) -> dict[str, int]:
 
 
 def logged(config: Config) -> dict[str, int]:
-    return LOGGED | {"_row": LOGGED["_row"] + config.loss.sigmoid.active}
+    found = LOGGED | {"_row": LOGGED["_row"] + config.loss.sigmoid.active}
+    if not config.loss.reads_text:
+        del found["in_batch_recall"]
+    return found
 
 
 def is_meant(copy: Copy) -> bool:

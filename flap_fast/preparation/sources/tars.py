@@ -19,7 +19,7 @@ from flap_fast.preparation.sources.layout import Source
 if TYPE_CHECKING:
     from flap_fast.data.shards import Shards
 
-_OURS = ("text", "tag", "id", "original_data")
+_OURS = ("text", "tag", "id", "original_data", "captionless")
 
 
 def read(folder: Path) -> list[Entry]:
@@ -85,6 +85,7 @@ def described(record: dict[str, Any]) -> dict[str, Any]:
         "captions": record["text"],
         "labels": texts_of(record.get("tag")),
         "original": original if isinstance(original, dict) else {},
+        "captionless": record.get("captionless") is True,
         "more": {name: value for name, value in record.items() if name not in _OURS},
     }
 

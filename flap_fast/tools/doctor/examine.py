@@ -68,6 +68,9 @@ def examine(
     require(both, "--config", "be left out with a run, which has its own", config)
     settings = run.config if run else load_config(config)
     lacking: dict[Need, str] = {}
+    if not settings.loss.reads_text:
+        why = "no loss of the run reads captions"
+        lacking |= dict.fromkeys(("captions", "tokens", "embeddings"), why)
     found = open_data(data) if data or run is None else _data_of(run, lacking)
     splits = _scanned(found, sample, threads, show=show)
     model = read_config(run.checkpoints[-1]) if run and run.checkpoints else settings

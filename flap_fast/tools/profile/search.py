@@ -184,7 +184,7 @@ class Attempts:
                 outputs[name] = normalize(torch.randn(whole, width, device=device), dim=1)
             outputs["teacher_scale"] = torch.tensor(10.0, device=device)
         outputs["scale"] = torch.tensor(10.0, device=device)
-        outputs["recon"] = torch.zeros((), device=device)
+        outputs["recon"] = torch.zeros((), device=device, requires_grad=True)
         outputs["bias"] = torch.tensor(-10.0, device=device)
         columns = 2 + self._config.loss.negatives
         ids = torch.arange(whole * columns, device=device)  # all different

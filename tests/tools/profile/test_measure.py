@@ -521,3 +521,8 @@ def test_the_command_profiles_without_data_and_draws(tmp_path: Path):
     assert "of ceiling" in result.output
     assert {f.name for f in out.iterdir()} == {"profile.json", "profile.png", "trace.json.gz"}
     assert (out / "profile.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_search_takes_a_run_that_reads_no_captions():
+    config = tiny("loss.contrastive.weight=0", "loss.recon.weight=1", "decoder.width=16")
+    assert search(config, seconds=0.5)["tried"] >= 1
