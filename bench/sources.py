@@ -286,8 +286,8 @@ def main(arguments: list[str] | None = None) -> int:
     own.add_argument("--runs", type=Path, default=ROOT / "runs/sources")
     asked = parser.parse_args(arguments)
     if asked.command == "run" and (asked.pretrain or asked.pretrain_steps):
-        given = bool(asked.pretrain and asked.pretrain_steps and asked.steps)
-        given or parser.error("--pretrain must come with --steps and --pretrain-steps")
+        if not (asked.pretrain and asked.pretrain_steps and asked.steps):
+            parser.error("--pretrain must come with --steps and --pretrain-steps")
     if asked.command == "run":
         run(asked)
     else:
