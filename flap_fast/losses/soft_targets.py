@@ -6,8 +6,8 @@
 With scale_q = 0 every q is 1/B: `loss.contrastive.weight: 0.9` beside a weight of 0.1 here is then
 InfoNCE with labels smoothed by 0.1. No B x B matrix is stored.
 
-Source: CWCL, arXiv 2309.14580, section 3, and SoftCLIP, arXiv 2303.17561, have targets from within
-a modality; label smoothing is of arXiv 1512.00567, section 7.
+Source: CWCL, arXiv 2309.14580, and SoftCLIP, arXiv 2303.17561, have targets from within a modality;
+label smoothing is of arXiv 1512.00567, section 7.
 """
 
 from __future__ import annotations

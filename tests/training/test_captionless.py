@@ -79,7 +79,7 @@ def test_a_run_without_captions_is_healthy(both: Path, tmp_path: Path):
     train(config)
     found = examine([config.run_folder])
     assert not [f for f in findings(found) if f.found.severity != "note"]
-    assert found.lacking["captions"] == "no loss of the run reads captions"
+    assert found.lacking["captions"] == "no loss of the config reads captions"
     assert "R@1 within a batch" not in report(config.run_folder, tmp_path / "x.html").read_text()
 
 

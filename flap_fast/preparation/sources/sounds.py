@@ -1,6 +1,8 @@
 """Any sounds without captions, to pre-train by reconstruction; one split, `train`.
 
-FOLDER/**/*.wav     in whatever format, also in folders below
+    FOLDER/**/*.wav     in whatever format, also in folders below
+
+A sound's id is its path below FOLDER.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ def read(folder: Path) -> list[Entry]:
     """All sounds, in the order of their paths.
 
     Raises:
-        ManifestError: none, two of one name.
+        ManifestError: there is none.
     """
     # Here: the names of sources are listed without waiting for NumPy.
     from flap_fast.data.preprocess.sound_formats import sounds_among

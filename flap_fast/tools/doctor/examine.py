@@ -69,7 +69,7 @@ def examine(
     settings = run.config if run else load_config(config)
     lacking: dict[Need, str] = {}
     if not settings.loss.reads_text:
-        why = "no loss of the run reads captions"
+        why = "no loss of the config reads captions"
         lacking |= dict.fromkeys(("captions", "tokens", "embeddings"), why)
     found = open_data(data) if data or run is None else _data_of(run, lacking)
     splits = _scanned(found, sample, threads, show=show)
