@@ -285,13 +285,13 @@ def main(arguments: list[str] | None = None) -> int:
     own.add_argument("--shards", type=Path, default=ROOT / "data/sources")
     own.add_argument("--runs", type=Path, default=ROOT / "runs/sources")
     asked = parser.parse_args(arguments)
-    if asked.command == "run" and (asked.pretrain or asked.pretrain_steps):
-        if not (asked.pretrain and asked.pretrain_steps and asked.steps):
-            parser.error("--pretrain must come with --steps and --pretrain-steps")
-    if asked.command == "run":
-        run(asked)
-    else:
+    if asked.command == "table":
         print(write_table(RESULTS, ROOT / "bench/SOURCES.md"))
+        return 0
+    before = bool(asked.pretrain), bool(asked.pretrain_steps), bool(asked.pretrain and asked.steps)
+    if any(before) and not all(before):
+        parser.error("--pretrain must come with --steps and --pretrain-steps")
+    run(asked)
     return 0
 
 
