@@ -1,6 +1,7 @@
 # make demo   train, score and draw a small FLAP on the sounds that ship with the project
 # make test   every test but the slow ones and those of the next two lines
-# make test-tools   the tests of flap plan, flap profile, reports, other projects' weights, bench/, GPU code on a CPU
+# make test-tools   the tests of search, serve, doctor, plan, profile, reports, shards by URL, other
+#                   projects' weights, bench/, and of GPU code on a CPU
 # make faults       damaged inputs and disturbed runs: a sample
 # make lint   ruff and pyright
 # make bench  kernel and loading benchmarks on this machine      make gpu   the same on a GPU, in full
@@ -43,8 +44,9 @@ demo: data
 	@echo "Curves:  $(BIN)/tensorboard --logdir runs"
 	@echo "Ask it:  $(BIN)/flap rank runs/demo demo/audio/sonicpi_ambi_choir.ogg 'a choir sings' 'a drum' 'a guitar'"
 
-TOOLS := tests/bench tests/tools/profile tests/report tests/interchange tests/test_add_one.py \
-  tests/training/test_fake_cuda.py
+TOOLS := tests/bench tests/tools tests/report tests/interchange tests/test_add_one.py \
+  tests/training/test_fake_cuda.py tests/training/test_remote_run.py \
+  tests/data/test_remote.py tests/data/test_s3.py
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/faults \
