@@ -93,9 +93,9 @@ def prepare(
     summary = _summary(out, done, wanted)
     say(summary)
     if not (done.kept or done.unfinished):
-        hint = "; captions are read from caption or captions, and --source sounds needs none"
-        hint *= "captionless" in summary
-        say(f"error: no clip can be used{hint}", error=True)
+        hint = "captions are read from caption or captions, and --source sounds needs none"
+        why = f"; {hint}" if "captionless" in summary else ""
+        say(f"error: no clip can be used{why}", error=True)
         raise typer.Exit(1)
     splits = {file.parent.name for file in out.glob("*/sizes.json")}
     # Sounds without captions cannot be evaluated.

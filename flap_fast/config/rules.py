@@ -118,9 +118,8 @@ def check_sections(config: Config) -> None:
     recon = config.loss.recon.weight
     rule, remedy = "be 0 where nothing is masked", "set mask.kind=2d"
     require(recon == 0 or config.mask.kind != "none", "loss.recon.weight", rule, recon, remedy)
-    rule, tail = "be 0 where reconstruction is all, which a mask is for", config.mask
-    alone = not config.loss.reads_text and tail.unmasked_tail_epochs
-    require(not alone, "mask.unmasked_tail_epochs", rule, tail.unmasked_tail_epochs)
+    rule, tail = "be 0 where reconstruction is the only loss", config.mask.unmasked_tail_epochs
+    require(tail == 0 or config.loss.reads_text, "mask.unmasked_tail_epochs", rule, tail)
     if config.fusion.on:
         rule, length = "be fixed with fusion, whose channels have one length", config.audio.length
         remedy = "set fusion.type=none: longer clips are then encoded whole"

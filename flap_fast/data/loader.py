@@ -92,6 +92,7 @@ class TrainingLoader:
         self._config, self._shards, self._tokenizer, self._ranks = config, shards, tokenizer, ranks
         self._preprocessor = make_preprocessor(config, ranks, shards)
         self._tokens = tokens
+        self._reads_text = config.loss.reads_text
         # Asked for again by `work`, after the loader has read ahead.
         self._dealt = lru_cache(maxsize=16)(self._deal)
 
@@ -207,11 +208,10 @@ class TrainingLoader:
         """
         wanted, why = int(batch.clips[row]), ""
         replace = self._config.data.on_bad_clip == "replace"
-        reads_text = self._config.loss.reads_text
         for offset in range(_TRIES if replace else 1):
             clip = (wanted + offset) % len(self._shards)
             try:
-                record = self._shards.record(clip, captionless=not reads_text)
+                record = self._shards.record(clip, captionless=not self._reads_text)
                 encoded = self._shards.encoded(clip)
                 if check:
                     self._preprocessor.check(encoded)
@@ -223,7 +223,7 @@ class TrainingLoader:
                 names = self._shards.name(wanted), self._shards.name(clip)
                 if not batch.repeated:
                     self.bad.append(BadClip(batch.step, names[0], why, names[1]))
-            if reads_text:  # a text encoder that no loss reads gets as little to do as can be
+            if self._reads_text:  # a text encoder that no loss reads gets as little to do as can be
                 texts = self._choice.texts(clip, record, enriched=bool(batch.enriched[row]))
                 batch.captions[row] = texts[int(batch.caption_u[row] * len(texts))]
             batch.negatives[row] = self._negatives.of(clip, record, batch.negative_u[row])

@@ -94,9 +94,9 @@ class TwoTowers(nn.Module):
             if given.lora_rank:
                 self._frozen += add_lora(tower, name, given.lora_rank, given.lora_alpha)
         if not config.loss.reads_text:  # no state of the optimizer, no decay
-            for module in (self.text, self.text_head, self.head or nn.Identity()):
-                module.requires_grad_(False)
-            self.logit_scale.requires_grad_(False)
+            for name, weight in self.named_parameters():
+                if not name.startswith((f"{self.modality}.", "decoder.")):
+                    weight.requires_grad_(False)
         self.train()
 
     @property

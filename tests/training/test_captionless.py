@@ -98,7 +98,7 @@ def test_what_no_loss_reads_is_not_trained(both: Path):
 
 
 def test_reconstruction_alone_has_no_epochs_without_a_mask():
-    rule = "mask.unmasked_tail_epochs must be 0 where reconstruction is all"
+    rule = "mask.unmasked_tail_epochs must be 0 where reconstruction is the only loss"
     with pytest.raises(ConfigError, match=rule):
         tiny(*ALONE, "mask.unmasked_tail_epochs=1")
     tiny(*DECODER, "mask.unmasked_tail_epochs=1")
